@@ -29,7 +29,6 @@ from llava.reduction import (
     UserError,
     keep_top,
     option,
-    options_of,
     register,
 )
 
@@ -87,14 +86,6 @@ def adaptive_count(text: Tensor, saliency: Tensor, budget: int, floor: float) ->
     forced = forced_count(budget, floor)
     rest = slice(forced, budget - forced)
     return forced + best_split(text[:, rest], saliency[:, rest])
-
-
-def crop_pool(saliency: Tensor, crops: int, size: int) -> Tensor:
-    """[B, N] bool, the `size` most salient tokens of every tile."""
-    inside = saliency.unflatten(1, (crops, -1))
-    place = inside.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
-    salient: Tensor = (place < size).flatten(1)
-    return salient
 
 
 def mix(text: Tensor, saliency: Tensor, count: Tensor, budget: int) -> Tensor:
@@ -170,9 +161,6 @@ def released_tokens(
     return chosen.sort(dim=1).values[:, :total]
 
 
-RELEASED = {"text": "after", "pool": "crop"}  # these options under `official`
-
-
 @register("attnmix")
 @dataclass(frozen=True, kw_only=True)
 class AttnMix(Reducer):
@@ -203,7 +191,6 @@ class AttnMix(Reducer):
     floor: float = option(0.25, "adaptive: least share of the budget for each ranking", least=0, most=0.5)
     temperature: float = option(0.01, "of the softmax of a text token over the visual tokens")
     text: str = option("question", "text that is compared with the image", ("question", "instruction", "after"))
-    pool: str = option("global", "rank saliency over all tiles, or over the best of each tile", ("global", "crop"))
     block: int = option(-2, "tower block whose CLS attention is the saliency")
     official: bool = option(False, "exactly as released: duplicates, rounding, tiles and all text after the image")
 
@@ -213,10 +200,8 @@ class AttnMix(Reducer):
             raise UserError(f"attnmix.temperature must be above 0, got {self.temperature:g}.")
         if self.official and self.mix == "half":
             raise UserError("attnmix.mix=half is in no release; leave out attnmix.official.")
-        usual = options_of(type(self))
-        for name, released in RELEASED.items():
-            if self.official and getattr(self, name) not in (usual[name].default, released):
-                raise UserError(f"attnmix.official takes {name}={released}; leave out attnmix.{name}.")
+        if self.official and self.text == "instruction":
+            raise UserError("attnmix.official takes text=after; leave out attnmix.text.")
 
     def check(self, spec: ModelSpec) -> None:
         super().check(spec)
@@ -243,16 +228,13 @@ class AttnMix(Reducer):
         saliency = zeros if self.mix == "t2i" else state.scores[self.scores()[0]]
         if self.official:
             return Reduction(released_tokens(text, saliency, crops, self.budget, self.floor, self.mix), tokens)
-        if self.pool == "crop":
-            pool = crop_pool(saliency, crops, -(-self.budget // crops))
-            saliency = saliency.masked_fill(~pool, -torch.inf)
         return Reduction(mix(text, saliency, self._text_count(text, saliency), self.budget), tokens)
 
     def _kept(self, crops: int) -> int:
         return released_count(self.budget, crops, self.mix) if self.official else self.budget
 
     def _text_scores(self, state: PromptState) -> Tensor:
-        rows = RELEASED["text"] if self.official else self.text
+        rows = "after" if self.official else self.text
         for name, (start, stop) in zip(state.ids, state.spans(rows), strict=True):
             if start == stop:
                 raise UserError(

@@ -7,7 +7,6 @@ of the visual tokens that enter a layer equals the budget.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
 from typing import ClassVar
 
 from torch import Tensor
@@ -64,10 +63,6 @@ class Staged(Reducer):
         """Decoder layers of the stages in a model of 32; a method with one schedule makes it a class attribute."""
         return ()
 
-    def stages(self) -> tuple[int, ...]:
-        """Decoder layers that the user chose; () for the published ones in proportion to the depth."""
-        return ()
-
     def score(self, state: DecoderState) -> Tensor:
         """[B, N], higher is kept."""
         raise TypeError(f"{type(self).__name__} must define score() or reduce()")
@@ -88,20 +83,8 @@ class Staged(Reducer):
         """Visual tokens after each stage, merged ones included, of an image with `tokens`."""
         return tuple(keeps)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        chosen = self.stages()
-        if chosen and (len(chosen) != len(self.published) or any(b <= a for a, b in pairwise((0, *chosen)))):
-            raise UserError(
-                f"{self.name} needs {len(self.published)} decoder layers that ascend from 1, "
-                f"got {', '.join(map(str, chosen))}."
-            )
-
     def decoder_layers(self, layers: int) -> tuple[int, ...]:
-        stages = self.stages() or scaled_layers(self.published, REFERENCE, layers)
-        if stages[-1] >= layers:
-            raise UserError(f"{self.name} acts before layer {stages[-1]}; this decoder has {layers} layers.")
-        return stages
+        return scaled_layers(self.published, REFERENCE, layers)
 
     def check(self, spec: ModelSpec) -> None:
         super().check(spec)
@@ -116,6 +99,21 @@ class Staged(Reducer):
         if keep >= state.tokens.shape[1]:
             return None  # this stage has nothing to do
         return self.reduce(state, keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneStage(Staged):
+    """Drops visual tokens before one decoder layer; those that are kept keep their position ids."""
+
+    published: ClassVar[tuple[int, ...]] = (2,)
+
+    positions: str = option("original", "position ids after the stage", ("renumber", "original"))
+    layer: int = option(0, "decoder layer before which tokens are dropped; 0 for 2 of 32 in proportion", least=0)
+
+    def decoder_layers(self, layers: int) -> tuple[int, ...]:
+        if self.layer >= layers:
+            raise UserError(f"{self.name} acts before layer {self.layer}; this decoder has {layers} layers.")
+        return (self.layer,) if self.layer else super().decoder_layers(layers)
 
 
 @lru_cache(maxsize=256)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines._staged import Staged
+from baselines._staged import OneStage
 from llava.reduction import (
     DecoderState,
     MethodMetadata,
@@ -77,7 +77,7 @@ def hash_order(columns: Tensor, sequence: "Sequence") -> Tensor:
 
 @register("dart")
 @dataclass(frozen=True, kw_only=True)
-class Dart(Staged):
+class Dart(OneStage):
     """Needs keys and hidden states, no attention."""
 
     summary: ClassVar[str] = "keep pivots with large keys and the tokens least similar to them"
@@ -88,19 +88,12 @@ class Dart(Staged):
         url="https://arxiv.org/abs/2502.11494",
         code="ModelTC/LightCompress@9701d03",
     )
-    published: ClassVar[tuple[int, ...]] = (2,)
-
     known_deviations: ClassVar[dict[str, str]] = {
-        **Staged.known_deviations,
+        **OneStage.known_deviations,
         "uncounted with official=true": "the release keeps 8 * (budget // 8) + 4 tokens after the layer",
     }
 
-    positions: str = option("original", "position ids after the stage", ("renumber", "original"))
-    layer: int = option(0, "decoder layer before which tokens are dropped; 0 for 2 of 32 in proportion")
     official: bool = option(False, "as released: keeps 8 * (budget // 8) + 4 after the layer, pivots in hash order")
-
-    def stages(self) -> tuple[int, ...]:
-        return (self.layer,) if self.layer else ()
 
     def fixed(self, spec: ModelSpec) -> tuple[int, ...] | None:
         turns = 2 * PIVOTS

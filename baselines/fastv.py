@@ -11,13 +11,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from baselines._staged import Staged
-from llava.reduction import DecoderState, MethodMetadata, option, register
+from baselines._staged import OneStage
+from llava.reduction import DecoderState, MethodMetadata, register
 
 
 @register("fastv")
 @dataclass(frozen=True, kw_only=True)
-class FastV(Staged):
+class FastV(OneStage):
     """Prunes once, in the prefill; the caches of earlier layers keep every token."""
 
     summary: ClassVar[str] = "rank by the last prompt token's attention in an early decoder layer, prune once"
@@ -28,13 +28,6 @@ class FastV(Staged):
         url="https://arxiv.org/abs/2403.06764",
         code="pkunlp-icler/FastV@d165972",
     )
-    published: ClassVar[tuple[int, ...]] = (2,)
-
-    positions: str = option("original", "position ids after the stage", ("renumber", "original"))
-    layer: int = option(0, "decoder layer before which tokens are dropped; 0 for 2 of 32 in proportion")
-
-    def stages(self) -> tuple[int, ...]:
-        return (self.layer,) if self.layer else ()
 
     def score(self, state: DecoderState) -> Tensor:
         weights, _ = state.attention("last", at="previous")  # [B, H, 1, N]

@@ -61,11 +61,6 @@ def token_scores(tokens: Tensor, attention: Tensor, chunks: int, alpha: float, m
     return attention + alpha * (variance * scale)
 
 
-def fitting(chunks: int, tokens: int) -> int:
-    """The largest number of equal chunks, at most `chunks`: an unpadded tile can have any number of patches."""
-    return next(count for count in range(chunks, 0, -1) if tokens % count == 0)
-
-
 def deal_as_released(score: Tensor, budget: int) -> Tensor:
     """[B, P] chunk scores -> tokens of each chunk, in proportion; may exceed the size of a chunk."""
     share = score / (score.sum(1, keepdim=True) + EPS)
@@ -160,7 +155,8 @@ class HoloV(Reducer):
     def prompt(self, state: PromptState) -> Reduction | None:
         tokens = state.tokens.shape[1]
         attention = state.scores[TowerScore("cls_attention")]
-        chunks = fitting(self.chunks, tokens)
+        # The largest number of equal chunks: an unpadded tile can have any number of patches.
+        chunks = next(count for count in range(self.chunks, 0, -1) if tokens % count == 0)
         score = token_scores(state.tokens, attention, chunks, self.alpha, state.matmul)
         if self.official:
             given = deal_as_released(score.mean(-1), self.budget)

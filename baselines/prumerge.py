@@ -92,11 +92,6 @@ def shares(kept: Tensor, attention: Tensor, keys: Tensor, neighbours: int, matmu
     return matrix
 
 
-def place_of_others(kept: Tensor, attention: Tensor) -> Tensor:
-    """[B, 1] index that the token for the others gets: the one of them with the highest attention."""
-    return attention.scatter(1, kept, -1).argmax(1, keepdim=True)
-
-
 @register("prumerge")
 @dataclass(frozen=True, kw_only=True)
 class PruMerge(Reducer):
@@ -168,7 +163,8 @@ class PruMerge(Reducer):
         return by_attention(attention, count)
 
     def _merge(self, kept: Tensor, attention: Tensor, keys: Tensor, state: EncoderState) -> Reduction:
-        outputs = torch.cat([kept, place_of_others(kept, attention)], 1)
+        # The token for the others gets the place of the one of them with the highest attention.
+        outputs = torch.cat([kept, attention.scatter(1, kept, -1).argmax(1, keepdim=True)], 1)
         if self.official:
             matrix = shares(kept, attention, keys, self.neighbours, state.matmul)
         else:

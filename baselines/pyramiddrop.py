@@ -57,16 +57,10 @@ class PyramidDrop(Staged):
         f"{SCHEDULE}; paper: 1/2, 1/4, 1/8 at layers 8, 16, 24 (mean 270); third_party: .32, .16, .08 at 2, 10, 20",
         ("mean", "kept", *SHARES),
     )
-    layers: tuple[int, ...] = option(
-        (), "decoder layers before which to drop; empty for those of the schedule in proportion"
-    )
 
     @property
     def published(self) -> tuple[int, ...]:
         return SHARES[self.schedule][0] if self.schedule in SHARES else SHARES["third_party"][0]
-
-    def stages(self) -> tuple[int, ...]:
-        return self.layers
 
     def keeps(self, first: int, tokens: int) -> tuple[int, ...]:
         return proportional(first, HALVING)

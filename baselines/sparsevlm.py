@@ -148,17 +148,11 @@ class SparseVLM(Staged):
         f"{SCHEDULE}; release: the release's tables, for budgets of 192, 128, 96 and 64",
         ("mean", "kept", "release"),
     )
-    layers: tuple[int, ...] = option(
-        (), "decoder layers before which to reduce; empty for 3, 7, 16 of 32 in proportion"
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.positions == "variant":
             object.__setattr__(self, "positions", {"v1": "renumber", "v2": "original"}[self.variant])
-
-    def stages(self) -> tuple[int, ...]:
-        return self.layers
 
     def keeps(self, first: int, tokens: int) -> tuple[int, ...]:
         tables = TABLES[self.variant]

@@ -25,7 +25,6 @@ from llava.reduction import (
     Reducer,
     Reduction,
     TowerScore,
-    UserError,
     keep_top,
     merge_plan,
     option,
@@ -86,16 +85,10 @@ class VScan(Reducer):
         "each", "the first stage splits the budget evenly over tiles, the second ranks all together", ("each",)
     )
     window: int = option(6, "side of a window in patches", least=1)
-    layers: tuple[int, ...] = option((), "decoder layer before which the second stage acts; empty for the middle")
     official: bool = option(False, "leave out tokens that do not divide evenly over the windows")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if len(self.layers) > 1 or any(layer < 1 for layer in self.layers):
-            raise UserError(f"vscan.layers must be one decoder layer of at least 1, got {self.layers}.")
-
     def decoder_layers(self, layers: int) -> tuple[int, ...]:
-        return self.layers or scaled_layers((16,), 32, layers)
+        return scaled_layers((16,), 32, layers)
 
     def counts(self, spec: ModelSpec) -> tuple[int, int, int]:
         """Tokens chosen in the windows, all tokens kept by the first stage, and tokens kept by the second stage."""
@@ -108,12 +101,6 @@ class VScan(Reducer):
             lacking = local % windows(spec.layout, self.window)[1]
             local, first = local - lacking, first - lacking
         return local, first, min(second, first)
-
-    def check(self, spec: ModelSpec) -> None:
-        super().check(spec)
-        (stage,) = self.decoder_layers(spec.layers)
-        if stage >= spec.layers:
-            raise UserError(f"vscan.layers must be below {spec.layers} (decoder layers), got {stage}.")
 
     def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...]:
         _, first, second = self.counts(spec)

@@ -91,22 +91,22 @@ def _zscore(v: Tensor, c: Tensor, alpha: float, **_: object) -> Tensor:
     return alpha * standard(v) + (1 - alpha) * standard(c)
 
 
-def _log(v: Tensor, c: Tensor, alpha: float, temperature: float, **_: object) -> Tensor:
-    """F4: weighted product of the two distributions, the cross-modal one sharpened by `temperature` < 1."""
+def _log(v: Tensor, c: Tensor, alpha: float, **_: object) -> Tensor:
+    """F4: weighted product of the two distributions."""
 
     def normal(score: Tensor) -> Tensor:
         return (score / score.sum(1, keepdim=True).clamp(min=TINY)).clamp(min=TINY)
 
-    return alpha * normal(v).log() + (1 - alpha) * normal(c).log() / temperature
+    return alpha * normal(v).log() + (1 - alpha) * normal(c).log()
 
 
-def _rrf(v: Tensor, c: Tensor, alpha: float, rrf_k: float, **_: object) -> Tensor:
-    """F5: reciprocal rank fusion, 1 / (k + rank)."""
+def _rrf(v: Tensor, c: Tensor, alpha: float, **_: object) -> Tensor:
+    """F5: reciprocal rank fusion, 1 / (60 + rank)."""
     total = v.shape[1]
 
     def reciprocal(score: Tensor) -> Tensor:
         rank = (1 - rank01(score)) * (total - 1) + 1
-        return 1 / (rrf_k + rank)
+        return 1 / (60.0 + rank)
 
     return alpha * reciprocal(v) + (1 - alpha) * reciprocal(c)
 
@@ -118,9 +118,9 @@ def _cross_first(v: Tensor, c: Tensor, alpha: float, keep: int, **_: object) -> 
     return rank01(v) + 2 * chosen.float()
 
 
-def _gate(v: Tensor, c: Tensor, gate_beta: float, **_: object) -> Tensor:
-    """F7: the encoder's score times 1 + gate_beta * (cross-modal saliency / its mean). `alpha` is not used."""
-    return v * (1 + gate_beta * c / c.mean(1, keepdim=True).clamp(min=TINY))
+def _gate(v: Tensor, c: Tensor, **_: object) -> Tensor:
+    """F7: the encoder's score times 1 + cross-modal saliency / its mean. `alpha` is not used."""
+    return v * (1 + c / c.mean(1, keepdim=True).clamp(min=TINY))
 
 
 FUSIONS: dict[str, Callable[..., Tensor]] = {
@@ -143,7 +143,7 @@ def fuse(v: Tensor, c: Tensor | None, rule: str, keep: int, **choices: float) ->
         c: [B, N] cross-modal saliency, at least 0; None ranks by the encoder alone.
         rule: a key of FUSIONS.
         keep: tokens that will be retained (used by cross_first).
-        choices: alpha, cross_top, temperature, rrf_k, gate_beta.
+        choices: alpha, cross_top.
     """
     if c is None:
         return rank01(v)
@@ -204,9 +204,6 @@ class ConsensusDrop(Reducer):
         "rank", "rule that fuses the two rankings; raw ranks as a product of their softmaxes does", tuple(FUSIONS)
     )
     cross_top: int = option(0, "rank fusion: rank only so many of the cross-modal scores, 0 for all", least=0)
-    temperature: float = option(1.0, "log fusion: sharpen the cross-modal distribution")
-    rrf_k: float = option(60.0, "reciprocal rank fusion: the constant k")
-    gate_beta: float = option(1.0, "gate fusion: how strongly the text raises the encoder's score")
     probe: str = option("static", "inputs of the probe: embeddings, or real layer inputs", ("static", "contextual"))
     probe_layer: int = option(0, "decoder layer whose norm and projections the probe uses")
     query: str = option(
@@ -229,8 +226,6 @@ class ConsensusDrop(Reducer):
             raise UserError(f"consensusdrop.merged_share must be at least 0 and below 1, got {self.merged_share}.")
         if self.cls_token and self.crops == "global":
             raise UserError("consensusdrop.cls_token keeps a token of every tile; it needs consensusdrop.crops=each.")
-        if self.temperature <= 0:
-            raise UserError(f"consensusdrop.temperature must be above 0, got {self.temperature}.")
         if self.probe == "static" and self.query == "last":
             # Its embedding is the same for every question, so the ranking would not depend on the question.
             raise UserError(
@@ -266,8 +261,7 @@ class ConsensusDrop(Reducer):
         cross = self.cross_saliency(state) if weighted else None
         budget = self.budget - self.cls_token
         merged = 0 if self.anchors == "retained" else round(budget * self.merged_share)
-        choices = {name: getattr(self, name) for name in ("alpha", "cross_top", "temperature", "rrf_k", "gate_beta")}
-        score = fuse(saliency, cross, self.fusion, budget - merged, **choices)
+        score = fuse(saliency, cross, self.fusion, budget - merged, alpha=self.alpha, cross_top=self.cross_top)
         retained, rest = split(score, budget - merged)
         appended = self.order == "appended"
         plan = merge_plan(retained, rest, merged, saliency, keys, self.anchors, self.weights, appended)

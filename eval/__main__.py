@@ -3,19 +3,17 @@
 python -m eval --method consensusdrop --budget 64
 python -m eval --method full --limit 100
 python -m eval --benchmark gqa,pope --method full,consensusdrop --budget 64,128
-python -m eval --list
 """
 
 import argparse
 import json
 import sys
-import textwrap
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from eval import benchmarks, show
+from eval import benchmarks
 from eval.command import Parser, add_data_flags, exit_on_user_error, make_parser, value
 from eval.config import (
     FULL,
@@ -27,22 +25,19 @@ from eval.config import (
     options_by_method,
     pairs,
     path_name,
-    table_name,
 )
 from eval.parallel import placement
 from eval.parallel.launch import launch
 from llava.budget import RETENTION_RATIO, count_or_ratio
 from llava.errors import UserError
 
-# More questions than any benchmark has.
-LARGEST_BATCH = 1_000_000
 # Exit code of a run that has a result, but not for all questions.
 SOME_FAILED = 3
 
 
 # Flag -> what argparse must know of it; default and help are those of the setting of this name in RunConfig.
 FLAGS: dict[str, dict[str, Any]] = {
-    "batch_size": {"type": value(count, maximum=LARGEST_BATCH)},
+    "batch_size": {"type": value(count)},
     "limit": {"type": value(count)},
     "quantization": {"choices": ("8bit", "4bit")},
     "compile": {"action": "store_true"},
@@ -52,7 +47,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "max_new_tokens": {"type": value(count)},
     "seed": {"type": value(count, minimum=0, maximum=2**32 - 1)},
     "wandb": {"choices": ("auto", "online", "offline", "disabled")},
-    "table": {"type": value(table_name), "metavar": "NAME"},
+    "table": {"metavar": "NAME"},
     "tensor_parallel": {"type": value(count), "metavar": "N"},
     "zero": {"metavar": "PLACE"},
     "zero_ranks": {"type": value(count), "metavar": "N"},
@@ -62,7 +57,7 @@ FLAGS: dict[str, dict[str, Any]] = {
 
 def parser() -> Parser:
     p = make_parser("eval", __doc__)
-    p.add_argument("--method", type=names, help="name of the method, or several separated by commas; see --list")
+    p.add_argument("--method", type=names, help="name of the method, or several by commas; see vtr show methods")
     p.add_argument(
         "--budget",
         type=value(sizes),
@@ -71,7 +66,7 @@ def parser() -> Parser:
     )
     p.add_argument("--set", action="append", default=[], metavar="[METHOD.]KEY=VALUE", help="option of the method")
     p.add_argument(
-        "--benchmark", type=names, default="gqa", help="benchmark, or several separated by commas; see --list"
+        "--benchmark", type=names, default="gqa", help="benchmark, or several by commas; see vtr show benchmarks"
     )
     add_data_flags(p)
     p.add_argument(
@@ -103,8 +98,7 @@ def parser() -> Parser:
     p.add_argument(
         "--dry-run", action="store_true", help="print expected memory and time, without reading weights or asking"
     )
-    p.add_argument("--list", action="store_true", help="print the methods, benchmarks and models there are")
-    p.add_argument("--json", action="store_true", help="with --list or --dry-run: as JSON")
+    p.add_argument("--json", action="store_true", help="with --dry-run: as JSON")
     p.epilog = (
         "In the environment: GPUS=4 uses any four accelerators, GPUS=0,2 these two and GPUS=3, (with a comma) the "
         "fourth; RANKS=2 two processes on a processor; none of them: all accelerators. See docs/cluster.md."
@@ -127,11 +121,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     args = parser().parse_args(words)
-    if args.list:
-        known = {kind: show.entries_of(kind) for kind in show.KINDS}
-        lists = (f"{kind}:\n{textwrap.indent(show.overview(kind, known[kind]), '  ')}" for kind in known)
-        print(json.dumps(known, indent=1, default=str) if args.json else "\n".join(lists))
-        return 0
     configs = configurations(args)
     config = configs[0]
     place = placement.here(config.ranks_per_model, config.device)
@@ -166,9 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def configurations(args: argparse.Namespace) -> list[RunConfig]:
     """Flags to checked configurations of every benchmark, method and budget; `full` is first, and once, in each."""
     if args.json and not args.dry_run:
-        raise UserError("--json goes with --list and --dry-run; a run writes result.json to its output folder.")
+        raise UserError("--json goes with --dry-run; a run writes result.json to its output folder.")
     if not args.method:
-        raise UserError("--method is missing; --list prints the methods there are.")
+        raise UserError("--method is missing; vtr show methods prints those there are.")
     methods = sorted(args.method, key=lambda name: name != FULL)
     budgets = args.budget or [None]
     options = options_by_method(methods, args.set)

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import chain, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from eval import tracking
-from eval.answers import AnswerFiles, answer_id, result_folder, settings_hash
+from eval.answers.store import AnswerFiles, answer_id, result_folder, settings_hash
 from eval.benchmarks.base import Dataset, Question
 from eval.config import RunConfig, device_name
 from eval.feature_cache import without_memory
@@ -154,8 +155,7 @@ class LoadedImage:
     def nbytes(self) -> int:
         frames = getattr(self.image, "frames", (self.image,))
         pixels = sum(3 * frame.width * frame.height for frame in frames)
-        own: int = pixels + (self.views[0].nbytes if self.views is not None else 0)
-        return own
+        return int(pixels + (self.views[0].nbytes if self.views is not None else 0))
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class LoadedQuestion:
 
     Attributes:
         digest: hash of the images.
-        views: id of an image -> what the model's tower sees of it, as far as that was made ahead.
+        views: id of an image -> it and what the model's tower sees of it, as far as that was made ahead.
         seconds: that making these views took; 0 where an earlier question paid for them.
     """
 
@@ -217,14 +217,9 @@ class ReadAhead:
         self, batches: Iterator[Sequence[Question]]
     ) -> Iterator[tuple[Sequence[Question], list[LoadedQuestion | Failure]]]:
         """Each batch with its questions' images read, or why they cannot be; one batch is read ahead."""
-        waiting: tuple[Sequence[Question], Callable[[], list[LoadedQuestion | Failure]]] | None = None
-        for questions in batches:
-            collect = self._start(questions)
-            if waiting is not None:
-                yield waiting[0], waiting[1]()
-            waiting = questions, collect
-        if waiting is not None:
-            yield waiting[0], waiting[1]()
+        started = ((questions, self._start(questions)) for questions in batches)
+        for (questions, collect), _ in pairwise(chain(started, [((), list)])):
+            yield questions, collect()
 
     def _start(self, questions: Sequence[Question]) -> Callable[[], list[LoadedQuestion | Failure]]:
         """Start to read the images of a batch; returns the function that waits for them."""
@@ -245,7 +240,7 @@ class ReadAhead:
                     images = {name: needed[name].result() for name in question.images}
                     digests = [images[name].digest for name in question.images]
                     sample = self._job.data.with_images(question, [images[n].image for n in question.images], digests)
-                    views = {id(one.image): one.views for one in images.values() if one.views is not None}
+                    views = {id(one.image): (one.image, one.views) for one in images.values() if one.views is not None}
                     seconds = sum(one.seconds for name, one in images.items() if name in fresh)
                     loaded.append(LoadedQuestion(question, sample, " ".join(digests), views, seconds))
                     fresh.difference_update(images)
@@ -292,8 +287,6 @@ class Answered:
         Args:
             settings: their hash.
         """
-        if [answer.id for answer in self.batch.answers] != [part.sample.id for part in self.parts]:
-            raise AssertionError("the model's answers are not in the order of the samples")
         return [
             {
                 "question_id": part.sample.id,
@@ -427,7 +420,7 @@ class Progress:
         """What this replica has done since it began."""
         seconds = time.time() - self.began
         rate = self.answered / seconds
-        return {"began": self.began, "questions": self.answered, "seconds": seconds, "questions_per_second": rate}
+        return {"questions": self.answered, "seconds": seconds, "questions_per_second": rate}
 
 
 class Failures:
@@ -437,8 +430,8 @@ class Failures:
     is broken (a bug, an accelerator that is gone), not the questions, and end it without being recorded.
     """
 
-    def __init__(self, sink: AnswerFiles | None, started: str):
-        self._sink, self._started = sink, started
+    def __init__(self, sink: AnswerFiles | None):
+        self._sink = sink
         self._waiting: list[Failure] = []
 
     def add(self, failure: Failure) -> None:
@@ -466,7 +459,7 @@ class Failures:
                 traceback.print_exception(one.error)
         if failures and self._sink is not None:
             lines = [{"question_id": one.question, "reason": one.reason, "kind": one.kind} for one in failures]
-            self._sink.fail([line | {"run": self._started} for line in lines])
+            self._sink.fail(lines)
 
 
 def ask(job: Job, sink: AnswerFiles | None, pending: Sequence[Question], progress: Progress, rank: Rank) -> None:
@@ -482,7 +475,7 @@ def ask(job: Job, sink: AnswerFiles | None, pending: Sequence[Question], progres
     """
     settings = settings_hash(job.settings)
     conditions = measured_under(job) | {"run": job.started, "rank": rank.number}
-    limit, failures = BatchLimit(), Failures(sink, job.started)
+    limit, failures = BatchLimit(), Failures(sink)
     order = asking_order(job.planned, pending, job.model)
     with ReadAhead(job) as images:
         for questions, batch in images.batches(claimed(order, job.config.batch_size, rank)):
@@ -513,7 +506,7 @@ def first_token_times(job: Job, rank: Rank) -> dict[str, Any] | None:
 
     The times of the run itself do not say it: images are remembered, and how many differs by benchmark and by method.
     Here every image goes through the tower, for each method alike; one batch more goes first, as a warm-up. The batches
-    lie evenly over the run.
+    lie evenly over the run. All ranks of the first replica take part.
 
     Returns:
         `median_ms` from prepared pixels and token ids to the first token of a batch, `questions` of a batch, `batches`.

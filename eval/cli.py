@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module, metadata
+from importlib import import_module
 
 from llava.errors import suggestion
 
@@ -36,47 +36,27 @@ class Command:
     function: str = "main"
 
 
+TABLE, DASHBOARD = "eval.papers.table", "eval.tracking.dashboard"
 # Heading of `vtr --help` -> the words after `vtr` -> the module that they run.
 GROUPS = {
     "Use: questions, scores and pages": {
         "eval": Command("eval.__main__", "evaluate one method at one budget on one benchmark"),
         "score": Command("eval.score", "score a file of answers, without a model"),
-        "compare": Command("eval.score", "paired test between two runs or files of answers", (), "compare_command"),
+        "compare": Command("eval.score", "paired test between two runs", function="compare_command"),
         "stats": Command("eval.statistics.command", "tokens needed, loyalty and hard questions of finished runs"),
         "report": Command("eval.pages.report", "write a page with all results: plots and a sortable table"),
         "gallery": Command("eval.pages.command", "an HTML page of what every method keeps of an image", (), "gallery"),
         "demo": Command("eval.pages.command", "start a web page: ask about an image, a method beside full", (), "demo"),
-        "show methods": Command(
-            "eval.show", "list the methods, or one method's options: vtr show methods NAME", ("methods",)
-        ),
-        "show benchmarks": Command("eval.show", "list the benchmarks, with their splits and profiles", ("benchmarks",)),
-        "show models": Command("eval.show", "list the bundled toy models", ("models",)),
-        "check-data": Command(
-            "eval.show", "report which benchmarks a data folder holds and what is missing", (), "check_data_command"
-        ),
+        "show": Command("eval.show", "list methods, benchmarks or models; vtr show methods NAME: its options"),
+        "check-data": Command("eval.show", "say what a data folder holds and lacks", function="check_data_command"),
         "wandb sync": Command("eval.tracking.sync", "upload the offline W&B runs below a folder"),
-        "wandb workspace": Command(
-            "eval.tracking.dashboard", "save a W&B workspace with the plots of these runs", (), "workspace_command"
-        ),
-        "wandb report": Command(
-            "eval.tracking.dashboard", "save a W&B report with the same panels", (), "report_command"
-        ),
+        "wandb workspace": Command(DASHBOARD, "save a W&B workspace with plots of these runs", (), "workspace_command"),
+        "wandb report": Command(DASHBOARD, "save a W&B report with the same panels", (), "report_command"),
     },
     "Papers: tables, analyses and costs": {
-        "tables paper": Command("eval.papers.table", "one table of a paper (scripts/<paper>/): run, check, write"),
-        "findings attnmix": Command(
-            "eval.findings.command", "do word embeddings find their objects (docs/findings.md)", ("attnmix",)
-        ),
-        "findings visiondrop": Command(
-            "eval.findings.command", "misalignment of text-guided attention (docs/findings.md)", ("visiondrop",)
-        ),
-        "findings consensusdrop": Command(
-            "eval.findings.command", "where fusing two scores gains (docs/findings.md)", ("consensusdrop",)
-        ),
-        "bench latency": Command(
-            "eval.efficiency.latency",
-            "time, memory and operations of methods beside full (docs/efficiency.md)",
-        ),
+        "tables paper": Command(TABLE, "one table of a paper (scripts/<paper>/): run, check, write"),
+        "findings": Command("eval.findings.command", "analyses of attnmix, visiondrop or consensusdrop on toy scenes"),
+        "bench latency": Command("eval.efficiency.latency", "time, memory and operations of methods beside full"),
         "bench growth": Command("eval.efficiency.growth", "how time and memory grow with visual tokens"),
         "bench peers": Command("eval.efficiency.peers", "this repository and another code in turns, and ratios"),
         "bench claims": Command("eval.efficiency.claims", "published claims of speed beside ours"),
@@ -86,27 +66,13 @@ GROUPS = {
         "check": Command("eval.new", "run every test that can fail for it: vtr check method NAME", ("check",)),
     },
     "Maintainers: pages of the documentation and measurements of this code": {
-        "tables embedded": Command(
-            "eval.papers.table",
-            "all methods on the toy benchmark (docs/embedded.md)",
-            ("tables/embedded_main", "--page"),
-        ),
-        "tables consensusdrop": Command(
-            "eval.papers.table",
-            "the paper's claims, tested (docs/consensusdrop.md)",
-            ("consensusdrop/claims", "--page"),
-        ),
+        "tables embedded": Command(TABLE, "all methods on toys (docs/embedded.md)", ("tables/embedded_main", "--page")),
+        "tables consensusdrop": Command(TABLE, "claims (docs/consensusdrop.md)", ("consensusdrop/claims", "--page")),
         "tables benchmarks": Command("eval.tables.benchmarks", "benchmarks, and the toy models' scores on them"),
         "tables methods": Command("eval.tables.methods", "what the methods say of themselves (docs/methods.md)"),
         "tables memory": Command("eval.tables.memory", "expected memory of the official models (docs/cluster.md)"),
-        "tables reproduce": Command(
-            "eval.papers.reproduce", "how to reproduce the papers' tables (docs/paper_tables.md)"
-        ),
-        "figures tokens": Command("eval.figures.kept", "draw the kept tokens of an image (README)", ("tokens",)),
-        "figures tiles": Command(
-            "eval.figures.kept", "draw the kept tokens of tiles and videos (docs/methods.md)", ("tiles",)
-        ),
-        "bench ops": Command("eval.efficiency.counts", "operations and host waits up to the first token"),
+        "tables reproduce": Command("eval.papers.reproduce", "how to reproduce the tables (docs/paper_tables.md)"),
+        "figures kept": Command("eval.figures.kept", "draw the kept tokens (README, docs/methods.md)"),
     },
 }
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
@@ -130,9 +96,6 @@ def dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if words else 2
-    if words[0] == "--version":
-        print(f"{PROGRAM} {version()}")
-        return 0
     for length in (1, 2):
         if (name := " ".join(words[:length])) in COMMANDS:
             return run(name, words[length:])
@@ -157,8 +120,7 @@ def run(name: str, arguments: list[str]) -> int:
     """Call the command's function as if it had been started under the command's name."""
     command = COMMANDS[name]
     sys.argv = [f"{PROGRAM} {name}", *command.arguments, *arguments]
-    code: int = getattr(import_module(command.module), command.function)()
-    return code
+    return int(getattr(import_module(command.module), command.function)())
 
 
 def refuse(sentence: str, word: str, known: list[str]) -> int:
@@ -177,14 +139,6 @@ def listing(head: str, commands: dict[str, Command]) -> str:
     """Commands with their summaries in two columns."""
     width = max(map(len, COMMANDS))
     return "\n".join([head, *(f"  {name:{width}s}  {command.summary}" for name, command in commands.items())])
-
-
-def version() -> str:
-    """The installed version of the package."""
-    try:
-        return metadata.version("visual-token-reduction")
-    except metadata.PackageNotFoundError:
-        return "(not installed; pip install -e . in the repository)"
 
 
 if __name__ == "__main__":

@@ -140,8 +140,5 @@ def open_dataset(name: str, data: str, split: str | None, profile: str | None, s
     """The questions that the flags mean."""
     benchmark, folder = benchmarks.get(name), Path(data)
     return benchmark.load(
-        folder,
-        benchmarks.check_split(benchmark, split, folder),
-        benchmarks.check_profile(benchmark, profile),
-        source,
+        folder, benchmarks.check_split(benchmark, split, folder), benchmarks.check_profile(benchmark, profile), source
     )

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.answers import flatten
-from eval.answers.source_hash import answer_sources
+from eval.answers.source_hash import answer_sources, flatten
 from eval.benchmarks.base import Dataset
 from llava.budget import RETENTION_RATIO
 from llava.errors import UserError
@@ -72,8 +71,7 @@ class RunConfig:
             accelerators of --zero-ranks
         zero_ranks: with --zero: ranks that share one model's weights
         table: paper table that the run belongs to: its group in W&B
-        compile: run tower, prefill and decoding with torch.compile, on a GPU with CUDA graphs: for long runs; each new
-            shape is compiled first, which takes seconds to a minute
+        compile: run tower, prefill and decoding with torch.compile: for long runs; compiling takes seconds to a minute
     """
 
     method: str
@@ -107,13 +105,6 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         ratio = self.retention_ratio
-        if ratio is not None and self.method == FULL:
-            raise UserError(f"full keeps all visual tokens; leave the retention ratio {ratio:g} out.")
-        if ratio is not None and self.budget is not None:
-            raise UserError(
-                f"A budget ({self.budget}) and a retention ratio ({ratio:g}) are both given for {self.method}; "
-                "leave one out."
-            )
         if self.restart and self.failed == "only":
             raise UserError("--restart asks every question anew, also those that failed; leave out --retry-failed.")
         if self.zero_ranks > 1 and self.zero is None:
@@ -179,13 +170,6 @@ def path_name(text: str) -> str:
         raise ValueError(f"should be a path of at most 4,095 bytes without NUL, got {shortened(text)!r}")
     if any(len(part.encode("utf-8", "replace")) > 255 for part in Path(text).parts):
         raise ValueError(f"should be a path whose names have at most 255 bytes each, got {shortened(text)!r}")
-    return text
-
-
-def table_name(text: str) -> str:
-    """The name of a paper table, short enough for a tag of W&B; ValueError for others."""
-    if not text.strip() or not text.isprintable() or len(text) > 64:
-        raise ValueError(f"should be a name of 1 to 64 printable characters, got {shortened(text)!r}")
     return text
 
 
@@ -256,7 +240,7 @@ def build_reducer(config: RunConfig, visual_tokens: int | None) -> "Reducer":
     if config.seed != 0 and any(field.name == "seed" for field in dataclasses.fields(method)):
         options = {"seed": str(config.seed), **options}  # for methods that draw random numbers
     if config.retention_ratio is not None:
-        return registry.build(config.method, None, options, visual_tokens)
+        return registry.build(config.method, config.budget, options, visual_tokens)
     budget = config.budget if visual_tokens is None else check_budget(config, visual_tokens)
     return registry.build(config.method, budget or 1, options)
 

@@ -30,7 +30,8 @@ class CachingLlava(Llava):
         remembers_features, takes_views: not for a model whose images do not go through a CLIP tower in the common way;
             then nothing is kept.
         cache_bytes: of features and scores to keep at most.
-        ready_views: id of an image of the next batch -> its views, where they were made ahead.
+        ready_views: id of an image of the next batch -> the image and its views, where they were made ahead. The image
+            is held because the id of one that is gone may be that of another one.
         remembered: images of the last batch that did not go through the tower.
     """
 
@@ -46,7 +47,7 @@ class CachingLlava(Llava):
         self.__dict__.update(model.__dict__)
         self.cache_bytes = cache_bytes
         self.remembers_features = self.takes_views = can_remember(model)
-        self.ready_views: dict[int, tuple[Tensor, TokenLayout]] = {}
+        self.ready_views: dict[int, tuple[Any, tuple[Tensor, TokenLayout]]] = {}
         self._scores: dict[TowerScore, None] = {}
         self.tiled = isinstance(model, LlavaNext)
         self._seen: dict[object, tuple[Encoded, TokenLayout]] = {}
@@ -72,7 +73,7 @@ class CachingLlava(Llava):
 
     def views(self, picture: Any) -> tuple[Tensor, TokenLayout]:
         ready = self.ready_views.get(id(picture))
-        return super().views(picture) if ready is None else ready
+        return super().views(picture) if ready is None else ready[1]
 
     def encode_images(
         self, pictures: Sequence[Any], keys: Sequence[object], reducer: Reducer, timer: Timer

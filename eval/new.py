@@ -24,20 +24,15 @@ TOY_SETS = ROOT / "assets" / "eval" / "README.md"
 # Kind -> what writes the generated files that a new name belongs to.
 WRITERS = {
     "method": ("-m tests.golden {}", "-m eval.cli tables methods"),
-    "benchmark": (
-        "-m toy.benchmarks --output assets/eval --only {}",
-        "-m eval.cli tables benchmarks pages",
-    ),
+    "benchmark": ("-m toy.benchmarks --output assets/eval --only {}", "-m eval.cli tables benchmarks pages"),
 }
 # Kind -> tests over all of its names, and those that look at the pages and at the whole repository.
+FAMILIES = ("selection_methods", "merging_methods", "decoder_methods", "tile_methods")
 OVER_ALL = {
-    "method": ("every_method", "next", "golden", "oracle", "dispatched"),
-    "benchmark": ("every_benchmark", "benchmark_pages", "question_files"),
+    "method": ("every_method", "next", "golden", "oracle", "dispatched", *FAMILIES),
+    "benchmark": ("every_benchmark", "benchmark_pages"),
 }
-WHOLE = {
-    "method": ("structure", "readme"),
-    "benchmark": ("benchmark_pages", "structure", "readme", "toy_benchmarks"),
-}
+WHOLE = {"method": ("structure", "readme"), "benchmark": ("benchmark_pages", "structure", "readme", "toy_benchmarks")}
 EXAMPLE = {"method": "bash scripts/eval/gqa.sh {} 64 --limit 100", "benchmark": "bash scripts/eval/{}.sh full"}
 
 

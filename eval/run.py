@@ -1,7 +1,6 @@
 """One run: ask the questions that have no answer yet, store the answers, score all of them, write result.json."""
 
 import dataclasses
-import random
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
@@ -9,15 +8,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from eval import benchmarks, tracking
-from eval.answers import AnswerFiles, AnswerStore, Shard, settings_hash
 from eval.answers.jsonl import read_json, write_file, write_json
 from eval.answers.reuse import check_reuse, images_digest
+from eval.answers.store import AnswerFiles, AnswerStore, Shard, settings_hash
 from eval.ask import Job, Progress, ask, first_token_times, measured_under
 from eval.benchmarks.base import Dataset, Question
+from eval.command import open_dataset
 from eval.config import RunConfig, build_reducer, default_output, device_name, flat_config, store_settings
 from eval.feature_cache import RUN_BYTES, CachingLlava
 from eval.judging.choice import check_judge, score_answers
@@ -44,14 +41,12 @@ def read_questions(config: RunConfig, model: bool = True, reducer: bool = True) 
     Args:
         model, reducer: whether the configuration's are used, and checked.
     """
-    benchmark = benchmarks.get(config.benchmark)
-    split = benchmarks.check_split(benchmark, config.split, Path(config.data))
+    split = benchmarks.check_split(benchmarks.get(config.benchmark), config.split, Path(config.data))
     if reducer:
         build_reducer(config, visual_tokens=None)
     if model:  # refuse a device that is not there before any file is read
         device_of(config.device)
-    profile = benchmarks.check_profile(benchmark, config.profile)
-    data = benchmark.load(Path(config.data), split, profile, config.source)
+    data = open_dataset(config.benchmark, str(config.data), split, config.profile, config.source)
     check_judge(data, config.judge)
     data.check_images(data.questions[: config.limit])
     return data, split
@@ -74,7 +69,6 @@ def prepare(config: RunConfig, model: Any, reducer: Reducer | None) -> Job:
         standard = build_reducer(plain, model.visual_tokens)
     else:
         standard = reducer
-    seed_everything(config.seed)
     return Job(
         config=config,
         data=data,
@@ -111,22 +105,11 @@ def equip(model: Llava, config: RunConfig) -> CachingLlava:
     return CachingLlava(model, RUN_BYTES)
 
 
-def seed_everything(seed: int) -> None:
-    """Methods draw from their sample's id; this covers whatever else might draw."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 # -- the run ---------------------------------------------------------------------------------------------------------
 
 
 def run(
-    config: RunConfig,
-    model: Any = None,
-    reducer: Reducer | None = None,
-    rank: Rank | None = None,
-    timed: bool = True,
+    config: RunConfig, model: Any = None, reducer: Reducer | None = None, rank: Rank | None = None, timed: bool = True
 ) -> dict[str, Any]:
     """Run or continue an evaluation.
 
@@ -146,7 +129,6 @@ def run(
         follow_first_rank(job, rank)
         return {}
     known = [question.id for question in job.data.questions]
-    began = report.command_began(rank) if model is None else None
     with AnswerStore(job.output, job.settings, known, config.restart, process_of(job, rank)) as store:
         check_reuse(job.data, job.planned, store.answers, job.output)
         job.results.mkdir(exist_ok=True)
@@ -154,8 +136,11 @@ def run(
         tracker = tracking.start_evaluation(config, job.results, job.settings, flat)
         finished = False
         try:
-            throughput = answer_questions(job, store, tracker, rank, began)
-            ttft = time_to_first_token(job, rank, throughput["questions"]) if timed else None
+            throughput = answer_questions(job, store, tracker, rank)
+            ttft = None if throughput["questions"] else former_times(job)
+            rank.put("time", measured := timed and ttft is None)
+            if measured:
+                ttft = first_token_times(job, rank)
             rank.report(SCORING)
             files = job.data.submission(texts(job, store))
             result = summarise(job, store, throughput, ttft)
@@ -184,14 +169,8 @@ def process_of(job: Job, rank: Rank) -> dict[str, Any]:
     return {"run": job.started, "commit": report.commit(), "versions": report.versions(), "rank": rank.number}
 
 
-def answer_questions(
-    job: Job, store: AnswerStore, tracker: tracking.Tracker, rank: Rank, began: float | None
-) -> dict[str, Any]:
-    """Ask what is not answered yet, with all replicas; returns the throughput of each.
-
-    Args:
-        began: when the command started; None where that says nothing about this run.
-    """
+def answer_questions(job: Job, store: AnswerStore, tracker: tracking.Tracker, rank: Rank) -> dict[str, Any]:
+    """Ask what is not answered yet, with all replicas; returns the throughput of each."""
     wanted = []
     for place, question in enumerate(job.planned):
         states = ("again", "only") if question.id in store.failures else ("skip", "again")
@@ -204,7 +183,7 @@ def answer_questions(
         "planned": len(job.planned),
         "started": job.started,
         "settings": settings_hash(job.settings),
-        "pending": spans(wanted),
+        "pending": wanted,
     }
     rank.put("run", plan)
     pending = [job.planned[place] for place in wanted]
@@ -225,7 +204,6 @@ def answer_questions(
         "questions": questions,
         "seconds": seconds,
         "questions_per_second": questions / seconds if questions else None,
-        "start_seconds": None if began is None else parts[0]["began"] - began,
         "ranks": parts,
     }
 
@@ -263,47 +241,23 @@ def follow_first_rank(job: Job, rank: Rank) -> None:
             "all machines must see the same files."
         )
     job = dataclasses.replace(job, started=plan["started"])
-    pending = [job.planned[place] for start, stop in plan["pending"] for place in range(start, stop)]
+    pending = [job.planned[place] for place in plan["pending"]]
     progress = Progress(job, rank, tracking.Tracker(), [], plan["before"])
     if rank.leads:
         answer_part(job, None, pending, progress, rank)
         return
     ask(job, None, pending, progress, rank)
-    if rank.replica == 0:
-        rank.report(WAITING)
-        time_to_first_token(job, rank, 0)
+    rank.report(WAITING)
+    if rank.replica == 0 and rank.get("time"):
+        first_token_times(job, rank)
 
 
-def spans(places: Sequence[int]) -> list[tuple[int, int]]:
-    """[0, 1, 2, 7] -> [(0, 3), (7, 8)]: short, however many questions there are."""
-    ranges: list[tuple[int, int]] = []
-    for place in places:
-        if ranges and ranges[-1][1] == place:
-            ranges[-1] = ranges[-1][0], place + 1
-        else:
-            ranges.append((place, place + 1))
-    return ranges
-
-
-def time_to_first_token(job: Job, rank: Rank, answered: int) -> dict[str, Any] | None:
-    """`first_token_times` on the ranks of the first replica, when no rank answers any more.
-
-    A run that is only scored again keeps those of its result, if they were measured under its conditions.
-
-    Args:
-        answered: questions that this start has asked.
-    """
-    known = None
-    if rank.first and not answered:
-        with suppress(UserError, KeyError, TypeError):  # no result yet, or a damaged one
-            former = read_json(job.results / "result.json")
-            known = former["timing"]["ttft"] if former["conditions"] == measured_under(job) else None
-    if rank.size > 1:
-        if rank.first:
-            rank.put("time", known is None)
-        elif not rank.get("time"):
-            return None
-    return known or first_token_times(job, rank)
+def former_times(job: Job) -> dict[str, Any] | None:
+    """The times to first token of the result that is there, if they were measured under the conditions of this run."""
+    with suppress(UserError, KeyError, TypeError):  # no result yet, or a damaged one
+        former: dict[str, Any] = read_json(job.results / "result.json")
+        return former["timing"]["ttft"] if former["conditions"] == measured_under(job) else None
+    return None
 
 
 def summarise(job: Job, store: AnswerStore, throughput: dict[str, Any], ttft: dict[str, Any] | None) -> dict[str, Any]:

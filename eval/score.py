@@ -1,12 +1,11 @@
-"""Score answers that exist already, without a model; or compare two files, or two runs.
+"""Score answers that exist already, without a model; or compare two runs.
 
     vtr score gqa --answers merge.jsonl --data playground/data/eval
-    vtr compare A.jsonl B.jsonl --benchmark gqa --data DIR      # difference, 95 % interval and a paired test
-    vtr compare RUN_A RUN_B      # two output folders of `vtr eval` say by themselves what they answer
+    vtr compare RUN_A RUN_B      # output folders of `vtr eval`: difference, 95 % interval and a paired test
 
 Files of LLaVA's scripts, of lmms-eval (samples_*.jsonl) and of this repository are read; see eval/answers/reading.py.
-Folders, also RUN/limit200, are compared if both runs asked the same questions about the same images with the same files
-of the model, the same code and the same options, but for the method. Files are compared whatever made them.
+Runs, also RUN/limit200, are compared if both asked the same questions about the same images with the same files of the
+model, the same code and the same options, but for the method.
 """
 
 import dataclasses
@@ -17,11 +16,10 @@ from typing import Any
 
 from eval import benchmarks
 from eval.answers.jsonl import read_json, write_json
-from eval.answers.reading import Answers, read_answers
+from eval.answers.reading import read_answers
 from eval.answers.reuse import OF_THE_SCORE, RESULT, check_images, joint_differences, read_stored, results_folder
-from eval.benchmarks.base import Benchmark, Dataset, Question
+from eval.benchmarks.base import Dataset
 from eval.command import Parser, add_data_flags, exit_on_user_error, make_parser, open_dataset
-from eval.config import DEFAULT_DATA
 from eval.judging.choice import check_judge, score_answers
 from eval.results import statistics
 from eval.results.report import score_lines, scored
@@ -39,56 +37,40 @@ def score_file(path: Path, data: Dataset, partial: bool = False, judge: str = "a
     return {"title": data.title, "facts": {**data.facts, **judged}, "available": len(data.questions), **record}
 
 
-def score_alone(path: Path, benchmark: Benchmark, partial: bool = False) -> dict[str, Any] | None:
-    """The record of a file that holds its references; None if it does not, or the benchmark has no such format."""
-    score = benchmark.score_alone(path, partial) if benchmark.score_alone is not None else None
-    if score is None:
-        return None
-    record = scored(score, [Question(name, "", "", (), "") for name in score.correct])
-    record["notes"].append("scored with the references in the answer file itself; its questions were not checked")
-    return {"title": benchmark.name, "facts": {"source": "answer file"}, "available": record["questions"], **record}
-
-
-def compare(
-    a: Path, b: Path, data: Dataset, partial: bool = False, judge: str = "auto", seed: int = 0
-) -> dict[str, Any]:
-    """Both scores and a minus b over the questions that both answer.
+def compare(a: Path, b: Path, data: Dataset, partial: bool = False, judge: str = "auto") -> dict[str, Any]:
+    """Both scores and a minus b over the questions that both runs answer.
 
     Args:
-        a, b: answer files, or folders of runs.
-        partial: go on without the questions that a file lacks, or that failed in a run.
+        a, b: output folders.
+        partial: go on without the questions that failed in a run.
     """
     check_judge(data, judge)
-    (first, a), (second, b) = (answers_of(path, data, partial) for path in (a, b))
-    files = first, second
-    check_images(first.images, second.images, f"{a} and {b}")
-    common = first.texts.keys() & second.texts.keys()
+    runs = [read_stored(path, data, partial) for path in (a, b)]
+    check_images(runs[0].images, runs[1].images, f"{a} and {b}")
+    common = runs[0].texts.keys() & runs[1].texts.keys()
     asked = [question.id for question in data.questions if question.id in common]
     if not asked:
         raise UserError(f"{a} and {b} have no question in common.")
-    notes = [f"{'AB'[i]}: {note}" for i, file in enumerate(files) for note in file.notes]
-    if len(asked) < len(data.questions):
-        notes.append(f"compared on {len(asked):,} of {len(data.questions):,} questions")
+    total = len(data.questions)
+    notes = [f"compared on {len(asked):,} of {total:,} questions"] if len(asked) < total else []
     scores, facts = zip(
         *(
-            score_answers(data, judge, asked, {n: t for n, t in file.texts.items() if n in common}, path)
-            for file, path in zip(files, (a, b), strict=True)
+            score_answers(data, judge, asked, {n: t for n, t in one.texts.items() if n in common}, one.answers)
+            for one in runs
         ),
         strict=True,
     )
     metric = scores[0].main
     if scores[1].main != metric:
-        raise UserError(
-            f"A was scored with {metric} and B with {scores[1].main}; score both files with the same --judge."
-        )
+        raise UserError(f"A was scored with {metric} and B with {scores[1].main}; score both with the same --judge.")
     judges = [one["judge"]["name"] for one in facts if "judge" in one]
     if len(set(judges)) > 1:
-        raise UserError(f"A was judged by {judges[0]} and B by {judges[1]}; score both files with the same --judge.")
+        raise UserError(f"A was judged by {judges[0]} and B by {judges[1]}; score both with the same --judge.")
     if any(score.values.get(metric) is None for score in scores):
         raise UserError(f"{data.title} has no score to compare here: {'; '.join(scores[0].notes)}.")
     images = {question.id: question.image for question in data.questions}
     a_terms, b_terms = (statistics.terms_of(score, images) for score in scores)
-    found = statistics.compare(a_terms, b_terms, seed=seed)
+    found = statistics.compare(a_terms, b_terms)
     return {
         "title": data.title,
         "main": metric,
@@ -118,21 +100,6 @@ def comparison_lines(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def answers_of(path: Path, data: Dataset, partial: bool) -> tuple[Answers, Path]:
-    """The answers of a run or a file, and the answer file."""
-    if is_run(path):
-        stored = read_stored(path, data, partial)
-        return Answers(stored.texts, images=stored.images), stored.answers
-    found = read_answers(path, data, partial)
-    unknown = "model, code and options" if any(found.images.values()) else "images, model, code and options"
-    return dataclasses.replace(found, notes=(*found.notes, f"an answer file: its {unknown} were not compared")), path
-
-
-def is_run(path: Path) -> bool:
-    """Whether a path is the output folder of a run, or its limitN/."""
-    return path.is_dir() and ((path / "settings.json").is_file() or (path / RESULT).is_file())
-
-
 def answers_parser(module: str, description: str) -> Parser:
     """The flags of both command lines."""
     p = make_parser(module, description)
@@ -151,12 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("benchmark", help=f"one of: {', '.join(benchmarks.names())}")
     p.add_argument("--answers", required=True, help="answers.jsonl, LLaVA's merge.jsonl, or a list of predictions")
     args = p.parse_args(arguments)
-    path, benchmark = Path(args.answers), benchmarks.get(args.benchmark)
-    has_data = args.data != str(DEFAULT_DATA) and benchmark.is_in(Path(args.data))
-    record = None if has_data else score_alone(path, benchmark, args.partial)
-    if record is None:
-        data = open_dataset(args.benchmark, args.data, args.split, args.profile, args.source)
-        record = score_file(path, data, args.partial, args.judge)
+    data = open_dataset(args.benchmark, args.data, args.split, args.profile, args.source)
+    record = score_file(Path(args.answers), data, args.partial, args.judge)
     print("\n".join([f"{record['title']}, {record['questions']:,} questions", *score_lines(record)]))
     if args.json:
         write_json(Path(args.json), record)
@@ -167,32 +130,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def compare_command(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     p = answers_parser(
-        "eval.cli compare",
-        "Compare two answer files on the same benchmark: difference, 95 % interval and a paired test.",
+        "eval.cli compare", "Compare two runs on the same benchmark: difference, 95 % interval and a paired test."
     )
-    p.add_argument("a", help="answer file, or output folder of a run")
-    p.add_argument("b", help="answer file, or output folder of a run")
-    p.add_argument("--benchmark", help="of the files; output folders say it themselves")
+    p.add_argument("a", type=Path, help="output folder of a run")
+    p.add_argument("b", type=Path, help="output folder of another run")
     args = p.parse_args(arguments)
-    paths = [Path(args.a), Path(args.b)]
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"There is no file or folder {path}; give an answer file, or the output folder of a run.")
-    results = [read_json(results_folder(path) / RESULT) for path in paths if is_run(path)]
-    if len(results) > 1 and (found := joint_differences(results[0], results[1], OF_THE_SCORE)):
-        raise UserError(
-            f"{args.a} and {args.b} cannot be compared: they differ in {'; '.join(found)}. To compare them all the "
-            "same, give their files answers.jsonl and --benchmark."
-        )
-    said = [(one["settings"]["benchmark"], one["settings"]["split"], one["facts"].get("profile")) for one in results]
-    name, split, profile = said[0] if said else (args.benchmark, args.split, args.profile)
-    if name is None:
-        if folders := [path for path in paths if path.is_dir()]:
-            raise UserError(f"{folders[0]} holds no run; give the folder that `vtr eval` printed, or an answer file.")
-        raise UserError("--benchmark is missing; only output folders of `python -m eval` say what they answer.")
-    data = open_dataset(args.benchmark or name, args.data, args.split or split, args.profile or profile, args.source)
-    a, b = paths
-    record = compare(a, b, data, args.partial, args.judge)
+    first, second = (read_json(results_folder(path) / RESULT) for path in (args.a, args.b))
+    if found := joint_differences(first, second, OF_THE_SCORE):
+        raise UserError(f"{args.a} and {args.b} cannot be compared: they differ in {'; '.join(found)}.")
+    settings, facts = first["settings"], first["facts"]
+    split, profile = args.split or settings["split"], args.profile or facts.get("profile")
+    data = open_dataset(settings["benchmark"], args.data, split, profile, args.source)
+    record = compare(args.a, args.b, data, args.partial, args.judge)
     print("\n".join(comparison_lines(record)))
     if args.json:
         write_json(Path(args.json), record)

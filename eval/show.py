@@ -2,16 +2,13 @@
 
     vtr show methods
     vtr show methods consensusdrop
-    vtr show benchmarks --json
+    vtr show benchmarks
     vtr check-data playground/data/eval
-    vtr check-data DATA pope textvqa --json report.json
+    vtr check-data DATA pope textvqa
 
 A benchmark counts as complete when its own reader accepts the files and every image it names is there.
 """
 
-import argparse
-import dataclasses
-import json
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -20,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from eval import benchmarks
-from eval.answers.jsonl import write_json
 from eval.benchmarks.base import Benchmark, Need
 from eval.benchmarks.hub import local_copy
 from eval.command import exit_on_user_error, make_parser
@@ -77,10 +73,9 @@ def option_line(option: dict[str, Any]) -> str:
 @exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    p = argparse.ArgumentParser(prog="vtr show", description="List what can be named on a command line.")
+    p = make_parser("eval.show", "List what can be named on a command line.")
     p.add_argument("kind", choices=KINDS)
     p.add_argument("name", nargs="?", help="only this one, with everything that is known about it")
-    p.add_argument("--json", action="store_true", help="print JSON")
     args = p.parse_args(arguments)
     entries = entries_of(args.kind)
     if not entries:
@@ -94,10 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 registry.method(args.name)  # says which file of it is broken
             raise unknown(args.kind.removesuffix("s"), args.name, known)
         entries = [known[args.name]]
-    if args.json:
-        print(json.dumps(entries, indent=1, default=str))
-    else:
-        print(details(entries[0]) if args.name is not None else overview(args.kind, entries))
+    print(details(entries[0]) if args.name is not None else overview(args.kind, entries))
     return 0
 
 
@@ -190,7 +182,6 @@ def check_data_command(arguments: Sequence[str] | None = None) -> int:
     p = make_parser("eval.cli check-data", "Look at a data folder: which benchmarks are complete, and what is missing.")
     p.add_argument("data", nargs="?", default=str(DEFAULT_DATA), help="folder that holds the benchmarks")
     p.add_argument("benchmarks", nargs="*", help="look at these only")
-    p.add_argument("--json", metavar="OUT", help="also write the findings to this file")
     args = p.parse_args(arguments)
     if not Path(args.data).is_dir():
         raise UserError(f"No folder at {args.data}; name the one that holds gqa/, pope/ and so on.")
@@ -200,8 +191,6 @@ def check_data_command(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(finding_lines(findings[-1:])), flush=True)
     counts = {state: sum(f.state == state for f in findings) for state in (COMPLETE, INCOMPLETE, ABSENT)}
     print(", ".join(f"{count} {state}" for state, count in counts.items()))
-    if args.json:
-        write_json(Path(args.json), [dataclasses.asdict(finding) for finding in findings])
     wanted = len(findings) if args.benchmarks else counts[INCOMPLETE] + max(1, counts[COMPLETE])
     return int(counts[COMPLETE] < wanted)
 

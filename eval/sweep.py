@@ -13,18 +13,18 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from eval import benchmarks, tracking
-from eval.answers import differences, result_folder
 from eval.answers.jsonl import read_json, read_jsonl, write_json
-from eval.answers.reuse import RESULT, check_reuse, read_stored
+from eval.answers.reuse import check_reuse
+from eval.answers.source_hash import differences
 from eval.ask import Job
 from eval.benchmarks.base import Dataset
-from eval.command import exit_on_user_error
+from eval.command import exit_on_user_error, open_dataset
 from eval.config import DEFAULT_DATA, FULL, RunConfig, build_reducer, folder_name
 from eval.feature_cache import CACHE_BYTES, CachingLlava
 from eval.parallel import placement, ranks
@@ -33,7 +33,6 @@ from eval.parallel.placement import Placement
 from eval.parallel.ranks import Control, Rank
 from eval.results import report
 from eval.run import equip, load_model, prepare, read_questions, run
-from eval.tables.page import markdown
 from llava.budget import RETENTION_RATIO
 from llava.errors import UserError
 from llava.model.builder import device_of, load
@@ -41,7 +40,6 @@ from llava.model.llava_arch import Llava
 from llava.reduction import registry
 from llava.reduction.reducer import Reducer
 
-Credits = dict[str, float]
 CELL_SECONDS = 24 * 3600  # a setting is a whole run
 
 
@@ -52,63 +50,6 @@ class Setting:
     method: str
     budget: int | None
     options: dict[str, str] = field(default_factory=dict)
-
-
-def sweep(
-    settings: Sequence[Setting],
-    model: CachingLlava,
-    data: Path,
-    split: str,
-    output: Path,
-    batch_size: int = 48,
-    benchmark: str = "gqa",
-    limit: int | None = None,
-    wandb: str = "auto",
-) -> list[Credits]:
-    """Run every setting on the first `limit` questions, or all.
-
-    The sweep is one W&B run with a table of all settings.
-
-    Returns:
-        Question id -> sample score, in the order of `settings`.
-    """
-    folders = [folder_of(output, model, benchmark, split, setting, data) for setting in settings]
-    model.expect([reducer_of(setting, model.visual_tokens) for setting in settings])
-    common = RunConfig(FULL, None, benchmark, split, data=data, batch_size=batch_size, limit=limit, wandb="disabled")
-    configs = [
-        dataclasses.replace(
-            common, method=one.method, budget=one.budget, options=one.options, output=folder, failed="again"
-        )
-        for one, folder in zip(settings, folders, strict=True)
-    ]
-    missing = [config for config in configs if not is_finished(config, model)]
-    place = placement.here() if len(missing) > 1 else None
-    if place is not None:
-        fill_on_ranks(missing, model.loaded_with, folders[0].parent, place)
-        missing = []
-    for config in tqdm(missing, desc=f"sweep {split}", unit="setting"):
-        fill(config, model)
-    results = [credits_of(folder, data, split, benchmark, limit) for folder in folders]
-    known = dataset(benchmark, data, split).questions
-    found = [read_json(result_folder(folder, len(known[:limit]), len(known)) / RESULT) for folder in folders]
-    about = {"benchmark": benchmark, "split": split, "model": model.name, "limit": limit}
-    log_table(wandb, settings, folders, found, about)
-    return results
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A run of `run_all`, checked.
-
-    Attributes:
-        config: with its output folder.
-        results: folder of its result.json.
-    """
-
-    config: RunConfig
-    reducer: Reducer
-    results: Path
-    finished: bool
 
 
 def run_all(configs: Sequence[RunConfig]) -> bool:
@@ -133,27 +74,25 @@ def run_all(configs: Sequence[RunConfig]) -> bool:
     models = {name: load_model(config) for name, config in by_model.items()}
     kind = device_of(first.device).type
 
-    def plan(config: RunConfig) -> Planned:
+    def plan(config: RunConfig) -> tuple[Job, bool]:
         job = prepare(config, models[config.model], None)
-        placed = dataclasses.replace(config, output=job.output)
-        return Planned(placed, job.reducer, job.results, is_complete(job, kind))
+        return job, is_complete(job, kind)
 
     runs, complete = check_all(configs, plan), True
     for name, model in models.items():
-        own = [one for one in runs if one.config.model == name]
-        missing = [one.config for one in own if not one.finished]
+        own = [(job, finished) for job, finished in runs if job.config.model == name]
+        missing = [dataclasses.replace(job.config, output=job.output) for job, finished in own if not finished]
         if place is not None and missing:
             fill_on_ranks(missing, {**model.loaded_with, "device": first.device}, Path("results"), place, go_on=True)
         model.cache_bytes = CACHE_BYTES
-        model.expect([one.reducer for one in own])
-        for one in own:
-            if place is None and not one.finished:
+        model.expect([job.reducer for job, _ in own])
+        for job, finished in own:
+            if place is None and not finished:
                 with contextlib.redirect_stdout(io.StringIO()):
-                    run(one.config, model=model)
-            result = read_json(one.results / "result.json")
+                    run(job.config, model=model)
+            result = read_json(job.results / "result.json")
             print("\n".join([*report.failed_lines(result), result["sentence"]]), flush=True)
             complete = complete and not result["failed"]
-    print(f"\n{overview(runs)}")
     return complete
 
 
@@ -171,27 +110,12 @@ def check_all(configs: Sequence[RunConfig], check: Callable[[RunConfig], Checked
         try:
             found.append(check(config))
         except UserError as error:
-            refused.append(f"{config.benchmark}, {config.method}{size_of(config, ' at ')}: {error}")
+            size = config.budget or config.retention_ratio
+            at = f" at {size:.6g}" if size and config.method != FULL else ""
+            refused.append(f"{config.benchmark}, {config.method}{at}: {error}")
     if refused:
         raise UserError("\n".join(["Nothing was run, because this cannot be:", *refused]))
     return found
-
-
-def size_of(config: RunConfig, before: str = "") -> str:
-    """The budget as text, nothing for `full`."""
-    size = config.budget or config.retention_ratio
-    return f"{before}{size:.6g}" if size and config.method != FULL else ""
-
-
-def overview(runs: Sequence[Planned]) -> str:
-    """A small table of the results."""
-    header, rows = ("benchmark", "method", "budget", "score", "% of full", "tokens per layer", "questions"), []
-    for one in runs:
-        result = read_json(one.results / "result.json")
-        score, percent, _, asked, tokens, _ = tracking.headline(result, one.results)
-        numbers = ["n/a" if value is None else f"{value:.1f}" for value in (score, percent, tokens)]
-        rows.append((one.config.benchmark, one.config.method, size_of(one.config), *numbers, f"{asked:,}"))
-    return markdown(header, rows)
 
 
 class UnansweredQuestions(UserError):
@@ -217,11 +141,7 @@ def fill(config: RunConfig, model: CachingLlava) -> None:
 
 
 def fill_on_ranks(
-    configs: Sequence[RunConfig],
-    loaded_with: Mapping[str, Any],
-    folder: Path,
-    place: Placement,
-    go_on: bool = False,
+    configs: Sequence[RunConfig], loaded_with: Mapping[str, Any], folder: Path, place: Placement, go_on: bool = False
 ) -> None:
     """Run settings on several ranks, each of which takes the next one when it is ready; `main` is what they do.
 
@@ -275,38 +195,6 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def log_table(
-    wandb: str,
-    settings: Sequence[Setting],
-    folders: Sequence[Path],
-    found: Sequence[Mapping[str, Any]],
-    about: dict[str, object],
-) -> None:
-    """Log a finished sweep as one W&B run; the same sweep in the same folder continues its run.
-
-    Args:
-        folders, found: of each setting its folder, and the result of as many questions as the sweep asked.
-    """
-    if not folders:
-        return
-    digest = hashlib.sha256(json.dumps([folder.name for folder in folders]).encode()).hexdigest()[:8]
-    config = about | {"settings": len(settings), "methods": sorted({setting.method for setting in settings})}
-    tracker = tracking.start(
-        wandb,
-        folders[0].parent,
-        config,
-        job_type="sweep",
-        tags=["sweep", about["benchmark"], about["split"], about["model"]],
-        id_file=f"wandb_id-{digest}",
-    )
-    rows = [
-        (setting.method, result["budget"], describe(setting), *tracking.headline(result, folder))
-        for setting, result, folder in zip(settings, found, folders, strict=True)
-    ]
-    tracker.table("settings", ("method", "budget", "options", *tracking.HEADLINE), rows)
-    tracker.close(failed=False)
-
-
 def is_finished(config: RunConfig, model: Llava, device: str | None = None) -> bool:
     """Whether this very run is complete in its folder: same settings, labels, prompts and images, all its questions.
 
@@ -338,10 +226,6 @@ def is_complete(job: Job, device: str | None = None) -> bool:
     return True
 
 
-def describe(setting: Setting) -> str:
-    return ", ".join(f"{key}={value}" for key, value in setting.options.items())
-
-
 def reducer_of(setting: Setting, tokens: int) -> Reducer:
     """The method of a setting; `tokens` are the model's visual tokens, the budget of `full`."""
     has_ratio = RETENTION_RATIO in setting.options
@@ -369,25 +253,7 @@ def name_of(setting: Setting, tokens: int) -> str:
     return f"{setting.method}-{reducer.budget}{tail}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
-def credits_of(folder: Path, data: Path, split: str, benchmark: str = "gqa", limit: int | None = None) -> Credits:
-    """Question id -> sample score, from a finished run's answers to the first `limit` questions, or all."""
-    found = dataset(benchmark, data, split)
-    questions = {question.id: question for question in found.questions[:limit]}
-    if found.sample_score is None:
-        raise UserError(
-            f"{benchmark} has no score for a single answer, which a sweep compares; take another benchmark."
-        )
-    texts = read_stored(result_folder(folder, len(questions), len(found.questions)), found).texts
-    return {name: found.sample_score(questions[name], text) for name, text in texts.items()}
-
-
-_DATASETS: dict[tuple[str, Path, str], Dataset] = {}
-
-
+@cache
 def dataset(benchmark: str, data: Path, split: str) -> Dataset:
     """A benchmark's questions in its default profile, read once in a process."""
-    key = (benchmark, data, split)
-    if key not in _DATASETS:
-        found = benchmarks.get(benchmark)
-        _DATASETS[key] = found.load(data, split, benchmarks.check_profile(found, None), "auto")
-    return _DATASETS[key]
+    return open_dataset(benchmark, str(data), split, None, "auto")

@@ -10,34 +10,27 @@ Differs from it: templates of checkpoints that cannot be loaded here (LLaVA 1.0,
 left out; stop_string of mistral_instruct is "</s>" (theirs is the separator before a turn).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from llava.errors import unknown
 
-Turn = tuple[str, str | None]  # user message, answer; None where the model is to answer
-
 
 @dataclass(frozen=True)
 class Conversation:
-    """One template. A conversation is the system text, then for each turn `user`, the message, `assistant`, the answer.
+    """One template. A prompt is `system`, `user`, the message and `assistant`; the answer of the model follows.
 
     Attributes:
-        system: text before the first turn.
-        user: text before a message.
-        assistant: text between a message and its answer; a prompt ends with it.
-        space: text before an answer, which the model writes itself: its first token begins with it.
-        end: text after an answer.
+        system: text before the user's turn.
+        user: text before the message.
+        assistant: text between the message and its answer.
         stop: text that ends an answer.
-        slot: text of an image before the first message; the visual tokens replace "<image>" in it.
+        slot: text of an image before the message; the visual tokens replace "<image>" in it.
         trim: spaces and line ends at both ends of a message are removed.
     """
 
     system: str
     user: str
     assistant: str
-    space: str
-    end: str
     stop: str
     slot: str = "<image>\n"
     trim: bool = False
@@ -51,25 +44,19 @@ HELPFUL_VISION = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
 )
-VICUNA_V1 = Conversation(
-    system=CURIOUS.format(who="user"), user="USER: ", assistant=" ASSISTANT:", space=" ", end="</s>", stop="</s>"
-)
+VICUNA_V1 = Conversation(system=CURIOUS.format(who="user"), user="USER: ", assistant=" ASSISTANT:", stop="</s>")
 DEFAULT_MODE = "vicuna_v1"
 
 MODES: dict[str, Conversation] = {
     "vicuna_v1": VICUNA_V1,  # LLaVA-1.5 and LLaVA-1.6 vicuna, all benchmark scripts
     "llava_v1": replace(VICUNA_V1, system=CURIOUS.format(who="human")),  # Video-LLaVA's videos
     # LLaVA-1.6 mistral
-    "mistral_instruct": Conversation(
-        system="", user="[INST] ", assistant=" [/INST]", space=" ", end=" </s>", stop="</s>"
-    ),
+    "mistral_instruct": Conversation(system="", user="[INST] ", assistant=" [/INST]", stop="</s>"),
     # LLaVA-1.6 34B
     "chatml_direct": Conversation(
         system="<|im_start|>system\nAnswer the questions.<|im_end|>",
         user="<|im_start|>user\n",
         assistant="<|im_end|><|im_start|>assistant\n",
-        space="",
-        end="<|im_end|>",
         stop="<|im_end|>",
     ),
     # LLaVA-NeXT with a Llama-3 decoder. The text begins with the BOS token and the tokenizer adds another one, as in
@@ -78,8 +65,6 @@ MODES: dict[str, Conversation] = {
         system=f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{HELPFUL_VISION}<|eot_id|>",
         user="<|start_header_id|>user<|end_header_id|>\n\n",
         assistant="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-        space="",
-        end="<|eot_id|>",
         stop="<|eot_id|>",
         trim=True,
     ),
@@ -88,8 +73,6 @@ MODES: dict[str, Conversation] = {
         system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
         user="<|im_start|>user\n",
         assistant="<|im_end|>\n<|im_start|>assistant\n",
-        space="",
-        end="<|im_end|>\n",
         stop="<|im_end|>",
         slot="<|vision_start|><image><|vision_end|>",
     ),
@@ -107,14 +90,7 @@ def stop_string(mode: str) -> str:
     return conversation(mode).stop
 
 
-def render(mode: str, turns: Sequence[Turn]) -> str:
-    """Return the prompt text of a conversation. With None as the last answer it ends where the model continues."""
-    if not turns or any(answer is None for _, answer in turns[:-1]):
-        raise ValueError("a conversation needs at least one turn, and only its last answer may be None")
+def render(mode: str, message: str) -> str:
+    """Return the prompt text of a message, which ends where the model continues."""
     template = conversation(mode)
-    text = template.system
-    for message, answer in turns:
-        text += template.user + (message.strip() if template.trim else message) + template.assistant
-        if answer is not None:
-            text += template.space + (answer.strip() if template.trim else answer) + template.end
-    return text
+    return template.system + template.user + (message.strip() if template.trim else message) + template.assistant

@@ -1,8 +1,11 @@
-"""The most memory that is allocated at once while a function runs, by torch's own allocator events on the CPU."""
+"""The most memory that is allocated at once while a function runs: by torch's allocator, and by the meter."""
 
 from collections.abc import Callable
 
+import torch
 from torch.profiler import ProfilerActivity, profile
+
+from eval.efficiency.memory import Meter
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
@@ -15,3 +18,10 @@ def peak_bytes(call: Callable[[], object]) -> int:
         held += event.nbytes()
         most = max(most, held)
     return most
+
+
+def metered_peak(call: Callable[[], object]) -> int:
+    """The same, by the meter of `--dry-run`, which also counts on the meta device."""
+    with torch.inference_mode(), Meter() as meter:
+        call()
+    return meter.peak()

@@ -1,13 +1,23 @@
-"""Transformers' own attention maps of every decoder layer, for tests that compare rows with them."""
+"""Eager attention of tower and decoder, and transformers' own maps of every decoder layer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 from torch import Tensor
 
 from llava.model.llava_arch import Llava
 
 Maps = dict[int, Tensor]  # layer -> [B, H, L, L] as last computed, padding included
+
+
+@contextmanager
+def eager_attention(model: Llava) -> Iterator[None]:
+    """Tower and decoder run eager attention, whose weights and products can be seen, in place of the fused kernel."""
+    with pytest.MonkeyPatch.context() as patch:
+        for config in (model.hf_model.config, model.llm.config, model.tower.config):
+            patch.setattr(config, "_attn_implementation", "eager")
+        yield
 
 
 @contextmanager
@@ -22,13 +32,11 @@ def eager_maps(model: Llava) -> Iterator[Maps]:
 
         return hook
 
-    before = model.llm.config._attn_implementation
-    model.llm.config._attn_implementation = "eager"
     hooks = [layer.self_attn.register_forward_hook(note(i)) for i, layer in enumerate(model.llm.layers)]
     try:
-        yield maps
+        with eager_attention(model):
+            yield maps
     finally:
-        model.llm.config._attn_implementation = before
         for hook in hooks:
             hook.remove()
 

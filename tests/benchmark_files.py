@@ -68,8 +68,19 @@ def write_hub(data: Path, name: str, split: str, rows: Sequence[Mapping[str, Any
     return data
 
 
-def load(name: str, data: Path, **options: Any) -> Any:
-    return benchmarks.get(name).load(data, "test", **options)
+def load(name: str, data: Path, profile: str | None = None, split: str = "test", source: str = "auto") -> Any:
+    return benchmarks.get(name).load(data, split, profile, source)
+
+
+def right_answers(data: Any, *wrong: str) -> dict[str, str]:
+    """Right answers to yes-or-no questions, but for the ids in `wrong`."""
+    turned = {"yes": "No", "no": "Yes"}
+    return {q.id: turned[q.answer] if q.id in wrong else q.answer.capitalize() for q in data.questions}
+
+
+def scored(data: Any, texts: Mapping[str, str]) -> Any:
+    """The score of answers to all questions."""
+    return data.score([question.id for question in data.questions], texts)
 
 
 def judged(data: Any, verdicts: Path, texts: Mapping[str, str]) -> Any:

@@ -48,7 +48,7 @@ SAVERS = {
     "llava transformers": save_transformers_layout,
     "llava transformers bin": partial(save_transformers_layout, safetensors=False),
     "llava original": save_original_layout,
-    "llava original safetensors": partial(save_original_layout, safetensors=True, shards=3),
+    "llava original safetensors": partial(save_original_layout, safetensors=True),
     "llava original with tower": partial(save_original_layout, tower_in_shards=True),
     "llava_next transformers": save_next_transformers,
     "llava_next original": save_next_original,

@@ -1,4 +1,4 @@
-"""Pictures in several crops with chosen signals, without a model: what a method keeps of them before the projector."""
+"""What a method is handed of images with chosen signals, without a model; and what it keeps of pictures in crops."""
 
 from types import SimpleNamespace
 
@@ -11,9 +11,17 @@ from llava.processing.image import AnyresProcessor
 from llava.processing.prompt import Sample
 from llava.reduction.reducer import EncoderState, Reducer
 from llava.reduction.scores import TowerScore
+from llava.reduction.states import PromptState
 from llava.reduction.token_layout import NEWLINE, ModelSpec, PatchGrid, TokenLayout
 
 Signals = dict[TowerScore, torch.Tensor]
+
+
+def state_with(features: torch.Tensor, scores: Signals | None = None, **fields) -> EncoderState:
+    """Images of a row of patches unless `layout` says otherwise; before the decoder where there are `tokens`."""
+    known = {"ids": tuple(map(str, range(len(features)))), "layout": PatchGrid(1, features.shape[1])}
+    cls = PromptState if "tokens" in fields else EncoderState
+    return cls(features=features, scores=scores or {}, **{**known, **fields})
 
 
 def arranged(size: tuple[int, int], merge: str = "spatial_unpad") -> TokenLayout:

@@ -10,7 +10,6 @@ python -m tests.fake_evaluation FLAGS    FAULT holds a JSON object, read here an
     hang      stop for ever in "load", "merge" or the questions with these ids
     locked    die by SIGKILL at the question with this id, while it holds the lock of progress bars
     disk      bytes that a file may have; more is an error, as on a full disk
-    room      questions for which there is memory
 """
 
 import functools
@@ -23,13 +22,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 import eval.run
 from eval import __main__ as command
 from eval import run
-from eval.answers import AnswerStore
+from eval.answers.store import AnswerStore
 from eval.parallel import launch, ranks
 from tests.eval_fakes import FakeLlava
 from tests.shard_worker import kill_before_call
@@ -53,8 +51,6 @@ class Disturbed(FakeLlava):
             os.kill(os.getpid(), signal.SIGKILL)
         if names & set(self.fault.get("broken", ())):
             raise RuntimeError("no such colour")
-        if len(samples) > self.fault.get("room", len(samples)):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
         time.sleep(self.fault.get("pause", 0))
         return super().answer(samples, reducer, max_new_tokens)
 

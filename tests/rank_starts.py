@@ -3,19 +3,19 @@
 import contextlib
 import inspect
 import os
-import signal
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import psutil
 
-ROOT = Path(__file__).resolve().parent.parent
+from eval.config import ROOT
+
 MARK = "TEST_OF_RANKS"
 # A start takes seconds on an idle machine; a busy one may be ten times slower.
 PATIENCE = 300
@@ -31,7 +31,6 @@ class Start:
     process: "subprocess.Popen[bytes]"
     mark: str
     folder: Path
-    began: float = field(default_factory=time.monotonic)
 
     def living(self) -> list[psutil.Process]:
         """Every process of the command, the first one too."""
@@ -76,7 +75,7 @@ class Start:
         texts = [" ".join(words(process)) for process in left]
         self.kill_all()
         out, err = (Path(f"{self.folder}.{name}").read_text() for name in ("out", "err"))
-        return Ended(code, out, err, texts, time.monotonic() - self.began, self.folder)
+        return Ended(code, out, err, texts, self.folder)
 
     def __enter__(self) -> Self:
         return self
@@ -92,14 +91,12 @@ class Ended:
 
     Attributes:
         left: command lines of its processes that have not ended.
-        seconds: from start to end.
     """
 
     code: int
     out: str
     err: str
     left: list[str]
-    seconds: float
     folder: Path
 
 
@@ -128,6 +125,49 @@ def words(process: psutil.Process) -> list[str]:
         return []
 
 
-def send(start: Start, number: signal.Signals) -> None:
-    """A signal to the process that the user has started, as `kill` or Ctrl-C sends it."""
-    start.process.send_signal(number)
+# Stand-ins for pdsh, srun and scontrol that run the commands of all machines on this one. As with the real programs,
+# processes on the "machines" outlive pdsh: they run in sessions of their own.
+PDSH = """
+import subprocess, sys
+words = sys.argv[1:]
+hosts = words[words.index("-w") + 1].split(",")
+assert words[:5] == ["-S", "-N", "-R", "ssh", "-f"], words
+commands = [words[-1].replace("%n", str(number)).replace("%h", host) for number, host in enumerate(hosts)]
+started = [subprocess.Popen(["bash", "-c", command], start_new_session=True) for command in commands]
+sys.exit(max(abs(process.wait()) for process in started))
+"""
+SRUN = """
+import os, signal, subprocess, sys, time
+words = sys.argv[1:]
+flags = [word for word in words if word.startswith("--")][:4]
+count = int(flags[0].removeprefix("--nodes="))
+assert flags[1:] == [f"--ntasks={count}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"], flags
+command = words[4:]
+started = [subprocess.Popen(command, env={**os.environ, "SLURM_NODEID": str(number)}, start_new_session=True)
+           for number in range(count)]
+def end(number, frame):
+    for process in started:
+        process.terminate()
+signal.signal(signal.SIGTERM, end)
+worst = 0
+while any(process.poll() is None for process in started):
+    if not worst and any(process.poll() for process in started):
+        end(None, None)
+    worst = max([worst, *(abs(process.poll() or 0) for process in started)])
+    time.sleep(0.05)
+sys.exit(max(abs(process.poll()) for process in started))
+"""
+SCONTROL = """
+import sys
+assert sys.argv[1:] == ["show", "hostnames", "fake[1-2]"], sys.argv
+print("fake1\\nfake2")
+"""
+
+
+def write_programs(folder: Path) -> dict[str, str]:
+    """Write the programs; returns the environment in which they are found."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, code in (("pdsh", PDSH), ("srun", SRUN), ("scontrol", SCONTROL)):
+        (folder / name).write_text(f"#!{sys.executable}\n{code}")
+        (folder / name).chmod(0o755)
+    return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}

@@ -39,7 +39,6 @@ class OfflineRun:
         name: the id of the run.
         history: one dict per `run.log`.
         artifacts: name -> path in the artifact -> file on the disk.
-        artifact_types: name -> type.
         metadata: name of an artifact -> its metadata.
     """
 
@@ -54,7 +53,6 @@ class OfflineRun:
     tags: tuple[str, ...] = ()
     display_name: str = ""
     artifacts: dict[str, dict[str, Path]] = field(default_factory=dict)
-    artifact_types: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -126,7 +124,6 @@ def read_run(folder: Path) -> OfflineRun:
                 entries = record.artifact.manifest.contents
                 name = record.artifact.name
                 run.artifacts[name] = {entry.path: Path(entry.local_path) for entry in entries}
-                run.artifact_types[name] = record.artifact.type
                 run.metadata[name] = json.loads(record.artifact.metadata or "{}")
             case "history":
                 run.history.append(items(record.history.item))

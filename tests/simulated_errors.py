@@ -54,6 +54,17 @@ def terms(right) -> SufficientStatistics:
     return SufficientStatistics("image", names, names, rows.astype(float), accuracy, proportion=True)
 
 
+def f1(sums):
+    return 200 * divide(sums[..., 0], sums[..., 1] + sums[..., 2])
+
+
+def f1_terms(said, actual) -> SufficientStatistics:
+    """F1, no mean of anything, of yes/no answers [questions], four to an image: (true positives, predicted, actual)."""
+    names = tuple(map(str, range(len(said))))
+    sums = np.stack([actual & said, said, actual], 1).astype(float)
+    return SufficientStatistics("question", names, tuple(str(i // 4) for i in range(len(said))), sums, f1)
+
+
 def chance(random, clusters: int, p: float, together: float):
     """[clusters, 1] probabilities with the mean p; answers drawn with them correlate by `together` in a cluster."""
     if not together or not p:

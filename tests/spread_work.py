@@ -2,7 +2,6 @@
 
 import gc
 import os
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -290,35 +289,3 @@ def zero_session(folder: Path) -> Rank:
     if parallel.group_size() > 1:
         found.repeated = repeated(folder, rounds=6)
     return found
-
-
-def whole_memory(folder: Path) -> dict[str, Grown]:
-    return memory(folder, "float32")
-
-
-def split_memory(folder: Path) -> dict[str, Grown]:
-    return memory(folder, "float32", tensor_parallel=2)
-
-
-def zero_memory(folder: Path) -> dict[str, Grown]:
-    return memory(folder, "float32", zero="cpu")
-
-
-def main() -> None:
-    """Print the anonymous memory of a rank, at most while loading: whole, split in two, and partitioned in two."""
-    from tests import two_ranks
-
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        save_large(folder)
-        [whole] = two_ranks.run("tests.spread_work:whole_memory", folder, 1)
-        for function in ("split_memory", "zero_memory"):
-            for number, found in enumerate(two_ranks.run(f"tests.spread_work:{function}", folder)):
-                for layout, grown in found.items():
-                    mine, all_of_it = grown.peak / 2**20, whole[layout].peak / 2**20
-                    ratio = f"{mine:.1f} MiB of {all_of_it:.1f}, {mine / all_of_it:.3f}"
-                    print(f"{function} rank {number}, {layout}: {ratio}")
-
-
-if __name__ == "__main__":
-    main()

@@ -6,6 +6,7 @@ installed: their image processors are those of transformers, and the placeholder
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -95,6 +96,12 @@ def stock(family: str) -> Stock:
         return dict(processor(images=list(pictures) or None, text=list(texts), padding=True, return_tensors="pt"))
 
     return Stock(with_pad(model, tokenizer), tokenizer, prepare)
+
+
+@cache
+def shared(family: str) -> Stock:
+    """The same one for all tests; none may change it."""
+    return stock(family)
 
 
 def method(case: Stock) -> str:

@@ -1,17 +1,23 @@
-"""Answer files of others: every naming is read, and nothing that does not fit is scored in silence."""
+"""Answer files of others: every naming is read, and nothing that does not fit is scored or compared in silence."""
 
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from eval import score
 from eval.answers.reading import read_answers
 from eval.benchmarks.base import Dataset, Question
 from eval.benchmarks.media import Folder
+from eval.config import RunConfig
 from eval.metrics import Score
+from eval.run import run
 from llava.errors import UserError
+from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
 
 PICTURE_IDS = ("p1", "p1", "p2")
 
@@ -41,9 +47,13 @@ LMMS = [
     {"doc_id": n, "doc": {"question": f"What is thing {n}?"}, "target": "x", "resps": [[f"t{n}"]]} for n in range(3)
 ]
 EXPECTED = {"p1#0": "t0", "p1#1": "t1", "p2#2": "t2"}
+FILTERED = [row | {"resps": [["raw"]], "filtered_resps": row["resps"][0]} for row in LMMS]
+VIDEO_LLAVA = [{"id": name, "answer": "reference", "pred": text} for name, text in EXPECTED.items()]
 
 
-@pytest.mark.parametrize("rows", [OURS, LLAVA, LMMS], ids=["ours", "llava", "lmms-eval"])
+@pytest.mark.parametrize(
+    "rows", [OURS, LLAVA, LMMS, FILTERED, VIDEO_LLAVA], ids=["ours", "llava", "lmms-eval", "filtered", "video-llava"]
+)
 def test_every_naming_is_joined(tmp_path, rows):
     found = read_answers(written(tmp_path, *rows), dataset())
     assert found.texts == EXPECTED and not found.notes
@@ -70,16 +80,6 @@ def test_lists_and_maps_are_read(tmp_path):
     for indent in (None, 2):
         path.write_text(json.dumps(EXPECTED, indent=indent))
         assert read_answers(path, dataset()).texts == EXPECTED
-
-
-def test_filtered_responses_win_over_raw_ones(tmp_path):
-    rows = [{**row, "filtered_resps": [f"f{row['doc_id']}"]} for row in LMMS]
-    assert list(read_answers(written(tmp_path, *rows), dataset()).texts.values()) == ["f0", "f1", "f2"]
-
-
-def test_video_llavas_answer_is_the_reference_and_pred_the_text(tmp_path):
-    rows = [{"id": name, "answer": "reference", "pred": text} for name, text in EXPECTED.items()]
-    assert read_answers(written(tmp_path, *rows), dataset()).texts == EXPECTED
 
 
 def test_prompts_tell_questions_about_one_picture_apart_whatever_the_order(tmp_path):
@@ -116,12 +116,6 @@ def test_two_different_answers_are_never_scored(tmp_path):
 def test_another_benchmarks_file_is_named(tmp_path):
     path = written(tmp_path, {"question_id": "9001", "text": "a"})
     with pytest.raises(UserError, match=r"None of the 1 answers .* belongs to a set, whose ids look like p1"):
-        read_answers(path, dataset(), partial=True)
-
-
-def test_a_torn_line_in_the_middle_is_no_cut_file(tmp_path):
-    path = written(tmp_path, OURS[0], '{"question_id"', OURS[2])
-    with pytest.raises(UserError, match="line 2 is not valid JSON"):
         read_answers(path, dataset(), partial=True)
 
 
@@ -177,13 +171,17 @@ def test_a_store_of_another_benchmark_is_refused_where_all_prompts_are_alike(tmp
         (b'{\n"p1#0": "a",\n"p1#0": "b"}', "the key 'p1#0' stands twice"),
         (rb'{"question_id": "p1#0", "text": "\ud83d"}', "half of a surrogate pair"),
         (b'{"question_id": ' + b"9" * 5000 + b', "text": "a"}\n{}', "a number with too many digits"),
+        (b'{"question_id": "p1#0", "text": "a"}\n{"question_id": \n{}', "line 2 is not valid JSON"),
+        (b'{"question_id": "p1#0"}\n', "entry 1 should have an id (question_id, questionId,"),
+        (b"\xff\xfe", "is not valid JSON"),
+        (b"", "holds no answers"),
     ],
 )
 def test_json_that_python_reads_in_silence_or_not_at_all_is_refused(tmp_path, content, message):
     """Deep nesting was a RecursionError, of two equal keys the last won, half a character failed when written."""
     path = tmp_path / "answers.json"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=re.escape(message)):
         read_answers(path, dataset())
 
 
@@ -193,7 +191,7 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
     for name, message in (
-        ("pipe", "should be a regular file, not a pipe"),
+        ("pipe", "should be a regular file, not a pipe, socket or device"),
         (".", "should be a regular file, not a folder"),
         ("loop", "Too many levels of symbolic links"),
         ("broken", "a link to .*nowhere, which does not exist"),
@@ -202,3 +200,100 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             read_answers(tmp_path / name, dataset())
+
+
+# -- vtr compare ---------------------------------------------------------------------------------------------------
+
+
+def run_in(data, output, alpha=0.5, model=None, **changes) -> str:
+    """The folder of a finished run of the stand-in model."""
+    config = RunConfig(method="first", budget=16, data=data, output=output, batch_size=8, wandb="disabled", **changes)
+    run(config, model or FakeLlava(), FakeReducer(alpha=alpha))
+    return str(output)
+
+
+def other_data(folder, change: str):
+    """The questions of `write_gqa` with other images, labels or words."""
+    data = write_gqa(folder / change)
+    if change == "images":
+        Image.effect_noise((32, 32), 90).convert("RGB").save(data / "gqa" / "data" / "images" / "n3.jpg")
+    elif change == "labels":
+        path = data / "gqa" / "data" / "testdev_balanced_questions.json"
+        path.write_text(path.read_text().replace('"answer": "', '"answer": "not '))
+    elif change == "questions":
+        path = data / "gqa" / "llava_gqa_testdev_balanced.jsonl"
+        path.write_text(path.read_text().replace("Is thing 30", "Was thing 30"))
+    return data
+
+
+def test_command_compares_two_runs(tmp_path, capsys):
+    data, out = write_gqa(tmp_path / "data", images=7), tmp_path / "out.json"
+    a, b = run_in(data, tmp_path / "a"), run_in(data, tmp_path / "b", 0.7)
+    path = tmp_path / "b" / "answers.jsonl"
+    wrong = [json.loads(line) | {"text": "wrong"} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in wrong))
+    assert score.compare_command([a, b, "--data", str(data), "--json", str(out)]) == 0
+    record, text = json.loads(out.read_text()), capsys.readouterr().out
+    assert record["difference"] == 50 and record["p"] == 2 / 2**7 and record["low"] > 0 and record["drawn"] == "image"
+    assert "A - B  +50.00 (95 % CI +" in text and "GQA testdev, accuracy over 40 questions" in text
+    assert "p  0.0156, paired permutation test by image: significant at 5 %" in text
+    assert score.compare_command([a, a, "--data", str(data)]) == 0
+    text = capsys.readouterr().out
+    assert "A - B  +0.00 (95 % CI n/a: the difference is the same for every image)" in text
+    assert "p  1.0000, paired permutation test by image: not significant at 5 %" in text
+    assert score.compare_command([str(tmp_path), a]) == 2
+    assert f"{tmp_path} has no result.json; give the output folder of a finished run." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("images", "were asked about other images (6 questions: 1003, 1010, 1017, ...)"),
+        ("labels", "they differ in labels: "),
+        ("questions", "they differ in labels: "),
+        ("model", "they differ in model_files: 0123abcd and ffff."),
+        ("float16", "they differ in dtype: float32 and float16."),
+        ("lmms", "they differ in max_new_tokens: 128 and 16; profile: absent and lmms"),
+    ],
+)
+def test_runs_that_differ_in_more_than_the_method_are_not_compared(tmp_path, capsys, change, named):
+    """Other images, labels or a whole other data folder gave "+100.00, p 0.0000"; two profiles gave a traceback."""
+    data, model, options = write_gqa(tmp_path / "data"), FakeLlava(), {}
+    second = other_data(tmp_path, change) if change in ("images", "labels", "questions") else data
+    if change == "model":
+        model.fingerprint = "ffff"
+    elif change in ("float16", "lmms"):
+        options = {"dtype": change} if change == "float16" else {"profile": change}
+    a, b = run_in(data, tmp_path / "a"), run_in(second, tmp_path / "b", 0.7, model, **options)
+    capsys.readouterr()
+    assert score.compare_command([a, b, "--data", str(data)]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_changed_labels_are_said_and_scored_anew(tmp_path, capsys):
+    """The labels changed after both runs: the stored answers hold, the stored scores do not."""
+    data = write_gqa(tmp_path / "data")
+    folders = [run_in(data, tmp_path / name, alpha) for name, alpha in (("a", 0.5), ("b", 0.7))]
+    path = data / "gqa" / "data" / "testdev_balanced_questions.json"
+    path.write_text(path.read_text().replace('"answer": "', '"answer": "not '))
+    assert score.compare_command([*folders, "--data", str(data)]) == 2
+    assert "was scored with other labels or question files than the data folder holds now" in capsys.readouterr().err
+    model = FakeLlava()
+    for name, alpha in (("a", 0.5), ("b", 0.7)):
+        run_in(data, tmp_path / name, alpha, model)
+    assert model.asked == [] and json.loads((tmp_path / "a" / "result.json").read_text())["metrics"]["accuracy"] == 0
+    capsys.readouterr()
+    assert score.compare_command([*folders, "--data", str(data)]) == 0
+    assert "A  0.00 %" in capsys.readouterr().out
+
+
+def test_folders_of_a_limit_are_compared_on_its_questions(tmp_path, capsys):
+    """`vtr eval --limit 12` prints the folder limit12, and with it "--benchmark is missing"."""
+    data = write_gqa(tmp_path / "data")
+    a, b = run_in(data, tmp_path / "a", limit=12), run_in(data, tmp_path / "b", 0.7)
+    for first in (f"{a}/limit12", a):
+        assert score.compare_command([first, b, "--data", str(data)]) == 0
+        shown = capsys.readouterr().out
+        assert "accuracy over 12 questions" in shown and "note: compared on 12 of 40 questions" in shown
+    assert score.compare_command([a, f"{tmp_path}/c", "--data", str(data)]) == 2
+    assert f"There is no folder {tmp_path}/c" in capsys.readouterr().err

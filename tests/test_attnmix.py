@@ -1,4 +1,4 @@
-"""AttnMix: the mixture against versions with plain loops, planted answers, every option through the model."""
+"""AttnMix: the mixture and the release against plain loops, planted answers, and a test per fault of the release."""
 
 import dataclasses
 import math
@@ -6,14 +6,15 @@ import math
 import pytest
 import torch
 
+from attnmix import method
 from attnmix.method import (
     AttnMix,
     adaptive_count,
     best_split,
-    crop_pool,
     forced_count,
     mix,
     ordered,
+    released_count,
     released_tokens,
     text_scores,
 )
@@ -26,6 +27,7 @@ from llava.reduction.reducer import PromptState
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests.conftest import samples
+from tests.parity.harness import FOLDER, parity_model, recording, run_case
 
 LLAVA = ModelSpec(576, 32, PatchGrid(24, 24), 24)
 CLS = TowerScore("cls_attention")
@@ -80,13 +82,6 @@ def test_text_scores_equal_their_definition():
             weight = [math.exp(value / 0.1) for value in cosine]
             expected = [max(old, new / sum(weight)) for old, new in zip(expected, weight, strict=True)]
         torch.testing.assert_close(actual[b], torch.tensor(expected), atol=1e-5, rtol=1e-4)
-
-
-def test_a_text_score_is_high_where_a_planted_token_resembles_a_word():
-    visual = 0.1 * torch.randn(1, 20, 8)
-    visual[0, 13] += 5 * torch.eye(8)[2]
-    score = text_scores(torch.eye(8)[None, 2:4], torch.ones(1, 2, dtype=torch.bool), visual, 0.01)
-    assert score.argmax() == 13
 
 
 # -- the split --------------------------------------------------------------------------------------------------------
@@ -230,83 +225,7 @@ def test_half_is_half(budget):
     assert (kept < 8).sum() == budget // 2 and (kept >= 16).sum() == budget - budget // 2
 
 
-def test_temperature_sharpens_the_text():
-    """A sharp text score needs few tokens, a flat one many: the split follows the temperature."""
-    given = state(torch.randn(2, 400, 8), torch.rand(2, 400))
-    shares = []
-    for temperature in (0.02, 1.0):
-        text = text_scores(*given.text("question"), given.tokens, temperature)
-        shares.append(adaptive_count(ordered(text)[0], ordered(given.scores[CLS])[0], 40, 0.25))
-    assert (shares[0] < shares[1]).all()
-
-
 # -- crops, options, errors -------------------------------------------------------------------------------------------
-
-
-def test_a_pool_per_crop_lets_no_crop_take_all():
-    """Saliency is in crop 0 alone: over all crops it takes everything, with a pool of each crop it cannot."""
-    saliency = torch.cat([torch.linspace(1.0, 0.9, 16), torch.full((32,), 0.001)])[None]
-    given = state(torch.ones(1, 48, 8), saliency, crops=3)
-    kept = {p: AttnMix(budget=12, mix="cls", pool=p).prompt(given).kept[0] // 16 for p in ("global", "crop")}
-    assert torch.bincount(kept["global"], minlength=3).tolist() == [12, 0, 0]
-    assert torch.bincount(kept["crop"], minlength=3).tolist() == [4, 4, 4]
-    assert crop_pool(saliency, 3, 2).nonzero()[:, 1].tolist() == [0, 1, 16, 17, 32, 33]
-
-
-def test_a_pool_is_large_enough_for_budgets_that_do_not_divide():
-    text, saliency = scores(8, 2, 48)
-    saliency = saliency.masked_fill(~crop_pool(saliency, 3, -(-14 // 3)), -torch.inf)
-    kept = mix(text, saliency, adaptive_count(ordered(text)[0], ordered(saliency)[0], 14, 0.25), 14)
-    assert kept.shape == (2, 14) and (kept.diff() > 0).all()
-    by_text = torch.isinf(saliency.gather(1, kept)).sum(1)  # outside the pool only the text chooses
-    assert (by_text <= adaptive_count(ordered(text)[0], ordered(saliency)[0], 14, 0.25)).all()
-
-
-OPTIONS = [
-    {"mix": "t2i"},
-    {"mix": "cls"},
-    {"mix": "half"},
-    {"floor": "0"},
-    {"floor": "0.5"},
-    {"temperature": "1"},
-    {"text": "instruction"},
-    {"text": "after"},
-    {"pool": "crop"},
-    {"block": "-1"},
-    {"positions": "original"},
-]
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()))
-def test_every_option_runs_at_its_budget_and_in_batches(tiny, options):
-    batch, reducer = samples(), registry.build("attnmix", 7, options)
-    start, record = prefill(tiny, batch, reducer)
-    assert [audit.mean for audit in record.accounting(start)] == [7, 7, 7, 0, 7]
-    for i, sample in enumerate(batch):
-        single, alone = prefill(tiny, [sample], reducer)
-        torch.testing.assert_close(tiny.logits(start.hidden)[i], tiny.logits(single.hidden)[0], atol=1e-4, rtol=0)
-        for a, b in zip(record.steps[i], alone.steps[0], strict=True):
-            assert a.reduction.kept.tolist() == b.reduction.kept.tolist()
-
-
-def test_the_question_decides_and_saliency_alone_does_not_ask(tiny):
-    one = samples(1)[0]
-    other = dataclasses.replace(one, question="how many black dog are near the tree?")
-
-    def kept(sample, name):
-        reducer = registry.build("attnmix", 7, {"mix": name})
-        return prefill(tiny, [sample], reducer)[1].steps[0][0].reduction.kept.tolist()
-
-    assert kept(one, "cls") == kept(other, "cls")
-    assert kept(one, "t2i") != kept(other, "t2i")
-
-
-def test_never_waits_for_the_device():
-    """Tensors on the meta device hold no values, so whatever looks at one fails."""
-    text, saliency = (torch.empty(2, 96, device="meta") for _ in range(2))
-    count = adaptive_count(ordered(text)[0], ordered(saliency)[0], 30, 0.25)
-    assert mix(text, saliency.masked_fill(~crop_pool(saliency, 3, 10), -torch.inf), count, 30).shape == (2, 30)
-    assert released_tokens(text, saliency, 3, 30, 0.25).shape == (2, 30)
 
 
 def test_a_question_without_words_is_refused():
@@ -316,24 +235,180 @@ def test_a_question_without_words_is_refused():
     assert AttnMix(budget=4, text="after").prompt(state(visual, saliency, question=())).kept.shape == (1, 4)
 
 
-def test_text_alone_needs_no_cls_token():
-    spec = dataclasses.replace(LLAVA, has_cls=False)
-    AttnMix(budget=8, mix="t2i").check(spec)
-    with pytest.raises(UserError, match="CLS"):
-        AttnMix(budget=8).check(spec)
+# -- the release ----------------------------------------------------------------------------------------------------
+
+# The worked example of docs/attnmix.md: 16 tokens of one crop, and the same text scores over two crops of 8.
+TEXT = [0.02, 0.20, 0.01, 0.05, 0.15, 0.03, 0.10, 0.04, 0.08, 0.01, 0.06, 0.02, 0.09, 0.05, 0.05, 0.04]
+SALIENCY = [0.12, 0.18, 0.02, 0.02, 0.03, 0.20, 0.04, 0.01, 0.09, 0.05, 0.02, 0.07, 0.03, 0.02, 0.06, 0.04]
+TWO_CROPS = [0.30, 0.05, 0.10, 0.15, 0.05, 0.20, 0.10, 0.05, 0.02, 0.40, 0.03, 0.05, 0.10, 0.25, 0.05, 0.10]
+
+
+def release_by_the_book(text, saliency, crops: int, budget: int, stride: int = 1) -> list[int]:
+    size = len(saliency) // crops
+    each = 2 * (budget // 2 // crops)
+    total = each * crops
+    forced = int(total * 0.25)
+    by_text = best(text)[:total]
+    by_cls = []
+    for crop in range(crops):
+        own = saliency[crop * size : (crop + 1) * size]
+        by_cls += [(own[i], i + crop * stride) for i in best(own)[:each]]
+    rest = sorted(by_cls[forced:], key=lambda pair: -pair[0])
+    more = split_by_the_book([text[i] for i in by_text[forced:]], [value for value, _ in rest], total - 2 * forced)
+    kept = by_text[: forced + more] + [place for _, place in by_cls[:forced] + rest[: total - 2 * forced - more]]
+    return sorted(kept)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("saliency", "crops", "budget", "stride", "kept"),
     [
-        ({"floor": "0.6"}, "between 0 and 0.5"),
-        ({"temperature": "0"}, "above 0"),
-        ({"mix": "both"}, "must be one of"),
-        ({"text": "last"}, "must be one of"),
-        ({"official": "true", "text": "instruction"}, "takes text=after"),
-        ({"official": "true", "mix": "half"}, "in no release"),
+        (SALIENCY, 1, 8, 1, [0, 1, 1, 4, 5, 6, 8, 12]),
+        (SALIENCY, 1, 6, 1, [0, 1, 1, 4, 5, 6]),
+        (TWO_CROPS, 2, 8, 1, [0, 1, 2, 4, 5, 6, 6, 12]),
+        (TWO_CROPS, 2, 8, 8, [0, 1, 4, 5, 6, 9, 12, 13]),
     ],
 )
-def test_wrong_options_are_explained(options, said):
-    with pytest.raises(UserError, match=said):
-        registry.build("attnmix", 8, options)
+def test_worked_examples_of_the_release(saliency, crops, budget, stride, kept):
+    actual = released_tokens(row(TEXT), row(saliency), crops, budget, 0.25, stride=stride)
+    assert actual.tolist() == [kept] == [release_by_the_book(TEXT, saliency, crops, budget, stride)]
+
+
+@pytest.mark.parametrize(
+    ("saliency", "budget", "kept"),
+    [
+        (SALIENCY, 8, [0, 1, 4, 5, 6, 8, 11, 12]),
+        (SALIENCY, 6, [0, 1, 4, 5, 6, 8]),
+        (TWO_CROPS, 8, [0, 1, 4, 5, 6, 9, 12, 13]),
+    ],
+)
+def test_the_default_in_the_same_examples(saliency, budget, kept):
+    count = adaptive_count(ordered(row(TEXT))[0], ordered(row(saliency))[0], budget, 0.25)
+    assert mix(row(TEXT), row(saliency), count, budget).tolist() == [kept]
+
+
+@pytest.mark.parametrize(("tokens", "crops", "budget"), [(16, 1, 8), (96, 3, 40), (120, 5, 57), (576, 1, 58)])
+def test_release_equals_its_definition(tokens, crops, budget):
+    text, saliency = scores(tokens, 4, tokens)
+    actual = released_tokens(text, saliency, crops, budget, 0.25)
+    for b in range(4):
+        expected = release_by_the_book(text[b].double().tolist(), saliency[b].double().tolist(), crops, budget)
+        assert actual[b].tolist() == expected
+
+
+def test_all_text_behind_the_planted_picture_is_read():
+    """The release compares the picture with the suffix and the template too: token 6 resembles a word of them."""
+    visual, saliency = planted()
+    assert 6 not in AttnMix(budget=4).prompt(state(visual, saliency)).kept[0].tolist()
+    kept = AttnMix(budget=4, official=True).prompt(state(visual, saliency)).kept[0].tolist()
+    assert 6 in kept and 5 not in kept
+
+
+def test_b1_salient_tokens_are_looked_up_in_their_own_crop():
+    """The release adds c, not c times the crop's tokens: what is salient in crop 2 is looked up in the thumbnail."""
+    text, saliency = torch.full((1, 24), 0.01), torch.full((1, 24), 0.01)
+    saliency[0, [16 + 3, 16 + 6]] = 0.5  # third crop of 8
+    visual = torch.ones(1, 24, 8)
+    ours = AttnMix(budget=6, mix="cls").prompt(state(visual, saliency, crops=3)).kept
+    theirs = AttnMix(budget=6, mix="cls", official=True).prompt(state(visual, saliency, crops=3)).kept
+    assert {19, 22} <= set(ours[0].tolist())
+    assert {3 + 2, 6 + 2} <= set(theirs[0].tolist()) and theirs.max() < 8 + 2
+    assert released_tokens(text, saliency, 3, 6, 0.25, "cls", stride=8)[0].tolist() == [0, 1, 8, 9, 19, 22]
+
+
+def stitched(grid: tuple[int, int], side: int) -> list[int]:
+    """Where the release's sequence takes its tokens from: thumbnail, then the rows of the whole grid of tiles."""
+    tiles = range(side * side, (1 + grid[0] * grid[1]) * side * side)
+    number = torch.tensor(list(tiles)).view(*grid, side, side).permute(0, 2, 1, 3).flatten()
+    return [*range(side * side), *number.tolist()]
+
+
+def test_b2_saliency_comes_in_the_order_of_the_tokens():
+    """Tiles enter the release's sequence row by row of the whole picture, its saliency comes crop by crop.
+
+    So even with the right distance between crops it would keep other patches. Here both come crop by crop. With the
+    wrong distance (B1) the two orders name the same patches, which is why `official` needs no order of its own.
+    """
+    order = stitched((2, 2), 4)
+    saliency = torch.full((1, 80), 0.001)
+    saliency[0, 16 + 7] = saliency[0, 32 + 10] = 0.4  # a patch of the first and of the second tile
+    right = released_tokens(saliency, saliency, 5, 20, 0.25, "cls", stride=16)[0].tolist()
+    assert {23, 42} <= set(right) and not {23, 42} <= {order[place] for place in right}
+    wrong = released_tokens(saliency, saliency, 5, 20, 0.25, "cls")[0].tolist()
+    assert wrong == sorted(order[place] for place in wrong)
+    ours = AttnMix(budget=20, mix="cls").prompt(state(torch.ones(1, 80, 8), saliency, crops=5)).kept
+    assert {23, 42} <= set(ours[0].tolist())
+
+
+def test_b3_the_forced_quarter_is_the_best_of_all_crops():
+    """The release forces the first crop's tokens, however dull: here crop 1 has all the saliency."""
+    text, saliency = torch.full((1, 32), 1.0), torch.full((1, 32), 0.001)
+    text[0, :16] = 2.0
+    saliency[0, 16:] = torch.linspace(0.5, 0.4, 16)
+    theirs = released_tokens(text, saliency, 2, 16, 0.25, stride=16)[0]
+    count = adaptive_count(ordered(text)[0], ordered(saliency)[0], 16, 0.25)
+    ours = mix(text, saliency, count, 16)[0]
+    twice = theirs[1:][theirs.diff() == 0]
+    assert twice.tolist() == [0, 1, 2, 3]  # four dull tokens of crop 0 beside the text's own
+    assert (ours >= 16).sum() == 16 - int(count) and (ours[ours >= 16] == torch.arange(16, 32 - int(count))).all()
+
+
+def test_b4_a_token_chosen_twice_counts_once():
+    """The release feeds it to the decoder twice, and so has fewer different tokens than it reports."""
+    theirs = released_tokens(row(TEXT), row(SALIENCY), 1, 8, 0.25)[0].tolist()
+    count = adaptive_count(ordered(row(TEXT))[0], ordered(row(SALIENCY))[0], 8, 0.25)
+    ours = mix(row(TEXT), row(SALIENCY), count, 8)[0].tolist()
+    assert len(theirs) == 8 and len(set(theirs)) == 7
+    assert len(set(ours)) == 8 and set(theirs) < set(ours)  # what the duplicate cost is the next salient token
+
+
+@pytest.mark.parametrize(
+    ("budget", "crops", "count"),
+    [
+        *[(144, 1, 144), (58, 1, 58), (29, 1, 28)],
+        *[(144, 5, 140), (144, 3, 144), (144, 4, 144)],
+        *[(288, 5, 280), (288, 3, 288), (290, 5, 290), (720, 3, 720), (720, 4, 720), (720, 5, 720)],
+    ],
+)
+def test_b5_only_the_release_rounds_the_budget(budget, crops, count):
+    assert released_count(budget, crops, "adaptive") == count
+    spec = dataclasses.replace(LLAVA, visual_tokens=576 * crops, layout=PatchGrid(24, 24, crops))
+    assert AttnMix(budget=budget, official=True).tokens_per_layer(spec) == (count,) * 32
+    assert AttnMix(budget=budget).tokens_per_layer(spec) == (budget,) * 32
+    assert {144: 36, 58: 14, 28: 7}.get(count, count // 4) == forced_count(count, 0.25)
+
+
+def test_b6_b8_a_batch_of_any_prompts_is_as_good_as_one(tiny):
+    """The release takes one image behind exactly 35 (or 10) tokens, and stops at names that it does not know."""
+    batch = samples()
+    reducer = registry.build("attnmix", 7, {"official": "true"})
+    _, together = prefill(tiny, batch, reducer)
+    for i, sample in enumerate(batch):
+        _, alone = prefill(tiny, [sample], reducer)
+        for a, b in zip(together.steps[i], alone.steps[0], strict=True):
+            assert a.reduction.kept.tolist() == b.reduction.kept.tolist()
+            assert a.reduction.kept.shape == (1, 6)
+
+
+def test_split_is_that_of_the_release(monkeypatch):
+    """How many of the adaptive tokens each ranking got, recorded beside the kept tokens."""
+    meta, arrays = recording(FOLDER / "attnmix-64.npz")
+    reducer = registry.build("attnmix", meta["budget"], meta["options"])
+    seen = []
+
+    def spy(first, second):
+        seen.append([int(best_split(first, second)), first.shape[1]])
+        return best_split(first, second)
+
+    monkeypatch.setattr(method, "best_split", spy)
+    for case in arrays["cases"][:3]:
+        run_case(parity_model(), reducer, int(case))
+    assert [[count, total - count] for count, total in seen] == arrays["splits"][:3].tolist()
+
+
+@pytest.mark.parametrize(("crops", "mix_name", "least"), [(1, "adaptive", 2), (3, "cls", 6), (5, "t2i", 5)])
+def test_budgets_that_the_release_rounds_to_nothing_are_refused(crops, mix_name, least):
+    spec = dataclasses.replace(LLAVA, visual_tokens=576 * crops, layout=PatchGrid(24, 24, crops))
+    with pytest.raises(UserError, match=f"at least {least}"):
+        AttnMix(budget=least - 1, mix=mix_name, official=True).check(spec)
+    AttnMix(budget=least, mix=mix_name, official=True).check(spec)
+    AttnMix(budget=1, mix=mix_name).check(spec)

@@ -1,12 +1,9 @@
 """Every family in every layout: the same model, and what comes with it."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import LlavaForConditionalGeneration, VideoLlavaForConditionalGeneration
 
 import llava.model.checkpoint.load
@@ -19,7 +16,6 @@ from tests.checkpoint_files import (
     assert_same_weights,
     drop_weights,
     edit,
-    layouts_of,
     no_network,  # noqa: F401
     real_rows,
     refused,
@@ -94,24 +90,6 @@ def test_every_layout_gives_the_same_model(tmp_path, name):
         assert (config.vision_feature_select_strategy, config.video_seq_length) == ("default", FRAMES * 17)
 
 
-@torch.no_grad()
-def logits(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """All visual tokens and some words through the stock classes; [tokens, WORDS]."""
-    visual = torch.stack(list(model.get_image_features(pixels, return_dict=True).pooler_output))
-    words = model.get_input_embeddings()(torch.tensor([[1, 5, 9, 30]]))
-    embeds = torch.cat((words[:, :2], visual, words[:, 2:]), dim=1)
-    return model(inputs_embeds=embeds).logits[0, :, :WORDS]
-
-
-@pytest.mark.parametrize("layout", layouts_of("llava"))
-def test_every_layout_gives_the_same_logits(tmp_path, model, layout):
-    SAVERS[layout](tmp_path, model)
-    loaded, pixels = load_checkpoint(tmp_path).model, torch.randn(1, 3, 56, 56)
-    expected = logits(model, pixels)
-    assert torch.equal(logits(loaded, pixels), expected)
-    assert (logits(loaded, pixels + 1) - expected).abs().max() > 0.1, "the pixels must matter in this test"
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", ["llava transformers", "llava original", "llava original safetensors"])
 def test_half_precision_and_its_tables(tmp_path, model, layout, dtype):
@@ -139,17 +117,6 @@ def test_tied_embeddings(tmp_path, save):
     assert torch.equal(loaded.lm_head.weight[:WORDS], tied.lm_head.weight[:WORDS])
 
 
-@pytest.mark.parametrize("safetensors", [True, False])
-def test_weights_in_one_file_without_index(tmp_path, model, safetensors):
-    save_original_layout(tmp_path, model, shards=1, safetensors=safetensors)
-    (index,) = tmp_path.glob("*.index.json")
-    index.unlink()
-    (weights,) = tmp_path.glob("*-00001-of-00001.*")
-    weights.rename(tmp_path / ("model.safetensors" if safetensors else "pytorch_model.bin"))
-    loaded = load_checkpoint(tmp_path).model
-    assert torch.equal(loaded.model.language_model.norm.weight, model.model.language_model.norm.weight)
-
-
 # Where the vision tower comes from
 
 
@@ -163,20 +130,6 @@ def test_tower_in_the_shards_wins(tmp_path, model):
         loaded.model.model.vision_tower.pre_layrnorm.weight, model.model.vision_tower.pre_layrnorm.weight
     )
     assert "own shards, not from clip" in loaded.notes[0]
-
-
-def test_tower_beside_the_checkpoint(tmp_path, model):
-    save_original_layout(tmp_path / "tiny", model)
-    (tmp_path / "tiny" / "clip").rename(tmp_path / "tower")
-    for name in ("../tower", str(tmp_path / "tower")):
-        edit(tmp_path / "tiny" / "config.json", mm_vision_tower=name)
-        assert_same_weights(load_checkpoint(tmp_path / "tiny").model, model)
-
-
-@pytest.mark.parametrize("name", ["/nowhere/clip", "some/clip"])
-def test_tower_that_cannot_be_found(tmp_path, model, name):
-    save_original_layout(tmp_path, model, mm_vision_tower=name)
-    refused(tmp_path, rf"vision tower .*{name}")
 
 
 def test_missing_preprocessor_is_noted(tmp_path, model):
@@ -242,11 +195,6 @@ def test_a_sliding_window_is_noted(tmp_path):
     assert "sliding window of 4096 tokens is not applied" in load_checkpoint(tmp_path / "some").notes[-1]
 
 
-def test_pinpoints_written_as_text(tmp_path):
-    save_next_original(tmp_path, image_grid_pinpoints=str(PINPOINTS))
-    assert load_checkpoint(tmp_path).model.config.image_grid_pinpoints == PINPOINTS
-
-
 def test_a_merge_without_newline(tmp_path):
     """Only unpadding has a newline token, so these shards lack it; the container's place is left empty."""
     save_next_original(tmp_path, safetensors=False, mm_patch_merge_type="spatial")
@@ -262,8 +210,6 @@ def test_a_merge_without_newline(tmp_path):
         ({"image_aspect_ratio": "anyres_max_9"}, "'anyres_max_9' with mm_patch_merge_type 'spatial_unpad' is not"),
         ({"mm_patch_merge_type": None}, "'anyres' with mm_patch_merge_type 'flat' is not supported; expected 'anyres'"),
         ({"image_aspect_ratio": "pad"}, "'pad' with mm_patch_merge_type 'spatial_unpad' is not supported"),
-        ({"image_grid_pinpoints": None}, "image_grid_pinpoints must be pairs .* got None"),
-        ({"image_grid_pinpoints": [[50, 100]]}, "image_grid_pinpoints must be pairs of positive multiples"),
     ],
 )
 def test_tilings_that_are_not_known(tmp_path, config, sentence):
@@ -272,23 +218,6 @@ def test_tilings_that_are_not_known(tmp_path, config, sentence):
 
 
 # Video-LLaVA
-
-
-def test_time_in_the_transformers_layout(tmp_path, filmed):
-    """A conversion that kept the temporal weights is as good as the original."""
-    save_video_transformers(tmp_path, filmed)
-    loaded = load_checkpoint(tmp_path)
-    assert loaded.temporal
-    assert_same_weights(loaded.model, filmed)
-
-
-def test_one_tower_in_the_shards_and_one_apart(tmp_path, filmed):
-    save_video_original(tmp_path, filmed, safetensors=True)
-    for shard in tmp_path.glob("model-*.safetensors"):
-        save_file({k: v for k, v in load_file(shard).items() if "video_tower" not in k}, shard)
-    loaded = load_checkpoint(tmp_path)
-    assert_same_weights(loaded.model, filmed)
-    assert "image tower comes from the checkpoint's own shards" in loaded.notes[0]
 
 
 def test_official_towers_need_no_download(tmp_path, filmed, monkeypatch):
@@ -309,13 +238,6 @@ def test_a_conversion_with_another_activation_is_noted(tmp_path):
     edit(tmp_path / "config.json", vision_config={**config, "hidden_act": "quick_gelu"})
     note = load_checkpoint(tmp_path).notes[-1]
     assert note == "The towers use the activation quick_gelu; LanguageBind's were trained with gelu."
-
-
-def test_towers_that_differ(tmp_path):
-    save_video_original(tmp_path)
-    config = make_tiny_video().config.vision_config.to_dict()
-    edit(tmp_path / "video" / "config.json", vision_config={**config, "hidden_act": "quick_gelu"})
-    refused(tmp_path, "towers image and video differ in hidden_act; the two towers")
 
 
 # Qwen
@@ -341,50 +263,3 @@ def test_qwen_is_the_same_in_both_of_its_forms(tmp_path, version, family, short)
         assert loaded.notes == ()
     else:
         assert "3136 to 1003520 pixels were assumed" in loaded.notes[0]
-
-
-def test_qwen_patches_of_another_size(tmp_path):
-    save_qwen_transformers(tmp_path)
-    edit(tmp_path / "preprocessor_config.json", patch_size=16)
-    refused(tmp_path, r"patches, groups and frames of \(16, 2, 2\), but the tower expects \(14, 2, 2\)")
-
-
-# What is missing or mixed
-
-
-def without(prefix: str, folder: Path) -> None:
-    for file in folder.glob("model*.safetensors"):
-        save_file({k: v for k, v in load_file(file).items() if not k.startswith(prefix)}, file)
-
-
-@pytest.mark.parametrize(
-    ("save", "prefix", "part"),
-    [
-        (save_transformers_layout, "vision_tower.", r"the vision tower \(model.vision_tower\), which LLaVA needs"),
-        (save_next_transformers, "vision_tower.", r"the vision tower \(model.vision_tower\), which LLaVA-NeXT needs"),
-        (save_next_transformers, "image_newline", r"image_newline \(model.image_newline\), which LLaVA-NeXT needs"),
-        (save_next_original, "model.image_newline", r"image_newline \(model.image_newline\), which LLaVA-NeXT needs"),
-        (save_video_transformers, "video_tower.", r"the video tower \(model.video_tower\), which Video-LLaVA needs"),
-        (save_video_transformers, "image_tower.", r"the image tower \(model.image_tower\), which Video-LLaVA needs"),
-        (save_qwen_transformers, "visual.", r"the vision tower \(model.visual\), which Qwen2.5-VL needs"),
-    ],
-)
-def test_a_whole_part_is_missing(tmp_path, save, prefix, part):
-    save(tmp_path)
-    without(prefix, tmp_path)
-    refused(tmp_path, f"hold nothing of {part}; fetch all")
-
-
-@pytest.mark.parametrize("config_of", ["transformers", "original"])
-def test_config_of_one_layout_and_weights_of_the_other(tmp_path, config_of):
-    model = make_tiny_llava()
-    save_transformers_layout(tmp_path / "transformers", model)
-    save_original_layout(tmp_path / "original", model, safetensors=True, shards=1)
-    other = {"transformers": "original", "original": "transformers"}[config_of]
-    (tmp_path / config_of / "model.safetensors").unlink(missing_ok=True)
-    for index in (tmp_path / config_of).glob("*.index.json"):
-        index.unlink()
-    weights = next((tmp_path / other).glob("*.safetensors"))
-    weights.rename(tmp_path / config_of / "model.safetensors")
-    mixed = f"config.json is of the {config_of} layout, but the weight .* of the {other} one"
-    refused(tmp_path / config_of, f"mixes two layouts: {mixed}")

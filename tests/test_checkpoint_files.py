@@ -1,13 +1,16 @@
-"""What is fetched of a checkpoint on the hub and read: each weight once, none held twice; and what is quantised."""
+"""What is fetched of a checkpoint on the hub and read: each weight once, none held twice; and what is quantised.
 
+Files that are damaged or incomplete, or ask for what is not done, end in one sentence.
+"""
+
+import json
+import os
 import shutil
-import socket
 from fnmatch import fnmatch
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -18,13 +21,15 @@ from llava.model.checkpoint.load import load_checkpoint
 from tests.checkpoint_files import (
     SAVERS,
     WORDS,
+    drop_weights,
     edit,
     layouts_of,
     no_network,  # noqa: F401
     refused,
+    shard_with,
 )
 from tests.tiny_checkpoints import make_tiny_llava, save_original_layout, save_transformers_layout
-from tests.tiny_checkpoints_families import make_tiny_video
+from tests.tiny_checkpoints_families import make_tiny_next, make_tiny_video, save_next_transformers
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +37,9 @@ def model() -> LlavaForConditionalGeneration:
     return make_tiny_llava()
 
 
-@pytest.mark.parametrize("source", ["/nowhere/at/all", "nowhere", "a/b/c", "../x"])
-def test_a_folder_that_is_not_there(source):
-    refused(source, f"There is no checkpoint folder {source}; give a folder or a hub id")
-
-
-def test_hub_out_of_reach():
+def test_a_folder_that_is_not_there_and_a_hub_out_of_reach():
+    for source in ("/nowhere/at/all", "nowhere", "a/b/c", "../x"):
+        refused(source, f"There is no checkpoint folder {source}; give a folder or a hub id")
     refused("some/model", r"checkpoint 'some/model' is no folder here and could not be fetched .*ConnectionError")
 
 
@@ -84,18 +86,9 @@ def test_of_a_tower_that_the_shards_hold_only_the_config_is_fetched(tmp_path, mo
     assert asked == [("some/clip", *llava.model.checkpoint.files.SMALL_FILES)]
 
 
-def test_loading_opens_no_connection(tmp_path, model, monkeypatch):
-    def refuse(*_args, **_kwargs):
-        raise AssertionError("a folder was given, yet a connection was opened")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    for save in (save_original_layout, save_transformers_layout):
-        save(tmp_path / save.__name__, model)
-        load_checkpoint(tmp_path / save.__name__)
-
-
-@pytest.mark.parametrize("name", SAVERS)
-def test_weights_in_the_right_dtype_stay_where_they_are_mapped(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", [name for name in SAVERS if len(name.split()) == 2])
+def test_weights_stay_where_they_are_mapped_or_own_exactly_their_bytes(tmp_path, monkeypatch, name):
+    """In the right dtype they are the files'; converted, none is a view that keeps something larger alive."""
     SAVERS[name](tmp_path)
     mapped = set()
 
@@ -105,14 +98,7 @@ def test_weights_in_the_right_dtype_stay_where_they_are_mapped(tmp_path, monkeyp
         return weights
 
     monkeypatch.setattr(llava.model.checkpoint.load, "read_weights", read)
-    model = load_checkpoint(tmp_path).model
-    assert {weight.data_ptr() for weight in model.parameters()} <= mapped
-
-
-@pytest.mark.parametrize("name", SAVERS)
-def test_converted_weights_own_exactly_their_bytes(tmp_path, name):
-    """No weight is a view into something larger that would be kept alive with it."""
-    SAVERS[name](tmp_path)
+    assert {weight.data_ptr() for weight in load_checkpoint(tmp_path).model.parameters()} <= mapped
     for key, weight in load_checkpoint(tmp_path, dtype=torch.bfloat16).model.state_dict().items():
         assert weight.untyped_storage().nbytes() == weight.nbytes, key
 
@@ -144,8 +130,8 @@ def given(monkeypatch) -> dict:
     return seen
 
 
-@pytest.mark.parametrize("name", [name for name in SAVERS if len(name.split()) == 2])
 @pytest.mark.parametrize("choice", ["8bit", "4bit"])
+@pytest.mark.parametrize("name", ["llava original", "video_llava original", "qwen2_5_vl transformers"])
 def test_the_decoder_alone_is_quantised(tmp_path, installed, given, name, choice):
     SAVERS[name](tmp_path / "tiny")
     loaded = load_checkpoint(tmp_path / "tiny", dtype=torch.bfloat16, quantization=choice)
@@ -163,52 +149,11 @@ def test_the_decoder_alone_is_quantised(tmp_path, installed, given, name, choice
     assert loaded.notes[-1] == f"The decoder is quantised to {choice[0]} bits by bitsandbytes."
 
 
-def test_without_a_choice_nothing_is_passed_on(tmp_path, given):
-    save_transformers_layout(tmp_path)
-    loaded = load_checkpoint(tmp_path)
-    assert given["quantization_config"] is None
-    assert given["device_map"] is None
-    assert loaded.notes == ()
-
-
 def test_choices_that_cannot_be_met(monkeypatch):
     """Said before anything is read or fetched."""
     monkeypatch.setattr(llava.model.checkpoint.load, "find_spec", lambda name: None)
     refused("/nowhere", r"quantization '4bit' needs the package bitsandbytes, .* pip install", quantization="4bit")
     refused("/nowhere", r"Unknown quantization '3bit'\. .* Available: 4bit, 8bit", quantization="3bit")
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
-def test_numbers_without_a_meaning_are_refused(tmp_path, dtype):
-    """int8 and bool weights without a quantization_config were loaded as if they were the weights themselves."""
-    save_transformers_layout(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    name = next(key for key in weights if key.endswith("q_proj.weight"))
-    save_file(weights | {name: weights[name].to(dtype)}, tmp_path / "model.safetensors", {"format": "pt"})
-    kind = str(dtype).removeprefix("torch.")
-    refused(tmp_path, rf"has weights of {kind} \(.*q_proj.weight\), which are not supported")
-
-
-@pytest.mark.parametrize("save", [save_transformers_layout, save_original_layout])
-@pytest.mark.parametrize(
-    ("stored", "method"),
-    [({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"), ({"bits": 4}, "an unnamed method")],
-)
-def test_files_that_are_quantised_already_are_refused(tmp_path, save, stored, method):
-    save(tmp_path)
-    edit(tmp_path / "config.json", quantization_config=stored)
-    refused(tmp_path, f"is quantised with {method}, which is not supported; take it unquantised")
-
-
-def test_errors_of_a_plain_model_are_not_blamed_on_quantisation(tmp_path, monkeypatch):
-    save_transformers_layout(tmp_path)
-
-    def from_pretrained(*_args, **_kwargs):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(llava.model.checkpoint.load.HF_CLASSES["llava"], "from_pretrained", from_pretrained)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        load_checkpoint(tmp_path)
 
 
 def test_the_video_tower_with_time_is_not_quantised_either():
@@ -217,3 +162,177 @@ def test_the_video_tower_with_time_is_not_quantised_either():
     temporal = [path for path in linears if "temporal_attn" in path]
     assert len(temporal) == 12
     assert not any(should_convert_module(path, list(llava.model.checkpoint.load.KEPT)) for path in temporal)
+
+
+# What is damaged, incomplete or not done
+
+
+def test_unexpected_weights_are_named_and_counted(tmp_path, model):
+    save_transformers_layout(tmp_path, model)
+    extra = {f"extra.{number}": torch.zeros(1) for number in range(7)}
+    drop_weights(tmp_path / "model.safetensors", "language_model.model.norm.weight", **extra)
+    refused(tmp_path, r"1 missing: .*norm.weight; 7 unexpected: extra.0, .*, extra.4 and 2 more\.")
+
+
+def test_weights_of_a_quantised_type_are_refused(tmp_path, model):
+    """Integers were taken for the weights themselves."""
+    save_transformers_layout(tmp_path, model)
+    name = "language_model.model.norm.weight"
+    drop_weights(tmp_path / "model.safetensors", name, **{name: torch.ones(64, dtype=torch.int8)})
+    refused(tmp_path, r"1 of a quantised type: .*norm.weight int8\.")
+
+
+@pytest.mark.parametrize("size", [128, 2**22])
+def test_a_weight_of_another_shape(tmp_path, model, size):
+    """Large sizes were allocated until the process was killed."""
+    save_original_layout(tmp_path, model, intermediate_size=size)
+    refused(tmp_path, rf"12 of another shape: .*down_proj.weight \(64, 96\) instead of \(64, {size}\)")
+
+
+@pytest.mark.parametrize(
+    ("save", "key"),
+    [
+        (save_transformers_layout, "language_model.model.layers.0.self_attn.rotary_emb.inv_freq"),
+        (save_transformers_layout, "vision_tower.vision_model.embeddings.position_ids"),
+        (save_original_layout, "model.layers.1.self_attn.rotary_emb.inv_freq"),
+        (save_original_layout, "model.vision_tower.vision_tower.vision_model.embeddings.position_ids"),
+    ],
+)
+def test_stored_tables_are_ignored(tmp_path, model, save, key):
+    save(tmp_path, model)
+    single = tmp_path / "model.safetensors"
+    drop_weights(single if single.exists() else shard_with(tmp_path, "lm_head.weight"), **{key: torch.full((3,), 7.0)})
+    loaded = load_checkpoint(tmp_path).model
+    buffers = dict(model.named_buffers())
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in loaded.named_buffers())
+
+
+@pytest.mark.parametrize("layout", ["llava original", "llava original safetensors"])
+def test_missing_shard(tmp_path, model, layout):
+    SAVERS[layout](tmp_path, model)
+    shard = next(tmp_path.glob("*-00002-of-*"))
+    shard.unlink()
+    refused(tmp_path, rf"lacks 1 of \d weight files named in .*index\.json: {shard.name}; fetch them")
+
+
+@pytest.mark.parametrize("layout", layouts_of("llava")[:4])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.7])
+def test_truncated_weights(tmp_path, model, layout, share):
+    SAVERS[layout](tmp_path, model)
+    weights = next(path for suffix in ("safetensors", "bin") for path in sorted(tmp_path.glob(f"*.{suffix}")))
+    os.truncate(weights, int(share * weights.stat().st_size))
+    refused(tmp_path, rf"Cannot read the weights in .*{weights.name}; the file is damaged")
+
+
+class Exploit:
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+def test_a_pickle_of_anything_but_weights_is_not_read(tmp_path, model):
+    """Code in it is not run."""
+    save_transformers_layout(tmp_path, model, safetensors=False)
+    exploit = Exploit()
+    exploit.trace = tmp_path / "ran"
+    torch.save({"weight": exploit}, tmp_path / "pytorch_model.bin")
+    refused(tmp_path, r"pytorch_model\.bin holds more than weights and was not unpickled")
+    assert not exploit.trace.exists()
+    torch.save({"model": {"weight": torch.zeros(1)}}, tmp_path / "pytorch_model.bin")
+    refused(tmp_path, "holds no table of weights")
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), r"has no config\.json; is it the folder of a checkpoint"),
+        (lambda folder: (folder / "config.json").write_text('{"a": '), r"config\.json is not valid JSON"),
+        (lambda folder: (folder / "config.json").write_text("[1]"), r"config\.json holds no JSON object"),
+        (
+            lambda folder: (folder / "tokenizer.json").unlink(),
+            r"has no tokenizer \(tokenizer\.json or tokenizer\.model\)",
+        ),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "Cannot read the tokenizer in"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"has no weights \(model\.safetensors or"),
+        (
+            lambda folder: edit(folder / "config.json", quantization_config={"quant_method": "bitsandbytes"}),
+            "is quantised with bitsandbytes, which is not supported; take it unquantised",
+        ),
+        (
+            lambda folder: edit(folder / "preprocessor_config.json", crop_size={"height": 28, "width": 28}),
+            "images are cropped to 28 pixels, but the tower expects 56",
+        ),
+    ],
+)
+def test_damaged_folders(tmp_path, model, damage, sentence):
+    save_transformers_layout(tmp_path, model)
+    damage(tmp_path)
+    refused(tmp_path, sentence)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "mm_projector.bin", "non_lora_trainables.bin"])
+def test_partial_checkpoints_say_what_to_do(tmp_path, model, name):
+    save_transformers_layout(tmp_path, model)
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    refused(tmp_path, f"It has {name}: merge LoRA or projector-only weights")
+
+
+def test_a_tower_that_is_not_clip(tmp_path, model):
+    save_original_layout(tmp_path, model)
+    edit(tmp_path / "clip" / "config.json", model_type="siglip_vision_model")
+    refused(tmp_path, "is a siglip_vision_model; only CLIP towers")
+
+
+@pytest.mark.parametrize(
+    ("save", "changes", "sentence"),
+    [
+        # 99 and -99 were taken modulo the depth.
+        (save_transformers_layout, {"vision_feature_layer": 99}, "features from layer 99 of .* 3 blocks; expected one"),
+        (save_original_layout, {"mm_vision_select_layer": -5}, "features from layer -5 of .* one layer from -4 to 3"),
+        (save_transformers_layout, {"vision_feature_layer": [-2, -1]}, r"features from layer \[-2, -1\]"),
+        # The class token was dropped: 16 tokens where transformers gives 17.
+        (save_transformers_layout, {"vision_feature_select_strategy": "full"}, "'full'; only 'default' is supported"),
+        (save_original_layout, {"mm_vision_select_feature": "cls_patch"}, "'cls_patch'; only 'patch' is supported"),
+        (
+            save_original_layout,
+            {"mm_projector_type": "linear"},
+            "'linear' is not supported: .* two linear layers",
+        ),
+        (save_original_layout, {"hidden_size": ..., "vocab_size": ...}, r"config\.json lacks hidden_size, vocab_size"),
+        (save_original_layout, {"mm_vision_tower": 3}, "impossible values: mm_vision_tower"),
+        (save_original_layout, {"num_hidden_layers": "4"}, "describes no LLaVA model: .*num_hidden_layers"),
+        (save_original_layout, {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "no LLaVA model: .*rope_par"),
+    ],
+)
+def test_values_without_a_meaning_are_refused(tmp_path, model, save, changes, sentence):
+    save(tmp_path, model)
+    edit(tmp_path / "config.json", **changes)
+    refused(tmp_path, sentence)
+
+
+def test_weights_of_the_right_dtype_need_no_memory(tmp_path, model, monkeypatch):
+    """They stay mapped to their files; as another dtype they need memory."""
+    save_transformers_layout(tmp_path, model)
+    monkeypatch.setattr(llava.model.checkpoint.load, "free_memory", lambda _device: 2**10)
+    assert load_checkpoint(tmp_path)
+    needed = r"needs about 0\.0 GiB of memory on cpu in bfloat16, 0\.0 GiB are free; use a smaller dtype"
+    refused(tmp_path, needed, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("weight_map", [{}, {"a": ["x.bin"]}, {"a": "../x.bin"}, None])
+def test_an_index_with_other_entries_than_file_names(tmp_path, model, weight_map):
+    save_original_layout(tmp_path, model)
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    refused(tmp_path, r"index\.json has impossible values: weight_map")
+
+
+def test_next_with_a_llama_3_tokenizer_gets_its_template(tmp_path):
+    """It was asked with vicuna_v1 and the stop string "</s>"."""
+    save_next_transformers(tmp_path, make_tiny_next("llama"))
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    words = content["model"]["vocab"]
+    for name, old in (("<|start_header_id|>", "cat"), ("<|end_header_id|>", "dog"), ("<|eot_id|>", "man")):
+        words[name] = words.pop(old)
+    path.write_text(json.dumps(content))
+    assert load_checkpoint(tmp_path).conversation == "llava_llama_3"

@@ -48,9 +48,7 @@ QWEN = {"vision_start_token_id": 1, "hidden_size": 64}
         # The class is more than the type, which "llava" hides.
         ({**NEXT, "architectures": ["LlavaMistralForCausalLM"]}, ("llava_next", "original", "mistral")),
         (VIDEO, ("video_llava", "original", "llama")),
-        ({**VIDEO, "mm_vision_tower": None}, ("video_llava", "original", "llama")),
         ({**NESTED, "model_type": "llava"}, ("llava", "transformers", "llama")),
-        ({"model_type": "llava", "text_config": {}, "vision_config": {}}, ("llava", "transformers", "llama")),
         ({**MISTRAL_NESTED, "model_type": "llava"}, ("llava", "transformers", "mistral")),
         (
             {**NESTED, "model_type": "llava_next", "image_grid_pinpoints": [[1]]},
@@ -63,60 +61,30 @@ QWEN = {"vision_start_token_id": 1, "hidden_size": 64}
             {**QWEN, "model_type": "qwen2_5_vl", "vision_config": {"window_size": 112}},
             ("qwen2_5_vl", "transformers", "qwen2"),
         ),
-        (
-            {"model_type": "qwen2_5_vl", "text_config": {}, "vision_config": {"fullatt_block_indexes": [7]}},
-            ("qwen2_5_vl", "transformers", "qwen2"),
-        ),
     ],
 )
 def test_what_a_config_says(config, kind):
     assert identify(config, HERE) == Kind(*kind)
 
 
-UNKNOWN = "^folder is a checkpoint of the family {}, which is not supported: "
-CONTRADICTION = "config.json contradicts itself: it has {}"
-ONE_TOWER = r"names only one tower \({}\).*add {} to config.json"
 SIGLIP = {"text_config": {"model_type": "qwen2"}, "vision_config": {"model_type": "siglip"}}
 
 
 @pytest.mark.parametrize(
-    ("config", "sentence", "names"),
+    ("config", "family"),
     [
-        ({"model_type": "llama"}, UNKNOWN, ["llama"]),
-        ({}, UNKNOWN, ["unknown"]),
-        ({**NESTED, "model_type": "llava_next_video", "image_grid_pinpoints": [[1]]}, UNKNOWN, ["llava_next_video"]),
-        ({**NESTED, "model_type": "llava_onevision"}, UNKNOWN, ["llava_onevision"]),
-        ({**ORIGINAL, "model_type": "llava_qwen"}, UNKNOWN, ["llava_qwen"]),
-        ({**ORIGINAL, "architectures": ["LlavaMptForCausalLM"]}, UNKNOWN, ["LlavaMptForCausalLM"]),
-        ({**QWEN, "model_type": "qwen3_vl", "vision_config": {}}, UNKNOWN, ["qwen3_vl"]),
-        ({"model_type": "llava", "vision_config": {}}, UNKNOWN, ["llava"]),
-        ({"model_type": "llava", **SIGLIP}, UNKNOWN, [r"llava \(siglip tower, qwen2 decoder\)"]),
-        ({**ORIGINAL, **NESTED}, CONTRADICTION, ["mm_vision_tower, a field of the original layout, and text_config"]),
-        ({**VIDEO, "vision_config": {}}, CONTRADICTION, ["mm_image_tower, .* and vision_config, one of transformers"]),
-        ({**VIDEO, **ORIGINAL}, CONTRADICTION, ["mm_vision_tower and mm_image_tower, which are of different families"]),
-        (
-            {**NESTED, "model_type": "llava", "image_grid_pinpoints": [[1]]},
-            CONTRADICTION,
-            ["model_type llava and image_grid_pinpoints"],
-        ),
-        (
-            {**NESTED, "model_type": "llava_next", "video_seq_length": 9},
-            CONTRADICTION,
-            ["model_type llava_next and video tokens"],
-        ),
-        (
-            {**QWEN, "model_type": "qwen2_vl", "vision_config": {"window_size": 9}},
-            CONTRADICTION,
-            ["model_type qwen2_vl and a vision_config of qwen2_5_vl"],
-        ),
-        ({**VIDEO, "mm_video_tower": None}, ONE_TOWER, ["mm_image_tower", "mm_video_tower"]),
-        ({**VIDEO, "mm_image_tower": None}, ONE_TOWER, ["mm_video_tower", "mm_image_tower"]),
+        ({}, "unknown"),
+        ({**NESTED, "model_type": "llava_next_video", "image_grid_pinpoints": [[1]]}, "llava_next_video"),
+        ({**ORIGINAL, "model_type": "llava_qwen"}, "llava_qwen"),
+        ({**ORIGINAL, "architectures": ["LlavaMptForCausalLM"]}, "LlavaMptForCausalLM"),
+        ({**QWEN, "model_type": "qwen3_vl", "vision_config": {}}, "qwen3_vl"),
+        ({"model_type": "llava", "vision_config": {}}, "llava"),
+        ({"model_type": "llava", **SIGLIP}, r"llava \(siglip tower, qwen2 decoder\)"),
     ],
 )
-def test_other_families_and_contradictions_are_refused(config, sentence, names):
-    with pytest.raises(UserError, match=sentence.format(*names)) as caught:
+def test_other_families_are_refused(config, family):
+    with pytest.raises(UserError, match=f"^folder is a checkpoint of the family {family}, which is not supported: "):
         identify(config, HERE)
-    assert "\n" not in str(caught.value)
 
 
 DATA = Path(__file__).parent / "data" / "llava_keys"
@@ -181,17 +149,23 @@ def container_of(kind: Kind, vision: dict, **config) -> PreTrainedModel:
         return build(build.config_class.from_dict(config))
 
 
-def shapes_of(model: PreTrainedModel) -> dict[str, list[int]]:
-    return {name: list(weight.shape) for name, weight in model.state_dict().items()}
+def shapes_of(weights: dict[str, torch.Tensor]) -> dict[str, list[int]]:
+    return {name: list(weight.shape) for name, weight in weights.items()}
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_original_key_has_its_place(model):
-    """None missing, none left, every shape equal."""
+def test_every_original_key_has_its_place_and_the_way_back(model):
+    """None missing, none left, every shape equal. The tests' own writers give the real names, so that what they write
+    is what the loader meets."""
     (kind, vision, count), rows = MODELS[model], keys_of(model)
+    container, shapes = container_of(kind, vision), {row["original"]: row["shape"] for row in rows}
     assert len(rows) == count
-    assert {hf_key(row["original"]): row["shape"] for row in rows} == shapes_of(container_of(kind, vision))
+    assert {hf_key(name): shape for name, shape in shapes.items()} == shapes_of(container.state_dict())
     assert all(hf_key(row["original"]) == row["hf_v5"] for row in rows)
+    original = to_original_layout(container, 32000, tower=True)
+    del original["model.layers.0.self_attn.rotary_emb.inv_freq"]
+    assert shapes_of(original) == shapes
+    assert all(hub_name(row["hf_v5"]) == row["hf_hub"] for row in rows)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -204,16 +178,6 @@ def test_every_key_of_the_hub_has_its_place(model):
         module, _, rest = row["hf_v5"].partition("_tower.")
         if rest:
             assert hf_key(f"{module}_tower.vision_model.{rest}", kind) == row["hf_v5"]
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_the_way_back(model):
-    """The tests' own writers give the real names, so that what they write is what the loader meets."""
-    (kind, vision, _), rows = MODELS[model], keys_of(model)
-    original = to_original_layout(container_of(kind, vision), 32000, tower=True)
-    del original["model.layers.0.self_attn.rotary_emb.inv_freq"]
-    assert {name: list(weight.shape) for name, weight in original.items()} == {r["original"]: r["shape"] for r in rows}
-    assert all(hub_name(row["hf_v5"]) == row["hf_hub"] for row in rows)
 
 
 @pytest.mark.parametrize("version", ["2", "2.5"])
@@ -243,11 +207,10 @@ def test_the_configs_of_llava_1_5_and_video_llava_say_what_the_hub_says():
     assert (config.vision_config.image_size, config.vision_config.hidden_act) == (224, "gelu")
 
 
-@pytest.mark.parametrize("pinpoints", [PINPOINTS, str(PINPOINTS)])
-def test_the_config_of_llava_1_6_mistral(pinpoints):
+def test_the_config_of_llava_1_6_mistral():
     """A null window stays null: the library would assume one of 4096."""
     kind = Kind("llava_next", "original", "mistral")
-    config = container_of(kind, CLIP_L_336, **MISTRAL, image_grid_pinpoints=pinpoints).config
+    config = container_of(kind, CLIP_L_336, **MISTRAL).config
     assert config.image_grid_pinpoints == PINPOINTS
     text = config.text_config
     assert (text.model_type, text.sliding_window, text.num_key_value_heads) == ("mistral", None, 8)

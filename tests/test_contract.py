@@ -278,13 +278,6 @@ def test_a_class_that_was_not_registered_is_one_sentence():
         registry.register(type("Bare", (Scorer,), {}))
 
 
-def test_a_number_outside_its_ends_is_refused():
-    with pytest.raises(UserError, match=r"consensusdrop\.alpha must be between 0 and 1, got 1\.5"):
-        registry.build("consensusdrop", 8, {"alpha": "1.5"})
-    with pytest.raises(UserError, match=r"vscan\.window must be at least 1, got 0"):
-        registry.build("vscan", 8, {"window": "0"})
-
-
 def test_a_tower_block_that_does_not_exist_is_refused_before_the_run(tiny):
     """It was an error of every question: the tower has 3 blocks."""
     with pytest.raises(UserError, match="consensusdrop reads tower block -4, but the tower has 3 blocks"):

@@ -62,7 +62,7 @@ def test_what_is_written_passes_the_style(copy):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["new", "method", "fastv"], r"The name fastv is taken \(baselines/fastv.py, tests/test_fastv.py\)"),
+        (["new", "method", "holov"], r"The name holov is taken \(baselines/holov.py, tests/test_holov.py\)"),
         (["new", "method", "Mine"], "has lower-case letters, digits and _"),
         (["new", "benchmark", "import"], "has lower-case letters, digits and _"),
         (["check", "method", "fastw"], "Did you mean 'fastv'"),

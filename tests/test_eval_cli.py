@@ -22,7 +22,6 @@ from eval.benchmarks.llava_files import LETTER, SHORT, VIZ, split_suffix
 from eval.command import STOPS, Terminated, exit_on_user_error
 from eval.config import RunConfig, method_options, options_by_method, pairs
 from eval.efficiency.oracle import reducers_of
-from eval.papers import table
 from eval.results import cost, report
 from eval.run import Interrupted, run
 from llava.budget import count_or_ratio
@@ -51,8 +50,8 @@ def main(tmp_path, data, monkeypatch, capsys):
     monkeypatch.setattr(job_module, "load_model", lambda config: FakeLlava())
 
     def call(*arguments: str) -> tuple[int, str, str]:
-        standard = [] if "--data" in arguments or "--list" in arguments else ["--data", str(data)]
-        code = cli.main([*arguments, *standard, *([] if "--list" in arguments else ["--wandb", "disabled"])])
+        standard = [] if "--data" in arguments else ["--data", str(data)]
+        code = cli.main([*arguments, *standard, "--wandb", "disabled"])
         printed = capsys.readouterr()
         return code, printed.out, printed.err
 
@@ -122,13 +121,6 @@ def test_answers_are_in_llavas_fields(main, data, tmp_path):
     assert predictions[0] == {"questionId": "1000", "prediction": fake_text("1000").lower().rstrip(".")}
 
 
-def test_limit_is_said_everywhere(main, tmp_path):
-    code, out, _ = main("--method", "uniform", "--budget", "16", "--limit", "10", "--output", "o")
-    assert code == 0 and "on the first 10 of 40 GQA testdev questions" in out
-    result = json.loads((tmp_path / "o" / "limit10" / "result.json").read_text())
-    assert result["partial"] and result["limit"] == 10 and result["questions"] == 10
-
-
 def test_questions_without_a_picture_neither_water_the_audit_down_nor_hide_a_deviation():
     seen = {"visual_tokens": 64, "mean": 20.0, "planned": 16.0, "entering": [20, 20], "merged": 0, "kv_bytes": 10}
     unseen = {"visual_tokens": 0, "mean": 0.0, "planned": 0.0, "entering": [0, 0], "merged": 0, "kv_bytes": 2}
@@ -182,17 +174,9 @@ def test_full_needs_no_budget(monkeypatch, main):
         (["--budget", "16"], "--method is missing"),
         (["--method", "unifrom", "--budget", "16"], "Unknown method 'unifrom'. Did you mean 'uniform'?"),
         (["--method", "uniform", "--budget", "0"], "--budget should be a whole number of visual tokens"),
-        (["--method", "uniform", "--budget", "-3"], "got '-3'"),
-        (["--method", "uniform", "--budget", "many"], "got 'many'"),
-        (["--method", "uniform", "--budget", "16.5"], "got '16.5'"),
         (["--method", "uniform", "--budget", "65"], "--budget should be 1 to 64 (this model's visual tokens), got 65."),
         (["--method", "uniform", "--budget", "8", "--batch-size", "0"], "--batch-size should be a whole number"),
-        (["--method", "uniform", "--budget", "8", "--limit", "0"], "--limit should be"),
         (["--method", "uniform", "--budget", "8", "--seed", "-1"], "--seed should be a whole number, 0 to 4294967295"),
-        (
-            ["--method", "uniform", "--budget", "8", "--benchmark", "gqq"],
-            "Unknown benchmark 'gqq'. Did you mean 'gqa'?",
-        ),
         (["--method", "uniform", "--budget", "8", "--split", "tset"], "Unknown split of gqa 'tset'."),
         (["--method", "uniform", "--budget", "8", "--split", "val"], "No GQA val questions at"),
         (
@@ -201,21 +185,16 @@ def test_full_needs_no_budget(monkeypatch, main):
         ),
         (["--method", "uniform", "--budget", "8", "--set", "uniform.alpah=1"], "Unknown option of uniform 'alpah'."),
         (["--method", "uniform", "--budget", "8", "--set", "seed"], "--set should look like uniform.key=value or key="),
-        (["--method", "uniform", "--budget", "8", "--set", "alpah=1"], "Unknown option of uniform 'alpah'."),
         (["--method", "random", "--budget", "8", "--set", "random.seed=x"], "random.seed must be a whole number"),
         (["--method", "uniform", "--budget", "8", "--frobnicate"], "Unrecognized arguments: --frobnicate; see --help."),
         (["--method", "uniform", "--budget", "8", "--wandb", "maybe"], "Argument --wandb: invalid choice"),
-        (["--method", "uniform", "--budget", "8", "--json"], "--json goes with --list"),
+        (["--method", "uniform", "--budget", "8", "--json"], "--json goes with --dry-run"),
+        (["--method", "full", "--restart", "--retry-failed"], "--restart asks every question anew"),
         # These ended in tracebacks.
-        (["--method", "uniform", "--budget", "8", "--batch-size", "1" + 19 * "0"], "1 to 1000000, got '1000000000"),
         (["--method", "uniform", "--budget", "8", "--output", "a\0b"], "--output should be a path of at most"),
         (["--method", "uniform", "--budget", "8", "--output", "é" * 128], "names have at most 255 bytes each, got 'éé"),
-        (["--method", "uniform", "--budget", "8", "--output", "a/" * 2100], "--output should be a path of at most"),
-        (["--method", "uniform", "--budget", "8", "--data", "x" * 256], "--data should be a path whose names have"),
         (["--method", "uniform", "--budget", "8", "--model", "x" * 256], "--model should be a path whose names have"),
         (["--method", "uniform", "--budget", "1.5"], "or a ratio of each image's, above 0 and up to 1"),
-        (["--method", "uniform", "--budget", "nan"], "(1/9 or 0.111), got 'nan'."),
-        (["--method", "uniform", "--budget", "1/0"], "(1/9 or 0.111), got '1/0'."),
         (["--method", "full", "--budget", "0.5"], "full keeps all visual tokens"),
         (["--method", "uniform", "--set", "retention_ratio=x"], "uniform.retention_ratio must be a number, got 'x'."),
         (["--method", "uniform", "--budget", "8", "--data", "/nowhere"], "--data should be the folder that holds gqa/"),
@@ -281,25 +260,9 @@ def test_ctrl_c_without_words_of_its_own_is_a_sentence(stop, code, capsys):
     assert capsys.readouterr().err == "\nStopped; run the same command again.\n"
 
 
-def test_ctrl_c_in_a_table_is_a_sentence(monkeypatch, capsys):
-    """It was two tracebacks, of the signal and of the run that it stopped."""
-
-    def stopped() -> None:
-        raise Interrupted("Stopped. 3 of 4 answers are kept.") from KeyboardInterrupt()
-
-    monkeypatch.setattr(table, "parser", stopped)
-    assert table.main([]) == 130 and capsys.readouterr().err == "\nStopped. 3 of 4 answers are kept.\n"
-
-
 def test_ctrl_c_while_a_command_is_imported_is_a_sentence(monkeypatch, capsys):
     monkeypatch.setattr("eval.cli.import_module", lambda name: os.kill(os.getpid(), signal.SIGINT))
     assert vtr.main(["tables", "paper"]) == 130 and capsys.readouterr().err == "\nStopped.\n"
-
-
-def test_restart_beside_retry_failed_says_what_to_do(main):
-    """It moved the earlier run aside, asked nothing, and said that no question was asked."""
-    code, _, err = main("--method", "uniform", "--budget", "16", "--restart", "--retry-failed")
-    assert (code, err) == (2, "--restart asks every question anew, also those that failed; leave out --retry-failed.\n")
 
 
 def test_ctrl_c_says_how_to_go_on(main, monkeypatch, tmp_path):
@@ -313,14 +276,6 @@ def test_ctrl_c_says_how_to_go_on(main, monkeypatch, tmp_path):
     assert err.endswith("Stopped. 16 of 40 answers are kept in o; run the same command again to go on.\n")
     monkeypatch.setattr(job_module, "load_model", lambda config: FakeLlava())
     assert main("--method", "uniform", "--budget", "16", "--output", "o")[0] == 0
-
-
-def test_restart_keeps_the_old_answers(main, tmp_path):
-    main("--method", "uniform", "--budget", "16", "--output", "o", "--limit", "3")
-    code, _, err = main("--method", "uniform", "--budget", "8", "--output", "o")
-    assert code == 2 and "config.budget: 16, now 8" in err
-    assert main("--method", "uniform", "--budget", "8", "--output", "o", "--restart")[0] == 0
-    assert (tmp_path / "o" / "replaced-1" / "answers.jsonl").read_text().count("\n") == 3
 
 
 def test_options_are_read_with_and_without_the_method_in_front():
@@ -369,26 +324,6 @@ def test_a_model_for_images_is_not_asked_about_videos(main, monkeypatch, tiny):
         generate(tiny, [Sample("q", "what", image=frames)], registry.build("full", tiny.visual_tokens))
 
 
-# -- what there is ---------------------------------------------------------------------------------------------------
-
-
-def test_list(main):
-    code, out, _ = main("--list", "--json")
-    available = json.loads(out)
-    assert code == 0 and available.keys() == {"methods", "benchmarks", "models"}
-    assert {"full", "random", "uniform"} <= {method["name"] for method in available["methods"]}
-    (gqa,) = (entry for entry in available["benchmarks"] if entry["name"] == "gqa")
-    assert gqa["splits"] == ["testdev", "val"]
-    code, out, _ = main("--list")
-    assert code == 0 and "  uniform" in out and "  gqa" in out
-
-
-def shell(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
-    )
-
-
 def test_help_and_scoring_need_no_torch(tmp_path, data):
     """Loading torch takes seconds; a typing mistake should not."""
     code = (
@@ -398,7 +333,7 @@ def test_help_and_scoring_need_no_torch(tmp_path, data):
         f"eval.score.main(['gqa', '--answers', 'missing', '--data', {str(data)!r}])\n"
         "assert not {'torch', 'transformers', 'wandb'} & sys.modules.keys(), 'a heavy import'\n"
     )
-    done = shell("-c", code)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "(default: None)" not in done.stdout and "Cannot read missing" in done.stderr
 
@@ -431,30 +366,6 @@ def test_scoring_prints_the_official_numbers(vectors, tmp_path, capsys, name):
     assert record["groups"]["words number"]["4"] == {"percent": 90.0, "questions": 20}
 
 
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        ("", "a.jsonl holds no answers"),
-        ('{"question_id": 1000, "text": "a"}', "39 questions without a prediction (1001, 1002, 1003, 1004, 1005, ...)"),
-        ('{"question_id": 5, "text": "a"}', "None of the 1 answers"),
-        ('{"question_id": "1000", "text": "yes"}\n{"question_id": \n', "a.jsonl line 2 is not valid JSON"),
-        ('{"question_id": "1000"}\n', "a.jsonl line 1 should have an id (question_id, questionId, id, index, image)"),
-        ('[{"questionId": "1000", "prediction": 3}]', "a.jsonl entry 1 should have"),
-        ('[{"questionId": "1000"', "a.jsonl is not valid JSON"),
-        (
-            '{"question_id": 1000, "text": "a"}\n{"question_id": "1000", "text": "b"}',
-            "1 question answered more than once",
-        ),
-        (b"\xff\xfe", "a.jsonl line 1 is not valid JSON"),
-    ],
-)
-def test_broken_answer_files(data, tmp_path, capsys, content, sentence):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert score.main(["gqa", "--answers", str(path), "--data", str(data)]) == 2
-    assert sentence in capsys.readouterr().err
-
-
 # -- GQA's files -----------------------------------------------------------------------------------------------------
 
 
@@ -484,27 +395,6 @@ def test_without_llavas_file_the_official_one_is_asked(data):
     assert load(data).questions == expected
 
 
-def test_a_lossless_image_is_found_by_its_id(data):
-    jsonl(data).unlink()
-    images = data / "gqa" / "data" / "images"
-    (images / "n2.jpg").rename(images / "n2.png")
-    assert load(data).questions[2].image == "n2.png"
-
-
-def test_val_has_names_of_its_own(tmp_path):
-    data = write_gqa(tmp_path / "val", count=3, split="val")
-    assert load(data, "val").title == "GQA val" and len(load(data, "val").questions) == 3
-    with pytest.raises(UserError, match="No GQA testdev questions at"):
-        load(data)
-
-
-def test_the_fingerprint_follows_both_question_files(data):
-    before = load(data).fingerprint
-    assert load(data).fingerprint == before
-    jsonl(data).write_text(jsonl(data).read_text() + "\n")
-    assert load(data).fingerprint != before
-
-
 def edit(path: Path, number: int, **changes) -> None:
     """Change fields of one line (counted from 1); None removes a field."""
     lines = path.read_text().splitlines()
@@ -517,14 +407,12 @@ def edit(path: Path, number: int, **changes) -> None:
     ("changes", "sentence"),
     [
         ({"image": None}, r"jsonl line 7 has no image\."),
-        ({"image": None, "text": ""}, r"jsonl line 7 has no image and no text\."),
         ({"question_id": "77"}, r"jsonl line 7 asks question 77, which is not in .*questions\.json"),
         ({"question_id": "1000"}, r"jsonl line 7 asks question 1000 a second time"),
         (
             {"image": "../secret.jpg"},
             r"line 7 names the image '\.\./secret\.jpg', which is not inside the image folder",
         ),
-        ({"image": "a/../../b.jpg"}, r"not inside the image folder"),
         ({"image": "/etc/passwd"}, r"not inside the image folder"),
     ],
 )
@@ -631,15 +519,7 @@ def test_the_convention_of_tiles_is_part_of_the_result(tmp_path):
     assert result["audit"]["mean_tokens_per_layer"] == 20 and result["audit"]["visual_tokens_before"] == 80
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--budget", "1/4"],
-        ["--budget", "0.25"],
-        ["--set", "divprune.retention_ratio=0.25"],
-        ["--set", "retention_ratio=0.25"],
-    ],
-)
+@pytest.mark.parametrize("flags", [["--budget", "1/4"], ["--set", "divprune.retention_ratio=0.25"]])
 def test_a_ratio_keeps_that_part_of_each_picture(tmp_path, flags):
     save_qwen_transformers(tmp_path / "qwen")
     result = run_in(tmp_path, "--method", "divprune", *flags, "--model", str(tmp_path / "qwen"))
@@ -648,19 +528,12 @@ def test_a_ratio_keeps_that_part_of_each_picture(tmp_path, flags):
     assert result["settings"]["config"]["retention_ratio"] == result["config"]["retention_ratio"] == 0.25
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--budget", "8", "--set", "random.retention_ratio=0.5"],
-        ["--budget", "8", "--set", "retention_ratio=0.5"],
-        ["--budget", "1/2", "--set", "random.retention_ratio=0.5"],
-        ["--budget", "0.5", "--set", "random.retention_ratio=0.5"],
-    ],
-)
-def test_a_budget_beside_a_ratio_is_refused(tmp_path, capsys, flags):
+@pytest.mark.parametrize("budget", ["8", "1/2"])
+def test_a_budget_beside_a_ratio_is_refused(tmp_path, capsys, budget):
     """`--budget 64 --set random.retention_ratio=0.5` printed "random at 64" and kept 288 tokens."""
     write_gqa(tmp_path, count=2)
-    assert cli.main(["--method", "random", *flags, "--data", str(tmp_path), "--wandb", "disabled"]) == 2
+    flags = ["--method", "random", "--budget", budget, "--set", "random.retention_ratio=0.5"]
+    assert cli.main([*flags, "--data", str(tmp_path), "--wandb", "disabled"]) == 2
     err = capsys.readouterr().err
     assert "both given" in err and "leave one out" in err and err.count("\n") == 1
 

@@ -91,17 +91,6 @@ def test_a_corrupt_image_fails_its_own_questions_only(tmp_path, data):
     assert all("n3.jpg" in line["reason"] for line in failures(tmp_path))
 
 
-def test_failed_questions_are_asked_again_only_on_demand(tmp_path, data):
-    run(config(tmp_path, data), Picky("1003", "1017"), FakeReducer())
-    second = Picky()
-    result = run(config(tmp_path, data), second, FakeReducer())
-    assert second.asked == [] and len(result["failed"]) == 2
-    third = Picky()
-    result = run(config(tmp_path, data, failed="only"), third, FakeReducer())
-    assert sorted(third.asked) == ["1003", "1017"] and result["failed"] == [] and result["asked"] == 40
-    assert "failed" not in result["sentence"]
-
-
 def test_retrying_asks_no_other_question(tmp_path, data):
     run(config(tmp_path, data, limit=8), Picky("1003"), FakeReducer())
     model = Picky()
@@ -150,13 +139,8 @@ def test_a_batch_that_does_not_fit_into_memory_is_divided(tmp_path, data, room):
 
 
 def test_a_single_question_that_does_not_fit_fails(tmp_path, data):
-    class Hungry(FakeLlava):
-        def answer(self, samples, reducer, max_new_tokens=128):
-            if any(sample.id == "1009" for sample in samples):
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
-            return super().answer(samples, reducer, max_new_tokens)
-
-    result = run(config(tmp_path, data), Hungry(), FakeReducer())
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+    result = run(config(tmp_path, data), Picky("1009", error=full), FakeReducer())
     (line,) = failures(tmp_path)
     assert line["question_id"] == "1009" and line["kind"] == "memory" and "9.00 GiB" in line["reason"]
     assert result["asked"] == 39

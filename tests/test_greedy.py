@@ -1,15 +1,11 @@
-"""Greedy choices: loops in torch, forms for the CPU and for many tokens, against loops from the definition."""
-
-import tracemalloc
+"""Greedy choices, with all cosines held and with a few rows at a time, against loops from the definition."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
-from eval.efficiency.memory import peak_bytes
 from llava.reduction import ranking as greedy
-from llava.reduction.states import State
+from tests.allocations import metered_peak
 
 SHAPES = [(1, 1, 3, 1), (1, 2, 3, 1), (2, 5, 4, 3), (3, 30, 8, 12), (1, 40, 48, 40), (2, 120, 64, 60)]
 
@@ -27,43 +23,32 @@ CHOICES = {
 }
 
 
-@pytest.fixture(params=["on the host", "on a device", "on the host, by rows", "on a device, by rows"])
+@pytest.fixture(params=["whole on the host", "by rows on the host", "whole on a device", "by rows on a device"])
 def form(request, monkeypatch):
-    """Numpy or torch; all cosines in one product, and as for images that have too many; lists of near entries."""
-    if "device" in request.param:
-        monkeypatch.setattr(greedy, "on_host", lambda *_: False)
-    if "by rows" in request.param:
+    """All cosines in one product, or as for images that have too many; values may be looked at, or not."""
+    if "rows" in request.param:
         monkeypatch.setattr(greedy, "WHOLE", 3)
-    monkeypatch.setattr(greedy, "FEW", 70)
-    monkeypatch.setattr(greedy, "BLOCK", 24)
+    if "device" in request.param:
+        monkeypatch.setattr(greedy, "HOST", "none")
 
 
-def torch_on_all_cosines(name, tokens, weight, count):
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize(("batch", "total", "channels", "count"), SHAPES)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, "equal"])
+def test_all_forms_choose_the_same(name, batch, total, channels, count, kind, form):
+    """Drawn tokens; and copies of a few directions, whose cosines are exactly 0 or 1, with weights that are equal."""
+    if kind == "equal":
+        tokens = torch.eye(channels)[torch.randint(min(channels, 7), (batch, total))]
+        weight = torch.full((batch, total), 0.5)
+        weight[:, total // 2] = 0.25
+    else:
+        tokens, weight = torch.randn(batch, total, channels, dtype=kind), torch.rand(batch, total) + 0.1
+    found = CHOICES[name](tokens, weight, count)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(greedy, "on_host", lambda *_: False)
+        patch.setattr(greedy, "HOST", "none")
         patch.setattr(greedy, "WHOLE", 2**24)
-        return CHOICES[name](tokens, weight, count)
-
-
-@pytest.mark.parametrize("name", CHOICES)
-@pytest.mark.parametrize(("batch", "total", "channels", "count"), SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_all_forms_choose_the_same_drawn_tokens(name, batch, total, channels, count, dtype, form):
-    tokens, weight = torch.randn(batch, total, channels, dtype=dtype), torch.rand(batch, total) + 0.1
-    expected = torch_on_all_cosines(name, tokens, weight, count)
-    assert torch.equal(CHOICES[name](tokens, weight, count), expected)
-
-
-@pytest.mark.parametrize("name", CHOICES)
-@pytest.mark.parametrize(("batch", "total", "channels", "count"), SHAPES)
-def test_all_forms_choose_the_same_where_tokens_are_equal(name, batch, total, channels, count, form):
-    """Copies of a few directions, whose cosines are exactly 0 or 1, and weights that are equal: many ties."""
-    directions = torch.randint(min(channels, 7), (batch, total))
-    tokens, weight = torch.eye(channels)[directions], torch.full((batch, total), 0.5)
-    weight[:, total // 2] = 0.25
-    chosen = CHOICES[name](tokens, weight, count)
-    assert torch.equal(chosen, torch_on_all_cosines(name, tokens, weight, count))
-    assert all(len(set(row)) == count for row in chosen.tolist())
+        assert torch.equal(CHOICES[name](tokens, weight, count), found)
+    assert all(len(set(row)) == count for row in found.tolist())
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -143,46 +128,6 @@ def test_farthest_from_a_first_token_equals_the_definition(batch, total, channel
         assert row == farthest_by_the_book(own, int(first[image]), count)
 
 
-def test_a_list_of_near_entries_without_an_odd_one():
-    """Clusters longer than the lists: the nearest entries of an entry stand all at even places, as it does."""
-    tokens = torch.eye(12)[torch.arange(1200) % 12] + 0.01 * torch.randn(1200, 12)
-    tokens[torch.arange(1200) % 2 == 0] += torch.tensor([3.0] + [0.0] * 11)
-    assert greedy.FEW < 1200 and greedy.NEAREST < 600
-    expected = torch_on_all_cosines("duplicates", tokens[None], None, 1100)
-    assert torch.equal(greedy.distinct(tokens[None], 1100), expected)
-
-
-@pytest.mark.parametrize("name", CHOICES)
-def test_numbers_that_are_none_end_in_some_choice(name, form):
-    """Weights of the model that are NaN are reported later; the loop must end before."""
-    tokens, weight = torch.randn(1, 90, 4), torch.rand(1, 90)
-    tokens[0, 3], weight[0, 5] = torch.nan, torch.nan
-    chosen = CHOICES[name](tokens, weight, 30)
-    assert chosen.shape == (1, 30) and chosen.min() >= 0 and chosen.max() < 90
-
-
-@pytest.mark.parametrize("name", CHOICES)
-def test_operations_are_counted(name, form):
-    tokens, weight, state = torch.randn(2, 100, 16), torch.rand(2, 100) + 0.1, State(ids=())
-    with FlopCounterMode(display=False) as counter:
-        CHOICES[name](tokens, weight, 30, state.matmul)
-    assert state.flops == counter.get_total_flops() > 0
-
-
-@pytest.mark.parametrize("name", CHOICES)
-def test_memory_is_linear_where_all_cosines_do_not_fit(name, monkeypatch):
-    """At 11,520 tokens 2.3 N x N floats were alive in DivPrune, 2.4 in CDPruner, 2.1 in SCOPE, 1.3 in VisPruner."""
-    monkeypatch.setattr(greedy, "WHOLE", 3)
-    monkeypatch.setattr(greedy, "BLOCK", 64)
-    monkeypatch.setattr(greedy, "FEW", 100)
-    tokens, weight = torch.randn(1, 1024, 8), torch.rand(1, 1024) + 0.1
-    tracemalloc.start()  # numpy's memory; torch's is not in it
-    most = peak_bytes(lambda: CHOICES[name](tokens, weight, 64))
-    most += tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert most < 1024 * 1024 * 4 / 2
-
-
 @pytest.mark.parametrize("total", [50, 11520])
 @pytest.mark.parametrize("name", CHOICES)
 def test_the_loops_never_wait_for_the_device_nor_hold_a_table_of_many_tokens(name, total):
@@ -191,14 +136,6 @@ def test_the_loops_never_wait_for_the_device_nor_hold_a_table_of_many_tokens(nam
     count = 20 if total == 50 or name != "duplicates" else total - 100
     tokens, weight = torch.empty(1, total, 64, device="meta"), torch.empty(1, total, device="meta")
     chosen = []
-    most = peak_bytes(lambda: chosen.append(CHOICES[name](tokens, weight, count)))
+    most = metered_peak(lambda: chosen.append(CHOICES[name](tokens, weight, count)))
     assert chosen[0].shape == (1, count) and chosen[0].device.type == "meta"
     assert most < 5 * 4 * greedy.WHOLE < 11520 * 11520 * 4
-
-
-def test_gains_nearer_than_rounding_are_compared_exactly(form):
-    """Tokens that all gain about as much, so that a sum in another order would choose others."""
-    tokens = torch.eye(40)[torch.arange(400) % 40] + 1e-4 * torch.randn(3, 400, 40)
-    weight = torch.full((3, 400), 0.7)
-    expected = torch_on_all_cosines("coverage", tokens, weight, 60)
-    assert torch.equal(greedy.cover_greedily(tokens, weight, 60), expected)

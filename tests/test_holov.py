@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from baselines.holov import HoloV, deal, deal_as_released, keep_dealt, reduction_as_released, token_scores
-from llava.errors import UserError
 from llava.reduction.reducer import PromptState
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import ModelSpec, PatchGrid
@@ -147,23 +146,6 @@ def test_variety_has_a_say_inside_a_chunk():
         assert plan.kept.tolist() == [kept]
 
 
-def test_tokens_stay_in_raster_order():
-    """The release puts the tokens of a chunk in the order of attention, so that rows of the picture are shuffled."""
-    attention = torch.arange(1.0, 17.0)[None] / 200
-    tokens = torch.randn(1, 16, 5)
-    release = prompt(HoloV(budget=8, chunks=4, alpha=0.0, official=True), tokens, attention)
-    plan = prompt(HoloV(budget=8, chunks=4, alpha=0.0), tokens, attention)
-    assert plan.kept.tolist() == [sorted(release.kept[0].tolist())]
-    assert release.kept.tolist() == [[7, 11, 10, 9, 12, 13, 14, 15]]
-
-
 def test_keeping_takes_what_was_dealt():
     score = torch.tensor([[[1.0, 3.0, 2.0], [5.0, 5.0, 5.0]]])
     assert keep_dealt(score, torch.tensor([[2, 1]]), 3).tolist() == [[1, 2, 3]]
-
-
-@pytest.mark.parametrize("chunks", [0, 7, 1000])
-def test_chunks_of_unequal_size_are_refused(chunks):
-    with pytest.raises(UserError, match=r"holov\.chunks must divide the 576 visual tokens"):
-        HoloV(budget=64, chunks=chunks).check(LLAVA)
-    HoloV(budget=64, chunks=24).check(LLAVA)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from eval import score
-from eval.answers import answer_id, settings_hash
+from eval.answers.store import answer_id, settings_hash
 from eval.benchmarks import llava_bench, mmvet
 from eval.judging.choice import line as verdict_line
 from eval.results.report import percent_of_full
@@ -76,13 +76,6 @@ def test_llava_bench_is_asked_and_judged_in_the_official_words(tmp_path):
         load("llava_bench", tmp_path)
 
 
-def test_llava_bench_without_a_judge_has_names_of_its_own(tmp_path):
-    write_bench(tmp_path)
-    found = load("llava_bench", tmp_path).score(["0", "1"], {"0": "Red cat 0", "1": "a red dog"})
-    assert found.main == "relative_score_match" and all(name.endswith("_match") for name in found.values)
-    assert found.values["relative_score_match"] == pytest.approx(100 * (1 + 1 / 3) / 2, abs=0.1)
-
-
 def test_llava_bench_from_its_mirror(tmp_path):
     row = {"image": cell(), "question": "q", "caption": "c", "gpt_answer": "g", "category": "conv"}
     write_hub(tmp_path, "lmms-lab/llava-bench-in-the-wild", "train", [row])
@@ -121,10 +114,8 @@ def test_mmvet_replies(reply, expected):
 @pytest.mark.parametrize(
     ("answer", "text", "sample_score"),
     [
-        ("-1<AND>-5", "x = -1 or x = -5", 1),
         ("-1<AND>-5", "x = 1 or x = -5", 0.5),
         ("yellow<OR>golden brown", "It is golden brown.", 1),
-        ("yellow<OR>golden brown", "brown and golden", 0),
         ("a<AND>b<OR>c", "c", 1),
         ("cat", "catalogue", 0),
         ("1,000", "about 1000 people", 1),
@@ -181,29 +172,24 @@ def judged_run(folder: Path, data: Path, method: str, judge: str, score: float) 
     return str(folder)
 
 
-def test_verdicts_of_two_judges_are_not_compared(tmp_path, capsys):
-    """`vtr compare` printed a difference that was one of judges."""
+def test_verdicts_of_one_judge_are_compared_and_those_of_two_are_not(tmp_path, capsys):
+    """`vtr compare` printed a difference that was one of judges, and the path of verdicts counted as a difference."""
     write_mmvet(tmp_path / "data")
     full = judged_run(tmp_path / "full", tmp_path / "data", "full", "gpt-4-0613", 0.8)
     other = judged_run(tmp_path / "other", tmp_path / "data", "first", "gpt-3.5-turbo", 0.4)
     same = judged_run(tmp_path / "same", tmp_path / "data", "first", "gpt-4-0613", 0.4)
-    assert score.compare_command([full, other, "--data", str(tmp_path / "data")]) == 2
+    where = ["--data", str(tmp_path / "data")]
+    assert score.compare_command([full, other, *where]) == 2
     assert "A was judged by gpt-4-0613 and B by gpt-3.5-turbo" in capsys.readouterr().err
-    assert command.main([full, other, "--data", str(tmp_path / "data")]) == 2
+    assert command.main([full, other, *where]) == 2
     assert "differ in facts.judge: gpt-4-0613 and gpt-3.5-turbo" in capsys.readouterr().err
-    assert score.compare_command([full, same, "--data", str(tmp_path / "data")]) == 0
-
-
-def test_runs_of_one_judge_have_a_percent_of_full(tmp_path, capsys):
-    """The path of a run's own verdicts counted as a difference: no percent of full, and `vtr stats` refused."""
-    write_mmvet(tmp_path / "data")
-    full = judged_run(tmp_path / "full", tmp_path / "data", "full", "gpt-4-0613", 0.8)
-    same = judged_run(tmp_path / "same", tmp_path / "data", "first", "gpt-4-0613", 0.4)
+    assert score.compare_command([full, same, *where]) == 0
     assert percent_of_full(json.loads((tmp_path / "same" / "result.json").read_text()), Path(same)) == 50
-    assert command.main([full, same, "--data", str(tmp_path / "data"), "--share", "0.1"]) == 0
+    capsys.readouterr()
+    assert command.main([full, same, *where, "--share", "0.1"]) == 0
     assert "| first | 4 | 40.0 [n/a] | 50.0" in capsys.readouterr().out
     (tmp_path / "same" / "judgements-gpt-4-0613.jsonl").unlink()
-    assert command.main([full, same, "--data", str(tmp_path / "data")]) == 2, "its verdicts are gone"
+    assert command.main([full, same, *where]) == 2, "its verdicts are gone"
 
 
 def test_mmvets_judge_is_asked_again_with_a_hint_and_more_heat(tmp_path):

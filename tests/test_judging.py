@@ -1,4 +1,4 @@
-"""Judges: an endpoint that fails in every way, a local model, verdicts on disk, and which of them the flag takes."""
+"""Judges: an endpoint that fails in every way, verdicts on disk, and which of them the flag takes."""
 
 import json
 import threading
@@ -7,12 +7,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from eval import score as score_module
 from eval.answers.jsonl import read_jsonl
 from eval.benchmarks.base import Dataset, Question
 from eval.benchmarks.media import Folder
-from eval.judging import Judging, Request, choice, prompts
-from eval.judging.choice import Store, ask, check_judge, line, lines_of, score_answers, unjudged
+from eval.judging import Judging, Request, choice
+from eval.judging.choice import Store, ask, check_judge, line, lines_of, score_answers
 from eval.judging.judges import Endpoint, configured, endpoint
 from eval.metrics import Score
 from llava.errors import UserError
@@ -26,7 +25,7 @@ REQUEST = Request("a", ({"role": "user", "content": "x"},))
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch):
-    for name in (*ENVIRONMENT, "JUDGE_PRICE_IN", "JUDGE_PRICE_OUT"):
+    for name in ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -89,7 +88,7 @@ def judging(**changes) -> Judging:
 
 def data_with(how: Judging | None) -> Dataset:
     questions = tuple(Question(name, "?", "", (), "") for name in ASKED)
-    return Dataset("Toy", questions, Folder(None), "", unjudged(how) if how else None, None, dict, judging=how)
+    return Dataset("Toy", questions, Folder(None), "", how.match if how else None, None, dict, judging=how)
 
 
 def at(server, **changes) -> Endpoint:
@@ -116,22 +115,27 @@ def run(judge, how, folder, texts=TEXTS):
 
 
 def test_every_answer_is_asked_about_once_and_kept(server, tmp_path, capsys):
-    lines = run(at(server, prices=(10.0, 30.0)), judging(), tmp_path)
+    lines = run(at(server), judging(), tmp_path)
     assert {name: entry["verdict"] for name, entry in lines.items()} == {"a": {"n": 1}, "b": {"n": 0}, "c": {"n": 1}}
     assert {entry["judge"] for entry in lines.values()} == {"judge-0613"}  # what the server says it is
     first = server.calls[0]
     assert first["path"] == "/v1/chat/completions" and first["key"] == f"Bearer {KEY}"
     assert (first["model"], first["temperature"], first["max_tokens"]) == ("judge", 0.0, 3)
     shown = capsys.readouterr()
-    assert "Judge judge: 3 requests, at most about 27 tokens in and 9 out, a cost of 0.00; an unreadable" in shown.out
+    assert "Judge judge: 3 requests, at most about 27 tokens in and 9 out; an unreadable" in shown.out
     assert KEY not in shown.out + shown.err + (tmp_path / "judgements-judge.jsonl").read_text()
     run(at(server), judging(), tmp_path)
     assert len(server.calls) == 3
 
 
-def test_a_busy_server_is_asked_again_ever_more_slowly(server, waits):
+def test_a_busy_server_is_asked_again_ever_more_slowly_or_when_it_says(server, waits):
+    server.answer = lambda number, body: (429 if number == 1 else 200, "1")
+    at(server).reply(REQUEST)
+    assert waits.pop() == 7 and not waits
+    server.calls.clear()
     server.answer = lambda number, body: (500 if number < 4 else 200, "1")
-    assert at(server).reply(REQUEST) == ("1", "judge-0613")
+    assert at(server, key=None).reply(REQUEST) == ("1", "judge-0613")
+    assert server.calls[0]["key"] is None
     assert len(server.calls) == 4 and waits == sorted(waits) and 0.3 < waits[0] < waits[2] / 2
     assert "temperature" not in server.calls[0] and "max_tokens" not in server.calls[0]
 
@@ -147,19 +151,14 @@ def test_a_server_that_stays_down_ends_the_run_and_keeps_the_verdicts(server, tm
     assert sum(call["messages"][0]["content"] == "1" for call in server.calls[9:]) == 1  # "a" was not asked again
 
 
-def test_a_refusal_is_not_repeated_and_a_redirect_not_followed(server):
+def test_a_refusal_is_not_repeated_a_redirect_not_followed_and_the_key_in_no_log(server, caplog):
+    caplog.set_level("DEBUG")  # the level at which the client logs its requests
     for status in (401, 302):
         server.calls.clear()
         server.answer = lambda number, body, status=status: (status, f"bad {KEY}")
         with pytest.raises(UserError, match=rf"refused a request \(HTTP {status}: no: bad \*\*\*\)"):
             at(server).reply(REQUEST)
-        assert len(server.calls) == 1
-
-
-def test_no_answer_at_all_is_said(server):
-    server.server_close()
-    with pytest.raises(UserError, match="did not answer in 8 tries"):
-        at(server).reply(Request("a", ()))
+        assert len(server.calls) == 1 and "HTTP request" in caplog.text and KEY not in caplog.text
 
 
 def test_a_slow_server_is_asked_again_after_the_timeout(server):
@@ -170,32 +169,11 @@ def test_a_slow_server_is_asked_again_after_the_timeout(server):
     assert len(server.calls) == 2
 
 
-def test_a_server_that_says_when_is_asked_then(server, waits):
-    server.answer = lambda number, body: (429 if number == 1 else 200, "1")
-    at(server).reply(REQUEST)
-    assert waits == [7]
-
-
-def test_without_a_key_none_is_sent(server):
-    assert at(server, key=None).reply(REQUEST)[0] == "x"
-    assert server.calls[0]["key"] is None
-
-
 @pytest.mark.parametrize("content", ["<html>", "[]", '{"choices": []}', '{"choices": [{"message": null}]}', "[" * 9999])
 def test_something_that_is_no_chat_endpoint_is_a_sentence(server, content):
     server.body = content
     with pytest.raises(UserError, match="does not answer as a chat endpoint does; it sent"):
         at(server).reply(REQUEST)
-
-
-def test_the_key_is_in_no_log(server, caplog):
-    """The client logs its requests at the level "debug"."""
-    caplog.set_level("DEBUG")
-    server.answer = lambda number, body: (401, f"bad {KEY}")
-    with pytest.raises(UserError) as error:
-        at(server).reply(REQUEST)
-    assert KEY not in str(error.value) and KEY not in caplog.text
-    assert "HTTP request" in caplog.text
 
 
 def test_unreadable_replies_are_asked_for_again_with_a_cap(server, tmp_path):
@@ -222,9 +200,6 @@ def test_an_interrupted_run_goes_on_where_it_stopped(server, tmp_path):
                 raise Stops
             return "1", "judge"
 
-        def cost(self, tokens_in, tokens_out):
-            return None
-
     with pytest.raises(Stops):
         run(Breaks(), judging(), tmp_path)
     path = tmp_path / "judgements-judge.jsonl"
@@ -236,14 +211,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(server, tmp_path):
 
 def test_a_changed_answer_is_judged_again(server, tmp_path):
     run(at(server), judging(), tmp_path)
-    lines = run(at(server), judging(), tmp_path, TEXTS | {"b": "5"})
+    lines = run(at(server, workers=4), judging(), tmp_path, TEXTS | {"b": "5"})
     assert len(server.calls) == 4 and lines["b"]["verdict"] == {"n": 5}
-
-
-def test_many_workers_give_the_same_verdicts(server, tmp_path):
-    (tmp_path / "one").mkdir()
-    one, four = run(at(server), judging(), tmp_path / "one"), run(at(server, workers=4), judging(), tmp_path)
-    assert {name: line["verdict"] for name, line in one.items()} == {name: four[name]["verdict"] for name in ASKED}
 
 
 def test_the_endpoint_comes_from_the_environment():
@@ -251,13 +220,8 @@ def test_the_endpoint_comes_from_the_environment():
     found = endpoint(given)
     assert (found.url, found.name, found.key) == ("https://host/v1", "m", KEY)
     assert endpoint(given | {"OPENAI_BASE_URL": "https://host/v1/chat/completions"}).url == found.url
-    assert KEY not in repr(found) and found.workers == 4 and found.cost(10, 10) is None
+    assert KEY not in repr(found) and found.workers == 4
     assert configured(given) and not configured(given | {"OPENAI_API_KEY": ""}) and not configured({})
-    priced = endpoint(given | {"JUDGE_PRICE_IN": "30", "JUDGE_PRICE_OUT": "60"})
-    assert priced.cost(1_000_000, 500_000) == 60
-    request = Request("a", ({"role": "user", "content": "x" * 3_000_000},), max_tokens=10)
-    assert choice.count_tokens(request) == 1_000_008
-    assert "a cost of 30.00." in choice.estimate(priced, judging(tries=1), [request])
     for wrong, sentence in [
         ({"JUDGE_MODEL": ""}, "needs the environment variable JUDGE_MODEL."),
         ({"JUDGE_URL": "file:///etc/passwd"}, "JUDGE_URL should be an address"),
@@ -265,7 +229,6 @@ def test_the_endpoint_comes_from_the_environment():
         ({"JUDGE_URL": "http://[host/v1"}, "JUDGE_URL should be an address"),
         ({"OPENAI_API_KEY": "a\nb"}, "holds characters that no key has"),
         ({"JUDGE_WORKERS": "0"}, "JUDGE_WORKERS should be a whole number"),
-        ({"JUDGE_PRICE_IN": "cheap"}, "should be prices per million tokens, got 'cheap'"),
     ]:
         with pytest.raises(UserError, match=sentence):
             endpoint(given | wrong)
@@ -305,23 +268,20 @@ def test_auto_takes_the_endpoint_when_it_is_set_up_and_verdicts_on_disk_later(se
     assert "published numbers are of gpt-4-0314 and cannot be compared with these" in other.notes[0]
 
 
-def test_half_judged_answers_are_no_score(tmp_path):
+def test_the_official_judges_verdicts_go_before_others_and_half_judged_answers_are_no_score(tmp_path):
     how = judging()
-    first = how.requests(ASKED, TEXTS)[0]
-    with closing(Store(tmp_path / "judgements-judge-0613.jsonl")) as store:
+    path = tmp_path / "judgements-judge-0613.jsonl"
+    first, *rest = how.requests(ASKED, TEXTS)
+    with closing(Store(path)) as store:
         store.append(line(first, {"n": 1}, "1", "judge-0613", 1, failed=False))
     found, _ = score(how, "auto", tmp_path)
     assert found.main == "points_match"
     assert "judgements-judge-0613.jsonl holds verdicts about 1 of these 3 answers and was not used" in found.notes
     with pytest.raises(UserError, match=r"holds no verdict about these answers for 2 of 3 questions \(b, c\)"):
-        score(how, str(tmp_path / "judgements-judge-0613.jsonl"), tmp_path)
-
-
-def test_the_official_judges_verdicts_go_before_others(tmp_path):
-    how = judging()
-    for name, number in (("another", 3), ("judge-0613", 1)):
+        score(how, str(path), tmp_path)
+    for name, number, requests in (("another", 3, (first, *rest)), ("judge-0613", 1, rest)):
         with closing(Store(tmp_path / f"judgements-{name}.jsonl")) as store:
-            for request in how.requests(ASKED, TEXTS):
+            for request in requests:
                 store.append(line(request, {"n": number}, "", name, 1, failed=False))
     found, _ = score(how, "auto", tmp_path)
     assert found.values == {"points": 3} and "judgements-another.jsonl holds other verdicts" in found.notes[-1]
@@ -352,7 +312,6 @@ def test_verdicts_of_the_official_script(tmp_path):
 def test_wrong_flags_are_said_before_a_run(tmp_path):
     for judge, sentence in [
         ("endpoint", "--judge endpoint needs the environment variable JUDGE_MODEL"),
-        ("local:", "names no model"),
         ("gpt-4", "there is no 'gpt-4'"),
     ]:
         with pytest.raises(UserError, match=sentence):
@@ -361,82 +320,6 @@ def test_wrong_flags_are_said_before_a_run(tmp_path):
         check_judge(data_with(None), "match")
     check_judge(data_with(None), "auto")
     check_judge(data_with(judging()), str(tmp_path))
-
-
-# -- a local model -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def chat_model(tmp_path_factory):
-    """A random Llama of some kilobytes, with a tokenizer of letters and a template that knows no system turn."""
-    import torch
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = str(tmp_path_factory.mktemp("judge"))
-    letters = ["<unk>", "</s>", *(chr(code) for code in range(32, 127))]
-    tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
-    fast.chat_template = (
-        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-        "{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
-    )
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(letters), **size)).save_pretrained(folder)
-    return folder
-
-
-def test_a_local_model_judges(chat_model, tmp_path):
-    found, facts = score(judging(parse=lambda name, reply: {"n": len(reply) > 0}), f"local:{chat_model}", tmp_path)
-    assert facts["judge"]["verdicts"].startswith(str(tmp_path / "judgements-judge"))
-    assert "cannot be compared" in found.notes[0]
-
-
-def test_local_replies_depend_on_the_request_alone(chat_model):
-    from eval.judging.judges import LocalModel
-
-    judge = LocalModel(chat_model, device="cpu")
-    messages = ({"role": "system", "content": "Judge."}, {"role": "user", "content": "yes or no"})
-    for temperature in (None, 0.0, 1.5):
-        request = Request("a", messages, temperature, 8)
-        assert judge.reply(request) == judge.reply(request)
-    assert judge.reply(Request("a", messages, 1.5, 8)) != judge.reply(Request("b", messages, 1.5, 8))
-
-
-def test_a_folder_without_a_model_is_said(tmp_path):
-    from eval.judging.judges import LocalModel
-
-    with pytest.raises(UserError, match="Cannot load the judge"):
-        LocalModel(str(tmp_path))
-
-
-# -- the command line ----------------------------------------------------------------------------------------------
-
-
-def test_scoring_a_file_keeps_the_verdicts_beside_it(server, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("JUDGE_MODEL", "gpt-4-0613")
-    monkeypatch.setenv("JUDGE_URL", server.url)
-    server.answer = lambda number, body: (200, "0.5")
-    folder = tmp_path / "data" / "mm-vet"
-    folder.mkdir(parents=True)
-    record = {"imagename": "a.png", "question": "q?", "answer": "x<OR>y", "capability": ["ocr"], "imagesource": ""}
-    (folder / "mm-vet.json").write_text(json.dumps({"v1_0": record, "v1_1": record}))
-    answers = tmp_path / "out" / "results.json"
-    answers.parent.mkdir()
-    answers.write_text(json.dumps({"v1_0": "x", "v1_1": "z"}, indent=1))
-    arguments = ["mmvet", "--answers", str(answers), "--data", str(tmp_path / "data")]
-    assert score_module.main([*arguments, "--judge", "endpoint", "--json", str(tmp_path / "o.json")]) == 0
-    assert "score          50.00" in capsys.readouterr().out
-    assert (tmp_path / "out" / "judgements-gpt-4-0613.jsonl").is_file()
-    record = json.loads((tmp_path / "o.json").read_text())
-    assert record["metrics"]["score"] == 50 and record["facts"]["judge"]["official"] == "gpt-4-0613"
-    assert prompts()["mm_vet"]["few_shot_prompt"] in server.calls[0]["messages"][0]["content"]
-    assert score_module.main([*arguments, "--judge", "match"]) == 0
-    assert "score_match    50.00" in capsys.readouterr().out
-    assert score_module.main([*arguments, "--judge", "nowhere.json"]) == 2
 
 
 def test_judges_without_a_name_or_version_are_not_said_to_be_others():

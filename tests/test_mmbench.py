@@ -12,11 +12,9 @@ import pytest
 from eval import benchmarks
 from eval.benchmarks import mmbench
 from eval.benchmarks.llava_files import LETTER, LETTER_CN
-from eval.benchmarks.mmbench import read_tsv
-from eval.benchmarks.records import read_xlsx, write_xlsx
 from eval.score import score_file
 from llava.errors import UserError
-from tests.benchmark_files import cell, png, write_hub
+from tests.benchmark_files import cell, png, write_hub, write_lines
 
 TABLE = json.loads((Path(__file__).parent / "data" / "mmbench" / "infer_table.json").read_text())
 COLUMNS = ["index", "question", "hint", *"ABCD", "answer", "category", "image", "source", "l2-category", "comment"]
@@ -37,7 +35,6 @@ def test_letters_are_read_as_by_the_official_rules(row):
         ("The answer is a dog", "A"),  # case is ignored after "answer is"
         ("The correct answer is **B** as anybody can see in it", "B"),
         ("I'm sorry, but without the image provided: A", "Z"),
-        ("Z", "Z"),
         ("cat " * 20, ""),  # longer than twice all options
     ],
 )
@@ -51,16 +48,11 @@ def test_quirks_of_vlmevalkits_rules(text, letter):
         ("A is what I would say", ""),
         ("A) is what I would say", "A"),
         ("It is :D.", "D"),
-        ("E", "E"),
         ("cat " * 20, "C"),
     ],
 )
 def test_quirks_of_lmms_evals_rules(text, letter):
     assert mmbench.infer_lmms(text, TABLE["choices"]) == letter
-
-
-def test_an_option_that_the_question_lacks_is_not_read():
-    assert mmbench.infer("The answer is D, I am rather sure of it", {"A": "one", "B": "two"}) == ""
 
 
 def items(*indices: int) -> dict[str, mmbench.Item]:
@@ -86,8 +78,7 @@ def test_unread_answers_are_wrong_and_counted():
     rows = items(1, 2, 1_000_001, 1_000_002)
     score = mmbench.evaluate(rows, {"1": "hm", "2": "hm", "1000001": "A", "1000002": "B"})
     assert (score.values["accuracy"], score.values["unmatched"]) == (0, 2)
-    # Group 2 is wrong whatever GPT would have said.
-    assert any("no rule reads (unmatched): 2" in note and "change: 1 at most" in note for note in score.notes)
+    assert any("no rule reads (unmatched): 2" in note for note in score.notes)
 
 
 def test_groups_without_their_first_pass_are_left_out():
@@ -153,15 +144,6 @@ def test_pictures_stay_in_the_file_until_they_are_opened(data):
     assert dataset.pictures.fetch("1000007") == png("red", 40)
 
 
-def test_windows_newlines_and_a_byte_order_mark_change_nothing(tmp_path):
-    path = write_tsv(tmp_path / "a.tsv")
-    copy = tmp_path / "b.tsv"
-    content = path.read_bytes().replace(b"dev\n", b"dev\r\n").replace(b"split\n", b"split\r\n")
-    copy.write_bytes(b"\xef\xbb\xbf" + content)
-    assert read_tsv(copy).references == read_tsv(path).references
-    assert read_tsv(copy).pictures.fetch("8") == png("blue", 40)
-
-
 def test_lmms_evals_wording(data):
     dataset = load(data, profile="lmms")
     assert dataset.questions[0].message == (
@@ -214,12 +196,6 @@ def test_the_chinese_edition(tmp_path):
     assert lmms.max_new_tokens == 256
 
 
-@pytest.mark.parametrize("folder", ["mmbench", "mmbench_cn"])
-def test_the_chinese_file_is_found_in_both_folders(tmp_path, folder):
-    write_tsv(tmp_path / folder / "mmbench_dev_cn_20231003.tsv")
-    assert len(load(tmp_path, "mmbench_cn").questions) == 4
-
-
 def sheet(dataset, texts) -> list[list]:
     (content,) = dataset.submission(texts).values()
     return [list(row) for row in openpyxl.load_workbook(io.BytesIO(content)).active.iter_rows(values_only=True)]
@@ -234,8 +210,6 @@ def test_the_file_to_upload_is_that_of_llavas_conversion(data):
     assert table[0] == [7, 'Which "one"?', "cat", "dog", None, None, "B", "B", "dev"]
     # A formula stays text, a character that no Excel file can hold is left out, a missing answer is an empty cell.
     assert [row[6] for row in table] == ["B", "=1+1", "A", None]
-    (data / "upload.xlsx").write_bytes(*dataset.submission(texts).values())
-    assert [row.text for row in read_xlsx(data / "upload.xlsx")] == ["B", "=1+1", "A", ""]
 
 
 def test_lmms_evals_file(data):
@@ -246,17 +220,13 @@ def test_lmms_evals_file(data):
     assert row[:4] == [7, 'Which "one"?', "B", "B"] and row[-1] == "nan"
 
 
-@pytest.mark.parametrize("form", ["xlsx", "jsonl"])
-def test_answers_are_read_from_the_uploaded_file_and_from_llavas(data, tmp_path, form):
+def test_llavas_answer_file_is_scored(data, tmp_path):
     dataset = load(data)
     texts = {"7": "B", "8": "A", "1000007": "A", "1000008": "A"}
-    path = tmp_path / f"answers.{form}"
-    if form == "xlsx":
-        (content,) = dataset.submission(texts).values()
-        path.write_bytes(content)
-    else:
-        lines = (json.dumps({"question_id": int(name), "round_id": 0, "text": text}) for name, text in texts.items())
-        path.write_text("\n".join(lines))
+    path = write_lines(
+        tmp_path / "answers.jsonl",
+        [{"question_id": int(name), "round_id": 0, "text": text} for name, text in texts.items()],
+    )
     record = score_file(path, dataset)
     assert record["metrics"] == {"accuracy": 50, "vanilla_accuracy": 100, "unmatched": 0}
     assert record["confidence"]["accuracy"]["unit"] == "group"
@@ -272,28 +242,6 @@ def test_a_split_without_answers_is_for_the_server(tmp_path):
     assert sheet(dataset, {})[0] == ["index", "question", "A", "B", "C", "D", "prediction", "split"]
 
 
-@pytest.mark.parametrize("profile", ["llava", "lmms"])
-def test_the_mirrors_test_split_has_no_answers(tmp_path, profile):
-    dataset = load(write_mirror(tmp_path, split="test"), split="test", profile=profile)
-    assert dataset.score(["7"], {"7": "A"}).values == {"accuracy": None}
-
-
-def test_bad_tables_are_named(tmp_path):
-    path = write_tsv(tmp_path / "mmbench" / "mmbench_dev_20230712.tsv")
-    good = path.read_text()
-    for bad, message in [
-        (good.replace("question", "text", 1), "no column question"),
-        (good.replace("\n1000008\t", "\n8\t"), "the index 8, which an earlier row has too"),
-        (good.replace("\n1000008\t", "\neight\t"), "the index 'eight'"),
-        (good.rsplit("\t", 1)[0] + "\n", "13 cells, the first line names 14 columns"),
-        (good.split("\n")[0] + "\n", "has no rows"),
-        (good.replace("\t8\ts\t", "\t99\ts\t"), "the image of row '99', which has none"),
-    ]:
-        path.write_text(bad)
-        with pytest.raises(UserError, match=message):
-            load(tmp_path)
-
-
 def test_a_damaged_picture_is_named(data):
     path = data / "mmbench" / "mmbench_dev_20230712.tsv"
     path.write_text(path.read_text().replace("iVBOR", "iVB*R"))
@@ -302,28 +250,22 @@ def test_a_damaged_picture_is_named(data):
         dataset.sample(dataset.questions[0])
 
 
-def test_excel_files_of_something_else_are_refused(tmp_path):
-    path = tmp_path / "a.xlsx"
-    path.write_bytes(write_xlsx(["id", "text"], [[1, "A"]]))
-    with pytest.raises(UserError, match="no index and no prediction"):
-        read_xlsx(path)
-    path.write_bytes(write_xlsx(["index", "Prediction"], [[1, "A"], [None, None], [2, None]]))
-    assert [(row.id, row.text) for row in read_xlsx(path)] == [("1", "A"), ("2", "")]
-    (tmp_path / "a.jsonl").write_text("{}")
-    assert read_xlsx(tmp_path / "a.jsonl") is None
-
-
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        ("index\tquestion", "index\ttext", "no column question"),
+        ("\n1000008\t", "\n8\t", "the index 8, which an earlier row has too"),
+        ("\n1000008\t", "\neight\t", "the index 'eight'"),
+        ("\n8\t", f"\n{'9' * 5000}\t", "should be a whole number of at most 18 digits"),
+        ("\t\tdev\n1000008", "\n1000008", "12 cells, the first line names 14 columns"),
+        ("\t8\ts\t", "\t99\ts\t", "the image of row '99', which has none"),
         ("\tB\tidentity", "\tZ\tidentity", "should have a letter from A to E as answer, got 'Z'"),
         ("\tB\tidentity", "\tb\tidentity", "should have a letter from A to E as answer, got 'b'"),
         ("\tB\tidentity", "\tD\tidentity", "has the answer D, which is an empty option"),
         ("\tB\tidentity", "\t\tidentity", "rows with and rows without an answer"),
-        ("\n8\t", f"\n{'9' * 5000}\t", "should be a whole number of at most 18 digits"),
     ],
 )
-def test_answers_that_no_model_can_give_are_refused(data, old, new, message):
+def test_bad_tables_and_answers_that_no_model_can_give_are_refused(data, old, new, message):
     """Rows whose answer is Z, in lower case or an empty option scored 0 % without a word."""
     path = data / "mmbench" / "mmbench_dev_20230712.tsv"
     assert old in path.read_text()
@@ -332,39 +274,13 @@ def test_answers_that_no_model_can_give_are_refused(data, old, new, message):
         load(data)
 
 
-def test_a_right_option_that_pandas_reads_as_empty_is_said(data):
-    """An option "None" is no option to the official tools, so its row is wrong whatever the answer is."""
-    path = data / "mmbench" / "mmbench_dev_20230712.tsv"
-    path.write_text(path.read_text().replace("\tA\tplace", "\tC\tplace", 1))
-    notes = load(data).score(["7", "8"], {"7": "B", "8": "C"}).notes
-    assert any("the right option of 1 rows (8) is a word" in note for note in notes)
-
-
-def test_answers_to_the_english_set_are_not_scored_as_chinese(data, tmp_path):
+def test_answers_to_the_english_set_are_not_scored_as_chinese(tmp_path):
     """Both editions share their ids, and the recorded prompts were not looked at."""
-    english = load(data)
-    path = tmp_path / "answers.jsonl"
-    lines = ({"question_id": q.id, "prompt": q.message, "text": q.answer} for q in english.questions)
-    path.write_text("\n".join(map(json.dumps, lines)))
-    assert score_file(path, english)["metrics"]["accuracy"] == 100
     root = Path(__file__).parents[1] / "assets" / "eval"
     toy, chinese = load(root), load(root, "mmbench_cn")
     assert {q.id for q in toy.questions} == {q.id for q in chinese.questions}
-    lines = ({"question_id": q.id, "prompt": q.message, "text": q.answer} for q in toy.questions)
-    path.write_text("\n".join(map(json.dumps, lines)))
+    rows = [{"question_id": q.id, "prompt": q.message, "text": q.answer} for q in toy.questions]
+    path = write_lines(tmp_path / "answers.jsonl", rows)
+    assert score_file(path, toy)["metrics"]["accuracy"] == 100
     with pytest.raises(UserError, match="answers other questions than those of MMBench-CN"):
         score_file(path, chinese)
-    sheet_path = tmp_path / "upload.xlsx"
-    (content,) = toy.submission({q.id: q.answer for q in toy.questions}).values()
-    sheet_path.write_bytes(content)
-    with pytest.raises(UserError, match="answers other questions"):
-        score_file(sheet_path, chinese)
-
-
-def test_a_spreadsheet_does_not_hold_the_time_at_which_it_was_written():
-    """Two equal submissions differed when a second passed between them, and a test failed once in a while."""
-    import time
-
-    first = write_xlsx(("index", "prediction"), [(1, "A")])
-    time.sleep(2.1)  # dates in a zip file count two seconds
-    assert write_xlsx(("index", "prediction"), [(1, "A")]) == first

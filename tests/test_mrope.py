@@ -1,4 +1,4 @@
-"""Positions on three axes against transformers' own, and the rule "renumber" against its definition."""
+"""Positions on three axes: the rule "renumber" against its definition, and rows of attention with Qwen's angles."""
 
 import pytest
 import torch
@@ -41,22 +41,6 @@ def model():
     torch.manual_seed(0)
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
     return Qwen2_5_VLModel._from_config(config, attn_implementation="eager").eval()
-
-
-def official(model, prompts):
-    """get_rope_index on left-padded prompts: positions [B, L, 3] and the first generated token's."""
-    kinds = []
-    for parts in prompts:
-        row = [[0] * part if isinstance(part, int) else [1] * (part[0] * part[1] * part[2]) for part in parts]
-        kinds.append([kind for run in row for kind in run])
-    width = max(map(len, kinds))
-    types = torch.tensor([[0] * (width - len(row)) + row for row in kinds])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in kinds])
-    grids = [(t, 2 * h, 2 * w) for parts in prompts for t, h, w in (p for p in parts if not isinstance(p, int))]
-    place, delta = model.get_rope_index(
-        types, types, image_grid_thw=torch.tensor(grids) if grids else None, attention_mask=mask
-    )
-    return place.permute(1, 2, 0), delta[:, 0] + mask.sum(1)
 
 
 def spans(parts):
@@ -111,17 +95,6 @@ def thinned(prompts, share, seed):
     return torch.tensor([padding[: width - len(kept)] + kept for kept in indices]), lengths, visual
 
 
-@pytest.mark.parametrize("prompts", [[PROMPTS[0]], [PROMPTS[1]], [PROMPTS[2]], PROMPTS])
-def test_positions_equal_get_rope_index(model, prompts):
-    """No picture, one, two, and all prompts in one padded batch."""
-    expected, following = official(model, prompts)
-    place = positions(prompts)
-    assert place.dtype == torch.int64
-    assert torch.equal(place, expected)
-    following = following[:, None, None].expand(-1, 1, 3)
-    assert torch.equal(mrope.next_position(place), following)
-
-
 def test_text_goes_on_behind_the_longest_axis():
     """A film of more frames than rows: get_rope_index of 5.23 would number text into the film."""
     assert positions([[1, (4, 1, 2), 1]])[0, -1].tolist() == [5, 5, 5]
@@ -153,28 +126,6 @@ def test_pictures_side_by_side():
     assert place[0, 4:].tolist() == [[2, 2, 2], [2, 2, 3], [4, 4, 4]]
     thin = mrope.keep(place, torch.tensor([[3, 5, 6]]))
     assert mrope.renumber(thin, [3], [[(0, 1), (1, 2)]])[0].tolist() == [[0] * 3, [1] * 3, [2] * 3]
-
-
-def test_two_reductions_equal_one():
-    """What counts is what is left, not on how many steps the rest went."""
-    place = positions([[3, (1, 6, 6), 4]])
-    first, second = torch.arange(43) % 36 % 2 == 0, torch.arange(43) % 5 != 4
-    first[:3] = first[-4:] = second[:3] = second[-4:] = True
-    both = first & second
-    runs = [[(3, int(mask[:39].sum()))] for mask in (first, both)]
-    once = mrope.renumber(place[:, both], [int(both.sum())], [runs[1]])
-    step = mrope.renumber(place[:, first], [int(first.sum())], [runs[0]])
-    assert torch.equal(mrope.renumber(step[:, both[first]], [int(both.sum())], [runs[1]]), once)
-
-
-def test_angles_take_each_frequency_from_its_axis(model):
-    """Sections 1, 2, 1 of the four frequencies of a head: frame, row, row, column."""
-    llm, place = model.language_model, positions(PROMPTS)
-    cos, sin = rotary_angles(llm, torch.zeros(1), place)
-    frequency = 100.0 ** (-torch.arange(0, 8, 2) / 8)
-    axis = place[..., [0, 1, 1, 2]] * frequency
-    torch.testing.assert_close(cos, torch.cat([axis, axis], -1).cos())
-    torch.testing.assert_close(sin, torch.cat([axis, axis], -1).sin())
 
 
 def test_rows_of_the_decoders_attention_equal_its_own_maps(model):

@@ -46,7 +46,7 @@ def run(model, samples, reducer):
     return model.logits(state.hidden), record.accounting(state), record
 
 
-def accepted(name: str, model, budgets=(32, 30, 20)):
+def accepted(name: str, model, budgets=(30, 20)):
     for budget in budgets:
         reducer = registry.build(name, budget)
         try:
@@ -118,17 +118,6 @@ def test_every_other_split_meets_the_budget_too(name, model):
             assert len(anchors.unique()) == len(anchors)
 
 
-def test_newline_tokens_are_dropped_or_kept_and_counted(path):
-    model = load(path, device="cpu")
-    (sample,) = batch()[2:3]
-    ends = model.views(sample.image)[1].newlines
-    for newlines in ("drop", "keep"):
-        _, (audit,), record = run(model, [sample], registry.build("fastervlm", 30, {"newlines": newlines}))
-        kept = record.steps[0][0].reduction.kept[0]
-        assert torch.isin(ends, kept).all() == (newlines == "keep") and audit.mean == 30
-        assert torch.isin(ends, kept).any() == (newlines == "keep")
-
-
 def test_newline_tokens_are_counted_once(path):
     """3 x 250 pixels are a base image of 16 patches and 12 newline tokens. The 12 were taken off twice, in plan and
     run alike: a budget of 14 kept 4 tokens, one of 20 with newlines=keep kept 16."""
@@ -138,7 +127,10 @@ def test_newline_tokens_are_counted_once(path):
     for name in ("fastervlm", "consensusdrop", "globalcom2", "vscan", "visiondrop"):
         for budget, newlines, expected in ((14, "drop", 14), (20, "drop", 16), (20, "keep", 20)):
             reducer = registry.build(name, budget, {"newlines": newlines})
-            _, (audit,), _ = run(model, [sample], reducer)
+            _, (audit,), record = run(model, [sample], reducer)
+            if name == "fastervlm":
+                there = torch.isin(layout.newlines, record.steps[0][0].reduction.kept[0])
+                assert there.all() == there.any() == (newlines == "keep")
             assert abs(audit.mean - expected) <= reducer.rounding and audit.planned == audit.mean, (name, budget)
     # VisionDrop's decoder stages kept as many tokens less as there are newline tokens, and no run met its plan.
     _, audits, _ = run(model, batch(), registry.build("visiondrop", 30, {"newlines": "keep"}))
@@ -211,11 +203,8 @@ def test_wrong_choices_are_refused(path, tiny_path):
         load(path, device="cpu", merge="spatial_unpadded")
     with pytest.raises(UserError, match="leaves no choice of merge"):
         load(tiny_path, device="cpu", merge="spatial")
-    model = load(path, device="cpu")
     with pytest.raises(UserError, match="at least"):
-        require(registry.build("fastervlm", 3), model.spec)
-    with pytest.raises(UserError, match=f"1 to {model.visual_tokens}"):
-        require(registry.build("fastervlm", model.visual_tokens + 1), model.spec)
+        require(registry.build("fastervlm", 3), load(path, device="cpu").spec)
 
 
 def test_a_budget_below_the_newline_tokens_of_some_picture_is_refused(path):

@@ -13,12 +13,9 @@ from eval.figures.overlay import (
     PatchAssignment,
     colour_groups,
     draw_answer,
-    draw_original,
     draw_overlay,
-    legend,
     patches_of,
     save_small,
-    trace_of,
 )
 from llava.pipeline.accounting import Answer, TokenAccounting
 from llava.processing.prompt import Sample
@@ -104,21 +101,6 @@ def test_a_token_of_one_patch_has_no_colour():
     assert patches.dropped.tolist() == [False, False, False, True]
 
 
-def test_colours_of_the_palette_differ_for_colour_blind_readers():
-    """Simulated as two cones: without the difference of red and green, colours still differ in the rest."""
-    rgb = np.array([ImageColor.getrgb(colour) for colour in PALETTE], dtype=float)
-    two_cones = np.stack([rgb @ [0.56, 0.44, 0.0], rgb @ [0.0, 0.24, 0.76]], 1)
-    distance = np.linalg.norm(two_cones[:, None] - two_cones[None], axis=-1)
-    assert distance[~np.eye(len(rgb), dtype=bool)].min() > 30
-
-
-def test_the_legend_shows_the_four_kinds_of_patches():
-    strip = legend()
-    assert legend(merges=False).width < strip.width and legend(2).height == 2 * strip.height
-    seen = {tuple(pixel) for pixel in np.asarray(strip).reshape(-1, 3).tolist()}
-    assert ImageColor.getrgb(PALETTE[4]) in seen and (196, 120, 84) in seen, "a group's line and a kept patch"
-
-
 def test_a_small_file_keeps_its_colours(tmp_path):
     """Two colours of a few pixels in a noisy image: a palette of frequent colours painted a purple square pink."""
     noise = np.random.default_rng(0).integers(100, 160, (200, 200, 3), dtype=np.uint8)
@@ -145,13 +127,6 @@ def test_steps_compose(trace, patches, assignment, kept):
     assert (found.assignment.tolist(), found.kept.tolist()) == (assignment, kept)
 
 
-def test_a_class_token_in_front_shifts_nothing():
-    """17 inputs on a 4 x 4 grid: position 0 is the class token, 1 is the first patch."""
-    cells = middles(draw_overlay(GREY, [prune([0, 1, 16], 17)], GRID), 4)
-    clear = {(int(r), int(c)) for r, c in zip(*np.nonzero(cells[..., 0] == 200), strict=True)}
-    assert clear == {(0, 0), (3, 3)}
-
-
 def test_a_wide_picture_is_covered_as_the_padded_square():
     """32 x 16 on a 4 x 4 grid: the picture lies on rows 1 and 2, rows 0 and 3 are padding."""
     wide = Image.new("RGB", (32, 16), (200, 200, 200))
@@ -169,11 +144,6 @@ def test_a_large_photograph_is_drawn_small(size, drawn):
     image = Image.new("L", size, 200)
     assert draw_overlay(image, [prune([0], 16)], GRID).size == draw_overlay(image, [], GRID).size == drawn
     assert draw_overlay(GREY, [], GRID, upscale=3).size == (96, 96)
-
-
-def test_a_trace_that_does_not_fit_is_an_error():
-    with pytest.raises(ValueError, match="takes 9 tokens, 17 are there"):
-        draw_overlay(GREY, [prune([0], 9)], GRID)
 
 
 # Tiles and frames, pixel by pixel.
@@ -196,13 +166,6 @@ def test_kept_patches_of_both_views_are_clear_and_all_others_dim():
     assert ((tiles == 255) == clear).all()
 
 
-def test_a_run_with_class_tokens_is_understood():
-    run = stitched((1, 1), (2, 2), newline=False)
-    place = int(run.with_cls.crops[1].indices[3])
-    drawn = np.asarray(draw_overlay(WHITE, [prune([place], run.tokens + 2)], run))[..., 0]
-    assert (drawn[16:, 64 + GAP + 32 :] == 255).all() and (drawn[:, :64] < 255).all()
-
-
 def test_frames_of_a_video_stand_in_two_rows():
     run = frames(4, 2, 2).with_cls
     video = Video(tuple(Image.new("RGB", (20, 20), "white") for _ in range(4)))
@@ -223,28 +186,3 @@ def test_every_image_of_a_sample_is_drawn_with_its_own_steps(images):
     for number, picture in enumerate(drawn):
         clear = np.asarray(picture)[:32, : 2 * 64, 0] == 255
         assert clear[0, 32 * number] and clear.sum() == 2 * 16 * 2 * 8
-
-
-def test_originals_are_drawn_as_large_as_their_overlays():
-    """The original beside an overlay: enlarged alike, the frames of a video in the same two rows."""
-    run = frames(4, 2, 2).with_cls
-    video = Video(tuple(Image.new("RGB", (20, 20), (60 * number, 0, 0)) for number in range(4)))
-    answer = Answer("a", "yes", (1,), TokenAccounting((1,), run.tokens, 0, 0), (prune([16], run.tokens),), (run,))
-    original, (overlay,) = draw_original(video), draw_answer(Sample("a", "there?", image=video), answer)
-    assert original.size == overlay.size == (2 * 40 + GAP, 2 * 40 + GAP)
-    corners = [original.getpixel(place)[0] for place in ((0, 0), (83, 0), (0, 83), (83, 83))]
-    assert corners == [0, 60, 120, 180]
-    assert draw_original(WHITE).size == (128, 64)
-
-
-def test_groups_of_frames_have_outlines_and_the_steps_of_another_image_are_not_its_own():
-    run = frames(2, 2, 2)
-    video = Video(tuple(Image.new("RGB", (48, 48), (200, 200, 200)) for _ in range(2)))
-    owner = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]])
-    merged = Step("prompt #2", Reduction(torch.tensor([[0, 4]]), 8, owner, torch.full((1, 8), 0.25)))
-    assert trace_of([prune([0], 8), merged], 1) == [merged]
-    assert [one.place for one in trace_of([prune([0], 8), merged], 0)] == ["encoder"]
-    drawn = np.asarray(draw_overlay(video, [merged], run))
-    first, second = drawn[:48], drawn[48 + GAP :]
-    assert len(np.unique(first[24:].reshape(-1, 3), axis=0)) == 1, "one group fills a frame: no line inside"
-    assert not np.array_equal(first[40, 10], second[40, 10]), "the groups of two frames have their own colours"

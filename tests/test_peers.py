@@ -1,7 +1,6 @@
 """This repository beside another code: the lines of a worker, the order of the turns, the ratios."""
 
 import json
-import random
 import sys
 from contextlib import ExitStack
 from itertools import product
@@ -10,8 +9,8 @@ import pytest
 import torch
 
 from eval.efficiency import peers
-from eval.efficiency.measure import interval_rank, over_rounds
-from eval.efficiency.peers import Worker, compare, refuse_unequal, table
+from eval.efficiency.measure import interval_rank
+from eval.efficiency.peers import Worker, compare, table
 from eval.efficiency.shapes import narrow, random_llava
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
@@ -49,7 +48,6 @@ def test_workers_take_turns_forwards_and_backwards_and_a_drift_cancels(fake, tmp
     assert (tmp_path / "log").read_text() == "ab" + "abba" * 2, "a warm-up of each, then rounds"
     assert [list(row) for row in result["rounds"]] == [["a", "b"]] * 4
     assert [worker["ready"] for worker in result["workers"]] == ["a", "b"]
-    assert len(result["load"]) == 5
     first, second, *_ = (row["b"] / row["a"] for row in result["rounds"])
     assert first == pytest.approx(1.5 * 1.1) and second == pytest.approx(1.5 / 1.1)
 
@@ -69,11 +67,8 @@ READY = "print('{\\\"ready\\\": 1}', flush=True); input(); "
     ("words", "sentence"),
     [
         ("raise SystemExit(5)", "ended with exit code 5"),
-        ("print('{broken')", "not JSON with 'ready'"),
         ("print('{}')", "not JSON with 'ready'"),
         (READY + 'print(\'{\\"seconds\\": {\\"a\\": 0}}\')', "not seconds above 0"),
-        (READY + "print('{\\\"seconds\\\": {}}')", "not seconds above 0"),
-        (READY + "print('{\\\"seconds\\\": 3}')", "not seconds above 0"),
         (READY + 'print(\'{\\"seconds\\": {\\"a\\": NaN}}\')', "not seconds above 0"),
         ("print('{\\\"ready\\\": 1}')", "ended with exit code 0"),
     ],
@@ -81,9 +76,6 @@ READY = "print('{\\\"ready\\\": 1}', flush=True); input(); "
 def test_a_worker_that_fails_ends_in_a_sentence(words, sentence):
     with pytest.raises(UserError, match=sentence):
         compare("broken", [line(words)], 1, 1)
-
-
-def test_a_command_that_does_not_exist_ends_in_a_sentence():
     with pytest.raises(UserError, match="cannot be started"):
         compare("nothing", ["no-such-command --at-all"], 1, 1)
 
@@ -91,12 +83,6 @@ def test_a_command_that_does_not_exist_ends_in_a_sentence():
 def test_two_workers_with_one_name_are_refused(fake):
     with pytest.raises(UserError, match="a name may occur once"):
         compare("same", [fake("a", 2), fake("a", 3)], 1, 1)
-
-
-def test_the_ratio_is_that_of_the_same_round():
-    """Medians of the columns would say 10 / 2 = 5; b takes twice the time of a in every round but one."""
-    found = over_rounds([2.0, 4.0, 10.0, 40.0, 18.0], [1.0, 2.0, 5.0, 20.0, 2.0])
-    assert (found.median, found.low, found.high) == (2.0, 2.0, 9.0)
 
 
 @pytest.mark.parametrize("rounds", range(1, 13))
@@ -114,29 +100,11 @@ def test_the_interval_spans_the_median_as_often_as_it_says(rounds):
         assert covered(rank) >= 0.95
 
 
-def test_the_interval_covers_in_drawn_samples():
-    draw = random.Random(0)
-    hits = 0
-    for _ in range(2000):
-        found = over_rounds([draw.lognormvariate(0, 0.1) for _ in range(9)], [1.0] * 9)
-        hits += found.low <= 1.0 <= found.high
-    assert interval_rank(9) == 1
-    assert hits / 2000 == pytest.approx(1 - 2 * (1 + 9) / 2**9, abs=0.02), "all but: at most 1 of 9 on one side"
-
-
-def test_the_table_has_a_row_for_everything_but_the_reference():
-    result = {"name": "pair", "rounds": [{"ours": 2.0, "oracle": 1.9, "theirs": 3.0}] * 7}
-    *_, oracle, theirs = table([result]).splitlines()
-    assert oracle == "| pair | 2.00 | oracle | 1.90 | 0.95 (0.95 to 0.95) | 7 |"
-    assert theirs == "| pair | 2.00 | theirs | 3.00 | 1.50 (1.50 to 1.50) | 7 |"
-
-
 def test_workers_with_models_of_different_depth_are_refused():
     """`peers.sh dense full 576 --layers 8` gave the flag to our worker alone: 8 layers beside 32."""
     workers = [line(f'print(\'{{\\"ready\\": 1, \\"layers\\": {layers}}}\')') for layers in (8, 32)]
     with pytest.raises(UserError, match="say layers 8, 32; give all of them the same model"):
         compare("unequal", workers, 1, 1)
-    refuse_unequal([{"ready": 1, "layers": 8}, {"ready": 2}, {"ready": 3, "layers": 8, "dtype": "bfloat16"}])
 
 
 def test_another_reference_divides_in_the_same_rounds():
@@ -159,16 +127,11 @@ def test_the_command_writes_a_result_that_it_reads_again(fake, tmp_path, capsys)
     assert "| pair |" in printed and "| b |" in printed
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"name": "a", "rounds": []}'])
+@pytest.mark.parametrize("text", ["", '{"name": "a", "rounds": []}'])
 def test_a_file_that_is_no_result_ends_in_a_sentence(text, tmp_path, capsys):
     (tmp_path / "odd.json").write_text(text)
     assert peers.main(["table", str(tmp_path / "odd.json")]) == 2
     assert "is no result of `measure`" in capsys.readouterr().err
-
-
-def test_no_round_is_refused(capsys):
-    assert peers.main(["measure", "--name", "a", "--worker", "true", "--rounds", "0"]) == 2
-    assert "--rounds should be a whole number, 1 or more" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -185,7 +148,7 @@ def worker(tiny, monkeypatch, capsys):
     return run
 
 
-def test_our_worker_measures_a_method_and_its_oracle_on_new_images(worker, monkeypatch):
+def test_our_worker_measures_methods_and_their_oracles_on_new_images(worker, monkeypatch):
     asked, real = [], peers.ttft
 
     def ttft(model, reducer, batch):
@@ -193,68 +156,29 @@ def test_our_worker_measures_a_method_and_its_oracle_on_new_images(worker, monke
         return real(model, reducer, batch)
 
     monkeypatch.setattr(peers, "ttft", ttft)
-    ready, first, second = worker("ours", "--method", "fastv", "--budget", "8", "--oracle", requests=2)
-    assert list(first) == list(second) == ["ours", "oracle"]
+    words = ["ours", "--method", "full,fastv", "--budget", "8", "--set", "fastv.schedule=kept", "--oracle"]
+    ready, first, second = worker(*words, requests=2)
+    assert list(first) == list(second) == ["full", "fastv", "oracle of fastv"]
     assert all(value > 0 for value in (first | second).values())
-    assert asked == [("fastv", "s0"), ("oracle", "s0"), ("oracle", "s1"), ("fastv", "s1")]
-    assert ready["visual tokens per layer"] == [16, 5, 5, 5]
+    turn = ["full", "fastv", "oracle"]
+    assert asked == [(name, "s0") for name in turn] + [(name, "s1") for name in reversed(turn)]
+    assert ready["visual tokens per layer"] == {"full": [16] * 4, "fastv": [16, 8, 8, 8]}
 
 
-def test_our_worker_measures_several_methods_under_their_names(worker):
-    words = ["ours", "--method", "full,consensusdrop,fastv", "--budget", "8", "--set", "fastv.schedule=kept"]
-    ready, found = worker(*words, "--oracle")
-    assert list(found) == ["full", "consensusdrop", "fastv", "oracle of consensusdrop", "oracle of fastv"]
-    assert ready["visual tokens per layer"]["fastv"] == [16, 8, 8, 8]
-    assert list(worker("ours", "--method", "full")[1]) == ["ours"]
-
-
-def test_stock_with_attentions_gives_the_same_token_and_the_maps_of_the_definition(tiny):
-    """A user who scores tokens by the text gets what eager attention computes, and SDPA is back afterwards."""
-    hf, (ids, pixels) = tiny.hf_model, peers.inputs(tiny, 0)
-    token, maps = peers.attentive(hf, ids, pixels)
-    assert token.tolist() == peers.dense(hf, ids, pixels).tolist()
-    assert len(maps) == tiny.spec.layers and hf.model.language_model.config._attn_implementation == "sdpa"
-    decoder, attention = hf.model.language_model, hf.model.language_model.layers[0].self_attn
-    features = torch.cat(tuple(hf.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output))
-    hidden = decoder.embed_tokens(ids).masked_scatter((ids == hf.config.image_token_id)[..., None], features)
-    entering = decoder.layers[0].input_layernorm(hidden)[0]
-    length, width, groups = entering.shape[0], attention.head_dim, attention.num_key_value_groups
-    cosines, sines = decoder.rotary_emb(hidden, torch.arange(length)[None])
-    for head in range(maps[0].shape[1]):
-        rows = []
-        for linear, number in ((attention.q_proj, head), (attention.k_proj, head // groups)):
-            own = linear(entering)[:, number * width : (number + 1) * width]
-            halves = torch.cat([-own[:, width // 2 :], own[:, : width // 2]], dim=1)
-            rows.append(own * cosines[0] + halves * sines[0])
-        logits = rows[0] @ rows[1].T / width**0.5
-        logits = logits.masked_fill(torch.ones(length, length).triu(1).bool(), float("-inf"))
-        torch.testing.assert_close(maps[0][0, head], logits.softmax(-1), atol=1e-5, rtol=1e-4)
-
-
-def test_stock_gives_the_maps_of_layers_that_share_weights():
-    """Their attention stayed on SDPA, which gives no maps and takes less time."""
-    model = random_llava(narrow("llava-1.5-7b", 64, 3, blocks=2), 1, "float32")
-    _, maps = peers.attentive(model.hf_model, *peers.inputs(model, 0))
-    assert len(maps) == 3
-    assert all(torch.allclose(one.sum(-1), torch.ones(())) for one in maps)
+def test_stock_with_attentions_gives_the_same_token_and_the_maps_of_all_layers(tiny):
+    """Layers that share weights stayed on SDPA, which gives no maps and takes less time. SDPA is back afterwards."""
+    for model in (tiny, random_llava(narrow("llava-1.5-7b", 64, 3, blocks=2), 1, "float32")):
+        hf, inputs = model.hf_model, peers.inputs(model, 0)
+        token, maps = peers.attentive(hf, *inputs)
+        assert token.tolist() == peers.dense(hf, *inputs).tolist() and len(maps) == model.spec.layers
+        assert all(torch.allclose(one.sum(-1), torch.ones(())) for one in maps)
+        assert hf.model.language_model.config._attn_implementation == "sdpa"
 
 
 def test_the_stock_worker_measures_with_and_without_attentions(worker):
     _, *found = worker("stock", "--attentions", requests=2)
     assert [list(row) for row in found] == [["transformers", "transformers, output_attentions"]] * 2
-    assert list(worker("stock", "--layer", "2", "--keep", "5")[1]) == ["transformers, eager attention"]
-
-
-@pytest.mark.parametrize("layer", [1, 2, 3])
-def test_what_a_user_would_write_gives_our_logits(layer, tiny):
-    """The comparison is fair only if both compute the same: FastV's rule, by eager attention and by ours."""
-    reducer = registry.build("fastv", 5, {"layer": str(layer), "schedule": "kept"})
-    for turn in range(4):
-        ids, pixels = peers.inputs(tiny, turn)
-        theirs = peers.pruned(tiny.hf_model, ids, pixels, layer, 5)
-        state, _ = prefill(tiny, peers.noise_batches(tiny, 1, differ=True)(turn), reducer)
-        mine = tiny.logits(state.hidden)
-        torch.testing.assert_close(theirs[:, : mine.shape[1]], mine, atol=2e-5, rtol=1e-5)
+    assert list(worker("stock")[1]) == ["transformers"]
 
 
 def test_stock_dense_gives_our_first_token(tiny):
@@ -263,29 +187,3 @@ def test_stock_dense_gives_our_first_token(tiny):
         full = registry.build("full", tiny.visual_tokens)
         state, _ = prefill(tiny, peers.noise_batches(tiny, 1, differ=True)(turn), full)
         assert token.tolist() == tiny.logits(state.hidden).argmax(-1).tolist()
-
-
-def test_eager_is_used_for_one_layer_only(tiny):
-    ids, pixels = peers.inputs(tiny, 0)
-    shared = tiny.hf_model.model.language_model.config
-    peers.pruned(tiny.hf_model, ids, pixels, 2, 5)
-    assert shared._attn_implementation == "sdpa"
-    assert all(block.self_attn.config is shared for block in tiny.hf_model.model.language_model.layers)
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["ours", "--method", "full,fastv"], "needs a --budget"),
-        (["ours", "--method", "trim", "--budget", "8", "--set", "adaptive=true", "--oracle"], "so it has no oracle"),
-        (["stock", "--layer", "2"], "belong together"),
-        (["stock", "--attentions", "--layer", "2", "--keep", "4"], "--attentions asks the dense model"),
-        (["stock", "--layer", "9", "--keep", "4"], "--layer should be 1 to 3"),
-        (["stock", "--layer", "2", "--keep", "99"], "--keep should be 1 to 16"),
-    ],
-)
-def test_flags_of_a_worker_that_make_no_sense(words, sentence, tiny, monkeypatch, capsys):
-    monkeypatch.setattr(peers, "build", lambda args: tiny)
-    monkeypatch.setattr(registry.method("trim"), "check", lambda *_: None)
-    assert peers.main(words) == 2
-    assert sentence in capsys.readouterr().err

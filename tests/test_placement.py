@@ -48,31 +48,24 @@ def slurm(*devices: int, size: int = 1) -> Placement:
     ("there", "given", "expected"),
     [
         (0, {}, None),
-        (1, {}, None),
         (4, {}, local(0, 1, 2, 3)),
         (4, {"device": "cuda:1"}, None),
         (4, CPU, None),
         (2, {"CUDA_VISIBLE_DEVICES": "5,3"}, local(5, 3)),
-        (3, {"CUDA_VISIBLE_DEVICES": "7,5,3", "GPUS": "2"}, local(7, 5)),
         (3, {"CUDA_VISIBLE_DEVICES": "7,5,3", "GPUS": "2,0"}, local(3, 7)),
         (0, {"CUDA_VISIBLE_DEVICES": "", "RANKS": "2"}, local(0, 1)),
         (8, {"GPUS": "3"}, local(0, 1, 2)),
         (8, {"GPUS": "6,2"}, local(6, 2)),
-        (8, {"GPUS": " 6 , 2 "}, local(6, 2)),
         (8, {"GPUS": "1"}, None),
         (8, {"GPUS": "3,"}, local(3)),  # one accelerator that is not the first one needs a rank of its own
-        (8, {"GPUS": ""}, local(*range(8))),
         (0, {"RANKS": "2"}, local(0, 1)),
-        (0, {"RANKS": "1"}, None),
         (4, {"RANKS": "2"}, local(0, 1)),
         (1, {"RANKS": "3"} | CPU, replace(local(0, 1, 2), processor=True)),
         (4, {"size": 2}, local(0, 1, 2, 3, size=2)),
-        (0, {"size": 2, "RANKS": "2"}, local(0, 1, size=2)),
         (2, ALLOCATION, slurm(0, 1)),
         (0, ALLOCATION, slurm(0)),
         (0, ALLOCATION | {"size": 2}, slurm(0, 1, size=2)),
         (4, ALLOCATION | {"GPUS": "2"}, local(0, 1)),
-        (4, ALLOCATION | {"device": "cuda:0"}, None),
         (2, ALLOCATION | {"SLURM_JOB_NUM_NODES": "1"}, local(0, 1)),
         (0, {"WORLD_SIZE": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),
     ],
@@ -95,14 +88,10 @@ def test_accelerators_are_not_counted_where_they_do_not_matter():
         (2, {"CUDA_VISIBLE_DEVICES": "GPU-7a,GPU-8b"}, "CUDA_VISIBLE_DEVICES=GPU-7a,GPU-8b should hold indices"),
         (4, {"GPUS": "9"}, "GPUS=9, but this machine has 4 accelerators; RANKS=9 uses its processor"),
         (4, {"GPUS": "0"}, "GPUS=0 asks for no accelerator: GPUS=0, with a comma names the first"),
-        (4, {"GPUS": "-1"}, "GPUS should be a whole number"),
         (4, {"GPUS": "two"}, "GPUS should be a whole number, 1 or more, got 'two'"),
-        (4, {"GPUS": "1.5"}, "GPUS should be a whole number"),
         (4, {"GPUS": "0,4"}, "GPUS=0,4 names accelerator 4, but this machine has 4, from 0"),
-        (4, {"GPUS": "0,-1"}, "GPUS should be a whole number, 0 or more, got '-1'"),
         (4, {"GPUS": "1,1"}, "GPUS=1,1 names an accelerator twice"),
         (4, {"GPUS": ","}, "GPUS=, names no accelerator"),
-        (0, {"GPUS": "2"}, "GPUS=2, but this machine has 0 accelerators; RANKS=2 uses its processor"),
         (0, {"RANKS": "many"}, "RANKS should be a whole number, 1 or more, got 'many'"),
         (2, {"RANKS": "3"}, "RANKS=3, but this machine has 2 accelerators.*--device cpu"),
         (4, {"RANKS": "2", "GPUS": "2"}, "RANKS and GPUS are both set; leave one out"),
@@ -112,7 +101,6 @@ def test_accelerators_are_not_counted_where_they_do_not_matter():
         (4, {"GPUS": "2"} | CPU, "GPUS starts .* but --device cpu uses none; set RANKS in place of GPUS"),
         (3, {"size": 2}, "3 ranks on localhost cannot be divided into models of 2 ranks each; change TP"),
         (0, {"size": 2}, "A model over 2 ranks was asked for, but this machine has 0 accelerators; set RANKS=2"),
-        (1, {"size": 2}, "A model over 2 ranks was asked for, but this machine has 1 accelerators; set RANKS=2"),
         (4, {"WORLD_SIZE": "2", "RANK": "0"}, "started by a launcher .*without deepspeed or torchrun"),
         (4, {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}, "started several times by srun.*without srun"),
     ],
@@ -158,25 +146,17 @@ def test_a_hostfile_is_read_as_deepspeed_and_mpi_read_it(tmp_path):
     [
         ("node1", "line 1 should look like 'node1 slots=8', got 'node1'"),
         ("node1 slots=2\nnode2 slots=two", "line 2 should look like"),
-        ("node1 slots=0", "line 1 should look like"),
         ("node1 slots=2 max=4", "line 1 should look like"),
         ("node1 slots=2\n\nnode1 slots=2", "line 3 names node1 a second time"),
         ("# nothing\n", "names no machine; lines look like"),
-        ("node1,node2 slots=2", "line 1 should look like"),
     ],
 )
 def test_wrong_hostfiles_are_sentences(tmp_path, text, message):
     refused(message, **hostfile(tmp_path, text))
 
 
-def test_an_unreadable_hostfile_is_a_sentence(tmp_path):
+def test_a_hostfile_that_cannot_be_read_or_divided_is_a_sentence(tmp_path):
     refused("Cannot read HOSTFILE=.*: No such file or directory", HOSTFILE=str(tmp_path / "none"))
-    refused("Cannot read HOSTFILE=.*: Is a directory", HOSTFILE=str(tmp_path))
-    (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    refused("Cannot read HOSTFILE=", HOSTFILE=str(tmp_path / "binary"))
-
-
-def test_the_ranks_of_a_model_are_on_one_machine(tmp_path):
     refused("1 ranks on node2 cannot be divided", size=2, **hostfile(tmp_path, "node1 slots=2\nnode2 slots=1"))
 
 
@@ -237,12 +217,8 @@ def test_ranks_share_the_cores_of_this_machine(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: range(6))
     assert launch.rank_environment(local(0, 1), {})["OMP_NUM_THREADS"] == "3"
     assert launch.rank_environment(local(*range(8)), {})["OMP_NUM_THREADS"] == "1"
-    assert launch.rank_environment(local(0, 1), {"OMP_NUM_THREADS": "5"})["OMP_NUM_THREADS"] == "5"
-
-
-def test_ranks_import_this_repository():
-    path = launch.rank_environment(local(0, 1), {"PYTHONPATH": "/elsewhere"})["PYTHONPATH"]
-    assert path == f"{launch.ROOT}:/elsewhere"
+    given = launch.rank_environment(local(0, 1), {"OMP_NUM_THREADS": "5", "PYTHONPATH": "/elsewhere"})
+    assert given["OMP_NUM_THREADS"] == "5" and given["PYTHONPATH"] == f"{launch.ROOT}:/elsewhere"
 
 
 def test_a_rank_on_the_processor_sees_no_accelerator(monkeypatch):

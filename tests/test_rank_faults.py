@@ -197,6 +197,17 @@ def test_kills_of_rank_0_while_it_merges(run, undisturbed, tmp_path, number):
     check_whole(store, undisturbed, FILES | {"failures.jsonl"})
 
 
+@pytest.mark.parametrize("call", range(5, 125, 10))
+def test_a_process_alone_is_killed_while_it_answers(run, undisturbed, tmp_path, call):
+    """It dies in a system call, some of them between the two halves of a line."""
+    with run(1, pause=0, call=call, during="open") as one:
+        assert one.end().code == -signal.SIGKILL
+    before = stored(tmp_path / "store")
+    assert not (tmp_path / "store" / "result.json").exists() and len(before) < QUESTIONS
+    finish(run, undisturbed, tmp_path, 1)
+    assert stored(tmp_path / "store") > before
+
+
 # -- faults in one rank ----------------------------------------------------------------------------------------------
 
 FIVE = ("--timeout", "5")
@@ -301,63 +312,3 @@ def test_a_full_disk_while_answers_are_merged(run, undisturbed, tmp_path):
     assert "Cannot merge the answers of the ranks" in sentence(own) and "Traceback" not in own.err
     assert len(stored(tmp_path / "store")) == QUESTIONS
     finish(run, undisturbed, tmp_path, 2)
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_second_run_on_the_same_store(run, server, undisturbed, tmp_path, data, ranks):
-    with run() as one:
-        assert one.until(lambda: one.answered() > 5)
-        (tmp_path / "second").mkdir()
-        words = flags(data, tmp_path / "store")
-        with Evaluation(server, tmp_path / "second" / "printed", words, ranks) as two:
-            refused = two.end()
-        own = one.end()
-    assert (refused.code, refused.orphans) == (2, False) and "is in use by another run" in sentence(refused)
-    assert refused.err.count("in use") == 1 and "Traceback" not in refused.err
-    assert (own.code, own.orphans) == (0, False), own.err
-    check_whole(tmp_path / "store", undisturbed)
-
-
-# -- questions that cannot be answered -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def corrupt(data) -> Path:
-    """An image that cannot be read; every seventh question asks about it."""
-    path = data / "gqa" / "data" / "images" / "n3.jpg"
-    content = path.read_bytes()
-    path.write_bytes(content[:100])
-    yield path
-    path.write_bytes(content)
-
-
-def test_questions_that_fail_are_recorded_once_and_retried_alone(run, undisturbed, tmp_path, corrupt):
-    lost = {str(1000 + number) for number in range(3, QUESTIONS, 7)}
-    with run(pause=0.01, broken=["1001", "1060"]) as one:
-        own = one.end()
-    failures = rows(tmp_path / "store" / "failures.jsonl")
-    assert (own.code, own.orphans) == (3, False), own.err
-    assert sorted(line["question_id"] for line in failures) == sorted(lost | {"1001", "1060"})
-    assert {line["kind"] for line in failures if line["question_id"] in lost} == {"image"}
-    assert "19 questions have no answer (14 more are in failures.jsonl); --retry-failed asks them again." in own.out
-    # The same command asks none of them again.
-    with run(pause=0) as two:
-        own = two.end()
-    assert own.code == 3 and rows(tmp_path / "store" / "failures.jsonl") == failures
-    before = sorted_answers(tmp_path / "store")
-    # The image is still broken, the rest is fixed.
-    with run(2, "--retry-failed", pause=0) as three:
-        own = three.end()
-    assert own.code == 3, own.err
-    added = set(sorted_answers(tmp_path / "store")) - set(before)
-    assert {json.loads(line)["question_id"] for line in added} == {"1001", "1060"}
-
-
-def test_batches_that_do_not_fit_into_memory(run, undisturbed, tmp_path):
-    with run(2, batch=8, pause=0.002, room=3) as one:
-        own = one.end()
-    assert (own.code, own.orphans) == (0, False), own.err
-    check_whole(tmp_path / "store", undisturbed)
-    result = json.loads((tmp_path / "store" / "result.json").read_text())
-    notes = [remark for remark in result["remarks"] if "did not fit into memory" in remark]
-    assert [note.split()[3] for note in notes] == ["8", "4"], notes

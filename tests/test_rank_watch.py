@@ -149,28 +149,10 @@ def test_the_worst_exit_code_counts(control):
     assert launch.outcome(control, 2) == 3
 
 
-def test_nothing_started(control):
-    with pytest.raises(launch.Problem, match="None of the 2 ranks has started"):
-        launch.outcome(control, 2)
-
-
 def test_long_batches_name_three_questions(control):
     rank = ranks(control)[0]
     rank.report(ASKING, list("abcde"))
     assert launch.describe(0, 2, control.peek("rank0")).endswith("asking questions a, b, c and 2 more")
-
-
-def test_the_store_holds_counters_and_values(control):
-    other = Control.connect(control.address)
-    assert [control.count("n"), other.count("n", 5), control.count("n", 0)] == [1, 6, 6]
-    assert other.peek("v") is None
-    control.put("v", {"ä": [1, None]})
-    assert other.get("v") == other.peek("v") == {"ä": [1, None]}
-
-
-def test_a_store_that_other_machines_reach():
-    host = os.uname().nodename
-    assert Control.serve(host).address.startswith(f"{host}:")
 
 
 def test_nobody_serves_the_store(monkeypatch):

@@ -1,27 +1,32 @@
-"""Reductions as data, and the sequence they are applied to, against plain loops."""
+"""Reductions as data, the sequence they are applied to, and stages in the decoder, against plain loops."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from llava.errors import MethodError
+from baselines._staged import largest_within, proportional
+from llava.errors import MethodError, UserError
+from llava.pipeline import sequence as columns
 from llava.pipeline.accounting import mean_visual_tokens
 from llava.pipeline.positions import Piece
 from llava.pipeline.sequence import Reduced, Sequence, assemble
 from llava.reduction import PatchGrid, Reduction, keep_top, registry, split
+from llava.reduction.budget import scaled_layers, tokens_by_layer
+from llava.reduction.ranking import made_once
 from llava.reduction.reducer import by_images
+from llava.reduction.states import Angles, projected_heads
 from llava.reduction.token_layout import CLS
 
 
-def test_keep_top_finds_planted_tokens():
+def test_keep_top_finds_planted_tokens_and_of_equal_ones_those_with_the_lower_index():
     """Flipping the sort order passes every shape test, and fails here."""
     score = torch.zeros(2, 36)
     score[0, [4, 20, 33]] = score[1, [0, 1, 35]] = 1 / 3
     assert keep_top(score, 3).tolist() == [[4, 20, 33], [0, 1, 35]]
-
-
-def test_ties_go_to_the_lower_index():
     assert keep_top(torch.zeros(1, 50), 4).tolist() == [[0, 1, 2, 3]]
 
 
@@ -40,11 +45,6 @@ def test_apply_is_the_weighted_sum():
     torch.testing.assert_close(reduction.apply(tokens), expected)
     members = [[int((owner[b] == k).sum()) > 1 for k in range(3)] for b in range(2)]
     assert reduction.merged_count().tolist() == [sum(row) for row in members]
-
-
-def test_pruning_keeps_tokens_as_they_are():
-    tokens = torch.randn(1, 6, 3)
-    assert torch.equal(Reduction(torch.tensor([[1, 5]]), 6).apply(tokens), tokens[:, [1, 5]])
 
 
 def sequence(counts=(4, 4, 0), texts=(5, 3, 6), slots=(2, 1, None)):
@@ -159,3 +159,134 @@ def test_spliced_tokens_are_those_that_are_put_in_their_columns(text, monkeypatc
     expected = sequence.reduce(merged, True)
     assert torch.equal(found.hidden, expected.hidden) and torch.equal(found.position, expected.position)
     assert found.visual == expected.visual == (((1, 4),), ((1, 4),))
+
+
+# Index tensors of padded prompts against loops, and cosines and sines that are kept over a reduction.
+
+
+CPU = torch.device("cpu")
+LENGTHS, WIDTH = (7, 4, 9), 10
+
+
+def test_sources_of_shortened_prompts_by_the_book():
+    """Prompt 0 loses 2 of the 3 tokens from column 4 on, prompt 2 one image and a part of another, prompt 1 nothing."""
+    cuts = (((4, 3, 1),), (), ((2, 2, 0), (6, 3, 2)))
+    found = columns.sources(LENGTHS, WIDTH, cuts, CPU).view(3, -1).tolist()
+    expected = []
+    for length, images in zip(LENGTHS, cuts, strict=True):
+        row, column = [], WIDTH - length
+        while column < WIDTH:
+            image = next((cut for cut in images if cut[0] == column), None)
+            row += [column] if image is None else [column] * image[2]
+            column += 1 if image is None else image[1]
+        expected.append(row)
+    longest = max(map(len, expected))
+    assert found == [[0] * (longest - len(row)) + row for row in expected]
+
+
+def test_made_once_and_no_inference_tensor():
+    """A tensor that was first asked for in inference mode could not be used where gradients are kept."""
+    calls = []
+
+    @made_once
+    def numbers(count: int) -> torch.Tensor:
+        calls.append(count)
+        return torch.arange(count)
+
+    with torch.inference_mode():
+        first = numbers(3)
+    assert numbers(3) is first and calls == [3] and not first.is_inference()
+
+
+def test_rotation_is_that_of_transformers():
+    generator = torch.Generator().manual_seed(0)
+    heads, angle = torch.randn(2, 3, 5, 8, generator=generator), torch.randn(2, 5, 8, generator=generator)
+    cos, sin = angle.cos(), angle.sin()
+    expected, _ = apply_rotary_pos_emb(heads, heads, cos, sin)
+    layer, normed = SimpleNamespace(self_attn=SimpleNamespace(head_dim=8)), heads.transpose(1, 2).flatten(2)
+    rotated = projected_heads(layer, nn.Identity(), normed, Angles.of(cos, sin))
+    assert torch.equal(rotated, expected)
+    some = slice(1, 4)
+    rotated = projected_heads(layer, nn.Identity(), normed[:, some], Angles.of(cos, sin).rows(some))
+    assert torch.equal(rotated, expected[:, :, some])
+
+
+@pytest.mark.parametrize("kept_numbers", [0, 2**18])  # made anew, or kept for the next question
+def test_unseen_keys_by_the_book(monkeypatch, kept_numbers):
+    monkeypatch.setattr(columns, "KEPT_MASK", kept_numbers)
+    hidden = torch.zeros(2, 7, 4)
+    sequence = Sequence(hidden, torch.zeros(2, 7), (7, 5), ((), ()), (), (), ())
+    spans, width = [(2, 5), (1, 3)], 6  # of columns 2 to 4 and 3 to 4
+    found = sequence.unseen(spans, width)
+    for row, ((start, stop), padding) in enumerate(zip(spans, (0, 2), strict=True)):
+        for query in range(3):
+            own = padding + min(start + query, stop - 1)
+            for column in range(width):
+                assert bool(found[row, 0, query, column]) == (column > own or column < padding)
+
+
+# Where stages stand in decoders of other depths, and counts that are fitted to a budget.
+
+
+@pytest.mark.parametrize(
+    ("stages", "depth", "expected"),
+    [
+        ((2,), 32, (2,)),
+        ((2,), 40, (3,)),
+        ((2,), 8, (1,)),
+        ((2,), 4, (1,)),  # never in front of layer 0: nothing has been computed there
+        ((2, 10, 20), 32, (2, 10, 20)),
+        ((2, 10, 20), 40, (3, 13, 25)),
+        ((2, 10, 20), 8, (1, 3, 5)),
+        ((3, 7, 16), 8, (1, 2, 4)),
+        ((3, 7, 16), 4, (1, 2, 3)),  # 0.4 and 0.9 would both be layer 1
+        ((8, 16, 24), 24, (6, 12, 18)),
+    ],
+)
+def test_stages_move_in_proportion_to_the_depth(stages, depth, expected):
+    assert scaled_layers(stages, 32, depth) == expected
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_decoder_too_shallow_for_three_stages_is_refused(depth):
+    with pytest.raises(UserError, match=f"do not fit into {depth} decoder layers"):
+        scaled_layers((3, 7, 16), 32, depth)
+
+
+def test_counts_hold_from_their_stage_on():
+    assert tokens_by_layer(16, (1, 3), (9, 4), 5) == (16, 9, 9, 4, 4)
+    assert tokens_by_layer(16, (), (), 3) == (16, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("first", "expected"), [(312, (312, 156, 78)), (57, (57, 28, 14)), (3, (3, 1, 1)), (1, (1, 1, 1))]
+)
+def test_exact_halving_rounds_down_and_leaves_a_token(first, expected):
+    """And proportions at their own first count are themselves: 303 * (110 / 303) would be 109 if rounded down."""
+    assert proportional(first, (4, 2, 1)) == expected
+    for parts in ((300, 200, 110), (303, 110, 36), (238, 48, 26), (66, 30, 17)):
+        assert proportional(parts[0], parts) == parts
+
+
+def by_the_book(budget, most, total_of, depth):
+    best = None
+    for x in range(1, most + 1):
+        off = abs(total_of(x) / depth - budget)
+        if off <= 0.5 and (best is None or off < best[0]):
+            best = (off, x)
+    return best and best[1]
+
+
+@pytest.mark.parametrize("budget", [37, 38, 64, 100, 128, 192, 300, 323, 324, 325, 576])
+def test_the_fitted_count_is_the_nearest(budget):
+    def total_of(x):
+        return sum(tokens_by_layer(576, (2, 10, 20), proportional(x, (4, 2, 1)), 32))
+
+    found = largest_within(budget, 576, total_of, 32)
+    assert found == by_the_book(budget, 576, total_of, 32)
+    assert (found is None) == (budget > 324)
+
+
+def test_of_two_counts_equally_near_the_smaller_is_taken():
+    """A budget of 3 in two layers is 6 tokens; 5 and 7 are equally far."""
+    assert largest_within(3, 4, lambda x: 2 * x + 1, 2) == 2

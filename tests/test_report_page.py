@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from eval import cli
-from eval.config import ROOT, TOY_BANNER, RunConfig
+from eval.config import TOY_BANNER, RunConfig
 from eval.pages import report
 from eval.pages.report import main
 from eval.results import report as baseline
@@ -118,33 +118,12 @@ def test_the_nearest_full_is_the_reference(real, tmp_path):
     assert found["old/a-16"].percent == pytest.approx(80) and found["new/a-16"].percent == pytest.approx(50)
 
 
-def test_partial_results_are_a_group_of_their_own(folder):
-    found = report.collect(folder)
-    assert found.groups == ["GQA testdev · fake · 40 questions", "GQA testdev · fake · 8 questions"]
-    assert [row.folder for row in found.rows if row.partial] == ["gqa-testdev/fake/random-16/limit8"]
-    assert found.rows[0].method == "full" and found.rows[-1].group == 1
-
-
 def test_groups_alike_are_told_apart_and_options_are_shown(real, tmp_path):
     write(tmp_path / "a", real, "consensusdrop", 16, 40.0, config={"budget": 16, "alpha": 1.0, "fusion": "rank"})
     write(tmp_path / "b", real, "mine", 16, 40.0, dtype="bfloat16", config={"budget": 16, "x": 3})
     found = report.collect(tmp_path)
     assert [name.rpartition(" · ")[2] for name in found.groups] == ["dtype bfloat16", "dtype float32"]
     assert {row.series for row in found.rows} == {"consensusdrop (alpha=1.0)", "mine (x=3)"}
-
-
-def test_times_under_several_conditions_are_not_compared(real, tmp_path):
-    changes = {
-        "one": {},
-        "other": {"conditions": real["conditions"] | {"device": "cuda"}},
-        "untimed": {"timing": real["timing"] | {"ttft": None}},
-    }
-    for name, change in changes.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "result.json").write_text(json.dumps(real | change))
-    found = rows_of(tmp_path)
-    assert found["one"].timed != found["other"].timed and "cuda" in found["other"].timed
-    assert (found["one"].ttft, found["untimed"].ttft, found["untimed"].timed) == (pytest.approx(14), None, None)
 
 
 def test_damaged_files_are_named_and_the_others_stay(real, folder, capsys):
@@ -170,8 +149,7 @@ def test_damaged_files_are_named_and_the_others_stay(real, folder, capsys):
 def test_results_moved_aside_are_not_shown(real, folder):
     write(folder / "gqa-testdev" / "fake" / "random-16" / "replaced-1", real, "random", 16, 1.0)
     write(folder / "gqa-testdev" / "fake" / "random-16" / "replaced-1" / "limit8", real, "random", 16, 1.0)
-    found = report.collect(folder)
-    assert len(found.rows) == 6 and found.replaced == 2
+    assert len(report.collect(folder).rows) == 6
 
 
 @pytest.mark.parametrize("make", ["nothing", "empty", "damaged", "output"])
@@ -187,11 +165,6 @@ def test_a_folder_without_results_is_one_sentence(make, tmp_path, capsys, monkey
     printed = capsys.readouterr()
     assert not printed.out and len(printed.err.splitlines()) == 1 and str(place) in printed.err
     assert not output.is_file()
-
-
-def test_pages_in_the_repository_s_folder_are_no_changes_of_it():
-    """A page that a command writes by default made the next result's commit one "with uncommitted changes"."""
-    assert {"/report.html", "/gallery.html"} <= set((ROOT / ".gitignore").read_text().split())
 
 
 # -- in a browser --------------------------------------------------------------------------------------------------

@@ -180,10 +180,3 @@ def test_before_the_time_limit_the_run_is_stopped_and_goes_back_into_the_queue(c
     assert (cluster / "requeued").exists() == back
     if back:
         assert (cluster / "requeued").read_text() == "requeue 77\n"
-
-
-def test_the_script_is_valid_for_bash_and_names_its_signal():
-    checked = subprocess.run([shutil.which("bash") or "bash", "-n", str(SCRIPT)], capture_output=True, text=True)
-    assert checked.returncode == 0, checked.stderr
-    text = SCRIPT.read_text()
-    assert "#SBATCH --signal=B:TERM@120" in text and "#SBATCH --requeue" in text

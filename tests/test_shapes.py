@@ -1,9 +1,16 @@
-"""Random weights in the shapes of the official models."""
+"""Random weights in the shapes of the official models, and what is measured and counted on them: growth and claims."""
+
+import json
 
 import pytest
 import torch
 
+from eval.efficiency import claims, growth
+from eval.efficiency.claims import PAGE, Check, Claim, answer, ledger, read
+from eval.efficiency.counts import Computed
+from eval.efficiency.growth import exponent, grid, main, model_of
 from eval.efficiency.shapes import SHAPES, narrow, noise_batches, random_llava
+from llava.errors import UserError
 from llava.pipeline.generate import generate
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
@@ -25,15 +32,6 @@ def test_random_model_has_the_real_shape():
         reducer = registry.build(method, 576 if method == "full" else 64)
         answers = generate(model, samples(1), reducer, max_new_tokens=2).answers
         assert answers[0].accounting.mean == reducer.budget
-
-
-def test_random_next_has_tiles_and_as_many_layers_as_asked():
-    """The shape of the speed benchmark at a fraction of the size: 2,880 tokens in the papers' convention."""
-    small = narrow("llava-next-mistral-7b", 64, 32, 2)
-    model = random_llava(small, None, "float32", 2, merge="spatial", force=(672, 672))
-    assert len(model.llm.layers) == 2 and model.visual_tokens == 2880
-    (answer,) = generate(model, samples(1), registry.build("fastervlm", 320), max_new_tokens=1).answers
-    assert answer.accounting.mean == 320 and answer.accounting.visual_tokens == 2880
 
 
 def test_random_weights_are_on_their_device():
@@ -59,3 +57,79 @@ def test_every_family_runs_at_full_depth_without_memory(shape, tokens, layers):
     state, record = prefill(model, noise_batches(model, 1, False)(0), registry.build("full", model.visual_tokens))
     assert [image.inputs for image in record.images[0]] == [tokens] == [model.visual_tokens]
     assert state.visual == [(tokens,)] * layers
+
+
+# -- how cost grows ------------------------------------------------------------------------------------------------
+
+
+def test_known_costs_give_their_powers():
+    tokens = (256, 512, 1280, 2560, 11520)
+    assert exponent(tokens, [3e-3 * number for number in tokens]) == pytest.approx(1)
+    assert exponent(tokens, [2e-6 * number**2 for number in tokens]) == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tiles"), [(256, None), (512, (1, 1)), (1280, (2, 2)), (5120, (1, 19)), (11520, (4, 11))]
+)
+def test_tiles_give_the_tokens_that_were_asked_for(tokens, tiles):
+    assert grid(tokens) == tiles
+    assert model_of(tokens, 64, 1, 2, torch.device("meta"), "float32").visual_tokens == tokens
+    with pytest.raises(UserError, match="multiples of 256"):
+        grid(tokens - 1)
+
+
+@pytest.mark.table
+def test_a_run_measures_fits_and_draws(tmp_path, capsys):
+    """Also a method that takes tiles one by one only."""
+    flags = ["--methods", "full,downsample,fastervlm", "--tokens", "256,512,768", "--budget", "48", "--device", "cpu"]
+    small = ["--width", "64", "--layers", "1", "--blocks", "2", "--repeats", "1"]
+    files = ["--json", str(tmp_path / "r" / "g.json"), "--plot", str(tmp_path / "r" / "g.png")]
+    assert main([*flags, *small, *files]) == 0
+    assert "of the last three" in capsys.readouterr().out
+    points = json.loads((tmp_path / "r" / "g.json").read_text())["points"]
+    assert (points[-1]["method"], points[-1]["tokens"]) == ("fastervlm", 768) and len(points) == 9
+    assert all(point["ttft"] > 0 for point in points)
+    assert (tmp_path / "r" / "g.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_is(capsys, monkeypatch):
+    """The run ended at its third size: 64 tokens are no whole number for each of three tiles."""
+    measured = []
+    monkeypatch.setattr(growth, "measure", lambda *_: measured.append(1))
+    flags = ["--methods", "fastervlm,downsample", "--tokens", "256,512,768", "--budget", "64", "--width", "64"]
+    assert main([*flags, "--layers", "1", "--blocks", "2", "--repeats", "1", "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert "At 768 visual tokens: downsample" in said and "divisible by 3 tiles, got 64" in said
+    assert main(["--width", "100"]) == 2
+    assert "multiple of 64" in capsys.readouterr().err and not measured
+
+
+# -- published claims ----------------------------------------------------------------------------------------------
+
+
+def test_every_claim_stands_on_the_page():
+    page = PAGE.read_text()
+    for claim in read():
+        line = next(line for line in page.splitlines() if line.startswith(f"| {claim.claim} |"))
+        assert f"| {claim.status} |" in line and claim.source in line
+
+
+def test_quantities_are_ratios_of_what_was_counted(monkeypatch):
+    full, ours = (Computed(f, f, (1,), (kv, kv), 1) for f, kv in ((8 * 10**12, 30 * 10**6), (2 * 10**12, 5 * 10**6)))
+    monkeypatch.setattr(claims, "computed_by", lambda shape, method, *_: full if method == "full" else ours)
+    check = {"shape": "s", "method": "m", "budget": 1}
+    found = {quantity: answer(Check(**check, quantity=quantity)) for quantity in claims.QUANTITIES}
+    assert found == {"flops": 4, "flops_saved": 75, "tflops": 2, "kv": 6}
+    about = {"id": "a", "claim": "c", "source": "s", "trust": "low", "note": "n"}
+    claim = Claim(**about, status="empirical", check=Check(**check, quantity="flops"))
+    assert "4.00 times fewer operations, counted | empirical" in ledger([claim])
+    with pytest.raises(ValueError, match="unless it is open"):
+        Claim(**about, status="open", ours="2 times")
+
+
+@pytest.mark.table
+def test_visiondrop_at_320_of_2880_has_the_published_reduction_of_operations():
+    """6 times in the abstract; counted at full depth on the meta device."""
+    claim = next(claim for claim in read() if claim.id == "visiondrop-next-flops")
+    assert claim.check is not None and claim.published == 6.0
+    assert 6.0 <= answer(claim.check) < 7.0

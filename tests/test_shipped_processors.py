@@ -1,14 +1,12 @@
 """The bundled toy checkpoints are complete for `AutoProcessor` of transformers, and their exports write all of it."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from transformers.models.video_llava.processing_video_llava import VideoLlavaProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from eval.config import DEFAULT_MODEL, ROOT
 from llava import load, reduce
@@ -47,23 +45,6 @@ def test_a_toy_checkpoint_runs_with_its_own_processor(name):
         assert processor.decode(ids, skip_special_tokens=True).strip() == answer.text
     full = model.generate(**inputs, max_new_tokens=4)[0, inputs["input_ids"].shape[1] :]
     assert processor.decode(full, skip_special_tokens=True).strip() in ("Yes", "No", "yes", "no")
-
-
-def test_the_toy_video_processor_counts_tokens_as_the_model_does():
-    """AutoProcessor of Video-LLaVA needs torchvision; its rule is checked without."""
-    folder = ASSETS / "tinyllava_video"
-    config = AutoConfig.from_pretrained(folder)
-    fields = json.loads((folder / "processor_config.json").read_text())
-    assert fields.pop("processor_class") == "VideoLlavaProcessor"
-    processor, size = object.__new__(VideoLlavaProcessor), config.vision_config.image_size
-    vars(processor).update(fields)
-    image = processor.replace_image_token({"pixel_values": torch.zeros(1, 3, size, size)}, 0)
-    assert image == "<image>" * config.image_seq_length
-    frames = config.video_seq_length // (config.image_seq_length + 1)
-    video = processor.replace_video_token({"pixel_values_videos": torch.zeros(1, frames, 3, size, size)}, 0)
-    assert video == "<video>" * config.video_seq_length
-    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
-    assert {fields["image_token"], fields["video_token"]} == set(tokenizer["extra_special_tokens"])
 
 
 STAGES = {

@@ -1,4 +1,4 @@
-"""Signals against the attention that transformers itself reports in eager mode, and the account of operations."""
+"""Scores of the tower and rows of the decoder's attention against transformers' own maps, and counted operations."""
 
 import pytest
 import torch
@@ -7,10 +7,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llava.errors import UserError
 from llava.model.multimodal_encoder.clip_encoder import encode
+from llava.pipeline.decoder import step
 from llava.pipeline.prefill import prefill
-from llava.reduction import registry
+from llava.reduction import Reduction, registry
+from llava.reduction.reducer import Reducer
 from llava.reduction.scores import TowerScore
-from llava.reduction.states import attention_rows, projected_heads
+from llava.reduction.states import text_spans
+from tests.attention_maps import eager_maps, real
 from tests.conftest import samples
 
 
@@ -51,7 +54,7 @@ def test_tower_signals_equal_eager_attention(eager, block):
 
 @pytest.mark.parametrize("block", [-2, -1])
 def test_cls_logits_are_eager_attention_before_its_softmax(eager, block):
-    """Up to a constant per head the logarithm of a row of attention; and the definition, head by head."""
+    """Up to a constant per head the logarithm of a row of attention."""
     images, wanted = pixels(eager), TowerScore("cls_logits", block)
     with torch.inference_mode():
         found = encode(eager.tower, images, -2, [wanted]).scores[wanted]
@@ -59,13 +62,6 @@ def test_cls_logits_are_eager_attention_before_its_softmax(eager, block):
         log = reported.attentions[block][:, :, 0, 1:].log().mean(1)
         centred = [rows - rows.mean(1, keepdim=True) for rows in (found, log)]
         torch.testing.assert_close(*centred, atol=1e-5, rtol=0)
-        layer = eager.tower.encoder.layers[block]
-        normed = layer.layer_norm1(reported.hidden_states[:-1][block])
-        heads = layer.self_attn.num_heads
-        query = layer.self_attn.q_proj(normed[:, 0]).unflatten(-1, (heads, -1))
-        key = layer.self_attn.k_proj(normed[:, 1:]).unflatten(-1, (heads, -1))
-        products = [(query[:, None, h] * key[:, :, h]).sum(-1) * query.shape[-1] ** -0.5 for h in range(heads)]
-        torch.testing.assert_close(found, sum(products) / heads, atol=1e-6, rtol=1e-5)
         assert (found < 0).any() and (found > 0).any()
 
 
@@ -77,21 +73,6 @@ def test_blocks_behind_the_features_run_only_for_a_signal(tiny, monkeypatch):
     with torch.inference_mode():
         encode(tiny.tower, pixels(tiny), -2)
     assert ran == [0, 1]
-
-
-def test_a_block_the_tower_lacks_is_refused(tiny):
-    with pytest.raises(UserError, match="has 3 blocks"):
-        encode(tiny.tower, pixels(tiny), -2, [TowerScore("keys", -4)])
-
-
-def test_smaller_grid_equals_a_smaller_tower(tiny):
-    """At the tower's own grid nothing is resized; at 2 x 2 four patches come out."""
-    with torch.inference_mode():
-        images = pixels(tiny)
-        torch.testing.assert_close(
-            encode(tiny.tower, images, -2, grid=(4, 4)).features, encode(tiny.tower, images, -2).features
-        )
-        assert encode(tiny.tower, images, -2, grid=(2, 2)).features.shape[1] == 4
 
 
 @pytest.mark.parametrize("layer", [0, 2])
@@ -125,18 +106,7 @@ def test_contextual_rows_equal_the_models_own_attention(eager, layer):
             torch.testing.assert_close(weights[i, :, : expected.shape[1]], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_static_rows_without_rotation_ignore_positions(tiny):
-    """The same visual tokens in another order get the same scores in that order: no preference for late tokens."""
-    text, visual = torch.randn(1, 3, 64), torch.randn(1, 16, 64)
-    turn = torch.randperm(16)
-    layer = tiny.llm.layers[0]
-    with torch.inference_mode():
-        keys = [projected_heads(layer, layer.self_attn.k_proj, v) for v in (visual, visual[:, turn])]
-        straight, turned = (attention_rows(layer, text, key) for key in keys)
-    torch.testing.assert_close(straight[..., turn], turned)
-
-
-@pytest.mark.parametrize("budget", [4, 9, 16])
+@pytest.mark.parametrize("budget", [4, 9])
 @pytest.mark.parametrize("method", registry.names())
 def test_flops_equal_what_torch_counts(eager, method, budget):
     """One sample, so that every product is a matmul that torch's counter sees.
@@ -152,3 +122,96 @@ def test_flops_equal_what_torch_counts(eager, method, budget):
         state, record = prefill(eager, samples(1), reducer)
         eager.logits(state.hidden).argmax(-1)
     assert counter.get_total_flops() == record.operations.total
+
+
+# DecoderState.attention.
+
+
+NAMES = ("last", "question", "instruction", "after", "visual")
+
+
+def probe(look, drop_at: int | None = None, positions: str = "renumber") -> Reducer:
+    """A method that calls `look(state)` in front of layer 2, and may first drop tokens of some pictures."""
+
+    class Probe(Reducer):
+        def decoder_layers(self, layers):
+            return (1, 2)
+
+        def decoder(self, state):
+            if state.layer == 2:
+                look(state)
+            elif drop_at is not None:
+                # Every other token of the pictures with an even number: afterwards there are two groups.
+                whole = torch.arange(16).expand(len(state.tokens), -1)
+                return [
+                    Reduction(row[None] if int(name[1:]) % 2 else row[None, drop_at::2], 16)
+                    for name, row in zip(state.ids, whole, strict=True)
+                ]
+            return None
+
+    return Probe(budget=8, positions=positions)
+
+
+@pytest.mark.parametrize("drop_at", [None, 0, 1])
+@pytest.mark.parametrize("positions", ["renumber", "original"])
+@pytest.mark.parametrize("at", ["previous", "next"])
+def test_rows_are_the_rows_of_the_eager_map(tiny, at, positions, drop_at):
+    """Padded batch with a text-only prompt, two key heads for four query heads, before and behind a reduction."""
+    assert tiny.llm.config.num_key_value_heads < tiny.llm.config.num_attention_heads
+    seen, batch = [], samples()
+
+    def look(state):
+        spans = state.sequence.images, state.sequence.lengths
+        rows = {name: text_spans(state.sequence, name) for name in NAMES}
+        rows["chosen"] = [(a + 1, b - 2) for a, b in state.sequence.images]
+        found = {name: state.attention(spans if name == "chosen" else name, at) for name, spans in rows.items()}
+        seen.append((state.ids, *spans, rows, found))
+
+    with eager_maps(tiny) as maps:
+        prefill(tiny, batch, probe(look, drop_at, positions))
+    assert len(seen) == (1 if drop_at is None else 2)
+    for ids, images, lengths, rows, found in seen:
+        for row, name in enumerate(ids):
+            whole = real(maps, 1 if at == "previous" else 2, int(name[1:]), lengths[row])
+            start, stop = images[row]
+            for kind, (weights, exists) in found.items():
+                first, last = rows[kind][row]
+                assert int(exists[row].sum()) == last - first
+                expected = whole[:, first:last, start:stop]
+                torch.testing.assert_close(weights[row, :, : last - first], expected, atol=1e-6, rtol=1e-4)
+
+
+def test_rows_without_rotation_are_products_of_plain_queries_and_keys(tiny):
+    """Written from the definition for one prompt; the rotation must make a difference."""
+    seen = []
+
+    def look(state):
+        plain, turned = (state.attention("last", rotary=rotary)[0] for rotary in (False, True))
+        seen.extend([state.sequence.hidden[0], state.sequence.images[0], plain, turned])
+
+    with torch.inference_mode():
+        prefill(tiny, samples(1), probe(look))
+        hidden, (start, stop), plain, turned = seen
+        layer = tiny.llm.layers[2]
+        normed = layer.input_layernorm(hidden)
+        width = layer.self_attn.head_dim
+        query = layer.self_attn.q_proj(normed[-1]).view(4, width)
+        key = layer.self_attn.k_proj(normed).view(-1, 2, width)
+        for head in range(4):
+            expected = (key[:, head // 2] @ query[head] / width**0.5).softmax(0)[start:stop]
+            torch.testing.assert_close(plain[0, head, 0], expected, atol=1e-6, rtol=1e-4)
+        assert not torch.allclose(plain, turned, atol=1e-3)
+
+
+@pytest.mark.parametrize("positions", ["renumber", "original"])
+def test_a_new_token_stands_one_behind_the_prompt_as_each_layer_knows_it(tiny, positions):
+    """Official PyramidDrop counts dropped tokens off stage by stage in decoding, SparseVLM takes each layer's own cache
+    length: layers in front of a stage give a new token a later position than layers behind it."""
+    state, _ = prefill(tiny, samples(), probe(lambda state: None, drop_at=0, positions=positions))
+    lengths = torch.tensor(state.lengths)  # [layers, B]
+    expected = lengths if positions == "renumber" else lengths[:1].expand_as(lengths)
+    for moved in range(2):
+        places = torch.stack([part.next_position[:, 0] for part in state.segments for _ in part.layers])
+        assert places.tolist() == (expected + moved).tolist()
+        with torch.inference_mode():
+            step(tiny.llm, state, tiny.llm.embed_tokens(torch.full((5, 1), 7)))

@@ -1,79 +1,20 @@
-"""Many runs in one call, in one process and over several real ranks: the files and scores of single runs."""
+"""`vtr eval` with several runs in a call, and over ranks that hold one model: the files of single runs."""
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from eval import sweep as sweep_module
 from eval.__main__ import main
+from eval.config import ROOT
 from eval.parallel.ranks import Rank
-from eval.sweep import CachingLlava, Setting, folder_of, name_of, sweep
-from llava.model.builder import load
 from tests.eval_fakes import write_gqa
 
 pytestmark = pytest.mark.process
-
-SETTINGS = [
-    Setting("full", None),
-    Setting("uniform", 4),
-    Setting("fastervlm", 4),
-    Setting("consensusdrop", 4),
-    Setting("random", 4, {"seed": "3"}),
-]
-
-
-@pytest.fixture(scope="module")
-def both(tiny_path, tmp_path_factory):
-    """Scores and output folders: in one process, on two ranks."""
-    folder = tmp_path_factory.mktemp("sweeps")
-    data = write_gqa(folder / "data", count=12)
-    model = CachingLlava(load(tiny_path))
-    found = []
-    for ranks in ("", "2"):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("RANKS", ranks)
-            output = folder / f"out{ranks}"
-            found.append(
-                (
-                    sweep(SETTINGS, model, data, "testdev", output, wandb="disabled"),
-                    folder_of(output, model, "gqa", "testdev", SETTINGS[0], data).parent,
-                )
-            )
-    return model, data, found
-
-
-def test_settings_are_spread_over_ranks_and_score_as_in_one_process(both):
-    _, _, ((alone, _), (spread, _)) = both
-    assert spread == alone and len(spread) == len(SETTINGS)
-
-
-def test_every_store_holds_the_same_answers(both):
-    model, _, ((_, alone), (_, spread)) = both
-    for setting in SETTINGS:
-        name = name_of(setting, model.visual_tokens)
-        assert (spread / name / "answers.jsonl").read_text() == (alone / name / "answers.jsonl").read_text()
-    runs = [json.loads(path.read_text()) for path in sorted(spread.glob("*/result.json"))]
-    assert len(runs) == len(SETTINGS) and len({run["started"] for run in runs}) == len(SETTINGS)
-
-
-def test_nothing_else_is_left(both):
-    _, _, ((_, alone), (_, spread)) = both
-    assert sorted(path.name for path in spread.iterdir()) == sorted(path.name for path in alone.iterdir())
-    assert not [one for one in psutil.Process().children(recursive=True) if "eval.parallel.worker" in one.cmdline()]
-
-
-def test_a_finished_sweep_starts_no_rank(both, monkeypatch):
-    model, data, (_, (spread, output)) = both
-    monkeypatch.setenv("RANKS", "2")
-    monkeypatch.setattr("eval.sweep.launch", None)
-    assert sweep(SETTINGS, model, data, "testdev", output.parent.parent, wandb="disabled") == spread
-    assert os.environ["RANKS"] == "2"
-
-
-# -- `vtr eval` with several benchmarks, methods and budgets ---------------------------------------------------------
 
 LISTS = ("--benchmark", "gqa,pope", "--method", "fastervlm,full", "--budget", "8,1/4")
 
@@ -109,7 +50,7 @@ def single(tiny_path, tmp_path_factory):
 def test_lists_write_the_stores_of_single_runs(single, tiny_path, tmp_path, monkeypatch, capfd, ranks):
     """One call took one benchmark, one method and one budget; the model was loaded anew for each.
 
-    Here a rank works inside this process; that several of them share a sweep is tested above.
+    Here a rank works inside this process; tests/test_paper_tables.py starts several.
     """
     monkeypatch.setattr(sweep_module, "launch", lambda module, words, *_: sweep_module.main(words))
     monkeypatch.setattr("eval.parallel.ranks.current", Rank)
@@ -119,13 +60,6 @@ def test_lists_write_the_stores_of_single_runs(single, tiny_path, tmp_path, monk
     assert len(single) == 6 and stores(tmp_path) == single and len(loaded) == 1
     out = capfd.readouterr().out.splitlines()
     assert len([line for line in out if line.endswith((" ms for a batch of 6.", " TTFT n/a."))]) == 6
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out if line.startswith("| ")]
-    assert [row[:3] for row in rows[1:4]] == [
-        ["gqa", "full", ""],
-        ["gqa", "fastervlm", "8"],
-        ["gqa", "fastervlm", "0.25"],
-    ]
-    assert rows[0][3:6] == ["score", "% of full", "tokens per layer"] and rows[1][5] == "16.0"
     monkeypatch.setattr(sweep_module, "run", None)
     monkeypatch.setattr(sweep_module, "launch", None)
     assert evaluate(tmp_path, monkeypatch, tiny_path, *LISTS, ranks=ranks) == 0, "finished runs were asked again"
@@ -145,12 +79,9 @@ def test_every_combination_that_cannot_run_is_named_before_the_first_question(ti
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--method", "full,uniform"], "Method uniform needs --budget"),
         (["--method", "uniform,unifrom", "--budget", "8"], "gqa, unifrom at 8: Unknown method 'unifrom'. Did you mean"),
-        (["--method", "uniform", "--budget", "8,x"], "--budget should be a whole number of visual tokens"),
         (["--method", "uniform", "--budget", "8,4", "--output", "o"], "--output is the folder of one run"),
         (["--method", "uniform", "--budget", "8,4", "--tensor-parallel", "2"], "one benchmark, method and budget"),
-        (["--method", "uniform", "--budget", "8", "--benchmark", "gqa,gqb"], "Did you mean 'gqa'"),
         (["--method", "uniform", "--budget", "8", "--benchmark", "gqa,pope", "--split", "testdev"], "split of pope"),
     ],
 )
@@ -167,4 +98,48 @@ def test_benchmarks_with_toy_models_of_their_own_are_grouped(tmp_path, monkeypat
     words = ["--benchmark", "gqa,textvqa,pope", "--method", "full", "--limit", "1", "--device", "cpu"]
     assert main([*words, "--wandb", "disabled"]) == 0
     assert [Path(name).name for name in loaded] == ["tinyllava", "tinyllava_instruct"]
-    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[-3:]] == ["gqa", "textvqa", "pope"]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3 and all(name in line for name, line in zip(("GQA", "TextVQA", "POPE"), said, strict=True))
+
+
+# -- one model over several real ranks -------------------------------------------------------------------------------
+
+SPLIT = {"tensor parallel": ["--tensor-parallel", "2"], "zero": ["--zero", "cpu", "--zero-ranks", "2"]}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_gqa(tmp_path_factory.mktemp("gqa"), count=30)
+
+
+def ask(tiny_path, data, output, *words: str, **environment: str) -> dict:
+    flags = ["--method=consensusdrop", "--budget=4", "--max-new-tokens=4", "--batch-size=3", "--wandb=disabled"]
+    command = [sys.executable, "-m", "eval", *flags, "--model", str(tiny_path), "--data", str(data)]
+    done = subprocess.run(
+        [*command, "--output", str(output), *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((output / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_path, data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("alone") / "o"
+    ask(tiny_path, data, output)
+    return output
+
+
+@pytest.mark.parametrize("how", SPLIT)
+def test_ranks_that_hold_one_model_answer_as_one_process(how, tiny_path, data, alone, tmp_path):
+    result = ask(tiny_path, data, tmp_path / "o", *SPLIT[how], RANKS="2")
+    assert (tmp_path / "o" / "answers.jsonl").read_bytes() == (alone / "answers.jsonl").read_bytes()
+    (part,) = result["throughput"]["ranks"]  # one replica
+    assert part["questions"] == 30 and part["rank"] == 0
+    assert result["timing"]["ttft"]["batches"] == 10, "both ranks take part in the pass that times the first token"
+    before = json.loads((alone / "result.json").read_text())
+    for key in ("metrics", "audit", "flops", "settings"):
+        assert result[key] == before[key]

@@ -1,16 +1,17 @@
 """Sweeps and tables on the tiny random model."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from eval import ask
 from eval import config as settings_module
-from eval import sweep as sweep_module
 from eval.answers.reuse import check_table
+from eval.config import RunConfig
+from eval.feature_cache import CachingLlava, bytes_of
 from eval.papers import spec
 from eval.papers.runs import changed
-from eval.sweep import CachingLlava, Setting, folder_of, sweep
+from eval.sweep import Setting, fill, folder_of, is_finished
 from eval.tables.page import insert, markdown
 from llava.errors import UserError
 from llava.model.builder import load
@@ -47,42 +48,33 @@ def test_a_model_whose_tower_is_no_clip_is_swept_without_a_memory(tmp_path):
     assert not caching.remembers_features and not caching.takes_views and caching.remembered == 0
 
 
-def test_a_finished_setting_is_not_asked_again(tiny, tmp_path, monkeypatch):
-    """A sweep goes on where it stopped; a run of other settings in the same folder would still be refused."""
-    data = write_gqa(tmp_path / "data", count=6, images=2)
-    settings = [Setting("uniform", 4), Setting("consensusdrop", 4, {"alpha": "0.25"})]
-    first = sweep(settings, CachingLlava(tiny), data, "testdev", tmp_path / "out", wandb="disabled")
-    assert [len(credits) for credits in first] == [6, 6]
-    assert len({folder.name for folder in next((tmp_path / "out" / tiny.name).iterdir()).iterdir()}) == 2
-    again = CachingLlava(tiny)
-    monkeypatch.setattr(ask, "generate", None)
-    assert sweep(settings, again, data, "testdev", tmp_path / "out", wandb="disabled") == first
+def cell(model, data, folder, **changes) -> RunConfig:
+    """A run of one setting, as tables make them."""
+    output = folder_of(folder, model, "gqa", "testdev", Setting("uniform", 4), data)
+    return RunConfig("uniform", 4, data=data, output=output, failed="again", wandb="disabled", **changes)
 
 
 def test_a_finished_setting_is_not_used_for_other_pictures_or_other_code(tiny, tmp_path, monkeypatch):
     """A sweep took finished settings by their configuration alone."""
-    data = write_gqa(tmp_path / "data", count=6, images=2)
-    settings, out = [Setting("uniform", 4)], tmp_path / "out"
-    sweep(settings, CachingLlava(tiny), data, "testdev", out, limit=4, wandb="disabled")
-    folder = folder_of(out, tiny, "gqa", "testdev", settings[0], data)
-    assert (folder / "limit4" / "result.json").is_file() and not (folder / "result.json").exists()
+    data, model = write_gqa(tmp_path / "data", count=6, images=2), CachingLlava(tiny)
+    config = cell(model, data, tmp_path / "out", limit=4)
+    assert not is_finished(config, model)
+    fill(config, model)
+    assert is_finished(config, model) and not is_finished(replace(config, limit=5), model)
     real = settings_module.answer_sources
     edited = {"llava/pipeline/decoder.py": "edited"}
     monkeypatch.setattr(settings_module, "answer_sources", lambda *objects: real(*objects) | edited)
+    assert not is_finished(config, model)
     with pytest.raises(UserError, match=r"under other settings \(code: llava/pipeline/decoder\.py\)"):
-        sweep(settings, CachingLlava(tiny), data, "testdev", out, limit=4)
+        fill(config, model)
     monkeypatch.undo()
     picture(9, (32, 32)).save(data / "gqa" / "data" / "images" / "n1.jpg")
     with pytest.raises(UserError, match=r"holds 2 answers to other images"):
-        sweep(settings, CachingLlava(tiny), data, "testdev", out, limit=4)
+        is_finished(config, model)
 
 
 def test_remembered_features_stay_within_their_memory(tiny):
     """Every image's features were kept: 1.2 MB each at 7B, 48 GB for VQAv2's images."""
-    from eval.feature_cache import bytes_of
-    from llava.pipeline.generate import generate
-    from llava.reduction import registry
-
     whole, small = CachingLlava(tiny), CachingLlava(tiny)
     reducer = registry.build("consensusdrop", 4)
     asked = [_named(sample, index) for index, sample in enumerate(samples(6, text_only=()))]
@@ -99,8 +91,6 @@ def test_remembered_features_stay_within_their_memory(tiny):
 
 
 def _named(sample, index):
-    from dataclasses import replace
-
     return replace(sample, image_ids=(f"p{index}",), image=picture(index))
 
 
@@ -127,37 +117,30 @@ def test_insert_replaces_only_between_its_markers(tmp_path):
         insert(page, "z", "")
 
 
+def test_views_made_ahead_are_never_taken_for_those_of_another_image(tiny, tmp_path):
+    """They were found by the id of an image that was gone: the next run on the model could get another one's views."""
+    data, model = write_gqa(tmp_path / "data", count=6), CachingLlava(tiny)
+    fill(cell(model, data, tmp_path / "out"), model)
+    assert model.ready_views and all(id(image) == name for name, (image, _) in model.ready_views.items())
+
+
 def test_a_setting_that_was_interrupted_after_a_failure_goes_on(tiny, tmp_path):
     """The sweep asked the failed questions alone, and ended because the others had not been asked."""
-    data = write_gqa(tmp_path / "data", count=6)
+    data, model = write_gqa(tmp_path / "data", count=6), CachingLlava(tiny)
     image = data / "gqa" / "data" / "images" / "n0.jpg"
-    whole, setting, out = image.read_bytes(), Setting("uniform", 4), tmp_path / "out"
+    whole, config = image.read_bytes(), cell(model, data, tmp_path / "out")
     image.write_bytes(whole[:100])
     with pytest.raises(UserError, match="1 questions have no answer"):
-        sweep([setting], CachingLlava(tiny), data, "testdev", out, limit=3, wandb="disabled")
+        fill(replace(config, limit=3), model)
     image.write_bytes(whole)
-    (found,) = sweep([setting], CachingLlava(tiny), data, "testdev", out, wandb="disabled")
-    assert len(found) == 6
-
-
-def test_a_sweep_logs_the_results_of_its_own_questions(tiny, tmp_path, monkeypatch):
-    """The W&B table held the newest result, of whatever limit."""
-    data, settings, rows = write_gqa(tmp_path / "data", count=6), [Setting("uniform", 4)], []
-    monkeypatch.setattr(sweep_module, "log_table", lambda wandb, settings, folders, found, about: rows.append(found))
-    for limit in (None, 2, None):  # the last one asks nothing, and limit2 is the newest result
-        sweep(settings, CachingLlava(tiny), data, "testdev", tmp_path / "out", limit=limit, wandb="disabled")
-    assert [found[0]["asked"] for found in rows] == [6, 2, 6]
+    fill(config, model)
+    assert is_finished(config, model)
 
 
 def test_two_data_folders_have_stores_of_their_own(tiny, tmp_path):
     """The folder of a sweep did not tell the data, so one folder's answers stood in the way of the other's."""
     one, two = (write_gqa(tmp_path / name, count=count) for name, count in (("eval", 6), ("other/eval", 4)))
-    for data, count in ((one, 6), (two, 4)):
-        found = sweep([Setting("uniform", 4)], CachingLlava(tiny), data, "testdev", tmp_path / "out", wandb="disabled")
-        assert len(found[0]) == count
-    names = {
-        folder_of(tmp_path, tiny, "gqa", "testdev", Setting("uniform", 4), data).parent.name for data in (one, two)
-    }
+    names = {cell(tiny, data, tmp_path).output.parent.name for data in (one, two)}
     assert len(names) == 2 and all(name.startswith("gqa-testdev-eval-") for name in names)
     default = folder_of(tmp_path, tiny, "gqa", "testdev", Setting("uniform", 4))
     assert default.parent.name == "gqa-testdev"

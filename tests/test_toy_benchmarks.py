@@ -12,23 +12,18 @@ from eval import benchmarks
 from eval.benchmarks.hub import open_table
 from eval.config import ROOT
 from toy.benchmarks import (
-    ALL,
     LINKED,
-    NAMES,
     STRING,
-    about,
     choices,
-    generator,
     gqa_and_videos,
     linked,
     objects,
     picture,
-    ten_answers,
     words,
     write_card,
     write_table,
 )
-from toy.benchmarks.__main__ import main, size
+from toy.benchmarks.__main__ import main
 from toy.benchmarks.choices import ROUND, ROW_QUALITY
 from toy.data.formats import LETTERS
 from toy.data.vocabulary import COLOR_NAMES, COLORS
@@ -95,8 +90,7 @@ def test_a_changed_table_is_read_again(tmp_path):
         assert len(open_table(tmp_path, ["me/set"], None, "test")) == count
 
 
-def test_size_and_links_stay_in_their_limits():
-    assert size(DATA) < 15_000_000
+def test_links_stay_in_the_repository():
     links = [path for path in DATA.rglob("*") if path.is_symlink()]
     assert len(links) > 10
     for path in links:
@@ -131,25 +125,6 @@ def test_pope_objects_are_there_or_not():
     assert any(asked["popular", image] != asked["adversarial", image] for image in images)
 
 
-def test_pope_mirror_asks_what_the_official_files_ask():
-    official, mirror = (load("pope", source=source) for source in ("official", "mirror"))
-    assert [(q.question, q.answer) for q in official.questions] == [(q.question, q.answer) for q in mirror.questions]
-    first = [np.asarray(dataset.pictures.open(dataset.questions[0].image)) for dataset in (official, mirror)]
-    assert (first[0] == first[1]).all()
-
-
-def test_mme_asks_a_right_and_a_wrong_question_about_every_image():
-    release = DATA / "MME" / "MME_Benchmark_release_version"
-    for task in NAMES["mme"]:
-        folder = release / task / "questions_answers_YN" if task in choices.IN_FOLDERS else release / task
-        files = sorted(folder.glob("*.txt"))
-        assert len(files) == choices.IMAGES_EACH, task
-        for file in files:
-            questions, answers = zip(*(line.split("\t") for line in file.read_text().splitlines()), strict=True)
-            assert answers == ("Yes", "No") and questions[0] != questions[1]
-            assert all(question.endswith(f" {choices.INSTRUCTION}") for question in questions)
-
-
 @pytest.mark.parametrize("name", ["mmbench", "mmbench_cn"])
 def test_mmbench_rows_are_shifts_of_one_another(name):
     groups = defaultdict(list)
@@ -174,24 +149,6 @@ def test_small_copies_keep_the_colours_of_small_things():
                 near = ((pixels[rows, columns, None] - names) ** 2).sum(-1)
                 # Some of the thing's pixels are nearly of its own colour.
                 assert (near.argmin(-1)[near.min(-1) < 60**2] == thing.color).any(), COLOR_NAMES[thing.color]
-
-
-def test_ten_people_mostly_agree():
-    rng = generator("test")
-    for answer in ("red", "3", "no", "unanswerable"):
-        given = ten_answers(answer, rng)
-        assert len(given) == 10 and sum(word in (answer, "three") for word in given) >= 7
-
-
-def test_no_question_twice_about_a_picture():
-    for one in linked(6):
-        texts = [pair.question.split("\n")[0] for pair in about(one, "ocr", generator("x"), ALL * 2)]
-        assert len(texts) == len(set(texts)) > 3
-
-
-@pytest.mark.parametrize("name", ["vqav2", "vizwiz"])
-def test_test_splits_have_no_answers(name):
-    assert not any(question.answer for question in load(name).questions)
 
 
 def test_right_answers_score_full():

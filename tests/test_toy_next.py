@@ -1,40 +1,42 @@
 """The toy LLaVA-NeXT: large pictures, their tiles and token layouts, packed training; and what is shipped."""
 
 import itertools
-import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPVisionModel
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionModel,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+)
 
 from eval import benchmarks
 from eval.config import ROOT
-from llava.processing.image import best_resolution
 from toy.benchmarks.gqa_and_videos import LARGE_SPLITS as SPLITS
-from toy.benchmarks.gqa_and_videos import VIDEO_SPLITS, draw_large
+from toy.benchmarks.gqa_and_videos import VIDEO_SPLITS
 from toy.clip import build_clip
 from toy.data.corpus import (
     FRAME_PATCHES,
-    PINPOINTS,
     Corpus,
     arrange,
     crops,
     owner_crops,
     patch_owners,
     run_sources,
+    tower_states,
     write_pictures,
 )
-from toy.data.questions import FAMILIES, PlainQuestion, ask
-from toy.data.scenes import DENSE_OFFSET, LARGE_SEEDS, centred, large_scene
+from toy.data.questions import FAMILIES, PlainQuestion
+from toy.data.scenes import DENSE_OFFSET, LARGE_SEEDS, large_scene
 from toy.data.scenes import SEEDS as SMALL_SEEDS
 from toy.data.videos import SEEDS as VIDEO_SEEDS
-from toy.data.vocabulary import COLOR_NAMES, IMAGE, NEXT_WORDS, SHAPES, TOY_WORDS
-from toy.export import tiled, trained_parts
+from toy.data.vocabulary import IMAGE, NEXT_WORDS, TOY_WORDS
 from toy.llava import Trainee, build_llava
 from toy.long_stages import centres, choose_tokens, visuals, whole_sequence
-from toy.packing import Line, Visuals, forward, pack, position_ids, predict, question_line
+from toy.packing import forward, pack, predict, question_line, whole
 from toy.stages import scene_lines
 
 DATA, MODEL = ROOT / "assets" / "eval_next", ROOT / "assets" / "tinyllava_next"
@@ -59,59 +61,6 @@ def test_no_range_of_seeds_meets_another():
     assert min(b - a for a, b in itertools.pairwise(starts)) >= DENSE_OFFSET
     assert all(first + count < DENSE_OFFSET for _, first, count in SPLITS.values())
     assert all(first + count < DENSE_OFFSET for first, count in VIDEO_SPLITS.values())
-
-
-def test_pictures_have_many_shapes_and_their_things_lie_inside():
-    sizes = {scene.image.shape[:2] for scene in SCENES}
-    ratios = {round(width / height, 1) for height, width in sizes}
-    assert len(sizes) >= 5 and min(ratios) < 0.8 and max(ratios) > 1.2
-    resolutions = {best_resolution((s.image.shape[1], s.image.shape[0]), PINPOINTS) for s in SCENES}
-    assert len(resolutions) >= 3
-    for drawn in SCENES:
-        height, width = drawn.image.shape[:2]
-        for thing in drawn.things:
-            assert thing.side / 2 <= thing.x <= width - thing.side / 2
-            assert thing.side / 2 <= thing.y <= height - thing.side / 2
-
-
-def test_sides_are_those_of_the_picture():
-    """Independent of `centred`: the thing's own place against the middle of the file."""
-    rng, asked = np.random.default_rng(2), 0
-    for drawn in SCENES:
-        height, width = drawn.image.shape[:2]
-        question = ask(centred(drawn.things, width, height), "side", rng)
-        if question is None:
-            continue
-        color, shape = question.program[0][1].split()
-        (thing,) = [t for t in drawn.things if t.kind == "shape" and named(t) == (color, shape)]
-        expected = {
-            "left": thing.x < width / 2, "right": thing.x > width / 2,
-            "top": thing.y < height / 2, "bottom": thing.y > height / 2,
-        }  # fmt: skip
-        assert expected[question.answer]
-        asked += 1
-    assert asked >= 15
-
-
-def named(thing) -> tuple[str, str]:
-    return COLOR_NAMES[thing.color], SHAPES[thing.shape]
-
-
-def test_crops_are_the_thumbnail_and_the_picture_cut_in_tiles():
-    image = np.random.default_rng(0).integers(0, 256, (384, 384, 3), dtype=np.uint8)
-    seen = crops(image)
-    assert seen.shape == (5, 192, 192, 3)
-    assert np.array_equal(seen[1], image[:192, :192]) and np.array_equal(seen[4], image[192:, 192:])
-    assert np.array_equal(seen[0], np.asarray(Image.fromarray(image).resize((192, 192), Image.Resampling.BICUBIC)))
-
-
-def test_runs_are_as_long_as_the_formula_says():
-    """576 + R * C + R, R rows of C stitched patches without padding; 2,928 for a square of 2 x 2 tiles."""
-    assert arrange((384, 384)).tokens == 2928
-    assert arrange((384, 192)).tokens == 576 + 24 * 48 + 24
-    assert arrange((192, 576)).tokens == 576 + 72 * 24 + 72
-    # 300 x 384: 42 pixels of padding on each side, 5.25 patches, of which 5 go.
-    assert arrange((300, 384)).tokens == 576 + 48 * 38 + 48
 
 
 def test_sources_follow_the_picture_row_by_row():
@@ -235,69 +184,37 @@ def test_packed_runs_equal_separate_prompts(corpus, small):
                 torch.testing.assert_close(next(logits), expected, atol=1e-4, rtol=1e-3)
 
 
-def test_renumbered_positions_have_no_holes():
-    present = torch.tensor([[True, True, True], [True, True, False]])
-    seen = Visuals(
-        torch.zeros(2, 3, 4), torch.tensor([[5, 9, 40], [0, 7, 0]]), torch.tensor([50, 60]), ~present, present
-    )
-    lines = pack([[Line("", (5,), (7,))] * 2] * 2)
-    assert position_ids(seen, lines, 2, False)[0].tolist() == [0, 1, 7, 11, 42, 52, 53, 52, 53]
-    renumbered = position_ids(seen, lines, 2, True)
-    assert renumbered[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 5, 6] and renumbered[1].tolist()[5:7] == [4, 5]
-
-
 def test_the_benchmark_is_what_the_generator_draws():
-    """Every 25th picture again; sizes, splits and the reading of the official files."""
-    assert sum(f.stat().st_size for f in DATA.rglob("*") if f.is_file()) <= 15e6
+    """Every 25th picture again; splits and the reading of the official files."""
     test, val = (benchmarks.get("gqa").load(DATA, split) for split in ("testdev", "val"))
     assert 1000 <= len(test.questions) <= 1500 and len(val.questions) >= 400
     for name, (split, first, count) in SPLITS.items():
         for index in range(first, first + count, 25):
             file = DATA / "gqa" / "data" / "images" / f"{split}{index:05d}d.jpg"
-            assert file.read_bytes() == draw_large(split, index, True)[0], name
+            assert file.read_bytes() == large_scene(split, index, True).jpeg, name
     images = {q.image for q in test.questions}, {q.image for q in val.questions}
     assert not images[0] & images[1] and len(images[0]) == 150
     test.check_images(test.questions)
     val.check_images(val.questions)
 
 
-def test_both_readings_of_the_resolutions_agree_on_every_picture():
-    """The original takes (width, height) and transformers (height, width): they differ on ties, and none is here."""
-    for file in sorted((DATA / "gqa" / "data" / "images").glob("*.jpg")):
-        with Image.open(file) as image:
-            assert best_resolution(image.size, PINPOINTS) == best_resolution(image.size, PINPOINTS, "transformers")
-
-
-@pytest.fixture(scope="module")
-def shipped():
-    from transformers import LlavaNextForConditionalGeneration
-
-    return LlavaNextForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32).eval()
-
-
-def test_the_checkpoint_is_a_llava_next_in_small(shipped):
-    assert sum(f.stat().st_size for f in MODEL.rglob("*") if f.is_file()) <= 20e6
-    config = json.loads((MODEL / "config.json").read_text())
-    assert config["model_type"] == "llava_next"
-    assert [tuple(pair) for pair in config["image_grid_pinpoints"]] == list(PINPOINTS)
-    assert shipped.model.image_newline.abs().sum() > 0
-
-
 @pytest.mark.training
-def test_transformers_gives_the_logits_of_training(shipped):
+def test_transformers_gives_the_logits_of_training():
     """Its class and its own preprocessing on a shipped picture, against our tiles, run and packed forward."""
-    from transformers import AutoTokenizer, LlavaNextImageProcessorPil
-
+    shipped = LlavaNextForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32).eval()
     dataset = benchmarks.get("gqa").load(DATA, "testdev")
     question = next(q for q in dataset.questions if q.image == "test00000d.jpg")
     image = np.asarray(dataset.pictures.open(question.image))
     ids = NEXT_WORDS.ids
     line = question_line(NEXT_WORDS, PlainQuestion("", question.question, question.answer))
     assert AutoTokenizer.from_pretrained(MODEL)(question.question).input_ids[1:] == [*line.asked[:-2]]
-    lines, parts = pack([[line]]), trained_parts(shipped)
+    lines, parts = pack([[line]]), Trainee(shipped)
+    parts.newline = shipped.model.image_newline
     prepared = LlavaNextImageProcessorPil.from_pretrained(MODEL)(images=Image.fromarray(image), return_tensors="pt")
     with torch.inference_mode():
-        seen = tiled(image, shipped.model.vision_tower)
+        features = tower_states(shipped.model.vision_tower, crops(image))[:, 1:].flatten(0, 1)
+        sources = torch.from_numpy(run_sources(arrange(image.shape[1::-1])))
+        seen = whole(features[sources.clamp(min=0)][None], sources[None] < 0)
         decoded = forward(parts, NEXT_WORDS.prefix, seen, lines)
         ours = predict(parts, decoded.states, decoded.start, lines.target)[0]
         prompt = [*NEXT_WORDS.prefix, *[ids[IMAGE]] * int(seen.total), *line.asked]

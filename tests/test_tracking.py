@@ -5,21 +5,18 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from eval import __main__ as command
 from eval import tracking
 from eval.config import RunConfig
 from eval.figures.overlay import GAP
 from eval.results import report
 from eval.run import Interrupted, run
-from eval.sweep import CachingLlava, Setting, sweep
-from eval.tracking.tracker import one_line
+from eval.tracking import one_line, sync
 from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
 from tests.read_wandb import find_runs, read_run, without_wandb
 
@@ -49,7 +46,8 @@ def whole(tmp_path_factory):
 
 
 def test_offline_run_reads_back_whole(whole):
-    _, result, logged = whole
+    folder, result, logged = whole
+    assert [one.name for one in sync.find_runs(folder)] == [logged.name], "`vtr wandb sync` finds what W&B wrote"
     assert logged.config["versions"] == result["versions"]
     for name in ("accuracy", "binary", "open"):
         assert logged.summary[f"metrics/{name}"] == result["metrics"][name]
@@ -58,6 +56,9 @@ def test_offline_run_reads_back_whole(whole):
     assert logged.summary["audit/kv_bytes_per_sample"] == 16000
     assert logged.summary["timing/batch/median_ms/prefill"] == pytest.approx(16)
     assert logged.summary["flops/language_model_per_question"] == 3 * 10**8
+    (rank,) = result["throughput"]["ranks"]
+    assert logged.summary["throughput/rank 0/questions_per_second"] == pytest.approx(rank["questions_per_second"])
+    assert logged.summary["failed"] == 0
     assert logged.summary["confidence/accuracy/mean"] == result["confidence"]["accuracy"]["mean"]
     assert [row["progress/answered"] for row in logged.history if "progress/answered" in row] == [8, 16, 24, 32, 40]
     assert logged.last("progress/accuracy") == result["metrics"]["accuracy"]
@@ -65,17 +66,6 @@ def test_offline_run_reads_back_whole(whole):
     assert logged.exit_code == 0
     assert set(logged.tags) == {"gqa", "testdev", "fake", "first", "llava", "budget 16", "alpha=0.5"}
     assert (logged.job_type, logged.group) == ("evaluation", "gqa-testdev")
-
-
-def test_throughput_is_logged_for_every_rank(whole):
-    _, result, logged = whole
-    (part,) = result["throughput"]["ranks"]
-    assert part["rank"] == 0 and part["questions"] == 40 and part["host"]
-    rate = logged.summary["throughput/rank 0/questions_per_second"]
-    assert rate == pytest.approx(part["questions_per_second"]) and logged.summary["failed"] == 0
-    assert logged.summary["throughput/questions_per_second"] == pytest.approx(
-        result["throughput"]["questions_per_second"]
-    )
 
 
 def test_final_numbers_are_a_summary_and_no_charts(whole):
@@ -89,8 +79,9 @@ def test_final_numbers_are_a_summary_and_no_charts(whole):
 
 def test_settings_are_flat_and_complete(tmp_path):
     """The budget was at config.config.budget; profile, source and limit were nowhere."""
-    result = run(config(tmp_path, wandb="offline", limit=8), FakeLlava(), FakeReducer())
-    found = read_run(find_runs(tmp_path / "out" / "limit8")[0]).config
+    result = run(config(tmp_path, wandb="offline", table="llava-1.5", limit=8), FakeLlava(), FakeReducer())
+    logged = read_run(find_runs(tmp_path / "out" / "limit8")[0])
+    found = logged.config
     for key, value in result["settings"].items():
         assert key == "config" or isinstance(value, dict) or found[key] == value
     assert re.fullmatch("[0-9a-f]{16}", found["code"]) and found["code"] != found["method_code"]
@@ -98,6 +89,9 @@ def test_settings_are_flat_and_complete(tmp_path):
     expected |= {"source": result["config"]["source"]}
     assert {key: found[key] for key in expected} == expected and "config" not in found
     assert found["hardware"] == result["conditions"]["hardware"]
+    assert (logged.group, logged.job_type, found["table"]) == ("llava-1.5", "evaluation", "llava-1.5")
+    assert {"llava-1.5", "fake", "first", "budget 16"} <= set(logged.tags)
+    assert "table" not in json.loads((tmp_path / "out" / "settings.json").read_text()), "answers do not depend on it"
 
 
 def test_an_option_never_hides_a_setting():
@@ -124,15 +118,6 @@ def test_runs_with_other_options_have_other_names_and_tags(tmp_path):
     assert len(seen) == 2
 
 
-def test_runs_of_a_table_are_a_group_and_can_be_told_apart(tmp_path):
-    """A table of twenty methods and three budgets was sixty runs in the group of every run of its benchmark."""
-    run(config(tmp_path, wandb="offline", table="llava-1.5", limit=8), FakeLlava(), FakeReducer())
-    logged = read_run(find_runs(tmp_path / "out" / "limit8")[0])
-    assert (logged.group, logged.job_type, logged.config["table"]) == ("llava-1.5", "evaluation", "llava-1.5")
-    assert {"llava-1.5", "fake", "first", "budget 16"} <= set(logged.tags)
-    assert "table" not in json.loads((tmp_path / "out" / "settings.json").read_text()), "answers do not depend on it"
-
-
 def test_group_job_type_name_and_tags_of_the_environment_hold(tmp_path, monkeypatch):
     """Arguments of wandb.init replace W&B's own variables, so these had no effect."""
     for name, value in (("RUN_GROUP", "mine"), ("JOB_TYPE", "trial"), ("NAME", "monday"), ("TAGS", "a,b")):
@@ -141,12 +126,6 @@ def test_group_job_type_name_and_tags_of_the_environment_hold(tmp_path, monkeypa
     logged = read_run(find_runs(tmp_path / "out" / "limit8")[0])
     assert (logged.group, logged.job_type, logged.display_name) == ("mine", "trial", "monday")
     assert {"a", "b", "llava-1.5"} <= set(logged.tags) and logged.config["table"] == "llava-1.5"
-
-
-@pytest.mark.parametrize("name", ["", " ", "x" * 65, "two\nlines"])
-def test_a_table_needs_a_name_that_can_be_a_tag(name, capsys):
-    assert command.main(["--method", "full", "--table", name]) == 2
-    assert capsys.readouterr().err.startswith("--table should be a name of 1 to 64 printable characters, got ")
 
 
 def test_the_key_is_in_no_file_of_a_run_and_never_printed(tmp_path, monkeypatch):
@@ -186,25 +165,6 @@ def test_looking_at_the_first_questions_again_leaves_the_numbers_of_all(tmp_path
     assert whole.name != part.name
 
 
-def test_score_and_percent_of_full_are_under_the_same_names_everywhere(tmp_path):
-    """No two benchmarks had a summary number in common."""
-
-    @dataclass(frozen=True)
-    class Full(FakeReducer):
-        name = "full"
-
-    whole = config(tmp_path, wandb="offline")
-    run(replace(whole, output=tmp_path / "a", limit=8), FakeLlava(), Full())
-    run(replace(whole, output=tmp_path / "b"), FakeLlava(), FakeReducer())
-    run(replace(whole, output=tmp_path / "c", limit=8), FakeLlava(), FakeReducer())
-    folders = {"a": tmp_path / "a/limit8", "b": tmp_path / "b", "c": tmp_path / "c/limit8"}
-    summaries = {name: read_run(find_runs(folder)[0]).summary for name, folder in folders.items()}
-    assert summaries["a"]["percent_of_full"] == 100
-    assert summaries["b"]["score"] == summaries["b"]["metrics/accuracy"]
-    assert "percent_of_full" not in summaries["b"], "the result of full is on other questions"
-    assert summaries["c"]["percent_of_full"] == 100 and summaries["c"]["metric"] == "accuracy"
-
-
 def test_percent_of_full_needs_the_same_settings(tmp_path):
     def result(method, score, **changes):
         settings = {"method": method, "dtype": "float32", "config": {}} | changes
@@ -217,21 +177,6 @@ def test_percent_of_full_needs_the_same_settings(tmp_path):
     assert report.percent_of_full(result("first", 60.0, dtype="float16"), tmp_path / "z") == 120
     assert report.percent_of_full(result("first", 60.0, dtype="bfloat16"), tmp_path / "z") is None
     assert report.percent_of_full(result("first", None), tmp_path / "z") is None
-
-
-def test_a_sweep_is_one_run_with_a_row_per_setting(tiny, tmp_path, monkeypatch):
-    """Sweeps and tables never logged."""
-    data = write_gqa(tmp_path / "data", count=4, images=2)
-    settings = [Setting("full", None), Setting("uniform", 4)]
-    for _ in range(2):  # the second time everything is there
-        sweep(settings, CachingLlava(tiny), data, "testdev", tmp_path / "out", wandb="offline")
-    first, second = map(read_run, find_runs(next((tmp_path / "out" / tiny.name).iterdir())))
-    assert first.name == second.name and first.job_type == "sweep"
-    table = second.table("settings")
-    assert table["columns"] == ["method", "budget", "options", *tracking.HEADLINE]
-    assert [row[:2] for row in table["data"]] == [["full", 16], ["uniform", 4]]
-    score, of_full = zip(*(row[3:5] for row in table["data"]), strict=True)
-    assert of_full[0] is None or of_full == (100, pytest.approx(100 * score[1] / score[0]))
 
 
 def test_offline_run_holds_the_samples_and_the_pictures(whole):

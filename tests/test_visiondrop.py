@@ -1,21 +1,37 @@
-"""VisionDrop's schedules and merging against definitions written with loops, planted answers, old bugs, options."""
+"""VisionDrop's schedules, merging and scores against loops and the model's own attention, planted answers, old bugs."""
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
+import visiondrop.method
 from llava.errors import UserError
 from llava.pipeline import decoder
 from llava.pipeline.prefill import prefill
-from llava.reduction import registry
+from llava.reduction import Angles, registry
 from llava.reduction.scores import TowerScore
 from llava.reduction.states import EncoderState
 from llava.reduction.token_layout import ModelSpec, PatchGrid
+from tests.attention_maps import eager_attention
 from tests.conftest import picture, samples
-from visiondrop.method import VisionDrop, dominant_and_contextual, geometric, geometric_means, plan, stages_of
+from visiondrop.method import (
+    AttentionInputs,
+    VisionDrop,
+    attention_inputs,
+    dominant_and_contextual,
+    geometric,
+    geometric_means,
+    merge_metric,
+    plan,
+    received_attention,
+    stages_of,
+    viewers,
+    visual_scores,
+)
 
 LLAVA = ModelSpec(576, 32, PatchGrid(24, 24), 24)
 TINY = ModelSpec(16, 4, PatchGrid(4, 4), 3)
@@ -83,8 +99,7 @@ def test_rounding_stays_beside_the_geometric_values():
 
 def test_the_first_segment_never_exceeds_the_image():
     assert geometric(500, QUARTERS, 576, 1.5) == (576, 522, 473, 429)
-    assert plan(384, QUARTERS, 576, "published", 1.5, 7)[0] == (504, 72)
-    assert plan(416, QUARTERS, 576, "published", 1.5, 7) == plan(416, QUARTERS, 576, "geometric", 1.5, 7)
+    assert plan(384, QUARTERS, 576, 1.5, 7)[0] == (504, 72)
 
 
 def test_stages_move_with_the_depth():
@@ -184,70 +199,7 @@ def test_raster_order_is_that_of_the_targets():
     torch.testing.assert_close(raster.apply(state.features), behind.apply(state.features).gather(1, place))
 
 
-def test_official_merging_sums_two_tokens():
-    """The release adds the mean of the members to the whole target: merged tokens are twice as large, stage on stage.
-
-    The paper speaks of an average, and that is the default here.
-    """
-    ones = torch.ones(3, 17, 2)
-    for official, size in ((True, 2.0), (False, 1.0)):
-        reducer = VisionDrop(budget=6, official=official)
-        dominant, contextual = stages_of(reducer, TINY)[0]
-        merged = reducer.encoder(encoder_state()).apply(ones)
-        assert contextual == 2
-        expected = torch.tensor([1.0] * dominant + [size] * contextual)[None, :, None].expand_as(merged)
-        torch.testing.assert_close(merged, expected)
-
-
 # -- through the model ------------------------------------------------------------------------------------------------
-
-OPTIONS = [
-    {"official": "true"},
-    {"layers": "1,3"},
-    {"schedule": "geometric"},
-    {"start": "3"},
-    {"start": "1"},
-    {"ratio": "0"},
-    {"ratio": "1"},
-    {"keep_cls": "false"},
-    {"encoder_score": "received"},
-    {"attention": "visual", "average": "viewers"},
-    {"attention": "bidirectional", "diagonal": "false"},
-    {"metric": "unrotated"},
-    {"metric": "hidden", "attention": "visual"},
-    {"merge": "target_plus_mean"},
-    {"merge": "none"},
-    {"order": "raster"},
-    {"positions": "original"},
-]
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()))
-def test_every_option_keeps_its_budget_alone_and_in_batches(tiny, options):
-    batch, reducer = samples(), registry.build("visiondrop", 6, options)
-    reducer.check(tiny.spec)
-    state, record = prefill(tiny, batch, reducer)
-    assert [audit.mean for audit in record.accounting(state)] == [6, 6, 6, 0, 6]
-    for i, sample in enumerate(batch):
-        single, alone = prefill(tiny, [sample], reducer)
-        torch.testing.assert_close(tiny.logits(state.hidden)[i], tiny.logits(single.hidden)[0], atol=1e-4, rtol=0)
-        for a, b in zip(record.steps[i], alone.steps[0], strict=True):
-            assert a.reduction.kept.tolist() == b.reduction.kept.tolist()
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()))
-def test_every_option_books_its_operations(tiny, options):
-    configs = (tiny.hf_model.config, tiny.llm.config, tiny.tower.config)
-    for config in configs:
-        config._attn_implementation = "eager"
-    try:
-        with FlopCounterMode(display=False) as counter:
-            state, record = prefill(tiny, samples(1), registry.build("visiondrop", 6, options))
-            tiny.logits(state.hidden).argmax(-1)
-    finally:
-        for config in configs:
-            config._attn_implementation = "sdpa"
-    assert counter.get_total_flops() == record.operations.total
 
 
 @pytest.mark.parametrize("positions", ["renumber", "original"])
@@ -291,32 +243,6 @@ def test_caches_keep_what_entered_each_layer(tiny):
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"official": True, "order": "raster", "keep_cls": False}, "leave out keep_cls, order"),
-        ({"official": True, "merge": "none"}, "leave out merge"),
-        ({"start": 0.5}, "start must be at least 1"),
-        ({"ratio": -1}, "ratio must be at least 0"),
-        ({"layers": (8, 8)}, "layers must ascend from 1, got 8, 8"),
-        ({"layers": (0, 8)}, "layers must ascend"),
-        ({"attention": "both"}, "visiondrop.attention must be one of causal, visual, bidirectional"),
-    ],
-)
-def test_wrong_options_are_refused(options, message):
-    with pytest.raises(UserError, match=message):
-        VisionDrop(budget=64, **options)
-
-
-def test_what_a_model_cannot_do_is_refused():
-    with pytest.raises(UserError, match="layers must be below 32"):
-        VisionDrop(budget=64, layers=(8, 32)).check(LLAVA)
-    with pytest.raises(UserError, match="start=4 spends the whole budget on the first 8 of 32 layers"):
-        VisionDrop(budget=64, start=4.0).check(LLAVA)
-    with pytest.raises(UserError, match="do not fit into 3 decoder layers"):
-        VisionDrop(budget=64).check(dataclasses.replace(LLAVA, layers=3))
-
-
 def test_a_tower_without_cls_needs_received_attention():
     """The paper ranks by attention from all patches where there is no CLS, as in SigLIP; the release cannot."""
     spec = dataclasses.replace(TINY, has_cls=False)
@@ -329,3 +255,202 @@ def test_a_tower_without_cls_needs_received_attention():
     dominant, _ = stages_of(reducer, spec)[0]
     best = state.scores[TowerScore("received_attention")].topk(dominant).indices.sort().values
     assert reducer.encoder(state).kept[:, :dominant].tolist() == best.tolist()
+
+
+# -- scores in the decoder --------------------------------------------------------------------------------------------
+
+
+def decoder_states(tiny, layer=2, batch=None) -> list:
+    """States in front of a layer, nothing reduced yet, of a padded batch."""
+    states = []
+
+    class Probe(VisionDrop):
+        def decoder_layers(self, layers):
+            return (layer,)
+
+        def decoder(self, state):
+            states.append(state)
+
+    with torch.inference_mode():
+        prefill(tiny, batch or samples(3), Probe(budget=16))
+    return states
+
+
+def received_by_the_book(layer, hidden, position, frequency, span, attention, diagonal) -> tuple[list, list]:
+    """(attention received, viewers) of each visual token of one prompt, heads and rows one by one."""
+    part, half = layer.self_attn, layer.self_attn.head_dim // 2
+    angles = [[float(p) * f for f in frequency] for p in position]
+
+    def heads(projection):
+        raw = projection(layer.input_layernorm(hidden)).unflatten(-1, (-1, 2 * half)).tolist()
+        return [
+            [
+                [
+                    v[i % half] * math.cos(a[i % half]) - v[i % half + half] * math.sin(a[i % half])
+                    if i < half
+                    else v[i] * math.cos(a[i % half]) + v[i - half] * math.sin(a[i % half])
+                    for i in range(2 * half)
+                ]
+                for v in token
+            ]
+            for token, a in zip(raw, angles, strict=True)
+        ]
+
+    query, key = heads(part.q_proj), heads(part.k_proj)
+    count, groups = len(query[0]), len(query[0]) // len(key[0])
+    visual = range(*span)
+    received, seen_by = [0.0] * len(visual), [0] * len(visual)
+    for i in visual:
+        keys = {"causal": range(i + 1), "visual": range(span[0], i + 1), "bidirectional": visual}[attention]
+        for head in range(count):
+            logit = {j: sum(a * b for a, b in zip(query[i][head], key[j][head // groups], strict=True)) for j in keys}
+            weight = {j: math.exp(value * part.scaling) for j, value in logit.items()}
+            for j in visual:
+                if j in weight and (diagonal or i != j):
+                    received[j - span[0]] += weight[j] / sum(weight.values()) / count
+                    seen_by[j - span[0]] += head == 0
+    return received, seen_by
+
+
+@pytest.mark.parametrize("attention", ["causal", "visual", "bidirectional"])
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_scores_equal_their_definition(tiny, attention, diagonal):
+    """Padded batch, grouped-query heads: the release crashes on both."""
+    (state,) = decoder_states(tiny)
+    assert state.sequence.padded and tiny.llm.layers[2].self_attn.num_key_value_groups == 2
+    frequency = tiny.llm.rotary_emb.inv_freq.tolist()
+    with torch.inference_mode():
+        seen = attention_inputs(state, attention)
+        scores = {a: visual_scores(state, seen, attention, a, diagonal) for a in ("all", "viewers")}
+        for b, span in enumerate(state.sequence.images):
+            pad = state.sequence.padding(b)
+            hidden, position = state.sequence.hidden[b, pad:], state.sequence.position[b, pad:].tolist()
+            received, count = received_by_the_book(
+                tiny.llm.layers[2], hidden, position, frequency, span, attention, diagonal
+            )
+            expected = torch.tensor(received)
+            torch.testing.assert_close(scores["all"][b], expected / 16, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                scores["viewers"][b], expected / torch.tensor(count).clamp(min=1), atol=1e-5, rtol=1e-4
+            )
+
+
+def test_causal_scores_are_column_means_of_the_models_own_map(tiny):
+    """Against the map that transformers reports: text in front takes its share, the upper triangle counts as zeros."""
+    (state,) = decoder_states(tiny, batch=samples(1))
+    (start, stop) = state.sequence.images[0]
+    with torch.inference_mode():
+        with eager_attention(tiny):
+            reported = tiny.llm(
+                inputs_embeds=state.start.hidden, position_ids=state.start.position, output_attentions=True
+            )
+        score = visual_scores(state, attention_inputs(state, "causal"), "causal", "all", True)
+    expected = reported.attentions[2][0].mean(0)[start:stop, start:stop].mean(0)
+    torch.testing.assert_close(score[0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_decoder_stage_keeps_the_best_and_merges_by_keys(tiny):
+    """Dominant tokens in raster order, then the targets at their stride; every other joins the most similar one."""
+    (state,) = decoder_states(tiny)
+    reducer = VisionDrop(budget=8, ratio=2)
+    dominant, contextual = stages_of(reducer, tiny.spec)[2]
+    with torch.inference_mode():
+        found = reducer.decoder(state)
+        seen = attention_inputs(state, "causal")
+        best = visual_scores(state, seen, "causal", "all", True).topk(dominant).indices.sort().values.tolist()
+        key = torch.nn.functional.normalize(merge_metric(state, seen, "rotated"), dim=-1)
+    assert contextual == 2
+    for b, kept in enumerate(best):
+        rest = [i for i in range(16) if i not in kept]
+        targets = [rest[0], rest[len(rest) // 2]]
+        assert found.kept[b].tolist() == kept + targets
+        for i in set(rest) - set(targets):
+            nearest = int((key[b, targets] @ key[b, i]).argmax())
+            assert found.assignment[b, i] == dominant + nearest
+
+
+@pytest.mark.parametrize("limit", [1, 300, 2000])
+def test_slices_make_no_difference(tiny, monkeypatch, limit):
+    (state,) = decoder_states(tiny)
+    with torch.inference_mode():
+        seen = attention_inputs(state, "causal")
+        whole = visual_scores(state, seen, "causal", "all", False)
+        monkeypatch.setattr(visiondrop.method, "SLICE", limit)
+        torch.testing.assert_close(visual_scores(state, seen, "causal", "all", False), whole)
+
+
+def toy_layer(width=4) -> nn.Module:
+    """One head without norm: queries are channel 0, keys are channel 1."""
+    query, key = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+    with torch.no_grad():
+        for linear, channel in ((query, 0), (key, 1)):
+            linear.weight.zero_()
+            linear.weight[0, channel] = 1
+    part = SimpleNamespace(q_proj=query, k_proj=key, head_dim=width, scaling=1.0)
+    return SimpleNamespace(self_attn=part, input_layernorm=nn.Identity())
+
+
+@torch.no_grad()
+def toy_look(count: int, prefix: int, attention: str, strong=()) -> AttentionInputs:
+    """`count` visual tokens behind `prefix` others; all ask alike, and the keys of `strong` ones answer."""
+    hidden = torch.zeros(1, prefix + count, 4)
+    hidden[..., 0] = 1
+    hidden[0, [prefix + i for i in strong], 1] = 6
+    hidden = hidden if attention == "causal" else hidden[:, prefix:]
+    ahead = hidden.shape[1] - count
+    columns = torch.arange(ahead, ahead + count)[None]
+    later = None if attention == "bidirectional" else (torch.arange(hidden.shape[1]) > columns[..., None])[:, None]
+    rotary = Angles(torch.ones(1, 1, count, 4), torch.zeros(1, 1, count, 4))
+    keys = toy_layer().self_attn.k_proj(hidden)[:, None]
+    return AttentionInputs(hidden[:, ahead:], rotary, keys, later, ((ahead, ahead + count),))
+
+
+@pytest.mark.parametrize("attention", ["causal", "visual", "bidirectional"])
+def test_planted_tokens_receive_the_most(attention):
+    """Plant the answer: every token asks for what tokens 3 and 9 hold."""
+    received = received_attention(toy_layer(), toy_look(16, 5, attention, (3, 9)), False)
+    received = received / viewers(16, attention, False, received.device)
+    assert sorted(received[0].topk(2).indices.tolist()) == [3, 9]
+
+
+def test_causal_column_means_prefer_early_tokens():
+    """Under uniform attention the released score is 71 times as high for the first of 48 tokens as for the last.
+
+    Keeping 30 then keeps the first 30, whatever the picture shows. Only bidirectional attention has no such preference.
+    """
+    ratio = {}
+    for attention in ("causal", "visual", "bidirectional"):
+        received = received_attention(toy_layer(), toy_look(48, 35, attention), True).detach()
+        for average in ("all", "viewers"):
+            score = received if average == "all" else received / viewers(48, attention, True, received.device)
+            ratio[attention, average] = float(score[0, 0] / score[0, -1])
+            if (attention, average) == ("causal", "all"):
+                assert score[0].topk(30).indices.sort().values.tolist() == list(range(30))
+    assert ratio["causal", "all"] == pytest.approx(71, abs=0.5)
+    assert ratio["causal", "viewers"] == pytest.approx(1.48, abs=0.01)
+    assert ratio["visual", "all"] == pytest.approx(214, abs=0.5)
+    assert ratio["visual", "viewers"] == pytest.approx(4.46, abs=0.01)
+    assert ratio["bidirectional", "all"] == pytest.approx(1) and ratio["bidirectional", "viewers"] == pytest.approx(1)
+
+
+def test_the_merge_metric_is_what_it_says(tiny):
+    """Rotated keys are those of the layer's cache; unrotated ones and hidden states do not change with position ids."""
+    (state,) = decoder_states(tiny)
+    apart = dataclasses.replace(state.sequence, position=3 * state.sequence.position, rotary=None)
+    moved = dataclasses.replace(state, sequence=apart)
+    key = tiny.llm.layers[2].self_attn.k_proj
+    with torch.inference_mode():
+        metric = {
+            m: merge_metric(state, attention_inputs(state, "causal"), m) for m in ("rotated", "unrotated", "hidden")
+        }
+        other = {m: merge_metric(moved, attention_inputs(moved, "causal"), m) for m in metric}
+        plain = key(tiny.llm.layers[2].input_layernorm(state.tokens)).unflatten(-1, (2, -1)).mean(2)
+        same = merge_metric(state, attention_inputs(state, "bidirectional"), "rotated")
+    torch.testing.assert_close(metric["unrotated"], plain)
+    torch.testing.assert_close(metric["rotated"], same)
+    (later,) = decoder_states(tiny, layer=3)
+    cached = later.sequence.take(later.keys.transpose(1, 2), later.sequence.images).mean(2)
+    torch.testing.assert_close(metric["rotated"], cached, atol=1e-5, rtol=1e-4)
+    assert torch.equal(metric["hidden"], state.tokens) and torch.equal(other["hidden"], state.tokens)
+    assert torch.equal(metric["unrotated"], other["unrotated"])
+    assert not torch.allclose(metric["rotated"], other["rotated"], atol=1e-2)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,9 @@ from PIL import Image
 
 from eval.config import RunConfig
 from eval.run import run
-from eval.tracking import dashboard, log_table_run
+from eval.tracking import dashboard
 from eval.tracking.dashboard import GROUPING, SECTIONS
-from eval.tracking.table_run import GALLERY, TABLE, TOKENS_PLOT, TTFT_PLOT, figure, slug
+from eval.tracking.table_run import GALLERY, TABLE, TOKENS_PLOT, TTFT_PLOT, figure, log_table_run
 from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
 from tests.read_wandb import OfflineRun, find_runs, read_run, without_wandb
 
@@ -40,7 +41,7 @@ def clean_environment(monkeypatch, tmp_path):
 # -- the run of a table ------------------------------------------------------------------------------------------------
 
 
-def log(folder: Path, mode: str = "offline", **changes) -> None:
+def log(folder: Path, **changes) -> None:
     folder.mkdir(exist_ok=True)
     files = [folder / "table.md", folder / "table.csv"]
     for file in files:
@@ -55,7 +56,7 @@ def log(folder: Path, mode: str = "offline", **changes) -> None:
         "points": POINTS,
         "pictures": {"kept by consensusdrop": picture},
     }
-    log_table_run(mode, folder, "LLaVA 1.5", **(arguments | changes))
+    log_table_run("offline", folder, "LLaVA 1.5", **(arguments | changes))
 
 
 def read_all(folder: Path) -> list[OfflineRun]:
@@ -71,7 +72,6 @@ def test_a_table_reads_back_with_its_files_plots_and_pictures(tmp_path, capsys):
     assert logged.config["table"] == "LLaVA 1.5" and logged.config["budgets"] == [64, 128]
     content = logged.table(TABLE)
     assert content["columns"] == list(COLUMNS) and content["data"] == ROWS
-    assert logged.artifact_types["table-LLaVA-1.5"] == "table"
     assert logged.metadata["table-LLaVA-1.5"]["benchmark"] == "gqa"
     files = logged.artifacts["table-LLaVA-1.5"]
     assert {name: path.read_text() for name, path in files.items()} == {
@@ -118,11 +118,6 @@ def test_a_missing_file_is_one_line_and_ends_the_run(tmp_path, capsys):
     assert wandb.run is None and logged.exit_code == 1 and TABLE in logged.keys
 
 
-def test_switched_off_nothing_is_written(tmp_path):
-    log(tmp_path / "t", mode="disabled")
-    assert not (tmp_path / "t" / "wandb").exists() and not list((tmp_path / "t").glob("wandb_id*"))
-
-
 def test_scores_of_two_benchmarks_are_two_lines_of_plain_lists():
     """plotly writes arrays as base64, which older viewers draw as nothing."""
     points = [point | {"benchmark": name} for point in POINTS[:3] for name in ("GQA", "POPE")]
@@ -133,13 +128,6 @@ def test_scores_of_two_benchmarks_are_two_lines_of_plain_lists():
     ]  # fmt: skip
     assert [len(line["x"]) for line in lines] == [1, 1, 2, 2]
     assert "bdata" not in json.dumps(plot, default=str)
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"), [("LLaVA 1.5", "LLaVA-1.5"), ("../x", "x"), ("表", "table"), ("a/b", "a-b")]
-)
-def test_names_become_file_names(name, expected):
-    assert slug(name) == expected
 
 
 # -- workspace and report ----------------------------------------------------------------------------------------------
@@ -213,16 +201,6 @@ def test_all_panels_are_shown_of_runs_that_are_grouped_and_filtered(name, capsys
         assert filters["table"] == "llava-1.5" and set(filters["jobType"]) <= {"evaluation", "table"}
 
 
-def test_the_sections_of_the_workspace_are_in_order(capsys):
-    spec = sent("workspace", "--name", "Mine", capsys=capsys)
-    (whole,) = [node for node in nodes(spec) if "runFeed" in node]
-    assert [leaf["key"]["name"] for leaf in whole["filters"]["filters"]] == ["jobType"]
-    assert (spec["entity"], spec["project"], spec["displayName"]) == ("team", "project", "Mine")
-    sections = spec["spec"]["section"]["panelBankConfig"]["sections"]
-    assert [section["name"] for section in sections] == [section.title for section in SECTIONS]
-    assert all(section["isOpen"] for section in sections)
-
-
 def test_panels_of_the_report_do_not_overlap(capsys):
     for grid in nodes(sent("report", capsys=capsys)):
         if grid.get("type") == "panel-grid":
@@ -233,7 +211,7 @@ def test_panels_of_the_report_do_not_overlap(capsys):
             assert len(cells) == len(set(cells)) and max(x for x, _ in cells) < 24
 
 
-@pytest.mark.parametrize("place", ["project", "a/b/c", "a b/c", "https://wandb.ai/a/b", "/b"])
+@pytest.mark.parametrize("place", ["project", "a b/c", "https://wandb.ai/a/b"])
 def test_a_wrong_place_is_one_sentence(place, capsys):
     assert dashboard.report_command([place, "--dry-run"]) == 2
     assert capsys.readouterr().err.startswith("ENTITY/PROJECT should look like my-team/visual-token-reduction, got ")
@@ -256,57 +234,28 @@ def test_without_a_key_nothing_is_tried_and_a_server_that_refuses_is_one_sentenc
     assert capsys.readouterr().err == expected
 
 
-class Server:
-    """Keeps the views that it is sent."""
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_is_saved_shows_all_panels(name, monkeypatch, capsys):
+    sent_to_server = {}
 
-    def __init__(self) -> None:
-        self.views: dict[str, dict[str, Any]] = {}
+    def answer(api: Any, query: str, variables: dict[str, Any] | None = None) -> dict[str, Any]:
+        assert "upsertView" in query and variables is not None
+        sent_to_server.update(variables)
+        project = {"name": variables["projectName"], "entityName": variables["entityName"]}
+        view = {"id": "Vmlldzox", "project": project}  # "View:1" in base64
+        view |= {key: variables[key] for key in ("name", "displayName", "spec", "description")}
+        return {"upsertView": {"view": view, "inserted": True}}
 
-    def projects(self, entity: str) -> list[Any]:
-        return []
-
-    def create_project(self, *names: str) -> None:
-        pass
-
-    def answer(self, api: Any, query: str, variables: dict[str, Any] | None = None) -> dict[str, Any]:
-        given = variables or {}
-        if "upsertView" in query:
-            name = given.get("id") or ("Vmlldzox", "Vmlldzoy")[len(self.views)]  # "View:1", "View:2" in base64
-            self.views[name] = given
-            view = {"id": name, "name": given["name"], "displayName": given["displayName"], "spec": given["spec"]}
-            project = {"name": given["projectName"], "entityName": given["entityName"]}
-            more = {"description": given["description"], "project": project}
-            return {"upsertView": {"view": view | more, "inserted": True}}
-        (name, saved), *_ = self.views.items()
-        node = {"id": name, "displayName": saved["displayName"], "spec": saved["spec"]}
-        if "viewName" in given:
-            return {"project": {"allViews": {"edges": [{"node": node}]}}}
-        project = {"name": saved["projectName"], "entityName": saved["entityName"]}
-        more = {"name": saved["name"], "description": saved["description"], "project": project}
-        return {"view": node | more}
-
-
-@pytest.mark.parametrize(
-    ("name", "url"),
-    [
-        ("workspace", "https://wandb.example/team/project?nw=abc"),
-        ("report", "https://wandb.example/team/project/reports/Visual-token-reduction--Vmlldzox"),
-    ],
-)
-def test_saving_and_replacing(name, url, monkeypatch, capsys):
-    server = Server()
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    monkeypatch.setattr("wandb.Api", lambda: server)
+    monkeypatch.setattr(
+        "wandb.Api", lambda: SimpleNamespace(projects=lambda entity: [], create_project=lambda *_: None)
+    )
     for module in ("workspaces.internal", "reports.v2.interface"):
-        monkeypatch.setattr(f"wandb_workspaces.{module}.execute_graphql", server.answer)
+        monkeypatch.setattr(f"wandb_workspaces.{module}.execute_graphql", answer)
     for module in ("workspaces.interface", "reports.v2.interface"):
         monkeypatch.setattr(f"wandb_workspaces.{module}.get_app_url", lambda api: "https://wandb.example")
     assert COMMANDS[name]([PLACE]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{name}: https://wandb.example/team/project")
-    (first,) = server.views.values()
-    assert shown(json.loads(first["spec"])) == KEYS and first["displayName"] == "Visual token reduction"
-    assert COMMANDS[name]([PLACE, "--update", url, "--name", "Second", "--table", "t"]) == 0
-    (second,) = server.views.values()
-    assert second["displayName"] == "Second" and '"t"' in second["spec"]
-    assert shown(json.loads(second["spec"])) == KEYS
+    assert shown(json.loads(sent_to_server["spec"])) == KEYS
+    assert sent_to_server["displayName"] == "Visual token reduction"

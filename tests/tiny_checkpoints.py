@@ -95,12 +95,12 @@ def make_tiny_llava(
         tie_word_embeddings=tied,
     )
     config._attn_implementation = "sdpa"
-    return randomise(LlavaForConditionalGeneration(config).eval(), 0)
+    return randomise(LlavaForConditionalGeneration(config).eval())
 
 
-def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+def randomise(model: PreTrainedModel) -> PreTrainedModel:
     """Random weights of sizes at which outputs differ and nothing saturates."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in sorted(model.named_parameters()):
             noise = torch.randn(weight.shape, generator=generator)
@@ -116,7 +116,6 @@ def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 def save_transformers_layout(
     directory: Path,
     model: LlavaForConditionalGeneration | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
     safetensors: bool = True,
     text_tower: bool = False,
 ) -> LlavaForConditionalGeneration:
@@ -131,7 +130,7 @@ def save_transformers_layout(
     if not safetensors:
         (directory / "model.safetensors").unlink()
         torch.save(model.state_dict(), directory / "pytorch_model.bin")
-    (tokenizer or make_tokenizer()).save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
     write_preprocessor(directory, model.config.vision_config.image_size)
     if text_tower:
         save_text_tower(directory / "text_tower", model)
@@ -179,37 +178,42 @@ def save_text_tower(directory: Path, model: LlavaForConditionalGeneration, **tex
 def save_original_layout(
     directory: Path,
     model: LlavaForConditionalGeneration | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    shards: int = 2,
     safetensors: bool = False,
     tower_in_shards: bool = False,
     **config: Any,
 ) -> LlavaForConditionalGeneration:
-    """Write what a liuhaotian/llava-v1.5 repository holds, with the CLIP tower in the folder clip/ inside it.
-
-    Only the rows of real words are written, as in the official files. `config` overrides fields of config.json.
-    """
+    """Write what a liuhaotian/llava-v1.5 repository holds, with the CLIP tower in the folder clip/ inside it."""
     model = make_tiny_llava() if model is None else model
-    tokenizer = tokenizer or make_tokenizer()
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "config.json", {**original_config(model, len(tokenizer), "clip"), **config})
-    weights = to_original_layout(model, len(tokenizer), tower_in_shards)
-    write_shards(directory, weights, shards, safetensors)
-    tokenizer.save_pretrained(directory)
+    save_original(directory, model, make_tokenizer(), config, safetensors, tower_in_shards)
     save_tower(directory / "clip", model)
     return model
 
 
-def write_shards(directory: Path, weights: Mapping[str, Tensor], shards: int, safetensors: bool) -> None:
-    """Write weights into several files with an index."""
+def save_original(
+    directory: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: dict[str, Any],
+    safetensors: bool,
+    towers: bool,
+) -> None:
+    """Write a model in the original layout, into two files of weights with an index.
+
+    Only the rows of real words are written, as in the official files. `config` overrides fields of config.json; ...
+    leaves one out.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    content = {**original_config(model, len(tokenizer), "clip"), **config}
+    write_json(directory / "config.json", {key: value for key, value in content.items() if value is not ...})
+    weights, weight_map = to_original_layout(model, len(tokenizer), towers), {}
     stem, suffix = ("model", "safetensors") if safetensors else ("pytorch_model", "bin")
-    weight_map = {}
-    for shard in range(shards):
-        name = f"{stem}-{shard + 1:05d}-of-{shards:05d}.{suffix}"
-        part = {key: weights[key].clone() for key in sorted(weights)[shard::shards]}
+    for shard in range(2):
+        name = f"{stem}-{shard + 1:05d}-of-00002.{suffix}"
+        part = {key: weights[key].clone() for key in sorted(weights)[shard::2]}
         weight_map.update(dict.fromkeys(part, name))
         save_file(part, directory / name) if safetensors else torch.save(part, directory / name)
     write_json(directory / f"{stem}.{suffix}.index.json", {"metadata": {}, "weight_map": weight_map})
+    tokenizer.save_pretrained(directory)
 
 
 def save_tower(directory: Path, model: LlavaForConditionalGeneration) -> None:

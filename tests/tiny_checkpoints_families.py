@@ -28,14 +28,12 @@ from tests.tiny_checkpoints import (
     TEXT,
     VISION,
     make_tokenizer,
-    original_config,
     randomise,
+    save_original,
     save_tower,
     text_config,
-    to_original_layout,
     write_json,
     write_preprocessor,
-    write_shards,
 )
 
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
@@ -65,7 +63,7 @@ def make_qwen_tokenizer() -> PreTrainedTokenizerFast:
 # LLaVA-NeXT
 
 
-def make_tiny_next(decoder: str = "llama", seed: int = 0, **text: Any) -> LlavaNextForConditionalGeneration:
+def make_tiny_next(decoder: str = "llama", **text: Any) -> LlavaNextForConditionalGeneration:
     """A LLaVA-NeXT with 16 visual tokens per crop.
 
     Args:
@@ -80,7 +78,7 @@ def make_tiny_next(decoder: str = "llama", seed: int = 0, **text: Any) -> LlavaN
         image_grid_pinpoints=PINPOINTS,
     )
     config._attn_implementation = "sdpa"
-    return randomise(LlavaNextForConditionalGeneration(config).eval(), seed)
+    return randomise(LlavaNextForConditionalGeneration(config).eval())
 
 
 def save_next_transformers(
@@ -114,7 +112,7 @@ def save_next_original(
     if mistral:
         own["architectures"], own["model_type"] = ["LlavaMistralForCausalLM"], "llava_mistral"
         own["sliding_window"] = model.config.text_config.sliding_window
-    _save_original(directory, model, tokenizer, {**own, **config}, safetensors, tower_in_shards)
+    save_original(directory, model, tokenizer, {**own, **config}, safetensors, tower_in_shards)
     save_tower(directory / "clip", model)
     return model
 
@@ -122,7 +120,7 @@ def save_next_original(
 # Video-LLaVA
 
 
-def make_tiny_video(temporal: bool = True, seed: int = 0) -> VideoLlavaForConditionalGeneration:
+def make_tiny_video(temporal: bool = True) -> VideoLlavaForConditionalGeneration:
     """A Video-LLaVA with 16 visual tokens per picture and 8 x 17 per video.
 
     Args:
@@ -141,15 +139,13 @@ def make_tiny_video(temporal: bool = True, seed: int = 0) -> VideoLlavaForCondit
     model = VideoLlavaForConditionalGeneration(config)
     if temporal:
         model.model.video_tower = LanguageBindVideoTower(model.config.vision_config, FRAMES)
-    return randomise(model.eval(), seed)
+    return randomise(model.eval())
 
 
-def save_video_transformers(
-    directory: Path, model: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None
-) -> PreTrainedModel:
+def save_video_transformers(directory: Path, model: PreTrainedModel | None = None) -> PreTrainedModel:
     """Write what LanguageBind/Video-LLaVA-7B-hf holds, whose video tower has no attention over time."""
     model = make_tiny_video(temporal=False) if model is None else model
-    _save_hub(directory, model, tokenizer or make_tokenizer(), hub_name)
+    _save_hub(directory, model, make_tokenizer(), hub_name)
     write_preprocessor(directory, IMAGE)
     return model
 
@@ -157,7 +153,6 @@ def save_video_transformers(
 def save_video_original(
     directory: Path,
     model: PreTrainedModel | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
     safetensors: bool = False,
     towers_in_shards: bool = True,
     **config: Any,
@@ -165,7 +160,7 @@ def save_video_original(
     """Write what LanguageBind/Video-LLaVA-7B holds, with both towers once more in the folders image/ and video/."""
     model = make_tiny_video() if model is None else model
     own = {"mm_vision_tower": ..., "mm_image_tower": "image", "mm_video_tower": "video"}
-    _save_original(directory, model, tokenizer or make_tokenizer(), {**own, **config}, safetensors, towers_in_shards)
+    save_original(directory, model, make_tokenizer(), {**own, **config}, safetensors, towers_in_shards)
     for name in ("image", "video"):
         tower = getattr(model.model, f"{name}_tower")
         (directory / name).mkdir(exist_ok=True)
@@ -182,7 +177,7 @@ def save_video_original(
 # Qwen-VL
 
 
-def make_tiny_qwen(version: str = "2.5", seed: int = 0, tied: bool = False) -> PreTrainedModel:
+def make_tiny_qwen(version: str = "2.5", tied: bool = False) -> PreTrainedModel:
     """A Qwen2-VL ("2") or Qwen2.5-VL ("2.5") of 4 layers; groups of 2 x 2 patches of 14 x 14 pixels are a token."""
     tokenizer = make_qwen_tokenizer()
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in QWEN_TOKENS}
@@ -215,15 +210,13 @@ def make_tiny_qwen(version: str = "2.5", seed: int = 0, tied: bool = False) -> P
         vision = {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
         config = Qwen2VLConfig(vision_config={**shared, **vision}, **arguments)
         model = Qwen2VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
-    return randomise(model.eval(), seed)
+    return randomise(model.eval())
 
 
-def save_qwen_transformers(
-    directory: Path, model: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None
-) -> PreTrainedModel:
+def save_qwen_transformers(directory: Path, model: PreTrainedModel | None = None) -> PreTrainedModel:
     """Write what a Qwen/Qwen2.5-VL repository holds: the decoder's fields at the top of config.json, short names."""
     model = make_tiny_qwen() if model is None else model
-    _save_hub(directory, model, tokenizer or make_qwen_tokenizer(), qwen_name)
+    _save_hub(directory, model, make_qwen_tokenizer(), qwen_name)
     config = model.config.to_dict()
     text, vision = config.pop("text_config"), config.pop("vision_config")
     rope = text.pop("rope_parameters")
@@ -267,19 +260,4 @@ def _save_hub(
     if model.config.tie_word_embeddings:
         del weights[name("lm_head.weight")]
     save_file(weights, directory / "model.safetensors")
-    tokenizer.save_pretrained(directory)
-
-
-def _save_original(
-    directory: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: dict[str, Any],
-    safetensors: bool,
-    towers: bool,
-) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    content = {**original_config(model, len(tokenizer), "clip"), **config}
-    write_json(directory / "config.json", {key: value for key, value in content.items() if value is not ...})
-    write_shards(directory, to_original_layout(model, len(tokenizer), towers), 2, safetensors)
     tokenizer.save_pretrained(directory)

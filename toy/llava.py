@@ -123,22 +123,12 @@ class Trainee(nn.Module):
             nn.init.zeros_(self.probe[1].weight)  # its error must not outweigh the answers' gradient at the start
 
 
-def load_parts(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Load the language model and the projector of a finished stage into a LLaVA of any kind."""
-    parts = nn.ModuleDict(
-        {"language_model": model.model.language_model, "projector": model.model.multi_modal_projector}
-    )
-    parts.load_state_dict({n: w for n, w in saved.items() if n.partition(".")[0] in parts}, strict=True)
-    model.tie_weights()
-
-
 def grown_table(
     table: Tensor,
     vocabulary: Vocabulary,
     alike: Mapping[str, str],
     answers: Mapping[str, Sequence[str]] | None = None,
     apart: float = 1.0,
-    seed: int = 0,
 ) -> Tensor:
     """The embedding table of a larger vocabulary, from that of the toy model.
 
@@ -147,7 +137,7 @@ def grown_table(
         answers: new word -> the old words whose mean it starts from; any other new word starts from the mean of all.
         apart: distance between a new row and its start, in deviations of the table; a tenth of it for `alike`.
     """
-    noise = torch.Generator().manual_seed(seed)
+    noise = torch.Generator().manual_seed(0)
     old, rows, answers = TOY_WORDS.ids, [], answers or {}
     for word in vocabulary.words:
         if word in old:
@@ -179,7 +169,7 @@ ANSWERS = (*COLOR_NAMES, *SHAPES, *DIGITS, "yes", "no", "left", "right", "above"
 NEW_ANSWERS = dict.fromkeys((*LETTERS, UNANSWERABLE), ANSWERS)
 
 
-def build_instruct(folder: str | Path, seed: int = 0) -> LlavaForConditionalGeneration:
+def build_instruct(folder: str | Path) -> LlavaForConditionalGeneration:
     """The toy model of `folder` in float32, its embedding table grown to the new vocabulary."""
     base = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     config = LlavaConfig.from_dict(base.config.to_dict())
@@ -187,7 +177,7 @@ def build_instruct(folder: str | Path, seed: int = 0) -> LlavaForConditionalGene
     model = LlavaForConditionalGeneration(config).float()
     weights = base.model.state_dict()
     name = "language_model.embed_tokens.weight"
-    weights[name] = instruct_table(weights[name], 1.0, seed)
+    weights[name] = instruct_table(weights[name], 1.0)
     model.model.load_state_dict(weights, strict=True)
     model.tie_weights()
     return model.eval()
@@ -198,9 +188,9 @@ def text_config(config: LlavaConfig, **changed: int) -> LlamaConfig:
     return type(config.text_config).from_dict(config.text_config.to_dict() | changed)
 
 
-def instruct_table(table: Tensor, apart: float, seed: int = 0) -> Tensor:
+def instruct_table(table: Tensor, apart: float) -> Tensor:
     """The toy model's embedding table with the new words."""
-    return grown_table(table, INSTRUCT_WORDS, INSTRUCT_ALIKE, NEW_ANSWERS, apart, seed)
+    return grown_table(table, INSTRUCT_WORDS, INSTRUCT_ALIKE, NEW_ANSWERS, apart)
 
 
 def build_next(llava: nn.Module) -> LlavaNextForConditionalGeneration:
@@ -237,7 +227,7 @@ def crop_tower(tower: nn.Module) -> CLIPVisionModel:
 
 
 @torch.no_grad()
-def build_video_llava(llava: nn.Module, seed: int = 0) -> VideoLlavaForConditionalGeneration:
+def build_video_llava(llava: nn.Module) -> VideoLlavaForConditionalGeneration:
     """The toy LLaVA's weights in a Video-LLaVA. New words start near a word of like use."""
     tower = crop_tower(llava.model.vision_tower)
     changed = {"vocab_size": len(VIDEO_WORDS), "eos_token_id": VIDEO_WORDS.ids[EOS], "max_position_embeddings": LONG}
@@ -254,7 +244,7 @@ def build_video_llava(llava: nn.Module, seed: int = 0) -> VideoLlavaForCondition
         part.load_state_dict(tower.state_dict(), strict=True)
     model.model.multi_modal_projector.load_state_dict(llava.model.multi_modal_projector.state_dict(), strict=True)
     weights = {n: w.float() for n, w in llava.model.language_model.state_dict().items()}
-    weights["embed_tokens.weight"] = grown_table(weights["embed_tokens.weight"], VIDEO_WORDS, VIDEO_ALIKE, seed=seed)
+    weights["embed_tokens.weight"] = grown_table(weights["embed_tokens.weight"], VIDEO_WORDS, VIDEO_ALIKE)
     model.model.language_model.load_state_dict(weights, strict=True)
     model.tie_weights()
     return model.eval()

@@ -25,7 +25,7 @@ from toy.data.videos import SEEN, Actor, ask_video
 from toy.data.vocabulary import NEXT_WORDS, VIDEO_WORDS
 from toy.llava import Trainee, build_video_llava, load_toy
 from toy.packing import Line, Visuals, question_line
-from toy.stages import RECIPES, QuestionStage, Recipe, Settings, drawn_families
+from toy.stages import Numbers, QuestionStage, Settings, drawn_families
 
 
 class LongStage(QuestionStage):
@@ -50,10 +50,10 @@ class LongStage(QuestionStage):
         return True
 
     @abstractmethod
-    def probe_loss(self, rows: np.ndarray, seen: Visuals, probed: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def probe_loss(self, rows: np.ndarray, seen: Visuals, probed: Tensor) -> tuple[Tensor, Numbers]:
         """The loss of the model's probe [B, V, numbers] of the tokens, and numbers to log."""
 
-    def loss(self, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, step: int, rng: np.random.Generator) -> tuple[Tensor, Numbers]:
         settings = self.settings
         few, full = step < self.few_tokens * settings.steps, self.is_whole(step)
         size = settings.batch if few else 2 if full else settings.batch // 3
@@ -110,7 +110,6 @@ class Next(LongStage):
     """Fine-tune the toy model on large pictures in tiles."""
 
     name = "next"
-    recipe = Recipe(**RECIPES["next"]["recipe"])
     at_once, words = 2, NEXT_WORDS
     sampled = (*FAMILIES, *POSITIONS, "count", "count", "digit", "exist", "shape")
     # The first part of the steps sees few tokens of many pictures, the next most things of fewer: with things missing,
@@ -142,7 +141,7 @@ class Next(LongStage):
         # Renumbered, or with newlines missing, a token's state cannot tell where it lies.
         return seen.newline is not None and not renumber
 
-    def probe_loss(self, rows: np.ndarray, seen: Visuals, probed: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def probe_loss(self, rows: np.ndarray, seen: Visuals, probed: Tensor) -> tuple[Tensor, Numbers]:
         where = centres(self.corpus, rows, seen)
         known = ~where.isnan()
         error = (probed[known] - where[known]).square().mean()
@@ -219,7 +218,6 @@ class Video(LongStage):
     """Fine-tune the toy model on videos of eight frames."""
 
     name = "video"
-    recipe = Recipe(**RECIPES["video"]["recipe"])
     at_once, words, kinds = 4, VIDEO_WORDS, tuple(VIDEO_FAMILIES)
     sampled = (*VIDEO_FAMILIES, "direction", "mover", "mover", *["appear"] * 3, "order", "times", "count")
     # The first part of the steps sees few tokens of many videos, the next whole things of fewer, as in stage "next".
@@ -243,17 +241,14 @@ class Video(LongStage):
         return visuals(corpus, rows, [frame_tokens(np.arange(RUN))] * len(rows))
 
     def choose(self, rows: np.ndarray, few: bool, rng: np.random.Generator) -> Visuals:
-        chosen = []
-        for row in rows:
-            if not few:
-                chosen.append(things_first(self.corpus, row, self.settings.keep_later, rng, enough=FRAME_PATCHES))
-            elif rng.random() < self.blind:
-                chosen.append(anywhere(self.settings.keep, rng))
-            else:
-                chosen.append(things_first(self.corpus, row, self.settings.keep, rng))
+        keep, enough = (self.settings.keep, ENOUGH) if few else (self.settings.keep_later, FRAME_PATCHES)
+        chosen = [
+            choose_frame_tokens(self.corpus, row, keep, rng, enough, blind=few and rng.random() < self.blind)
+            for row in rows
+        ]
         return visuals(self.corpus, rows, chosen)
 
-    def probe_loss(self, rows: np.ndarray, seen: Visuals, probed: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def probe_loss(self, rows: np.ndarray, seen: Visuals, probed: Tensor) -> tuple[Tensor, Numbers]:
         frame, states = frames_and_states(self.corpus, rows, seen)
         frame_error = (probed[..., 0] - frame).square().mean()
         state_loss = F.cross_entropy(probed[..., 1:].flatten(0, 1), states.flatten(), torch.tensor(STATE_WEIGHTS))
@@ -266,26 +261,22 @@ def frame_tokens(positions: np.ndarray) -> Chosen:
     return Chosen(positions, positions, RUN)
 
 
-def things_first(corpus: Corpus, row: int, keep: int, rng: np.random.Generator, enough: int = ENOUGH) -> Chosen:
-    """`keep` tokens of a video: every CLS, `enough` patches of every thing in every frame, then anything."""
+def choose_frame_tokens(
+    corpus: Corpus, row: int, keep: int, rng: np.random.Generator, enough: int = ENOUGH, blind: bool = False
+) -> Chosen:
+    """`keep` tokens of a video: every CLS, `enough` patches of every thing in every frame, then anything.
+
+    Args:
+        blind: draw all of them without looking.
+    """
     owners = corpus.owners[row]
     order = rng.random((SEEN, FRAME_TOKENS))
-    order[:, 0] += 3
-    for frame in range(SEEN):
+    order[:, 0] += 0 if blind else 3
+    for frame in () if blind else range(SEEN):
         for thing in set(owners[frame].tolist()) - {-1}:
             mine = np.flatnonzero(owners[frame] == thing) + 1
             first = rng.permutation(mine)[:enough]
             order[frame, first] += 2
-    return highest(order, keep)
-
-
-def anywhere(keep: int, rng: np.random.Generator) -> Chosen:
-    """`keep` tokens of a video drawn blindly."""
-    return highest(rng.random((SEEN, FRAME_TOKENS)), keep)
-
-
-def highest(order: np.ndarray, keep: int) -> Chosen:
-    """The `keep` tokens of a video that come first by [8, 257] numbers, the highest first."""
     return frame_tokens(np.sort(np.argpartition(-order.ravel(), keep - 1)[:keep]))
 
 

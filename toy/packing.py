@@ -215,27 +215,19 @@ def answer_loss(logits: Tensor, lines: Lines) -> Tensor:
     return words.sum() / sum(map(len, lines.kinds))
 
 
-def right_answers(logits: Tensor, lines: Lines, to_the_end: bool = True) -> list[tuple[str, bool]]:
-    """(kind, whether the whole answer is what greedy decoding would say) of every pair.
+def accuracy(logits: Tensor, lines: Lines) -> dict[str, float]:
+    """Share of pairs whose whole answer is what greedy decoding would say, over all pairs and by kind.
 
-    Args:
-        to_the_end: an answer in one word is wrong, too, if the end does not follow.
+    Of an answer in one word the end does not count.
     """
     there = lines.target != -100
-    wrong = logits.argmax(-1) != lines.target[there]
-    if not to_the_end:
-        wrong &= lines.weight[there] != torch.tensor(END_OF_WORD)
+    wrong = (logits.argmax(-1) != lines.target[there]) & (lines.weight[there] != torch.tensor(END_OF_WORD))
     row = torch.arange(len(lines.ids))[:, None].expand_as(lines.owner)[there]
     right = torch.ones(len(lines.ids), max(map(len, lines.kinds)), dtype=torch.bool)
     right[row[wrong], lines.owner[there][wrong]] = False
-    counted = zip(lines.kinds, right.tolist(), strict=True)
-    return [pair for names, flags in counted for pair in zip(names, flags, strict=False)]
-
-
-def accuracy(logits: Tensor, lines: Lines) -> dict[str, float]:
-    """Share of right answers over all pairs and by kind; of an answer in one word the end does not count."""
-    counted = right_answers(logits, lines, to_the_end=False)
-    shares = {"all": float(np.mean([right for _, right in counted]))}
-    for kind in dict.fromkeys(kind for kind, _ in counted):
-        shares[kind] = float(np.mean([right for one, right in counted if one == kind]))
-    return shares
+    by_kind: dict[str, list[bool]] = {"all": []}
+    for kinds, flags in zip(lines.kinds, right.tolist(), strict=True):
+        for kind, flag in zip(kinds, flags, strict=False):
+            by_kind["all"].append(flag)
+            by_kind.setdefault(kind, []).append(flag)
+    return {kind: float(np.mean(flags)) for kind, flags in by_kind.items()}

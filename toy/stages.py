@@ -20,7 +20,7 @@ from eval.papers import read_yaml
 from toy import clip
 from toy.clip import COLUMN, PANEL, SHAPE
 from toy.data.corpus import Corpus, write_scenes
-from toy.data.formats import BLIND, FORMATS, INSTRUCT_WORDS, LETTERS, TRAINED, Pair, compose, lmms_wording
+from toy.data.formats import BLIND, FORMATS, INSTRUCT_WORDS, LETTERS, Pair, compose, lmms_wording
 from toy.data.questions import FAMILIES, ask
 from toy.data.scenes import PATCHES, SIDE, Thing
 from toy.data.vocabulary import COLOR_NAMES, DIGITS, SHAPES, SIZES, TOY_WORDS, Vocabulary
@@ -40,30 +40,24 @@ from toy.packing import (
     whole,
 )
 
-# Stage -> the fields of its Recipe and of its Settings, "full" and "quick".
+# Stage -> the optimizer's settings ("recipe"), and the other fields of its Settings in "full" and "quick" runs.
 RECIPES: dict[str, Any] = read_yaml(Path(__file__).with_name("recipes.yaml"))
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Optimizer settings of a stage, and how often it evaluates and saves."""
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Optimizer and sizes of a run. A stage does not use the sizes that are 0 in the full training."""
 
     lr: float  # of Muon
     adam_lr: float
     clip: float  # gradient norm
     decay: float  # share of the steps over which the learning rate falls to zero
     dtype: str = "bfloat16"  # of the weights while training; the master weights are float32
-    evaluate_every: int = 100
+    evaluate_every: int = 100  # steps
     save_every: int = 100
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Sizes of a run. A stage does not use those that are 0 in the full training."""
-
     steps: int
     images: int  # training scenes, pictures or videos
-    batch: int  # of them per rank and step
+    batch: int  # of them per step
     validation: int  # scenes, pictures or videos drawn for validation
     watched: int  # of them in the evaluations while training
     final: int  # of them in the last evaluation
@@ -71,6 +65,9 @@ class Settings:
     questions: int = 0  # per image
     keep_later: int = 0  # visual tokens per image in the second part
     whole: float = 0.0  # share of the steps, at the end, that see all visual tokens
+
+
+Numbers = dict[str, float]  # by what they count
 
 
 class Stage(ABC):
@@ -83,7 +80,6 @@ class Stage(ABC):
     """
 
     name: ClassVar[str]
-    recipe: ClassVar[Recipe]
     at_once: ClassVar[int]
     trainee: nn.Module
     corpus: Corpus
@@ -101,21 +97,16 @@ class Stage(ABC):
         write(home / "val", "val", settings.validation, *tower)
         self.corpus, self.val = Corpus(home / "train", "train"), Corpus(home / "val", "val")
 
-    @staticmethod
-    def is_hidden(name: str) -> bool:
-        """Whether Muon trains the parameter: 2-D weights of blocks. AdamW trains the others."""
-        return ".layers." in name
-
     @abstractmethod
-    def loss(self, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, step: int, rng: np.random.Generator) -> tuple[Tensor, Numbers]:
         """The loss of a step, and numbers to log."""
 
     @abstractmethod
-    def validate(self, rows: np.ndarray) -> dict[str, float]:
+    def validate(self, rows: np.ndarray) -> Numbers:
         """Numbers over some validation rows; `self.rng` draws the questions."""
 
     @torch.no_grad()
-    def evaluate(self, count: int) -> dict[str, float]:
+    def evaluate(self, count: int) -> Numbers:
         """Mean numbers over the first `count` validation rows, the same questions in every call."""
         self.rng = np.random.default_rng(5)
         parts = [
@@ -156,14 +147,14 @@ class QuestionStage(Stage):
 
     def answer(
         self, visuals: Visuals, lines: Lines, renumber: bool = False, early: bool = True
-    ) -> tuple[Decoded, Tensor, dict[str, float]]:
+    ) -> tuple[Decoded, Tensor, Numbers]:
         """The decoder's states, its loss on the answers, and the share of right ones."""
         early_at = self.early_at if early else None
         decoded = forward(self.trainee, self.words.prefix, visuals, lines, renumber, early_at)
         logits = predict(self.trainee, decoded.states, decoded.start, lines.target)
         return decoded, answer_loss(logits, lines), accuracy(logits, lines)
 
-    def validate(self, rows: np.ndarray) -> dict[str, float]:
+    def validate(self, rows: np.ndarray) -> Numbers:
         lines = self.ask(self.val, rows, [list(self.kinds)] * len(rows), self.rng)
         return self.answer(self.all_tokens(self.val, rows), lines, early=False)[2]
 
@@ -219,7 +210,6 @@ class Vision(Stage):
     """Train the CLIP tower and its text tower on scenes."""
 
     name = "vision"
-    recipe = Recipe(**RECIPES["vision"]["recipe"])
     at_once = 40
 
     def __init__(self, folder: Path, settings: Settings, model: Path):
@@ -227,15 +217,15 @@ class Vision(Stage):
         self.draw(folder, write_scenes)
         self.trainee = VisionTrainee()
 
-    def loss(self, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, step: int, rng: np.random.Generator) -> tuple[Tensor, Numbers]:
         whole, batch = self.is_whole(step), self.settings.batch
         rows = np.sort(rng.choice(len(self.corpus), batch // 2 if whole else batch, replace=False))
         return self.losses(self.corpus, rows, None if whole else self.settings.keep)
 
-    def validate(self, rows: np.ndarray) -> dict[str, float]:
+    def validate(self, rows: np.ndarray) -> Numbers:
         return self.losses(self.val, rows, None)[1]
 
-    def losses(self, corpus: Corpus, rows: np.ndarray, keep: int | None) -> tuple[Tensor, dict[str, float]]:
+    def losses(self, corpus: Corpus, rows: np.ndarray, keep: int | None) -> tuple[Tensor, Numbers]:
         """Loss and numbers of some scenes, of which the tower sees `keep` patches, things first; None for all."""
         model = self.trainee
         labels, patches = torch.from_numpy(corpus.patch_labels(rows)), clip.patchify(corpus.images[rows])
@@ -267,16 +257,14 @@ class SceneStage(QuestionStage):
         """The kinds of questions that a step asks about each of its rows; `full`: it sees all visual tokens."""
 
     @abstractmethod
-    def help(
-        self, step: int, decoded: Decoded, lines: Lines, labels: Tensor
-    ) -> tuple[Tensor | float, dict[str, float]]:
+    def help(self, step: int, decoded: Decoded, lines: Lines, labels: Tensor) -> tuple[Tensor | float, Numbers]:
         """A further loss of the step that helps learning, and numbers to log; labels [B, V, 9] of the tokens seen."""
 
     def scenes(self, step: int) -> int | np.ndarray:
         """The rows that a step draws from."""
         return len(self.corpus)
 
-    def loss(self, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, step: int, rng: np.random.Generator) -> tuple[Tensor, Numbers]:
         settings, full = self.settings, self.is_whole(step) and rng.random() < 0.8
         batch = settings.batch // 2 if full else settings.batch
         rows = np.sort(rng.choice(self.scenes(step), batch, replace=False))
@@ -307,7 +295,6 @@ class Language(SceneStage):
     """Train projector and decoder on questions about scenes."""
 
     name = "language"
-    recipe = Recipe(**RECIPES["language"]["recipe"])
     at_once, words, guided = 20, TOY_WORDS, 0.8
 
     def __init__(self, folder: Path, settings: Settings, model: Path):
@@ -325,9 +312,7 @@ class Language(SceneStage):
         sampled = FIRST_FAMILIES if step < FIRST * self.settings.steps else THEN_FAMILIES
         return drawn_families(sampled, self.settings.questions + 4 * full, rows, rng)
 
-    def help(
-        self, step: int, decoded: Decoded, lines: Lines, labels: Tensor
-    ) -> tuple[Tensor | float, dict[str, float]]:
+    def help(self, step: int, decoded: Decoded, lines: Lines, labels: Tensor) -> tuple[Tensor | float, Numbers]:
         steps = self.settings.steps
         if step >= 0.8 * steps:
             return 0.0, {}
@@ -377,7 +362,6 @@ class Instruct(SceneStage):
     """Fine-tune the toy model on the answer formats of all benchmarks."""
 
     name = "instruct"
-    recipe = Recipe(**RECIPES["instruct"]["recipe"])
     at_once, words, kinds, guided = 10, INSTRUCT_WORDS, tuple(FORMATS), 0.85
     # Where a letter is due, the word it stands for is predicted from the decoder's states after this many layers.
     # Otherwise the model knows the word only in its last layers, too late to look up the letter beside it.
@@ -397,9 +381,7 @@ class Instruct(SceneStage):
     def lines(self, corpus: Corpus, row: int, kinds: Sequence[str], rng: np.random.Generator) -> list[Line]:
         return format_lines(corpus.list_things(row), kinds, rng, 0.0 if corpus is self.val else LMMS)
 
-    def help(
-        self, step: int, decoded: Decoded, lines: Lines, labels: Tensor
-    ) -> tuple[Tensor | float, dict[str, float]]:
+    def help(self, step: int, decoded: Decoded, lines: Lines, labels: Tensor) -> tuple[Tensor | float, Numbers]:
         meant = lines.meant[lines.meant != -100]
         read = predict(self.trainee, decoded.early, decoded.start, lines.meant)
         loss = READ_LOSS * F.cross_entropy(read, meant, reduction="sum") / sum(map(len, lines.kinds))
@@ -410,7 +392,7 @@ def format_lines(
     things: tuple[Thing, ...], names: Sequence[str], rng: np.random.Generator, lmms: float = 0.0
 ) -> list[Line]:
     """One pair of each format about a scene, where there is one; the share `lmms` in the words of lmms-eval."""
-    drawn = [(name, compose(things, name, rng, tries=12, formats=TRAINED)) for name in names]
+    drawn = [(name, compose(things, name, rng, tries=12)) for name in names]
     asked = [(name, pair) for name, pair in drawn if pair is not None]
     return [format_line(name, lmms_wording(name, pair) if rng.random() < lmms else pair) for name, pair in asked]
 

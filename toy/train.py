@@ -1,7 +1,6 @@
 """Train one stage of a toy model: step-based, seeded, resumable, with a bar, a log and W&B.
 
     python -m toy.train next --folder runs/next
-    RANKS=2 python -m toy.train vision --folder runs/tiny
 
 FOLDER holds corpora, features, checkpoints and logs; the trained weights end up in FOLDER/STAGE.pt. The same command
 continues an interrupted run. `--quick` takes a few steps on a few scenes, to see that everything works.
@@ -10,56 +9,51 @@ continues an interrupted run. `--quick` takes a few steps on a few scenes, to se
 import argparse
 import dataclasses
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
 from eval.command import exit_on_user_error
 from eval.config import DEFAULT_MODEL
-from eval.parallel import placement, ranks
-from eval.parallel.launch import launch
 from eval.tracking import Tracker, start
 from llava.errors import UserError
-from toy.data.corpus import ranks as training_ranks
 from toy.long_stages import Next, Video
-from toy.stages import RECIPES, Instruct, Language, Recipe, Settings, Stage, Vision
+from toy.stages import RECIPES, Instruct, Language, Settings, Stage, Vision
 
 LOG_EVERY = 25  # steps
 STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (Vision, Language, Next, Video, Instruct)}
 
 
 class MasterOptimizer:
-    """Averages gradients over ranks, steps float32 masters, copies them into the working model.
+    """Steps float32 masters and copies them into the working model.
 
-    Muon takes the hidden matrices, AdamW the rest. bfloat16 weights, not autocast: on a CPU with bfloat16 instructions
-    this trains about four times faster.
+    Muon takes the hidden matrices (2-D weights of blocks), AdamW the rest. bfloat16 weights, not autocast: on a CPU
+    with bfloat16 instructions this trains about four times faster.
 
     Args:
-        model: its parameters are converted in place to the recipe's dtype: bfloat16 where the CPU multiplies it
+        model: its parameters are converted in place to the settings' dtype: bfloat16 where the CPU multiplies it
             natively, float32 where it does not.
-        hidden: tells from a parameter's name whether Muon takes it (2-D weights of blocks).
     """
 
-    def __init__(self, model: nn.Module, hidden: Callable[[str], bool], recipe: Recipe):
+    def __init__(self, model: nn.Module, settings: Settings):
         self.masters = {name: p.detach().clone().float() for name, p in model.named_parameters()}
-        model.to(getattr(torch, recipe.dtype))
+        model.to(getattr(torch, settings.dtype))
         self.working = dict(model.named_parameters())
-        self.clip = recipe.clip
-        muon = {name: p for name, p in self.masters.items() if p.dim() == 2 and hidden(name)}
+        self.clip, lr, adam_lr = settings.clip, settings.lr, settings.adam_lr
+        muon = {name: p for name, p in self.masters.items() if p.dim() == 2 and ".layers." in name}
         adam = [p for name, p in self.masters.items() if name not in muon]
         self.optimizers = {
             torch.optim.Muon(
-                list(muon.values()), recipe.lr, weight_decay=0.02, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-            ): recipe.lr,
-            torch.optim.AdamW(adam, recipe.adam_lr, betas=(0.9, 0.98), weight_decay=0.0): recipe.adam_lr,
+                list(muon.values()), lr, weight_decay=0.02, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+            ): lr,
+            torch.optim.AdamW(adam, adam_lr, betas=(0.9, 0.98), weight_decay=0.0): adam_lr,
         }
 
     @torch.no_grad()
@@ -67,9 +61,6 @@ class MasterOptimizer:
         """One update at `scale` times the base learning rates; returns the gradient norm."""
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.working.values()]
         flat = torch.cat([grad.float().flatten() for grad in grads])
-        if (world := training_ranks()[1]) > 1:
-            dist.all_reduce(flat)
-            flat /= world
         norm = flat.norm().item()
         flat *= min(1.0, self.clip / (norm + 1e-6))
         for part, name in zip(flat.split([g.numel() for g in grads]), self.working, strict=True):
@@ -88,15 +79,28 @@ class MasterOptimizer:
         for name, p in self.working.items():
             p.copy_(self.masters[name])
 
-    def state_dict(self) -> dict:
-        return {"masters": self.masters, "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+    def save(self, checkpoint: Path, **more: Any) -> None:
+        """Write a checkpoint, with what else belongs to it, in one step."""
+        state = {"masters": self.masters, "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+        partial = checkpoint.with_suffix(".partial")
+        torch.save({"optimizer": state, **more}, partial)
+        partial.replace(checkpoint)
 
-    def load_state_dict(self, state: dict) -> None:
-        for name, value in state["masters"].items():
+    def resume(self, checkpoint: Path, settings: Settings) -> tuple[int, float]:
+        """Load a checkpoint of the same settings; returns its number of steps and the seconds they took."""
+        saved = torch.load(checkpoint, weights_only=True)
+        wanted = dataclasses.asdict(settings)
+        if saved["settings"] != wanted:
+            raise UserError(
+                f"{checkpoint} is of a run with other settings ({saved['settings']}) than this one ({wanted}); "
+                "use the same settings, or delete it to start anew."
+            )
+        for name, value in saved["optimizer"]["masters"].items():
             self.masters[name].copy_(value)
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        for optimizer, state in zip(self.optimizers, saved["optimizer"]["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         self.publish()
+        return saved["step"], saved["seconds"]
 
 
 def schedule(step: int, steps: int, warmup: int = 60, decay: float = 0.6) -> float:
@@ -107,75 +111,39 @@ def schedule(step: int, steps: int, warmup: int = 60, decay: float = 0.6) -> flo
 def train(stage: Stage, folder: Path, tracker: Tracker | None = None) -> MasterOptimizer:
     """Run all steps of a stage, continuing after the last checkpoint in `folder`; returns the optimizer.
 
-    The batch of a step is a function of (seed 0, rank, step) alone, so a resumed run sees the same data as an
-    uninterrupted one.
+    The batch of a step is a function of its number alone, so a resumed run sees the same data as an uninterrupted one.
     """
-    recipe, settings, rank = stage.recipe, stage.settings, training_ranks()[0]
-    optimizer = MasterOptimizer(stage.trainee, stage.is_hidden, recipe)
+    settings = stage.settings
+    optimizer = MasterOptimizer(stage.trainee, settings)
     checkpoint = folder / f"{stage.name}.checkpoint.pt"
-    first, seconds = resume(optimizer, checkpoint, settings) if checkpoint.exists() else (0, 0.0)
+    first, seconds = optimizer.resume(checkpoint, settings) if checkpoint.exists() else (0, 0.0)
     averages: dict[str, float] = {}
-    bar = tqdm(range(first, settings.steps), desc=stage.name, initial=first, total=settings.steps, disable=rank > 0)
+    bar = tqdm(range(first, settings.steps), desc=stage.name, initial=first, total=settings.steps)
     started = time.time() - seconds
     for step in bar:
-        rng = np.random.default_rng([0, rank, step])
+        rng = np.random.default_rng([0, 0, step])
         torch.manual_seed(int(rng.integers(2**31)))
         loss, numbers = stage.loss(step, rng)
         loss.backward()
-        norm = optimizer.step(schedule(step, settings.steps, decay=recipe.decay))
+        norm = optimizer.step(schedule(step, settings.steps, decay=settings.decay))
         for name, value in {"loss": loss.item(), "gradient_norm": norm, **numbers}.items():
             if value == value:
                 averages[name] = 0.95 * averages.get(name, value) + 0.05 * value
-        if rank > 0:
-            continue
         done, seconds = step + 1, time.time() - started
         due = lambda every: done % every == 0 or done == settings.steps  # noqa: E731, B023
         if due(LOG_EVERY):
             line = {"step": done, "seconds": round(seconds, 1)}
             line |= {name: round(value, 4) for name, value in averages.items()}
-            if due(recipe.evaluate_every):
+            if due(settings.evaluate_every):
                 line |= {f"val/{name}": round(value, 4) for name, value in stage.evaluate(settings.watched).items()}
             with open(folder / f"{stage.name}.log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
             if tracker:
                 tracker.log(line, step=done)
             bar.set_postfix(loss=f"{averages['loss']:.3f}")
-        if due(recipe.save_every):
-            state = {"optimizer": optimizer.state_dict(), "step": done, "seconds": seconds}
-            partial = checkpoint.with_suffix(".partial")
-            torch.save(state | {"settings": dataclasses.asdict(settings)}, partial)
-            partial.replace(checkpoint)
+        if due(settings.save_every):
+            optimizer.save(checkpoint, step=done, seconds=seconds, settings=dataclasses.asdict(settings))
     return optimizer
-
-
-def resume(optimizer: MasterOptimizer, checkpoint: Path, settings: Settings) -> tuple[int, float]:
-    """Load a checkpoint of the same settings; returns its number of steps and the seconds they took."""
-    saved = torch.load(checkpoint, weights_only=True)
-    wanted = dataclasses.asdict(settings)
-    if saved.get("settings") != wanted:
-        raise UserError(
-            f"{checkpoint} is of a run with other settings ({saved.get('settings', 'not recorded')}) than this one "
-            f"({wanted}); use the same settings, or delete it to start anew."
-        )
-    optimizer.load_state_dict(saved["optimizer"])
-    return saved["step"], saved["seconds"]
-
-
-def run(name: str, folder: Path, settings: Settings, model: Path) -> None:
-    """Train a stage from its data to FOLDER/STAGE.pt, on all ranks."""
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    stage = STAGES[name](folder, settings, model)
-    if training_ranks()[0] > 0:
-        train(stage, folder)
-        return
-    config = {"benchmark": "toy", "split": name, "folder": str(folder), "model": str(model)}
-    tracker = start("auto", folder, config | dataclasses.asdict(settings))
-    optimizer = train(stage, folder, tracker)
-    if tracker:
-        tracker.close(failed=False)
-    torch.save(optimizer.masters, folder / f"{name}.pt")
-    print({key: round(value, 4) for key, value in stage.evaluate(settings.final).items()})
 
 
 @exit_on_user_error
@@ -186,22 +154,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, required=True, help="where corpora, checkpoints and logs go")
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="the toy model that fine-tuning starts from")
     parser.add_argument("--quick", action="store_true", help="a few steps on a few scenes")
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    args = parser.parse_args(words)
-    if (place := placement.here(device="cpu")) is not None:
-        return launch("toy.train", words, place, timeout=600)
-    ranks.current().report(ranks.TRAINING)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        # Two one-thread processes train faster than one two-thread process on a small CPU; the mean of their gradients,
-        # the data that they draw and waiting for each other is all they share.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
-        dist.init_process_group("gloo")
-    settings = Settings(**RECIPES[args.stage]["quick" if args.quick else "full"])
-    run(args.stage, args.folder, settings, args.model)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    args = parser.parse_args(arguments)
+    name, folder = args.stage, args.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = RECIPES[name]
+    settings = Settings(**recipe["recipe"], **recipe["quick" if args.quick else "full"])
+    torch.manual_seed(0)
+    stage = STAGES[name](folder, settings, args.model)
+    config = {"benchmark": "toy", "split": name, "folder": str(folder), "model": str(args.model)}
+    tracker = start("auto", folder, config | dataclasses.asdict(settings))
+    optimizer = train(stage, folder, tracker)
+    if tracker:
+        tracker.close(failed=False)
+    torch.save(optimizer.masters, folder / f"{name}.pt")
+    print({key: round(value, 4) for key, value in stage.evaluate(settings.final).items()})
     return 0
 
 

@@ -46,7 +46,6 @@ from llava.reduction import (
     planned,
     prepared_angles,
     projected_heads,
-    refuse_budget,
     register,
     scaled_layers,
     split,
@@ -64,30 +63,28 @@ ATTENTIONS = ("causal", "visual", "bidirectional")
 AVERAGES = ("all", "viewers")
 METRICS = ("rotated", "unrotated", "hidden")
 MERGES = {"mean": "mean", "target_plus_mean": "anchor_plus_mean", "none": "none"}
-FREE = ("budget", "official", "layers", "schedule", "start", "ratio")  # arguments of the release
+FREE = ("budget", "official", "layers", "start", "ratio")  # arguments of the release
 SLICE = 2**24  # attention weights held at a time: 64 MB in float32
 
 
 # How many tokens each stage keeps: the released schedule, and a geometric rule for other budgets.
 
 
-def plan(
-    budget: int, widths: tuple[int, ...], most: int, rule: str, start: float, ratio: int
-) -> tuple[tuple[int, int], ...]:
+def plan(budget: int, widths: tuple[int, ...], most: int, start: float, ratio: int) -> tuple[tuple[int, int], ...]:
     """(dominant, contextual) tokens of every segment; their sums have the mean `budget` over layers.
+
+    A multiple of the released schedule where there is one (four equal segments, a multiple of 32), else geometric.
 
     Args:
         budget: mean tokens per layer, below `most`.
         widths: layers in each segment.
         most: tokens of the unreduced image.
-        rule: "published" uses a multiple of the released schedule where there is one (four equal segments and a
-            multiple of 32), else the geometric rule.
         start: tokens of the first segment as a multiple of the budget.
         ratio: dominant tokens for one contextual.
     """
     equal = len(widths) == len(PUBLISHED) and len(set(widths)) == 1
     released = equal and budget % PUBLISHED_BUDGET == 0 and budget * PUBLISHED_START <= most
-    if rule == "published" and start == PUBLISHED_START and released:
+    if start == PUBLISHED_START and released:
         times = budget // PUBLISHED_BUDGET
         pairs = tuple((times * dominant, times * contextual) for dominant, contextual in PUBLISHED)
         return pairs if ratio == PUBLISHED_RATIO else tuple(dominant_and_contextual(sum(pair), ratio) for pair in pairs)
@@ -254,7 +251,6 @@ class VisionDrop(Reducer):
     )
     known_deviations: ClassVar[dict[str, str]] = {
         "appended": "as in the release, contextual tokens follow the dominant ones",
-        "unused schedule": "on small images both schedules round to the same numbers of tokens",
         "scale with official=true": "the release adds the mean of its members to a contextual token",
         "scale with merge=target_plus_mean": "the sum that the release uses",
     }
@@ -265,11 +261,6 @@ class VisionDrop(Reducer):
     official: bool = option(False, "exactly as released: a merged token is its target plus the mean of the others")
     layers: tuple[int, ...] = option(
         (), "decoder layers before which to reduce; empty for 8, 16, 24 of 32 in proportion"
-    )
-    schedule: str = option(
-        "published",
-        "multiples of the released 48/35/26/19 where budget and segments allow, else geometric; or always geometric",
-        ("published", "geometric"),
     )
     start: float = option(
         PUBLISHED_START, "tokens after the encoder stage, as a multiple of the budget; 3 for video", least=1
@@ -308,15 +299,6 @@ class VisionDrop(Reducer):
             raise UserError(
                 f"visiondrop.start={self.start:g} spends the whole budget on the first {first} of {spec.layers} "
                 f"layers; it must be below {spec.layers / first:g}."
-            )
-        mean = sum(self.tokens_per_layer(spec)) / spec.layers
-        if abs(mean - self.budget) > self.rounding:
-            raise refuse_budget(
-                self.name,
-                self.budget,
-                mean,
-                spec.visual_tokens,
-                "the number of layers in its segments does not allow it",
             )
 
     def scores(self) -> tuple[TowerScore, ...]:
@@ -370,7 +352,7 @@ def stages_of(method: VisionDrop, spec: ModelSpec) -> dict[int, tuple[int, int]]
     if method.budget >= spec.visual_tokens:
         return dict.fromkeys((0, *layers), (spec.visual_tokens, 0))
     widths = tuple(stop - start for start, stop in pairwise((0, *layers, spec.layers)))
-    pairs = plan(method.budget, widths, spec.visual_tokens, method.schedule, method.start, method.ratio)
+    pairs = plan(method.budget, widths, spec.visual_tokens, method.start, method.ratio)
     return dict(zip((0, *layers), pairs, strict=True))
 
 

@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import gc
 import json
 import os
 import re
@@ -14,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from llava.errors import UserError
 
@@ -52,18 +51,15 @@ def is_file(path: Path) -> bool:
     """
     try:
         mode = path.stat().st_mode
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         if path.is_symlink():
             goal = os.readlink(path)
             raise UserError(f"Cannot read {path}: it is a link to {goal}, which does not exist.") from error
         return False
-    except NotADirectoryError:
-        return False
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error
     if not stat.S_ISREG(mode):
-        kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
-        kind = kinds.get(stat.S_IFMT(mode), "device")
+        kind = "folder" if stat.S_ISDIR(mode) else "pipe, socket or device"
         raise UserError(f"Cannot read {path}: it should be a regular file, not a {kind}.")
     return True
 
@@ -83,17 +79,7 @@ def read_json(path: Path) -> Any:
     return parse_json(read_bytes(path), str(path))
 
 
-class Place(NamedTuple):
-    """A line of a file. Its words are made for an error only: for 10^6 lines they took as long as hashing them."""
-
-    path: Path
-    number: int
-
-    def __str__(self) -> str:
-        return f"{self.path} line {self.number}"
-
-
-def parse_json(content: bytes, where: str | Place) -> Any:
+def parse_json(content: bytes, where: str) -> Any:
     """A JSON document, refused if Python would read it in silence as something else than it says.
 
     Args:
@@ -129,7 +115,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 
 def parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
     """One line of a JSON-lines file: it must be an object."""
-    row = parse_json(line, Place(path, number))
+    row = parse_json(line, f"{path} line {number}")
     if not isinstance(row, dict):
         raise UserError(f"{path} line {number} should be a JSON object, got {type(row).__name__}.")
     return row
@@ -171,21 +157,6 @@ def read_appended(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | Non
         raise UserError(f"Cannot read {path}: {error.strerror}.") from error
 
 
-@contextlib.contextmanager
-def garbage_collection_paused() -> Iterator[None]:
-    """Read millions of rows without a search for reference cycles after every few hundred: rows have none.
-
-    The search visits every row that was read before; it took half of the time of opening a store of 10^6 answers.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
 def write_json(path: Path, content: Any) -> None:
     """Replace `path` by one JSON document."""
     write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
@@ -219,16 +190,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make new names in `folder` durable; a file system that cannot do it is left alone."""
-    try:
+    with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 class DurableLines:
@@ -237,42 +204,33 @@ class DurableLines:
     A process can only die in the middle of the last line, so opening cuts that line and nothing else.
 
     Attributes:
-        rows: every line there is, in file order; empty with `keep=False`.
+        rows: every line there is, in file order.
     """
 
-    def __init__(self, path: Path, keep: bool = True):
-        """Open or create the file.
-
-        Args:
-            keep: hold the rows in memory.
-        """
+    def __init__(self, path: Path):
+        """Open or create the file."""
         self.path = path
         self.rows: list[dict[str, Any]] = []
-        self._keep = keep
         self._end = self._synced = 0
-        self._descriptor = self._open()
+        try:
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"Cannot open {self.path}: {error.strerror}.") from error
         try:
             self._recover()
         except BaseException:
             self.close()
             raise
 
-    def _open(self) -> int:
-        try:
-            return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise UserError(f"Cannot open {self.path}: {error.strerror}.") from error
-
     def _recover(self) -> None:
         unfinished = None
-        with garbage_collection_paused():
-            for _, line, row in read_appended(self.path):
-                if not line.endswith(b"\n"):
-                    unfinished = row
-                    break
-                self._end += len(line)
-                if row is not None and self._keep:
-                    self.rows.append(row)
+        for _, line, row in read_appended(self.path):
+            if not line.endswith(b"\n"):
+                unfinished = row
+                break
+            self._end += len(line)
+            if row is not None:
+                self.rows.append(row)
         self._synced = self._end
         if self._end < os.fstat(self._descriptor).st_size:
             self._cut(self._end)
@@ -301,22 +259,18 @@ class DurableLines:
             left = memoryview(data)
             while left:
                 left = left[os.write(self._descriptor, left) :]
-            if sync:
-                os.fsync(self._descriptor)
-        except OSError as error:
+        except BaseException as error:  # Ctrl-C between two writes, too
             self._cut(self._end)
+            if not isinstance(error, OSError):
+                raise
             raise UserError(
                 f"Cannot write {self.path}: {error.strerror}; everything before this batch is kept, "
                 "so make room and run the same command again."
             ) from error
-        except BaseException:  # Ctrl-C between two writes
-            self._cut(self._end)
-            raise
         self._end += len(data)
+        self.rows += rows
         if sync:
-            self._synced = self._end
-        if self._keep:
-            self.rows += rows
+            self.sync()
 
     def sync(self) -> None:
         """Return when every line would survive a power failure."""

@@ -8,12 +8,11 @@ data sets are numbers.
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from eval.answers.jsonl import Row, is_file, parse_json, parse_line, read_bytes, read_json
-from eval.answers.reuse import images_of
 from eval.benchmarks.base import Dataset, Question
 from eval.benchmarks.llava_files import split_suffix
 from eval.metrics import first_names
@@ -21,23 +20,18 @@ from llava.errors import UserError
 
 # The names that id and text have in LLaVA's answer files, in official prediction files, in lmms-eval's samples and in
 # Video-LLaVA's (whose "answer" is the reference: the prediction's names come first).
-IDS = ("question_id", "questionId", "id", "index", "image")
-TEXTS = ("text", "prediction", "pred", "filtered_resps", "resps", "answer")
+IDS = ("question_id", "questionId", "id", "index", "image", "image_id")
+TEXTS = ("text", "prediction", "pred", "filtered_resps", "resps", "answer", "caption")
 # Share of recorded prompts without their question from which a file counts as answers to other questions.
 REFUSED = 0.5
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Texts by our question ids in file order, and what the reader of a score must know about the file.
-
-    Attributes:
-        images: hashes of each question's images, None where the file does not say them.
-    """
+    """Texts by our question ids in file order, and what the reader of a score must know about the file."""
 
     texts: dict[str, str]
     notes: tuple[str, ...] = ()
-    images: Mapping[str, str | None] = field(default_factory=dict)
 
 
 def read_answers(path: Path, data: Dataset, partial: bool = False) -> Answers:
@@ -56,44 +50,39 @@ def read_answers(path: Path, data: Dataset, partial: bool = False) -> Answers:
 
 def read_rows(path: Path, partial: bool = False) -> tuple[list[Row], list[str]]:
     """Records of a JSON-lines file, of a JSON list of records, or of a JSON map from id to text."""
-    content = read_bytes(path)
-    start = content.lstrip()[:1]
-    if start == b"[" or (start == b"{" and b"\n" in content.strip() and not _is_record(content)):
+    content = read_bytes(path).strip()
+    first, _, more = content.partition(b"\n")
+    if first and not (more and is_object(first)):
         document = read_json(path)
-        if isinstance(document, dict):
-            wrong = [name for name, text in document.items() if not isinstance(text, str)]
-            if wrong:
+        if isinstance(document, dict) and not any(key in document for key in ("question_id", *TEXTS)):
+            if wrong := [name for name, text in document.items() if not isinstance(text, str)]:
                 raise UserError(f"{path} should map question ids to texts; {first_names(wrong)} have none.")
             return [Row(f"{path} entry {name}", name, text) for name, text in document.items()], []
-        return [read_row(row, f"{path} entry {number}") for number, row in enumerate(document, start=1)], []
+        records = document if isinstance(document, list) else [document]
+        return [read_row(row, f"{path} entry {number}") for number, row in enumerate(records, start=1)], []
     lines = content.split(b"\n")
     rows: list[Row] = []
-    notes: list[str] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             record = parse_line(path, number, line)
         except UserError as error:
-            if number < len(lines) or not rows:
+            if number < len(lines):
                 raise
             # Only a file's end can be torn, by a full disk or a process that was killed.
             torn = f"{path} line {number}, the last one, is cut off"
             if not partial:
                 raise UserError(f"{torn}; repair the file, or score the rest of it with --partial.") from error
-            notes.append(f"{torn} and was left out")
-            continue
-        is_map = not any(key in record for key in TEXTS) and all(isinstance(text, str) for text in record.values())
-        if number == 1 and len(lines) <= 2 and "question_id" not in record and is_map:
-            return [Row(f"{path} entry {name}", name, text) for name, text in record.items()], []
+            return rows, [f"{torn} and was left out"]
         rows.append(read_row(record, f"{path} line {number}"))
-    return rows, notes
+    return rows, []
 
 
-def _is_record(content: bytes) -> bool:
-    """Whether the first line is a whole JSON object: JSON lines rather than one document over many lines."""
+def is_object(line: bytes) -> bool:
+    """Whether a line is a whole JSON object: the first of JSON lines rather than of one document over many lines."""
     try:
-        return isinstance(parse_json(content.lstrip().split(b"\n")[0], "line 1"), dict)
+        return isinstance(parse_json(line, "line 1"), dict)
     except UserError:
         return False
 
@@ -171,16 +160,12 @@ def join(path: Path, rows: Sequence[Row], data: Dataset, partial: bool = False) 
         )
     prompt_notes = check_prompts(path, answered, data)
     missing = [name for name in known if name not in texts and name not in data.accepts]
-    problems = []
-    if missing:
-        problems.append(f"{counted(len(missing), 'question')} without a prediction ({first_names(missing)})")
-    if foreign:
-        problems.append(
-            f"{counted(len(foreign), 'prediction')} for questions that are not in the question file "
-            f"({first_names(foreign)})"
-        )
-    if repeated:
-        problems.append(f"{counted(len(repeated), 'answer')} given twice in the same words ({first_names(repeated)})")
+    kinds = (
+        ("question", "without a prediction", missing),
+        ("prediction", "for questions that are not in the question file", foreign),
+        ("answer", "given twice in the same words", repeated),
+    )
+    problems = [f"{counted(len(ids), noun)} {what} ({first_names(ids)})" for noun, what, ids in kinds if ids]
     if problems and not partial:
         raise UserError(
             f"{path} does not fit {title} with its {total:,} questions: {'; '.join(problems)}. Is it another version "
@@ -189,7 +174,7 @@ def join(path: Path, rows: Sequence[Row], data: Dataset, partial: bool = False) 
     notes = [*prompt_notes, *(f"the answer file has {problem}: left out" for problem in problems)]
     if [name for name in texts if name in known] != [name for name in known if name in texts]:
         notes.append("the answers are not in the order of the question file")
-    return Answers(texts, tuple(notes), {question.id: images_of(row.fields) for question, row in answered})
+    return Answers(texts, tuple(notes))
 
 
 def name_of(

@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eval.answers import ADVICE, answer_id, differences, settings_hash
 from eval.answers.jsonl import is_file, read_json, read_jsonl
-from eval.answers.store import ANSWERS
+from eval.answers.source_hash import differences
+from eval.answers.store import ADVICE, ANSWERS, answer_id, settings_hash
 from eval.benchmarks.base import Dataset, Question
 from eval.benchmarks.media import digest_of
 from eval.metrics import first_names

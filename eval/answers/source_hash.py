@@ -2,7 +2,7 @@
 
 A stored answer is only valid for the code that made it. `answer_sources` follows the import statements of the modules
 of model and method, so that editing one method leaves the stored answers of all others valid. Files are parsed before
-they are hashed: comments, docstrings, formatting and the Python version do not matter.
+they are hashed: comments, docstrings and formatting do not matter.
 
 Modules of `eval` are not followed. What they contribute to an answer is its prompt and its images, and the answer
 store compares both for every question. `differences` says in words which settings and files differ.
@@ -94,28 +94,16 @@ def read_source(path: Path, root: Path, modified: int, size: int) -> tuple[str, 
     """
     tree = ast.parse(path.read_bytes())
     imported = tuple(dict.fromkeys(project_files(tree, path, root)))
-    digest = hashlib.sha256("\0".join(canonical(tree)).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    digest = hashlib.sha256(canonical(tree).encode("utf-8", "surrogatepass")).hexdigest()[:12]
     return digest, imported
 
 
-def canonical(node: Any) -> Iterator[str]:
-    """The code as words, without docstrings, positions, and fields that are empty (they vary with Python's version)."""
-    if isinstance(node, list):
-        yield "["
-        for item in node:
-            yield from canonical(item)
-        yield "]"
-    elif isinstance(node, ast.AST):
-        yield type(node).__name__
-        for name, value in ast.iter_fields(node):
-            if name == "body" and isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
-                value = value[1:]
-            if value is not None and value != [] and not (name == "kind" and isinstance(node, ast.Constant)):
-                yield name
-                yield from canonical(value)
-        yield ";"
-    else:
-        yield f"{type(node).__name__} {node!r}"
+def canonical(tree: ast.Module) -> str:
+    """The code as a text, without comments, docstrings and positions; the tree loses its docstrings."""
+    for node in ast.walk(tree):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
+    return ast.dump(tree)
 
 
 def project_files(tree: ast.Module, path: Path, root: Path) -> Iterator[Path]:

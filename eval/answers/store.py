@@ -4,7 +4,7 @@
     timing.jsonl     one line per batch: its questions, its process, seconds, FLOPs and the conditions of measurement
     runs.jsonl       one line per process that wrote: commit, library versions
     failures.jsonl   one line per failed try to answer a question, with the reason; only if there was one
-    conflicts.jsonl  answers that a rank gave to a question with another answer; only if there was one
+    conflicts.jsonl  different answers of a second rank to a question; only if there was one
     settings.json    what the answers depend on, with hashes of the model's files and of every source file; a run with
                      others is refused
     result.json      the result of all questions, beside the benchmark's submission files
@@ -47,16 +47,7 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
-from eval.answers.jsonl import (
-    DurableLines,
-    garbage_collection_paused,
-    is_file,
-    read_appended,
-    read_json,
-    read_jsonl,
-    sync_folder,
-    write_json,
-)
+from eval.answers.jsonl import DurableLines, is_file, read_appended, read_json, read_jsonl, sync_folder, write_json
 from eval.answers.source_hash import differences
 from llava.errors import UserError
 
@@ -68,30 +59,15 @@ MERGING, MERGED = "merging", "merged"
 # In merging/ and merged/: names of the shards.
 MERGED_SHARDS = "shards.jsonl"
 ADVICE = "choose another --output, or --restart to move them aside"
-# Why a question could not be answered: its image cannot be read, anything else went wrong, or memory did not suffice.
-KINDS = ("image", "error", "memory")
-# Largest part of the time that goes into waiting for the disk. A sync takes 0.2 ms on a local disk and 50 ms on a busy
-# shared one; twice after every question, that would be a tenth of the run.
-SYNC_SHARE = 0.0025
+# At least, from one sync to the next. It takes 0.2 ms on a local disk and 50 ms on a busy shared one: twice after every
+# question, that would be a tenth of the run.
+SYNC_SECONDS = 10
 # The order in which --restart moves them: answers without the settings that they were made under are worth nothing.
 FILES = (
-    "result.json",
-    "predictions.json",
-    SHARDS,
-    FAILURES,
-    CONFLICTS,
-    TIMING,
-    RUNS,
-    ANSWERS,
-    "settings.json",
-    "wandb_id",
-)
+    "result.json", "predictions.json", SHARDS, FAILURES, CONFLICTS, TIMING, RUNS, ANSWERS, "settings.json", "wandb_id",
+)  # fmt: skip
 # Files that `eval.answers.jsonl.write_bytes` had not renamed yet when its process (the number) was killed.
 UNFINISHED = re.compile(r"\..+\.\w+\.\d+")
-# Sub-folders that a run does not write its own files to.
-SEPARATE = re.compile(r"replaced-\d+|wandb|shards")
-# limit50/mme_results/ is the deepest folder that a run writes to.
-DEPTH = 2
 
 Row = dict[str, Any]
 
@@ -122,29 +98,26 @@ class AnswerFiles:
     """The files of a folder, appended to by this process alone: of a store, or of a rank's shard of it.
 
     What `add` and `fail` have written survives the end of this process, however it ends. A power failure or a crash of
-    the whole machine can lose the batches since the last sync; their questions are then asked again.
+    the whole machine can lose the batches of the last SYNC_SECONDS; their questions are then asked again.
 
     Attributes:
         process: the line of runs.jsonl, written before the first answer or failure; empty for a process without a name.
     """
 
-    def __init__(self, folder: Path, process: Mapping[str, Any] | None = None, keep: bool = True):
+    def __init__(self, folder: Path, process: Mapping[str, Any] | None = None):
         """
         Args:
             process: with a "run", the name of this process, and a "rank" where there are several.
-            keep: hold the lines in memory.
         """
         self.folder, self.process = folder, dict(process or {})
-        self._keep, self._named, self._closed = keep, False, False
+        self._named = False
         self._files: dict[str, DurableLines] = {}
         self._next_sync = 0.0
 
     def _open(self, name: str) -> DurableLines:
         """A file of the folder, opened once and made if it is not there."""
         if name not in self._files:
-            if self._closed:
-                raise AssertionError(f"{self.folder} is closed")
-            self._files[name] = DurableLines(self.folder / name, self._keep)
+            self._files[name] = DurableLines(self.folder / name)
         return self._files[name]
 
     def _write(self, lines: Mapping[str, Iterable[Row]]) -> None:
@@ -154,12 +127,10 @@ class AnswerFiles:
         self._named = True
         for name, rows in lines.items():
             self._open(name).append(rows, sync=False)
-        if time.monotonic() >= self._next_sync:  # not too soon after the last one for it to be cheap
-            begun = time.monotonic()
+        if time.monotonic() >= self._next_sync:
             for file in self._files.values():
                 file.sync()
-            ended = time.monotonic()
-            self._next_sync = ended + (ended - begun) / SYNC_SHARE
+            self._next_sync = time.monotonic() + SYNC_SECONDS
 
     def add(self, answers: Sequence[Row], timing: Mapping[str, Any]) -> None:
         """Write one batch; on return it survives the end of this process.
@@ -171,8 +142,6 @@ class AnswerFiles:
             UserError: the disk is full; everything before this batch is kept.
         """
         ids = [row["question_id"] for row in answers]
-        if len(set(ids)) < len(ids):
-            raise AssertionError("a question was answered twice")
         own = {key: self.process[key] for key in ("run", "rank") if key in self.process}
         self._write({TIMING: [own | dict(timing) | {"questions": len(ids), "question_ids": ids}], ANSWERS: answers})
 
@@ -180,29 +149,22 @@ class AnswerFiles:
         """Write questions that could not be answered; on return the lines survive the end of this process.
 
         Args:
-            failures: {"question_id", "reason": one sentence, "kind": one of KINDS}, with the "run" of this process if
-                it is not given.
+            failures: {"question_id", "reason": one sentence, "kind": "image", "error" or "memory"}; the "run" of this
+                process is added.
 
         Returns:
             The lines as they were written.
         """
         own = {"run": self.process["run"]} if "run" in self.process else {}
         lines = [own | dict(line) for line in failures]
-        for line in lines:
-            if problem := problem_of(line, FAILURES):
-                raise AssertionError(f"a failure {problem}")
         self._write({FAILURES: lines})
         return lines
 
-    def _close_files(self) -> None:
+    def close(self) -> None:
+        """Sync and close the files; further calls do nothing."""
         with contextlib.ExitStack() as stack:  # one that cannot be synced keeps no other one open
             while self._files:
                 stack.callback(self._files.popitem()[1].close)
-
-    def close(self) -> None:
-        """Sync and close the files; further calls do nothing."""
-        self._closed = True
-        self._close_files()
 
     def __enter__(self) -> Self:
         return self
@@ -226,19 +188,12 @@ class Shard(AnswerFiles):
             UserError: the folder cannot be written to.
         """
         folder = store_folder / SHARDS / f"{world}-rank{rank}"
-        if not SHARD_NAME.fullmatch(folder.name):
-            raise ValueError(f"{world!r} is no name of a world: letters, digits, '_' and '.' only")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"Cannot make the folder {folder}: {error.strerror}.") from error
-        super().__init__(folder, {**process, "rank": rank}, keep=False)
-        try:
-            for name in (ANSWERS, TIMING, RUNS):
-                self._open(name)
-        except BaseException:
-            self.close()
-            raise
+        super().__init__(folder, {**process, "rank": rank})
+        self._open(ANSWERS)
         sync_folder(folder)
         sync_folder(store_folder / SHARDS)
 
@@ -249,24 +204,6 @@ class Shard(AnswerFiles):
                 "earlier one, stops."
             )
         super()._write(lines)
-
-
-def problem_of(row: Mapping[str, Any], file: str, known: Collection[str] | None = None) -> str | None:
-    """What is wrong with a line, as the end of a sentence that begins with the line; None if nothing.
-
-    Args:
-        file: ANSWERS or FAILURES.
-        known: ids of the benchmark's questions; None to check no ids.
-    """
-    name, answers = row.get("question_id"), file == ANSWERS
-    texts = isinstance(name, str) and isinstance(row.get("text" if answers else "reason"), str)
-    if answers and not texts:
-        return "needs question_id and text, both strings"
-    if not answers and not (texts and row.get("kind") in KINDS):
-        return f"needs question_id and reason, both strings, and a kind ({', '.join(KINDS)})"
-    if known is not None and name not in known:
-        return f"{'answers' if answers else 'is about'} question {name}, which this benchmark does not have"
-    return None
 
 
 # -- the store of a run ----------------------------------------------------------------------------------------------
@@ -322,9 +259,8 @@ class AnswerStore(AnswerFiles):
         """Open the files and index their lines; a store is refused if one is incomplete, foreign or repeated."""
         self.answers: dict[str, Row] = {}
         self.failures: dict[str, Row] = {}
-        with garbage_collection_paused():
-            for name in (ANSWERS, TIMING, RUNS):
-                self._open(name)
+        for name in (ANSWERS, TIMING, RUNS):
+            self._open(name)
         for number, row in enumerate(self._open(ANSWERS).rows, start=1):
             name = self._check(row, self.folder / ANSWERS, number)
             if name in self.answers:
@@ -338,10 +274,15 @@ class AnswerStore(AnswerFiles):
 
     def _check(self, row: Row, path: Path, number: int) -> str:
         """The question of a line; UserError if the line does not belong to this benchmark."""
-        if problem := problem_of(row, path.name, self._known):
+        name, answers = row.get("question_id"), path.name == ANSWERS
+        problem = None
+        if not isinstance(name, str) or not isinstance(row.get("text" if answers else "reason"), str):
+            problem = f"needs question_id and {'text' if answers else 'reason'}, both strings"
+        elif name not in self._known:
+            problem = f"{'answers' if answers else 'is about'} question {name}, which this benchmark does not have"
+        if problem is not None:
             raise UserError(f"{path} line {number} {problem}.")
-        question: str = row["question_id"]
-        return question
+        return str(name)
 
     def _agree(self) -> None:
         """Refuse answers that were made under other settings, and lines of another store."""
@@ -366,24 +307,18 @@ class AnswerStore(AnswerFiles):
     @property
     def remarks(self) -> list[str]:
         """What a reader of the result must know about the store: no locks, shards left out, unequal answers."""
-        conflicts = [row for _, _, row in read_appended(self.folder / CONFLICTS) if row]
-        names = list(dict.fromkeys(str(row.get("question_id")) for row in conflicts))
-        if not names:
-            return self._remarks
-        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        what = "1 question was" if len(names) == 1 else f"{len(names):,} questions were"
-        return [
-            *self._remarks,
-            f"{what} answered by two ranks in different words ({shown}); the first answer counts, and the other is in "
-            f"{CONFLICTS}",
-        ]
+        names = dict.fromkeys(str(row["question_id"]) for _, _, row in read_appended(self.folder / CONFLICTS) if row)
+        unequal = (
+            f"two ranks answered question {name} differently; {CONFLICTS} holds what is not counted" for name in names
+        )
+        return [*self._remarks, *unequal]
 
     def merge(self) -> int:
         """Merge all shards into the store, in one step for a reader of answers.jsonl, and delete them.
 
         A kill at any moment loses no answer and repeats none: the next opening of the store merges again. Of two
-        answers to a question the first counts; if their texts differ, `remarks` says so and conflicts.jsonl keeps the
-        other. Ranks must have closed their shards or have ended.
+        different answers to a question the first counts, and conflicts.jsonl keeps the other. Ranks must have closed
+        their shards or have ended.
 
         Returns:
             How many answers were taken.
@@ -394,8 +329,7 @@ class AnswerStore(AnswerFiles):
         """
         before, taken = len(self.answers), dict[str, Row]()
         lines: dict[str, list[Row]] = {name: [] for name in (ANSWERS, TIMING, RUNS, FAILURES, CONFLICTS)}
-        with garbage_collection_paused():
-            merged = [shard for shard in shard_folders(self.folder) if self._take(shard, taken, lines)]
+        merged = [shard for shard in shard_folders(self.folder) if self._take(shard, taken, lines)]
         if not merged:
             return 0
         lines |= {ANSWERS: list(taken.values()), MERGED_SHARDS: [{"shard": shard.name} for shard in merged]}
@@ -406,7 +340,7 @@ class AnswerStore(AnswerFiles):
                 f"Cannot merge the answers of the ranks into {self.folder / ANSWERS}: {error.strerror}; they are kept "
                 f"in {self.folder / SHARDS}, so make room and run the same command again."
             ) from error
-        self._close_files()
+        super().close()
         finish_merge(self.folder)
         self._read()
         return len(self.answers) - before
@@ -435,11 +369,10 @@ class AnswerStore(AnswerFiles):
                 self._remarks += [] if remark in self._remarks else [remark]
                 return False
             name, first = self._check(row, shard / ANSWERS, number), False
-            earlier = self.answers.get(name) or taken.get(name)
-            if earlier is None:
+            if name not in self.answers and name not in taken:
                 taken[name] = row
                 mine.add(name)
-            elif earlier["text"] != row["text"]:
+            elif (self.answers.get(name) or taken[name])["text"] != row["text"]:
                 lines[CONFLICTS].append(row)
         for _, _, row in read_appended(shard / TIMING):
             if row and (ids := [name for name in row["question_ids"] if name in mine]):
@@ -455,11 +388,6 @@ class AnswerStore(AnswerFiles):
     def _batches(self) -> dict[str, Row]:
         """Question id -> the line of timing.jsonl of its answer: the last one, if it was asked again after a crash."""
         return {name: row for row in self._open(TIMING).rows for name in row["question_ids"] if name in self.answers}
-
-    @property
-    def timing(self) -> list[Row]:
-        """Every batch that was timed, of this run and of the runs it continues."""
-        return self.timing_of(self.answers)
 
     def timing_of(self, names: Collection[str]) -> list[Row]:
         """The batches all of whose questions are among `names`.
@@ -484,17 +412,12 @@ class AnswerStore(AnswerFiles):
         return [(processes.get(key), count) for key, count in counts.items()]
 
     def add(self, answers: Sequence[Row], timing: Mapping[str, Any]) -> None:
-        if not self.answers.keys().isdisjoint(row["question_id"] for row in answers):
-            raise AssertionError("a question was answered twice")
         super().add(answers, timing)
         for row in answers:
             self.answers[row["question_id"]] = row
             self.failures.pop(row["question_id"], None)
 
     def fail(self, failures: Sequence[Mapping[str, Any]]) -> list[Row]:
-        for line in failures:
-            if line["question_id"] not in self._known or line["question_id"] in self.answers:
-                raise AssertionError(f"question {line['question_id']} is unknown or answered, so it cannot fail")
         lines = super().fail(failures)
         self.failures |= {line["question_id"]: line for line in lines}
         return lines
@@ -513,17 +436,11 @@ class AnswerStore(AnswerFiles):
 
 
 def shard_folders(store_folder: Path) -> list[Path]:
-    """The shards in a store, those of earlier starts first: the name of a world is random."""
+    """The shards in a store."""
     try:
-        shards = [p for p in (store_folder / SHARDS).iterdir() if SHARD_NAME.fullmatch(p.name) and p.is_dir()]
+        return sorted(p for p in (store_folder / SHARDS).iterdir() if SHARD_NAME.fullmatch(p.name) and p.is_dir())
     except (FileNotFoundError, NotADirectoryError):
         return []
-
-    def started(shard: Path) -> str:
-        first = next((row for _, _, row in read_appended(shard / RUNS) if row), {})
-        return str(first.get("run", ""))
-
-    return sorted(shards, key=lambda path: (started(path), path.name))
 
 
 def holds_lines(shard: Path) -> bool:
@@ -540,11 +457,9 @@ def delete_shards(store_folder: Path, names: Iterable[str]) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
         if (folder / name / ANSWERS).exists():
             raise UserError(f"Cannot delete {folder / name}, whose answers are merged; delete it by hand.")
-    try:
+    with contextlib.suppress(OSError):  # other shards are there, or it is gone
         folder.rmdir()
-    except OSError:  # other shards are there, or it is gone
-        return
-    sync_folder(store_folder)
+        sync_folder(store_folder)
 
 
 def write_merged(folder: Path, lines: Mapping[str, Sequence[Row]]) -> None:
@@ -627,9 +542,8 @@ def lock_folder(folder: Path) -> tuple[FileLock | None, str | None]:
     try:
         lock.acquire()
     except Timeout as error:
-        words = path.read_text(errors="replace").split()
-        named = len(words) == 2 and words[1].isdigit()
-        owner = f" (process {words[1]} on host {words[0]})" if named else ""
+        text = path.read_text(errors="replace").strip()
+        owner = f" ({text})" if text else ""
         raise UserError(f"{folder} is in use by another run{owner}; wait for it or choose another --output.") from error
     except OSError as error:
         return None, (
@@ -637,7 +551,7 @@ def lock_folder(folder: Path) -> tuple[FileLock | None, str | None]:
             "the same time would not have been noticed"
         )
     with contextlib.suppress(OSError):  # the name only helps to read the message above
-        path.write_text(f"{os.uname().nodename} {os.getpid()}\n")
+        path.write_text(f"process {os.getpid()} on host {os.uname().nodename}\n")
     return lock, None
 
 
@@ -645,15 +559,13 @@ def remove_unfinished(folder: Path) -> None:
     """Delete temporary files of processes that were killed while they wrote, in a run's folder and its sub-folders.
 
     The folder must be locked: then no other process writes there, whatever its number. Sub-folders that are runs of
-    their own, or that --restart made, are left alone.
+    their own are left alone.
     """
-    for path, folders, files in os.walk(folder):
-        place = Path(path)
-        folders[:] = [name for name in folders if not SEPARATE.fullmatch(name) and not (place / name / "lock").exists()]
-        if len(place.relative_to(folder).parts) >= DEPTH:
-            folders.clear()
-        for name in filter(UNFINISHED.fullmatch, files):
-            (place / name).unlink(missing_ok=True)
+    for pattern in (".*", "*/.*", "limit*/*/.*"):
+        for path in folder.glob(pattern):
+            is_ours = path.parent == folder or not (path.parent / "lock").exists()
+            if is_ours and UNFINISHED.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
 
 def move_aside(folder: Path) -> None:
@@ -680,7 +592,7 @@ def move_aside(folder: Path) -> None:
 def submission_files(result: Path) -> list[str]:
     """Names of the files that were written beside a result; none for a result that does not say it."""
     try:
-        names = json.loads(result.read_bytes()).get("submission", [])
-    except (OSError, ValueError, AttributeError):
+        names = read_json(result).get("submission", [])
+    except (UserError, AttributeError):
         return []
     return [name for name in names if isinstance(name, str) and ".." not in Path(name).parts]

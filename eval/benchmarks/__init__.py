@@ -51,7 +51,7 @@ def check_profile(benchmark: Benchmark, profile: str | None) -> str:
 
 
 def describe() -> list[dict[str, object]]:
-    """Name, summary and splits of each, for --list."""
+    """Name, summary and splits of each, for `vtr show`."""
     return [
         {"name": b.name, "summary": b.summary, "splits": list(b.splits), "profiles": list(b.profiles)}
         for b in map(get, names())

@@ -239,8 +239,6 @@ class Benchmark:
         needs: the official files of the default split.
         mirror: repositories on the hub, the newest id first.
         licence: of the data.
-        score_alone: (answer file or folder, --partial) -> its score, where its format holds the references too and the
-            data are not needed; None for files of another format.
         split_files: split -> its question file below the data folder, where users often have one split only.
     """
 
@@ -255,7 +253,6 @@ class Benchmark:
     needs: tuple[Need, ...] = ()
     mirror: tuple[str, ...] = ()
     licence: str = ""
-    score_alone: Callable[[Path, bool], Score | None] | None = None
     split_files: Mapping[str, str] = field(default_factory=dict)
 
     def load(self, data: Path, split: str, profile: str | None = None, source: str = "auto") -> Dataset:
@@ -292,8 +289,7 @@ def with_stripped_answers(data: Dataset) -> Dataset:
 
     sample_score, judging, normalise = data.sample_score, data.judging, data.normalise
     if judging is not None:
-        extra = over(judging.extra) if judging.extra is not None else None
-        judging = replace(judging, requests=over(judging.requests), match=over(judging.match), extra=extra)
+        judging = replace(judging, requests=over(judging.requests), match=over(judging.match))
     return replace(
         data,
         score=over(data.score),

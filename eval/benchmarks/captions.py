@@ -18,7 +18,6 @@ Mirror: flickr30k, split test: caption (list), img_id, image. lmms-eval's number
 which are many more than Karpathy's test images: the two are not comparable, the number of images is in every result.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +25,12 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from eval.answers.jsonl import Row, read_json
-from eval.benchmarks.base import Dataset, Question, fingerprint, listed
-from eval.benchmarks.hub import official_file, open_table
-from eval.benchmarks.llava_files import as_number
-from eval.benchmarks.media import Folder, Pictures, image_name
-from eval.benchmarks.records import Filled, Id, NotRequired, Texts, TypedDict, check, check_all, check_list
+from eval.answers.jsonl import read_json
+from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed
+from eval.benchmarks.hub import official_file, open_table, ungraded
+from eval.benchmarks.llava_files import as_number, unique
+from eval.benchmarks.media import Folder, image_name
+from eval.benchmarks.records import Filled, Id, NotRequired, Texts, TypedDict, check, check_list
 from eval.metrics import Score, captions
 from llava.errors import UserError
 
@@ -105,13 +104,6 @@ class FlickrRow(TypedDict):
     caption: Texts
 
 
-class Result(TypedDict):
-    """An entry of a COCO results file."""
-
-    image_id: Id
-    caption: str
-
-
 @dataclass(frozen=True)
 class Image:
     """An image: id, name in the data set's pictures, captions (none where only a server has them), part of the set."""
@@ -124,96 +116,85 @@ class Image:
 
 def load_nocaps(data: Path, split: str, profile: str = "lmms", source: str = "auto") -> Dataset:
     """One split; `test` has no references and gives a results file only."""
-    title, scored = f"NoCaps {split}", split != "test"
+    title, server = f"NoCaps {split}", "the NoCaps challenge of EvalAI" if split == "test" else ""
     official = official_file(data, source, title, [data / "nocaps" / NOCAPS_FILES[split]], NOCAPS_MIRROR, NOCAPS_SOURCE)
-    file, server = f"nocaps_{split}_results.json", "" if scored else "the NoCaps challenge of EvalAI"
     if official is not None:
-        images = from_coco(official, split)
-        pictures, mark = Folder(official.parent / split), fingerprint([official])
-        return dataset(title, str(official), "official COCO file", images, pictures, mark, file, server)
-    table = open_table(data, NOCAPS_MIRROR, None, split, source)
-    rows: Sequence[Mapping[str, Any]] = table.records(CaptionedRow if scored else NoCapsRow)
-    images = [
-        Image(str(row["image_id"]), name, row.get("annotations_captions", ()), row.get("domain"))
-        for name, row in zip(table.row_images(), rows, strict=True)
-    ]
-    mark = table.fingerprint(("image_id", "annotations_captions") if scored else ("image_id",))
-    return dataset(title, table.where, f"mirror {table.id}", images, table.pictures(), mark, file, server)
+        images, pictures = from_coco(official, split), Folder(official.parent / split)
+        contents = Contents("official", *ask(images, str(official)), pictures, fingerprint([official]))
+    else:
+        table = open_table(data, NOCAPS_MIRROR, None, split, source)
+        rows: Sequence[Mapping[str, Any]] = table.records(NoCapsRow if server else CaptionedRow)
+        images = [
+            Image(str(row["image_id"]), name, row.get("annotations_captions", ()), row.get("domain"))
+            for name, row in zip(table.row_images(), rows, strict=True)
+        ]
+        columns = ("image_id",) if server else ("image_id", "annotations_captions")
+        contents = table.contents(*ask(images, table.where), columns)
+    return dataset(title, contents, profile, f"nocaps_{split}_results.json", server)
 
 
 def from_coco(path: Path, split: str) -> list[Image]:
     """The images of NoCaps' official file."""
     content = check(Coco, read_json(path), str(path))
-    names = {
-        str(record["id"]): image_name(record["file_name"], f"{path} image {number}")
-        for number, record in enumerate(content["images"], start=1)
-    }
-    references: dict[str, list[str]] = {name: [] for name in names}
+    references: dict[str, list[str]] = {str(record["id"]): [] for record in content["images"]}
     for number, annotation in enumerate(content.get("annotations", ()) if split != "test" else (), start=1):
         name = str(annotation["image_id"])
-        if name not in names:
+        if name not in references:
             raise UserError(f"{path} annotation {number} is about image {name}, which is not in the file.")
         references[name].append(annotation["caption"])
     if split != "test" and not any(references.values()):
         raise UserError(
             f"{path} has no annotations; the split {split} needs the file with captions from {NOCAPS_SOURCE}."
         )
-    ids = [(str(record["id"]), record.get("domain")) for record in content["images"]]
-    return [Image(name, names[name], references[name], domain) for name, domain in ids]
+    images = []
+    for number, record in enumerate(content["images"], start=1):
+        file = image_name(record["file_name"], f"{path} image {number}")
+        images.append(Image(str(record["id"]), file, references[str(record["id"])], record.get("domain")))
+    return images
 
 
 def load_flickr30k(data: Path, split: str, profile: str = "lmms", source: str = "auto") -> Dataset:
     """The images with their five captions each: those that Karpathy's file puts into the split, or the mirror's."""
-    title, file = f"Flickr30k {split}", f"flickr30k_{split}_results.json"
+    title = f"Flickr30k {split}"
     path = official_file(data, source, title, [data / FLICKR_FILE], FLICKR_MIRROR, FLICKR_SOURCE)
-    images = []
     if path is None:
         table = open_table(data, FLICKR_MIRROR, None, split, source)
-        for name, row in zip(table.row_images(), table.records(FlickrRow), strict=True):
-            images.append(Image(str(row["img_id"]), name, row["caption"]))
-        mark = table.fingerprint(("img_id", "caption"))
-        return dataset(title, table.where, f"mirror {table.id}", images, table.pictures(), mark, file)
-    for number, record in enumerate(check_list(path, KarpathyImage, "images"), start=1):
-        if record["split"] == split:
-            name = image_name(record["filename"], f"{path} entry {number}")
-            images.append(Image(str(record["imgid"]), name, [sentence["raw"] for sentence in record["sentences"]]))
-    if not images:
-        raise UserError(f"{path} should list images with the split {split!r}, and has none.")
-    pictures = Folder(data / FLICKR_IMAGES)
-    return dataset(title, str(path), "official: Karpathy's split", images, pictures, fingerprint([path]), file)
+        rows = zip(table.row_images(), table.records(FlickrRow), strict=True)
+        images = [Image(str(row["img_id"]), name, row["caption"]) for name, row in rows]
+        contents = table.contents(*ask(images, table.where), ("img_id", "caption"))
+    else:
+        images = []
+        for number, record in enumerate(check_list(path, KarpathyImage, "images"), start=1):
+            if record["split"] == split:
+                name = image_name(record["filename"], f"{path} entry {number}")
+                images.append(Image(str(record["imgid"]), name, [sentence["raw"] for sentence in record["sentences"]]))
+        if not images:
+            raise UserError(f"{path} should list images with the split {split!r}, and has none.")
+        contents = Contents("official", *ask(images, str(path)), Folder(data / FLICKR_IMAGES), fingerprint([path]))
+    return dataset(title, contents, profile, f"flickr30k_{split}_results.json")
 
 
-def dataset(
-    title: str,
-    where: str,
-    source: str,
-    images: Sequence[Image],
-    pictures: Pictures,
-    mark: str,
-    file: str,
-    server: str = "",
-) -> Dataset:
+def ask(images: Sequence[Image], where: str) -> tuple[tuple[Question, ...], dict[str, Image]]:
+    """One question about each image, and the images by id, of which a results file could not tell two apart."""
+    questions = (Question(one.id, PROMPT, "", (one.name,), next(iter(one.captions), "")) for one in images)
+    return unique(questions, where), {one.id: one for one in images}
+
+
+def dataset(title: str, contents: Contents[Image], profile: str, file: str, server: str = "") -> Dataset:
     """A caption data set.
 
     Args:
-        where: file or table of the images, for errors.
-        images: in the order they are asked in. A breakdown by domain needs a domain for every image.
-        mark: fingerprint.
+        contents: with images in the order they are asked in. A breakdown by domain needs a domain for every image.
         file: name of the COCO results file.
         server: what scores a split without references.
     """
-    # Results files could not tell two images with one id apart.
-    if repeated := [name for name, count in Counter(image.id for image in images).items() if count > 1]:
-        raise UserError(f"{where} has the image id {repeated[0]} twice.")
+    images = contents.references.values()
     if not server and (lost := [image.id for image in images if not image.captions]):
         raise UserError(f"{title}: {len(lost):,} images have no caption, the first is {lost[0]}.")
     references = {image.id: image.captions for image in images if image.captions}
     domains = {image.id: image.domain for image in images if image.domain}
 
     def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
-        if server:
-            note = f"the references of this split are not public: upload {file} to {server}"
-            return Score({"cider": None}, {}, {}, (note,), "cider")
         said = {name: texts[name] for name in asked}
         return captions.captions_score(references, said, domains if len(domains) == len(images) else None)
 
@@ -221,26 +202,11 @@ def dataset(
         """The COCO results format. Ids are numbers there, as in the annotation files."""
         return {file: [{"image_id": as_number(name), "caption": text} for name, text in texts.items()]}
 
-    facts = {"source": source, "images": len(images), "references": sum(map(len, references.values()))}
+    facts: dict[str, Any] = {"images": len(images), "references": sum(map(len, references.values()))}
     facts["caption scorer"] = captions.described()
-    questions = tuple(Question(one.id, PROMPT, "", (one.name,), next(iter(one.captions), "")) for one in images)
+    rule = ungraded("cider", file, server) if server else score
     # One caption has no sample score in [0, 1]: CIDEr goes to 10 and depends on the other images.
-    return Dataset(title, questions, pictures, mark, score, None, submission, TOKENS, facts, read_results)
-
-
-def read_results(path: Path) -> list[Row] | None:
-    """A COCO results file; None if `path` is none."""
-    if path.suffix != ".json":
-        return None
-    try:
-        rows = read_json(path)
-    except UserError:
-        return None  # JSON lines under that name are for the general reader
-    if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) and "caption" in r for r in rows):
-        return None
-    places = [(f"{path} entry {number}", row) for number, row in enumerate(rows, start=1)]
-    checked = zip(places, check_all(Result, places), strict=True)
-    return [Row(where, str(row["image_id"]), row["caption"]) for (where, _), row in checked]
+    return contents.dataset(title, profile, rule, None, submission, facts, max_new_tokens=TOKENS)
 
 
 BENCHMARKS = (

@@ -109,7 +109,8 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     lmms = profile == "lmms"
     answers = {question.id: question.answer for question in contents.questions}
     # lmms-eval ignores case and punctuation. The mirror has no types and programs: what needs them is not measured.
-    plain_score, sample_score = scored_by(answers, loose_match if lmms else same)
+    rule: Callable[[str, str], float] = loose_match if lmms else lambda text, answer: normalise(text) == answer
+    plain_score, sample_score = scored_by(answers, rule)
 
     def score_asked(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
         return plain_score(asked, {name: text for name, text in texts.items() if name not in accepts})
@@ -177,11 +178,6 @@ def read_mirror(data: Path, split: str, source: str) -> Contents[Any]:
     return table.contents(unique(questions, table.where), {}, columns, shown.pictures())
 
 
-def same(text: str, answer: str) -> bool:
-    """Whether the text is the answer as the official script compares them."""
-    return normalise(text) == answer
-
-
 def submission(texts: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
     """The official script's input, its testdev_balanced_predictions.json."""
     rows = [{"questionId": name, "prediction": normalise(text)} for name, text in texts.items()]
@@ -215,6 +211,17 @@ def evaluate(
     correct = {name: float(predictions[name] == question["answer"]) for name, question in balanced.items()}
     is_open = {name: question["types"]["structural"] == "query" for name, question in balanced.items()}
     notes = []
+
+    def is_among(name: str, kind: str) -> float:
+        """1 if the prediction is one of the question's "valid" or "plausible" answers."""
+        if choices is None:
+            return 0.0
+        if name not in choices:
+            raise UserError(f"The choices file has no entry for question {name}.")
+        # "What do these have in common" is answered by an attribute's name, whatever the choices list.
+        common = "Common" in balanced[name]["types"]["detailed"]
+        return float(predictions[name] in (("color", "material", "shape") if common else choices[name][kind]))
+
     if choices is None:
         notes.append("no choices file: validity and plausibility are 0 because they cannot be measured")
     consistency, reason = score_consistency(balanced, predictions, correct, all_questions)
@@ -226,8 +233,8 @@ def evaluate(
         "binary": percent(correct[name] for name in balanced if not is_open[name]),
         "open": percent(correct[name] for name in balanced if is_open[name]),
         "consistency": consistency,
-        "validity": percent(is_among(predictions[name], balanced, choices, name, "valid") for name in balanced),
-        "plausibility": percent(is_among(predictions[name], balanced, choices, name, "plausible") for name in balanced),
+        "validity": percent(is_among(name, "valid") for name in balanced),
+        "plausibility": percent(is_among(name, "plausible") for name in balanced),
         "distribution": distribution(balanced, predictions),
     }
     groups = {
@@ -243,23 +250,6 @@ def count_steps(question: Record) -> int:
     """Reasoning steps of the question's program."""
     steps = (f"{step['operation']}: {step['argument']}" for step in question["semantic"])
     return sum(not any(word in step for word in NOT_A_STEP) for step in steps)
-
-
-def is_among(
-    prediction: str,
-    questions: Mapping[str, Record],
-    choices: Mapping[str, Mapping[str, Any]] | None,
-    name: str,
-    kind: str,
-) -> float:
-    """1 if the prediction is one of the question's `kind` ("valid" or "plausible") answers."""
-    if choices is None:
-        return 0.0
-    if name not in choices:
-        raise UserError(f"The choices file has no entry for question {name}.")
-    # "What do these have in common" is answered by an attribute's name, whatever the choices list.
-    common = "Common" in questions[name]["types"]["detailed"]
-    return float(prediction in (("color", "material", "shape") if common else choices[name][kind]))
 
 
 def distribution(questions: Mapping[str, Record], predictions: Mapping[str, str]) -> float:

@@ -235,6 +235,12 @@ def unique_ids(names: Iterable[Any]) -> list[str]:
     return unique
 
 
+def by_unique_id(rows: Iterable[Record], column: str = "question_id") -> dict[str, Record]:
+    """The rows by id, by `unique_ids` where that stands for several."""
+    rows = list(rows)
+    return dict(zip(unique_ids(row[column] for row in rows), rows, strict=True))
+
+
 def picture_names(table: Table, keys: Iterable[Hashable] | None = None) -> list[str]:
     """Per row the image's name in Table.pictures; rows with the same key share the first one's.
 
@@ -266,23 +272,21 @@ def check_answers(where: str, answers: Mapping[str, Any]) -> None:
         raise UserError(f"{len(lost):,} rows of {where} have no answer: {first_names(lost)}.")
 
 
-def ungraded(main: str, file: str, server: str) -> Score:
-    """The score of a split whose answers only a server knows."""
-    return Score({main: None}, {}, {}, (f"answers are not public: upload {file} to {server}",), main=main)
-
-
-def server_only(server: str, more: str = "", whole: int = 0) -> Callable[[Sequence[str], Mapping[str, str]], Score]:
-    """What a split has instead of a score, which only a server can give.
+def ungraded(
+    main: str, file: str, server: str, more: str = "", whole: int = 0
+) -> Callable[[Sequence[str], Mapping[str, str]], Score]:
+    """`score` of a split whose answers only a server knows.
 
     Args:
+        main: name of the number that it gives.
         more: what has to be done before the upload.
         whole: questions of the split, all of which the server wants; 0 where the upload has an entry for each.
     """
 
     def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
-        note = f"no local score: upload answers_upload.json to {server}{more}"
+        note = f"answers are not public: upload {file} to {server}{more}"
         if len(asked) < whole:
             note += f"; it refuses this one, which answers {len(asked):,} of {whole:,} questions"
-        return Score({"accuracy": None}, {}, {}, (note,))
+        return Score({main: None}, {}, {}, (note,), main=main)
 
     return score

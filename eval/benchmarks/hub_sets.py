@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 
-from eval.answers.jsonl import Row as Line
 from eval.benchmarks.base import Benchmark, Dataset, Question, listed, no_submission
 from eval.benchmarks.hub import (
     check_answers,
@@ -41,7 +40,7 @@ from eval.benchmarks.hub import (
     with_version,
 )
 from eval.benchmarks.llava_files import LETTER, SHORT, as_number
-from eval.benchmarks.records import Filled, Id, NotRequired, Texts, TypedDict, read_xlsx, write_xlsx
+from eval.benchmarks.records import Filled, Id, NotRequired, Texts, TypedDict, write_xlsx
 from eval.metrics import Array, Score, SufficientStatistics, divide
 from eval.metrics.accuracy import ai2d_score, extract_letter, mean_score, percent, realworldqa_score
 from llava.errors import UserError, unknown
@@ -54,15 +53,19 @@ class Asked:
     Attributes:
         suffix: the instruction how to answer.
         answer: the accepted answer or answers.
-        kinds: the groups that the question belongs to.
+        kinds: name of a breakdown -> the group or groups that the question belongs to.
         reference: what the metric compares a text with, where that is more than the answer.
     """
 
     question: str
     suffix: str
     answer: str | Sequence[str]
-    kinds: str | Sequence[str] = ()
+    kinds: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
     reference: Any = None
+
+
+# Name of a breakdown -> question id -> the group or groups that the question belongs to.
+Kinds = Mapping[str, Mapping[str, str | Sequence[str]]]
 
 
 @dataclass(frozen=True)
@@ -76,15 +79,15 @@ class HubSet:
         columns: those that questions and scores depend on.
         ask: (row, its place for errors) -> the question.
         sample_score: (text, reference) -> score in [0, 1].
-        score: (references, texts, groups by question id) -> the metric.
         expected: our split -> questions that published numbers are about.
+        main: name of the mean sample score.
+        finish: (the mean and its groups, groups of all questions) -> the metric, where it is more than that.
         config: configuration on the hub.
         hub_splits: our names of splits, which are lmms-eval's in its task names -> the hub's, where they differ.
         id: column with the question's id; rows without have their number for one, as in lmms-eval's samples.
         picture: columns that together name the image, which several questions share; by default its content does.
         submission: (rows by question id, texts) -> files for who scores them; None where nobody else does.
         upload: name of the file with the answers to split test, which a server reads; "" where all splits are scored.
-        read: reader of the files that `submission` makes, where they are of its own format.
         tokens: the longest answer.
     """
 
@@ -94,15 +97,15 @@ class HubSet:
     columns: tuple[str, ...]
     ask: Callable[[Any, str], Asked]
     sample_score: Callable[[str, Any], float | bool]
-    score: Callable[[Mapping[str, Any], Mapping[str, str], Mapping[str, Any]], Score]
     expected: Mapping[str, int]
+    main: str = "accuracy"
+    finish: Callable[[Score, Kinds], Score] = lambda score, kinds: score
     config: str | None = None
     hub_splits: Mapping[str, str] = field(default_factory=dict)
     id: str = ""
     picture: tuple[str, ...] = ()
     submission: Callable[[Mapping[str, Any], Mapping[str, str]], dict[str, Any]] | None = None
     upload: str = ""
-    read: Callable[[Path], list[Line] | None] | None = None
     tokens: int = 128
 
 
@@ -123,7 +126,10 @@ def load(profiles: Mapping[str, HubSet], data: Path, split: str, profile: str, s
     records = dict(zip(names, rows, strict=True))
     asked = {name: one.ask(row, f"{table.where} row {number}") for number, (name, row) in enumerate(records.items())}
     references = {name: ask.answer if ask.reference is None else ask.reference for name, ask in asked.items()}
-    kinds = {name: ask.kinds for name, ask in asked.items()}
+    kinds: dict[str, dict[str, str | Sequence[str]]] = defaultdict(dict)
+    for name, ask in asked.items():
+        for breakdown, group in ask.kinds.items():
+            kinds[breakdown][name] = group
     graded = not (one.upload and split == "test")
     if graded:
         check_answers(table.where, {name: ask.answer for name, ask in asked.items()})
@@ -135,9 +141,8 @@ def load(profiles: Mapping[str, HubSet], data: Path, split: str, profile: str, s
         questions.append(Question(name, ask.question, ask.suffix, (picture,), answer, official))
 
     def score(names: Sequence[str], texts: Mapping[str, str]) -> Score:
-        if not graded:
-            return ungraded("anls", one.upload, SERVER)
-        scored = one.score({name: references[name] for name in names}, texts, kinds)
+        wanted = {name: references[name] for name in names}
+        scored = one.finish(mean_score(wanted, texts, one.sample_score, kinds, one.main), kinds)
         return with_version(scored, len(questions), one.expected[split])
 
     def sample_score(question: Question, text: str) -> float:
@@ -146,12 +151,11 @@ def load(profiles: Mapping[str, HubSet], data: Path, split: str, profile: str, s
     return table.contents(questions, references, one.columns).dataset(
         f"{one.title} {split}",
         profile,
-        score,
+        score if graded else ungraded(one.main, one.upload, SERVER),
         sample_score if graded else None,
         partial(one.submission, records) if one.submission is not None else no_submission,
         {"questions": len(table), "expected_questions": one.expected[split]},
         max_new_tokens=one.tokens,
-        read=one.read,
     )
 
 
@@ -199,7 +203,8 @@ def ask_realworldqa(row: PhotographRow, where: str) -> Asked:
     text, answer = row["question"].strip(), row["answer"]
     apart = INSTRUCTION.fullmatch(text)
     question, suffix = apart.groups() if apart else (text, "")
-    return Asked(question, suffix, answer, "letter" if answer.strip().upper() in ("A", "B", "C", "D") else "word")
+    kind = "letter" if answer.strip().upper() in ("A", "B", "C", "D") else "word"
+    return Asked(question, suffix, answer, {"answer type": kind})
 
 
 # -- ChartQA ---------------------------------------------------------------------------------------------------------
@@ -216,7 +221,7 @@ class ChartRow(TypedDict):
 
 
 def ask_chartqa(row: ChartRow, where: str) -> Asked:
-    return Asked(row["question"], "Answer the question with a single word.", row["answer"], row["type"])
+    return Asked(row["question"], "Answer the question with a single word.", row["answer"], {"type": row["type"]})
 
 
 def relaxed(prediction: str, target: str) -> bool:
@@ -239,22 +244,13 @@ def number_of(text: str) -> float | None:
         return None
 
 
-def chartqa_score(answers: Mapping[str, str], texts: Mapping[str, str], types: Mapping[str, str]) -> Score:
-    """Percent of right answers over all questions and over each half.
-
-    Args:
-        answers: question id -> reference, of the questions that were asked.
-        texts: question id -> the model's text; one for every question.
-        types: question id -> "human_test", or "augmented_test" for questions a program made from captions.
-    """
-    score = mean_score(
-        answers, texts, lambda text, answer: float(relaxed(text, answer)), {"type": types}, "relaxed_accuracy"
-    )
-    halves: dict[str, list[float]] = {"human": [], "augmented": []}
+def halves(score: Score, kinds: Kinds) -> Score:
+    """The score over all questions and that over each half."""
+    scores_of: dict[str, list[float]] = {"human": [], "augmented": []}
     for name, sample_score in score.correct.items():
         # As lmms-eval has it: what is not human is augmented.
-        halves["human" if types[name] == "human_test" else "augmented"].append(sample_score)
-    values = {name: percent(sample_scores) if sample_scores else None for name, sample_scores in halves.items()}
+        scores_of["human" if kinds["type"][name] == "human_test" else "augmented"].append(sample_score)
+    values = {name: percent(sample_scores) if sample_scores else None for name, sample_scores in scores_of.items()}
     return replace(score, values=score.values | values)
 
 
@@ -280,7 +276,8 @@ def ask_document(kinds: str, row: DocumentRow, where: str) -> Asked:
     """A question may belong to no group, to one or to several, which column `kinds` names."""
     groups: Any = row.get(kinds) or ()
     groups = [groups] if isinstance(groups, str) else [str(group) for group in groups]
-    return Asked(row["question"], SHORT, list(row["answers"] or ()), groups)
+    breakdown = kinds.removesuffix("s").replace("_", " ")
+    return Asked(row["question"], SHORT, list(row["answers"] or ()), {breakdown: groups})
 
 
 def edits(first: str, second: str) -> int:
@@ -298,46 +295,21 @@ def edits(first: str, second: str) -> int:
 
 
 def anls(prediction: str, answers: Sequence[str]) -> float:
-    """Average normalised Levenshtein similarity: that to the nearest answer, in [0, 1], as lmms-eval defines it."""
+    """Average normalised Levenshtein similarity: that to the nearest answer, in [0, 1], 0 below the threshold.
+
+    As lmms-eval defines it; two empty texts are equal.
+    """
 
     def folded(text: str) -> str:
         return " ".join(text.lower().split())
 
-    # Lengths are those of the upper-case texts as they came, as officially: "ß" counts as two letters there.
-    length = len(prediction.upper())
-    return nearest((edits(folded(answer), folded(prediction)), max(len(answer.upper()), length)) for answer in answers)
-
-
-def anls_m4c(prediction: str, answers: Sequence[str]) -> float:
-    """The same as M4C's evaluator for ST-VQA has it: lower case and outer white space only, lengths after that."""
-    prediction = prediction.strip().lower()
-    answers = [answer.strip().lower() for answer in answers]
-    return nearest((edits(answer, prediction), max(len(answer), len(prediction))) for answer in answers)
-
-
-def nearest(distances: Any) -> float:
-    """(edits, length) of each answer -> the best similarity, 0 below the threshold; two empty texts are equal."""
-    best = max((1 - (distance / length if length else 0.0) for distance, length in distances), default=0.0)
+    best = 0.0
+    for answer in answers:
+        # Lengths are those of the upper-case texts as they came, as officially: "ß" counts as two letters there.
+        length = max(len(answer.upper()), len(prediction.upper()))
+        distance = edits(folded(answer), folded(prediction))
+        best = max(best, 1 - (distance / length if length else 0.0))
     return best if best >= THRESHOLD else 0.0
-
-
-def anls_score(
-    answers: Mapping[str, Sequence[str]],
-    texts: Mapping[str, str],
-    kinds: Mapping[str, Sequence[str]] | None = None,
-    breakdown: str = "question type",
-) -> Score:
-    """100 x mean ANLS.
-
-    Args:
-        answers: question id -> accepted answers, of the questions that were asked.
-        texts: question id -> the model's text; one for every question.
-        kinds: question id -> the groups it belongs to, which may be several.
-    """
-    score = mean_score(answers, texts, anls, {breakdown: kinds} if kinds else {}, "anls")
-    plain = percent(anls_m4c(texts[name], accepted) for name, accepted in answers.items())
-    note = "anls_m4c is the variant of M4C's ST-VQA evaluator, which keeps white space inside a text"
-    return replace(score, values=score.values | {"anls_m4c": plain}, notes=(note,))
 
 
 def upload_documents(file: str, records: Mapping[str, DocumentRow], texts: Mapping[str, str]) -> dict[str, Any]:
@@ -360,7 +332,7 @@ def documents(title: str, kinds: str, picture: tuple[str, ...], upload: str, exp
         columns=("questionId", "question", "answers"),
         ask=partial(ask_document, kinds),
         sample_score=anls,
-        score=partial(anls_score, breakdown=kinds.removesuffix("s").replace("_", " ")),
+        main="anls",
         expected=expected,
         hub_splits={"val": "validation"},
         id="questionId",
@@ -381,7 +353,6 @@ def documents(title: str, kinds: str, picture: tuple[str, ...], upload: str, exp
 # averaged over the 18 second-level categories instead of over questions. Where a run asked only some questions, both
 # divide by what was asked; on the whole split that is the same.
 
-LMMS_LETTER = LETTER.removesuffix(".")
 # lmms-eval takes this out of questions, a remainder of MME's task.
 LMMS_REMOVED = " Please answer yes or no."
 # What may stand before the letter in an answer that the authors' script reads.
@@ -405,12 +376,11 @@ class StarRow(TypedDict):
     meta_info: NotRequired[StarSource | None]
 
 
-def ask_mmstar(row: StarRow, where: str) -> Asked:
-    return Asked(row["question"], LETTER, row["answer"], reference=row)
-
-
-def ask_mmstar_lmms(row: StarRow, where: str) -> Asked:
-    return Asked(row["question"].strip().replace(LMMS_REMOVED, ""), LMMS_LETTER, row["answer"], reference=row)
+def ask_mmstar(lmms: bool, row: StarRow, where: str) -> Asked:
+    """lmms-eval strips questions, the authors do not."""
+    question = row["question"].strip().replace(LMMS_REMOVED, "") if lmms else row["question"]
+    kinds = {"category": row["category"], "detail": row["l2_category"]}
+    return Asked(question, LETTER.removesuffix(".") if lmms else LETTER, row["answer"], kinds)
 
 
 def mmstar_workbook(records: Mapping[str, StarRow], texts: Mapping[str, str]) -> dict[str, Any]:
@@ -434,33 +404,16 @@ def mmstar_lmms_sample_score(text: str, answer: str) -> float:
     return float(extract_letter(text) == answer.strip().upper())
 
 
-def mmstar_score(
-    records: Mapping[str, StarRow], texts: Mapping[str, str], rule: Callable[[str, str], float] = mmstar_sample_score
-) -> Score:
-    """Percent right over all questions, the authors' "final score", and in both levels of categories.
-
-    Args:
-        records: question id -> what was asked.
-        texts: question id -> the model's text; one for every question.
-    """
-    answers = {name: record["answer"] for name, record in records.items()}
-    kinds = {
-        "category": {name: record["category"] for name, record in records.items()},
-        "detail": {name: record["l2_category"] for name, record in records.items()},
-    }
-    return mean_score(answers, texts, rule, kinds)
-
-
-def mmstar_lmms_score(records: Mapping[str, StarRow], texts: Mapping[str, str]) -> Score:
-    """Mean of the second-level categories' percentages; the arguments are those of `mmstar_score`."""
-    score = mmstar_score(records, texts, mmstar_lmms_sample_score)
-    details = sorted({record["l2_category"] for record in records.values()})
-    sums = np.zeros((len(records), 2, len(details)))
+def average_of_details(score: Score, kinds: Kinds) -> Score:
+    """With the mean of the second-level categories' percentages, over all and within each category, in front."""
+    names = tuple(score.correct)
+    details = sorted({str(kinds["detail"][name]) for name in names})
+    sums = np.zeros((len(names), 2, len(details)))
     rows_of: dict[str, list[int]] = defaultdict(list)
-    for row, (name, record) in enumerate(records.items()):
-        sums[row, :, details.index(record["l2_category"])] = score.correct[name], 1
-        rows_of[record["category"]].append(row)
-    flat, names = sums.reshape(len(records), -1), tuple(records)
+    for row, name in enumerate(names):
+        sums[row, :, details.index(str(kinds["detail"][name]))] = score.correct[name], 1
+        rows_of[str(kinds["category"][name])].append(row)
+    flat = sums.reshape(len(names), -1)
     averages = {name: (float(macro_average(flat[r].sum(0))), len(r)) for name, r in sorted(rows_of.items())}
     return replace(
         score,
@@ -526,12 +479,10 @@ class TextItem:
 
     Attributes:
         set: the data set it was taken from.
-        type: one of TYPES.
     """
 
     answers: Sequence[str]
     set: str
-    type: str
 
 
 def ask_ocrbench(lmms: bool, row: TextRow, where: str) -> Asked:
@@ -541,7 +492,7 @@ def ask_ocrbench(lmms: bool, row: TextRow, where: str) -> Asked:
         raise unknown("OCRBench question type", kind, TYPES)
     answers = [answer] if isinstance(answer, str) else answer
     question, suffix = (row["question"].strip(), "") if lmms else (row["question"], SHORT)
-    return Asked(question, suffix, answers, reference=TextItem(answers, row["dataset"], kind))
+    return Asked(question, suffix, answers, {"type": kind}, TextItem(answers, row["dataset"]))
 
 
 def ocrbench_sample_score(text: str, item: TextItem, fold: bool) -> float:
@@ -561,23 +512,20 @@ def ocrbench_sample_score(text: str, item: TextItem, fold: bool) -> float:
     return float(any(plain(answer) in said for answer in item.answers))
 
 
-def ocrbench_score(items: Mapping[str, TextItem], texts: Mapping[str, str], fold: bool) -> Score:
-    """Points over all questions that were asked, of the recognition types together, and per type.
-
-    Args:
-        items: question id -> what was asked.
-        texts: question id -> the model's text; one for every question.
-    """
-    score = mean_score(items, texts, lambda text, item: ocrbench_sample_score(text, item, fold))
-    correct = score.correct
-    points = {kind: [correct[name] for name, item in items.items() if item.type == kind] for kind in TYPES}
+def counted_points(score: Score, kinds: Kinds) -> Score:
+    """Points over all questions that were asked, of the recognition types together, and per type."""
+    points: dict[str, list[float]] = {kind: [] for kind in TYPES}
+    for name, sample_score in score.correct.items():
+        points[str(kinds["type"][name])].append(sample_score)
     read = float(sum(sum(points[kind]) for kind in RECOGNITION))
-    values: dict[str, float | None] = {"score": sum(correct.values()), "text_recognition": read}
+    values: dict[str, float | None] = {"score": sum(score.correct.values()), "text_recognition": read}
     notes = []
-    if len(items) != FULL:
+    if len(score.correct) != FULL:
         values |= score.values
-        notes.append(f"score counts {len(items):,} questions, published scores are out of {FULL:,}: compare accuracy")
-    names, sums = tuple(correct), np.array([[value] for value in correct.values()])
+        notes.append(
+            f"score counts {len(score.correct):,} questions, published scores are out of {FULL:,}: compare accuracy"
+        )
+    names, sums = tuple(score.correct), np.array([[value] for value in score.correct.values()])
     return replace(
         score,
         values=values,
@@ -598,7 +546,7 @@ AI2D = HubSet(
     columns=("question", "options", "answer"),
     ask=ask_ai2d,
     sample_score=ai2d_score,
-    score=lambda answers, texts, kinds: mean_score(answers, texts, ai2d_score, main="exact_match"),
+    main="exact_match",
     expected={"test": 3088},
     tokens=16,
 )
@@ -609,8 +557,9 @@ CHARTQA = HubSet(
     columns=("question", "answer", "type"),
     ask=ask_chartqa,
     sample_score=relaxed,
-    score=chartqa_score,
     expected={"test": 2500},
+    main="relaxed_accuracy",
+    finish=halves,
     tokens=16,
 )
 REALWORLDQA = HubSet(
@@ -620,9 +569,7 @@ REALWORLDQA = HubSet(
     columns=("question", "answer"),
     ask=ask_realworldqa,
     sample_score=realworldqa_score,
-    score=lambda answers, texts, kinds: mean_score(
-        answers, texts, realworldqa_score, {"answer type": kinds}, "exact_match"
-    ),
+    main="exact_match",
     expected={"test": 765},
     tokens=16,
 )
@@ -646,13 +593,11 @@ MMSTAR = HubSet(
     ids=("Lin-Chen/MMStar",),
     schema=StarRow,
     columns=("index", "question", "answer", "category", "l2_category"),
-    ask=ask_mmstar,
-    sample_score=lambda text, row: mmstar_sample_score(text, row["answer"]),
-    score=lambda rows, texts, kinds: mmstar_score(rows, texts),
+    ask=partial(ask_mmstar, False),
+    sample_score=mmstar_sample_score,
     expected={"val": 1500},
     id="index",
     submission=mmstar_workbook,
-    read=read_xlsx,
 )
 OCRBENCH = HubSet(
     title="OCRBench",
@@ -661,8 +606,8 @@ OCRBENCH = HubSet(
     columns=("dataset", "question", "question_type", "answer"),
     ask=partial(ask_ocrbench, False),
     sample_score=partial(ocrbench_sample_score, fold=False),
-    score=lambda items, texts, kinds: ocrbench_score(items, texts, fold=False),
     expected={"test": FULL},
+    finish=counted_points,
 )
 
 # Name of the benchmark -> profile -> the set.
@@ -676,9 +621,9 @@ SETS = {
         "llava": MMSTAR,
         "lmms": replace(
             MMSTAR,
-            ask=ask_mmstar_lmms,
-            sample_score=lambda text, row: mmstar_lmms_sample_score(text, row["answer"]),
-            score=lambda rows, texts, kinds: mmstar_lmms_score(rows, texts),
+            ask=partial(ask_mmstar, True),
+            sample_score=mmstar_lmms_sample_score,
+            finish=average_of_details,
         ),
     },
     "ocrbench": {
@@ -687,7 +632,6 @@ SETS = {
             OCRBENCH,
             ask=partial(ask_ocrbench, True),
             sample_score=partial(ocrbench_sample_score, fold=True),
-            score=lambda items, texts, kinds: ocrbench_score(items, texts, fold=True),
         ),
     },
 }

@@ -25,7 +25,6 @@ from eval.benchmarks.llava_files import each_once, need_file
 from eval.benchmarks.media import Folder, image_name
 from eval.benchmarks.records import Filled, Id, NotRequired, Number, Texts, TypedDict, check_lines
 from eval.judging import Judging, Request, Verdict, judged_facts, prompts
-from eval.judging.choice import unjudged
 from eval.metrics import Array, Score, SufficientStatistics, divide
 from eval.metrics.accuracy import words
 from llava.errors import UserError
@@ -99,7 +98,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     # model_vqa.py's generate call. lmms-eval allows 32,768, which no answer comes near to.
     more = {"max_new_tokens": 1024, "judging": judging}
     # The official script reads answers.jsonl as it is.
-    return contents.dataset(title, profile, unjudged(judging), None, no_submission, facts, **more)
+    return contents.dataset(title, profile, judging.match, None, no_submission, facts, **more)
 
 
 def read_official(asked: Path, title: str) -> Contents[Entry]:

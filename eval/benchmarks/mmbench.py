@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,8 +33,8 @@ from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, liste
 from eval.benchmarks.hub import letters, official_file, open_table, option_lines, ungraded
 from eval.benchmarks.llava_files import LETTER, LETTER_CN
 from eval.benchmarks.media import Inline
-from eval.benchmarks.records import Filled, Id, NotRequired, TypedDict, read_xlsx, write_xlsx
-from eval.metrics import Score, first_names, ratio_terms
+from eval.benchmarks.records import Filled, Id, NotRequired, TypedDict, write_xlsx
+from eval.metrics import Score, ratio_terms
 from eval.metrics.accuracy import grouped, percent
 from llava.errors import UserError
 
@@ -156,7 +157,7 @@ def load(edition: Edition, data: Path, split: str, profile: str = "llava", sourc
     official = official_file(data, source, title, [data / name for name in edition.files[split]], MIRROR)
     table = read_tsv(official) if official is not None else read_mirror(data, edition, split, source)
     rows = table.references
-    notes = check_answers(rows.values(), table.pictures.where)
+    check_answers(rows.values(), table.pictures.where)
     if official is not None or not lmms:
         # Wherever the rows come from, they are empty where pandas, and with it the official tools, find them empty.
         rows = {
@@ -172,15 +173,14 @@ def load(edition: Edition, data: Path, split: str, profile: str = "llava", sourc
         raise UserError(f"{table.source} has rows with and rows without an answer; get it again.")
     items = {index: item_of(row, lmms) for index, row in rows.items()}
     groups = len({item.index % PASS for item in items.values()})
+    notes: tuple[str, ...] = ()
     if split == "dev" and edition.groups not in (None, groups):
         # Groups tell releases apart.
-        notes += (f"the data has {groups:,} groups, the release of the published numbers has {edition.groups:,}",)
+        notes = (f"the data has {groups:,} groups, the release of the published numbers has {edition.groups:,}",)
     rule = infer_lmms if lmms else infer
     upload = f"mmbench_{edition.config}_{split}_results.xlsx" if lmms else f"{table.stem}.xlsx"
 
     def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
-        if not scored:
-            return ungraded("accuracy", upload, SERVER)
         score = evaluate({name: items[name] for name in asked}, texts, rule)
         return replace(score, notes=(*score.notes, *notes))
 
@@ -191,13 +191,12 @@ def load(edition: Edition, data: Path, split: str, profile: str = "llava", sourc
     return table.dataset(
         title,
         profile,
-        score,
+        score if scored else ungraded("accuracy", upload, SERVER),
         sample_score if scored else None,
         lambda texts: {upload: (workbook_lmms if lmms else workbook)(table, texts)},
         facts,
         # LLaVA's script for MMBench generates up to 1,024 tokens, not the 128 of its other scripts.
         max_new_tokens=edition.tokens_lmms if lmms else 1024,
-        read=read_xlsx,
     )
 
 
@@ -210,22 +209,24 @@ def read_tsv(path: Path) -> Rows:
     columns = tuple(cells.columns)
     if lost := [name for name in REQUIRED if name not in columns]:
         raise UserError(f"{path} has no column {', '.join(lost)}; it should be one of MMBench's .tsv files.")
-    rows: list[Row] = []
+    rows: dict[str, Row] = {}
     encoded: dict[str, str] = {}
-    shared: dict[str, str] = {}
     for number, values in enumerate(cells.itertuples(index=False, name=None), start=1):
-        where = f"{path} row {number}"
-        row, picture = read_row(columns, values, where)
-        name = str(row["index"])
-        if name in encoded or name in shared:
+        where, there = f"{path} row {number}", sum(isinstance(cell, str) for cell in values)
+        if there != len(columns):
+            raise UserError(f"{where} has {there} cells, the first line names {len(columns)} columns.")
+        row: Row = {name: str(cell) or None for name, cell in zip(columns, values, strict=True)}
+        if lost := [name for name in ("question", "image") if row[name] is None or row[name] in EMPTY]:
+            raise UserError(f"{where} has no {lost[0]}.")
+        name, picture = str(int(checked_index(row["index"] or "", where))), str(row.pop("image"))
+        if name in rows:
             raise UserError(f"{where} has the index {name}, which an earlier row has too.")
-        (encoded if len(picture) > SHORTEST_PICTURE else shared)[name] = picture
-        rows.append(row)
+        if len(picture) > SHORTEST_PICTURE:
+            encoded[name], picture = picture, name
+        rows[name] = row | {"index": name, "picture": picture}
     if not rows:
         raise UserError(f"{path} has no rows.")
-    for row in rows:
-        name = str(row["index"])
-        row["picture"] = shared.get(name, name)
+    for name, row in rows.items():
         if row["picture"] not in encoded:
             raise UserError(f"Row {name} in {path} shows the image of row {row['picture']!r}, which has none.")
 
@@ -236,8 +237,7 @@ def read_tsv(path: Path) -> Rows:
             raise UserError(f"{path}, index {name}, has no readable image ({error}); get the file again.") from error
 
     pictures = Inline(str(path), frozenset(encoded), fetch)
-    by_index = {str(row["index"]): row for row in rows}
-    return Rows(path.name, (), by_index, pictures, fingerprint([path]), path.stem, columns)
+    return Rows(path.name, (), rows, pictures, fingerprint([path]), path.stem, columns)
 
 
 def read_table(path: Path) -> "pandas.DataFrame":
@@ -264,19 +264,6 @@ def read_table(path: Path) -> "pandas.DataFrame":
         raise UserError(f"{path} is not a table of MMBench ({str(error).splitlines()[0]}).") from error
 
 
-def read_row(columns: tuple[str, ...], cells: tuple[object, ...], where: str) -> tuple[Row, str]:
-    """The row without its image, and the image as it stands in the file."""
-    there = sum(isinstance(cell, str) for cell in cells)
-    if there != len(columns):
-        raise UserError(f"{where} has {there} cells, the first line names {len(columns)} columns.")
-    row: Row = {name: str(cell) or None for name, cell in zip(columns, cells, strict=True)}
-    row["index"], picture = str(int(checked_index(row["index"] or "", where))), row.pop("image")
-    for name, cell in (("question", row["question"]), ("image", picture)):
-        if cell is None or cell in EMPTY:
-            raise UserError(f"{where} has no {name}.")
-    return row, str(picture)
-
-
 def checked_index(index: str, where: str) -> str:
     """The index of a row, which is refused if it is no number."""
     if not (index.isascii() and index.isdigit() and len(index) <= LONGEST_INDEX):
@@ -290,23 +277,22 @@ def read_mirror(data: Path, edition: Edition, split: str, source: str) -> Rows:
     """The copy that lmms-eval reads, cells as they stand."""
     table = open_table(data, MIRROR, edition.config, split, source)
     records = table.records(MirrorRow)
-    rows: list[Row] = []
+    rows: dict[str, Row] = {}
     for number, record in enumerate(records):
         # Empty cells of tables that pandas wrote are NaN, which does not equal itself.
         cells = ((column_name(name), value) for name, value in record.items())
-        row = {name: None if value is None or value != value else str(value) for name, value in cells}
-        row["index"] = checked_index(str(row["index"]), f"{table.where} row {number}")
+        row: Row = {name: None if value is None or value != value else str(value) for name, value in cells}
+        index = checked_index(str(row["index"]), f"{table.where} row {number}")
+        if index in rows:
+            raise UserError(f"{table.where} has an index twice.")
         # The word "nan" may be an option to lmms-eval, an answer it is not: that is how the test split has none.
         answer = None if row.get("answer") in EMPTY else row.get("answer")
-        rows.append(row | {"picture": f"{number}/image", "answer": answer})
-    by_index = {str(row["index"]): row for row in rows}
-    if len(by_index) < len(rows):
-        raise UserError(f"{table.where} has an index twice.")
+        rows[index] = row | {"index": index, "picture": f"{number}/image", "answer": answer}
     names = [name for name in MIRRORED if name in records[0] or name == "image"]
     source, stem = f"{table.id}, config {edition.config}", f"MMBench_{edition.config}_{split}"
     columns = tuple(column_name(name) for name in names if name != "E")
     mark = table.fingerprint([name for name in names if name != "image"])
-    return Rows(source, (), by_index, table.pictures(), mark, stem, columns)
+    return Rows(source, (), rows, table.pictures(), mark, stem, columns)
 
 
 def column_name(name: str) -> str:
@@ -314,13 +300,8 @@ def column_name(name: str) -> str:
     return name if name in OPTIONS else name.lower()
 
 
-def check_answers(rows: Iterable[Row], where: str) -> tuple[str, ...]:
-    """Refuse an answer that is no option of its row, which no model can give.
-
-    Returns:
-        A note about right options that pandas, and with it the official tools, takes for empty.
-    """
-    lost = []
+def check_answers(rows: Iterable[Row], where: str) -> None:
+    """Refuse an answer that is no option of its row, which no model can give."""
     for row in rows:
         answer = row.get("answer")
         if answer is None or answer in EMPTY:
@@ -331,13 +312,6 @@ def check_answers(rows: Iterable[Row], where: str) -> tuple[str, ...]:
             )
         if row.get(answer) is None:
             raise UserError(f"{where}, index {row['index']}, has the answer {answer}, which is an empty option.")
-        if row[answer] in EMPTY:
-            lost.append(str(row["index"]))
-    note = (
-        f"the right option of {len(lost):,} rows ({first_names(lost)}) is a word that the official tools read as an "
-        "empty cell: under LLaVA's profile no answer to them is right"
-    )
-    return (note,) if lost else ()
 
 
 # -- questions and files to upload -----------------------------------------------------------------------------------
@@ -352,12 +326,7 @@ def item_of(row: Row, lmms: bool) -> Item:
 
 def ask(row: Row) -> str:
     """LLaVA's wording: hint, question, and the options up to the first that is empty, a line each."""
-    options: list[str] = []
-    for letter in OPTIONS[:4]:
-        option = row.get(letter)
-        if is_none(option):
-            break
-        options.append(str(option))
+    options = [str(option) for option in takewhile(lambda option: not is_none(option), map(row.get, OPTIONS[:4]))]
     lines = [str(row["question"]), option_lines(letters(options))]
     if not is_none(row.get("hint")):
         lines.insert(0, str(row["hint"]))
@@ -524,15 +493,9 @@ def evaluate(items: Mapping[str, Item], texts: Mapping[str, str], rule: Rule = i
         "alone"
     ]
     if unread:
-        # Something unread and nothing read wrong.
-        undecided = 0
-        for names in members.values():
-            hopeless = any(read[name] not in (UNREAD, items[name].answer) for name in names)
-            undecided += not hopeless and any(not read[name] for name in names)
         notes.append(
             f"answers that no rule reads (unmatched): {unread:,}, counted as wrong; the official scorers ask GPT about "
-            "them and draw an option at random after three failures; groups that this could change: "
-            f"{undecided:,} at most"
+            "them and draw an option at random after three failures"
         )
     if left_out := len(items) - sum(map(len, members.values())):
         notes.append(f"rows of groups whose first pass was not asked, left out: {left_out:,}")

@@ -26,12 +26,12 @@ from typing import Any
 
 from eval.benchmarks.base import Dataset, Question, listed
 from eval.benchmarks.hub import (
+    by_unique_id,
     check_answers,
     letters,
     open_table,
     option_lines,
     ungraded,
-    unique_ids,
     with_version,
 )
 from eval.benchmarks.llava_files import LETTER, SHORT
@@ -99,8 +99,7 @@ class Item:
 def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
     """Read a split."""
     table = open_table(data, IDS, None, split, source)
-    rows = table.records(Row)
-    records = dict(zip(unique_ids(row["id"] for row in rows), rows, strict=True))
+    records = by_unique_id(table.records(Row), "id")
     lmms, graded = profile == "lmms", split != "test"
     items = {name: read_item(record, table.where, lmms) for name, record in records.items()}
     if graded:
@@ -119,8 +118,6 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     file = f"total_{'val' if graded else split}_output.json"
 
     def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
-        if not graded:
-            return ungraded("accuracy", file, "the MMMU challenge on EvalAI")
         scored = evaluate({name: items[name] for name in asked}, texts, forms)
         return with_version(scored, len(questions), EXPECTED[split])
 
@@ -135,14 +132,16 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
             answers[records[name]["id"]] = letter_of(name, items[name], text, forms) if choice else text
         return {file: answers}
 
-    subjects = {item.subject for item in items.values()}
-    lost = [subject for subject in DOMAIN_OF if subject not in subjects]
     facts: dict[str, Any] = {"questions": len(table), "expected_questions": EXPECTED[split]}
-    facts |= {"absent_subjects": lost} if lost else {}
     if not lmms:
         facts["without_picture_for_several_in_options"] = sum(map(several_in_options, items.values()))
     return table.contents(questions, items, COLUMNS, pictures).dataset(
-        f"MMMU {split}", profile, score, sample_score if graded else None, submission, facts
+        f"MMMU {split}",
+        profile,
+        score if graded else ungraded("accuracy", file, "the MMMU challenge on EvalAI"),
+        sample_score if graded else None,
+        submission,
+        facts,
     )
 
 

@@ -14,7 +14,6 @@ not rounded to one decimal before they are printed.
 """
 
 import statistics
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,9 +28,8 @@ from eval.benchmarks.llava_files import Asked, each_once, prompts_by_id
 from eval.benchmarks.media import Folder, image_name
 from eval.benchmarks.records import Filled, NotRequired, Number, Texts, TypedDict, check_map
 from eval.judging import Judging, Request, Verdict, judged_facts, prompts
-from eval.judging.choice import unjudged
 from eval.metrics import Score
-from eval.metrics.accuracy import contains, words
+from eval.metrics.accuracy import contains, grouped, words
 
 FOLDERS = ("mm-vet", "mmvet")
 MIRROR = ("lmms-lab-encoder/MMVet", "lmms-lab/MMVet")
@@ -99,7 +97,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     return contents.dataset(
         "MM-Vet",
         profile,
-        unjudged(judging),
+        judging.match,
         None,
         # The input of MM-Vet's evaluator, as LLaVA's convert_mmvet_for_eval.py writes it.
         lambda texts: {"mmvet_results.json": dict(texts)},
@@ -240,22 +238,10 @@ def groups(
     capabilities: Mapping[str, Collection[str]], correct: Mapping[str, float]
 ) -> dict[str, dict[str, tuple[float, int]]]:
     """Means per capability, a question counting for each of its own, and per combination; the most frequent first."""
-    kinds: dict[str, dict[str, list[float]]] = {"capability": defaultdict(list), "combination": defaultdict(list)}
-    for name, needed in capabilities.items():
-        for capability in needed:
-            kinds["capability"][capability].append(correct[name])
-        kinds["combination"]["_".join(sorted(needed, key=rank))].append(correct[name])
-    tables = {}
-    for kind, scores_of in kinds.items():
-        ordered = sorted(scores_of.items(), key=lambda item: (-len(item[1]), item[0]))
-        tables[kind] = {label: (100 * statistics.fmean(scores), len(scores)) for label, scores in ordered}
-    return tables
-
-
-def rank(capability: str) -> tuple[int, str]:
-    """Place in the paper's order."""
-    known = CAPABILITIES.index(capability) if capability in CAPABILITIES else len(CAPABILITIES)
-    return known, capability
+    single = {name: list(needed) for name, needed in capabilities.items()}
+    joined = {name: "_".join(one for one in CAPABILITIES if one in needed) for name, needed in capabilities.items()}
+    tables = {"capability": grouped(correct, single), "combination": grouped(correct, joined)}
+    return {kind: dict(sorted(table.items(), key=lambda item: -item[1][1])) for kind, table in tables.items()}
 
 
 def match(text: str, answer: str) -> float:

@@ -10,8 +10,9 @@ random questions of POPE @ e3e39262; its later versions and the mirror have 3,00
 The metrics are accuracy, precision, recall, F1 and yes ratio. `official_score` is LLaVA's eval_pope.py
 (haotian-liu/LLaVA @ c121f04) and equal to it on the vectors in tests/data/pope; its headline, the mean F1 of the three
 categories, is what papers print. `lmms_score` is lmms-eval @ 75571cf, which pools the categories. Both differ from the
-scripts in that a quotient without a denominator is 0 and noted, where eval_pope.py stops, and in that numbers a script
-gets wrong stand beside the right ones.
+scripts in that a quotient without a denominator is 0 and noted, where eval_pope.py stops. eval_pope.py goes by position
+through the label files; here labels belong to questions, which is the same where both files are of one version, and
+refused where they are not.
 """
 
 import re
@@ -29,7 +30,7 @@ from eval.benchmarks.hub import official_file, open_table, picture_names
 from eval.benchmarks.llava_files import EVAL_ZIP, SHORT, Asked, Line, as_number, each_once, json_lines, split_suffix
 from eval.benchmarks.media import Folder, image_name
 from eval.benchmarks.records import Filled, NotRequired, check_lines
-from eval.metrics import Array, Score, SufficientStatistics, divide, first_names
+from eval.metrics import Array, Score, SufficientStatistics, divide
 from eval.metrics.accuracy import check_coverage
 from llava.errors import UserError, unknown
 
@@ -66,22 +67,11 @@ class MirrorRow(Asked):
 
 @dataclass(frozen=True)
 class Item:
-    """One question.
-
-    Attributes:
-        label: "yes" or "no"; None if the label file does not have the question.
-    """
+    """One question; its label is "yes" or "no"."""
 
     category: str
     image: str
-    label: str | None
-
-
-@dataclass(frozen=True)
-class Labelled(Contents[Item]):
-    """What a source holds of a split, with the labels of each category in the order of its file."""
-
-    labels: Mapping[str, Sequence[str]]
+    label: str
 
 
 def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
@@ -89,12 +79,11 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     file = data / "pope" / "llava_pope_test.jsonl"
     prompts = official_file(data, source, f"POPE {split}", [file], MIRROR, EVAL_ZIP)
     contents = read_mirror(data, split, source) if prompts is None else read_official(prompts, split)
-    questions, items, labels = contents.questions, contents.references, contents.labels
-    read = parse_lmms if profile == "lmms" else parse
+    questions, items = contents.questions, contents.references
+    read, rule = (parse_lmms, lmms_score) if profile == "lmms" else (parse, official_score)
 
     def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
-        wanted = {name: items[name] for name in asked}
-        return lmms_score(wanted, texts) if profile == "lmms" else official_score(wanted, labels, texts)
+        return rule({name: items[name] for name in asked}, texts)
 
     def submission(texts: Mapping[str, str]) -> dict[str, str]:
         """The input of LLaVA's eval_pope.py, which looks ids up as the integers they are in the question file."""
@@ -108,8 +97,6 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     facts: dict[str, Any] = {"questions": dict(counts)}
     if random := counts["random"]:
         facts["random_version"] = VERSIONS.get(random, "neither 2,910 nor 3,000 random questions")
-    if (labelled := {category: len(there) for category, there in labels.items()}) != counts:
-        facts["labels"] = labelled
     return contents.dataset(
         f"POPE {split}",
         profile,
@@ -123,65 +110,49 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     )
 
 
-def read_official(path: Path, split: str) -> Labelled:
+def read_official(path: Path, split: str) -> Contents[Item]:
     """LLaVA's questions with the official labels of the lines that ask the same about the same image."""
     lines = check_lines(path, Prompt)
-    for where, row in lines:
-        image_name(row["image"], where)
     each_once((where, str(row["question_id"])) for where, row in lines)
-    rows = [row for _, row in lines if split in ("test", row["category"])]
+    rows = [(where, row) for where, row in lines if split in ("test", row["category"])]
     if not rows:
-        raise UserError(f"{path} has no questions{'' if split == 'test' else f' of category {split}'}.")
-    counts = Counter(row["category"] for row in rows)
-    files = {category: path.parent / "coco" / f"coco_pope_{category}.json" for category in counts}
-    labels = {category: read_labels(file, counts[category]) for category, file in files.items()}
+        raise UserError(f"{path} has no questions of category {split}.")
+    files = {row["category"]: path.parent / "coco" / f"coco_pope_{row['category']}.json" for _, row in rows}
     asking: dict[tuple[str, str, str], list[Label]] = defaultdict(list)
-    for category, there in labels.items():
-        for line in there:
+    for category, file in files.items():
+        if not is_file(file):
+            raise UserError(
+                f"No POPE labels at {file}; put the files of output/coco of github.com/AoiDragon/POPE @ e3e39262 there."
+            )
+        for _, line in check_lines(file, Label):
             asking[category, line["image"], line["text"]].append(line)
-    questions, items, place = [], {}, Counter[str]()
-    for row in rows:
-        name, image, category = str(row["question_id"]), row["image"], row["category"]
+    questions, items = [], {}
+    for where, row in rows:
+        name, image, category = str(row["question_id"]), image_name(row["image"], where), row["category"]
         text, suffix = split_suffix(row["text"])
-        label = own_label(row["question_id"], asking[category, image, text])
-        answer = label or labels[category][place[category]]["label"]
-        place[category] += 1
-        questions.append(Question(name, text, suffix, (image,), answer))
+        label = label_of(row["question_id"], asking[category, image, text])
+        if label is None:
+            raise UserError(
+                f"{where} asks a question that is not in {files[category]}; take question file and labels of the same "
+                "version, for LLaVA's question file that of POPE @ e3e39262."
+            )
+        questions.append(Question(name, text, suffix, (image,), label))
         items[name] = Item(category, image, label)
-    by_category: dict[str, list[str]] = {}
-    for category, there in labels.items():
-        by_category[category] = [line["label"] for line in there]
-    pictures, mark = Folder(path.parent / "val2014"), fingerprint([path, *files.values()])
-    return Labelled("official", tuple(questions), items, pictures, mark, by_category)
+    mark = fingerprint([path, *files.values()])
+    return Contents("official", tuple(questions), items, Folder(path.parent / "val2014"), mark)
 
 
-def read_labels(path: Path, count: int) -> list[Label]:
-    """The official questions of a category in file order, a label for each of `count` questions."""
-    if not is_file(path):
-        raise UserError(
-            f"No POPE labels at {path}; put the files of output/coco of github.com/AoiDragon/POPE @ e3e39262 there."
-        )
-    labels = [row for _, row in check_lines(path, Label)]
-    if count > len(labels):
-        raise UserError(
-            f"{path} has {len(labels):,} labels for {count:,} questions; take question file and labels of the same "
-            "version, for LLaVA's question file that of POPE @ e3e39262."
-        )
-    return labels
-
-
-def own_label(number: int | str, lines: Sequence[Label]) -> str | None:
+def label_of(number: int | str, lines: Sequence[Label]) -> str | None:
     """The label of the line with the question's number, or what all lines say; None if there is no such thing."""
     short = number % OFFSET if isinstance(number, int) else number
     answers = {line["label"] for line in lines if line["question_id"] == short} or {line["label"] for line in lines}
     return answers.pop() if len(answers) == 1 else None
 
 
-def read_mirror(data: Path, split: str, source: str) -> Labelled:
+def read_mirror(data: Path, split: str, source: str) -> Contents[Item]:
     """The hub's table: 9,000 rows in split test, a split per category in its configuration Full."""
     table = open_table(data, MIRROR, None if split == "test" else "Full", split, source)
     questions, items = [], {}
-    labels: dict[str, list[str]] = defaultdict(list)
     records = table.records(MirrorRow)
     images = picture_names(table, (str(record.get("image_source") or row) for row, record in enumerate(records)))
     for row, (record, image) in enumerate(zip(records, images, strict=True)):
@@ -198,9 +169,7 @@ def read_mirror(data: Path, split: str, source: str) -> Labelled:
             raise UserError(f"{where} asks question {name} a second time.")
         questions.append(Question(name, record["question"].strip(), SHORT, (image,), label, official))
         items[name] = Item(category, image, label)
-        labels[category].append(label)
-    mark = table.fingerprint(MIRROR_COLUMNS)
-    return Labelled(table.id, tuple(questions), items, table.pictures(), mark, labels)
+    return table.contents(questions, items, MIRROR_COLUMNS)
 
 
 # -- the metric ------------------------------------------------------------------------------------------------------
@@ -227,26 +196,17 @@ def parse_lmms(text: str) -> str:
     return text.lower().strip()
 
 
-def official_score(items: Mapping[str, Item], labels: Mapping[str, Sequence[str]], texts: Mapping[str, str]) -> Score:
-    """The numbers of eval_pope.py in percent.
+def official_score(items: Mapping[str, Item], texts: Mapping[str, str]) -> Score:
+    """The numbers of eval_pope.py in percent: means over the categories that were asked.
 
     Args:
-        items: id -> question, of those that were asked, in the order of the question file.
-        labels: category -> labels in the order of its file. The script compares a category's answers with them by
-            position, whatever the ids say.
-        texts: id -> raw text, in the order of the answer file; one for every item.
+        items: id -> question, of those that were asked.
+        texts: id -> raw text; one for every item.
     """
-    check_coverage(items, texts, set(items))
-    said = {name: parse(text) for name, text in texts.items()}
-    by_position = labels_by_position(items, labels, texts)
-    known = own_labels(items)
-    own = by_position | known
-    counts, present = tally(items, said, by_position), categories_of(items)
-    score = score_of(items, said, own, counts, counts.reshape(len(items), -1), mean_f1)
-    values: dict[str, float | None] = {
-        name: float((100 * value).mean()) for name, value in measures(counts.sum(0)).items()
-    }
-    notes = empty_notes(present, counts.sum(0))
+    said, counts = tally(items, texts, parse)
+    score = score_of(items, said, counts, counts.reshape(len(items), -1))
+    present, sums = categories_of(items), counts.sum(0)
+    notes = empty_notes(present, sums)
     if len(present) < len(CATEGORIES):
         asked = " and ".join(present)
         notes.insert(0, f"f1 is over the questions of {asked} alone; papers print the mean of three categories")
@@ -255,69 +215,37 @@ def official_score(items: Mapping[str, Item], labels: Mapping[str, Sequence[str]
         notes.append(
             f"{unread:,} of {len(texts):,} answers say neither yes nor no: the official script counts them as yes"
         )
-    if unlabelled := len(items) - len(known):
-        notes.append(
-            f"{unlabelled:,} of {len(items):,} questions are not in the label files, which may be of another version: "
-            "they have a label by position alone"
-        )
-    if wrong := sum(own[name] != by_position[name] for name in known):
-        matched = measures(tally({name: items[name] for name in known}, said, own).sum(0))
-        values |= {f"{name}_matched_by_id": float(100 * matched[name].mean()) for name in ("f1", "accuracy")}
-        notes.append(
-            f"the official script matches labels by position, which gives {wrong:,} of {len(known):,} answers the "
-            "wrong label; f1_matched_by_id and accuracy_matched_by_id give every question its own"
-        )
+    values: dict[str, float | None] = {name: float((100 * value).mean()) for name, value in measures(sums).items()}
     return replace(score, values=values, notes=tuple(notes))
 
 
 def lmms_score(items: Mapping[str, Item], texts: Mapping[str, str]) -> Score:
-    """The numbers of lmms-eval in percent, over all categories at once.
+    """The numbers of lmms-eval in percent, over all categories at once; the arguments are those of `official_score`.
 
-    Its yes ratio is that of the labels: `yes_ratio_lmms`, while `yes_ratio` is that of the answers. An answer that is
-    neither yes nor no lowers its accuracy but not its recall; `f1_other_missed` counts it in both.
+    Its yes ratio is that of the labels: `yes_ratio_lmms`, while `yes_ratio` is that of the answers.
     """
-    check_coverage(items, texts, set(items))
-    said = {name: parse_lmms(text) for name, text in texts.items()}
-    own = own_labels(items)
-    if lost := [name for name in items if name not in own]:
-        raise UserError(
-            f"{len(lost):,} of {len(items):,} questions are not in the label files ({first_names(lost)}): question "
-            "file and label files should be of the same version."
-        )
-    counts = tally(items, said, own)
+    said, counts = tally(items, texts, parse_lmms)
+    score = score_of(items, said, counts, counts.sum(1))
     pooled = counts.sum((0, 1))
-    score = score_of(items, said, own, counts, counts.sum(1), mean_f1)
     values: dict[str, float | None] = {name: float(100 * value) for name, value in measures(pooled).items()}
     positive = pooled[TP] + pooled[FN] + pooled[OTHER_YES]
     values["yes_ratio_lmms"] = float(100 * divide(positive, pooled.sum()))
-    values["f1_mean_of_categories"] = float((100 * measures(counts.sum(0))["f1"]).mean())
     notes = ["yes_ratio_lmms is the share of questions whose label is yes, which lmms-eval prints as yes ratio"]
     notes += empty_notes(("all categories",), pooled[None])
     if other := int(pooled[OTHER_YES] + pooled[OTHER_NO]):
-        missed = pooled.copy()
-        missed[FN] += missed[OTHER_YES]
-        values["f1_other_missed"] = float(100 * measures(missed)["f1"])
         notes.append(
-            f"{other:,} answers are neither yes nor no: wrong in the accuracy, left out of recall and f1 by lmms-eval; "
-            "f1_other_missed counts those to a yes as missed"
+            f"{other:,} answers are neither yes nor no: wrong in the accuracy, left out of recall and f1 by lmms-eval"
         )
     return replace(score, values=values, notes=tuple(notes))
 
 
-def score_of(
-    items: Mapping[str, Item],
-    said: Mapping[str, str],
-    labels: Mapping[str, str],
-    counts: Array,
-    sums: Array,
-    value: Callable[[Array], Array],
-) -> Score:
+def score_of(items: Mapping[str, Item], said: Mapping[str, str], counts: Array, sums: Array) -> Score:
     """What both rules have in common: sample scores, every measure by category, and the headline's terms.
 
     Args:
         counts: [questions, categories, columns], from `tally`.
-        sums, value: per question what the headline is a function of, and that function. Images are the units: the
-            answers about one of them are not independent.
+        sums: [questions, categories x columns] or [questions, columns], which the headline is the mean F1 of. Images
+            are the units: the answers about one of them are not independent.
     """
     images = {image: row for row, image in enumerate(dict.fromkeys(item.image for item in items.values()))}
     by_image = np.zeros((len(images), sums.shape[1]))
@@ -330,33 +258,10 @@ def score_of(
     return Score(
         {},
         groups,
-        {name: float(said[name] == labels[name]) for name in items},
+        {name: float(said[name] == item.label) for name, item in items.items()},
         main="f1",
-        terms=SufficientStatistics("image", tuple(images), tuple(images), by_image, value, most=100),
+        terms=SufficientStatistics("image", tuple(images), tuple(images), by_image, mean_f1, most=100),
     )
-
-
-def own_labels(items: Mapping[str, Item]) -> dict[str, str]:
-    """id -> label, of the questions that the label files have."""
-    return {name: item.label for name, item in items.items() if item.label is not None}
-
-
-def labels_by_position(
-    items: Mapping[str, Item], labels: Mapping[str, Sequence[str]], texts: Mapping[str, str]
-) -> dict[str, str]:
-    """id -> the label at the place that the answer has among its category's answers."""
-    asked: dict[str, list[str]] = defaultdict(list)
-    for name in texts:
-        asked[items[name].category].append(name)
-    for category, names in asked.items():
-        if (there := len(labels.get(category, ()))) < len(names):
-            raise UserError(
-                f"There are {there:,} labels for more answers of category {category}: question file and label file "
-                "should be of the same version."
-            )
-    # Of a category's labels those beyond its answers are of questions that were not asked.
-    pairs = (zip(names, labels[category], strict=False) for category, names in asked.items())
-    return {name: label for of_category in pairs for name, label in of_category}
 
 
 def categories_of(items: Mapping[str, Item]) -> tuple[str, ...]:
@@ -365,16 +270,19 @@ def categories_of(items: Mapping[str, Item]) -> tuple[str, ...]:
     return tuple(category for category in CATEGORIES if category in there)
 
 
-def tally(items: Mapping[str, Item], said: Mapping[str, str], labels: Mapping[str, str]) -> Array:
-    """[questions, categories, columns]: a 1 where each answer counts."""
+def tally(
+    items: Mapping[str, Item], texts: Mapping[str, str], read: Callable[[str], str]
+) -> tuple[dict[str, str], Array]:
+    """What each answer says, and [questions, categories, columns]: a 1 where it counts."""
+    check_coverage(items, texts, set(items))
+    said = {name: read(texts[name]) for name in items}
     column = {("yes", "yes"): TP, ("yes", "no"): FP, ("no", "no"): TN, ("no", "yes"): FN}
     other = {"yes": OTHER_YES, "no": OTHER_NO}
     present = categories_of(items)
     counts = np.zeros((len(items), len(present), COLUMNS))
     for row, (name, item) in enumerate(items.items()):
-        label = labels[name]
-        counts[row, present.index(item.category), column.get((said[name], label), other[label])] = 1
-    return counts
+        counts[row, present.index(item.category), column.get((said[name], item.label), other[item.label])] = 1
+    return said, counts
 
 
 def measures(counts: Array) -> dict[str, Array]:

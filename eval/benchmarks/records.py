@@ -10,8 +10,6 @@ does not name pass unchecked, as nothing looks at them. Types are strict: the te
 """
 
 import io
-import re
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -23,7 +21,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 # From typing_extensions, as pydantic asks for before Python 3.12.
 from typing_extensions import TypedDict as TypedDict
 
-from eval.answers.jsonl import Row, read_json, read_jsonl
+from eval.answers.jsonl import read_json, read_jsonl
 from llava.errors import UserError
 
 Record = TypeVar("Record", bound=Mapping[str, Any])
@@ -170,7 +168,7 @@ def check_map(path: Path, schema: type[Record]) -> dict[str, Record]:
     return {name: check(schema, record, f"Question {name} in {path}") for name, record in document.items()}
 
 
-# -- the Excel files that MMBench's server, VLMEvalKit and MMStar's script read ----------------------------------------
+# -- the Excel files that MMBench's server and MMStar's script read ----------------------------------------------------
 
 
 def write_xlsx(columns: Sequence[str], rows: Iterable[Sequence[str | int | None]]) -> bytes:
@@ -197,43 +195,4 @@ def write_xlsx(columns: Sequence[str], rows: Iterable[Sequence[str | int | None]
         sheet.append([cell(value) for value in row])
     file = io.BytesIO()
     book.save(file)
-    return without_times(file.getvalue())
-
-
-def without_times(data: bytes) -> bytes:
-    """The same file without the time at which it was written: equal answers are equal bytes."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(out, "w") as target:
-        for name in source.namelist():
-            content = source.read(name)
-            if name == "docProps/core.xml":
-                content = re.sub(rb"(<dcterms:\w+[^>]*>)[^<]*", rb"\g<1>2000-01-01T00:00:00Z", content)
-            target.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)  # ZipInfo's own date is 1980
-    return out.getvalue()
-
-
-def read_xlsx(path: Path) -> list[Row] | None:
-    """Answers in such a file; None if it is no Excel file."""
-    if not path.is_file() or not zipfile.is_zipfile(path):
-        return None
-    import pandas
-
-    try:
-        # Cells as they stand: an answer "None" is text, a question file's index is a whole number.
-        table = pandas.read_excel(path, dtype=object, keep_default_na=False)
-    # openpyxl lets through whatever its parsers of zip, XML and numbers raise.
-    except Exception as error:
-        raise UserError(f"{path} is not a readable Excel file ({error}).") from error
-    table.columns = [str(name).lower() for name in table.columns]
-    if lost := [name for name in ("index", "prediction") if name not in table.columns]:
-        raise UserError(f"{path} should have the columns index and prediction; it has no {' and no '.join(lost)}.")
-    answers = []
-    for number, record in enumerate(table.to_dict("records"), start=2):
-        name, question = record["index"], record.get("question")
-        if name in (None, ""):
-            continue
-        # Excel keeps whole numbers as 12.0 once somebody has saved the file with it.
-        name = str(int(name)) if isinstance(name, float) and name.is_integer() else str(name)
-        prompt = None if question in (None, "") else str(question)
-        answers.append(Row(f"{path} line {number}", name, str(record["prediction"]), prompt))
-    return answers
+    return file.getvalue()

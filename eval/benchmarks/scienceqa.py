@@ -22,10 +22,10 @@ from pydantic import Field
 
 from eval.answers.jsonl import is_file, read_json
 from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed
-from eval.benchmarks.hub import Table, letters, local_copy, official_file, open_table, option_lines
+from eval.benchmarks.hub import Table, letters, official_file, open_table, option_lines
 from eval.benchmarks.llava_files import LETTER, all_asked, each_once, json_lines
 from eval.benchmarks.media import Folder, image_name
-from eval.benchmarks.records import Filled, Id, NotRequired, Texts, TypedDict, check_list, check_map
+from eval.benchmarks.records import Filled, Id, NotRequired, Texts, TypedDict, check, check_list, check_map
 from eval.metrics import Score, first_names, ratio_terms
 from eval.metrics.accuracy import grouped, percent
 from llava.errors import UserError
@@ -93,7 +93,8 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     title = f"ScienceQA {split}"
     official = official_file(data, source, title, [data / "scienceqa" / "problems.json"], MIRROR)
     if official is None:
-        contents = read_mirror(open_mirror(data, split, profile, source))
+        config = WITH_IMAGE if profile == "lmms" else FULL
+        contents = read_mirror(open_table(data, MIRROR, config, MIRROR_SPLITS[split], source))
     else:
         contents = read_official(official, split)
     questions, problems, lmms = contents.questions, contents.references, profile == "lmms"
@@ -128,12 +129,9 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
 def read_official(path: Path, split: str) -> Contents[Problem]:
     """Questions as LLaVA's file words them, or worded alike, in the official order."""
     splits, prompts = path.with_name("pid_splits.json"), path.with_name(f"llava_{split}_CQM-A.json")
-    records, lists = check_map(path, Record), read_json(splits)
-    names = lists.get(split) if isinstance(lists, dict) else None
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{splits} should map the split {split} to a list of ids.")
-    if len(set(names)) < len(names):
-        raise UserError(f"{splits} has ids of the split {split} more than once.")
+    records, names = check_map(path, Record), check(dict[str, list[str]], read_json(splits), str(splits)).get(split, [])
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"{splits} should list the ids of the split {split}, each once.")
     if lost := [name for name in names if name not in records]:
         raise UserError(
             f"{path} lacks problems that {splits} has in {split}, {len(lost):,} in all: {first_names(lost)}."
@@ -166,19 +164,6 @@ def from_prompts(
         questions.append(Question(name, text, LETTER, images, problems[name].letter))
     all_asked(path, {question.id for question in questions}, problems, splits)
     return questions
-
-
-def open_mirror(data: Path, split: str, profile: str, source: str) -> Table:
-    """All questions for LLaVA's profile, unless the local copy holds those with an image only."""
-    name = MIRROR_SPLITS[split]
-    if profile == "lmms":
-        return open_table(data, MIRROR, WITH_IMAGE, name, source)
-    try:
-        return open_table(data, MIRROR, FULL, name, source)
-    except UserError:
-        if local_copy(data, MIRROR) is None:
-            raise
-        return open_table(data, MIRROR, WITH_IMAGE, name, source)
 
 
 def read_mirror(table: Table) -> Contents[Problem]:

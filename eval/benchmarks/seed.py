@@ -19,11 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.answers.jsonl import Row, is_file
-from eval.answers.reading import read_rows
+from eval.answers.jsonl import is_file
 from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed
-from eval.benchmarks.hub import Table, letters, official_file, open_table, option_lines, unique_ids
-from eval.benchmarks.llava_files import LETTER, Asked, json_lines, read_prompts
+from eval.benchmarks.hub import Table, by_unique_id, letters, official_file, open_table, option_lines
+from eval.benchmarks.llava_files import LETTER, Asked, all_asked, json_lines, read_prompts
 from eval.benchmarks.media import Folder, image_name
 from eval.benchmarks.records import Id, NotRequired, check_list
 from eval.metrics import Score
@@ -119,54 +118,25 @@ def load(main: str, data: Path, split: str, profile: str = "llava", source: str 
         return {"seed_upload.jsonl": json_lines(rows)}
 
     kinds = Counter(item.kind for item in items.values())
-    facts: dict[str, Any] = {"questions": len(questions)}
-    facts |= {f"{kind} questions": kinds[kind] for kind in ("image", "video")}
-    facts["videos"] = "all frames of the data set" if lmms and official is None else "the middle frame"
+    shown = "all frames of the data set" if lmms and official is None else "the middle frame"
+    counts = {f"{kind} questions": kinds[kind] for kind in ("image", "video")}
     return replace(contents, questions=questions).dataset(
         "SEED-Bench image part" if images_only else "SEED-Bench",
         profile,
         score,
         lambda question, text: rule(text, question.answer),
         submission,
-        facts,
+        {"questions": len(questions), **counts, "videos": shown},
         # lmms-eval's task names no length; its LLaVA then generates up to 1,024 tokens.
         max_new_tokens=1024 if lmms else 128,
         # An answer file over all questions holds the answers to those about images.
         accepts=frozenset(items.keys() - {question.id for question in questions}),
-        read=shared_ids_reader(contents.questions),
     )
-
-
-def shared_ids_reader(questions: Sequence[Question]) -> Callable[[Path], list[Row] | None]:
-    """Reader of answer files in which the prompts do not tell questions with a shared id apart.
-
-    The first answer to such an id belongs to its first question, as the official files are in the same order.
-    """
-    asked: dict[str, list[str]] = defaultdict(list)
-    for question in questions:
-        asked[question.official].append(question.question)
-    shared = {name: len(set(texts)) < len(texts) for name, texts in asked.items() if len(texts) > 1}
-
-    def read(path: Path) -> list[Row] | None:
-        try:
-            rows, _ = read_rows(path)
-        except UserError:  # said again by the common reader, which knows whether a torn file is welcome
-            return None
-        seen: Counter[str] = Counter()
-        renamed = []
-        for row in rows:
-            if row.id in shared and row.number is None and (row.prompt is None or shared[row.id]):
-                seen[row.id] += 1
-                row = replace(row, id=f"{row.id}#{seen[row.id]}")
-            renamed.append(row)
-        return renamed if seen else None
-
-    return read
 
 
 def read_official(path: Path) -> Contents[Item]:
     """SEED-Bench.json, in the order and words of LLaVA's question file if that is there."""
-    records, prompts = named(check_list(path, Record, "questions")), path.with_name("llava-seed-bench.jsonl")
+    records, prompts = by_unique_id(check_list(path, Record, "questions")), path.with_name("llava-seed-bench.jsonl")
     if is_file(prompts):
         questions, files = from_prompts(prompts, records, path), [prompts, path]
     else:
@@ -174,11 +144,6 @@ def read_official(path: Path) -> Contents[Item]:
         for name, record in records.items():
             questions.append(ask(name, record, [official_image(record, f"Question {name} in {path}")]))
     return Contents("official files", tuple(questions), read_items(records), Folder(path.parent), fingerprint(files))
-
-
-def named(rows: Sequence[Record]) -> dict[str, Record]:
-    """Records by id; a few questions share one."""
-    return dict(zip(unique_ids(row["question_id"] for row in rows), rows, strict=True))
 
 
 def read_items(records: Mapping[str, Record]) -> dict[str, Item]:
@@ -203,8 +168,7 @@ def from_prompts(path: Path, records: Mapping[str, Record], official: Path) -> l
         names.remove(name)
         answer = records[name]["answer"]
         questions.append(Question(name, prompt.question, prompt.suffix, (prompt.image,), answer, str(prompt.id)))
-    if lost := [name for names in waiting.values() for name in names]:
-        raise UserError(f"{path} lacks {len(lost):,} of the questions in {official}, the first is {lost[0]}.")
+    all_asked(path, {question.id for question in questions}, records, official)
     return questions
 
 
@@ -214,7 +178,7 @@ def read_mirror(table: Table, every_frame: bool) -> Contents[Item]:
     Args:
         every_frame: show all frames of a video as lmms-eval does, not the middle one as LLaVA.
     """
-    records = named(table.records(Record))
+    records = by_unique_id(table.records(Record))
     frames: dict[int, list[str]] = defaultdict(list)
     names = table.pictures().names
     for name in sorted(names, key=lambda name: [int(part) for part in name.split("/") if part.isdigit()]):
@@ -287,10 +251,8 @@ def evaluate(items: Mapping[str, Item], texts: Mapping[str, str], rule: Rule = e
         seen = last_by_official(items, texts)
         correct = {name: rule(seen[name], item.answer) if name in seen else 0.0 for name, item in items.items()}
         notes.append(
-            "questions that share an id are all scored with the last of their answers, as the official script does; "
-            "accuracy_own_answer scores each with its own"
+            "questions that share an id are all scored with the last of their answers, as the official script does"
         )
-        values["accuracy_own_answer"] = percent(own.values())
     for kind in ("video", "image"):
         part = [correct[name] for name, item in items.items() if item.kind == kind]
         if part or main == f"{kind}_accuracy":

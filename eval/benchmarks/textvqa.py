@@ -8,17 +8,13 @@ The profiles ask different things. llava: each question is followed by a line "R
 an OCR system read in the image. It counts as part of the question, so query-aware methods look at it as the model
 does. lmms: no OCR tokens, which costs LLaVA-1.5-7B about 12 points. `facts` says which it was.
 
-Image ids stand for several questions. A question's id here is TextVQA's own question_id; answers in LLaVA's files are
-joined as its script does it, by image id and by the question inside the recorded prompt.
+Image ids stand for several questions. A question's id here is TextVQA's own question_id.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.answers.jsonl import Row
-from eval.answers.reading import read_rows
 from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed, scored_by
 from eval.benchmarks.hub import official_file, open_table
 from eval.benchmarks.llava_files import (
@@ -94,7 +90,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     facts = {"size": size(len(contents.questions), PUBLISHED_SIZE), "ocr_tokens": "on" if with_ocr else "off"}
     # LLaVA: model_vqa_loader.py's default. lmms-eval: no limit for this task, its LLaVA then takes 1,024.
     tokens = 128 if with_ocr else 1024
-    more: dict[str, Any] = {"max_new_tokens": tokens, "read": reader(contents.references), "normalise": vqa.process}
+    more: dict[str, Any] = {"max_new_tokens": tokens, "normalise": vqa.process}
     return contents.dataset(title, profile, *scored_by(answers, vqa.m4c), submission, facts, **more)
 
 
@@ -123,11 +119,11 @@ def read_mirror(data: Path, with_ocr: bool, source: str) -> Contents[Record]:
 def from_prompts(path: Path, annotations: Path, records: Sequence[Record]) -> tuple[Question, ...]:
     """Questions as LLaVA's file words and orders them, joined with the official ones as its script does it."""
     # Where the official file had a pair twice, the later one would count, as in the script.
-    known = {key_of(record): record for record in records}
+    known = {(str(record["image_id"]), record["question"].lower()): record for record in records}
     questions = []
     for prompt in read_prompts(path):
         official = str(prompt.id)
-        record = known.get((official, asked_in(prompt.text) or ""))
+        record = known.get((official, prompt.text.split("\n")[0].lower()))
         if record is None:
             raise UserError(f"{prompt.where} asks a question about image {official} that is not in {annotations}.")
         name, answer = str(record["question_id"]), most_common(people_said(record["answers"]))
@@ -152,37 +148,6 @@ def from_records(
         answer = most_common(people_said(record["answers"]))
         questions.append(Question(name, text, SHORT, (image,), answer, official, official))
     return unique(questions, where)
-
-
-def key_of(record: Mapping[str, Any]) -> tuple[str, str]:
-    """What answers are joined by."""
-    return str(record.get("image_id") or ""), record["question"].lower()
-
-
-def asked_in(prompt: str) -> str | None:
-    """The lower-cased question inside a prompt, in every wording that LLaVA's script knows; None for others."""
-    lines = prompt.split("\n")
-    if prompt.startswith("OCR tokens: "):
-        _, start, rest = prompt.partition("Question: ")
-        question, end, _ = rest.partition(" Short answer:")
-        return question.lower() if start and end else None
-    if OCR in prompt and len(lines) == 3:
-        return lines[1 if prompt.startswith(OCR.rstrip()) else 0].lower()
-    return lines[0].lower() if len(lines) == 2 else None
-
-
-def reader(records: Mapping[str, Record]) -> Callable[[Path], list[Row] | None]:
-    """A reader of answer files that puts our ids where LLaVA has image ids."""
-    names = {key_of(record): name for name, record in records.items() if record.get("image_id")}
-
-    def read(path: Path) -> list[Row] | None:
-        try:
-            rows, _ = read_rows(path)
-        except UserError:
-            return None  # the general reader says what is wrong, or goes on without a torn end
-        return [replace(row, id=names.get((row.id or "", asked_in(row.prompt or "") or ""), row.id)) for row in rows]
-
-    return read
 
 
 BENCHMARK = listed("textvqa", load, ("val",), mirror=MIRROR)

@@ -9,8 +9,7 @@ MSVD-QA, MSRVTT-QA, TGIF-QA and ActivityNet-QA are read from DATA/GPT_Zero_Shot_
 Questions and answers are joined by id. Video-LLaVA's script takes answers by position and, when it runs on several
 GPUs, gives every part of the questions the answers of the first one; judged on such files, its numbers are wrong.
 ActivityNet-QA is read from lmms-eval's mirror too: its table from the hub or from DATA/hub/lmms-eval/ActivityNetQA, its
-videos must lie unpacked, in all_test/ of that folder or at the official place. Beside the judged numbers stands its own
-metric, exact equality, which sentences as answers never reach.
+videos must lie unpacked, in all_test/ of that folder or at the official place.
 
 video_qa is a set in the same layout, in DATA/video_qa (test_q.json, test_a.json, videos/; `val` has the same names with
 `val` for `test`), whose short answers are compared word for word. The papers' numbers on the real sets are judged by
@@ -21,8 +20,7 @@ points. Differs from it: accuracy is in percent, and items are joined by questio
 """
 
 import ast
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -32,12 +30,11 @@ import numpy as np
 
 from eval.answers.jsonl import is_file, read_json
 from eval.benchmarks.base import Benchmark, Contents, Dataset, Need, Question, fingerprint, listed, scored_by
-from eval.benchmarks.hub import local_copy, open_table
-from eval.benchmarks.llava_files import SHORT, Asked, each_once, json_lines
+from eval.benchmarks.hub import by_unique_id, local_copy, open_table
+from eval.benchmarks.llava_files import SHORT, Asked, json_lines
 from eval.benchmarks.media import Videos, image_name
-from eval.benchmarks.records import Filled, Id, NotRequired, Record, TypedDict, check_list
+from eval.benchmarks.records import Filled, Id, NotRequired, TypedDict, check_list
 from eval.judging import Judging, Request, Verdict, prompts
-from eval.judging.choice import unjudged
 from eval.metrics import Array, Score, SufficientStatistics, divide
 from eval.metrics.accuracy import contains, exact_match, grouped, words
 from llava.errors import UserError
@@ -47,8 +44,6 @@ LAYOUT = "GPT_Zero_Shot_QA"
 SOURCE = "https://github.com/PKU-YuanGroup/Video-LLaVA/blob/main/TRAIN_AND_VALIDATE.md (videos and annotations)"
 # As Video-LLaVA's scripts generate; answers end long before. And as lmms-eval generates on ActivityNet-QA.
 MAX_NEW_TOKENS, LMMS_NEW_TOKENS = 1024, 64
-# The action questions come first in TGIF-QA's file.
-TGIF_ACTIONS = 2274
 # ActivityNet-QA on the hub.
 MIRROR = ("lmms-eval/ActivityNetQA", "lmms-lab/ActivityNetQA")
 COLUMNS = ("video_name", "question", "answer", "type", "question_id")
@@ -133,8 +128,7 @@ def load(one: VideoSet, data: Path, split: str, profile: str = "llava", source: 
         # The instruction follows on the same line there, so it cannot be a suffix of its own.
         text = f"{entry.question.capitalize()}? {SHORT}" if lmms else entry.question
         questions.append(Question(name, text, "", (find(entry.video),), entry.answer, entry.official))
-    shown = {question.id: question.image for question in questions}
-    judging = judge_with(one, entries, shown, activitynet_metric(entries) if activitynet else None)
+    judging = judge_with(one, entries, {question.id: question.image for question in questions})
 
     def submission(texts: Mapping[str, str]) -> dict[str, str]:
         """The lines that the official judging script reads."""
@@ -144,22 +138,15 @@ def load(one: VideoSet, data: Path, split: str, profile: str = "llava", source: 
             rows.append(row | {"answer": entries[name].answer, "pred": text.strip()})
         return {"merge.jsonl": json_lines(rows)}
 
-    facts = {
-        "answers": "joined with questions by question_id",
-        "questions of the whole set": one.count,
-        "official judge": judging.official,
-    }
+    facts = {"questions of the whole set": one.count, "official judge": judging.official}
     more = {"max_new_tokens": LMMS_NEW_TOKENS if lmms else MAX_NEW_TOKENS, "judging": judging}
     return Contents(where, tuple(questions), entries, Videos(videos), mark).dataset(
-        f"{one.title} test", profile, unjudged(judging), None, submission, facts, **more
+        f"{one.title} test", profile, judging.match, None, submission, facts, **more
     )
 
 
 def read_official(one: VideoSet, data: Path) -> tuple[Entries, Path, str, str]:
-    """Entries, the folder of the videos, hash and name of both official files.
-
-    They are joined by question id; a repeated id's k-th question has its k-th answer.
-    """
+    """Entries, the folder of the videos, hash and name of both official files."""
     root = one.root(data)
     asked, answered = root / "test_q.json", root / "test_a.json"
     if not is_file(asked):
@@ -167,39 +154,34 @@ def read_official(one: VideoSet, data: Path) -> tuple[Entries, Path, str, str]:
             f"No {one.title} questions at {asked}; --data should be the folder that holds {LAYOUT}/ "
             f"(or eval/{LAYOUT}/), see {SOURCE}."
         )
-    rows, answers = numbered(check_list(asked, Official)), numbered(check_list(answered, Answered))
+    return joined(asked, answered), root / one.videos, fingerprint([asked, answered]), "official"
+
+
+def joined(asked: Path, answered: Path) -> dict[str, Entry]:
+    """Questions and answers of two files by question id; a repeated id's k-th question has its k-th answer."""
+    rows, answers = by_unique_id(check_list(asked, Official)), by_unique_id(check_list(answered, Answered))
     entries = {}
     for name, row in rows.items():
         if name not in answers:
             raise UserError(f"{asked} asks question {name}, which has no answer in {answered}.")
         kind = answers[name].get("type")
         official, video = str(row["question_id"]), str(row["video_name"])
-        kind = None if kind is None else str(kind)
-        entries[name] = Entry(official, video, row["question"], answers[name]["answer"], kind)
-    return entries, root / one.videos, fingerprint([asked, answered]), "official"
+        entries[name] = Entry(
+            official, video, row["question"], answers[name]["answer"], None if kind is None else str(kind)
+        )
+    return entries
 
 
 def read_mirror(one: VideoSet, data: Path, source: str) -> tuple[Entries, Path, str, str]:
     """The same of ActivityNet-QA from its table on the hub."""
     table = open_table(data, MIRROR, "Generation", "test", source)
     entries = {}
-    for name, row in numbered(table.records(MirrorRow)).items():
+    for name, row in by_unique_id(table.records(MirrorRow)).items():
         official, video = str(row["question_id"]), str(row["video_name"]).removeprefix(one.prefix)
         entries[name] = Entry(official, video, row["question"], row["answer"], str(row["type"]))
     places = [data / "hub" / owner / one.videos for owner in MIRROR]
     videos = next((place for place in places if place.is_dir()), one.root(data) / one.videos)
     return entries, videos, table.fingerprint(COLUMNS), table.where
-
-
-def numbered(rows: Iterable[Record]) -> dict[str, Record]:
-    """Rows by id as text; those whose id comes again get their number, counted from 2."""
-    seen: Counter[str] = Counter()
-    by_name = {}
-    for row in rows:
-        name = str(row["question_id"])
-        seen[name] += 1
-        by_name[name if seen[name] == 1 else f"{name}#{seen[name]}"] = row
-    return by_name
 
 
 def find_video(videos: Path, stem: str, path: Path) -> str:
@@ -216,30 +198,29 @@ OFFICIAL = "gpt-3.5-turbo"
 # The official script asks again for ever; a judge that does not keep to the format would never come to an end.
 TRIES = 5
 
-Extra = Callable[[Sequence[str], Mapping[str, str]], Score]
 
-
-def judge_with(one: VideoSet, entries: Entries, videos: Mapping[str, str], extra: Extra | None) -> Judging:
+def judge_with(one: VideoSet, entries: Entries, videos: Mapping[str, str]) -> Judging:
     """The judging of a video set.
 
     Args:
         entries: with the questions as the data set words them, which is what the judge sees.
         videos: question id -> the video's file.
-        extra: (ids that were asked, texts) -> numbers that need no judge.
     """
     types = {name: entry.type for name, entry in entries.items() if entry.type is not None}
+    notes: tuple[str, ...] = ()
+    if len(entries) != one.count:
+        notes = (f"the question file holds {len(entries):,} questions, the published set {one.count:,}",)
 
     def score(asked: Sequence[str], verdicts: Mapping[str, Verdict]) -> Score:
         judged = {name: verdicts[name]["judgement"] for name in asked if name in verdicts}
-        return judged_score(judged, types, videos, notes=subset_notes(one, asked, list(entries), types))
+        return judged_score(judged, types, videos, notes=notes)
 
     def match(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
         judged = {name: word_match(texts[name], entries[name].answer) for name in asked}
         note = (
             "accuracy_match and score_match (5 or 0) say whether a text holds the answer's words: no published metric"
         )
-        notes = (note, *subset_notes(one, asked, list(entries), types))
-        return judged_score(judged, types, videos, ("accuracy_match", "score_match"), notes)
+        return judged_score(judged, types, videos, ("accuracy_match", "score_match"), (note, *notes))
 
     def parse(name: str, reply: str) -> Verdict | None:
         return None if (judgement := parse_literal(reply)) is None else {"judgement": judgement}
@@ -258,7 +239,6 @@ def judge_with(one: VideoSet, entries: Entries, videos: Mapping[str, str], extra
         score=score,
         match=match,
         tries=TRIES,
-        extra=extra,
         text=lambda verdict: verdict.get("text"),
     )
 
@@ -368,85 +348,6 @@ def word_match(text: str, answer: str) -> dict[str, Any]:
     return {"pred": "yes", "score": BEST} if same else {"pred": "no", "score": 0}
 
 
-def subset_notes(
-    one: VideoSet, asked: Sequence[str], order: Sequence[str], types: Mapping[str, str]
-) -> tuple[str, ...]:
-    """What parts of a set, and sets of another size, are not comparable with."""
-    notes = []
-    if len(order) != one.count:
-        notes.append(f"the question file holds {len(order):,} questions, the published set {one.count:,}")
-    if len(asked) == len(order):
-        return tuple(notes)
-    kinds = {types[name] for name in asked if name in types}
-    every = set(types.values())
-    first = list(asked) == list(order[: len(asked)])
-    if len(kinds) == 1 < len(every):
-        kind = kinds.pop()
-        notes.append(f"all of these questions are of type {kind}, one of {len(every)}: not comparable with the whole")
-    elif one.benchmark == "tgif_qa" and first and not kinds and len(asked) <= TGIF_ACTIONS:
-        notes.append(
-            "the first questions of TGIF-QA are all about actions, the hardest of its four types: not comparable with "
-            "the whole set (Video-LLaVA-7B has 19.8 on the first 1,000 and 47 on all)"
-        )
-    return tuple(notes)
-
-
-# -- ActivityNet-QA's own metric -------------------------------------------------------------------------------------
-
-# Source of the definitions: evaluation/eval.py (https://github.com/MILVLG/activitynet-qa, 2cf80ae). Its "Free" divides
-# the right answers of types 3 to 8 by the sizes of the types that come fourth and later in the answer file, whichever
-# those are; both that number and the true one are given.
-
-# The first three are kinds of questions; the others, together "free", are kinds of answers.
-TYPES = ("motion", "spatial relation", "temporal relation", "yes/no", "color", "object", "location", "number", "other")
-FREE = range(3, len(TYPES))
-
-
-def activitynet_metric(entries: Entries) -> Extra | None:
-    """ActivityNet-QA's metric over these entries; None if they have no types or others than it knows."""
-    kinds = {str(number) for number in range(len(TYPES))}
-    types = {name: int(entry.type) for name, entry in entries.items() if entry.type in kinds}
-    if len(types) < len(entries):
-        return None
-
-    def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
-        among = set(asked)
-        answers = {name: entry.answer for name, entry in entries.items() if name in among}
-        return activitynet_score(answers, types, texts)
-
-    return score
-
-
-def activitynet_score(answers: Mapping[str, str], types: Mapping[str, int], texts: Mapping[str, str]) -> Score:
-    """Percent of texts that are the answer to the letter, over all questions and per question and answer type.
-
-    Args:
-        answers: question id -> answer, in the order of the official file, which decides about the printed "Free".
-        types: question id -> number of its type.
-        texts: question id -> the model's text, compared as it is.
-    """
-    sizes = Counter(types[name] for name in answers)
-    correct = {name: float(texts[name] == answer) for name, answer in answers.items()}
-    free = int(sum(value for name, value in correct.items() if types[name] in FREE))
-    values: dict[str, float | None] = {
-        "exact": share(int(sum(correct.values())), len(answers)),
-        # A counter holds the types in the order of the file.
-        "exact_free_official": share(free, sum(list(sizes.values())[3:])),
-        "exact_free": share(free, sum(sizes[kind] for kind in FREE)),
-    }
-    table = {TYPES[int(kind)]: found for kind, found in grouped(correct, types).items()}
-    note = (
-        "exact_free_official is what ActivityNet-QA's script prints as Free, which divides by the types that come "
-        "fourth and later in the answer file; exact_free divides by the free questions"
-    )
-    return Score(values, {"exact by type": table}, correct, (note,), "exact")
-
-
-def share(right: int, all_there_are: int) -> float | None:
-    """Percent; None of nothing."""
-    return 100 * right / all_there_are if all_there_are else None
-
-
 # -- video_qa --------------------------------------------------------------------------------------------------------
 
 
@@ -456,19 +357,13 @@ def load_short(data: Path, split: str, profile: str = "llava", source: str = "au
     asked, answered = folder / f"{split}_q.json", folder / f"{split}_a.json"
     if not is_file(asked):
         raise UserError(f"No video questions at {asked}; --data should be the folder that holds video_qa/.")
-    references = check_list(answered, Answered)
-    answers = {str(row["question_id"]): row["answer"] for row in references}
-    if len(answers) < len(references):
-        raise UserError(f"{answered} answers {len(references) - len(answers):,} questions more than once.")
-    types = {str(row["question_id"]): str(row["type"]) for row in references if row.get("type") is not None}
-    rows = check_list(asked, Official)
-    each_once((str(asked), str(row["question_id"])) for row in rows)
+    entries = joined(asked, answered)
     questions = []
-    for row in rows:
-        name, video = str(row["question_id"]), find_video(folder / "videos", str(row["video_name"]), asked)
-        if name not in answers:
-            raise UserError(f"{asked} asks question {name}, which has no answer in {answered}.")
-        questions.append(Question(name, row["question"], "", (video,), answers[name]))
+    for name, entry in entries.items():
+        video = find_video(folder / "videos", entry.video, asked)
+        questions.append(Question(name, entry.question, "", (video,), entry.answer))
+    answers = {name: entry.answer for name, entry in entries.items()}
+    types = {name: entry.type for name, entry in entries.items() if entry.type is not None}
     score, sample_score = scored_by(answers, exact_match, {"type": types})
     return Dataset(
         f"video QA {split}",

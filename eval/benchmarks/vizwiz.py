@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed, scored_by
-from eval.benchmarks.hub import official_file, open_table, server_only
+from eval.benchmarks.hub import official_file, open_table, ungraded
 from eval.benchmarks.llava_files import (
     VIZ,
     Answers,
@@ -75,7 +75,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
         rule = vqa.m4c if lmms else vqa.after_processor(vqa.vizwiz)
         score, sample_score = scored_by(given, rule, {"answer type": kind} if all(kind.values()) else {})
     else:
-        score, sample_score = server_only(SERVER, whole=len(questions)), None
+        score, sample_score = ungraded("accuracy", "answers_upload.json", SERVER, whole=len(questions)), None
 
     def submission(texts: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
         """The server's format: image name and processed answer, in the order of the question file."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from eval.answers.jsonl import is_file
 from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed, scored_by
-from eval.benchmarks.hub import official_file, open_table, server_only
+from eval.benchmarks.hub import official_file, open_table, ungraded
 from eval.benchmarks.llava_files import (
     EVAL_ZIP,
     SHORT,
@@ -120,7 +120,8 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
         whole, file = folder / PROMPTS["test"], "answers_upload.json"
         ids = server_ids(whole, split, names)
         wish = f"; it wants every test2015 question, so put {whole.name} of {EVAL_ZIP} into {whole.parent} first"
-        score, sample_score = server_only(SERVER, "" if split == "test" or is_file(whole) else wish), None
+        more = "" if split == "test" or is_file(whole) else wish
+        score, sample_score = ungraded("accuracy", file, SERVER, more), None
         facts["submission"] = f"{len(ids):,} entries"
 
     def submission(texts: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
@@ -128,13 +129,13 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
         rows = answered if split == "val" else {name: answered.get(name, "") for name in ids}
         return {file: [{"question_id": as_number(name), "answer": answer} for name, answer in rows.items()]}
 
-    more = {
+    options = {
         "max_new_tokens": 16 if profile == "lmms" else 128,  # LLaVA: model_vqa_loader.py's default
         # An upload answers the whole list, whichever split it is for.
         "accepts": frozenset(ids) - set(names),
         "normalise": vqa.process,
     }
-    return contents.dataset(title, profile, score, sample_score, submission, facts, **more)
+    return contents.dataset(title, profile, score, sample_score, submission, facts, **options)
 
 
 def read_val(path: Path, title: str) -> Contents[Record]:

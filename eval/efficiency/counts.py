@@ -1,22 +1,16 @@
 """What one prefill computes, holds and asks of the device, counted: nothing here depends on the speed of a machine.
 
-    python -m eval.efficiency.counts consensusdrop 64     # `vtr bench ops`: operations and waits beside the oracle's
-    python -m eval.efficiency.counts all 64
-
 On a GPU a short prefill is bound by the host: every dispatched operation costs it microseconds, and at every wait it
-stands still until the device has caught up. The command counts one question about one image of the bundled toy model,
-from prepared pixels to the first token, after one warm-up.
+stands still until the device has caught up. Counted is what lies between prepared pixels and the first token, after one
+warm-up.
 
 * An operation is one call of an ATen function (`aten::...`), as in inference; a kernel is one that is no view.
-* Both are also given as what is over the oracle with the budget in every layer (flat), and over the one with the same
-  tokens in every layer as the method (same).
 * A wait is a value that the host reads (`item`, `tolist`, `bool`, `cpu`, `numpy`), a shape that depends on values
   (`nonzero`, a boolean mask as index), or a copy from the host that blocks. Waits are seen only where the host and the
   device are two: on a GPU, or on the "meta" device, which computes shapes alone and needs no hardware.
 """
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -28,20 +22,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from eval.command import exit_on_user_error, make_parser, value
-from eval.config import ROOT, count
-from eval.efficiency.oracle import flat_oracle, oracle_of, reducers_of
-from eval.efficiency.shapes import noise
-from llava.model.builder import load
+from eval.config import ROOT
 from llava.model.llava_arch import Llava
 from llava.pipeline.accounting import Record, Timer
 from llava.pipeline.decoder import Prefilled
 from llava.pipeline.prefill import prefill
 from llava.processing.prompt import Sample
-from llava.reduction.budget import planned
 from llava.reduction.reducer import Reducer
 
-PARTS = ("vision", "selection", "prefill")
 # The host reads values. (`cpu` and `tolist` are dispatched as a copy to the host.)
 READS = {"item", "numpy", "__bool__", "__int__", "__float__", "__index__", "__contains__", "__array__"}
 # The size of the result depends on values.
@@ -223,29 +211,6 @@ def calls_of(model: Llava, reducer: Reducer, samples: list[Sample]) -> list[Call
     return [call for call in counter.calls if call.part != "preprocess"]
 
 
-def waits_of(model: Llava, reducer: Reducer, samples: list[Sample]) -> list[Call]:
-    """Waits of one prefill between the copy of the pixels to the device and the choice of the first token.
-
-    Args:
-        model: on a GPU, or without weights on the "meta" device (`on_meta`).
-    """
-    waits = [call for call in calls_of(model, reducer, samples) if call.waits]
-    pixels = bool(waits) and waits[0].line.endswith(" encode_images")
-    return waits[pixels:]
-
-
-def on_meta(model: Llava) -> Llava:
-    """The model without its weights, on the device that computes shapes alone; the given one is gone."""
-    model.hf_model.to("meta")
-    model.device = torch.device("meta")
-    return model
-
-
-def kernels(calls: Iterable[Call]) -> int:
-    """How many of the operations launch a kernel."""
-    return sum(call.kernel for call in calls)
-
-
 # One prefill in the efficiency protocol
 
 
@@ -308,7 +273,7 @@ def count_prefill(model: Llava, reducer: Reducer, samples: list[Sample], shapes:
     return Counts(
         **vars(held or computed(model, reducer, samples)),
         operations=sum(call.name not in READS for call in asked),
-        kernels=kernels(asked),
+        kernels=sum(call.kernel for call in asked),
         waits=None if waiting is None else sum(call.waits for call in waiting),
     )
 
@@ -341,90 +306,3 @@ def flop_counter() -> FlopCounterMode:
 
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return FlopCounterMode(display=False, custom_mapping={kernel: flash})
-
-
-# The command: a method beside its oracles
-
-HEAD = (
-    *("operations", "kernels", *PARTS),
-    *("over flat", "kernels over flat", "over same", "kernels over same", "waits"),
-)
-
-
-@dataclass(frozen=True)
-class Beside:
-    """Operations of a method, and of its oracles.
-
-    Attributes:
-        calls: of the method.
-        flat: of the oracle with the budget in every layer.
-        same: of the oracle with the method's own tokens per layer; None where these depend on the image.
-        waits: of the host.
-    """
-
-    calls: list[Call]
-    flat: list[Call]
-    same: list[Call] | None
-    waits: list[Call]
-
-    def cells(self) -> list[int | str]:
-        """One line of the table, in the order of HEAD."""
-        parts = Counter(call.part for call in self.calls)
-        cells: list[int | str] = [len(self.calls), kernels(self.calls), *(parts[part] for part in PARTS)]
-        for oracle in (self.flat, self.same):
-            if oracle is None:
-                cells += ["-", "-"]
-            else:
-                cells += [f"{len(self.calls) - len(oracle):+d}", f"{kernels(self.calls) - kernels(oracle):+d}"]
-        return [*cells, len(self.waits)]
-
-
-def beside_oracles(model: Llava, shapes: Llava, reducer: Reducer, samples: list[Sample]) -> Beside:
-    """Count one prefill of a method and of its oracles.
-
-    Args:
-        shapes: the same model on the "meta" device.
-    """
-    flat, same = calls_of(model, flat_oracle(reducer.budget), samples), None
-    if planned(reducer, model.spec) is not None:
-        same = calls_of(model, oracle_of(reducer, model.spec), samples)
-    return Beside(calls_of(model, reducer, samples), flat, same, waits_of(shapes, reducer, samples))
-
-
-def question() -> list[Sample]:
-    """One question about one image of noise.
-
-    In a picture of one colour patches differ by rounding alone, and SCOPE's loop dispatches operations per near tie: 41
-    or 47 in all, depending on the processor.
-    """
-    return [Sample("q", "What color is the square?", "Answer with one word.", noise(0))]
-
-
-def line_of(name: str, cells: Iterable[object]) -> str:
-    """A name and its cells, each below its title in HEAD."""
-    return f"{name:16}" + "".join(f"{cell:>{max(11, len(title) + 2)}}" for title, cell in zip(HEAD, cells, strict=True))
-
-
-@exit_on_user_error
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = make_parser("eval.efficiency.counts", __doc__)
-    parser.add_argument("method", help="a name, several separated by commas, or all")
-    parser.add_argument("budget", type=value(count), help="visual tokens to keep")
-    parser.add_argument("--list", action="store_true", help="also list the operations by part and line, and the waits")
-    args = parser.parse_args(arguments)
-    model, shapes = load(device="cpu"), on_meta(load(device="cpu"))
-    print(line_of("", HEAD))
-    for name, reducer in reducers_of(args.method.split(","), args.budget, {}, model).items():
-        row = beside_oracles(model, shapes, reducer, question())
-        print(line_of(name, row.cells()))
-        if args.list:
-            for (part, line), number in Counter((call.part, call.line) for call in row.calls).items():
-                print(f"  {number:4} {part:10} {line}")
-            for call in row.waits:
-                print(f"  wait {call.part:10} {call.line} ({call.name})")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

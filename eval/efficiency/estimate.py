@@ -6,8 +6,8 @@ shapes (eval/efficiency/memory.py). The time is a lower bound: operations and by
 measured to reach, without preprocessing on the CPU, a method's own functions, launches of kernels, and loading.
 """
 
-import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import ceil
@@ -23,8 +23,8 @@ from eval.ask import asking_order, chunks
 from eval.benchmarks.base import Dataset, Question
 from eval.config import FULL, RunConfig, build_reducer
 from eval.efficiency import memory
-from eval.efficiency.memory import FLOAT32, QuestionShape, duration, layout_of, listed, size_text
-from eval.feature_cache import RUN_BYTES, bytes_of, can_remember
+from eval.efficiency.memory import QuestionShape, duration, layout_of, listed, size_text
+from eval.feature_cache import RUN_BYTES, can_remember
 from eval.parallel.placement import Placement
 from eval.results.report import hardware
 from eval.run import read_questions
@@ -33,7 +33,6 @@ from llava.model.builder import DTYPES, device_of, runtime
 from llava.model.checkpoint.files import locate
 from llava.model.checkpoint.load import free_memory, outline_checkpoint
 from llava.model.llava_arch import Llava
-from llava.model.multimodal_encoder.clip_encoder import encode
 from llava.model.multimodal_encoder.clip_text_encoder import ClipText
 from llava.processing.json_files import read_json
 from llava.processing.prompt import Sample
@@ -41,10 +40,7 @@ from llava.processing.video import Video
 from llava.reduction import registry
 from llava.reduction.budget import require
 from llava.reduction.reducer import Reducer
-from llava.reduction.token_layout import TokenLayout
 
-SPLITS = (2, 4, 8)
-QUANTIZATIONS = ("8bit", "4bit")
 SAMPLED = 64  # questions whose prompts and images are read
 SPENT = 0.5  # seconds of each measurement
 LONGEST = 0.2  # seconds of one product
@@ -78,17 +74,15 @@ class Workload:
         steps: decoding steps of a batch after the first token, if answers are as long as the references; 0 where there
             are no references.
         questions: all questions of the run.
-        passes: images that the vision tower sees in the whole run (eval/efficiency/estimate.py).
-        images: distinct images of the run whose tower output is remembered; 0 where none is.
-        image_bytes: of the remembered output of one image, on average.
+        passes: images that the vision tower sees in the whole run, at least.
+        remembers: its output is kept for later questions (eval/feature_cache.py).
     """
 
     shapes: tuple[QuestionShape, ...]
     steps: float
     questions: int
     passes: int
-    images: int = 0
-    image_bytes: float = 0.0
+    remembers: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,7 +121,6 @@ class Estimate:
     dtype: torch.dtype
     quantization: str | None = None
     spread: Spread = Spread()
-    text_tower: int = 0
     rates: Rates | None = None
     free: int | None = None
     device: str = "cpu"
@@ -146,7 +139,7 @@ class Estimate:
     def whole(self) -> memory.Weights:
         """The weights of a rank without ZeRO-Inference."""
         split = self.spread.tensor_parallel
-        return memory.weights(self.model, self.dtype.itemsize, self.quantization, split, self.text_tower)
+        return memory.weights(self.model, self.dtype.itemsize, self.quantization, split)
 
     @cached_property
     def weights(self) -> memory.Weights:
@@ -175,7 +168,7 @@ class Estimate:
     @property
     def remembered(self) -> int:
         """Bytes of the tower's output that a rank remembers at the most (eval/feature_cache.py)."""
-        return min(RUN_BYTES, ceil(self.work.images * self.work.image_bytes))
+        return RUN_BYTES if self.work.remembers else 0
 
     @cached_property
     def peak(self) -> int:
@@ -186,29 +179,6 @@ class Estimate:
     def fits(self) -> bool | None:
         """Whether the ranks of a device fit into its free memory; None where that is not known."""
         return None if self.free is None else self.peak * self.spread.sharing <= self.free
-
-    def remedies(self) -> list[str]:
-        """Changes that would make the run fit, each alone."""
-        llm: Any = self.model.llm
-        heads = llm.config.num_attention_heads, llm.config.num_key_value_heads
-        plain = self.quantization is None and self.spread.zero is None and self.spread.tensor_parallel == 1
-        sizes = [1 << power for power in reversed(range(len(self.batch).bit_length()))]
-        splits = [count for count in SPLITS if all(number % count == 0 for number in heads)]
-        # Of every kind of change the first that suffices.
-        kinds: list[dict[str, dict[str, Any]]] = [
-            {f"--batch-size {size}": {"batch_size": size} for size in sizes if size < self.batch_size}
-        ]
-        if self.spread.sharing > 1:
-            kinds += [{"RANKS=1": {"spread": replace(self.spread, sharing=1)}}]
-        if self.dtype.itemsize > 2:
-            kinds += [{"--dtype bfloat16": {"dtype": torch.bfloat16}}]
-        if plain and self.spread.sharing == 1:
-            kinds += [{f"TP={count}": {"spread": replace(self.spread, tensor_parallel=count)} for count in splits}]
-        if plain and self.device != "cpu":
-            kinds += [{"--zero cpu": {"spread": replace(self.spread, zero="cpu")}}]
-            kinds += [{f"--quantization {bits}": {"quantization": bits} for bits in QUANTIZATIONS}]
-        found = [next((name for name, change in kind.items() if replace(self, **change).fits), "") for kind in kinds]
-        return [name for name in found if name]
 
     # Time
 
@@ -284,8 +254,8 @@ class Estimate:
         lines.append(f"activations about {listed(stages, max(stages.values()))}")
         if self.remembered:
             lines.append(
-                f"remembered images up to {size_text(self.remembered)}: the vision tower sees {self.work.passes:,} for "
-                f"{self.work.questions:,} questions"
+                f"remembered images up to {size_text(self.remembered)}: the vision tower sees at least "
+                f"{self.work.passes:,} for {self.work.questions:,} questions"
             )
         lines.append(self._verdict())
         return lines + self._times()
@@ -298,8 +268,7 @@ class Estimate:
         room = f"{size_text(self.free)} are free{share}"
         if self.fits:
             return f"fits: {need}, {room}"
-        remedies = self.remedies()
-        advice = f"it would fit with {' or '.join(remedies)}" if remedies else "take a larger device or more of them"
+        advice = "a smaller --batch-size, --dtype bfloat16, TP=2, --zero cpu or --quantization 8bit needs less"
         return f"does not fit: {need}, {room}; {advice}"
 
     def _times(self) -> list[str]:
@@ -324,7 +293,6 @@ class Estimate:
 
     def record(self) -> dict[str, Any]:
         """The estimate as JSON types; bytes and seconds."""
-        timed = {"seconds": self.seconds, "run_seconds": self.run_seconds} if self.rates else {}
         return {
             "weights": self.weights.device,
             "weights_outside_device": self.weights.host,
@@ -335,15 +303,11 @@ class Estimate:
             "peak_bytes": self.peak,
             "free_bytes": self.free,
             "fits": self.fits,
-            "remedies": [] if self.fits is not False else self.remedies(),
             "device": self.device,
-            "spread": asdict(self.spread),
             "questions": self.work.questions,
             "batches": self.batches,
-            "steps_per_batch": self.work.steps,
-            "operations": self.operations,
             "rates": None if self.rates is None else asdict(self.rates),
-            **timed,
+            **({"seconds": self.seconds, "run_seconds": self.run_seconds} if self.rates else {}),
         }
 
 
@@ -373,14 +337,12 @@ def estimate(config: RunConfig, place: Placement | None = None) -> Estimate:
     )
     longest = config.max_new_tokens or data.max_new_tokens
     dtype = DTYPES[config.dtype]
-    work = workload(model, data, planned, config.batch_size, longest, reducer, dtype.itemsize, spread.replicas)
+    work = workload(model, data, planned, config.batch_size, longest, reducer)
     llm: Any = model.llm
     rows = sum(max(memory.lengths(model, reducer, shape)) for shape in work.shapes[: config.batch_size])
     rates = measure_rates(device, dtype, max(1, rows), llm.embed_tokens.embedding_dim, llm.config.intermediate_size)
-    text_tower = 0
     if reducer.needs_text_tower and model.text_tower is not None:
         model.clip = outline_text_tower(model)
-        text_tower = sum(weight.numel() for weight in model.clip.parameters())
     return Estimate(
         model=model,
         reducer=reducer,
@@ -390,7 +352,6 @@ def estimate(config: RunConfig, place: Placement | None = None) -> Estimate:
         dtype=dtype,
         quantization=config.quantization,
         spread=spread,
-        text_tower=text_tower,
         rates=rates,
         free=free_memory(device),
         device=str(device),
@@ -418,15 +379,10 @@ def workload(
     batch_size: int,
     max_new_tokens: int,
     reducer: Reducer,
-    itemsize: int = FLOAT32,
-    replicas: int = 1,
 ) -> Workload:
     """Prompts and images of evenly spaced questions, the length of their reference answers, and passes of the tower.
 
-    Args:
-        model: on the meta device.
-        itemsize: bytes of a feature of the tower.
-        replicas: that share the questions and remember images each for itself.
+    An image is seen once where its features are remembered, and else by every batch that asks about it.
     """
     if not planned:
         raise UserError(f"{data.title} has no question to estimate; raise --limit.")
@@ -436,12 +392,11 @@ def workload(
     answers = [len(model.tokenizer(q.answer, add_special_tokens=False).input_ids) for q in chosen if q.answer]
     groups = [answers[i : i + batch_size] for i in range(0, len(answers), batch_size)]
     steps = sum(min(max(group), max_new_tokens - 1) for group in groups) / len(groups) if groups else 0.0
-    kept = remembers(model, reducer)
-    images = [image for shape in shapes for image in shape.images] if kept else []
-    each = sum(image_bytes(model, reducer, image, itemsize) for image in images) / max(1, len(images))
-    batches = list(chunks(asking_order(planned, planned, model), batch_size))
-    passes = tower_passes(batches, each, RUN_BYTES if kept else 0, replicas)
-    return Workload(shapes, steps, len(planned), passes, len(keys(planned)) if kept else 0, each)
+    # Methods that act before or inside the tower change its output, so that it is of no use to later questions.
+    kept = can_remember(model) and reducer.acts_in.isdisjoint(("tower", "input_grid"))
+    batches = [planned] if kept else chunks(asking_order(planned, planned, model), batch_size)
+    passes = sum(len({name for question in batch for name in question.images}) for batch in batches)
+    return Workload(shapes, steps, len(planned), passes, kept)
 
 
 def shape_of(model: Llava, data: Dataset, question: Question) -> QuestionShape:
@@ -453,69 +408,15 @@ def shape_of(model: Llava, data: Dataset, question: Question) -> QuestionShape:
         Sample(question.id, question.question, question.suffix, tuple(stand_in for _ in question.images) or None)
     )
     by_size = not video and (hasattr(model, "anyres") or model.axes)
-    sizes = [_size(data, name) if by_size else None for name in question.images]
-    images = tuple(layout_of(model, size, video) for size in sizes)
-    return QuestionShape(sum(token >= 0 for token in prompt.ids), images, " ".join(question.images))
-
-
-def _size(data: Dataset, name: str) -> tuple[int, int] | None:
-    """(width, height) of an image; None, which stands for the largest, where it cannot be read here."""
-    try:
-        opened: Any = data.pictures.open(name)
-    except (UserError, OSError):
-        return None
-    size: tuple[int, int] = opened.size
-    return size
-
-
-def remembers(model: Llava, reducer: Reducer) -> bool:
-    """Whether a run keeps the tower's output: methods that act before or inside the tower change it."""
-    return can_remember(model) and reducer.acts_in.isdisjoint(("tower", "input_grid"))
-
-
-@torch.inference_mode()
-def image_bytes(model: Llava, reducer: Reducer, image: TokenLayout, itemsize: int) -> int:
-    """Bytes of the features and scores that are remembered of one image.
-
-    Args:
-        model: on the meta device, where its tower computes shapes alone.
-        itemsize: bytes of a feature; scores are float32.
-    """
-    tower: Any = model.tower_of(image.temporal)
-    weight = next(tower.parameters())
-    side = tower.config.image_size
-    pixels = torch.empty(len(image.crops), 3, side, side, dtype=weight.dtype, device=weight.device)
-    scores = reducer.tower_scores(image.tiles is not None)
-    found = encode(tower, pixels, model.select_layer, scores, keep_cls=True)
-    return bytes_of(found) + found.features.numel() * (itemsize - found.features.element_size())
-
-
-def tower_passes(batches: Sequence[Sequence[Question]], each: float, bound: int, replicas: int = 1) -> int:
-    """Images that the towers of all replicas see.
-
-    Questions of a batch about one image share a pass, and so do those of later batches as long as the output is
-    remembered (eval/feature_cache.py): up to a bound, the images seen first are forgotten first.
-
-    Args:
-        batches: in the order of asking; replicas take them in turns.
-        each: bytes that an image is remembered with.
-        bound: bytes that a replica remembers; 0 where it forgets every batch.
-    """
-    passes = 0
-    remembered: list[dict[str, None]] = [{} for _ in range(replicas)]
-    for number, batch in enumerate(batches):
-        known = remembered[number % replicas]
-        for key in keys(batch):
-            passes += key not in known
-            known.setdefault(key)
-        while known and (not bound or len(known) * each > bound):
-            del known[next(iter(known))]
-    return passes
-
-
-def keys(questions: Sequence[Question]) -> dict[str, None]:
-    """The names of the distinct images of some questions. A run tells them by content, which is not read here."""
-    return dict.fromkeys(name for question in questions for name in question.images)
+    images = []
+    for name in question.images:
+        size = None  # the largest image
+        if by_size:
+            with suppress(UserError, OSError):  # an image that cannot be read here stands for the largest
+                opened: Any = data.pictures.open(name)
+                size = opened.size
+        images.append(layout_of(model, size, video))
+    return QuestionShape(sum(token >= 0 for token in prompt.ids), tuple(images), " ".join(question.images))
 
 
 # How fast the device multiplies and copies, measured in about a second
@@ -527,17 +428,14 @@ def measure_rates(device: torch.device, dtype: torch.dtype, rows: int, width: in
     Fewer rows are tried first: a product that would last longer than LONGEST seconds is not made.
     """
     right = torch.randn(width, inner, device=device).to(dtype)
-    operations, count, began = 0.0, min(FEWEST, rows), time.perf_counter()
+    operations, count = 0.0, min(FEWEST, rows)
     while True:
         left = torch.randn(count, width, device=device).to(dtype)
-        spent = fastest("left @ right", SPENT / 10, left=left, right=right)
+        spent = fastest("left @ right", SPENT / 4, left=left, right=right)
         operations = max(operations, 2 * count * width * inner / spent)
-        over = time.perf_counter() - began
-        # A product can be slow because the machine is busy for a moment: others of the size are tried for a while.
-        if over > 2 * SPENT or (over > SPENT and (count == rows or 2 * spent > LONGEST)):
+        if count == rows or 2 * spent > LONGEST:
             break
-        if 2 * spent <= LONGEST:
-            count = min(2 * count, rows)
+        count = min(2 * count, rows)
     source, target = (torch.empty(COPIED, dtype=torch.uint8, device=device).fill_(1) for _ in range(2))
     copied = 2 * COPIED / fastest("target.copy_(source)", SPENT, target=target, source=source)
     bus = copied / 2

@@ -17,21 +17,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from eval.command import exit_on_user_error, make_parser, value
-from eval.config import FULL, count
+from eval.config import count
 from eval.efficiency.latency import add_machine_flags, whole_numbers
 from eval.efficiency.latency_table import ms, table, write
 from eval.efficiency.measure import measure
+from eval.efficiency.oracle import reducers_of
 from eval.efficiency.shapes import narrow, noise_batches, random_llava
 from eval.results.report import commit, hardware
 from eval.tables.page import COLOURS, MARKERS
 from llava.errors import UserError
 from llava.model.builder import device_of
 from llava.model.llava_arch import Llava
-from llava.reduction import registry
-from llava.reduction.budget import require
-from llava.reduction.reducer import Reducer
 
 METHODS = "full,consensusdrop,visiondrop,attnmix,fastervlm,divprune,cdpruner,scope"
 SIDE, TILE = 224, 256  # pixels of a tile, and its visual tokens
@@ -40,17 +39,8 @@ SIDE, TILE = 224, 256  # pixels of a tile, and its visual tokens
 
 
 @dataclass(frozen=True)
-class Size:
-    """How large a network stands in for the real one."""
-
-    width: int
-    layers: int
-    blocks: int
-
-
-@dataclass(frozen=True)
 class Point:
-    """One method at one number of visual tokens and one batch size; seconds are medians over rounds.
+    """One method at one number of visual tokens; seconds are medians over rounds.
 
     Attributes:
         selection: with merging.
@@ -59,7 +49,6 @@ class Point:
 
     method: str
     tokens: int
-    batch: int
     ttft: float
     selection: float
     memory: int
@@ -80,33 +69,23 @@ def grid(tokens: int) -> tuple[int, int] | None:
     return rows, tiles // rows
 
 
-def model_of(tokens: int, size: Size, device: torch.device, dtype: str) -> Llava:
-    """A narrow model whose images have so many visual tokens: LLaVA-NeXT's tiles, or LLaVA-1.5 for one tile."""
+def model_of(tokens: int, width: int, layers: int, blocks: int, device: torch.device, dtype: str) -> Llava:
+    """A narrow model whose images have so many visual tokens: LLaVA-NeXT's tiles, or LLaVA-1.5 for one tile.
+
+    Args:
+        width: channels of decoder and tower.
+        layers: of the decoder.
+        blocks: of the tower.
+    """
     tiles = grid(tokens)
     shape, reading = "llava-1.5-7b", dict[str, Any]()
     if tiles is not None:
         shape, reading = "llava-next-7b", {"merge": "spatial", "force": (tiles[1] * SIDE, tiles[0] * SIDE)}
-    return random_llava(
-        narrow(shape, size.width, size.layers, size.blocks, SIDE), None, dtype, device=device, **reading
-    )
-
-
-def reducer_of(name: str, budget: int, model: Llava) -> Reducer:
-    """The method with its default options.
-
-    Raises:
-        UserError: with the number of tokens, where it cannot meet the budget on this model.
-    """
-    reducer = registry.build(name, model.visual_tokens if name == FULL else min(budget, model.visual_tokens))
-    try:
-        require(reducer, model.spec)
-    except UserError as error:
-        raise UserError(f"At {model.visual_tokens:,} visual tokens: {error}") from error
-    return reducer
+    return random_llava(narrow(shape, width, layers, blocks, SIDE), None, dtype, device=device, **reading)
 
 
 def measure_growth(args: argparse.Namespace, device: torch.device) -> list[Point]:
-    """Measure every method at every number of tokens (batch 1) and at every batch size (the smallest number).
+    """Measure every method on one question at every number of tokens.
 
     Args:
         args: the flags of the command.
@@ -114,125 +93,74 @@ def measure_growth(args: argparse.Namespace, device: torch.device) -> list[Point
     Raises:
         UserError: before anything is measured, where a method cannot meet the budget at one of the numbers of tokens.
     """
-    methods, size = args.methods.split(","), Size(args.width, args.layers, args.blocks)
+    methods, size = args.methods.split(","), (args.width, args.layers, args.blocks)
     for tokens in args.tokens:
-        outline = model_of(tokens, size, torch.device("meta"), args.dtype)
-        for name in methods:
-            reducer_of(name, args.budget, outline)
-    places = [(tokens, 1) for tokens in args.tokens]
-    places += [(args.tokens[0], batch) for batch in args.batch_size if batch > 1]
+        try:
+            reducers_of(methods, args.budget, {}, model_of(tokens, *size, torch.device("meta"), args.dtype))
+        except UserError as error:
+            raise UserError(f"At {tokens:,} visual tokens: {error}") from error
     points = []
-    for tokens, batch in places:
-        model = model_of(tokens, size, device, args.dtype)
-        reducers = {name: reducer_of(name, args.budget, model) for name in methods}
-        ask = noise_batches(model, batch, False)
-        for name, found in measure(model, reducers, ask, args.repeats, batch=batch, clock=args.clock).items():
+    for tokens in args.tokens:
+        model = model_of(tokens, *size, device, args.dtype)
+        reducers = reducers_of(methods, args.budget, {}, model)
+        ask = noise_batches(model, 1, False)
+        for name, found in measure(model, reducers, ask, args.repeats, clock=args.clock).items():
             if found is None:
-                raise UserError(
-                    f"{batch} questions of {tokens:,} visual tokens do not fit into the memory with {name}."
-                )
+                raise UserError(f"{tokens:,} visual tokens do not fit into the memory with {name}.")
             chosen = found.seconds["selection"] + found.seconds["merging"]
-            points.append(Point(name, tokens, batch, median(found.ttfts), chosen, found.above_bytes))
+            points.append(Point(name, tokens, median(found.ttfts), chosen, found.above_bytes))
     return points
 
 
-# What is fitted to it
+# How it grows
 
 
-@dataclass(frozen=True)
-class Fit:
-    """What was fitted to positive costs at several numbers of tokens.
-
-    Attributes:
-        exponent: e of cost ~ tokens^e over all points.
-        last: the same over the last three points, where constant parts weigh least.
-        quadratic: share of the term c N^2 of a + b N + c N^2 at the largest N; the terms are not negative, and
-            relative errors are fitted.
-    """
-
-    exponent: float
-    last: float
-    quadratic: float
-
-
-def fit_costs(tokens: Sequence[int], costs: Sequence[float]) -> Fit:
-    """Fit costs of three or more numbers of tokens.
-
-    Raises:
-        ValueError: fewer points, or a cost that is not positive.
-    """
-    from scipy.optimize import nnls
-
-    if len(tokens) < 3 or min(costs) <= 0:
-        raise ValueError(f"three or more positive costs are needed for a fit, got {list(costs)}")
-    place, value = np.asarray(tokens, dtype=float), np.asarray(costs, dtype=float)
-    slopes = [float(np.polyfit(np.log(place[-n:]), np.log(value[-n:]), 1)[0]) for n in (len(place), 3)]
-    scaled = place / place[-1]
-    terms = np.stack([np.ones_like(scaled), scaled, scaled**2], axis=1)
-    weights, _ = nnls(terms / value[:, None], np.ones_like(value))
-    return Fit(slopes[0], slopes[1], float(weights[2] / weights.sum()))
+def exponent(tokens: Sequence[int], costs: Sequence[float]) -> float:
+    """The power e of cost ~ tokens^e: the slope of a line through the logarithms of positive costs."""
+    return float(np.polyfit(np.log(tokens), np.log(costs), 1)[0])
 
 
 # How it is shown
 
 
 def page(points: Sequence[Point], about: str) -> str:
-    """The costs by number of tokens with their fits, then by batch size."""
+    """The costs by number of tokens, and the power with which they grow, over all points and over the last three.
+
+    Constant parts of a cost weigh least in the last points.
+    """
     blocks = [about]
-    methods = list(dict.fromkeys(point.method for point in points))
-    tokens = list(dict.fromkeys(point.tokens for point in points if point.batch == 1))
     for field, title in (("ttft", "TTFT, ms"), ("selection", "selection and merging, ms"), ("memory", "memory, MB")):
         lines = []
-        for name in methods:
-            own = {p.tokens: getattr(p, field) for p in points if p.method == name and p.batch == 1}
-            line = [(title, name), *((f"{number:,}", text(cost, field)) for number, cost in own.items())]
-            ends = ["n/a"] * 3
-            if len(tokens) >= 3 and min(own.values()) > 0:
-                fitted = fit_costs(tokens, list(own.values()))
-                ends = [f"{fitted.exponent:.2f}", f"{fitted.last:.2f}", f"{100 * fitted.quadratic:.0f} %"]
-            ends_of = ("exponent", "of the last three", "quadratic at the end")
-            lines.append([*line, *zip(ends_of, ends, strict=True)])
+        for name in dict.fromkeys(point.method for point in points):
+            own = {point.tokens: getattr(point, field) for point in points if point.method == name}
+            tokens, costs = list(own), list(own.values())
+            line = [(title, name)]
+            for number, cost in own.items():
+                line.append((f"{number:,}", f"{cost / 1e6:.1f}" if field == "memory" else ms(cost)))
+            for column, start in (("exponent", 0), ("of the last three", -3)):
+                fits = len(costs) >= 3 and min(costs) > 0
+                line.append((column, f"{exponent(tokens[start:], costs[start:]):.2f}" if fits else "n/a"))
+            lines.append(line)
         blocks.append(table(lines))
-    grown = [
-        [(f"TTFT, ms / memory, MB at {tokens[0]:,} tokens", name)]
-        + [
-            (f"batch {p.batch}", f"{text(p.ttft, 'ttft')} / {text(p.memory, 'memory')}")
-            for p in points
-            if p.method == name and p.tokens == tokens[0]
-        ]
-        for name in methods
-    ]
-    if len(grown[0]) > 2:
-        blocks.append(table(grown))
     return "\n\n".join(blocks)
 
 
-def text(cost: float, field: str) -> str:
-    """A cost in the unit of its table."""
-    return f"{cost / 1e6:.1f}" if field == "memory" else ms(cost)
-
-
 def plot(path: Path, points: Sequence[Point], title: str) -> None:
-    """Time, selection and memory against visual tokens, on logarithmic axes; the points of batch 1."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Time, selection and memory against visual tokens, on logarithmic axes."""
     fields: dict[str, tuple[float, str]] = {
         "ttft": (1e3, "time to the first token, ms"),
         "selection": (1e3, "selection and merging, ms"),
         "memory": (1e-6, "peak memory above the weights, MB"),
     }
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4.4), dpi=140)
-    for axes, (field, (scale, label)) in zip(panels, fields.items(), strict=True):
+    figure = Figure(figsize=(13, 4.4), dpi=140)
+    for axes, (field, (scale, label)) in zip(figure.subplots(1, 3), fields.items(), strict=True):
         for index, name in enumerate(dict.fromkeys(point.method for point in points)):
-            own = [point for point in points if point.method == name and point.batch == 1]
+            own = [point for point in points if point.method == name]
             places, values = [point.tokens for point in own], [getattr(point, field) * scale for point in own]
             if min(values) <= 0:
                 continue  # full selects nothing
             style: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-            slope = f", ~ N^{fit_costs(places, values).last:.2f}" if len(places) >= 3 else ""
+            slope = f", ~ N^{exponent(places[-3:], values[-3:]):.2f}" if len(places) >= 3 else ""
             axes.plot(places, values, label=f"{name}{slope}", linewidth=1.4, markersize=4, **style)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -247,7 +175,6 @@ def plot(path: Path, points: Sequence[Point], title: str) -> None:
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-    plt.close(figure)
 
 
 # The command
@@ -260,7 +187,6 @@ def parser() -> argparse.ArgumentParser:
     tokens = (256, 512, 1280, 2560, 5120, 11520)
     add("--methods", default=METHODS, help="names separated by commas")
     add("--tokens", type=value(whole_numbers), default=tokens, help=f"multiples of {TILE}")
-    add("--batch-size", type=value(whole_numbers), default=(1, 2, 4, 8), help="at the smallest number of tokens")
     add("--budget", type=value(count), default=128, help="visual tokens to keep per image")
     add("--width", type=value(count), default=256, help="channels of decoder and tower")
     add("--layers", type=value(count), default=4, help="decoder layers")

@@ -9,10 +9,11 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from eval.config import FULL
 from eval.efficiency.measure import FEWEST, PARTS, SCENARIOS
-from eval.efficiency.memory import size_text
+from eval.results.statistics import plural
 from eval.tables.page import markdown
 from llava.errors import UserError
 
@@ -45,21 +46,19 @@ def conditions(result: dict[str, Any]) -> str:
     kernels = " / ".join(sorted({", ".join(row["attention"]) for row in rows if row["attention"]})) or "unknown"
     lengths = ", ".join(map(str, result["lengths"]))
     answers = f"answers of {lengths} tokens" if lengths else "the prefill alone"
-    threads, repeats = counted_noun(result["threads"], "thread"), counted_noun(result["repeats"], "turn")
+    threads, repeats, layers = (
+        f"{result[key]} {plural(noun, result[key])}"
+        for key, noun in (("threads", "thread"), ("repeats", "turn"), ("layers", "decoder layer"))
+    )
     shared = result["distinct_layers"] and result["distinct_layers"] < result["layers"]
     distinct = f", {result['distinct_layers']} of them with their own weights" if shared else ""
     return (
-        f"{result['model']}, budget {result['budget']}, {counted_noun(result['layers'], 'decoder layer')}{distinct}, "
+        f"{result['model']}, budget {result['budget']}, {layers}{distinct}, "
         f"{result['dtype']}, {CLOCK_TEXT[result['clock']]}, "
         f"{result['device']} ({result['hardware']}), {threads}; scenario {result['scenario']}: "
         f"{SCENARIOS[result['scenario']].summary}, {answers}; median of {repeats} after a warm-up, "
         f"methods in turns; attention kernel of every row, full too: {kernels}."
     )
-
-
-def counted_noun(number: int, noun: str) -> str:
-    """ "1 turn", "5 turns"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def table(rows: Sequence[Sequence[tuple[str, str]]]) -> str:
@@ -92,11 +91,6 @@ def times(rows: dict[str, dict[str, Any]], result: dict[str, Any]) -> str:
         line += [(f"end to end {length} ms", ms(median(row["end_to_end"][length]))) for length in lengths]
         if SCENARIOS[result["scenario"]].differ and lengths:
             line.append(("p90 ms", ms(float(np.percentile(row["end_to_end"][lengths[-1]], 90)))))
-        beside = row.get("plain_over_compiled")
-        if beside:
-            line.append(("plain / compiled TTFT", f"{beside['ttft']:.2f}"))
-            line.append(("decode", f"{beside['decode']:.2f}" if beside["decode"] else ""))
-            line.append(("compile s", f"{row['compiling']:.0f}"))
     return table(lines)
 
 
@@ -164,52 +158,16 @@ def notes(result: dict[str, Any]) -> list[str]:
             "TTFT x and over oracle are medians of the ratios of every turn; in brackets the interval of that median "
             f"({'order statistics, 95 %' if result['repeats'] >= FEWEST else 'all turns: too few for 95 %'})."
         )
-    counts = [row["counts"] for row in rows if "counts" in row]
-    if counts:
-        said.append(
-            "Operations are those dispatched on this device. The steps of a greedy choice are none on a CPU, where "
-            "they are arrays of numpy."
-        )
-    if any(one["waits"] is None for one in counts):
-        said.append(
-            "Waits n/a: on a CPU nothing waits. `vtr bench ops` counts those of the toy model on torch's meta device."
-        )
-    said += [too_large(batch) for batch in result["batches"] if batch["needed_bytes"]]
     if gate is not None:
         said.append(
             f"Accuracy on the first {gate['questions']} questions of {gate['title']}; {FAILED} marks less than "
-            f"{100 * gate['share']:.0f} % of full, whose speed does not count."
+            "90 % of full, whose speed does not count."
         )
     if any(not row.get("ratios", {}).get("calm", True) for row in rows):
         said.append(f"{BUSY} The slowest turn of this method or of full took 25 % longer than the fastest, or more.")
     if result.get("compile"):
-        said.append(
-            "Compiled rows run tower, prefill and decoding as graphs; their TTFT x, over oracle and realised stand "
-            "beside full and oracles that are compiled too. compile s, by the wall clock, is in no other time here; a "
-            "graph that rows share counts in the first of them."
-        )
+        said.append("Tower, prefill and decoding of every row are compiled; the seconds of compiling are left out.")
     return said
-
-
-def too_large(batch: dict[str, Any]) -> str:
-    """What a batch was not tried for: on a CPU, memory that is used up ends the process."""
-    needs = ", ".join(f"{name} {size_text(need)}" for name, need in batch["needed_bytes"].items())
-    asked = f"Batches of {batch['batch_size']} questions do not fit, and were"
-    if batch["batch_size"] == 1:
-        asked = "One question does not fit, and was"
-    return (
-        f"{asked} not tried: expected beside the weights are {needs}, and {size_text(batch['free_bytes'])} may be used."
-    )
-
-
-def sentence(name: str, budget: int, gain: dict[str, Any]) -> str:
-    """What one method gains, for the end of a run of one method."""
-    realised, choosing = 100 * gain["realised"], 100 * gain["selection"]
-    return (
-        f"{name} at {budget}: time to first token {gain['ttft']:.2f}x faster than full at {gain['flops']:.2f}x fewer "
-        f"operations ({realised:.0f} % realised), selection and merging {choosing:.2f} % of TTFT, KV cache "
-        f"{gain['kv_bytes']:.2f}x smaller, peak memory {gain['peak']:.2f} of full."
-    )
 
 
 def ms(seconds: float) -> str:
@@ -242,17 +200,13 @@ def plot(path: Path, result: dict[str, Any]) -> None:
     Raises:
         UserError: nothing fitted into the memory, so there is nothing to draw.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     batch = result["batches"][0]
     rows = {name: row for name, row in batch["methods"].items() if row["fits"] and not name.startswith("oracle of")}
     if not rows:
         raise UserError("No method fitted into the memory, so there is nothing to draw; leave --plot out.")
     names = sorted(rows, key=lambda name: (name == FULL, rows[name]["ttft"]), reverse=True)
-    figure, axes = plt.subplots(figsize=(8.6, 1.4 + 0.32 * len(names)), dpi=150)
+    figure = Figure(figsize=(8.6, 1.4 + 0.32 * len(names)), dpi=150)
+    axes = figure.subplots()
     left = [0.0] * len(names)
     for part, colour in zip(PARTS, COLOURS, strict=True):
         widths = [1000 * rows[name]["seconds"][part] for name in names]
@@ -275,7 +229,7 @@ def plot(path: Path, result: dict[str, Any]) -> None:
     asked = "one question" if batch["batch_size"] == 1 else f"batches of {batch['batch_size']} questions"
     of = f"{result['model'].rpartition('/')[2]} at {result['budget']} tokens, {asked}"
     axes.set_title(f"Time to the first token, {of}", fontsize=10)
-    layers = f"{result['layers']} decoder layer{'s' * (result['layers'] > 1)}"
+    layers = f"{result['layers']} {plural('decoder layer', result['layers'])}"
     axes.set_xlabel(f"milliseconds ({result['device']}, {layers}, {result['dtype']})")
     axes.set_ylabel("method")
     axes.grid(axis="x", alpha=0.25)
@@ -283,4 +237,3 @@ def plot(path: Path, result: dict[str, Any]) -> None:
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-    plt.close(figure)

@@ -11,7 +11,7 @@ import ctypes
 import gc
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +51,6 @@ class Scenario:
         lengths: tokens of the answers.
         repeats: rounds after the warm-up.
         differ: every round asks about another image.
-        video: the question is about a video.
         largest: batches grow by factors of two up to this size, or up to the largest that fits; None for those asked.
     """
 
@@ -59,7 +58,6 @@ class Scenario:
     lengths: tuple[int, ...]
     repeats: int
     differ: bool = False
-    video: bool = False
     largest: int | None = None
 
 
@@ -67,8 +65,6 @@ SCENARIOS = {
     "latency": Scenario("the same question again", (1, 16, 128), 5),
     "single-stream": Scenario("one question after another, each about another image", (16,), 20, differ=True),
     "offline": Scenario("growing batches, to the largest that fits", (16,), 3, largest=32),
-    "long-answer": Scenario("one question with a long answer", (512,), 3),
-    "video": Scenario("one question about a video", (1, 16, 128), 5, video=True),
 }
 
 
@@ -82,12 +78,10 @@ class Measured:
         flops: up to the first token, by the closed formula of the accounting.
         peak_bytes: highest memory of all rounds.
         above_bytes: the most that a round added to the memory that was in use before it.
-        preprocess: seconds of tokenizing and of preparing images on the CPU, before the time to the first token starts.
         decode: seconds per token after the first, median; None where no answer has a second token.
         end_to_end: output length -> seconds of every round, from opened images to texts.
         ttfts: seconds to the first token of every round.
-        attention: the attention kernels that ran; () where they are inside of compiled graphs.
-        compiling: seconds by the wall clock of what was compiled in these rounds, in no other time here.
+        attention: the attention kernels that ran; () where they are inside of compiled code.
     """
 
     seconds: dict[str, float]
@@ -95,12 +89,10 @@ class Measured:
     flops: int
     peak_bytes: int
     above_bytes: int = 0
-    preprocess: float = 0.0
     decode: float | None = None
     end_to_end: dict[int, tuple[float, ...]] = field(default_factory=dict)
     ttfts: tuple[float, ...] = ()
     attention: tuple[str, ...] = ()
-    compiling: float = 0.0
 
     @property
     def ttft(self) -> float:
@@ -149,7 +141,6 @@ def measure(
     lengths: Sequence[int] = (),
     batch: int = 1,
     clock: str = "wall",
-    compiled: Mapping[str, Llava] | None = None,
 ) -> dict[str, Measured | None]:
     """Measure each method `repeats` times in turns, after one warm-up each; every second round in reverse.
 
@@ -160,12 +151,11 @@ def measure(
         lengths: tokens of the answers that are timed end to end; none times the prefill alone.
         batch: questions in a batch, the name of these measurements in `kept`.
         clock: one of CLOCKS, for what does not run on a GPU.
-        compiled: the rows that run as graphs, with the model that has them.
 
     Returns:
         None for a method whose batch did not fit into the device's memory.
     """
-    kept, compiled = kept or Measurements(), compiled or {}
+    kept = kept or Measurements()
     orders = [list(reducers), list(reversed(reducers))]
     rounds = [(number, name) for number in range(repeats + 1) for name in orders[number % 2]]
     too_large = {name for (_, name, size), row in kept.rows.items() if size == batch and not row}
@@ -173,10 +163,10 @@ def measure(
         if (number, name, batch) in kept.rows or name in too_large:
             continue
         # The warm-up is no time that counts, so that it can be watched; operations inside of a graph cannot.
-        watched = OperationCounter() if number == 0 and name not in compiled else nullcontext()
+        watched = OperationCounter() if number == 0 and model.compiled is None else nullcontext()
         try:
             with watched as counter:
-                row = once(compiled.get(name, model), reducers[name], ask(number), lengths, CLOCKS[clock])
+                row = once(model, reducers[name], ask(number), lengths, CLOCKS[clock])
         except torch.OutOfMemoryError as error:
             error.with_traceback(None)  # its frames hold the tensors that fill the memory
             torch.cuda.empty_cache()
@@ -198,15 +188,12 @@ def once(
     lengths: Sequence[int] = (),
     clock: Callable[[], float] | None = None,
 ) -> dict[str, Any]:
-    """One round. One in which a graph was compiled does not count: it says how long that took, and is made again."""
-    if model.compiled is None:
-        return measure_round(model, reducer, samples, lengths, clock)
-    began = model.compiled.seconds
+    """One round. One in which a graph was compiled does not count: it is made again."""
+    began = model.compiled.seconds if model.compiled is not None else 0.0
     row = measure_round(model, reducer, samples, lengths, clock)
-    if model.compiled.seconds == began:
-        return row
-    compiling = model.compiled.seconds - began
-    return measure_round(model, reducer, samples, lengths, clock) | {"compiling": compiling}
+    if model.compiled is not None and model.compiled.seconds != began:
+        row = measure_round(model, reducer, samples, lengths, clock)
+    return row
 
 
 @torch.inference_mode()
@@ -221,7 +208,6 @@ def measure_round(
     spent = timer.seconds
     row = {
         "seconds": {part: spent.get(part, 0.0) for part in PARTS},
-        "preprocess": spent.get("preprocess", 0.0),
         "kv_bytes": state.kv_bytes_held,
         "flops": record.operations.total,
     }
@@ -249,12 +235,10 @@ def summary(rows: list[dict[str, Any]]) -> Measured:
         flops=last["flops"],
         peak_bytes=max(row["peak_bytes"] for row in counted),
         above_bytes=max(row.get("above_bytes", 0) for row in counted),
-        preprocess=median(row["preprocess"] for row in counted),
         decode=median(decodes) if decodes else None,
         end_to_end={int(n): tuple(row["end_to_end"][n] for row in counted) for n in last.get("end_to_end", {})},
         ttfts=tuple(sum(row["seconds"].values()) for row in counted),
         attention=tuple(warm_up.get("attention", ())),
-        compiling=sum(row.get("compiling", 0.0) for row in rows),
     )
 
 
@@ -365,36 +349,22 @@ def ratios(
     Returns:
         ttft: time to first token of full over that of the method in the same round, median over rounds.
         ttft_interval: low and high end of the interval of that median.
-        decode: seconds per token, likewise; None without decoding.
-        end_to_end: output length -> seconds of full over those of the method.
         flops: operations of full over those of the method.
         realised: `ttft` / `flops`, the share of the theoretical speed-up that was measured.
         over_oracle: time to first token over that of the oracle with the same tokens in the same round, less 1,
             median over rounds; the price of choosing. None without an oracle.
         over_oracle_interval: of that median.
-        selection: selection and merging as a share of the time to first token.
-        with_scores: the same with what the tower takes longer than for full, since scores are computed beside it.
-        kv_bytes: of full over those of the method.
-        peak: highest memory of the method over that of full.
         calm: slowest over fastest round is below 1.25 for the method and for full.
     """
     most, least = (counts[0].flops, counts[1].flops) if counts else (full.flops, ours.flops)
-    choosing = ours.seconds["selection"] + ours.seconds["merging"]
     faster = over_rounds(full.ttfts, ours.ttfts)
     slower = None if oracle is None else over_rounds(ours.ttfts, oracle.ttfts)
-    whole = {length: median(full.end_to_end[length]) / median(own) for length, own in ours.end_to_end.items()}
     return {
         "ttft": faster.median,
         "ttft_interval": (faster.low, faster.high),
-        "decode": None if not (full.decode and ours.decode) else full.decode / ours.decode,
-        "end_to_end": whole,
         "flops": most / least,
         "realised": faster.median * least / most,
         "over_oracle": None if slower is None else slower.median - 1,
         "over_oracle_interval": None if slower is None else (slower.low - 1, slower.high - 1),
-        "selection": choosing / ours.ttft,
-        "with_scores": (choosing + max(0.0, ours.seconds["vision"] - full.seconds["vision"])) / ours.ttft,
-        "kv_bytes": full.kv_bytes / ours.kv_bytes,
-        "peak": ours.peak_bytes / full.peak_bytes,
         "calm": all(max(one.ttfts) < SPREAD * min(one.ttfts) for one in (full, ours)),
     }

@@ -31,7 +31,6 @@ from llava.pipeline.decoder import BLOCK
 from llava.pipeline.prefill import prefill
 from llava.processing.image import Grid
 from llava.processing.prompt import IMAGE_TOKEN_INDEX, Prompt, Sample
-from llava.processing.video import Video
 from llava.reduction.budget import planned
 from llava.reduction.modules import layer_flops, linear_flops, prefill_flops, projector_flops, tower_flops
 from llava.reduction.reducer import Reducer
@@ -91,15 +90,6 @@ def layout_of(model: Llava, size: tuple[int, int] | None = None, video: bool = F
     return single(grid.rows, grid.columns)
 
 
-def shape_of(model: Llava, sample: Sample) -> QuestionShape:
-    """What memory and time depend on in a question whose images are open."""
-    opened = [
-        (image.frames[0].size, True) if isinstance(image, Video) else (image.size, False) for image in sample.images
-    ]
-    images = tuple(layout_of(model, size, video) for size, video in opened)
-    return QuestionShape(sum(token >= 0 for token in model.prompt(sample).ids), images, sample.id)
-
-
 def visual_plan(model: Llava, reducer: Reducer, image: TokenLayout) -> tuple[int, ...]:
     """Visual tokens of one image that enter each decoder layer; the budget where a method decides by the image."""
     own = spec_of(model.spec, image)
@@ -142,19 +132,17 @@ class Weights:
         return sum(self.device.values())
 
 
-def weights(
-    model: Llava, itemsize: int, quantization: str | None = None, split: int = 1, text_tower: int = 0
-) -> Weights:
+def weights(model: Llava, itemsize: int, quantization: str | None = None, split: int = 1) -> Weights:
     """Bytes of the weights of one rank.
 
     Args:
         itemsize: bytes of a weight that is not quantised.
         quantization: "8bit" or "4bit" for the linear layers of the decoder.
         split: ranks over which the linear layers of the decoder and the head are split (tensor parallelism).
-        text_tower: weights of the CLIP text tower if the method reads it, in float32.
     """
-    tower = {"text tower": text_tower * FLOAT32} if text_tower else {}
-    held = {"vision tower": 0, "projector": 0} | tower | {"decoder": 0, "head": 0}
+    held = {"vision tower": 0, "projector": 0, "decoder": 0, "head": 0}
+    if "clip" in vars(model):  # a CLIP text tower that a method reads, in float32
+        held["text tower"] = sum(weight.numel() for weight in model.clip.parameters()) * FLOAT32
     for name, weight in model.hf_model.named_parameters():  # a head that is the embeddings is none of its own
         part = next((part for word, part in PARTS.items() if word in name), "decoder")
         count, linear = weight.numel(), part == "decoder" and "_proj." in name
@@ -259,7 +247,11 @@ def activations(
     for index, layer in enumerate(layers):
         if stages.isdisjoint((index, index + 1)):  # neither the first nor the last one between two reductions
             repeat(layer)
-    samples = [_sample(number, question) for number, question in enumerate(questions)]
+    samples = []
+    for number, question in enumerate(questions):  # their images are token layouts, which `outlined` reads
+        words = " ".join(["word"] * question.text)
+        ids = tuple(f"{question.names} {place}" for place in range(len(question.images))) if question.names else ()
+        samples.append(Sample(str(number), words, "", question.images or None, ids))  # type: ignore[arg-type]
     if any(_plan(model, reducer, image) is None for question in questions for image in question.images):
         reducer = flat_oracle(reducer.budget)
     return _ask(asked, reducer, samples)
@@ -315,13 +307,6 @@ class Ones(TorchDispatchMode):
         if function.overloadpacket is torch.ops.aten.to and given == [torch.device("cpu")] and args[0].is_meta:
             args = (torch.ones_like(args[0], device="cpu"), *args[1:])
         return function(*args, **kwargs)
-
-
-def _sample(number: int, question: QuestionShape) -> Sample:
-    """A question whose images are token layouts, which `outlined` reads."""
-    words = " ".join(["word"] * question.text)
-    ids = tuple(f"{question.names} {place}" for place in range(len(question.images))) if question.names else ()
-    return Sample(str(number), words, "", question.images or None, ids)  # type: ignore[arg-type]
 
 
 def outlined(model: Llava, dtype: torch.dtype, split: int, on_host: bool) -> Llava:
@@ -453,14 +438,6 @@ class Meter(TorchDispatchMode):
 def _address(tensor: Tensor) -> int:
     address: int = tensor.untyped_storage()._cdata
     return address
-
-
-def peak_bytes(call: Any) -> int:
-    """Most bytes alive at once while a function runs, above what was there before."""
-    with torch.inference_mode(), Meter() as meter:
-        call()
-    most: int = meter.peak()
-    return most
 
 
 # Operations

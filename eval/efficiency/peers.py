@@ -22,21 +22,16 @@ Two workers are here, on random weights in the shape of a real model. Every meas
     python -m eval.efficiency.peers ours --method full,consensusdrop,visiondrop --budget 64
     python -m eval.efficiency.peers stock                       # dense: `generate` for one token, SDPA
     python -m eval.efficiency.peers stock --attentions          # and with output_attentions=True beside it
-    python -m eval.efficiency.peers stock --layer 2 --keep 64   # FastV's rule, on attention of the eager kernel
 
-`ours` is this repository: methods, and with `--oracle` their oracles. One method is measured as "ours", several under
-their names. Seconds are those to the first token (vision, selection and prefill) from prepared pixels and token ids.
+`ours` is this repository: methods, and with `--oracle` their oracles. Seconds are those to the first token (vision,
+selection and prefill) from prepared pixels and token ids.
 
-`stock` is transformers: dense, or pruning that a user would write. With `--attentions` a second measurement asks
+`stock` is transformers. With `--attentions` a second measurement asks
 `generate` for the attention maps from which a user would score tokens by the text: all modules then run the eager
-kernel, as after `from_pretrained(attn_implementation="eager")`. FastV keeps the visual tokens to which the last token
-attends most in the layer before `--layer`. transformers returns attention from its eager kernel alone, so that one
-layer runs it, all others SDPA, and rows of the hidden states are dropped between two layers: what the model's public
-modules allow in one pass.
+kernel, as after `from_pretrained(attn_implementation="eager")`.
 """
 
 import argparse
-import copy
 import json
 import os
 import shlex
@@ -53,17 +48,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache
 
 from eval.command import exit_on_user_error, make_parser, value
-from eval.config import FULL, count
+from eval.config import count
 from eval.efficiency.counts import first_token
 from eval.efficiency.measure import over_rounds
-from eval.efficiency.oracle import chosen_options, oracle_of, oracles, reducers_of
+from eval.efficiency.oracle import chosen_options, oracles, reducers_of
 from eval.efficiency.shapes import SHAPES, noise_batches, random_llava
 from eval.results.report import commit, hardware, versions
 from eval.tables.page import left_aligned, markdown
-from llava.errors import UserError, unknown
+from llava.errors import UserError
 from llava.model.builder import DTYPES
 from llava.model.llava_arch import Llava
 from llava.pipeline.accounting import Timer
@@ -152,37 +146,28 @@ def compare(name: str, commands: Sequence[str], rounds: int, threads: int) -> di
     with ExitStack() as stack:
         workers = [Worker(command, threads, stack) for command in commands]
         ready = [worker.read("ready") for worker in workers]
-        refuse_unequal(ready)
+        for key in EQUAL:
+            said = [worker[key] for worker in ready if key in worker]
+            if any(one != said[0] for one in said):
+                raise UserError(f"The workers say {key} {', '.join(map(str, said))}; give all of them the same model.")
         names = [name for worker in workers for name in worker.measure()]
         if len(set(names)) != len(names):
             raise UserError(f"The workers measure {', '.join(names)}; a name may occur once.")
-        began, load = time.time(), [os.getloadavg()[0]]
         rows = []
         for number in tqdm(range(rounds), desc=name, unit="round", disable=None):
             row: dict[str, float] = {}
             for worker in workers if number % 2 == 0 else reversed(workers):
                 row |= worker.measure()
             rows.append({name: row[name] for name in names})
-            load.append(os.getloadavg()[0])
     return {
         "name": name,
         "commands": list(commands),
         "threads": threads,
         "hardware": hardware("cpu"),
         "commit": commit(),
-        "began": began,
-        "load": load,
         "workers": ready,
         "rounds": rows,
     }
-
-
-def refuse_unequal(ready: Sequence[dict[str, Any]]) -> None:
-    """Raise UserError where two workers that say how deep or how precise they are do not say the same."""
-    for key in EQUAL:
-        said = [worker[key] for worker in ready if key in worker]
-        if any(one != said[0] for one in said):
-            raise UserError(f"The workers say {key} {', '.join(map(str, said))}; give all of them the same model.")
 
 
 def table(results: Sequence[dict[str, Any]], beside: str | None = None) -> str:
@@ -220,11 +205,9 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         result: dict[str, Any] = json.loads(path.read_text())
-        missing = [key for key in ("name", "rounds") if not result[key]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        result["name"], result["rounds"][0]
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} is no result of `measure`: {error!r}.") from error
-    if missing:
-        raise UserError(f"{path} is no result of `measure`: its {missing[0]} is empty.")
     return result
 
 
@@ -233,27 +216,16 @@ def read(path: Path) -> dict[str, Any]:
 
 def ours(args: argparse.Namespace) -> None:
     """Serve measurements of methods, and of their oracles if asked."""
-    names = args.method.split(",")
-    if args.budget is None and names != [FULL]:
-        raise UserError(f"--method {args.method} needs a --budget: the visual tokens to keep.")
-    model = build(args)
-    methods = reducers_of(names, args.budget or model.visual_tokens, chosen_options(args.set, names), model)
-    theirs: dict[str, Reducer] = {}
-    if args.oracle:
-        for one in methods.values():
-            oracle_of(one, model.spec)  # an error where there is none
-        theirs, _ = oracles(methods, model.spec)
-    runs = methods | theirs
-    if len(methods) == 1:
-        runs = dict(zip(("ours", "oracle") if theirs else ("ours",), runs.values(), strict=True))
+    names, model = args.method.split(","), build(args)
+    methods = reducers_of(names, args.budget, chosen_options(args.set, names), model)
+    runs = methods | (oracles(methods, model.spec)[0] if args.oracle else {})
     ask = noise_batches(model, 1, differ=True)
 
     def calls(number: int) -> dict[str, Callable[[], float]]:
         return {name: partial(ttft, model, reducer, ask(number)) for name, reducer in runs.items()}
 
     plans = {name: planned(one.for_picture(model.spec), model.spec) for name, one in methods.items()}
-    plan = plans if len(plans) > 1 else plans[names[0]]
-    serve(described(model, f"{args.method} {args.set}", args) | {"visual tokens per layer": plan}, calls)
+    serve(described(model, f"{args.method} {args.set}", args) | {"visual tokens per layer": plans}, calls)
 
 
 @torch.inference_mode()
@@ -270,20 +242,10 @@ def ttft(model: Llava, reducer: Reducer, samples: list[Sample]) -> float:
 
 def stock(args: argparse.Namespace) -> None:
     """Serve measurements of transformers on the same weights."""
-    if args.attentions and args.keep is not None:
-        raise UserError("--attentions asks the dense model; leave --layer and --keep out.")
-    if (args.layer is None) != (args.keep is None):
-        raise UserError("--layer and --keep belong together; give both, or none for the dense model.")
     model = build(args)
-    if args.layer is not None and not 1 <= args.layer < model.spec.layers:
-        raise UserError(f"--layer should be 1 to {model.spec.layers - 1}, got {args.layer}.")
-    if args.keep is not None and not 1 <= args.keep <= model.visual_tokens:
-        raise UserError(f"--keep should be 1 to {model.visual_tokens}, got {args.keep}.")
     runs: dict[str, Callable[..., object]] = {"transformers": dense}
     if args.attentions:
         runs["transformers, output_attentions"] = attentive
-    elif args.keep is not None:
-        runs = {"transformers, eager attention": partial(pruned_token, layer=args.layer, keep=args.keep)}
 
     def calls(number: int) -> dict[str, Callable[[], float]]:
         asked = inputs(model, number)
@@ -331,60 +293,11 @@ def attentive(hf: Any, ids: Tensor, pixels: Tensor) -> tuple[Tensor, tuple[Tenso
     return output.sequences[:, -1], output.attentions[0]
 
 
-def pruned_token(hf: Any, ids: Tensor, pixels: Tensor, layer: int, keep: int) -> Tensor:
-    """[1]: the first token of `pruned`."""
-    return pruned(hf, ids, pixels, layer, keep).argmax(-1)
-
-
-@torch.inference_mode()
-def pruned(hf: Any, ids: Tensor, pixels: Tensor, layer: int, keep: int) -> Tensor:
-    """[1, V]: logits of the first token, with `keep` visual tokens from decoder layer `layer` on."""
-    decoder = hf.model.language_model
-    visual = ids == hf.config.image_token_id
-    features = torch.cat(tuple(hf.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output))
-    hidden = decoder.embed_tokens(ids).masked_scatter(visual[..., None], features)
-    cache = DynamicCache(config=decoder.config)
-    places = torch.arange(ids.shape[1], device=ids.device)[None]
-    rope = decoder.rotary_emb(hidden, places)
-    for index, block in enumerate(decoder.layers):
-        if index == layer - 1:
-            hidden, attention = eager_layer(block, hidden, rope, cache)
-            score = attention[0].mean(0)[-1][visual[0]]
-            best = score.topk(keep).indices.sort().values
-            kept = torch.cat([(~visual[0]).nonzero()[:, 0], visual[0].nonzero()[:, 0][best]]).sort().values
-            hidden, rope = hidden[:, kept], (rope[0][:, kept], rope[1][:, kept])
-        else:
-            hidden = block(hidden, position_embeddings=rope, past_key_values=cache, use_cache=True)
-    logits: Tensor = hf.lm_head(decoder.norm(hidden)[:, -1])
-    return logits
-
-
-def eager_layer(
-    block: torch.nn.Module, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: DynamicCache
-) -> tuple[Tensor, Tensor]:
-    """One decoder layer with the eager kernel: its output [1, L, D], and its attention [1, H, L, L]."""
-    attention: Any = block.self_attn
-    length, shared, maps = hidden.shape[1], attention.config, []
-    mask = torch.full((length, length), torch.finfo(hidden.dtype).min, dtype=hidden.dtype, device=hidden.device)
-    mask = mask.triu(1)[None, None]
-    attention.config = copy.copy(shared)
-    attention.config._attn_implementation = "eager"
-    hook = attention.register_forward_hook(lambda module, args, output: maps.append(output[1]))
-    try:
-        output = block(hidden, attention_mask=mask, position_embeddings=rope, past_key_values=cache, use_cache=True)
-    finally:
-        hook.remove()
-        attention.config = shared
-    return output, maps[0]
-
-
 # Both workers
 
 
 def build(args: argparse.Namespace) -> Llava:
     """The model of a worker's flags. Its CPU threads are those of OMP_NUM_THREADS, which the parent sets."""
-    if args.shape not in SHAPES:
-        raise unknown("shape", args.shape, SHAPES)
     return random_llava(args.shape, args.distinct, args.dtype, args.layers)
 
 
@@ -453,16 +366,14 @@ def parser() -> argparse.ArgumentParser:
     add("--beside", metavar="NAME", help="divide by the times of this name, not of the first")
     own = command("ours", ours, "be a worker: methods of this repository")
     own("--method", required=True, help="a name of `vtr show methods`, or several separated by commas")
-    own("--budget", type=value(count), help="visual tokens to keep; needless with --method full")
+    own("--budget", type=value(count), required=True, help="visual tokens to keep; full keeps all")
     option = "an option of the method or of one of them"
     own("--set", action="append", default=[], metavar="[METHOD.]KEY=VALUE", help=option)
     own("--oracle", action="store_true", help="measure the methods' oracles, too")
     theirs = command("stock", stock, "be a worker: transformers on the same weights")
     theirs("--attentions", action="store_true", help="measure output_attentions=True beside the dense model")
-    theirs("--layer", type=value(count), help="prune before this decoder layer")
-    theirs("--keep", type=value(count), help="visual tokens from that layer on")
     for add in (own, theirs):
-        add("--shape", default="llava-1.5-7b", help=f"one of {', '.join(SHAPES)}")
+        add("--shape", default="llava-1.5-7b", choices=tuple(SHAPES), help="of an official model")
         add("--layers", type=value(count), help="decoder layers; all of the real model if left out")
         add("--distinct", type=value(count), default=4, help="decoder layers with their own weights")
         add("--dtype", default="bfloat16", choices=tuple(DTYPES), help="of the weights")

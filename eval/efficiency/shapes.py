@@ -7,7 +7,7 @@ noise_batches(model, 8, True)   batches of questions that any model can be measu
 
 import copy
 from collections.abc import Callable, Mapping
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPTextConfig, LlamaModel, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
+from transformers.modeling_utils import local_torch_dtype
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from eval.papers import read_yaml
@@ -127,9 +128,12 @@ def random_llava(
     share_layers(model.model.language_model, layers)
     video, qwen = family == "video_llava", family == "qwen2_5_vl"
     side = None if qwen else model.config.vision_config.image_size
+    # One unknown token per word: about as many tokens as a real prompt has.
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
     checkpoint = Checkpoint(
         model=model,
-        tokenizer=_letters(),
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>"),
         image_processor=QwenImageProcessor() if side is None else ImageProcessor(side, side),
         conversation="qwen2_vl" if qwen else "vicuna_v1",
         layout="original",
@@ -161,13 +165,8 @@ def hf_model(
         config.image_grid_pinpoints = [[side * a, side * b] for a, b in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
     config._attn_implementation = "sdpa"
     build, extra = hf_class(family, FRAMES if family == "video_llava" else None)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with no_init_weights(), torch.device(device):
-            made: PreTrainedModel = build(config, *extra)
-    finally:
-        torch.set_default_dtype(before)
+    with no_init_weights(), local_torch_dtype(dtype), torch.device(device):
+        made: PreTrainedModel = build(config, *extra)
     # One repeated block of noise: drawing a billion weights takes a minute.
     block = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(device, dtype)
     with torch.no_grad():
@@ -211,13 +210,6 @@ def share_layers(llm: LlamaModel, layers: int) -> None:
     llm.config.num_hidden_layers = layers
 
 
-def _letters() -> PreTrainedTokenizerFast:
-    """A tokenizer with one unknown token per word, about as many tokens as a real prompt has."""
-    backend = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-
-
 QUESTION = "What is the color of the small object on the left side of the image?"
 SUFFIX = "Answer the question using a single word or phrase."
 SIDE = 336
@@ -242,14 +234,9 @@ def visual(model: Llava, seed: int) -> Image.Image | Video:
 
 def noise_batches(model: Llava, size: int, differ: bool) -> Callable[[int], list[Sample]]:
     """Turn -> a batch of one question about `size` images of noise; other images in every turn where they `differ`."""
-    known: dict[int, list[Sample]] = {}
 
-    def ask(turn: int) -> list[Sample]:
-        first = turn * size if differ else 0
-        if first not in known:
-            known.clear()
-            seeds = range(first, first + size)
-            known[first] = [Sample(f"s{seed}", QUESTION, SUFFIX, visual(model, seed)) for seed in seeds]
-        return known[first]
+    @lru_cache(maxsize=1)
+    def batch(first: int) -> list[Sample]:
+        return [Sample(f"s{seed}", QUESTION, SUFFIX, visual(model, seed)) for seed in range(first, first + size)]
 
-    return ask
+    return lambda turn: batch(turn * size if differ else 0)

@@ -236,12 +236,14 @@ def draw_panel(panel: Panel, patches: PatchAssignment, colours: Ints, upscale: i
 
     pixels = np.asarray(image, dtype=np.float32)
     grey = (pixels @ LUMINANCE)[..., None]
-    paint = group_colours(patches, colours)[token]
+    palette = np.array([*map(ImageColor.getrgb, PALETTE), (0, 0, 0)], dtype=np.float32)  # black without a group
+    paint = palette[np.append(colours, -1)[patches.assignment]][token]  # -1, a dropped patch, has no group
     faded = (pixels + (grey - pixels) * FADED) * (1 - TINT) + paint * TINT
     dim = (pixels + (grey - pixels) * GREY) * DIM
     drawn = np.where(dropped[..., None], dim, np.where(merged[..., None], faded, pixels))
 
-    thin = line_width(panel, image.size)
+    (width, height), (rows, columns) = panel.canvas(image.size), panel.grid.shape
+    thin = max(1, round(min(width / columns, height / rows) / 12))  # a twelfth of a patch
     group = np.where(known & patches.grouped[token], patches.assignment[token], -1)
     border = (group >= 0) & differs(group, thin)
     frame = known & patches.target[token] & differs(cell, 2 * thin, outside=True)
@@ -267,13 +269,6 @@ def cells_of_pixels(panel: Panel, size: tuple[int, int]) -> Ints:
     return drawn
 
 
-def line_width(panel: Panel, size: tuple[int, int]) -> int:
-    """Pixels of a thin line: a twelfth of a patch, at least 1."""
-    (width, height), (rows, columns) = panel.canvas(size), panel.grid.shape
-    pixels: int = max(1, round(min(width / columns, height / rows) / 12))
-    return pixels
-
-
 def differs(values: Ints, distance: int, outside: bool = False) -> Mask:
     """Same shape: a pixel with another value lies at most `distance` away, up, down, left or right.
 
@@ -289,47 +284,25 @@ def differs(values: Ints, distance: int, outside: bool = False) -> Mask:
     return near
 
 
-def group_colours(patches: PatchAssignment, colours: Ints) -> NDArray[np.float32]:
-    """[N, 3]: the colour of every patch's group, 0 to 255; black without a group."""
-    palette = np.array([*map(ImageColor.getrgb, PALETTE), (0, 0, 0)], dtype=np.float32)
-    own = np.append(colours, -1)[patches.assignment]  # -1, a dropped patch, takes the last: no colour
-    painted: NDArray[np.float32] = palette[own]
-    return painted
-
-
-def legend(scale: int = 1, merges: bool = True) -> Image.Image:
-    """A strip that explains the overlay: kept, merged, merge target and dropped patches, black on white.
-
-    Args:
-        merges: False leaves out the entries of merging.
-    """
-    side, gap = 14 * scale, 8 * scale
-    font = ImageFont.load_default(13 * scale)
-    drawn = example(side)
-    kept, merged, target, dropped = (drawn.crop((left, 0, left + side, side)) for left in range(0, 4 * side, side))
-    entries = [("kept", kept)]
-    if merges:
-        entries += [("merged, in its group's outline", merged), ("patch at which a merged token stands", target)]
-    entries.append(("dropped", dropped))
-    widths = [side + gap // 2 + round(font.getlength(text)) + 2 * gap for text, _ in entries]
-    strip = Image.new("RGB", (sum(widths), side + gap), "white")
-    pen, left = ImageDraw.Draw(strip), 0
-    for (text, swatch), width in zip(entries, widths, strict=True):
-        strip.paste(swatch, (left, gap // 2))
-        pen.text((left + side + gap // 2, gap // 2 + side // 2), text, fill="black", font=font, anchor="lm")
-        left += width
-    return strip
-
-
-def example(side: int) -> Image.Image:
-    """Four patches of a made-up photograph as `draw_panel` draws them: kept, merged, merge target, dropped."""
-    # Patches 1 and 2 are one token, which stands at 2.
+def legend() -> Image.Image:
+    """A strip that explains the overlay: kept, merged, merge target and dropped patches, black on white."""
+    side, gap, font = 14, 8, ImageFont.load_default(13)
+    # Four patches of a made-up photograph; patches 1 and 2 are one token, which stands at 2.
     photo = np.array([[(196, 120, 84), (120, 168, 92)]], dtype=np.uint8).repeat(side, 0).repeat(side // 2, 1)
     panel = Panel("", Image.fromarray(np.concatenate([photo] * 4, 1)), np.arange(4)[None])
     drawn = draw_panel(panel, PatchAssignment(np.array([0, 1, 1, -1]), np.array([0, 2])), np.array([-1, 4]))
     # A group's line runs around it; as a swatch of its own the merged patch is outlined on all sides.
     ImageDraw.Draw(drawn).rectangle((side, 0, 2 * side - 1, side - 1), outline=PALETTE[4])
-    return drawn
+    swatches = [drawn.crop((left, 0, left + side, side)) for left in range(0, 4 * side, side)]
+    texts = ("kept", "merged, in its group's outline", "patch at which a merged token stands", "dropped")
+    widths = [side + gap // 2 + round(font.getlength(text)) + 2 * gap for text in texts]
+    strip = Image.new("RGB", (sum(widths), side + gap), "white")
+    pen, left = ImageDraw.Draw(strip), 0
+    for text, swatch, width in zip(texts, swatches, widths, strict=True):
+        strip.paste(swatch, (left, gap // 2))
+        pen.text((left + side + gap // 2, gap // 2 + side // 2), text, fill="black", font=font, anchor="lm")
+        left += width
+    return strip
 
 
 GAP = 4  # pixels between panels

@@ -28,7 +28,6 @@ from eval.findings.summary import (
     LEVEL,
     Cell,
     Cells,
-    Table,
     Values,
     bars,
     centre,
@@ -38,11 +37,14 @@ from eval.findings.summary import (
     legend_below,
     mean,
     sheet,
+    write_rows,
 )
+from eval.results.statistics import Comparison
 from eval.tables.page import COLOURS
 from llava.pipeline.generate import generate
 from llava.reduction import PromptState
 
+INFINITE = float("inf")  # of noise: nothing is left of the probe
 CELLS = 6  # of the smooth field along each side; four patches each, the size of an object
 
 
@@ -68,16 +70,12 @@ class Degraded(ConsensusDrop):
     def cross_saliency(self, state: PromptState) -> Tensor:
         cross = super().cross_saliency(state)
         if self.noise:
-            cross = torch.stack([self._worse(row, name, state) for row, name in zip(cross, state.ids, strict=True)])
+            rows, columns = state.layout.rows, state.layout.columns
+            noise = torch.stack([field_of(self.kind, name, rows, columns) for name in state.ids]).to(cross.device)
+            worse = noise if self.noise == INFINITE else standard(cross.log()) + self.noise * noise
+            cross = worse.exp()  # at least 0, as every rule of fusion expects
         self.seen.update(zip(state.ids, cross, strict=True))
         return cross
-
-    def _worse(self, saliency: Tensor, name: str, state: PromptState) -> Tensor:
-        """[N] at least 0, as every rule of fusion expects."""
-        noise = field_of(self.kind, name, state.layout.rows, state.layout.columns).to(saliency.device)
-        if self.noise == float("inf"):
-            return noise.exp()
-        return (standard(saliency.log()) + self.noise * noise).exp()
 
 
 def field_of(kind: str, name: str, rows: int, columns: int) -> Tensor:
@@ -93,8 +91,8 @@ def field_of(kind: str, name: str, rows: int, columns: int) -> Tensor:
 
 
 def standard(values: Tensor) -> Tensor:
-    """[N] scaled to mean 0 and standard deviation 1."""
-    return (values - values.mean()) / values.std()
+    """[..., N] scaled to mean 0 and standard deviation 1."""
+    return (values - values.mean(-1, keepdim=True)) / values.std(-1, keepdim=True)
 
 
 BATCH = 48
@@ -146,13 +144,11 @@ class Answered:
     Attributes:
         scores: sample score, 0 to 1.
         auroc: how well the probe finds the named things; {} where it is not used.
-        recall: share of the patches of the named things that are kept, merge targets included.
-        hit: 1 if of every named thing at least one patch is kept, else 0.
+        hit: 1 if of every named thing at least one patch is kept, merge targets included, else 0.
     """
 
     scores: dict[str, float]
     auroc: dict[str, float]
-    recall: dict[str, float]
     hit: dict[str, float]
 
 
@@ -190,7 +186,7 @@ def ask(model: CachingLlava, arm: Arm, limit: int | None) -> Answered:
         for question, given in zip(batch, answers, strict=True):
             scores[question.id] = data.sample_score(question, given.text)
             kept[question.id] = given.trace[-1].reduction.kept[0].tolist()
-    answered = Answered(scores, {}, {}, {})
+    answered = Answered(scores, {}, {})
     for one in questions():
         picture = redraw(one.picture)
         mask = picture.patches(one.targets)
@@ -199,7 +195,6 @@ def ask(model: CachingLlava, arm: Arm, limit: int | None) -> Answered:
         if one.id in reducer.seen:
             answered.auroc[one.id] = float(auroc(reducer.seen[one.id].double().numpy(), mask))
         owners = picture.owner[kept[one.id]]
-        answered.recall[one.id] = float(mask[kept[one.id]].sum() / mask.sum())
         answered.hit[one.id] = float({n for n in one.targets if n in picture.owner} <= set(owners.tolist()))
     return answered
 
@@ -208,18 +203,18 @@ BUDGET = 32  # at 64 tokens docs/consensusdrop.md finds no difference
 OVER_ENCODER, OVER_CROSS = "fused − encoder only", "fused − cross-modal only"
 
 
-def groups_of(salience: Values, limit: int | None = None) -> dict[str, set[str]]:
+def groups_of(salience: Values) -> dict[str, set[str]]:
     """Label -> question ids: families, scenes, and thirds by size and by salience of the named things.
 
     Args:
         salience: question id -> how well the encoder's saliency finds the named things, AUROC.
     """
-    asked = questions()[:limit]
+    asked = questions()
     groups = {"all": {one.id for one in asked}}
     for family in dict.fromkeys(one.family for one in asked):
         groups[f"family: {family}"] = {one.id for one in asked if one.family == family}
-    for label, dense in (("natural", False), ("dense", True)):
-        groups[f"scene: {label}"] = {one.id for one in asked if redraw(one.picture).dense == dense}
+    for label, ending in (("natural", "n"), ("dense", "d")):
+        groups[f"scene: {label}"] = {one.id for one in asked if one.picture.endswith(ending)}
     patches = {one.id: float(redraw(one.picture).patches(one.targets).sum()) for one in asked}
     size = {name: count for name, count in patches.items() if count}
     known = {name: salience[name] for name in size if name in salience}
@@ -231,50 +226,39 @@ def groups_of(salience: Values, limit: int | None = None) -> dict[str, set[str]]
     return groups
 
 
-def gains(answered: Mapping[Arm, Answered], groups: Mapping[str, set[str]]) -> dict[str, Cells]:
-    """Group -> points by which fusion beats each score alone."""
-    pictures = {one.id: one.picture for one in questions()}
-    fused, encoder, cross = (answered[Arm(ranking, BUDGET)].scores for ranking in ALPHA)
-    measured: dict[str, Cells] = {}
-    for label, ids in groups.items():
-        own = {name: fused[name] for name in ids}
-        measured[label] = {
-            OVER_ENCODER: difference(own, encoder, pictures, 100),
-            OVER_CROSS: difference(own, cross, pictures, 100),
-        }
-    return measured
-
-
 def report_gains(model: CachingLlava, folder: Path, out: Path, salience: Values) -> None:
-    """Table and figure of where fusion gains.
+    """Points by which fusion beats each score alone, by group of questions, and their figure.
 
     Args:
         salience: question id -> AUROC of the encoder's saliency on the named things, of the pictures where it is known.
     """
-    groups = groups_of(salience)
-    measured = gains(answer(model, [Arm(ranking, BUDGET) for ranking in ALPHA], folder), groups)
-    titles = {title: f"{title}, {BUDGET} tokens, points" for title in (OVER_ENCODER, OVER_CROSS)}
-    table = Table("fusion_gain", ["questions", *titles.values()])
-    for label, cells in measured.items():
-        table.add(f"{label} ({len(groups[label])})", {titles[title]: cell for title, cell in cells.items()})
-    table.write(out)
-    draw_gains(out / "images" / "findings_fusion_gain.png", measured)
+    answered = answer(model, [Arm(ranking, BUDGET) for ranking in ALPHA], folder)
+    fused, encoder, cross = (answered[Arm(ranking, BUDGET)].scores for ranking in ALPHA)
+    pictures = {one.id: one.picture for one in questions()}
+    gains = {}
+    for label, ids in groups_of(salience).items():
+        own = {name: fused[name] for name in ids}
+        gains[f"{label} ({len(ids)})"] = {
+            f"{title}, {BUDGET} tokens, points": difference(own, other, pictures, 100)
+            for title, other in ((OVER_ENCODER, encoder), (OVER_CROSS, cross))
+        }
+    write_rows(out, "fusion_gain", gains)
+    draw_gains(out / "images" / "findings_fusion_gain.png", gains)
 
 
-def draw_gains(path: Path, measured: Mapping[str, Cells]) -> None:
+def draw_gains(path: Path, measured: Mapping[str, Mapping[str, Comparison]]) -> None:
     """Points that fusion gains over each score alone, by group of questions, a panel per comparison."""
     with sheet(path, 2, 12, 5.6, sharey=True) as axes:
-        for panel, title in zip(axes, (OVER_ENCODER, OVER_CROSS), strict=True):
+        for panel, title in zip(axes, next(iter(measured.values())), strict=True):
             draw_cells(panel, [cells[title] for cells in measured.values()], np.arange(len(measured)), 0, "", 5)
             panel.axvline(0, **LEVEL)
-            panel.set_xlabel(f"{title}, points of accuracy at {BUDGET} tokens")
+            panel.set_xlabel(title)
         axes[0].set_yticks(range(len(measured)), list(measured))
         axes[0].invert_yaxis()
 
 
 # How good the probe may be.
 
-INFINITE = float("inf")
 ASKED = 671  # questions in every arm: those of the first 76 pictures
 # (budget, half of it for merge targets, kind of noise, levels) of the arms with a worse probe.
 NOISE: tuple[tuple[int, bool, str, tuple[float, ...]], ...] = (
@@ -284,28 +268,18 @@ NOISE: tuple[tuple[int, bool, str, tuple[float, ...]], ...] = (
     (32, True, "smooth", (0.0, 2.0, INFINITE)),
     (32, True, "white", (0.0, 2.0, INFINITE)),
 )
-# (inputs, decoder layer) of the probes without noise, at 64 tokens, all ranked; the first is the default.
-PROBES = [*(("static", layer) for layer in range(3)), *(("contextual", layer) for layer in range(1, 5))]
 RANKINGS = ("fused", "cross-modal only", "encoder only")  # in the order of the figure
 # What changes the probe, where that is no noise.
 KIND_NAMES = {"late": "late preference", "other layers": "other layers, no noise"}
 OVER_PROBE = "fused − fused with the probe as it is"
-COLUMNS = (
-    "AUROC of the probe",
-    *(f"{ranking}, %" for ranking in ALPHA),
-    *(f"{title}, points" for title in (OVER_ENCODER, OVER_CROSS, OVER_PROBE)),
+
+
+# The fused arms of NOISE, each once; and those of probes without noise, the first of which is the default.
+NOISY = list(
+    dict.fromkeys(Arm("fused", budget, merged, kind, x).key for budget, merged, kind, levels in NOISE for x in levels)
 )
-
-
-def noisy_arms() -> list[Arm]:
-    """The fused arms of NOISE, each once."""
-    arms = [Arm("fused", budget, merged, kind, x) for budget, merged, kind, levels in NOISE for x in levels]
-    return list(dict.fromkeys(arm.key for arm in arms))
-
-
-def layer_arms() -> list[Arm]:
-    """The fused arms of PROBES."""
-    return [Arm("fused", 64, False, probe=probe, layer=layer) for probe, layer in PROBES]
+LAYERS = [Arm("fused", 64, False, layer=layer) for layer in range(3)]
+LAYERS += [Arm("fused", 64, False, probe="contextual", layer=layer) for layer in range(1, 5)]
 
 
 def measured(answered: Mapping[Arm, Answered], arm: Arm) -> dict[str, Cell]:
@@ -315,7 +289,6 @@ def measured(answered: Mapping[Arm, Answered], arm: Arm) -> dict[str, Cell]:
     cells: dict[str, Cell] = {"AUROC of the probe": mean(by_ranking["cross-modal only"].auroc, pictures)}
     for ranking, one in by_ranking.items():
         cells[f"{ranking}, %"] = mean(one.scores, pictures, 100)
-        cells[f"{ranking}: named patches kept, %"] = mean(one.recall, pictures, 100)
         cells[f"{ranking}: every named thing kept in part, %"] = mean(one.hit, pictures, 100)
     plain = Arm("fused", arm.budget, arm.merged)
     compared = {OVER_ENCODER: by_ranking["encoder only"], OVER_CROSS: by_ranking["cross-modal only"]}
@@ -328,15 +301,11 @@ def measured(answered: Mapping[Arm, Answered], arm: Arm) -> dict[str, Cell]:
 
 def report_probes(model: CachingLlava, folder: Path, out: Path) -> None:
     """Tables of noisy probes and of other layers' probes, and the figure of both."""
-    noisy, layers = noisy_arms(), layer_arms()
-    arms = [replace(arm, ranking=ranking) for arm in [*noisy, *layers] for ranking in ALPHA]
+    arms = [replace(arm, ranking=ranking) for arm in [*NOISY, *LAYERS] for ranking in ALPHA]
     answered = answer(model, arms, folder, ASKED)
-    cells_of = {arm: measured(answered, arm) for arm in dict.fromkeys([*noisy, *layers])}
-    for name, listed, label in (("probe_quality", noisy, noise_label), ("probe_layers", layers, layer_label)):
-        table = Table(name, ["probe", *COLUMNS])
-        for arm in listed:
-            table.add(label(arm), cells_of[arm])
-        table.write(out)
+    cells_of = {arm: measured(answered, arm) for arm in [*NOISY, *LAYERS]}
+    write_rows(out, "probe_quality", {noise_label(arm): cells_of[arm] for arm in NOISY})
+    write_rows(out, "probe_layers", {layer_label(arm): cells_of[arm] for arm in LAYERS})
     curves = {
         kind: [cells_of[Arm("fused", budget, merged, kind, x).key] for x in levels]
         for budget, merged, kind, levels in NOISE
@@ -345,7 +314,7 @@ def report_probes(model: CachingLlava, folder: Path, out: Path) -> None:
     draw_quality(
         out / "images" / "findings_probe_quality.png",
         curves,
-        {f"{arm.probe}\n{arm.layer}": cells_of[arm] for arm in layers},
+        {f"{arm.probe}\n{arm.layer}": cells_of[arm] for arm in LAYERS},
     )
 
 

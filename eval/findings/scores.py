@@ -47,8 +47,7 @@ Mask = NDArray[np.bool_]
 
 # Pictures and questions.
 
-GRID = 24  # patches along each side
-PATCHES = GRID * GRID
+PATCHES, HALF = 576, 288  # 24 along each side
 WORDS = (*COLOR_NAMES, *SHAPES)  # the content words whose things are known
 
 
@@ -65,10 +64,6 @@ class Picture:
     name: str
     things: tuple[Thing, ...]
     owner: NDArray[np.int8]
-
-    @property
-    def dense(self) -> bool:
-        return self.name.endswith("d")
 
     def patches(self, numbers: Iterable[int]) -> Mask:
         """[576] bool, the patches of the things with these numbers."""
@@ -117,16 +112,9 @@ def redraw(name: str, data: Path = DEFAULT_DATA) -> Picture:
 
 def words_of(thing: Thing) -> set[str]:
     """All that a noun phrase may say of a thing: "object", "star", "small", "red"; "frame", "green"; "striped"."""
-    words = {"object"} if thing.kind == "shape" else {thing.kind}
-    for number, names in (
-        (thing.shape, SHAPES),
-        (thing.color, COLOR_NAMES),
-        (thing.big, SIZES),
-        (thing.pattern, PATTERNS),
-    ):
-        if number >= 0:
-            words.add(names[number])
-    return words
+    named = ((thing.shape, SHAPES), (thing.color, COLOR_NAMES), (thing.big, SIZES), (thing.pattern, PATTERNS))
+    kind = "object" if thing.kind == "shape" else thing.kind
+    return {kind, *(names[number] for number, names in named if number >= 0)}
 
 
 def matching(things: Sequence[Thing], phrase: str) -> tuple[int, ...]:
@@ -186,22 +174,10 @@ def auroc(scores: Array, mask: Mask, among: Mask | None = None) -> Array:
     """
     if among is not None:
         scores, mask = scores[..., among], mask[among]
-    return auroc_of_ranks(rankdata(scores, axis=-1), mask)
-
-
-def auroc_of_ranks(ranks: Array, mask: Mask) -> Array:
-    """`auroc` of scores whose ranks 1 .. N (1 for the lowest) are known."""
     inside, outside = int(mask.sum()), int((~mask).sum())
+    ranks = rankdata(scores, axis=-1)
     area: Array = (ranks[..., mask].sum(-1) - inside * (inside + 1) / 2) / (inside * outside)
     return area
-
-
-def average_precision(scores: Array, mask: Mask) -> Array:
-    """[...] mean, over the patches of the mask, of the precision at their rank; its value by chance is the area."""
-    hits = mask[np.argsort(-scores, axis=-1, kind="stable")]
-    precision = hits.cumsum(-1) / np.arange(1, scores.shape[-1] + 1)
-    mean: Array = (precision * hits).sum(-1) / mask.sum()
-    return mean
 
 
 def chosen(scores: Array, count: int) -> Mask:
@@ -224,39 +200,10 @@ def share(scores: Array) -> Array:
     return scaled
 
 
-def lift(scores: Array, mask: Mask) -> Array:
-    """[...] share of the score inside the mask, divided by the mask's share of the area; 1 is chance."""
-    ratio: Array = share(scores)[..., mask].sum(-1) / mask.mean()
-    return ratio
-
-
 def effective_share(scores: Array) -> Array:
     """[...] exp(entropy) / N of the score as a distribution: 1 if uniform, 1 / N if on one patch."""
     part: Array = np.exp(entropy(scores, axis=-1)) / scores.shape[-1]
     return part
-
-
-def gini(scores: Array) -> Array:
-    """[...] Gini coefficient: 0 if uniform, 1 - 1 / N if on one patch."""
-    ordered, count = np.sort(scores, -1), scores.shape[-1]
-    weight = 2 * np.arange(1, count + 1) - count - 1
-    coefficient: Array = (ordered * weight).sum(-1) / (count * ordered.sum(-1))
-    return coefficient
-
-
-def unit_ranks(scores: Array) -> Array:
-    """[..., N] ranks with mean 0 and length 1; zeros where all scores are equal."""
-    ranks = rankdata(scores, axis=-1)
-    ranks = ranks - ranks.mean(-1, keepdims=True)
-    length = np.linalg.norm(ranks, axis=-1, keepdims=True)
-    unit: Array = ranks / np.where(length > 0, length, 1)
-    return unit
-
-
-def spearman(a: Array, b: Array) -> Array:
-    """[...] rank correlation of two scores [..., N] (one of them may lack leading axes)."""
-    correlation: Array = (unit_ranks(a) * unit_ranks(b)).sum(-1)
-    return correlation
 
 
 def overlap(a: Array, b: Array, count: int) -> Array:
@@ -267,8 +214,8 @@ def overlap(a: Array, b: Array, count: int) -> Array:
 
 def mean_pairwise(scores: Array) -> float:
     """Mean rank correlation over all pairs of the Q rows of [Q, N]; 1 if all rows rank alike. Needs two rows."""
-    products = unit_ranks(scores) @ unit_ranks(scores).T
-    return float((products.sum() - np.trace(products)) / (len(scores) * (len(scores) - 1)))
+    correlation = np.corrcoef(rankdata(scores, axis=-1))
+    return float(correlation[np.triu_indices(len(scores), 1)].mean())
 
 
 # Scores.
@@ -384,30 +331,13 @@ def chosen_rows(question: str, kind: str, exists: NDArray[Any]) -> Mask:
 
 # Numbers of pictures.
 
-HALF = PATCHES // 2
-ASKED = ("values", "kinds")  # arrays with a row per question; the others have one per picture
-
 # Each picture is seen as it is; with its upper and lower half exchanged; and with the decoder reading the visual
 # tokens backwards. In the last two every content stands in the other half of the sequence.
 CONDITIONS = ("as drawn", "halves exchanged", "read backwards")
-# Of every question: how well a score finds the things that it names, NaN where there are none.
-# "among things": AUROC without the background. "... of others": the same with the scores of the picture's other
-# questions, which name other things.
-TARGET = (
-    "auroc",
-    "among things",
-    "auroc of others",
-    "recall 64 of others",
-    "average precision",
-    "chance precision",
-    "lift",
-    "recall 64",
-)
-# Of every question: how much of the attention is on the image at all, where in the sequence a score lies, how broad it
-# is, and how far it agrees with the encoder's saliency.
-SHAPE = ("mass", "late", "late 64", "effective", "gini", "spearman", "overlap 32", "overlap 64", "overlap 128")
-MEASURES = (*TARGET, *SHAPE)
-OTHERS = slice(MEASURES.index("auroc of others"), MEASURES.index("recall 64 of others") + 1)
+# Of every question: how well a score finds the things that it names ("... of others": the same with the scores of the
+# picture's other questions, which name other things), NaN where there are none; where in the sequence a score lies; how
+# broad it is, and how far it agrees with the encoder's saliency.
+MEASURES = ("auroc", "auroc of others", "recall 64", "late", "late 64", "effective", "overlap 64")
 # Of every word: how well its cosine finds the patches of the things it is true of, and, as a control, those of the
 # words of the same class (colours or shapes) that nothing in the picture is.
 WORD = ("auroc", "among things", "absent word", "absent word among things", "other word")
@@ -424,7 +354,6 @@ class Collected:
         rows: [P, S, 24] share of a score in every row of patches of the picture, mean over its questions.
         agreement: [P, S] mean rank correlation between the questions of a picture.
         words: [P, W, 5] the measures of WORD.
-        kinds: [Q, layers] rank correlation of the attention from content words and from function words.
     """
 
     names: tuple[str, ...]
@@ -433,7 +362,6 @@ class Collected:
     rows: Array
     agreement: Array
     words: Array
-    kinds: Array
 
     def of(self, score: str, measure: str) -> dict[str, float]:
         """Question id -> value, of the questions that have one."""
@@ -454,7 +382,7 @@ def collect(model: Llava, condition: str, pictures: Sequence[str], folder: Path)
     """Measure all scores of all questions about these pictures; what is in `folder` already is read from there."""
     data = benchmarks.get("gqa").load(DEFAULT_DATA, "testdev")
     by_id = {question.id: question for question in data.questions}
-    asked = [one for one in questions() if one.picture in set(pictures)]
+    asked = [one for name in pictures for one in questions() if one.picture == name]
     home = folder / f"scores-{digest(model, Observer(budget=model.visual_tokens))}" / condition.replace(" ", "-")
     home.mkdir(parents=True, exist_ok=True)
     arrays_of: dict[str, list[Array]] = {}
@@ -470,9 +398,7 @@ def collect(model: Llava, condition: str, pictures: Sequence[str], folder: Path)
         with np.load(file, allow_pickle=False) as stored:
             for key in stored.files:
                 arrays_of.setdefault(key, []).append(stored[key].astype(np.float64))
-    order = {name: place for place, name in enumerate(pictures)}
-    asked.sort(key=lambda one: order[one.picture])
-    whole = {key: np.concatenate(parts) if key in ASKED else np.stack(parts) for key, parts in arrays_of.items()}
+    whole = {key: np.concatenate(parts) if key == "values" else np.stack(parts) for key, parts in arrays_of.items()}
     return Collected(score_names(model.spec.layers), asked=tuple(asked), **whole)
 
 
@@ -515,69 +441,44 @@ def measure_picture(
     scores = np.stack([notes[name] for name in known], axis=1)  # [Q, S, 576]
     values = np.full((len(asked), len(names), len(MEASURES)), np.nan)
     places = [names.index(name) for name in known]
-    for row, one in enumerate(asked):
-        values[row, places] = measure(scores[row], notes[ENCODER][row], picture, one, late)
-    values[:, places, OTHERS] = of_others(scores, picture, asked)
+    values[:, places] = measure(scores, notes[ENCODER], picture, asked, late)
     rows, agreement = np.full((len(names), 24), np.nan), np.full(len(names), np.nan)
     rows[places] = share(scores).mean(0).reshape(len(known), 24, -1).sum(-1)
     if len(asked) > 1:
         agreement[places] = [mean_pairwise(scores[:, place]) for place in range(len(known))]
-    layers = [name.split()[1] for name in names if name.startswith(TEXT_KINDS[0])]
-    kinds = np.full((len(asked), len(layers)), np.nan)
-    for column, layer in enumerate(layers):
-        if f"content {layer}" in notes:
-            kinds[:, column] = spearman(notes[f"content {layer}"], notes[f"function {layer}"])
     return {
         "values": values.astype(np.float32),
         "rows": rows.astype(np.float32),
         "agreement": agreement.astype(np.float32),
         "words": measure_words(word_cosines(model, tokens), picture).astype(np.float32),
-        "kinds": kinds.astype(np.float32),
     }
 
 
-def measure(scores: Array, encoder: Array, picture: Picture, one: Asked, late: Mask) -> Array:
-    """[S, measures] of the scores [S, 576] of one question; `of_others` fills the measures of others.
+def measure(scores: Array, encoder: Array, picture: Picture, asked: Sequence[Asked], late: Mask) -> Array:
+    """[Q, S, measures] of the scores [Q, S, 576] of the questions about one picture.
 
     Args:
-        encoder: [576], what agreement is measured with.
+        encoder: [Q, 576], what agreement is measured with.
         late: [576] bool, the patches that stand in the second half of the sequence.
     """
-    mask = picture.patches(one.targets)
-    found: dict[str, Any] = {
-        "mass": scores.sum(-1),
-        "late": share(scores)[:, late].sum(-1),
-        "late 64": chosen(scores, 64)[:, late].mean(-1) * late.sum() / 64,
+    found = {
+        "late": share(scores)[..., late].sum(-1),
+        "late 64": chosen(scores, 64)[..., late].sum(-1) / 64,
         "effective": effective_share(scores),
-        "gini": gini(scores),
-        "spearman": spearman(scores, encoder),
-        **{f"overlap {count}": overlap(scores, encoder, count) for count in (32, 64, 128)},
+        "overlap 64": overlap(scores, encoder[:, None], 64),
+        **{name: np.full(scores.shape[:2], np.nan) for name in ("auroc", "auroc of others", "recall 64")},
     }
-    if mask.any():
-        found |= {"auroc": auroc(scores, mask), "average precision": average_precision(scores, mask)}
-        found |= {"chance precision": mask.mean(), "lift": lift(scores, mask), "recall 64": recall(scores, mask, 64)}
-        if set(picture.owner[~mask]) != {-1}:
-            found["among things"] = auroc(scores, mask, picture.owner >= 0)
-    table = np.full((len(scores), len(MEASURES)), np.nan)
-    for name, values in found.items():
-        table[:, MEASURES.index(name)] = values
-    return table
-
-
-def of_others(scores: Array, picture: Picture, asked: Sequence[Asked]) -> Array:
-    """[Q, S, 2] how well the scores [Q, S, 576] of other questions find the things of each question: AUROC, recall.
-
-    Only questions that share no thing count; NaN where there is none.
-    """
-    ranks, kept = rankdata(scores, axis=-1), chosen(scores, 64)
-    table = np.full((*scores.shape[:2], 2), np.nan)
     for row, one in enumerate(asked):
         mask = picture.patches(one.targets)
+        if not mask.any():
+            continue
+        found["auroc"][row] = auroc(scores[row], mask)
+        found["recall 64"][row] = recall(scores[row], mask, 64)
+        # Only questions that share no thing count.
         other = [n for n, two in enumerate(asked) if two.targets and not set(two.targets) & set(one.targets)]
-        if mask.any() and other:
-            table[row, :, 0] = auroc_of_ranks(ranks[other], mask).mean(0)
-            table[row, :, 1] = kept[other][..., mask].mean((0, -1))
-    return table
+        if other:
+            found["auroc of others"][row] = auroc(scores[other], mask).mean(0)
+    return np.stack([found[name] for name in MEASURES], axis=-1)
 
 
 def word_cosines(model: Llava, tokens: Array) -> Array:

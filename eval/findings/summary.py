@@ -1,8 +1,7 @@
-"""Means with intervals over pictures, the tables that the page and the CSV files share, and the axes of its figures."""
+"""Means with intervals over pictures, the CSV files of them, and the axes of figures."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from eval.config import ROOT
 from eval.findings.scores import Collected
 from eval.metrics import SufficientStatistics, ratio_terms
 from eval.results.statistics import Comparison, Interval, compare, interval
-from eval.tables.page import COLOURS, MARKERS, insert, markdown, write_csv
+from eval.tables.page import COLOURS, MARKERS, write_csv
 
 DOCS = ROOT / "docs"
 RESAMPLES = 2000  # enough for two digits of an interval's ends
@@ -41,18 +40,8 @@ def mean(values: Values, groups: Mapping[str, str], scale: float = 1) -> Interva
 def difference(a: Values, b: Values, groups: Mapping[str, str], scale: float = 1) -> Comparison:
     """Mean of a minus mean of b over the names that both have, paired, with its 95 % interval."""
     both = a.keys() & b.keys()
-
-    def pick(values: Values) -> SufficientStatistics:
-        return terms({name: values[name] for name in both}, groups, scale)
-
-    return compare(pick(a), pick(b), RESAMPLES)
-
-
-def means(drawn: Collected, score: str, columns: Mapping[str, tuple[str, float]]) -> dict[str, Interval]:
-    """Title -> mean of a measure of a score over the questions; `columns` gives the measure and the scale of each."""
-    return {
-        title: mean(drawn.of(score, measure), drawn.picture_of, scale) for title, (measure, scale) in columns.items()
-    }
+    first, second = (terms({name: values[name] for name in both}, groups, scale) for values in (a, b))
+    return compare(first, second, RESAMPLES)
 
 
 def position_bias(drawn: Collected, counterpart: Collected, score: str, measure: str = "late") -> dict[str, float]:
@@ -70,60 +59,15 @@ def centre(cell: Cell) -> float:
     return cell.difference if isinstance(cell, Comparison) else cell.mean
 
 
-def cell_text(column: str, cell: Cell | None) -> str:
-    """ "0.91 [0.90, 0.93]", with a sign for points and differences."""
-    if cell is None:
-        return "–"
-    digits = 1 if "points" in column or "%" in column else 2
-    sign = "+" if "points" in column or isinstance(cell, Comparison) else ""
-    value = centre(cell)
-    if cell.low is None or cell.high is None:
-        return f"{value:{sign}.{digits}f} [n/a]"
-    return f"{value:{sign}.{digits}f} [{cell.low:{sign}.{digits}f}, {cell.high:{sign}.{digits}f}]"
-
-
-@dataclass
-class Table:
-    """A table for the page, and the same numbers for a CSV file.
-
-    Attributes:
-        name: of the marker in the page; `findings_NAME.csv` is the file.
-        header: first column's title and the others'.
-    """
-
-    name: str
-    header: Sequence[str]
-
-    def __post_init__(self) -> None:
-        self.rows: list[list[str]] = []
-        self.numbers: list[list[str]] = []
-
-    def add(self, label: str, cells: Mapping[str, Cell | None], shown: bool = True) -> None:
-        """A row; cells of the header's columns are shown, all are written to the file.
-
-        Columns whose title says "points" get a sign; these and those with "%" get one digit, others two.
-
-        Args:
-            shown: also in the page.
-        """
-        if shown:
-            self.rows.append([label, *(cell_text(column, cells.get(column)) for column in self.header[1:])])
-        for column, cell in cells.items():
-            if cell is not None:
-                ends = ["" if end is None else f"{end:.4f}" for end in (cell.low, cell.high)]
-                self.numbers.append([label, column, f"{centre(cell):.4f}", *ends])
-
-    def write(self, out: Path) -> None:
-        """The CSV file, and the table: a file, or between its markers in `findings.md` of DOCS, if it has them."""
-        tables = out / "tables"
-        tables.mkdir(parents=True, exist_ok=True)
-        page = out / "findings.md"
-        if self.rows and out == DOCS:
-            if f"<!-- begin {self.name} -->" in page.read_text():
-                insert(page, self.name, markdown(self.header, self.rows))
-        elif self.rows:
-            (tables / f"findings_{self.name}.md").write_text(markdown(self.header, self.rows) + "\n")
-        write_csv(tables / f"findings_{self.name}.csv", ["row", "measure", "value", "low", "high"], self.numbers)
+def write_rows(out: Path, name: str, rows: Mapping[str, Mapping[str, Cell | None]]) -> None:
+    """`tables/findings_NAME.csv` below a folder: row -> measure -> value, a line for each value that exists."""
+    lines = [
+        [row, measure, *("" if x is None else f"{x:.4f}" for x in (centre(cell), cell.low, cell.high))]
+        for row, cells in rows.items()
+        for measure, cell in cells.items()
+        if cell is not None
+    ]
+    write_csv(out / "tables" / f"findings_{name}.csv", ["row", "measure", "value", "low", "high"], lines)
 
 
 # Figures.

@@ -1,7 +1,7 @@
 """Benchmarks whose answers an LLM judge grades.
 
 A benchmark defines a `Judging`: what the judge is asked, how its reply is read, and the score of its verdicts.
-eval/judging/choice.py picks the judge that --judge names: an endpoint, a local model, stored verdicts or a word match.
+eval/judging/choice.py picks the judge that --judge names: an endpoint, stored verdicts or a word match.
 """
 
 import hashlib
@@ -57,7 +57,6 @@ class Judging:
         tries: replies that are asked for until one can be read.
         again: (first request, unreadable replies so far) -> the next request; by default the same.
         failed: verdict after the last try; None leaves the question out of the score.
-        extra: (ids, raw text by id) -> numbers that need no judge and stand beside its.
         text: the answer that a verdict on disk is about, if it says so.
     """
 
@@ -72,7 +71,6 @@ class Judging:
     tries: int = 1
     again: Callable[[Request, int], Request] = field(default=lambda request, failures: request)
     failed: Verdict | None = None
-    extra: Callable[[Sequence[str], Mapping[str, str]], Score] | None = None
     text: Callable[[Verdict], str | None] = field(default=lambda verdict: None)
 
 

@@ -9,26 +9,25 @@ import dataclasses
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
 from eval.answers.jsonl import DurableLines, read_jsonl
 from eval.benchmarks.base import Dataset
 from eval.judging import Judging, Request, Verdict
-from eval.judging.judges import LocalModel, configured, endpoint
+from eval.judging.judges import Endpoint, configured, endpoint
 from eval.metrics import Score, first_names
 from llava.errors import UserError
 
 HELP = (
     "for benchmarks that a language model judges: auto, none, match (word match, no published metric), endpoint "
-    "(JUDGE_MODEL, JUDGE_URL and JUDGE_KEY in the environment), local:MODEL, or a file or folder with verdicts"
+    "(JUDGE_MODEL, JUDGE_URL and JUDGE_KEY in the environment), or a file or folder with verdicts"
 )
 NAMED = ("auto", "none", "match", "endpoint")
-LOCAL = "local:"
 
 Scored = tuple[Score, dict[str, Any]]
 
@@ -48,28 +47,6 @@ Found = dict[tuple[str, str], Line]
 FIELDS = ("question_id", "asked", "verdict", "judge")
 
 
-class Judge(Protocol):
-    """A chat model that judges answers."""
-
-    @property
-    def name(self) -> str:
-        """Of the model, as written to results."""
-        ...
-
-    @property
-    def workers(self) -> int:
-        """Requests in flight at once."""
-        ...
-
-    def reply(self, request: Request) -> tuple[str, str]:
-        """The reply's text and the model that the judge says it is."""
-        ...
-
-    def cost(self, tokens_in: int, tokens_out: int) -> float | None:
-        """Price of so many tokens; None if nobody said it, or there is none."""
-        ...
-
-
 # -- the flag --------------------------------------------------------------------------------------------------------
 
 
@@ -80,12 +57,9 @@ def check_judge(data: Dataset, judge: str) -> None:
             raise UserError(f"{data.title} is scored without a judge; leave --judge {judge} out.")
     elif judge == "endpoint":
         endpoint()
-    elif judge not in NAMED and not judge.removeprefix(LOCAL):
-        raise UserError(f"--judge {judge} names no model; write {LOCAL}FOLDER or the id of a model on the hub.")
-    elif judge not in NAMED and not judge.startswith(LOCAL) and not Path(judge).exists():
+    elif judge not in NAMED and not Path(judge).exists():
         raise UserError(
-            f"--judge should be {', '.join(NAMED)}, {LOCAL}MODEL, or a file or folder with verdicts; "
-            f"there is no {judge!r}."
+            f"--judge should be {', '.join(NAMED)}, or a file or folder with verdicts; there is no {judge!r}."
         )
 
 
@@ -101,38 +75,22 @@ def score_answers(
     if judging is None:
         return data.score(asked, texts), {}
     score, facts = _score(judging, judge, asked, texts, answers)
-    return with_extra(judging, score, asked, texts), {"judge": facts}
-
-
-def unjudged(judging: Judging) -> Callable[[Sequence[str], Mapping[str, str]], Score]:
-    """`Dataset.score` of a judged benchmark: what can be said about answers without any judge."""
-    return lambda asked, texts: with_extra(judging, judging.match(asked, texts), asked, texts)
-
-
-def with_extra(judging: Judging, score: Score, asked: Sequence[str], texts: Mapping[str, str]) -> Score:
-    """The numbers that need no judge beside the judged ones."""
-    if judging.extra is None:
-        return score
-    more = judging.extra(asked, texts)
-    return dataclasses.replace(
-        score,
-        values=score.values | more.values,
-        groups=score.groups | more.groups,
-        notes=(*score.notes, *more.notes),
-        points=score.points | more.points,
-    )
+    return score, {"judge": facts}
 
 
 def _score(judging: Judging, judge: str, asked: Sequence[str], texts: Mapping[str, str], answers: Path) -> Scored:
+    """The score by what --judge names: verdicts of a model, those in the folder and new ones, or none."""
     if judge == "none":
         missing = f"{judging.main} was not measured: {_advice(judging, answers)}"
         return Score({judging.main: None}, {}, {}, (missing,), judging.main), {"name": "none"}
     if judge == "match":
         return judging.match(asked, texts), {"name": "match"}
     if judge == "endpoint" or (judge == "auto" and configured()):
-        return _ask(judging, endpoint(), asked, texts, answers.parent)
-    if judge.startswith(LOCAL):
-        return _ask(judging, LocalModel(judge.removeprefix(LOCAL)), asked, texts, answers.parent)
+        model, requests = endpoint(), judging.requests(asked, texts)
+        path = verdict_file(answers.parent, model.name)
+        with contextlib.closing(Store(path)) as store:
+            ask(model, judging, requests, store)
+        return _of_lines(judging, asked, lines_of(store.found, requests), path)
     if judge == "auto":
         return _kept(judging, asked, texts, answers)
     return _from_disk(judging, Path(judge), asked, texts)
@@ -144,15 +102,6 @@ def _advice(judging: Judging, answers: Path) -> str:
         f"environment and run `python -m eval.score {judging.benchmark} --answers {answers} --judge endpoint` with "
         "this run's --data, --split and --profile"
     )
-
-
-def _ask(judging: Judging, judge: Judge, asked: Sequence[str], texts: Mapping[str, str], folder: Path) -> Scored:
-    """Verdicts of a model, those in the folder and new ones."""
-    requests = judging.requests(asked, texts)
-    path = verdict_file(folder, judge.name)
-    with contextlib.closing(Store(path)) as store:
-        ask(judge, judging, requests, store)
-    return _of_lines(judging, asked, lines_of(store.found, requests), path)
 
 
 def _kept(judging: Judging, asked: Sequence[str], texts: Mapping[str, str], answers: Path) -> Scored:
@@ -327,10 +276,10 @@ class Store:
 # -- asking ----------------------------------------------------------------------------------------------------------
 
 
-def ask(judge: Judge, judging: Judging, requests: Sequence[Request], store: Store) -> None:
+def ask(judge: Endpoint, judging: Judging, requests: Sequence[Request], store: Store) -> None:
     """Ask about all requests without a stored verdict, and store each verdict as it arrives.
 
-    Prints an estimate before the first request, because requests cost money.
+    Prints how much is asked before the first request, because requests cost money.
     """
     pending = [request for request in requests if key_of(request) not in store.found]
     if not pending:
@@ -374,7 +323,7 @@ def keep(done: Iterable[Future[Line]], store: Store, bar: "tqdm[Any]") -> None:
         raise failures[0]
 
 
-def judge_one(judge: Judge, judging: Judging, request: Request) -> Line:
+def judge_one(judge: Endpoint, judging: Judging, request: Request) -> Line:
     """One verdict, asked for until it can be read or the official number of tries is used up."""
     reply, model = "", judge.name
     for failures in range(judging.tries):
@@ -385,21 +334,13 @@ def judge_one(judge: Judge, judging: Judging, request: Request) -> Line:
     return line(request, judging.failed, reply, model, judging.tries, failed=True)
 
 
-def estimate(judge: Judge, judging: Judging, requests: Sequence[Request]) -> str:
-    """How much is about to be asked."""
-    tokens_in = sum(count_tokens(request) for request in requests)
+def estimate(judge: Endpoint, judging: Judging, requests: Sequence[Request]) -> str:
+    """How much is about to be asked, by an upper estimate of lengths without the judge's tokenizer."""
+    lengths = [len(message["content"].encode()) for request in requests for message in request.messages]
+    tokens_in = sum(math.ceil(length / BYTES_PER_TOKEN) + TOKENS_PER_MESSAGE for length in lengths)
     tokens_out = sum(request.max_tokens or USUAL_REPLY for request in requests)
-    price = judge.cost(tokens_in, tokens_out)
     again = f"; an unreadable reply is asked for up to {judging.tries} times" if judging.tries > 1 else ""
     return (
         f"Judge {judge.name}: {len(requests):,} requests, at most about {tokens_in:,} tokens in and {tokens_out:,} out"
-        f"{'' if price is None else f', a cost of {price:.2f}'}{again}."
-    )
-
-
-def count_tokens(request: Request) -> int:
-    """Upper estimate of a request's length, without the judge's tokenizer."""
-    return sum(
-        math.ceil(len(message["content"].encode()) / BYTES_PER_TOKEN) + TOKENS_PER_MESSAGE
-        for message in request.messages
+        f"{again}."
     )

@@ -1,25 +1,21 @@
-"""The two judges that can be asked: a chat model at an OpenAI-compatible address, and one on this machine.
+"""The judge that can be asked: a chat model at an OpenAI-compatible address.
 
-The address is read from the environment, through the `openai` client:
+It is read from the environment, through the `openai` client. A model on this machine is served at such an address too.
 
     JUDGE_MODEL    name of the model
     JUDGE_URL      base address such as https://api.openai.com/v1, or OPENAI_BASE_URL
     JUDGE_KEY      or OPENAI_API_KEY; local servers mostly need none
     JUDGE_WORKERS  requests in flight at once, 4 if not set
-    JUDGE_PRICE_IN, JUDGE_PRICE_OUT  price per million tokens, for the estimate
 
-From there only: command lines end up in logs and shell histories, and a key must not. The model on this machine has
-open weights and runs through transformers with its own chat template.
+From there only: command lines end up in logs and shell histories, and a key must not.
 """
 
 import json
 import os
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from pydantic import HttpUrl, ValidationError
 
@@ -29,10 +25,7 @@ from llava.errors import UserError
 
 if TYPE_CHECKING:
     from openai import OpenAI
-    from transformers import BatchEncoding
 
-# For judges without a limit on the reply; a verdict of these is one line.
-LONGEST_REPLY = 256
 # The client waits between tries, 0.5 to 8 s each and 31 s in all, or as long as the server's Retry-After says.
 TRIES = 8
 TIMEOUT = 120.0
@@ -46,7 +39,6 @@ class Endpoint:
     Attributes:
         url: base address, without the path of the request.
         key: never printed and no part of repr.
-        prices: per million tokens in and out.
         timeout: seconds until a request without an answer is sent again.
     """
 
@@ -54,7 +46,6 @@ class Endpoint:
     url: str
     key: str | None = field(repr=False)
     workers: int = 4
-    prices: tuple[float, float] | None = None
     timeout: float = TIMEOUT
 
     @cached_property
@@ -95,10 +86,6 @@ class Endpoint:
             raise UserError(f"The judge at {self.url} cannot be asked ({self._clean(str(error))}).") from None
         return self._read(answer.text)
 
-    def cost(self, tokens_in: int, tokens_out: int) -> float | None:
-        """In the currency of the prices."""
-        return (tokens_in * self.prices[0] + tokens_out * self.prices[1]) / 1e6 if self.prices else None
-
     def _read(self, text: str) -> tuple[str, str]:
         try:
             answer = json.loads(text)
@@ -120,17 +107,21 @@ class Endpoint:
         return text.replace(self.key, "***") if self.key else text
 
 
+def address(environment: Mapping[str, str]) -> tuple[str, str, str]:
+    """Name of the model, base address and key; "" for what is not set."""
+    url = environment.get("JUDGE_URL") or environment.get("OPENAI_BASE_URL") or ""
+    key = environment.get("JUDGE_KEY") or environment.get("OPENAI_API_KEY") or ""
+    return environment.get("JUDGE_MODEL", ""), url, key.strip()
+
+
 def configured(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether an endpoint is set up completely, key included."""
-    url = environment.get("JUDGE_URL") or environment.get("OPENAI_BASE_URL")
-    key = environment.get("JUDGE_KEY") or environment.get("OPENAI_API_KEY")
-    return bool(environment.get("JUDGE_MODEL") and url and key)
+    return all(address(environment))
 
 
 def endpoint(environment: Mapping[str, str] = os.environ) -> Endpoint:
     """The endpoint that the environment describes."""
-    model = environment.get("JUDGE_MODEL")
-    url = environment.get("JUDGE_URL") or environment.get("OPENAI_BASE_URL")
+    model, url, key = address(environment)
     if not model or not url:
         lost = [name for name, value in (("JUDGE_MODEL", model), ("JUDGE_URL (or OPENAI_BASE_URL)", url)) if not value]
         raise UserError(f"--judge endpoint needs the environment variable {' and '.join(lost)}.")
@@ -139,7 +130,6 @@ def endpoint(environment: Mapping[str, str] = os.environ) -> Endpoint:
     except ValidationError:
         raise UserError(f"JUDGE_URL should be an address such as https://api.openai.com/v1, got {url!r}.") from None
     url = url.rstrip("/")
-    key = (environment.get("JUDGE_KEY") or environment.get("OPENAI_API_KEY") or "").strip()
     if not (key.isascii() and key.isprintable()):
         # Said here: the error of the header it would go into shows the key.
         raise UserError("JUDGE_KEY (or OPENAI_API_KEY) holds characters that no key has; copy it again.")
@@ -148,84 +138,4 @@ def endpoint(environment: Mapping[str, str] = os.environ) -> Endpoint:
         url.removesuffix(PATH),
         key or None,
         workers=whole_number("JUDGE_WORKERS", environment.get("JUDGE_WORKERS") or "4"),
-        prices=_prices(environment),
     )
-
-
-def _prices(environment: Mapping[str, str]) -> tuple[float, float] | None:
-    texts = [environment.get(name) for name in ("JUDGE_PRICE_IN", "JUDGE_PRICE_OUT")]
-    if not any(texts):
-        return None
-    try:
-        given = [float(text or 0) for text in texts]
-    except ValueError:
-        raise UserError(
-            f"JUDGE_PRICE_IN and JUDGE_PRICE_OUT should be prices per million tokens, got {texts[0]!r}, {texts[1]!r}."
-        ) from None
-    return given[0], given[1]
-
-
-class LocalModel:
-    """A causal language model with a chat template. Code that comes with a checkpoint is not run."""
-
-    workers = 1
-
-    def __init__(self, path: str, device: str = "auto"):
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        self.name = Path(path).name if Path(path).is_dir() else path
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=False)
-        # Wrong folders, configurations and names of the hub raise errors without a common base.
-        except Exception as error:
-            line = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"Cannot load the judge {path} ({line}).") from error
-        if not self.tokenizer.chat_template:
-            raise UserError(f"The judge {path} has no chat template; take an instruction-tuned model.")
-        self.model = model.eval().to(device)
-
-    def reply(self, request: Request) -> tuple[str, str]:
-        """Greedy without a temperature, else a draw that depends on the question alone."""
-        import torch
-
-        inputs = self._inputs(request.messages)
-        hot = bool(request.temperature)
-        # Sampling settings of the checkpoint have no place in a greedy search.
-        sampling = {"temperature": request.temperature} if hot else dict.fromkeys(("temperature", "top_p", "top_k"))
-        torch.manual_seed(zlib.crc32(f"{request.id} {request.fingerprint} {request.temperature}".encode()))
-        with torch.inference_mode():
-            output = self.model.generate(
-                **inputs,
-                do_sample=hot,
-                **sampling,
-                max_new_tokens=request.max_tokens or LONGEST_REPLY,
-                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
-            )
-        fresh = output[0, inputs["input_ids"].shape[1] :]
-        # transformers types the text of one sequence and the texts of a batch alike.
-        text = cast(str, self.tokenizer.decode(fresh, skip_special_tokens=True))
-        return text.strip(), self.name
-
-    def cost(self, tokens_in: int, tokens_out: int) -> None:
-        """Time, no money."""
-        return None
-
-    def _inputs(self, messages: Sequence[Mapping[str, str]]) -> "BatchEncoding":
-        from jinja2.exceptions import TemplateError
-
-        def apply(turns: Sequence[Mapping[str, str]]) -> "BatchEncoding":
-            encoded = self.tokenizer.apply_chat_template(
-                [dict(turn) for turn in turns], add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-            # transformers types every result of apply_chat_template alike; with return_dict it is this one.
-            return cast("BatchEncoding", encoded).to(self.model.device)
-
-        try:
-            return apply(messages)
-        except TemplateError:
-            # Templates without a system turn refuse it; its text then opens the user's turn.
-            return apply([{"role": "user", "content": "\n\n".join(message["content"] for message in messages)}])

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval import benchmarks
+from eval.__main__ import names, sizes
 from eval.benchmarks.llava_files import SHORT
 from eval.command import Parser, exit_on_user_error, make_parser, value
 from eval.config import DEFAULT_MODEL, FULL, ROOT, count, options_by_method, pairs, path_name
-from llava.budget import count_or_ratio
 from llava.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,19 +48,10 @@ def gallery(arguments: Sequence[str] | None = None) -> int:
     p = parser_of("gallery", gallery.__doc__)
     p.add_argument("image", nargs="?", help="image file, or a video for a Video-LLaVA; left out: the toy data's first")
     p.add_argument("question", nargs="?", help="about the image")
-    p.add_argument("--methods", default="all", help="comma-separated names, or all")
+    p.add_argument("--methods", type=names, default="all", help="comma-separated names, or all")
+    p.add_argument("--budgets", type=value(sizes), default=[], help="visual tokens or ratios; default 1/3,2/9,1/9,1/18")
     p.add_argument(
-        "--budgets",
-        type=value(budgets),
-        default=[],
-        help="comma-separated visual tokens or ratios; 1/3,2/9,1/9,1/18 if left out",
-    )
-    p.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="[METHOD.]KEY=VALUE",
-        help="option of one method, or without METHOD of each that is named",
+        "--set", action="append", default=[], metavar="[METHOD.]KEY=VALUE", help="option of one or all methods"
     )
     p.add_argument("--instruction", default=SHORT, help="answer format after the question; '' for none")
     p.add_argument("--max-new-tokens", type=value(count), default=16, help="longest answer, in tokens")
@@ -76,16 +67,14 @@ def gallery(arguments: Sequence[str] | None = None) -> int:
     from llava.model.builder import load
     from llava.reduction import registry
 
-    methods = words(args.methods)
-    if args.methods == "all":  # those of this repository's papers first
+    methods = args.methods
+    if methods == ["all"]:  # those of this repository's papers first
         methods = [*SHOWN, *(name for name in registry.names() if name not in (*SHOWN, FULL))]
-    if not methods:
-        raise UserError("--methods names no method; see vtr show methods.")
     if FULL in methods:
         methods.remove(FULL)
-        if not methods:
-            raise UserError(f"--methods names {FULL} only, which is on every page; name a method to show beside it.")
         print(f"{FULL} is on every page, as the card “all tokens”; it has no budgets.", file=sys.stderr)
+    if not methods:
+        raise UserError(f"--methods names no method to show beside {FULL}; see vtr show methods.")
     options = options_by_method(methods, args.set)
     for name in methods:  # unknown names and options are errors before the model is loaded
         registry.build(name, LLAVA_TOKENS, options[name])
@@ -102,16 +91,6 @@ def gallery(arguments: Sequence[str] | None = None) -> int:
         f"{len(page.encode()) / 1e6:.1f} MB. Open it in a browser."
     )
     return 0
-
-
-def words(text: str) -> list[str]:
-    """Comma-separated words, each once."""
-    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
-
-
-def budgets(text: str) -> list[int | float]:
-    """Comma-separated numbers of visual tokens, or ratios of the image's."""
-    return [count_or_ratio(word) for word in words(text)]
 
 
 def sample_of(path: str, question: str, instruction: str) -> "Sample":
@@ -149,19 +128,14 @@ def demo(arguments: Sequence[str] | None = None) -> int:
     """
     p = parser_of("demo", demo.__doc__)
     p.add_argument("--text-tower", type=value(path_name), help="the CLIP of the vision tower, for cdpruner and trim")
-    p.add_argument(
-        "--picture", action="append", default=[], metavar="KEY=VALUE", help="how images are read, as vtr eval has it"
-    )
+    p.add_argument("--picture", action="append", default=[], metavar="KEY=VALUE", help="as vtr eval has it")
     p.add_argument("--host", default="127.0.0.1", help="address to serve on; 0.0.0.0 lets other machines in")
     p.add_argument("--port", type=value(count, maximum=65535), default=7860, help="port to serve on")
     args = p.parse_args(arguments)
     if threading.current_thread() is threading.main_thread():
         # A shell starts background jobs with SIGINT ignored.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        serve(args)
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt("Stopped.") from stop
+    serve(args)
     return 0
 
 
@@ -183,10 +157,9 @@ def serve(args: Any) -> None:
 
     conventions = {key: parse(key, text) for key, text in pairs("--picture", args.picture).items()}
     model = load(args.model, args.dtype, args.device, text_tower=args.text_tower, **conventions)
-    from eval.pages.demo import CSS, THEME, examples, layout, warm_up
+    from eval.pages.demo import CSS, THEME, examples, layout
 
-    print("Warming up ...", file=sys.stderr, flush=True)
-    warm_up(model)
+    print("Answering the example ...", file=sys.stderr, flush=True)
     blocks = layout(model, examples())
     blocks.launch(
         server_name=args.host,
@@ -213,10 +186,7 @@ def serve(args: Any) -> None:
 def check_address(host: str, port: int) -> None:
     """Refuse an address that cannot be served on, before the model is loaded."""
     try:
-        family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, number) as place:
-            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            place.bind(address)
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(

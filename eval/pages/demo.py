@@ -1,10 +1,10 @@
 """The demo in Gradio: one question answered twice, with all visual tokens and with a method, side by side."""
 
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from statistics import median
@@ -15,25 +15,22 @@ import torch
 from PIL import Image
 
 from eval import benchmarks
-from eval.benchmarks.media import Folder
-from eval.config import DEFAULT_DATA, FULL, TOY_BANNER, is_toy, method_options
+from eval.benchmarks.llava_files import SHORT
+from eval.config import DEFAULT_DATA, FULL, TOY_BANNER, is_toy
 from eval.figures.overlay import draw_answer
 from eval.pages import asset, environment
 from eval.results.report import hardware
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
-from llava.pipeline.accounting import Answer, TokenAccounting
+from llava.pipeline.accounting import Answer
 from llava.pipeline.generate import generate
 from llava.processing.image import open_image
 from llava.processing.prompt import Sample
 from llava.reduction import registry
 from llava.reduction.budget import require
-from llava.reduction.reducer import Reducer
 
 REPEATS = 3
 MAX_NEW_TOKENS = 128
-# LLaVA's instruction for short answers, which the toy models were trained with.
-SHORT = "Answer the question using a single word or phrase."
 LONGEST_QUESTION = 2_000
 
 
@@ -54,20 +51,6 @@ class Side:
     gflop: float
     overlay: Image.Image
 
-    @property
-    def text(self) -> str:
-        return self.answer.text
-
-    @property
-    def counted(self) -> TokenAccounting:
-        """Its visual tokens and cache."""
-        return self.answer.accounting
-
-    @property
-    def ttft(self) -> float:
-        """Median time to the first token, milliseconds."""
-        return median(self.ttft_ms)
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -77,9 +60,9 @@ class Comparison:
 
 # Rows of the table of costs: label, format and number, whose ratio stands in the last column.
 COSTS: tuple[tuple[str, str, Callable[[Side], float]], ...] = (
-    ("Visual tokens per layer", "{:,.1f}", lambda side: side.counted.mean),
-    ("TTFT, median", "{:,.0f} ms", lambda side: side.ttft),
-    ("KV cache", "{:,.2f} MB", lambda side: side.counted.kv_bytes / 1e6),
+    ("Visual tokens per layer", "{:,.1f}", lambda side: side.answer.accounting.mean),
+    ("TTFT, median", "{:,.0f} ms", lambda side: median(side.ttft_ms)),
+    ("KV cache", "{:,.2f} MB", lambda side: side.answer.accounting.kv_bytes / 1e6),
     ("Operations", "{:,.2f} GFLOP", lambda side: side.gflop),
 )
 
@@ -90,7 +73,6 @@ def answer_beside_full(
     question: str,
     method: str,
     budget: int,
-    options: Mapping[str, str] | None = None,
     short: bool = True,
     repeats: int = REPEATS,
 ) -> Comparison:
@@ -101,14 +83,21 @@ def answer_beside_full(
 
     Args:
         budget: visual tokens to keep, as the mean over decoder layers.
-        options: of the method, as text; `vtr show methods NAME` lists them.
         short: ask for a single word or phrase.
 
     Raises:
         UserError: no question, an unknown method, a budget that the method cannot meet, or too little memory.
     """
-    sample = Sample("demo", checked(question), SHORT if short else "", image)
-    reducers = [reducer_of(model, FULL, model.visual_tokens), reducer_of(model, method, budget, options)]
+    question = question.strip()
+    if not question:
+        raise UserError("There is no question; write one.")
+    if len(question) > LONGEST_QUESTION:
+        raise UserError(
+            f"A question may have {LONGEST_QUESTION:,} characters, this one has {len(question):,}; shorten it."
+        )
+    sample = Sample("demo", question, SHORT if short else "", image)
+    reducers = [registry.build(FULL, model.visual_tokens), registry.build(method, budget)]
+    require(reducers[1], model.spec)
     try:
         batches = [generate(model, [sample], reducer, MAX_NEW_TOKENS) for reducer in reducers]
         times: list[list[float]] = [[] for _ in reducers]
@@ -126,40 +115,6 @@ def answer_beside_full(
         (overlay,) = draw_answer(sample, one)
         sides.append(Side(reducer.name, one, tuple(measured), batch.operations.total / 1e9, overlay))
     return Comparison(*sides)
-
-
-def checked(question: str) -> str:
-    """The question without white space around it; UserError if nothing is left or it is too long."""
-    question = question.strip()
-    if not question:
-        raise UserError("There is no question; write one.")
-    if len(question) > LONGEST_QUESTION:
-        raise UserError(
-            f"A question may have {LONGEST_QUESTION:,} characters, this one has {len(question):,}; shorten it."
-        )
-    return question
-
-
-def reducer_of(model: Llava, method: str, budget: int, options: Mapping[str, str] | None = None) -> Reducer:
-    """The method at the budget, refused here if the model cannot run it."""
-    if budget > model.visual_tokens:
-        raise UserError(
-            f"The budget must be 1 to {model.visual_tokens:,} (this model's visual tokens), got {budget:,}."
-        )
-    reducer = registry.build(method, budget, dict(options or {}))
-    require(reducer, model.spec)
-    return reducer
-
-
-def warm_up(model: Llava) -> None:
-    """Answer one question about a grey image, so that nothing is loaded or compiled while the first one is timed."""
-    sample = Sample("warm-up", "What is this?", SHORT, Image.new("RGB", (64, 64), "grey"))
-    generate(model, [sample], reducer_of(model, FULL, model.visual_tokens), max_new_tokens=2)
-
-
-def methods() -> dict[str, str]:
-    """Name -> one-line summary of every method that reduces."""
-    return {entry["name"]: entry["summary"] for entry in registry.describe() if entry["name"] != FULL}
 
 
 # Of the toy GQA: one image with few objects and three with many, chosen for being easy to read, not for the answers.
@@ -180,15 +135,10 @@ def examples(data: Path = DEFAULT_DATA) -> list[Example]:
     benchmark = benchmarks.get("gqa")
     if not benchmark.is_in(data):
         return []
-    data_set = benchmark.load(data, "testdev")
-    assert isinstance(data_set.pictures, Folder)  # the toy GQA has files
-    known = {question.id: question for question in data_set.questions}
-    root = data_set.pictures.root
-    return [
-        Example(root / question.image, question.question, question.answer)
-        for question in (known[name] for name in IDS if name in known)
-        if question.image is not None
-    ]
+    known = {question.id: question for question in benchmark.load(data, "testdev").questions}
+    images = data / "gqa" / "data" / "images"
+    chosen = [known[name] for name in IDS]
+    return [Example(images / str(question.image), question.question, question.answer) for question in chosen]
 
 
 # The colours of eval.figures.overlay.
@@ -206,16 +156,14 @@ CSS = asset("demo.css")
 
 def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
     """The page of one loaded model; it opens with the first example, answered."""
-    summaries = methods()
+    summaries = {name: registry.method(name).summary for name in registry.names() if name != FULL}
     budget_at_first = min(BUDGET, model.visual_tokens)
-    example, compared = None, None
-    if examples:
-        example = examples[0]
+    example, compared = examples[0] if examples else None, None
+    if example:
         try:
-            compared = answer(model, str(example.image), example.question, True, METHOD, budget_at_first, "")
+            compared = answer(model, str(example.image), example.question, True, METHOD, budget_at_first)
         except UserError as error:  # a budget of another checkpoint, say; a person can ask for less
             print(f"The page opens without an answer: {error}", file=sys.stderr)
-    one_at_a_time, asking = threading.Lock(), list[object]()
     blocks = gr.Blocks(title="Visual token reduction", analytics_enabled=False, delete_cache=(3600, 86400))
     with blocks:
         gr.Markdown(
@@ -255,21 +203,12 @@ def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
                     label="Budget: visual tokens per image, mean over decoder layers",
                     elem_id="budget",
                 )
-                options = gr.Textbox(
-                    label="Options of the method",
-                    info="as after --set: name=value, separated by spaces; vtr show methods NAME lists them",
-                    elem_id="options",
-                )
             with gr.Column(scale=3, min_width=300):
                 problem = gr.Textbox(label="No answer", visible=False, elem_id="problem", lines=2)
-                remark = gr.Markdown(visible=False, elem_id="remark")
                 with gr.Row():
-                    sides = [
-                        panel("full", "All visual tokens", compared.full if compared else None),
-                        panel("reduced", "Method", compared.reduced if compared else None),
-                    ]
+                    sides = [panel("full", "All visual tokens"), panel("reduced", "Method")]
                 gr.Markdown(LEGEND)
-                numbers = gr.HTML(table(compared, model) if compared else None, elem_id="numbers")
+                numbers = gr.HTML(elem_id="numbers")
         if examples:
             expected = gr.Textbox(label="Correct answer", visible=False)
             gr.Examples(
@@ -277,45 +216,27 @@ def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
                 [image, question, expected],
                 label="Test images of the toy benchmark, with a question and its correct answer",
             )
-        outputs = [remark, problem, *sides[0], *sides[1], numbers]
-        nothing: list[Any] = [None] * (len(outputs) - 2)
+        outputs = [problem, *sides[0], *sides[1], numbers]
 
-        def outcome(file: Mapping[str, Any] | None, *entered: Any) -> list[Any]:
-            path = file["path"] if file else None
+        def ask(file: Mapping[str, Any] | None, *entered: Any) -> list[Any]:
             try:
-                return shown(answer(model, path, *entered), model, remark_on(path))
+                return shown(answer(model, file["path"] if file else None, *entered), model)
             except UserError as error:
                 sentence = str(error)
             except Exception as error:
                 traceback.print_exc(file=sys.stderr)
                 sentence = f"The model failed ({type(error).__name__}); the terminal that runs the demo says where."
-            return [gr.update(visible=False), gr.update(value=sentence, visible=True), *nothing]
+            return [gr.update(value=sentence, visible=True), *[None] * (len(outputs) - 1)]
 
-        def ask(*entered: Any) -> Iterator[list[Any]]:
-            asking.append(entered)
-            try:
-                # One question at a time: times would mean nothing otherwise. The lock is not held while this generator
-                # waits for Gradio, which drops it where the person has left.
-                while not one_at_a_time.acquire(timeout=0.5):
-                    sentence = (
-                        "Please wait: the model answers one question at a time, and is at somebody else's. "
-                        f"{len(asking)} are asked now, yours among them."
-                    )
-                    yield [gr.update(value=sentence, visible=True), gr.update(visible=False), *nothing]
-                try:
-                    values = outcome(*entered)
-                finally:
-                    one_at_a_time.release()
-                yield values
-            finally:
-                asking.remove(entered)
-
+        if compared:
+            blocks.load(partial(shown, compared, model), None, outputs, api_visibility="private")
         method.input(
             lambda name: gr.update(info=summaries[name]), method, method, queue=False, api_visibility="private"
         )
-        inputs = [image, question, short, method, budget, options]
+        inputs = [image, question, short, method, budget]
         # Not preprocessed: `answer` reads the image's file, so that a damaged one is an error with a sentence. Gradio
-        # has checked its path.
+        # has checked its path. One question at a time: times would mean nothing otherwise. The page of somebody who
+        # waits shows the place in the queue.
         gr.on(
             [button.click, question.submit],
             ask,
@@ -323,21 +244,17 @@ def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
             outputs,
             preprocess=False,
             api_visibility="private",
-            concurrency_limit=16,
+            concurrency_limit=1,
         )
     blocks.queue(max_size=16, api_open=False)
     return blocks
 
 
-def panel(name: str, label: str, known: Side | None) -> tuple[gr.Textbox, gr.Image]:
+def panel(name: str, label: str) -> tuple[gr.Textbox, gr.Image]:
     """Answer and overlay of one side."""
-    label = label_of(known) if known else label
     with gr.Column(min_width=200):
-        text = gr.Textbox(
-            known.text if known else None, label=label, interactive=False, elem_id=f"{name}-answer", lines=1
-        )
+        text = gr.Textbox(label=label, interactive=False, elem_id=f"{name}-answer", lines=1)
         overlay = gr.Image(
-            known.overlay if known else None,
             label="Kept tokens",
             interactive=False,
             format="png",
@@ -347,9 +264,7 @@ def panel(name: str, label: str, known: Side | None) -> tuple[gr.Textbox, gr.Ima
     return text, overlay
 
 
-def answer(
-    model: Llava, path: str | None, question: str, short: bool, method: str | None, budget: float, options: str
-) -> Comparison:
+def answer(model: Llava, path: str | None, question: str, short: bool, method: str, budget: float) -> Comparison:
     """Check what was entered, and ask.
 
     Raises:
@@ -357,35 +272,23 @@ def answer(
     """
     if path is None:
         raise UserError("There is no image; drop one, or choose an example.")
-    if method is None:
-        raise UserError("There is no method; choose one.")
     image = open_image(path, Path(path).name)
-    chosen = method_options(method, options.split())
-    return answer_beside_full(model, image, question, method, int(budget), chosen, short)
+    return answer_beside_full(model, image, question, method, int(budget), short)
 
 
-def remark_on(path: str | None) -> str:
-    """What to say of an image that was asked about."""
-    if path is not None:
-        with Image.open(path) as image:
-            if getattr(image, "is_animated", False):
-                return "The file is an animation or holds several images; the question was asked about the first one."
-    return ""
-
-
-def shown(compared: Comparison, model: Llava, remark: str) -> list[Any]:
+def shown(compared: Comparison, model: Llava) -> list[Any]:
     """Values of the outputs, in their order."""
-    values: list[Any] = [gr.update(value=remark, visible=bool(remark)), gr.update(value="", visible=False)]
+    values: list[Any] = [gr.update(value="", visible=False)]
     for side in (compared.full, compared.reduced):
-        values += [gr.update(value=side.text, label=label_of(side)), side.overlay]
+        values += [gr.update(value=side.answer.text, label=label_of(side)), side.overlay]
     return [*values, table(compared, model)]
 
 
 def label_of(side: Side) -> str:
     """ "fastv: 64.0 visual tokens"."""
     if side.name == FULL:
-        return f"All visual tokens: {side.counted.mean:,.0f}"
-    return f"{side.name}: {side.counted.mean:,.1f} visual tokens"
+        return f"All visual tokens: {side.answer.accounting.mean:,.0f}"
+    return f"{side.name}: {side.answer.accounting.mean:,.1f} visual tokens"
 
 
 def table(compared: Comparison, model: Llava) -> str:
@@ -401,7 +304,7 @@ def table(compared: Comparison, model: Llava) -> str:
     ]
     spread = [f"{min(side.ttft_ms):,.0f} to {max(side.ttft_ms):,.0f} ms" for side in sides]
     rows.insert(2, ("fastest to slowest", spread, ""))  # under the median
-    layers = [f"{side.name} {runs(side.counted.tokens_per_layer)}" for side in sides]
+    layers = [f"{side.name} {runs(side.answer.accounting.tokens_per_layer)}" for side in sides]
     template = environment().get_template("numbers.html.j2")
     return template.render(rows=rows, reduced=compared.reduced, layers=layers, repeats=REPEATS, machine=machine(model))
 

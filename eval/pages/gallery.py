@@ -339,39 +339,21 @@ def page_data(gallery: Gallery) -> str:
             {"name": name, "summary": registry.method(name).summary, "options": gallery.options.get(name, {})}
             for name in gallery.methods
         ],
-        "full": result_data(gallery.full),
-        "results": [result_data(result) for result in gallery.results],
+        "full": gallery.full,
+        "results": gallery.results,
         "unavailable": [
             {"method": method, "budget": budget, "reason": reason}
             for (method, budget), reason in gallery.unavailable.items()
         ],
     }
-    return json.dumps(content, separators=(",", ":"))
+    return json.dumps(content, separators=(",", ":"), default=encoded)
 
 
-def result_data(result: Result) -> dict[str, Any]:
-    """One answer with its states."""
-    return {
-        "method": result.method,
-        "budget": result.budget,
-        "text": result.text,
-        "perLayer": result.tokens_per_layer,
-        "ms": round(1000 * result.seconds, 1),
-        "at": result.at,
-        "states": [state_data(state) for state in result.states],
-    }
-
-
-def state_data(state: State) -> dict[str, Any]:
-    """`kept` (cell of each token); `assignment` (token of each cell) and `colours` only where patches are merged."""
-    assignment, kept = state.patches.assignment, state.patches.kept
-    data: dict[str, Any] = {"kept": packed(kept)}
-    alone = np.full(len(assignment), -1)  # the assignment if each token were its kept patch alone
-    alone[kept[kept >= 0]] = np.flatnonzero(kept >= 0)
-    if not np.array_equal(assignment, alone):
-        data["assignment"] = packed(assignment)
-        data["colours"] = "".join("-" if colour < 0 else str(colour) for colour in state.colours)
-    return data
+def encoded(value: Any) -> Any:
+    """What JSON does not know: whole numbers as base64 of 32-bit little-endian numbers, dataclasses as objects."""
+    if isinstance(value, np.ndarray):
+        return base64.b64encode(value.astype("<i4").tobytes()).decode()
+    return vars(value)
 
 
 def map_data(key: str, values: Floats) -> dict[str, Any]:
@@ -393,23 +375,13 @@ def map_data(key: str, values: Floats) -> dict[str, Any]:
     }
 
 
-def packed(values: NDArray[np.int64]) -> str:
-    """Whole numbers from -1 as base64 of 32-bit little-endian numbers, or of 16-bit ones after "s"."""
-    kind, code = ("<i2", "s") if values.size == 0 or values.max() < 2**15 else ("<i4", "l")
-    return code + base64.b64encode(values.astype(kind).tobytes()).decode()
-
-
 def data_uri(image: Image.Image) -> str:
-    """The photograph as PNG or, where that is smaller, as JPEG."""
+    """The photograph as JPEG."""
     image = image.convert("RGB")
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
-    files = {}
-    for kind, settings in (("png", {"optimize": True}), ("jpeg", {"quality": 88})):
-        stream = io.BytesIO()
-        image.save(stream, kind, **settings)
-        files[kind] = stream.getvalue()
-    kind = min(files, key=lambda name: len(files[name]))
-    return f"data:image/{kind};base64,{base64.b64encode(files[kind]).decode()}"
+    stream = io.BytesIO()
+    image.save(stream, "jpeg", quality=90)
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 MANY = 7  # of more methods only those of SHOWN are shown at first

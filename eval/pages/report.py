@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from eval.answers import flatten
 from eval.answers.jsonl import read_json, write_file
 from eval.answers.reuse import joint
+from eval.answers.source_hash import flatten
 from eval.benchmarks.records import NotRequired, Number, TypedDict, check
 from eval.command import exit_on_user_error, make_parser, value
 from eval.config import FULL, TOY_BANNER, changed_options, default_options, is_toy, path_name
@@ -129,17 +129,15 @@ class Found:
     Attributes:
         groups: name of every group of comparable results, by `Row.group`.
         damaged: one sentence for every file that cannot be read as a result.
-        replaced: number of results that `--restart` has moved aside; they are not on the page.
     """
 
     rows: Sequence[Row]
     groups: Sequence[str]
     damaged: Sequence[str] = ()
-    replaced: int = 0
 
 
 def collect(folder: Path) -> Found:
-    """All results below a folder.
+    """All results below a folder, but for those that `--restart` moved aside.
 
     Raises:
         UserError: there is no such folder, or it holds no result that can be read.
@@ -159,7 +157,7 @@ def collect(folder: Path) -> Found:
         rest = f"; {len(damaged):,} cannot be read, the first one: {damaged[0]}" if damaged else "."
         raise UserError(f"{folder} holds no result of `vtr eval` (a file {RESULT} per run){rest}")
     ordered, groups = with_groups(rows)
-    return Found(ordered, groups, damaged, len(paths) - len(current))
+    return Found(ordered, groups, damaged)
 
 
 def row_of(result: Mapping[str, Any], folder: Path, defaults: Mapping[str, Mapping[str, Any]]) -> Row:
@@ -290,7 +288,8 @@ def page(results: Found, searched: Path, output: Path, made_by: str) -> str:
     from plotly.offline import get_plotlyjs
 
     rows = results.rows
-    series = series_of(rows)
+    # `full` first, then by name; the place decides colour and symbol.
+    series = [name for _, name in sorted({(row.method != FULL, row.series) for row in rows})]
     full = {row.series for row in rows if row.method == FULL}
     numbered = [dataclasses.asdict(row) | {"series": series.index(row.series)} for row in rows]
     data = {
@@ -314,7 +313,6 @@ def page(results: Found, searched: Path, output: Path, made_by: str) -> str:
         models=sorted({row.model for row in rows}),
         links=[quote(os.path.relpath(top / row.folder / RESULT, place)) for row in rows],
         damaged=results.damaged,
-        replaced=results.replaced,
         summary=summary(results),
         searched=str(searched),
         made_by=made_by,
@@ -333,21 +331,11 @@ def banner(rows: Sequence[Row]) -> str:
 def summary(found: Found) -> str:
     """How much there is, in one sentence."""
     rows = found.rows
-    counted = {
-        "result": len(rows),
-        "method": len({row.method for row in rows}),
-        "model": len({row.model for row in rows}),
-        "benchmark": len({row.benchmark for row in rows}),
-    }
+    different = {word: len({getattr(row, word) for row in rows}) for word in ("method", "model", "benchmark")}
+    counted = {"result": len(rows), **different}
     results, *others = [f"{count:,} {word}{'' if count == 1 else 's'}" for word, count in counted.items()]
     partial = sum(row.partial for row in rows)
     return f"{results}, {partial:,} of them on part of a benchmark: {', '.join(others)}."
-
-
-def series_of(rows: Sequence[Row]) -> list[str]:
-    """Methods with their options: `full` first, then by name. The place decides colour and symbol."""
-    known = {(row.method != FULL, row.series) for row in rows}
-    return [name for _, name in sorted(known)]
 
 
 @exit_on_user_error

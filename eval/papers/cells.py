@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eval.answers import result_folder
 from eval.answers.jsonl import read_json
 from eval.answers.reuse import RESULT, Stored, check_images, check_joint, read_stored
+from eval.answers.store import result_folder
 from eval.benchmarks.media import digest_of
 from eval.config import ROOT, RunConfig, build_reducer, store_settings
 from eval.judging.choice import score_answers
 from eval.metrics import SufficientStatistics
 from eval.papers.runs import Line, Where, config_of
-from eval.papers.spec import Column
+from eval.papers.spec import Budget, Column, Row
 from eval.results import report
 from eval.results.statistics import terms_of
 from eval.statistics.answers import Normalise, plain, sample_scores
@@ -227,6 +227,17 @@ class Measured:
         """Benchmark -> cell of a line; empty where the method cannot run."""
         found = ((column.benchmark, self.cells.get((index, column.benchmark))) for column in self.columns)
         return {name: cell for name, cell in found if cell is not None}
+
+    def first(self, index: int) -> Cell | None:
+        """The cell of a line on the first benchmark."""
+        return self.cells.get((index, self.columns[0].benchmark))
+
+    def cell(self, row: Row | None, budget: Budget, benchmark: str) -> Cell | None:
+        """The cell of a row at a budget; None where it cannot run, or there is no such row."""
+        if row is None:
+            return None
+        index = next(i for i, line in enumerate(self.lines) if line.row is row and line.budget == budget)
+        return self.cells.get((index, benchmark))
 
     def of_full(self, index: int) -> float | None:
         """The average of the table: mean over the benchmarks of the score in percent of full's; None if one is missing,

@@ -11,10 +11,9 @@ from pathlib import Path
 from eval.config import TOY_BANNER
 from eval.papers.cells import Cell, Measured, relative
 from eval.papers.gate import Check, comparable, sentences, values_of
-from eval.papers.own import OWN_MARK, OWN_TEXT, OwnRow
 from eval.papers.published import Published, Value
 from eval.papers.runs import Where, described
-from eval.papers.spec import Budget, Column, Place, Table
+from eval.papers.spec import Budget, Place, Table
 from eval.tables.page import interval_text
 
 INSTEAD = "These data do not give the paper's metric"
@@ -126,12 +125,8 @@ def label(found: Measured, index: int) -> str:
     return f"{line.title} {MARK} ({sum(cell.tokens for cell in cells.values()) / len(cells):.0f})"
 
 
-def blocks(
-    found: Measured, own: Sequence[OwnRow] = (), clear: Mapping[int, Collection[str]] | None = None
-) -> list[Block]:
+def blocks(found: Measured, clear: Mapping[int, Collection[str]]) -> list[Block]:
     """The unreduced model, then one block per budget, with the best and second-best score of each column.
-
-    Rows that a user added stand at the end of their block and are ranked with none.
 
     Args:
         clear: line -> benchmarks on which it differs significantly from the paper's method.
@@ -139,20 +134,13 @@ def blocks(
     groups: dict[Budget | None, list[int]] = {}
     for index, line in enumerate(found.lines):
         groups.setdefault(line.budget, []).append(index)
-    return [
-        block(budget, group, found, [row for row in own if row.budget == budget], clear or {})
-        for budget, group in groups.items()
-    ]
+    return [block(budget, group, found, clear) for budget, group in groups.items()]
 
 
 def block(
-    budget: Budget | None,
-    indices: Sequence[int],
-    found: Measured,
-    own: Sequence[OwnRow],
-    clear: Mapping[int, Collection[str]],
+    budget: Budget | None, indices: Sequence[int], found: Measured, clear: Mapping[int, Collection[str]]
 ) -> Block:
-    """The lines of one budget and the user's own rows."""
+    """The lines of one budget."""
     names = [column.benchmark for column in found.columns]
     cells = [found.row(index) for index in indices]
     rows: list[tuple[str, Sequence[float | None]]] = [
@@ -161,7 +149,6 @@ def block(
     ]
     nothing = [None] * (len(names) + 1)
     ranked = [nothing if found.lines[i].by_kept else values for i, (_, values) in zip(indices, rows, strict=True)]
-    rows += [(f"{row.method} {OWN_MARK} [{row.source}]", [*map(row.scores.get, names), None]) for row in own]
     ranks = [places([values[column] for values in ranked]) for column in range(len(nothing))]
     if len(indices) == 1:
         ranks = [(frozenset(), frozenset())] * len(nothing)
@@ -218,7 +205,6 @@ class Document:
         blocks: the wide table; empty for kinds that have none.
         entries: one per cell.
         checks: the gate's; empty where it was not asked.
-        own: rows that the user added.
         facts: (name, text) lines under the title.
         points: for plots, one per method and budget: tokens, ttft_ms and score, the average in percent of full. Of an
             overview the score itself, with the bars of its interval.
@@ -235,7 +221,6 @@ class Document:
     entries: Sequence[Entry]
     sections: Sequence[Section]
     checks: Sequence[Check] = ()
-    own: Sequence[OwnRow] = ()
     notes: Sequence[str] = field(default_factory=tuple)
     points: Sequence[Mapping[str, object]] = field(default_factory=tuple)
     pictures: Mapping[str, Path] = field(default_factory=dict)
@@ -283,7 +268,7 @@ def facts_of(table: Table, where: Where, found: Measured, command: str) -> list[
         ("Paper's model", table.model_title),
         ("Measured on", relative(place.model) + (" (toy model)" if where.is_toy else "")),
         ("Data", relative(where.data)),
-        ("Questions", questions_text(found.columns, found, where.limit)),
+        ("Questions", questions_text(found, where.limit)),
         ("Command", f"`{command}`"),
         ("Commit", ", ".join(commits) or "n/a"),
     ]
@@ -292,19 +277,16 @@ def facts_of(table: Table, where: Where, found: Measured, command: str) -> list[
     return facts
 
 
-def questions_text(columns: Sequence[Column], found: Measured, limit: int | None) -> str:
+def questions_text(found: Measured, limit: int | None) -> str:
     """How many questions of each benchmark were asked."""
-    full = found.row(0)
     parts = []
-    for column in columns:
-        if column.benchmark in full:
-            cell = full[column.benchmark]
-            of = f" of {cell.available:,}" if cell.questions < cell.available else ""
-            parts.append(f"{column.title} {cell.questions:,}{of}")
+    for cell in found.row(0).values():
+        of = f" of {cell.available:,}" if cell.questions < cell.available else ""
+        parts.append(f"{cell.column.title} {cell.questions:,}{of}")
     return ", ".join(parts) + (f" (the first {limit:,} of each)" if limit else "")
 
 
-def notes_of(table: Table, found: Measured, entries: Sequence[Entry], own: Sequence[OwnRow] = ()) -> list[str]:
+def notes_of(table: Table, found: Measured, entries: Sequence[Entry]) -> list[str]:
     """What a reader must know about the numbers."""
     has_published, cells = any(entry.published for entry in entries), list(found.cells.values())
     notes = list(table.notes)
@@ -325,8 +307,6 @@ def notes_of(table: Table, found: Measured, entries: Sequence[Entry], own: Seque
         if not value.disputed and (why := value.obstacle(entry.convention))
     }
     notes += [f"Not compared with {one}." for one in sorted(unlike)]
-    if own:
-        notes.append(f"{OWN_MARK} {OWN_TEXT}.")
     notes += [f"Cannot run: {reason}" for reason in described(found.lines)]
     notes += [f"n/a: {reason.rstrip('.')}." for reason in found.failed]
     other = {

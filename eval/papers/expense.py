@@ -4,37 +4,31 @@ Sizes and lengths are in `downloads.yaml`. Hours are estimated, not measured: op
 (eval/efficiency/estimate.py) over an assumed share of a GPU's data sheet.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from math import ceil
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from eval.config import FULL
-from eval.efficiency import memory
 from eval.efficiency.estimate import Estimate, Rates, Workload
 from eval.efficiency.memory import GIB, QuestionShape, layout_of
 from eval.efficiency.shapes import official
 from eval.papers import read_yaml
 from eval.papers.runs import Line, Where, columns_of, lines_of
 from eval.papers.spec import Table
+from eval.sweep import reducer_of
 from eval.tables.memory import size_of
 from llava.errors import unknown
 from llava.model.llava_arch import Llava
-from llava.reduction import registry
-from llava.reduction.reducer import Reducer
-from llava.reduction.token_layout import TokenLayout
 
 FILE = Path(__file__).parent / "downloads.yaml"
 # Shares of the data sheet that are assumed to be reached, as in docs/cluster.md.
 OF_PEAK, OF_BANDWIDTH = 0.4, 0.6
 LONGEST_PROMPT, LONGEST_ANSWER = 160, 128  # text tokens, for the memory of a batch
-BYTES = 2  # of a weight
-# Measured for docs/cluster.md: a photograph of 640 x 480 opened, padded and resized on one core of an AMD EPYC.
-PREPROCESS_SECONDS = 0.0070627
 CUDA_CONTEXT = 1.5 * GIB  # assumed: context, fragments and kernels' own memory, which the estimate leaves out
 
 
@@ -125,11 +119,6 @@ class Expense:
         """Runs of the table."""
         return len(self.runnable) * len(self.loads)
 
-    @property
-    def questions(self) -> int:
-        """Questions of all benchmarks whose size is known, once."""
-        return sum(load.questions for load in self.loads.values() if load)
-
     @cached_property
     def peak(self) -> float:
         """Bytes on the GPU of a batch of the unreduced model, with what the estimate leaves out assumed."""
@@ -137,71 +126,24 @@ class Expense:
 
     def gpu_hours(self, gpu: Gpu) -> float:
         """Hours of one GPU for the whole table, at least; each cell as a run of its own, without loading."""
-        return sum(self.cell_seconds(line, name, gpu) for line in self.runnable for name in self.loads) / 3600
+        batches: Counter[tuple[int, int]] = Counter()  # of benchmarks with equal lengths together
+        for load in filter(None, self.loads.values()):
+            batches[load.text, load.steps] += ceil(load.questions / self.table.real.batch_size)
+        seconds = sum(
+            count * replace(self.estimate(line, text, steps), rates=gpu.rates).seconds["batch"]
+            for line in self.runnable
+            for (text, steps), count in batches.items()
+        )
+        return seconds / 3600
 
-    @property
-    def preparation_hours(self) -> float:
-        """Hours of one core for preparing the images of all cells, if none is remembered."""
-        return len(self.runnable) * self.questions * PREPROCESS_SECONDS / 3600
-
-    def cell_seconds(self, line: Line, benchmark: str, gpu: Gpu) -> float:
-        """Seconds of a GPU for the batches of one run, by the rule of `Estimate.seconds`."""
-        load = self.loads[benchmark]
-        if load is None:
-            return 0.0
-        plan, seen = self._vision[id(line)]
-        read, further, kv_bytes = decoder_work(self.model, tuple(load.text + tokens for tokens in plan))
-        count, rate, bandwidth = self.table.real.batch_size, gpu.rates.operations, gpu.rates.bandwidth
-        weights = self._weights
-        decoder = weights["decoder"] + weights["head"]
-        vision = max(count * seen / rate, (weights["vision tower"] + weights["projector"]) / bandwidth)
-        prefill = max(count * read / rate, decoder / bandwidth)
-        step = max(count * further / rate, (decoder + count * kv_bytes) / bandwidth)
-        return ceil(load.questions / count) * (vision + prefill + load.steps * step)
-
-    @cached_property
-    def _vision(self) -> dict[int, tuple[Sequence[int], float]]:
-        """Row that can run -> visual tokens in each layer, and operations of tower and projector for an image."""
-        found: dict[int, tuple[Sequence[int], float]] = {}
-        for line in self.runnable:
-            reducer, image = self._reducer(line), self._image
-            plan = memory.visual_plan(self.model, reducer, image)
-            early = not reducer.acts_in.isdisjoint(("tower", "input_grid", "encoder"))
-            projector = memory.projector_operations(self.model, plan[0] if early else image.patches)
-            found[id(line)] = plan, memory.tower_operations(self.model, reducer, image) + projector  # rows have no hash
-        return found
-
-    @cached_property
-    def _weights(self) -> Mapping[str, int]:
-        """Bytes of the weights by part."""
-        return memory.weights(self.model, BYTES).device
-
-    @cached_property
-    def _image(self) -> TokenLayout:
-        """The layout of the largest image or of a video."""
-        name = checkpoint_of(self.table).shapes
-        return layout_of(self.model, size_of(name), video="Video" in name)
-
-    def _reducer(self, line: Line) -> Reducer:
-        setting, tokens = line.setting, self.model.visual_tokens
-        assert setting is not None
-        if line.row is None:
-            return registry.build(FULL, tokens)
-        return registry.build(setting.method, setting.budget, setting.options, tokens)
-
-    def estimate(self, line: Line, text: int, steps: int, new_tokens: int) -> Estimate:
-        """One batch of a row, as `--dry-run` estimates it."""
-        place = self.table.real
-        work = Workload((QuestionShape(text, (self._image,)),), steps, place.batch_size, place.batch_size)
-        reducer = self._reducer(line)
-        return Estimate(self.model, reducer, work, place.batch_size, new_tokens, torch.bfloat16, device="cuda")
-
-
-@lru_cache(maxsize=1024)
-def decoder_work(model: Llava, prompt: tuple[int, ...]) -> tuple[float, float, float]:
-    """Operations of the prefill and of one further token, and bytes of the cache; `prompt`: tokens in each layer."""
-    cache_bytes = memory.kv_bytes(model, [prompt], BYTES)
-    return memory.decoder_operations(model, prompt), memory.step_operations(model, prompt), cache_bytes
+    def estimate(self, line: Line, text: int, steps: int, new_tokens: int = 1) -> Estimate:
+        """One batch of a row that can run, about the largest image or a video, as `--dry-run` estimates it."""
+        assert line.setting is not None
+        name, count = checkpoint_of(self.table).shapes, self.table.real.batch_size
+        image = layout_of(self.model, size_of(name), video="Video" in name)
+        work = Workload((QuestionShape(text, (image,)),), steps, count, count)
+        reducer = reducer_of(line.setting, self.model.visual_tokens)
+        return Estimate(self.model, reducer, work, count, new_tokens, torch.bfloat16, device="cuda")
 
 
 def expense(table: Table) -> Expense:

@@ -45,12 +45,6 @@ class Check:
         passed = "passed" if self.passed else "failed"
         return f"{passed}: {self.difference:+.1f} to {self.nearest.value:g} ({self.nearest.title})"
 
-    @property
-    def causes(self) -> list[str]:
-        """What to look at first when the check failed."""
-        known = CAUSES.get(self.cell.column.benchmark)
-        return [*([known] if known else []), *EVERYWHERE]
-
 
 def check(cells: Sequence[Cell], published: Published, place: Place) -> list[Check]:
     """Compare the unreduced model with the published baselines.
@@ -74,7 +68,7 @@ def sentences(checks: Sequence[Check]) -> list[str]:
     return [
         f"{one.cell.column.title}: the unreduced model has {one.cell.value:.1f}, the nearest published value is "
         f"{one.nearest.value:g} ({one.nearest.title}); that is outside the tolerance of {one.cell.column.tolerance:g}. "
-        f"Look at: {'; '.join(one.causes)}."
+        f"Look at: {'; '.join(filter(None, (CAUSES.get(one.cell.column.benchmark), *EVERYWHERE)))}."
         for one in checks
         if one.nearest is not None and not one.passed
     ]

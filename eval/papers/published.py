@@ -5,15 +5,14 @@ The numbers are in `published/<model>.yaml`. A row is one method at one budget i
 only if it is like ours in every respect (`Value.obstacle`); all others are shown and no more.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, StrictFloat, ValidationError, model_validator
 
 from eval.config import FULL
 from eval.papers import read_yaml
@@ -46,8 +45,6 @@ KINDS: Mapping[Kind, str] = WORDS["kinds"]
 CONVENTIONS: Mapping[Convention, str] = WORDS["conventions"]
 SPLITS: Mapping[str, str] = WORDS["splits"]
 
-SAME_SCORE = 0.5  # points; two sources that differ by no more agree
-SAME_POINTS = 0.01  # of the score, for MME
 SAME_TOKENS = Fraction(1, 100)  # 10 % of 2,880 tokens is printed as 288 and as 290
 
 
@@ -130,13 +127,6 @@ class Source(BaseModel):
         return "" if self.split == "usual" else "a split that the source does not name"
 
 
-def numbers(value: Any) -> Any:
-    """Refuse text and truth values, which pydantic would turn into numbers."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ValueError("expected a number")
-    return value
-
-
 class Row(BaseModel):
     """One method at one budget in one source. `kind`, `trust` and `note` take the place of the source's."""
 
@@ -145,7 +135,7 @@ class Row(BaseModel):
     method: str
     tokens: int | str
     source: str
-    scores: dict[str, Annotated[float, BeforeValidator(numbers)]]
+    scores: dict[str, StrictFloat]
     kind: Kind | None = None
     trust: Trust | None = None
     note: str | None = None
@@ -222,7 +212,7 @@ class Published(BaseModel):
         wanted = None if tokens is None else share(tokens)
         rows = [row for row in self.rows if row.method == method and column in row.scores]
         if wanted is not None and method != FULL:
-            rows = [row for row in rows if same_tokens(row.share, wanted)]
+            rows = [row for row in rows if abs(row.share - wanted) <= SAME_TOKENS * max(row.share, wanted)]
         found = [self.value(row, column) for row in rows]
         return sorted(found, key=lambda value: (value.kind == "ours", TRUST.index(value.trust)))
 
@@ -275,86 +265,6 @@ def models() -> list[str]:
 def share(tokens: int | str) -> Fraction:
     """A count of tokens, or a share of them such as "1/5", as a number."""
     try:
-        value = Fraction(tokens)
+        return Fraction(tokens)
     except (ValueError, ZeroDivisionError):
         raise UserError(f"Expected a number of tokens or a fraction such as 1/5, got {tokens!r}.") from None
-    return value
-
-
-def same_tokens(one: Fraction, other: Fraction) -> bool:
-    """Whether two sources mean the same budget."""
-    return abs(one - other) <= SAME_TOKENS * max(one, other)
-
-
-# -- what the sources say against each other ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Contradiction:
-    """Published numbers that cannot all be right, or need an explanation.
-
-    Attributes:
-        kind: "sources" where two sources differ about one cell, "tokens" where a score falls although more tokens are
-            kept, within one source.
-        values: "sources": all values of the cell, the most trusted first. "tokens": at fewer tokens, then at more.
-    """
-
-    kind: Literal["sources", "tokens"]
-    method: str
-    column: str
-    values: tuple[Value, ...]
-
-    def __str__(self) -> str:
-        if self.kind == "tokens":
-            few, many = self.values
-            return (
-                f"{self.method}, {self.column}: {few.value:g} at {few.tokens} tokens but {many.value:g} at "
-                f"{many.tokens} ({few.title})"
-            )
-        found = "; ".join(f"{value.value:g} ({value.title})" for value in self.values)
-        return f"{self.method} at {self.values[0].tokens} tokens, {self.column}: {found}"
-
-
-def contradictions(published: Published) -> list[Contradiction]:
-    """Cells whose sources differ by more than half a point (1 % for MME), then scores that fall by more than that
-    when more tokens are kept, within one source. Costs and users' own rows are left out."""
-    own = {key for key, source in published.sources.items() if source.kind == "ours"}
-    rows = tuple(row for row in published.rows if row.kind != "ours" and row.source not in own)
-    others = published.model_copy(update={"rows": rows})
-    return [*between_sources(others), *against_tokens(others)]
-
-
-def between_sources(published: Published) -> Iterator[Contradiction]:
-    """Cells whose sources differ."""
-    cells = dict.fromkeys(
-        (row.method, row.share, column) for row in published.rows for column in row.scores if column not in EFFICIENCY
-    )
-    done: set[tuple[str, str, frozenset[Value]]] = set()
-    for method, tokens, column in cells:
-        values = published.values(method, str(tokens), column)
-        key = (method, column, frozenset(values))  # 288 and 290 tokens are one cell
-        numbers_found = [value.value for value in values]
-        if key not in done and differ(min(numbers_found), max(numbers_found), column):
-            yield Contradiction("sources", method, column, tuple(values))
-        done.add(key)
-
-
-def against_tokens(published: Published) -> Iterator[Contradiction]:
-    """Scores that are lower with more tokens, in one source."""
-    reduced = [row for row in published.rows if row.method != FULL]
-    for one, other in combinations(reduced, 2):
-        if (one.method, one.source) != (other.method, other.source):
-            continue
-        few, many = sorted((one, other), key=lambda row: row.share)
-        for column in few.scores:
-            if column in EFFICIENCY or column not in many.scores:
-                continue
-            if few.scores[column] > many.scores[column] and differ(few.scores[column], many.scores[column], column):
-                pair = (published.value(few, column), published.value(many, column))
-                yield Contradiction("tokens", few.method, column, pair)
-
-
-def differ(one: float, other: float, column: str) -> bool:
-    """Whether two scores of a column differ by more than sources that agree do; decimals as printed."""
-    allowed = SAME_POINTS * max(one, other) if column in POINTS else SAME_SCORE
-    return abs(one - other) > allowed + 1e-9

@@ -20,13 +20,10 @@ from eval.papers.document import (
     MARK,
     Block,
     Document,
-    Entry,
-    Section,
     difference_to,
     ours_text,
     published_text,
 )
-from eval.papers.own import OWN_MARK
 from eval.tables.page import csv_numbers, csv_text, markdown
 
 # -- Markdown -------------------------------------------------------------------------------------------------------
@@ -56,9 +53,8 @@ def filled(template: str, values: Mapping[str, Any], left: str = "{", right: str
 def markdown_page(document: Document, picture: str = "") -> str:
     """The whole page; `picture` is the file of its figure, if there is one."""
     wide = wide_markdown(document.columns, document.blocks)
-    cells = every_cell(document.entries, document.has_published)
-    values = {"document": document, "picture": picture, "wide": wide, "legend": LEGEND, "cells": cells}
-    return filled("table.md.j2", {"markdown": markdown, **values})
+    values = {"document": document, "picture": picture, "wide": wide, "legend": LEGEND, "markdown": markdown}
+    return filled("table.md.j2", values)
 
 
 def wide_markdown(columns: Sequence[str], blocks: Sequence[Block]) -> str:
@@ -74,36 +70,20 @@ def wide_markdown(columns: Sequence[str], blocks: Sequence[Block]) -> str:
     return markdown(["method", *columns], rows)
 
 
-def every_cell(entries: Sequence[Entry], has_published: bool) -> str:
-    """One row per cell: published, ours, difference, tokens, command, run, commit."""
-    header = ["method", "budget", "benchmark", *(["published"] if has_published else []), "ours [95 % interval]"]
-    header += [*(["difference"] if has_published else []), "tokens", "merged", "command", "run", "commit"]
-    rows = []
-    for entry in entries:
-        cell = entry.cell
-        row = [cell.line.title, str(cell.line.budget or "all"), cell.column.title]
-        row += [published_text(entry.published, entry.convention)] if has_published else []
-        row += [ours_text(cell), *([difference_to(entry)] if has_published else [])]
-        row += [f"{cell.tokens:.1f}", f"{cell.merged:.1f}", f"`{cell.command}`", f"`{cell.run}`", cell.commit[:10]]
-        rows.append(row)
-    return markdown(header, rows)
-
-
 # -- CSV ------------------------------------------------------------------------------------------------------------
 
 HEADER = (
-    "method", "budget", "counts_kept_tokens", "benchmark", "metric", "score", "low", "high", "kind", "published",
+    "method", "budget", "counts_kept_tokens", "benchmark", "metric", "score", "low", "high", "published",
     "source", "disputed", "difference", "compared_with", "gate", "tokens_per_layer", "merged_tokens", "kv_bytes",
     "flops", "questions", "available", "command", "run", "commit", "finished", "answers_sha256", "model", "warning",
 )  # fmt: skip
 
 
 def csv_file(document: Document) -> str:
-    """One row per cell, every number, and a hash of the answers; then the user's own rows.
+    """One row per cell, every number, and a hash of the answers.
 
-    Published sources of a cell are joined by ";", the most trusted first. `kind` is "run" for what ran here, else what
-    the user says of an own row, whose further columns stay empty. `gate` is the verdict on the benchmark's baseline.
-    `warning` says in every row that a toy model ran.
+    Published sources of a cell are joined by ";", the most trusted first. `gate` is the verdict on the benchmark's
+    baseline. `warning` says in every row that a toy model ran.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -114,18 +94,13 @@ def csv_file(document: Document) -> str:
         cell, values = entry.cell, entry.published or []
         benchmark, flops = cell.column.benchmark, "" if cell.flops is None else f"{cell.flops:.0f}"
         row = [cell.line.title, str(cell.line.budget or ""), str(cell.line.by_kept).lower(), benchmark, cell.metric]
-        row += [*csv_numbers(cell.value, cell.low, cell.high), "run", ";".join(f"{value.value:g}" for value in values)]
+        row += [*csv_numbers(cell.value, cell.low, cell.high), ";".join(f"{value.value:g}" for value in values)]
         row += [";".join(value.source for value in values)]
         row += [";".join(value.disputed or "" for value in values).strip(";"), *csv_numbers(entry.difference)]
         row += [entry.compared.source if entry.compared else "", gate.get(benchmark, "")]
         row += [*csv_numbers(cell.tokens, cell.merged), f"{cell.kv_bytes:.0f}", flops]
         row += [str(cell.questions), str(cell.available), cell.command, cell.run, cell.commit, cell.finished]
         writer.writerow(map(csv_text, [*row, cell.answers_sha256, document.model, warning]))
-    for own in document.own:
-        for benchmark, score in own.scores.items():
-            known = {"method": own.method, "budget": str(own.budget or ""), "benchmark": benchmark, "kind": own.kind}
-            known |= {"score": f"{score:g}", "source": own.source}
-            writer.writerow(csv_text(known.get(name, "")) for name in HEADER)
     return out.getvalue()
 
 
@@ -154,7 +129,7 @@ ESCAPES = {
     "\\": r"\textbackslash{}", "%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "|": "$|$", "≥": r"$\geq$",
     "≠": r"$\neq$", "−": "$-$", "×": r"$\times$", "²": "$^2$", "–": "--", "±": r"$\pm$",
-    MARK: r"$^\ddagger$", OWN_MARK: r"$^\S$", CLEAR: r"$^\ast$",
+    MARK: r"$^\ddagger$", CLEAR: r"$^\ast$",
 }  # fmt: skip
 
 
@@ -169,7 +144,12 @@ def latex_file(document: Document, intervals: bool = False) -> str:
     Args:
         intervals: print the 95 % interval beside each score of the wide table, and mark significant differences.
     """
-    head, body = wide_latex(document, intervals) if document.blocks else plain_latex(document.sections[0])
+    if document.blocks:
+        head, body = wide_latex(document, intervals)
+    else:
+        section = document.sections[0]
+        head = [escaped(column) for column in section.columns]
+        body = [r"\midrule", *(latex_row(list(map(latex_text, row))) for row in section.rows)]
     identity = re.sub(r"[^\w/-]", "-", document.table.identity).replace("_", "-")
     comments = [f"{document.title}. Made by: {dict(document.facts)['Command'].strip('`')}"]
     comments += [document.banner] if document.banner else []
@@ -197,7 +177,7 @@ def caption_of(document: Document, intervals: bool) -> str:
         )
     if document.marked:
         parts.append("The unreduced model is not the published one")
-    parts += [note.rstrip(".") for note in document.notes if note.startswith((MARK, OWN_MARK, INSTEAD))]
+    parts += [note.rstrip(".") for note in document.notes if note.startswith((MARK, INSTEAD))]
     return ". ".join(parts) + "."
 
 
@@ -218,8 +198,8 @@ def wide_latex(document: Document, intervals: bool) -> tuple[list[str], list[str
 def latex_cell(block: Block, row: int, column: int, intervals: bool) -> str:
     r"""A value of the wide table, best bold, second underlined.
 
-    With `intervals` it has its mark of significance and " [60.1, 63.6]" in small print; the average, a user's own row
-    and a score without an interval have none.
+    With `intervals` it has its mark of significance and " [60.1, 63.6]" in small print; the average and a score
+    without an interval have none.
     """
     values = block.rows[row][1]
     text = "--" if values[column] is None else block.text(row, column)
@@ -228,8 +208,7 @@ def latex_cell(block: Block, row: int, column: int, intervals: bool) -> str:
     text = styles[block.style(row, column)]
     if not intervals:
         return text
-    known = block.intervals[row] if row < len(block.intervals) else ()
-    interval = known[column] if column < len(known) else ""
+    interval = block.intervals[row][column] if column < len(block.intervals[row]) else ""
     text += escaped(CLEAR) * ((row, column) in block.clear)
     return text + (rf" {{\scriptsize {interval}}}" if interval else "")
 
@@ -238,12 +217,6 @@ def latex_row(cells: Sequence[str]) -> str:
     r"""A row of the table. A [ or * at its start would be an argument of the \\ before it."""
     text = " & ".join(cells) + r" \\"
     return f"{{}}{text}" if text.startswith(("[", "*")) else text
-
-
-def plain_latex(section: Section) -> tuple[list[str], list[str]]:
-    """Head and body of a section, whose cells are text."""
-    rows = [latex_row(list(map(latex_text, row))) for row in section.rows]
-    return [escaped(column) for column in section.columns], [r"\midrule", *rows]
 
 
 def latex_text(text: str) -> str:

@@ -7,7 +7,7 @@ measured, downloaded or run. The text is in `reproduce.md.j2`. The pages are not
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
@@ -21,7 +21,7 @@ from eval.papers import published, spec
 from eval.papers.document import budget_title
 from eval.papers.expense import GPUS, Expense, Gpu, checkpoint_of, downloads, expense
 from eval.papers.gate import CAUSES, EVERYWHERE
-from eval.papers.published import AVERAGE, CONVENTIONS, EFFICIENCY, KINDS, POINTS, Published, Row, same_tokens, share
+from eval.papers.published import AVERAGE, CONVENTIONS, EFFICIENCY, KINDS, POINTS, Published
 from eval.papers.runs import Where, columns_of
 from eval.papers.spec import Column, Table
 from eval.tables.benchmarks import need_file
@@ -32,7 +32,7 @@ FOLDER = ROOT / "docs" / "reproduce"
 SERVER = ("vqav2", "vizwiz")  # the papers' splits have no public answers
 JUDGED = ("mmvet", "llava_bench", "tgif_qa", "msvd_qa", "msrvtt_qa", "activitynet_qa")  # by a language model
 MANY = 8  # GPUs of the second column of hours
-INDEX_GPU = "A100, 80 GB"
+INDEX_GPU = GPUS[1]  # of the column of hours in docs/paper_tables.md
 COSTS = {"tflops": "TFLOP", "latency_ms": "ms", "speedup": "speed-up"}
 
 
@@ -53,12 +53,11 @@ def page(cost: Expense) -> str:
         benchmarks=[benchmarks.get(name) for name in names],
         need_file=need_file,
         disk=sum(load.gb for load in cost.loads.values() if load and load.gb) + gigabytes_of(table),
-        gpus=[(gpu, fits(cost, gpu), hours(cost, gpu), hours(cost, gpu, MANY)) for gpu in GPUS],
+        gpus=[(gpu, *hours(cost, gpu)) for gpu in GPUS],
         unknown=[name for name, load in cost.loads.items() if not load or not load.gb],
         many=MANY,
         gigabytes=gigabytes,
         costing=costing,
-        preparation=duration(3600 * cost.preparation_hours),
         first="gqa" if "gqa" in names else names[0],
         judged=[name for name in names if name in JUDGED],
         server=[name for name in names if name in SERVER],
@@ -68,8 +67,7 @@ def page(cost: Expense) -> str:
         everywhere=EVERYWHERE,
         convention=CONVENTIONS[table.real.convention],
     )
-    page: str = text.rstrip("\n") + "\n"
-    return page
+    return f"{text.rstrip()}\n"
 
 
 def gigabytes(size: float) -> str:
@@ -87,14 +85,12 @@ def gigabytes_of(table: Table) -> float:
     return sum(one.gb for one in checkpoints_of(table).values())
 
 
-def fits(cost: Expense, gpu: Gpu) -> bool:
-    """Whether a batch of the unreduced model fits on one GPU."""
-    return cost.peak <= gpu.memory
-
-
-def hours(cost: Expense, gpu: Gpu, count: int = 1) -> str:
-    """The table's time on some GPUs; "n/a" where the model does not fit on one."""
-    return duration(3600 * cost.gpu_hours(gpu) / count) if fits(cost, gpu) else "n/a"
+def hours(cost: Expense, gpu: Gpu) -> tuple[str, str]:
+    """The table's time on one GPU and on several; "n/a" where a batch of the unreduced model does not fit on one."""
+    if cost.peak > gpu.memory:
+        return "n/a", "n/a"
+    seconds = 3600 * cost.gpu_hours(gpu)
+    return duration(seconds), duration(seconds / MANY)
 
 
 def cause_table(columns: Sequence[Column], source: Published | None, convention: str) -> str:
@@ -113,48 +109,43 @@ class Sources:
     """The rows of a file of published scores that belong to a table, as Markdown.
 
     Attributes:
-        rows: of the table's methods, in its order, at falling budgets.
-        all_rows: the unreduced model's before them.
+        rows: the unreduced model's, then those of the table's methods, in its order, at falling budgets.
     """
 
     def __init__(self, table: Table, columns: Sequence[Column], source: Published):
-        self._source, self._table = source, table
+        self._source = source
         self._titles = {column.published: column.title for column in columns if column.published}
-        self._labels = {row.published_name: row.title for row in table.rows if row.published_name}
+        self._labels = {FULL: FULL} | {row.published_name: row.title for row in table.rows if row.published_name}
         shown = {*self._titles, AVERAGE, *EFFICIENCY}
-        known = [row for row in source.rows if not shown.isdisjoint(row.scores)]
+        known = [row for row in source.rows if row.method in self._labels and not shown.isdisjoint(row.scores)]
         order = list(self._labels)
-        kept = [row for row in known if row.method in self._labels]
-        self.rows = sorted(kept, key=lambda row: (order.index(row.method), -row.share))
-        self._full = [row for row in known if row.method == FULL]
-        self.all_rows = [*self._full, *self.rows]
+        self.rows = sorted(known, key=lambda row: (order.index(row.method), -row.share))
 
     @property
-    def full(self) -> str:
-        """The unreduced model."""
-        return self._markdown(self._full)
+    def table(self) -> str:
+        """Method, tokens, source, trust, scores, costs where a row has them.
 
-    @property
-    def budgets(self) -> list[tuple[str, str]]:
-        """(title, rows) of each budget of the table; empty text where there is no row."""
-        found = []
-        for budget in self._table.budgets:
-            rows = [row for row in self.rows if same_tokens(row.share, share(budget))]
-            found.append((budget_title(budget), self._markdown(rows)))
-        return found
-
-    @property
-    def others(self) -> str:
-        """Rows at budgets that the table does not have."""
-        inside = [share(budget) for budget in self._table.budgets]
-        rows = [row for row in self.rows if not any(same_tokens(row.share, budget) for budget in inside)]
-        return self._markdown(rows, tokens=True)
+        Disputed numbers are marked; a cell is empty where the source has none.
+        """
+        costs = {name: title for name, title in COSTS.items() if any(name in row.scores for row in self.rows)}
+        columns = {**self._titles, AVERAGE: "average", **costs}
+        words = ["method", "tokens", "source", "trust"]
+        body = []
+        for row in self.rows:
+            about = self._source.value(row, next(iter(row.scores)))
+            cells = [self._labels[row.method], str(row.tokens), about.title, about.trust]
+            for column in columns:
+                is_known, mark = column in row.scores, "?" if row.reason(column) else ""
+                cells.append(f"{number(row.scores[column], column)}{mark}" if is_known else "")
+            body.append(cells)
+        text = markdown([*words, *columns.values()], body)
+        return text.replace(f"|---|{'---:|' * (len(words) - 1)}", f"|{'---|' * len(words)}", 1)
 
     @property
     def sources(self) -> str:
         """One line for each source of the rows."""
         lines = []
-        for key in dict.fromkeys(row.source for row in self.all_rows):
+        for key in dict.fromkeys(row.source for row in self.rows):
             source = self._source.sources[key]
             split = "the usual splits" if source.split == "usual" else "splits not named"
             if isinstance(source.split, dict):
@@ -165,44 +156,16 @@ class Sources:
         return "\n".join(lines)
 
     @property
-    def remarks(self) -> list[tuple[str, str]]:
-        """(title, lines) of what is disputed and of what contradicts; only those that there are."""
-        methods, columns = {FULL, *self._labels}, {*self._titles, AVERAGE}
-        contradictions = published.contradictions(self._source)
-        against = [f"* {one}" for one in contradictions if one.method in methods and one.column in columns]
-        found = {
-            "Disputed numbers": [line for row in self.all_rows for line in self._dispute(row)],
-            "Cells whose sources differ, and scores that fall with more tokens": against,
-        }
-        return [(f"{title} ({len(lines)})", "\n".join(lines)) for title, lines in found.items() if lines]
-
-    def _dispute(self, row: Row) -> list[str]:
-        """Why numbers of a row are disputed; nothing where they are not."""
-        reason = row.disputed or ""
-        if isinstance(reason, dict):
-            reason = "; ".join(f"{self._titles.get(column, column)}: {why}" for column, why in reason.items())
-        title, method = self._source.sources[row.source].title, self._labels.get(row.method, row.method)
-        return [f"* {title}, {method} at {row.tokens}: {reason}."] if reason else []
-
-    def _markdown(self, rows: Iterable[Row], tokens: bool = False) -> str:
-        """Method, source, trust, scores, costs where a row has them; `tokens` adds the budget. Empty without rows.
-
-        Disputed numbers are marked; a cell is empty where the source has none.
-        """
-        rows = list(rows)
-        costs = {name: title for name, title in COSTS.items() if any(name in row.scores for row in rows)}
-        columns = {**self._titles, AVERAGE: "average", **costs}
-        header = ["method", *(["tokens"] if tokens else []), "source", "trust", *columns.values()]
-        body = []
-        for row in rows:
-            about = self._source.value(row, next(iter(row.scores)))
-            body.append([self._labels.get(row.method, row.method), *([str(row.tokens)] if tokens else [])])
-            body[-1] += [about.title, about.trust]
-            for column in columns:
-                is_known, mark = column in row.scores, "?" if row.reason(column) else ""
-                body[-1].append(f"{number(row.scores[column], column)}{mark}" if is_known else "")
-        words = header.index("trust") + 1  # columns of words are aligned on the left
-        return markdown(header, body).replace(f"|---|{'---:|' * (words - 1)}", f"|{'---|' * words}", 1) if body else ""
+    def disputes(self) -> list[str]:
+        """Why numbers of a row are disputed, one line for each such row."""
+        lines = []
+        for row in self.rows:
+            reason = row.disputed or ""
+            if isinstance(reason, dict):
+                reason = "; ".join(f"{self._titles.get(column, column)}: {why}" for column, why in reason.items())
+            title, method = self._source.sources[row.source].title, self._labels[row.method]
+            lines += [f"* {title}, {method} at {row.tokens}: {reason}."] if reason else []
+        return lines
 
 
 def number(value: float, column: str) -> str:
@@ -213,18 +176,12 @@ def number(value: float, column: str) -> str:
 
 def index(costs: Sequence[Expense]) -> str:
     """One row per table, for docs/paper_tables.md."""
-    gpu = next(gpu for gpu in GPUS if gpu.name == INDEX_GPU)
     rows = []
     for cost in costs:
         table = cost.table
         budgets, size = ", ".join(map(str, table.budgets)), f"{gigabytes_of(table):.0f} GB"
-        rows.append([table.title, budgets, f"{cost.cells:,}", size, gigabytes(cost.peak), hours(cost, gpu)])
-    return markdown(["table", "budgets", "runs", "checkpoints", "GPU memory", f"one {INDEX_GPU}"], rows)
-
-
-def pages(costs: Sequence[Expense]) -> dict[str, str]:
-    """File name below docs/reproduce -> text."""
-    return {f"{cost.table.paper}_{cost.table.name}.md": page(cost) for cost in costs}
+        rows.append([table.title, budgets, f"{cost.cells:,}", size, gigabytes(cost.peak), hours(cost, INDEX_GPU)[0]])
+    return markdown(["table", "budgets", "runs", "checkpoints", "GPU memory", f"one {INDEX_GPU.name}"], rows)
 
 
 def all_costs() -> list[Expense]:
@@ -239,8 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make_parser("eval.papers.reproduce", __doc__).parse_args(arguments)
     costs = all_costs()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for name, text in pages(costs).items():
-        (FOLDER / name).write_text(text, encoding="utf-8")
+    for cost in costs:
+        (FOLDER / f"{cost.table.paper}_{cost.table.name}.md").write_text(page(cost), encoding="utf-8")
     insert(INDEX, "tables", index(costs))
     print(f"The pages are in {FOLDER.relative_to(ROOT)}/, their costs in {INDEX.relative_to(ROOT)}.")
     return 0

@@ -116,6 +116,7 @@ def config_of(line: Line, column: Column, where: Where, model: Llava) -> RunConf
     """The run of one cell, in the folder that all tables and sweeps share."""
     assert line.setting is not None
     split = split_of(column, where)
+    is_judged = dataset(column.benchmark, where.data, split).judging is not None
     return RunConfig(
         line.setting.method,
         line.setting.budget,
@@ -130,16 +131,11 @@ def config_of(line: Line, column: Column, where: Where, model: Llava) -> RunConf
         dtype=where.place.dtype,
         device=where.device,
         picture=dict(where.place.picture),
-        judge=where.judge if is_judged(column, split, where) else "auto",
+        judge=where.judge if is_judged else "auto",
         failed="again",
         wandb=where.wandb,
         table=where.table,
     )
-
-
-def is_judged(column: Column, split: str, where: Where) -> bool:
-    """Whether a language model scores the benchmark's answers."""
-    return dataset(column.benchmark, where.data, split).judging is not None
 
 
 def split_of(column: Column, where: Where) -> str:

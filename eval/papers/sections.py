@@ -1,13 +1,11 @@
 """The further tables of a page: costs, statistics over the benchmarks, and paired tests between methods."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from eval.papers.cells import Cell, Measured
-from eval.papers.document import MARK, MARK_TEXT, Section, label, number, ours_text, published_text
-from eval.papers.gate import values_of
-from eval.papers.published import AVERAGE, Published
+from eval.papers.document import MARK, MARK_TEXT, Section, label, number, ours_text
 from eval.papers.runs import Time
-from eval.papers.spec import Budget, Place, Row, Table
+from eval.papers.spec import Budget, Row, Table
 from eval.results.statistics import (
     LEVEL,
     RESAMPLES,
@@ -20,7 +18,7 @@ from eval.results.statistics import (
     interval,
 )
 from eval.statistics.answers import hard_questions, same_answers
-from eval.statistics.relative import Scores, relative_iqm, relative_mean, tokens_needed
+from eval.statistics.relative import Scores, relative_mean, tokens_needed
 from eval.tables.page import csv_numbers, difference_text, score_text
 from llava.errors import UserError
 
@@ -31,35 +29,24 @@ Clear = Mapping[int, Mapping[str, Comparison]]
 Pairs = Mapping[Budget, Mapping[tuple[int, int], Comparison]]
 
 
-def sections_of(
-    table: Table,
-    found: Measured,
-    times: Times,
-    source: Published | None = None,
-    place: Place | None = None,
-    clear: Clear | None = None,
-    pairs: Pairs | None = None,
-) -> list[Section]:
-    """The sections of a table's kind; of a score table and an overview only those that have rows.
+def sections_of(table: Table, found: Measured, times: Times, clear: Clear, pairs: Pairs) -> list[Section]:
+    """The sections of a table's kind that have rows.
 
     Args:
-        source, place: the published values and the model they are of; None where they are left out.
         clear: of `clear_differences`, for a score table.
         pairs: of `pairs_of`, for an overview.
     """
-    known = [published_costs(found, times, source, place)] if source and place else []
-    known = [section for section in known if section.rows]
     if table.kind == "ablation":
-        return [ablation(table, found), costs(found, times), *known]
-    if table.kind == "efficiency":
-        return [costs(found, times, scored=True), *known]
-    if table.kind == "overview":
-        budgets = [costs_at(found, times, budget, pairs or {}) for budget in table.budgets]
-        tested = [claims(table, found)] if any(row.claim for row in table.rows) else []
-        return [overview(table, found), *tested, significance(found, pairs or {}), *budgets, *known]
-    variants = [section for section in [releases(found)] if section.rows]
-    tested = [needed(found), against(table, found, clear or {})]
-    return [aggregates(found), *variants, *tested, costs(found, times), *known]
+        sections = [ablation(table, found), costs(found, times)]
+    elif table.kind == "efficiency":
+        sections = [costs(found, times, scored=True)]
+    elif table.kind == "overview":
+        sections = [overview(table, found), claims(table, found), significance(found, pairs)]
+        sections += [costs_at(found, times, budget, pairs) for budget in table.budgets]
+    else:
+        sections = [aggregates(found), releases(found), needed(found), against(table, found, clear)]
+        sections.append(costs(found, times))
+    return [section for section in sections if section.rows]
 
 
 # -- costs ------------------------------------------------------------------------------------------------------------
@@ -74,7 +61,7 @@ def costs(found: Measured, times: Times, scored: bool = False, lines: Iterable[i
     """
     rows = []
     for index in range(len(found.lines)) if lines is None else lines:
-        cell, full = first(found, index), first(found, 0)
+        cell, full = found.first(index), found.first(0)
         if cell is None or full is None:
             continue
         row = [label(found, index), str(found.lines[index].budget or "all"), f"{cell.tokens:.1f}"]
@@ -89,18 +76,8 @@ def costs(found: Measured, times: Times, scored: bool = False, lines: Iterable[i
         "of a question asked alone, vision tower included. "
     )
     about += next(iter(times.values())).about if times else "Times were not measured in this run (--times)."
-    header = [
-        "method",
-        "budget",
-        "tokens",
-        "KV MB",
-        "KV smaller",
-        "GFLOP",
-        "fewer operations",
-        "TTFT ms",
-        "TTFT faster",
-    ]
-    header += [column.title for column in found.columns] if scored else []
+    header = ["method", "budget", "tokens", "KV MB", "KV smaller", "GFLOP", "fewer operations"]
+    header += ["TTFT ms", "TTFT faster", *(column.title for column in found.columns if scored)]
     return Section("Costs", about + mark_text(found), header, rows)
 
 
@@ -109,53 +86,22 @@ def mark_text(found: Measured) -> str:
     return f" {MARK} {MARK_TEXT}." if any(line.by_kept for line in found.lines) else ""
 
 
-def first(found: Measured, index: int) -> Cell | None:
-    """The cell of the first benchmark."""
-    return found.cells.get((index, found.columns[0].benchmark))
-
-
-def published_costs(found: Measured, times: Times, source: Published, place: Place) -> Section:
-    """The averages and costs that sources print, beside ours."""
-    names = {AVERAGE: "average, %", "tflops": "TFLOP", "latency_ms": "latency, ms", "speedup": "speed-up"}
-    rows = []
-    for index, line in enumerate(found.lines):
-        texts = [published_text(values_of(line, name, source, place), place.convention) for name in names]
-        cell, average, time = first(found, index), found.of_full(index), times.get(index)
-        if cell is not None and any(text not in ("", "n/a") for text in texts):
-            ours = [
-                "n/a" if average is None else f"{average:.1f}",
-                "n/a" if cell.flops is None else f"{cell.flops / 1e12:.2f}",
-                "n/a" if time is None else f"{1000 * time.ttft:.1f}",
-            ]
-            rows.append([label(found, index), str(line.budget or "all"), *(text or "n/a" for text in texts), *ours])
-    about = (
-        "As printed, with the source in brackets. Nothing here is compared: sources average over other benchmarks and "
-        "by other rules, count operations otherwise, and mostly name no GPU, batch size or data set."
-    )
-    header = ["method", "budget", *(f"published {name}" for name in names.values()), "our average, %", "our TFLOP"]
-    return Section("Published averages and costs", about, [*header, "our TTFT, ms"], rows)
-
-
 # -- statistics of a score table --------------------------------------------------------------------------------------
 
 
 def releases(found: Measured) -> Section:
     """Our variants of methods whose release is a row, minus the release, on every benchmark."""
     rows = []
+    released = {
+        (line.method, line.budget): i for i, line in enumerate(found.lines) if line.row and line.row.runs_release
+    }
     for index, line in enumerate(found.lines):
-        if line.row is None or line.row.runs_release:
+        release = released.get((line.method, line.budget), index)
+        ours, theirs = found.row(index), found.row(release)
+        if line.row is None or line.row.runs_release or release == index or not ours or not theirs:
             continue
-        same = (i for i, one in enumerate(found.lines) if (one.method, one.budget) == (line.method, line.budget))
-        release = next((i for i in same if (row := found.lines[i].row) and row.runs_release), -1)
-        ours, cells = found.row(index), found.row(release)
-        if not ours or not cells:
-            continue
-        texts = [
-            difference_text(compare(ours[c.benchmark].terms, cells[c.benchmark].terms))
-            if c.benchmark in ours and c.benchmark in cells
-            else "n/a"
-            for c in found.columns
-        ]
+        both = [(ours.get(column.benchmark), theirs.get(column.benchmark)) for column in found.columns]
+        texts = [difference_text(compare(one.terms, other.terms)) if one and other else "n/a" for one, other in both]
         rows.append([label(found, index), found.lines[release].title, str(line.budget), *texts])
     about = (
         "Our variant minus the release at the same budget, paired, with 95 % intervals, not corrected for their number."
@@ -181,28 +127,28 @@ def aggregates(found: Measured) -> Section:
             [
                 label(found, index),
                 str(line.budget),
-                *(relative_text(average, pairs, len(full)) for average in (relative_mean, relative_iqm)),
+                relative_text(pairs, len(full)),
                 score_text(pooled_loyalty(row, full)),
                 hard_text(row, full, control),
             ]
         )
     about = (
-        "Average (mean) and interquartile mean, over the benchmarks, of the scores above in percent of full; loyalty: "
+        "Average: mean over the benchmarks of the scores above in percent of full; loyalty: "
         "questions with the same answer as full, in the benchmark's own form of an answer; hard questions: right with "
         "full, wrong with the downsampled image of as many tokens "
         "(group A of VTC-Bench). 95 % intervals in brackets. Definitions: docs/statistics.md."
     )
-    header = ["method", "budget", "average, % of full", "interquartile mean, %", "loyalty, %", "hard questions, %"]
+    header = ["method", "budget", "average, % of full", "loyalty, %", "hard questions, %"]
     return Section("Averages, loyalty and hard questions", about, header, rows)
 
 
-def relative_text(average: Callable[[Scores], Interval], pairs: Scores, count: int) -> str:
+def relative_text(pairs: Scores, count: int) -> str:
     """An average with its interval, or why there is none: a benchmark is missing, or full scores 0 on a resample, as a
     few questions can make it."""
     if len(pairs) < count:
         return f"n/a: a result on {count - len(pairs)} of {count} benchmarks is missing"
     try:
-        return score_text(average(pairs))
+        return score_text(relative_mean(pairs))
     except UserError as error:
         return f"n/a: {str(error).partition(',')[0]}"
 
@@ -283,20 +229,17 @@ def against(table: Table, found: Measured, clear: Clear) -> Section:
 
 def clear_differences(table: Table, found: Measured) -> Clear:
     """The significant differences of every line that is compared with the paper's method at the same budget."""
+    ours: dict[Budget | None, int] = {}
+    for index, line in enumerate(found.lines):
+        if line.method == table.ours:
+            ours.setdefault(line.budget, index)
     clear = {}
     for index, line in enumerate(found.lines):
-        ours = ours_at(table, found, line.budget)
-        if index and not line.by_kept and ours is not None and ours != index and found.row(index):
-            clear[index] = significant(found.row(ours), found.row(index))
+        base = ours.get(line.budget, index)
+        both = found.row(base), found.row(index)
+        if base != index and all(both) and not (line.by_kept or found.lines[base].by_kept):
+            clear[index] = significant(*both)
     return clear
-
-
-def ours_at(table: Table, found: Measured, budget: object) -> int | None:
-    """The first line of the paper's method at a budget."""
-    for index, line in enumerate(found.lines):
-        if line.method == table.ours and line.budget == budget:
-            return index if found.row(index) and not line.by_kept else None
-    return None
 
 
 def significant(ours: Mapping[str, Cell], other: Mapping[str, Cell]) -> dict[str, Comparison]:
@@ -310,47 +253,35 @@ def significant(ours: Mapping[str, Cell], other: Mapping[str, Cell]) -> dict[str
 # -- one method's choices, and all methods on one benchmark -----------------------------------------------------------
 
 
-def by_row(table: Table, found: Measured) -> list[tuple[Row, dict[Budget | None, int]]]:
-    """Every row of the table with its lines by budget."""
-    rows: dict[int, dict[Budget | None, int]] = {id(row): {} for row in table.rows}  # rows have no hash
-    for index, line in enumerate(found.lines):
-        if line.row is not None:
-            rows[id(line.row)][line.budget] = index
-    return [(row, rows[id(row)]) for row in table.rows]
-
-
-def defaults_of(table: Table, found: Measured) -> dict[Budget | None, int]:
-    """Budget -> line of the paper's method with its defaults; empty where it is not among the rows."""
-    rows = by_row(table, found)
-    return next((lines for row, lines in rows if row.method == table.ours and not row.options), {})
+def defaults_of(table: Table) -> Row | None:
+    """The row of the paper's method with its defaults."""
+    return next((row for row in table.rows if row.method == table.ours and not row.options), None)
 
 
 def ablation(table: Table, found: Measured) -> Section:
     """Every choice beside the method's defaults, paired over images; two columns per benchmark and budget."""
-    budgets, default = list(dict.fromkeys(line.budget for line in found.lines[1:])), defaults_of(table, found)
-    rows = []
-    for row, lines in by_row(table, found):
+    places = [(budget, column) for budget in table.budgets for column in found.columns]
+    default, rows = defaults_of(table), []
+    for row in table.rows:
         cells = [f"{row.group}: {row.title}" if row.group else row.title]
-        for budget in budgets:
-            for column in found.columns:
-                cells += compared(found, lines[budget], default.get(budget), column.benchmark)
+        for budget, column in places:
+            both = [found.cell(one, budget, column.benchmark) for one in (row, default)]
+            cells += compared(*both)
         rows.append(cells)
-    heads = [f"{column.title}, {budget} tokens" for budget in budgets for column in found.columns]
+    heads = [f"{column.title}, {budget} tokens" for budget, column in places]
     header = ["choice", *(text for head in heads for text in (head, "against the default [95 % CI]"))]
     about = "One choice at a time around the method's defaults; differences are paired over images."
     return Section("One choice at a time", about, header, rows)
 
 
-def compared(found: Measured, index: int, base: int | None, benchmark: str) -> list[str]:
+def compared(cell: Cell | None, default: Cell | None) -> list[str]:
     """A score, and its difference to the defaults."""
-    cell = found.cells.get((index, benchmark))
-    default = None if base is None else found.cells.get((base, benchmark))
     if cell is None:
         return ["n/a", "cannot run"]
     text = number(cell.value, cell.points)
-    if base is None or default is None:
+    if default is None:
         return [text, "n/a"]
-    if found.lines[index].setting == found.lines[base].setting:
+    if cell.line.setting == default.line.setting:
         return [f"**{text}**", "default"]
     return [text, difference_text(compare(cell.terms, default.terms))]
 
@@ -359,7 +290,7 @@ def pairs_of(found: Measured) -> Pairs:
     """Every two lines of a budget, compared on the one benchmark of an overview."""
     by_budget: dict[Budget, dict[int, Cell]] = {}
     for index, line in enumerate(found.lines):
-        cell = first(found, index)
+        cell = found.first(index)
         if line.budget is not None and cell is not None:
             by_budget.setdefault(line.budget, {})[index] = cell
     return {budget: all_pairs({i: cell.terms for i, cell in cells.items()}) for budget, cells in by_budget.items()}
@@ -385,10 +316,10 @@ def standing(index: int, pairs: Mapping[tuple[int, int], Comparison]) -> tuple[i
 
 def overview(table: Table, found: Measured) -> Section:
     """Methods by budgets, those with the highest lowest score first."""
-    full = found.cells[0, found.columns[0].benchmark]
-    rows = []
-    for row, lines in by_row(table, found):
-        cells = [first(found, lines[budget]) for budget in table.budgets]
+    name = found.columns[0].benchmark
+    full, rows = found.cells[0, name], []
+    for row in table.rows:
+        cells = [found.cell(row, budget, name) for budget in table.budgets]
         texts = ["n/a" if cell is None else ours_text(cell) + f" {MARK}" * cell.line.by_kept for cell in cells]
         rows.append((min(0.0 if cell is None else cell.value for cell in cells), [row.title, *texts]))
     rows.sort(key=lambda row: -row[0])
@@ -403,13 +334,12 @@ def overview(table: Table, found: Measured) -> Section:
 
 def claims(table: Table, found: Measured) -> Section:
     """The defaults of the paper's method minus the row of each claim: it holds, fails or stays open."""
-    default, name = defaults_of(table, found), found.columns[0].benchmark
-    rows = []
-    for row, lines in by_row(table, found):
-        pairs = [
-            (found.cells.get((default.get(b, -1), name)), found.cells.get((lines[b], name))) for b in table.budgets
-        ]
-        rows += [[row.claim, *(claim_text(*pair) for pair in pairs)]] if row.claim else []
+    default, name = defaults_of(table), found.columns[0].benchmark
+    rows = [
+        [row.claim, *(claim_text(found.cell(default, b, name), found.cell(row, b, name)) for b in table.budgets)]
+        for row in table.rows
+        if row.claim
+    ]
     about = (
         f"{table.ours} minus the row that a claim is about, paired over images [95 % interval]: a claim holds or fails "
         "where the interval leaves out 0, and stays open elsewhere."
@@ -443,7 +373,7 @@ def significance(found: Measured, pairs: Pairs) -> Section:
 
 def lines_at(found: Measured, budget: Budget) -> list[int]:
     """The lines of a budget that have a score, the highest first."""
-    cells = {i: cell for i, line in enumerate(found.lines) if line.budget == budget and (cell := first(found, i))}
+    cells = {i: cell for i, line in enumerate(found.lines) if line.budget == budget and (cell := found.first(i))}
     return sorted(cells, key=lambda index: -cells[index].value)
 
 
@@ -451,7 +381,7 @@ def costs_at(found: Measured, times: Times, budget: Budget, pairs: Pairs) -> Sec
     """Costs and scores of one budget, the highest score first, with how many methods each beats and loses to."""
     lines = lines_at(found, budget)
     section = costs(found, times, scored=True, lines=[0, *lines])
-    places = [standing(index, pairs.get(budget, {})) for index in lines]
+    places = [standing(index, pairs[budget]) for index in lines]
     verdicts = ["", *(f"{beats} / {lost}" + " **top**" * (not lost) for beats, lost in places)]
     rows = [[*row, verdict] for row, verdict in zip(section.rows, verdicts, strict=True)]
     return Section(f"Costs at {budget} tokens", section.about, [*section.columns, "beats / loses to"], rows)

@@ -4,7 +4,6 @@
     vtr tables paper consensusdrop/llava15_7b --limit 20               # quick look
     vtr tables paper consensusdrop/llava15_7b --data /data/eval        # the paper's model, downloaded by its id
     vtr tables paper consensusdrop/llava15_7b --render                 # only write, from finished runs
-    vtr tables paper consensusdrop/llava15_7b --add rows.csv           # with rows of your own (docs/paper_tables.md)
 
 Without --data (or --model) the bundled toy model stands in, and the published columns are left out. Answers are kept in
 results/sweep, shared by all tables, so an interrupted table goes on where it stopped.
@@ -22,11 +21,11 @@ from eval.answers.jsonl import write_file
 from eval.command import exit_on_user_error, make_parser
 from eval.config import ROOT, folder_name, is_toy
 from eval.papers import published, spec
-from eval.papers.own import OwnRow, read_own
 from eval.papers.spec import Table
 from eval.parallel import placement
 from eval.tables.page import insert, markdown, write_csv
-from eval.tracking import has_key, log_table_run, resolve_mode
+from eval.tracking import has_key, resolve_mode
+from eval.tracking.table_run import log_table_run
 from llava.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,12 +55,9 @@ def where_of(table: Table, args: argparse.Namespace) -> "Where":
         raise UserError(f"The data folder {data} does not exist; see docs/paper_tables.md.")
     limit = min(filter(None, (args.limit, place.questions)), default=None)
     toy = bundled or is_toy(place.model)
-    return Where(place, toy, data, limit, args.device, args.judge, wandb_of_cells(args.wandb), table.identity)
-
-
-def wandb_of_cells(mode: str) -> str:
-    """Every cell is a W&B run of its own where W&B is online or asked for; hundreds of offline runs help nobody."""
-    return "disabled" if mode == "auto" and not (has_key() and resolve_mode(mode) == "online") else mode
+    # Every cell is a W&B run of its own where W&B is online or asked for; hundreds of offline runs help nobody.
+    wandb = "disabled" if args.wandb == "auto" and not (has_key() and resolve_mode("auto") == "online") else args.wandb
+    return Where(place, toy, data, limit, args.device, args.judge, wandb, table.identity)
 
 
 def narrowed(table: Table, args: argparse.Namespace) -> Table:
@@ -76,10 +72,8 @@ def words(text: str | None) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()] if text else []
 
 
-def make(
-    table: Table, where: "Where", args: argparse.Namespace, folder: Path, own: Sequence[OwnRow] = ()
-) -> "Document":
-    """Fill what is missing, and say everything that the formats write; `own`: rows that the user adds."""
+def make(table: Table, where: "Where", args: argparse.Namespace, folder: Path) -> "Document":
+    """Fill what is missing, and say everything that the formats write."""
     from eval.papers.cells import read_cells
     from eval.papers.figure import draw_kept
     from eval.papers.runs import columns_of, described, fill_cells, lines_of, open_model, times_of
@@ -99,7 +93,7 @@ def make(
     repeats = repeats_of(args, model, where)
     times = times_of(lines, columns[0], where, model, repeats, folder / f"{table.name}.times.jsonl")
     found = read_cells(lines, columns, where, model)
-    document = document_of(table, where, found, checks, times, command_line(table, args), own)
+    document = document_of(table, where, found, checks, times, command_line(table, args))
     if args.wandb == "disabled" or args.render or not repeats:
         return document
     return dataclasses.replace(
@@ -142,7 +136,6 @@ def document_of(
     checks: "Sequence[Check]",
     times: "Mapping[int, Time]",
     command: str,
-    own: Sequence[OwnRow] = (),
 ) -> "Document":
     """What the page says, by the kind of the table."""
     from eval.papers.document import Document, blocks, entries, facts_of, notes_of
@@ -158,12 +151,11 @@ def document_of(
         where.is_toy,
         facts_of(table, where, found, command),
         [*(column.title for column in found.columns), "average"],
-        blocks(found, own, clear) if table.kind == "scores" else (),
+        blocks(found, clear) if table.kind == "scores" else (),
         cells,
-        sections_of(table, found, times, source, where.place, clear, pairs),
+        sections_of(table, found, times, clear, pairs),
         checks,
-        own,
-        notes_of(table, found, cells, own),
+        notes_of(table, found, cells),
         points_of(table, found, times),
         pairs=pair_rows(found, pairs),
     )
@@ -234,7 +226,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--methods", help="some of the table's methods, separated by commas")
     p.add_argument("--budgets", help="some of the table's budgets")
     p.add_argument("--benchmarks", help="some of the table's benchmarks")
-    p.add_argument("--add", type=Path, metavar="CSV", help="rows of your own: method,budget,source and benchmarks")
     p.add_argument("--dtype", help="of the weights; the table's own if left out")
     p.add_argument("--batch-size", type=int, help="questions asked at once; the table's own if left out")
     p.add_argument("--device", default="auto", help="torch device")
@@ -266,10 +257,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "--page writes toy results into a page of docs/, which few tables have (`page` in their specification): "
             "leave it out."
         )
-    own = read_own(args.add, table) if args.add else ()
     table = narrowed(table, args)
     folder = args.output or default_folder(table, where, args)
-    document = make(table, where, args, folder, own)
+    document = make(table, where, args, folder)
     files = write(document, folder, args.tex_intervals)
     log(args.wandb, document, where, folder, files)
     print(summary(document))
@@ -281,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def command_line(table: Table, args: argparse.Namespace) -> str:
     """The command that makes this table again, with every flag that changes it and is not its default."""
-    names = ("model", "data", "limit", "methods", "budgets", "benchmarks", "add", "dtype", "batch_size", "judge")
+    names = ("model", "data", "limit", "methods", "budgets", "benchmarks", "dtype", "batch_size", "judge")
     usual = parser().parse_args([args.table])
     options = {name: getattr(args, name) for name in (*names, "times") if getattr(args, name) != getattr(usual, name)}
     given = []

@@ -86,7 +86,6 @@ def launch(
         The exit code: the first rank's own, 1 where a rank died or hung, 2 for a user error, 130 or 143 after a signal.
     """
     control = Control.serve(LOOPBACK if placement.launcher == "local" else socket.gethostname())
-    control.put("command began", psutil.Process().create_time())
     own = {"module": module, "arguments": list(arguments), "size": placement.size}
     own |= {"name": secrets.token_hex(4), "processor": placement.processor}
     control.put("command", own)
@@ -308,8 +307,7 @@ def outcome(control: Control, ranks: int) -> int:
     reports = [control.peek(f"rank{number}") for number in range(ranks)]
     phases = [report["phase"] if report else None for report in reports]
     if all(phase == FINISHED for phase in phases):
-        code: int = max(report["code"] for report in reports)
-        return code
+        return int(max(report["code"] for report in reports))
     failed = [report for report, phase in zip(reports, phases, strict=True) if phase == FAILED]
     if failed:
         first = min(failed, key=lambda report: report["number"])

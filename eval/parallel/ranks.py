@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self
@@ -28,7 +28,7 @@ POLL_SECONDS = 0.02
 LOOPBACK = "127.0.0.1"
 # What a rank does; the parent process reads it.
 LOADING, ASKING, MERGING = "loading", "asking", "merging"
-WAITING, SCORING, TRAINING = "waiting", "scoring", "training"
+WAITING, SCORING = "waiting", "scoring"
 FINISHED, FAILED, STOPPED = "finished", "failed", "stopped"
 # A rank must not be in one of these for longer than the time-out.
 WATCHED = (LOADING, ASKING, MERGING)
@@ -120,7 +120,8 @@ class Control:
 
     def get(self, key: str) -> Any:
         """The value, once somebody has published it."""
-        wait_until(lambda: self._store.check([key]))
+        while not self._store.check([key]):  # a wait inside the store would not let signals through
+            time.sleep(POLL_SECONDS)
         return json.loads(self._store.get(key))
 
 
@@ -176,8 +177,7 @@ class Rank:
             return own
         key = f"{what}/replica{self.replica}/{own}"
         if not self.leads:
-            shared: int = self.control.get(key)
-            return shared
+            return int(self.control.get(key))
         number = self.control.count(what) - 1
         if self.size > 1:
             self.control.put(key, number)
@@ -238,14 +238,7 @@ def become(rank: Rank) -> None:
     _current = rank
 
 
-def wait_until(ready: Callable[[], bool]) -> None:
-    """Ask again and again: a wait inside the store would not let signals through."""
-    while not ready():
-        time.sleep(POLL_SECONDS)
-
-
 def free_port() -> int:
     """A port that nobody listens on now. The launcher wants one; ranks find each other through the store."""
     with socket.create_server(("", 0)) as listening:
-        port: int = listening.getsockname()[1]
-        return port
+        return int(listening.getsockname()[1])

@@ -138,19 +138,16 @@ def summarise_flops(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         tower_per_image, language_model_per_question (projector, selection and prefill), by_part (per question),
         per_question (everything) and as_batched_per_question; None without lines.
     """
-    names = ("tower_per_image", "language_model_per_question", "by_part", "per_question", "as_batched_per_question")
-    if not lines:
-        return dict.fromkeys(names)
     count, images = (sum(line[key] for line in lines) for key in ("questions", "images"))
     parts = {part: sum(line["flops_alone"].get(part, 0) for line in lines) for part in PARTS}
-    values = (
-        parts["tower"] / images if images else None,
-        sum(parts[part] for part in PARTS if part != "tower") / count,
-        {part: amount / count for part, amount in parts.items()},
-        sum(parts.values()) / count,
-        sum(line["flops"] for line in lines) / count,
-    )
-    return dict(zip(names, values, strict=True))
+    whole = sum(parts.values())
+    return {
+        "tower_per_image": parts["tower"] / images if images else None,
+        "language_model_per_question": (whole - parts["tower"]) / count if lines else None,
+        "by_part": {part: amount / count for part, amount in parts.items()} if lines else None,
+        "per_question": whole / count if lines else None,
+        "as_batched_per_question": sum(line["flops"] for line in lines) / count if lines else None,
+    }
 
 
 def conditions(line: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

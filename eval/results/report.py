@@ -10,14 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from eval.answers.jsonl import read_json
 from eval.answers.reuse import joint
 from eval.benchmarks.base import Question
 from eval.config import FULL, ROOT
 from eval.metrics import Score
-from eval.parallel.ranks import Rank
 from eval.results.statistics import LEVEL, interval, terms_of
 from llava.errors import UserError
 
@@ -108,7 +105,7 @@ def commit(root: Path = ROOT) -> str:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(root), *arguments]
+    command = ["git", "--no-optional-locks", "-C", str(root), *arguments]  # a kill would leave the lock of the index
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -154,12 +151,6 @@ def made_by(origins: Sequence[tuple[Mapping[str, Any] | None, int]]) -> dict[str
         "versions": dict(runs[-1]["versions"]) if runs else {},
         "notes": notes,
     }
-
-
-def command_began(rank: Rank) -> float:
-    """When the user's command started, in seconds since 1970: this process, or the one that started the ranks."""
-    began: float = psutil.Process().create_time() if rank.control is None else rank.get("command began")
-    return began
 
 
 def hardware(device: str) -> str:

@@ -50,11 +50,6 @@ class Interval:
     high: float | None
     method: str = "Wilson"
 
-    @property
-    def bars(self) -> tuple[float, float]:
-        """Distances to the two ends, for error bars; zero where there is no interval."""
-        return (0.0, 0.0) if self.low is None or self.high is None else (self.mean - self.low, self.high - self.mean)
-
 
 @dataclass(frozen=True)
 class Comparison:

@@ -12,6 +12,7 @@ answers right. Accuracy on group A is where a method can show more than downsamp
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 from eval.benchmarks.base import Dataset
 from eval.metrics import Score
@@ -37,15 +38,19 @@ def sample_scores(score: Score, texts: Mapping[str, str], data: Dataset) -> Mapp
     return score.correct if score.correct.keys() == texts.keys() else None
 
 
+def check_same_questions(one: Mapping[str, Any], other: Mapping[str, Any], who: str) -> None:
+    """UserError where two runs, which `who` names, answered other questions."""
+    if lost := one.keys() ^ other.keys():
+        raise UserError(
+            f"{who} must have answered the same questions; {len(lost):,} have an answer of one of them only."
+        )
+
+
 def same_answers(
     texts: Mapping[str, str], full_texts: Mapping[str, str], normalise: Normalise = plain
 ) -> dict[str, float]:
     """Question id -> 1 if both texts are the same answer, else 0."""
-    if texts.keys() != full_texts.keys():
-        raise UserError(
-            f"The method and the full model must have answered the same questions; "
-            f"{len(texts.keys() ^ full_texts.keys()):,} have an answer of one of them only."
-        )
+    check_same_questions(texts, full_texts, "The method and the full model")
     return {name: float(normalise(text) == normalise(full_texts[name])) for name, text in texts.items()}
 
 
@@ -85,11 +90,7 @@ def hard_questions(full: Mapping[str, float], downsampled: Mapping[str, float]) 
         full: question id -> sample score in [0, 1] without reduction; above 0.5 is right.
         downsampled: the same of the control `downsample` at the budget.
     """
-    if full.keys() != downsampled.keys():
-        raise UserError(
-            f"Full and downsample must have answered the same questions; {len(full.keys() ^ downsampled.keys()):,} "
-            "have an answer of one of them only."
-        )
+    check_same_questions(full, downsampled, "Full and downsample")
     right = [name for name, score in full.items() if score > RIGHT]
     return {
         "group_a": tuple(name for name in right if downsampled[name] <= RIGHT),

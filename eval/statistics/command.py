@@ -27,6 +27,7 @@ from eval.tables.page import markdown, score_text
 from llava.errors import UserError
 
 DOWNSAMPLE = "downsample"
+GROUPS = ("group_a", "group_b")
 # Number of a row -> head of its column.
 COLUMNS = {
     "loyalty": "loyalty",
@@ -76,22 +77,17 @@ def read_run(folder: Path, data: Dataset, judge: str = "auto") -> Run:
     score, judge_facts = score_answers(data, judge, list(stored.texts), stored.texts, stored.answers)
     if score.values.get(score.main) is None:
         raise UserError(f"{data.title} has no score for {folder}: {'; '.join(score.notes)}.")
-    images = {question.id: question.image for question in data.questions}
+    images, result = {question.id: question.image for question in data.questions}, stored.result
+    ratio = result.get("config", {}).get("retention_ratio")
     return Run(
         stored.judged(judge_facts),
-        stored.result["method"],
-        budget_of(stored.result),
-        {key: value for key, value in stored.result["settings"]["config"].items() if key != "budget"},
+        result["method"],
+        round(result["audit"]["mean_tokens_per_layer"]) if ratio else int(result["budget"]),
+        {key: value for key, value in result["settings"]["config"].items() if key != "budget"},
         score,
         terms_of(score, images),
         sample_scores(score, stored.texts, data),
     )
-
-
-def budget_of(result: Mapping[str, Any]) -> int:
-    """The budget in visual tokens."""
-    ratio = result.get("config", {}).get("retention_ratio")
-    return round(result["audit"]["mean_tokens_per_layer"]) if ratio else int(result["budget"])
 
 
 def by_method(runs: list[Run]) -> dict[str, dict[int, Run]]:
@@ -108,7 +104,7 @@ def by_method(runs: list[Run]) -> dict[str, dict[int, Run]]:
     return found
 
 
-def statistics_of(full: Run, runs: list[Run], data: Dataset, share: float = SHARE, level: float = LEVEL) -> Any:
+def statistics_of(full: Run, runs: list[Run], data: Dataset, share: float) -> Any:
     """All statistics of the runs as JSON types: a list of rows, and the tokens needed by method."""
     first: dict[str, Run] = {}
     for run in runs:
@@ -118,7 +114,7 @@ def statistics_of(full: Run, runs: list[Run], data: Dataset, share: float = SHAR
     controls = {run.budget: run for run in runs if run.method == DOWNSAMPLE}
     rows, needed = [], {}
     for label, budgets in methods.items():
-        found = tokens_needed(full.terms, {budget: run.terms for budget, run in budgets.items()}, share, level)
+        found = tokens_needed(full.terms, {budget: run.terms for budget, run in budgets.items()}, share)
         needed[label] = dataclasses.asdict(found) | {"text": found.text}
         for budget, test in found.tests.items():
             row = row_of(budgets[budget], full, controls.get(budget), data)
@@ -142,17 +138,12 @@ def row_of(run: Run, full: Run, control: Run | None, data: Dataset) -> dict[str,
     known = None if run.sample_scores is None else full.sample_scores
     found: dict[str, Interval | None] = {"score": interval(run.terms)}
     found |= loyalty(run.texts, full.texts, known, images, data.normalise or plain)
-    found |= {"group_a": None, "group_b": None}
-    counts: dict[str, int | None] = {"in_group_a": None, "in_group_b": None}
-    if (
-        run.sample_scores is not None
-        and known is not None
-        and control is not None
-        and control.sample_scores is not None
-    ):
-        hard = hard_questions(known, control.sample_scores)
-        found |= {name: accuracy_on(run.sample_scores, ids, images) for name, ids in hard.items()}
-        counts = {f"in_{name}": len(ids) for name, ids in hard.items()}
+    groups: dict[str, tuple[str, ...]] = {}
+    if run.sample_scores is not None and known is not None and control and control.sample_scores is not None:
+        groups = hard_questions(known, control.sample_scores)
+    counts = {f"in_{name}": len(groups[name]) if name in groups else None for name in GROUPS}
+    for name in GROUPS:
+        found[name] = accuracy_on(run.sample_scores or {}, groups[name], images) if name in groups else None
     return {name: plain_interval(one) for name, one in found.items()} | counts
 
 
@@ -196,7 +187,7 @@ def sentence(label: str, needed: Mapping[str, Any]) -> str:
     tests = ", ".join(f"{budget}: {p_text(test['p'])}" for budget, test in needed["tests"].items())
     return (
         f"{label} needs {needed['text']} tokens to keep {100 * needed['share']:g} % of full (one-sided test at "
-        f"{100 * needed['level']:g} %, largest budget first; p by budget: {tests})."
+        f"{100 * LEVEL:g} %, largest budget first; p by budget: {tests})."
     )
 
 
@@ -229,7 +220,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument(
         "--share", type=value(fraction), default=SHARE, help="of the score of full that tokens needed asks for"
     )
-    p.add_argument("--level", type=value(fraction), default=LEVEL, help="of the one-sided tests")
     p.add_argument("--json", metavar="OUT", help="also write the numbers to this file")
     args = p.parse_args(arguments)
     result = read_json(results_folder(args.full) / RESULT)
@@ -238,9 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     full = read_run(args.full, data, args.judge)
     if full.method != FULL:
         raise UserError(f"The first folder should be a run of {FULL}, got one of {full.method}: {full.folder}.")
-    record = statistics_of(
-        full, [read_run(folder, data, args.judge) for folder in args.runs], data, args.share, args.level
-    )
+    record = statistics_of(full, [read_run(folder, data, args.judge) for folder in args.runs], data, args.share)
     print("\n".join(lines(record)))
     if args.json:
         write_json(Path(args.json), record)

@@ -14,14 +14,13 @@ Budgets are tested from the largest to the smallest, each at the same level, and
 sequence (fixed-sequence testing). The probability that a budget below the share is named is then at most the level,
 without a correction for the number of budgets.
 
-**Averages over benchmarks.** The interquartile mean of a method's relative scores, and their plain mean, with one
-interval. Agarwal et al. (2021, "Deep reinforcement learning at the edge of the statistical precipice", the library
-rliable) aggregate runs over tasks by the mean of the middle half and resample runs within each task. Here a task is a
-benchmark and the resampled units are its clusters; a benchmark is never resampled itself. The interval covers the
-questions, not the choice of benchmarks.
+**Averages over benchmarks.** The mean of a method's relative scores with its interval, by resampling within each task
+as Agarwal et al. do (2021, "Deep reinforcement learning at the edge of the statistical precipice", the library
+rliable). Here a task is a benchmark and the resampled units are its clusters; a benchmark is never resampled itself.
+The interval covers the questions, not the choice of benchmarks.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -128,9 +127,7 @@ def p_value(pairs: Pairs, share: float, resamples: int = RESAMPLES, seed: int = 
     return (1 + reached) / (1 + resamples)
 
 
-def lower_bound(
-    pairs: Pairs, level: float, passed: float | None = None, resamples: int = RESAMPLES, seed: int = 0
-) -> float:
+def lower_bound(pairs: Pairs, level: float, passed: float | None = None) -> float:
     """The largest share that the test rejects at `level`: a one-sided bound of method / full with confidence 1 - level.
 
     Args:
@@ -140,7 +137,7 @@ def lower_bound(
     high = float(method / full)
 
     def excess(share: float) -> float:
-        return p_value(pairs, share, resamples, seed) - level
+        return p_value(pairs, share) - level
 
     low, step = passed, 0.02
     while low is None:
@@ -262,7 +259,6 @@ class TokensNeeded:
 
     tokens: int | None
     share: float
-    level: float
     tests: dict[int, BudgetTest]
 
     @property
@@ -275,25 +271,21 @@ def tokens_needed(
     full: SufficientStatistics,
     by_budget: Mapping[int, SufficientStatistics],
     share: float = SHARE,
-    level: float = LEVEL,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> TokensNeeded:
     """The smallest budget from which on the score is shown to be more than `share` of the full model's.
 
+    The probability of naming a budget at which the score is at most the share is LEVEL.
+
     Args:
         by_budget: visual tokens -> the method's score on the same questions.
-        level: probability of naming a budget at which the score is at most the share.
 
     Raises:
         UserError: no budget, other questions, or a full model that scores 0.
     """
     if not by_budget:
         raise UserError("Tokens needed: at least one measured budget is needed.")
-    if not 0 < share <= 1 or not 0 < level < 1:
-        raise UserError(
-            f"The share should be above 0 and up to 1, and the level between 0 and 1; got {share}, {level}."
-        )
+    if not 0 < share <= 1:
+        raise UserError(f"The share should be above 0 and up to 1, got {share}.")
     tests: dict[int, BudgetTest] = {}
     tokens: int | None = None
     going_on = True
@@ -302,19 +294,24 @@ def tokens_needed(
         of_method, of_full = map(float, pairs.scores(pairs.counts))
         if of_full <= 0:
             raise UserError(f"The full model scores {of_full:g} on these questions; a share of that says nothing.")
-        p = p_value(pairs, share, resamples, seed)
-        going_on = going_on and p <= level
-        low = lower_bound(pairs, level, share if p <= level else None, resamples, seed)
+        p = p_value(pairs, share)
+        going_on = going_on and p <= LEVEL
+        low = lower_bound(pairs, LEVEL, share if p <= LEVEL else None)
         tests[budget] = BudgetTest(100 * of_method / of_full, 100 * low, p, going_on)
         tokens = budget if going_on else tokens
-    return TokensNeeded(tokens, share, level, tests)
+    return TokensNeeded(tokens, share, tests)
 
 
 # -- averages over benchmarks -----------------------------------------------------------------------------------------
 
 
-def relative_iqm(scores: Scores, resamples: int = AVERAGE_RESAMPLES, seed: int = 0) -> Interval:
-    """Interquartile mean of method / full over benchmarks, in percent, with its 95 % interval.
+def relative_mean(scores: Scores) -> Interval:
+    """Mean of method / full over benchmarks in percent, the average of the papers' tables, with its 95 % interval.
+
+    Its spread is that of a bootstrap over clusters, each benchmark by itself. Of n clusters n - 1 are drawn, so that
+    the spread is that of the mean (Rao and Wu 1988). Quantile and degrees of freedom are those of
+    `eval.results.statistics.interval`, and so are the reasons for no interval: few clusters in a benchmark, or few that
+    decide the spread. (The percentiles of the draws cover 78 % with few of them.)
 
     Args:
         scores: benchmark -> (method, full model) on the same questions.
@@ -322,41 +319,26 @@ def relative_iqm(scores: Scores, resamples: int = AVERAGE_RESAMPLES, seed: int =
     Raises:
         UserError: no benchmark, other questions, or a full model that scores 0.
     """
-    return aggregate(interquartile_mean, scores, resamples, seed)
-
-
-def relative_mean(scores: Scores, resamples: int = AVERAGE_RESAMPLES, seed: int = 0) -> Interval:
-    """Mean of method / full over benchmarks in percent, the average of the papers' tables, with its 95 % interval."""
-    return aggregate(lambda values: values.mean(-1), scores, resamples, seed)
-
-
-def aggregate(average: Callable[[Array], Array], scores: Scores, resamples: int, seed: int) -> Interval:
-    """An average of the relative scores: its spread by a bootstrap over clusters, each benchmark by itself.
-
-    Of n clusters n - 1 are drawn, so that the spread is that of the mean (Rao and Wu 1988). Quantile and degrees of
-    freedom are those of `eval.results.statistics.interval`, and so are the reasons for no interval: few clusters in a
-    benchmark, or few that decide the spread. (The percentiles of the draws cover 78 % with few of them.)
-    """
     if not scores:
         raise UserError("An average over benchmarks needs at least one benchmark.")
-    streams = np.random.default_rng(seed).spawn(len(scores))
+    streams = np.random.default_rng(0).spawn(len(scores))
     by_name = {name: pair(*scores[name]) for name in sorted(scores)}  # the order given changes nothing
     observed = [relative(name, *pairs.scores(pairs.counts)) for name, pairs in by_name.items()]
-    mean = float(average(np.array(observed)))
+    mean = float(np.mean(observed))
     for name, pairs in by_name.items():
         if pairs.clusters < FEWEST_CLUSTERS:
             units = f"{pairs.clusters} {plural(pairs.of_method.unit, pairs.clusters)}"
             return Interval(mean, None, None, f"n/a: {name} has {units}, an interval needs {FEWEST_CLUSTERS}")
     drawn = []
     for (name, pairs), random in zip(by_name.items(), streams, strict=True):
-        draws = pairs.draws(pairs.counts / pairs.clusters, pairs.clusters - 1, resamples, random)
+        draws = pairs.draws(pairs.counts / pairs.clusters, pairs.clusters - 1, AVERAGE_RESAMPLES, random)
         drawn.append(np.concatenate([relative(name, *found) for found in draws]))
-    values = average(np.stack(drawn, -1))
+    values = np.mean(drawn, axis=0)
     if np.ptp(values) <= 1e-9 * max(1.0, abs(mean)):
         return Interval(mean, None, None, "n/a: all resamples give the same number")
-    parts = zip(by_name.values(), observed, slope(average, np.array(observed)), strict=True)
     shares = [
-        weight / pairs.scores(pairs.counts)[1] * influences(pairs, float(value) / 100) for pairs, value, weight in parts
+        influences(pairs, float(value) / 100) / pairs.scores(pairs.counts)[1]
+        for pairs, value in zip(by_name.values(), observed, strict=True)
     ]
     counts = np.concatenate([pairs.counts for pairs in by_name.values()])
     few = deciding(np.concatenate(shares), counts)
@@ -376,17 +358,3 @@ def relative(benchmark: str, method: Array, full: Array) -> Array:
             "relative score; leave this benchmark out."
         )
     return 100 * method / full
-
-
-def interquartile_mean(values: Array) -> Array:
-    """Mean of the middle half along the last axis.
-
-    A quarter of the weight falls away at each end. Where that is no whole number of values, those at the ends count in
-    part: of 5 values the second and fourth count 3/4.
-    """
-    count = values.shape[-1]
-    edges = np.arange(count + 1) / count
-    inside = np.minimum(edges[1:], 0.75) - np.maximum(edges[:-1], 0.25)
-    weights = np.maximum(inside, 0.0) * 2
-    mean: Array = np.sort(values, -1) @ weights
-    return mean

@@ -98,7 +98,6 @@ def number(result: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=("pages", "scores"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
     if args.step == "pages":
         insert(PAGE, "data", data_sections())
@@ -106,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         readme.write_text(re.sub(r"\*\*\d+ (?=\[benchmarks\])", f"**{count} ", readme.read_text()))
     else:
         header = ["benchmark", "metric", "questions", "full", "consensusdrop", "tokens per layer"]
-        rows = score_rows(args.results)
+        rows = score_rows(RESULTS)
         shown = [(name, metric, full, ours) for name, metric, _, full, ours, _ in rows]
         insert(PAGE, "embedded scores", markdown(["benchmark", "metric", "full", "consensusdrop"], shown))
         write_csv(ROOT / "docs" / "tables" / "embedded_benchmarks.csv", header, rows)

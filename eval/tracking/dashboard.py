@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from eval.command import exit_on_user_error, make_parser, value
+from eval.tracking import has_key, one_line
 from eval.tracking.table_run import GALLERY, TABLE, TOKENS_PLOT, TTFT_PLOT
-from eval.tracking.tracker import has_key, one_line
 from llava.errors import UserError
 
 TITLE = "Visual token reduction"
@@ -128,7 +128,6 @@ def publish(thing: str, make: Callable[..., Any], arguments: Sequence[str] | Non
     )
     p.add_argument("--name", default=TITLE, help=f"name of the {thing}")
     p.add_argument("--table", metavar="NAME", help="only runs of this paper table")
-    p.add_argument("--update", metavar="URL", help=f"replace this {thing} instead of making a new one")
     p.add_argument(
         "--dry-run", action="store_true", help="print what would be sent as JSON; needs no network and no key"
     )
@@ -145,9 +144,8 @@ def publish(thing: str, make: Callable[..., Any], arguments: Sequence[str] | Non
     os.environ.setdefault("WANDB_SILENT", "true")
     try:
         with redirect_stdout(sys.stderr):
-            saved = updated(type(new).from_url(args.update), new) if args.update else new
-            saved.save()
-            address = saved.url
+            new.save()
+            address = new.url
     except Exception as error:  # of the network, of the server's answer, of the login
         raise UserError(f"W&B did not save the {thing} ({one_line(error)}).") from error
     print(f"{thing}: {address}")
@@ -159,14 +157,6 @@ def project_path(text: str) -> str:
     if not PLACE.fullmatch(text):
         raise ValueError(f"should look like my-team/visual-token-reduction, got {text!r}")
     return text
-
-
-def updated(old: Any, new: Any) -> Any:
-    """The saved object with the content of the new one."""
-    for field in ("name", "title", "description", "sections", "runset_settings", "blocks", "width"):
-        if hasattr(new, field):
-            setattr(old, field, getattr(new, field))
-    return old
 
 
 def workspace(entity: str, project: str, name: str, table: str | None = None) -> Any:

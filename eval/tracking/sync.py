@@ -18,11 +18,9 @@ from pathlib import Path
 
 from eval.command import exit_on_user_error, make_parser, value
 from eval.config import path_name
-from eval.tracking.tracker import has_key
+from eval.tracking import has_key
 from llava.errors import UserError
 
-# Runs per call of `wandb sync`: command lines have a largest length.
-RUNS_PER_CALL = 200
 REPLACED = re.compile(r"replaced-\d+")
 REASONS = UPLOADED, RUNNING, RESTARTED = "uploaded before", "still running", "replaced by --restart"
 
@@ -44,12 +42,9 @@ class OfflineRun:
         """Whether every part is: W&B leaves a file beside what it has uploaded."""
         return all(any(part.glob("*.wandb.synced")) for part in self.parts)
 
-    def why_not(self, replaced: bool) -> str | None:
-        """Why the run is left out; None if it is to be uploaded.
-
-        Args:
-            replaced: take runs whose results --restart moved aside too.
-        """
+    @property
+    def left_out(self) -> str | None:
+        """Why the run is left out; None if it is to be uploaded."""
         output = self.parts[-1].parent.parent
         if self.uploaded:
             return UPLOADED
@@ -57,7 +52,7 @@ class OfflineRun:
             return RUNNING
         aside = any(REPLACED.fullmatch(name) for part in self.parts for name in part.parts)
         aside |= any(file.read_text().strip() == self.name for file in output.glob("replaced-*/wandb_id*"))
-        return RESTARTED if aside and not replaced else None
+        return RESTARTED if aside else None
 
 
 @exit_on_user_error
@@ -65,14 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 1 if W&B did not upload all of them."""
     p = make_parser("eval.tracking.sync", __doc__)
     p.add_argument("folder", nargs="?", default="results", type=value(path_name), help="folder that holds the runs")
-    p.add_argument("--replaced", action="store_true", help="also runs whose results --restart moved aside")
     p.add_argument("--dry-run", action="store_true", help="list the runs that would be uploaded")
     args = p.parse_args(arguments)
     folder = Path(args.folder)
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}; name the one that holds the results.")
     runs = find_runs(folder)
-    reasons = [run.why_not(args.replaced) for run in runs]
+    reasons = [run.left_out for run in runs]
     chosen = [run for run, reason in zip(runs, reasons, strict=True) if reason is None]
     left_out = [f"{reasons.count(reason):,} {reason}" for reason in REASONS if reason in reasons]
     noun = "run" if len(runs) == 1 else "runs"
@@ -115,16 +109,13 @@ def upload(runs: Sequence[OfflineRun]) -> None:
     if not has_key():
         raise UserError("W&B has no API key; run `wandb login` or set WANDB_API_KEY, then run this command again.")
     with tempfile.TemporaryDirectory() as logs:  # otherwise W&B makes a folder for its logs where the command runs
-        environment = {"WANDB_DIR": logs} | os.environ
-        for start in range(0, len(runs), RUNS_PER_CALL):
-            # All parts of a run in one call, uploaded before or not: W&B joins them only then.
-            paths = [str(part) for run in runs[start : start + RUNS_PER_CALL] for part in run.parts]
-            command = [program, "sync", "--include-synced", *paths]
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, env=environment)
-            if done.returncode:
-                raise UserError(
-                    f"wandb sync ended with code {done.returncode}; run this command again for what is not uploaded."
-                )
+        # All parts of a run in one call, uploaded before or not: W&B joins them only then.
+        command = [program, "sync", "--include-synced", *(str(part) for run in runs for part in run.parts)]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, env={"WANDB_DIR": logs} | os.environ)
+    if done.returncode:
+        raise UserError(
+            f"wandb sync ended with code {done.returncode}; run this command again for what is not uploaded."
+        )
 
 
 def is_locked(path: Path) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.tracking.tracker import start
+from eval.tracking import start
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

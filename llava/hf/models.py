@@ -17,6 +17,8 @@ import inspect
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -370,7 +372,12 @@ def samples(
     Raises:
         UserError: prompts and images do not fit, or a question is not in its prompt.
     """
-    rows = _without_padding(ids, mask)
+    rows = ids.tolist()
+    if mask is not None:
+        if mask.shape != ids.shape:
+            shape, got = tuple(ids.shape), tuple(mask.shape)
+            raise UserError(f"attention_mask must have the shape {shape} of input_ids, got {got}.")
+        rows = [row[kept].tolist() for row, kept in zip(ids, mask.bool(), strict=True)]
     if questions is not None and len(questions) != len(rows):
         raise UserError(f"There are {len(rows)} prompts and {len(questions)} questions; give one for each.")
     waiting = {token: iter(pictures) for token, pictures in ready.items()}
@@ -401,28 +408,18 @@ def question_span(ids: Sequence[int], question: str, tokenizer: PreTrainedTokeni
     """
     # Encoded and decoded, so that unknown words look the same here and in the prompt.
     wanted = _spelled(tokenizer(question, add_special_tokens=False).input_ids, tokenizer)
-    stop = len(ids)
-    while wanted and stop > 0:
-        start = stop
-        while start > 0 and ids[start - 1] != IMAGE_TOKEN_INDEX:
-            start -= 1
-        span = _find(ids[start:stop], wanted, tokenizer)
-        if span is not None:
-            return start + span[0], start + span[1]
-        stop = start - 1
+    images = [place for place, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX]
+    for before, stop in reversed([*pairwise((-1, *images, len(ids)))]):
+        start, run = before + 1, ids[before + 1 : stop]
+        at = _spelled(run, tokenizer).rfind(wanted)
+        if wanted and at >= 0:
+            # Bisection over decoded beginnings of the run.
+            length, counts = partial(_spelled_length, run, tokenizer), range(len(run) + 1)
+            first, end = bisect_right(counts, at, key=length) - 1, bisect_left(counts, at + len(wanted), key=length)
+            return start + first, start + end
     raise UserError(
         f"The question {question!r} is not in its prompt, or has an image inside; give it as it is written there."
     )
-
-
-def _without_padding(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
-    rows = ids.tolist()
-    if mask is None:
-        return rows
-    if mask.shape != ids.shape:
-        raise UserError(f"attention_mask must have the shape {tuple(ids.shape)} of input_ids, got {tuple(mask.shape)}.")
-    kept = mask.bool().tolist()
-    return [[token for token, keep in zip(*row, strict=True) if keep] for row in zip(rows, kept, strict=True)]
 
 
 def _with_slots(row: list[int], waiting: dict[int, Iterator[PreparedImage]]) -> tuple[list[int], list[PreparedImage]]:
@@ -448,19 +445,12 @@ def _with_slots(row: list[int], waiting: dict[int, Iterator[PreparedImage]]) -> 
     return ids, pictures
 
 
-def _find(ids: Sequence[int], wanted: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int] | None:
-    """[start, stop) of the tokens of a text without white space, or None; found by bisection over decoded prefixes."""
-
-    def length(count: int) -> int:
-        return len(_spelled(ids[:count], tokenizer))
-
-    at, counts = _spelled(ids, tokenizer).rfind(wanted), range(len(ids) + 1)
-    if at < 0:
-        return None
-    return bisect_right(counts, at, key=length) - 1, bisect_left(counts, at + len(wanted), key=length)
-
-
 def _spelled(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """The decoded text without white space."""
     text = tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
     return "".join(str(text).split())
+
+
+def _spelled_length(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, count: int) -> int:
+    """Characters of the first `count` tokens without white space."""
+    return len(_spelled(ids[:count], tokenizer))

@@ -159,10 +159,6 @@ class ReducedCache(DynamicCache):
                 if segment.valid is not None:
                     segment.valid = segment.valid[:, :tokens_to_remove]
 
-    def reset(self) -> None:
-        super().reset()  # type: ignore[no-untyped-call]  # transformers'
-        self.segments = []
-
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Refuse: a model's own forward asks this, but cannot use the masks and positions of `segments`."""
         raise UserError(
@@ -450,9 +446,6 @@ def hooks_must_run(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[N
 
 def _hooked(module: nn.Module) -> bool:
     replaced = vars(module).get("forward")
-    if replaced is not None and not isinstance(replaced, Override):
-        return True
-    if not module._forward_hooks and not module._forward_pre_hooks:
-        return False
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return any(getattr(hook, "__module__", None) != HARMLESS_HOOKS for hook in hooks)
+    has_own = any(getattr(hook, "__module__", None) != HARMLESS_HOOKS for hook in hooks)
+    return has_own or (replaced is not None and not isinstance(replaced, Override))

@@ -157,7 +157,7 @@ class Llava:
     # Samples may hold llava.processing.video.Video in place of an image.
     takes_videos: bool = False
 
-    # Tower, prefill and decoding as compiled graphs (llava/pipeline/compile.py).
+    # Compiled tower, prefill and decoding (llava/pipeline/compile.py).
     compiled: "Compiled | None" = None
 
     # The learned vector after every row of stitched tiles; an image of one crop has none.
@@ -266,8 +266,6 @@ class Llava:
     def _merger(self, reducer: Reducer, tower: Any, tiles: int) -> TowerMerger | None:
         """What merges tokens inside the tower as a method says."""
         blocks = reducer.merging_blocks(self.select_layer % (len(tower.encoder.layers) + 1))
-        if blocks and self.compiled and self.compiled.tower:
-            self.compiled.tower.say("merging", f"{reducer.name} merges tokens inside of it")
         return TowerMerger(reducer, self.spec, tower, blocks, tiles) if blocks else None
 
     def tower_of(self, temporal: bool) -> Any:

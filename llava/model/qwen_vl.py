@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from llava.errors import UserError, unknown
+from llava.errors import UserError
 from llava.model.llava_arch import EncodedImage, Llava, encoded_image_of
 from llava.model.multimodal_encoder.clip_encoder import Encoded
 from llava.processing.image import Grid, QwenImageProcessor, as_rgb
 from llava.reduction.modules import linear_flops
 from llava.reduction.reducer import Reducer
-from llava.reduction.scores import TOWER_SCORES, TowerScore
+from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import ModelSpec, PatchGrid, single
 
 if TYPE_CHECKING:
@@ -356,18 +356,14 @@ def signal_block(visual: Any, score: TowerScore) -> int:
     block of all, and its output is what is projected, as the output of the default block is in LLaVA.
 
     Raises:
-        UserError: there is no such score, or no such block.
+        UserError: the score needs a class token, or there is no such block.
     """
     if score.kind not in SIGNALS:
-        if score.kind in TOWER_SCORES:
-            raise UserError(f"TowerScore {score.kind} needs a CLS token, and Qwen's vision transformer has none.")
-        raise unknown("tower score", score.kind, SIGNALS)
+        raise UserError(f"TowerScore {score.kind} needs a CLS token, and Qwen's vision transformer has none.")
     depth, full = len(visual.blocks), full_blocks(visual)
     index = score.index(depth)
     if not -depth <= index < depth:
         raise UserError(f"TowerScore {score.kind} needs tower block {index}, but the tower has {depth} blocks.")
-    if not full:
-        raise UserError(f"TowerScore {score.kind} needs a block that attends whole pictures; this tower has none.")
     return next((block for block in full if block >= index % depth), full[-1])
 
 

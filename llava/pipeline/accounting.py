@@ -187,11 +187,7 @@ class Record:
             planned = sum(map(sum, plans)) / len(entering) / count if len(plans) == len(images) else None
             # Tokens that are averages of several, after the last reduction of each image.
             last = {a.number: step.reduction for a, step in zip(applied, steps, strict=True)}
-            merged = sum(
-                int(one.merged_count()[0])
-                for one in last.values()
-                if one.assignment is not None or one.merge_matrix is not None
-            )
+            merged = sum(int(one.merged_count()[0]) for one in last.values())
             inputs = sum(image.inputs for image in images)
             accounts.append(TokenAccounting(entering, inputs, merged, prefilled.kv_bytes[sample], count, planned))
         return accounts

@@ -21,10 +21,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from llava.pipeline import positions
-from llava.pipeline.sequence import Rotary, Sequence, lengths_of
+from llava.pipeline.sequence import Rotary, Sequence, on_device
 
 BLOCK = 32  # columns of space that are added at once
-CUT = 8  # columns that are cut out of the space at once
 
 # (sequence, layer, the sequence as it entered the layer before, keys of that layer) -> shorter sequence
 ReduceAt = Callable[[Sequence, int, Sequence, Tensor], Sequence]
@@ -43,58 +42,43 @@ class PreallocatedLayer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]  # transformers'
         self._space: tuple[Tensor, Tensor] | None = None
         self._shown: tuple[Tensor, Tensor] | None = None
-        self._columns: list[tuple[Tensor, Tensor]] = []  # of the next tokens, the last one first
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values [B, Hkv, new, d]; returns those of all tokens."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        past, new = self.get_seq_length(), key_states.shape[-2]
+        past, total = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
         if not past:
             # A prompt is kept as it is, without a copy; space is made when the first token is to be decoded.
             self.keys, self.values, self._space = key_states, value_states, None
             return key_states, value_states
         assert self.keys is not None and self.values is not None
-        # A column can be written behind the others, where they are. It cannot after a call that replaced `keys` and
+        # Columns can be written behind the others, where they are. They cannot after a call that replaced `keys` and
         # `values` (a beam search reorders them), or outside of the inference mode in which the memory was made.
         shown, space = self._shown, self._space
         there = shown is not None and self.keys is shown[0] and self.values is shown[1]
         if (
             space is None
             or not there
-            or new > 1
-            or past == space[0].shape[2]
+            or total > space[0].shape[2]
             or (space[0].is_inference() and not torch.is_inference_mode_enabled())
         ):
-            self._space = space = grow(self.keys, key_states, past), grow(self.values, value_states, past)
-            self._columns = []
-        else:
-            if not self._columns:
-                # One call for several tokens: on a GPU short steps wait for the host.
-                count = min(CUT, space[0].shape[2] - past)
-                ahead = [rows.narrow(2, past, count).split(1, 2) for rows in space]
-                self._columns = list(zip(*ahead, strict=True))[::-1]
-            key, value = self._columns.pop()
-            key.copy_(key_states)
-            value.copy_(value_states)
-        self.keys, self.values = space[0].narrow(2, 0, past + new), space[1].narrow(2, 0, past + new)
+            self._space = space = grow(self.keys, total), grow(self.values, total)
+        space[0].narrow(2, past, total - past).copy_(key_states)
+        space[1].narrow(2, past, total - past).copy_(value_states)
+        self.keys, self.values = space[0].narrow(2, 0, total), space[1].narrow(2, 0, total)
         self._shown = self.keys, self.values
         return self._shown
 
     def reset(self) -> None:
         super().reset()
-        self._space, self._shown, self._columns = None, None, []
+        self._space, self._shown = None, None
 
 
-def grow(present: Tensor, new: Tensor, past: int) -> Tensor:
-    """[B, Hkv, past + new + BLOCK, d]: the columns so far, the new ones, and space for more.
-
-    Args:
-        present: [B, Hkv, past, d].
-    """
-    larger = new.new_empty(*new.shape[:2], past + new.shape[2] + BLOCK, new.shape[3])
-    larger.narrow(2, 0, past).copy_(present)
-    larger.narrow(2, past, new.shape[2]).copy_(new)
+def grow(present: Tensor, total: int) -> Tensor:
+    """[B, Hkv, total + BLOCK, d]: the columns so far, [B, Hkv, past, d], and space for more."""
+    larger = present.new_empty(*present.shape[:2], total + BLOCK, present.shape[3])
+    larger.narrow(2, 0, present.shape[2]).copy_(present)
     return larger
 
 
@@ -129,8 +113,6 @@ class Prefilled:
         kv_bytes: of each sample, the bytes that hold the keys and values of its real tokens, on all ranks together.
         kv_bytes_held: bytes of all keys and values after prefill, with padding, without the space for new tokens, on
             all ranks together.
-        steps: tokens that `step` has fed.
-        fixed: the cache in tensors of fixed size, where decoding is compiled (llava/pipeline/compile.py).
     """
 
     hidden: Tensor
@@ -138,8 +120,6 @@ class Prefilled:
     segments: list[Segment]
     kv_bytes: list[int]
     kv_bytes_held: int
-    steps: int = 0
-    fixed: Any = None
 
     @property
     def lengths(self) -> list[tuple[int, ...]]:
@@ -154,12 +134,8 @@ class Prefilled:
     @property
     def kv_bytes_allocated(self) -> int:
         """Bytes of the memory in which the keys and values of this rank stand now, with the space for new tokens."""
-        if self.fixed:
-            tensors = [*self.fixed.keys, *self.fixed.values]
-        else:
-            layers: list[Any] = self.cache.layers
-            tensors = [part for layer in layers for part in (layer.keys, layer.values)]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        layers: list[Any] = self.cache.layers
+        return sum(part.untyped_storage().nbytes() for layer in layers for part in (layer.keys, layer.values))
 
 
 def causal_mask(valid: Tensor, queries: int, dtype: torch.dtype, eager: bool) -> Tensor:
@@ -205,13 +181,7 @@ def run_segment(
         mask = causal_mask(sequence.valid(), hidden.shape[1], hidden.dtype, eager)
     for index in layers:
         entered = hidden
-        hidden = llm.layers[index](
-            entered,
-            attention_mask=mask,
-            position_embeddings=rotary,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
+        hidden = llm.layers[index](entered, attention_mask=mask, position_embeddings=rotary, past_key_values=cache)
     return hidden, entered
 
 
@@ -250,7 +220,7 @@ def prefill(
         counts = tuple(sum(stop - start for start, stop in spans) for spans in sequence.visual)
         valid = sequence.valid() if min(lengths) < width else None
         if sequence.contiguous:
-            following = lengths_of(lengths, sequence.position.device)
+            following = on_device(lengths, sequence.position.device)[:, None]
         else:
             following = positions.next_position(sequence.position)
         segments.append(Segment(range(first, last), lengths, counts, valid, following))
@@ -284,13 +254,7 @@ def step(llm: Any, state: Prefilled, token: Tensor) -> Tensor:
             eager = llm.config._attn_implementation == "eager"
             mask = causal_mask(valid, 1, token.dtype, True) if eager else valid[:, None, None, :]
         for index in segment.layers:
-            hidden = llm.layers[index](
-                hidden,
-                attention_mask=mask,
-                position_embeddings=rotary,
-                past_key_values=state.cache,
-                use_cache=True,
-            )
+            layer = llm.layers[index]
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=state.cache)
         segment.next_position = segment.next_position + 1
-    state.steps += 1
     return hidden

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Sequence as Samples
 from dataclasses import fields
-from functools import cache, partial
+from functools import cache
 
 import torch
 from PIL import Image
@@ -43,10 +43,8 @@ def generate(
         UserError: the method cannot run on this model at its budget, there is nothing to answer, the logits are not
             finite, or the ranks that share the decoder do not agree.
     """
-    if not samples:
-        raise UserError("There is no question in this batch.")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    if not samples or max_new_tokens < 1:
+        raise UserError(f"Needs a question and max_new_tokens of at least 1, got {len(samples)} and {max_new_tokens}.")
     for picture in (picture for sample in samples for picture in sample.images):
         if not model.takes_videos and not isinstance(picture, Image.Image):
             kind = type(picture).__name__.lower()
@@ -54,12 +52,17 @@ def generate(
     require(reducer, model.spec)
     timer = Timer(model.device, clock)
     end_ids, stop = (frozenset(), None) if ignore_eos else (model.end_ids, model.stop)
-    step = model.compiled.step if model.compiled else decoder.step
-    compiling = model.compiled
-    before = compiling.by_stage if compiling else {}
+    compiled = model.compiled
+    step, before = (compiled.step, compiled.by_stage) if compiled else (decoder.step, {})
     state, record = prefill(model, samples, reducer, timer)
     written: list[list[int]] = [[] for _ in samples]
-    ends = cache(partial(may_end_stop, model, stop))
+
+    @cache
+    def may_end_stop(token: int) -> bool:
+        """Whether the stop string can end in this token; the answer so far is decoded only then, not at every step."""
+        last = (stop or "")[-1:]
+        return last.isspace() or last in model.decode([token], special=True)
+
     running = set(range(len(samples)))
     hidden, steps = state.hidden, 0
     while True:
@@ -83,7 +86,7 @@ def generate(
                 running.discard(sample)
                 continue
             written[sample].append(value)
-            if stop and ends(value) and stop in model.decode(written[sample], special=True):
+            if stop and may_end_stop(value) and stop in model.decode(written[sample], special=True):
                 running.discard(sample)
         if not running or steps + 1 == max_new_tokens:
             break
@@ -103,17 +106,10 @@ def generate(
             kept = [step.reduction.kept.tolist() for step in answer.trace]
             require_agreement(f"question {answer.id}", (answer.token_ids, kept), model.device)
     spent = timer.seconds
-    for name, after in (compiling.by_stage if compiling else {}).items():
-        # A graph that was compiled for this batch serves others too.
-        spent[name] = max(0.0, spent.get(name, 0.0) - (after - before[name]))
+    for name, seconds in (compiled.by_stage if compiled else {}).items():
+        # What was compiled for this batch serves others too.
+        spent[name] = max(0.0, spent.get(name, 0.0) - (seconds - before[name]))
     timing = Timing(**{known.name: spent.get(known.name, 0.0) for known in fields(Timing)})
     images = sum(map(len, layouts))
     room = state.kv_bytes_allocated * getattr(model.llm, "ranks", 1)
     return Batch(answers, timing, state.kv_bytes_held, record.operations, steps, images=images, kv_bytes_with_room=room)
-
-
-def may_end_stop(model: Llava, stop: str | None, token: int) -> bool:
-    """Whether the stop string can end in this token; the answer so far is decoded only then, not at every step."""
-    if not stop:
-        return False
-    return stop[-1].isspace() or stop[-1] in model.decode([token], special=True)

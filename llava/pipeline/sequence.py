@@ -125,13 +125,13 @@ class Sequence:
         """[n, T, ...] rows of `tensor` [B, L, ...] at columns [n, T] of samples."""
         if samples is None:
             return gather_tokens(tensor, index)
-        return tensor[rows_of(samples, tensor.device)[:, None], index]
+        return tensor[on_device(samples, tensor.device)[:, None], index]
 
     def of_samples(self, tensor: Tensor, samples: tuple[int, ...]) -> Tensor:
         """The rows of some samples, in this order; the tensor itself where these are all."""
         if samples == tuple(range(len(self.lengths))):
             return tensor
-        return tensor.index_select(0, rows_of(samples, tensor.device))
+        return tensor.index_select(0, on_device(samples, tensor.device))
 
     def unseen(self, spans: Listed[Span], width: int) -> Tensor | None:
         """[B, 1, T, width] bool, False for the keys that rows of spans see: real tokens up to it; None where all are.
@@ -325,15 +325,9 @@ def real_columns(lengths: tuple[int, ...], width: int, device: torch.device) -> 
 
 
 @made_once
-def lengths_of(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """[B, 1] int64: in prompts with contiguous positions, that of the next token."""
-    return torch.tensor(lengths)[:, None].to(device, non_blocking=True)
-
-
-@made_once
-def rows_of(samples: tuple[int, ...], device: torch.device) -> Tensor:
-    """[n] int64 index of rows of the batch."""
-    return torch.tensor(samples).to(device, non_blocking=True)
+def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """[n] int64: rows of the batch, or lengths."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
 
 
 @made_once

@@ -21,11 +21,9 @@ version. The torchvision variant differs by up to 0.03 per value. Tiles whose pa
 not computed.
 """
 
-import ast
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -57,7 +55,6 @@ MERGES = ("spatial_unpad", "spatial")
 LARGEST_SIDE = 2**14  # pixels of a preprocessor's sizes
 BICUBIC = 3  # of PIL.Image.Resampling
 MAX_SIDE = 65_535  # pixels, the longest that JPEG can hold
-STRIP = 2**22  # pixels of the square canvas that exist at once
 
 
 Size = tuple[int, int]
@@ -139,19 +136,16 @@ def _in_8_bits(image: Image.Image, name: str) -> Image.Image:
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int], size: int) -> Image.Image:
     """Centre an RGB image on a square canvas as large as its longer side, and resize the canvas to `size`.
 
-    An odd remainder goes right or below. The canvas is resized strip by strip in the order of `resize`, so that it
-    never exists as a whole (1.6 GB for 20000 x 10 pixels). An image of 10 x 20000 pixels takes some seconds.
+    An odd remainder goes right or below. Only the image's rows are resized to the new width: rows of one colour stay
+    what they are, so the canvas of a wide image never exists as a whole (1.6 GB for 20000 x 10 pixels).
     """
     width, height = image.size
     side = max(width, height)
     left, top = (side - width) // 2, (side - height) // 2
-    columns = Image.new("RGB", (size, side), colour)  # rows of one colour stay what they are
-    step = max(1, STRIP // side)
-    for start in range(0, height, step):
-        stop = min(start + step, height)
-        rows = Image.new("RGB", (side, stop - start), colour)
-        rows.paste(image.crop((0, start, width, stop)), (left, 0))
-        columns.paste(resize(rows, (size, stop - start)), (0, top + start))
+    rows = Image.new("RGB", (side, height), colour)
+    rows.paste(image, (left, 0))
+    columns = Image.new("RGB", (size, side), colour)
+    columns.paste(resize(rows, (size, height)), (0, top))
     return resize(columns, (size, size))
 
 
@@ -236,20 +230,17 @@ def parse_pinpoints(pinpoints: Any, tile: int) -> tuple[Size, ...]:
     """Return the resolutions of a configuration, in their order.
 
     Args:
-        pinpoints: pairs of pixels, or the same as text ("[[336, 672], ...]").
+        pinpoints: pairs of pixels.
         tile: side of a tile; every resolution must be a multiple of it.
     """
-    pairs = pinpoints
-    if isinstance(pinpoints, str):
-        with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            pairs = ast.literal_eval(pinpoints)
-    if not isinstance(pairs, Sequence) or not pairs or not all(_is_resolution(pair, tile) for pair in pairs):
+    is_list = isinstance(pinpoints, Sequence) and len(pinpoints) > 0
+    if not is_list or not all(_is_resolution(pair, tile) for pair in pinpoints):
         raise UserError(
             f"image_grid_pinpoints must be pairs of positive multiples of the tile side {tile}, such as "
             f"[[{tile}, {2 * tile}], [{2 * tile}, {tile}]], got {shortened(pinpoints, 200)}; take those of the "
             "checkpoint's config.json."
         )
-    return tuple((first, second) for first, second in pairs)
+    return tuple((first, second) for first, second in pinpoints)
 
 
 def best_resolution(size: Size, pinpoints: Sequence[Size], reading: str = "original") -> Size:
@@ -443,9 +434,6 @@ class QwenImageProcessor:
         given: dict[str, Any] = {
             "min_pixels": values.min_pixels or size.min_pixels or size.shortest_edge,
             "max_pixels": values.max_pixels or size.max_pixels or size.longest_edge,
-            "patch": values.patch_size,
-            "merge": values.merge_size,
-            "temporal": values.temporal_patch_size,
             "mean": values.image_mean,
             "std": values.image_std,
         }
@@ -511,9 +499,6 @@ class PreprocessorConfig(Schema):
     resample: int | None = None
     min_pixels: PositiveInt | None = None
     max_pixels: PositiveInt | None = None
-    patch_size: Side | None = None
-    merge_size: Side | None = None
-    temporal_patch_size: Side | None = None
 
 
 def checked_preprocessor(config: Mapping[str, Any], steps: Sequence[str], name: str) -> PreprocessorConfig:
@@ -570,15 +555,12 @@ def read_image_processor(
             raise UserError(f"image_processor in {directory}/processor_config.json is no JSON object; fetch it again.")
     processor: ImageProcessor | QwenImageProcessor
     if qwen:
-        expected = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-        edges = dict(zip(("patch_size", "merge_size", "temporal_patch_size"), expected, strict=True))
-        processor = QwenImageProcessor.from_config({**edges, **config})
-        stated = processor.patch, processor.merge, processor.temporal
-        if stated != expected:
-            raise UserError(
-                f"{directory}: images are split into patches, groups and frames of {stated}, but the tower expects "
-                f"{expected}; take both from one checkpoint."
-            )
+        processor = replace(
+            QwenImageProcessor.from_config(config),
+            patch=vision.patch_size,
+            merge=vision.spatial_merge_size,
+            temporal=vision.temporal_patch_size,
+        )
         assumed = f"and {processor.min_pixels} to {processor.max_pixels} pixels"
     else:
         size = vision.image_size

@@ -1,7 +1,6 @@
 """JSON files of checkpoints and image processors, checked where they are read."""
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,20 +31,14 @@ def checked(schema: type[S], content: Mapping[str, Any], where: str | Path) -> S
     try:
         return schema.model_validate(content)
     except ValidationError as error:
-        problems = [_problem(one) for one in error.errors()]
+        problems = [
+            f"{'.'.join(map(str, one['loc'])) or 'it'} is {shortened(one['input'], 60)} ({one['msg'].lower()})"
+            for one in error.errors()
+        ]
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(
             f"{where} has impossible values: {'; '.join(problems[:3])}{more}. Correct them or fetch the file again."
         ) from error
-
-
-def _problem(error: Mapping[str, Any]) -> str:
-    # pydantic adds the branch of a union to the path, which says nothing to a reader.
-    path = ".".join(str(step) for step in error["loc"] if step not in ("int", "float", "str") and "[" not in str(step))
-    message = error["msg"].removeprefix("Value error, ").rstrip(".")
-    if error["type"] == "value_error":
-        return f"{path}: {message}" if path else message
-    return f"{path or 'it'} is {shortened(error['input'], 60)} ({message[0].lower()}{message[1:]})"
 
 
 def shortened(value: object, length: int) -> str:
@@ -55,31 +48,18 @@ def shortened(value: object, length: int) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a regular file.
+    """Read a JSON object from a file.
 
     Raises:
-        UserError: there is no such file, it cannot be read, it is no JSON object, or a name appears twice in an object.
+        UserError: there is no such file, it cannot be read, or it is no JSON object.
     """
-
-    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        """Python's reader would keep the last value of a name silently."""
-        for name, count in Counter(name for name, _ in pairs).items():
-            if count > 1:
-                raise UserError(f"{path} contains {name!r} twice; remove one of the two or fetch the file again.")
-        return dict(pairs)
-
-    if path.exists() and not path.is_file():  # reading a FIFO would wait for ever
-        raise UserError(f"{path} is no regular file; put the checkpoint's {path.name} there.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
-    except UserError:
-        raise
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path.parent} has no {path.name}; is it the folder of a checkpoint?") from error
     except OSError as error:
         raise UserError(f"Cannot read {path} ({error.strerror}); check its permissions or fetch it again.") from error
-    # JSON, UTF-8, numbers of more than 4,300 digits, and nesting that Python cannot follow
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); fetch it again.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object; fetch it again.")

@@ -15,7 +15,7 @@ from PIL import Image
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, LlamaConfig, LlamaTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from llava.conversation import DEFAULT_MODE, Turn, conversation, render
+from llava.conversation import DEFAULT_MODE, conversation, render
 from llava.errors import UserError
 from llava.processing.json_files import read_json
 from llava.processing.video import Video
@@ -37,7 +37,6 @@ class Sample:
             The budget holds for each.
         image_ids: one per image, a hash of its content: images with the same id share one pass of the vision tower.
             () for images that share it with none.
-        history: earlier turns about the same images as (user message, answer).
     """
 
     id: str
@@ -45,7 +44,6 @@ class Sample:
     suffix: str = ""
     image: "Image.Image | Video | tuple[Image.Image | Video, ...] | None" = None
     image_ids: tuple[str, ...] = ()
-    history: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def images(self) -> "tuple[Image.Image | Video, ...]":
@@ -60,7 +58,6 @@ class Sample:
         return f"{self.question}\n{self.suffix}" if self.suffix else self.question
 
 
-HOLE = "\x00"  # stands for the last user message to find its position in the template
 SPACES = (" ", "\u2581")  # sentencepiece writes a space as the second
 
 
@@ -70,8 +67,8 @@ class Prompt:
 
     Attributes:
         ids: token ids, with one IMAGE_TOKEN_INDEX in the place of each image's visual tokens.
-        question: [start, stop) in ids, the tokens with any character of the last user turn's question; not the
-            template, the image placeholder and the answer-format suffix.
+        question: [start, stop) in ids, the tokens with any character of the question; not the template, the image
+            placeholder and the answer-format suffix.
         instruction: the same with the suffix.
         text: the prompt as text, with "<image>".
     """
@@ -120,7 +117,7 @@ def _dummy_spaces(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 def build_prompt(
     sample: Sample, tokenizer: PreTrainedTokenizerBase, mode: str = DEFAULT_MODE, longest: int | None = None
 ) -> Prompt:
-    """Build the prompt of a sample. Its images come before the first user message, also with a history.
+    """Build the prompt of a sample. Its images come before the message.
 
     Args:
         longest: text tokens that the decoder has positions for; None does not limit them.
@@ -131,9 +128,8 @@ def build_prompt(
     _check_text(sample)
     template = conversation(mode)
     slot = template.slot * len(sample.images)
-    turns: list[Turn] = [*sample.history, (sample.message, None)]
-    turns[0] = (slot + turns[0][0], turns[0][1])
-    text = render(mode, turns)
+    written = slot + sample.message
+    text = render(mode, written)
     known: dict[str, list[int]] = {}  # the beginnings tried below share pieces with the text
     ids = tokenize(text, tokenizer, known)
     length = len(ids) - ids.count(IMAGE_TOKEN_INDEX)
@@ -143,14 +139,10 @@ def build_prompt(
             f"{longest} tokens of text; shorten the question."
         )
 
-    start = render(mode, [*turns[:-1], (HOLE, None)]).rindex(HOLE)
-    before, message, cut = "" if sample.history else slot, sample.message, 0
-    if template.trim:  # spaces at the ends of a turn are not in the text
-        message = message.rstrip()
-        cut = 0 if before else len(message) - len(message.lstrip())
-        before = before if message else before.rstrip()
-    start += len(before)
-    stop = start + len(message) - cut
+    # Where the message and its question stand in the text, from which a template may have cut spaces at both ends.
+    front, stop = len(template.system + template.user), len(text) - len(template.assistant)
+    begin = front + len(slot) - (len(written) - len(written.lstrip()) if template.trim else 0)
+    start = min(max(front, begin), stop)
 
     def tokens_before(end: int) -> int | None:
         """How many tokens the first `end` characters of the text are; None where they end inside a token."""
@@ -168,25 +160,23 @@ def build_prompt(
         first = next(starts, 0)
         return first, max(first, next(ends, len(ids)))
 
-    question = token_range(start, min(stop, start + max(0, len(sample.question) - cut)))
+    question = token_range(start, min(max(start, begin + len(sample.question)), stop))
     return Prompt(ids=tuple(ids), question=question, instruction=token_range(start, stop), text=text)
 
 
 def _check_text(sample: Sample) -> None:
-    texts = [sample.message, *(text for turn in sample.history for text in turn)]
-    if any(IMAGE_PLACEHOLDER in text for text in texts):
+    if IMAGE_PLACEHOLDER in sample.message:
         raise UserError(
             f"The text of sample {sample.id!r} contains {IMAGE_PLACEHOLDER!r}, which would add an image; remove it "
             "from the question: images are given in the sample's image field."
         )
-    for text in texts:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"The text of sample {sample.id!r} contains a lone surrogate (U+{ord(text[error.start]):04X} at "
-                f"character {error.start}), which is no character; correct the text."
-            ) from error
+    try:
+        sample.message.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"The text of sample {sample.id!r} contains a lone surrogate (U+{ord(sample.message[error.start]):04X} at "
+            f"character {error.start}), which is no character; correct the text."
+        ) from error
 
 
 # Tokenizers of checkpoints

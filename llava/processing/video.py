@@ -40,14 +40,6 @@ class Video:
 
     frames: tuple[Image.Image, ...]
 
-    def __post_init__(self) -> None:
-        sizes = {frame.size for frame in self.frames}
-        if len(sizes) != 1:
-            raise UserError(
-                f"A video is one or more frames of one size, got {len(self.frames)} frames of sizes {sorted(sizes)}; "
-                "resize the frames to one size first."
-            )
-
 
 def frame_indices(count: int, frames: int = FRAMES) -> list[int]:
     """Return the indices of `frames` of `count` frames: evenly spaced from the first to the last, rounded down.
@@ -79,8 +71,6 @@ def read_video(path: str | Path, frames: int = FRAMES) -> Video:
             marks a chosen frame as incomplete), or it has fewer frames. Decord repeats frames of a shorter video and
             replaces missing frames by their neighbours; this function does neither.
     """
-    if frames < 1:
-        raise UserError(f"Cannot take {frames} frames of a video; ask for 1 or more.")
     path = Path(path)
     expected = _count_packets(path)
     chosen, count = _decode(path, frame_indices(expected, frames))
@@ -164,13 +154,6 @@ class VideoProcessor:
 
     clip: ImageProcessor
     reading: Literal["original", "transformers"] = "original"
-
-    def __post_init__(self) -> None:
-        if self.clip.crop > self.clip.size:
-            raise UserError(
-                f"The crop must be at most as large as the size {self.clip.size} of the frames' shorter side, got "
-                f"{self.clip.crop}; correct crop_size in the preprocessor's configuration."
-            )
 
     def __call__(self, video: Video) -> Tensor:
         frames, size = [as_rgb(frame) for frame in video.frames], self.clip.size

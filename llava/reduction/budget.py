@@ -46,8 +46,7 @@ def scaled_layers(stages: Sequence[int], reference: int, depth: int) -> tuple[in
         scaled.append(max(place, scaled[-1] + 1) if scaled else place)
     if scaled and scaled[-1] >= depth:
         raise UserError(
-            f"Stages before layers {', '.join(map(str, stages))} of {reference} do not fit into {depth} decoder "
-            "layers; name layers of this model with the method's `layers` option."
+            f"Stages before layers {', '.join(map(str, stages))} of {reference} do not fit into {depth} decoder layers."
         )
     return tuple(scaled)
 

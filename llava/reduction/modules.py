@@ -9,7 +9,7 @@ Checked against torch.utils.flop_counter in the tests.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -35,25 +35,6 @@ class VisionBlock(Module, Protocol):
     layer_norm1: nn.Module
     self_attn: VisionAttention
     mlp: nn.Module
-
-
-class VisionEmbeddings(Protocol):
-    """Patch embedding of the vision tower."""
-
-    patch_embedding: nn.Conv2d
-
-
-class VisionEncoder(Protocol):
-    """Blocks of the vision tower."""
-
-    layers: Sequence[VisionBlock]
-
-
-class VisionTower(Protocol):
-    """A vision tower (CLIPVisionTransformer)."""
-
-    embeddings: VisionEmbeddings
-    encoder: VisionEncoder
 
 
 class DecoderAttention(Module, Protocol):
@@ -95,14 +76,14 @@ def _linears(module: Module) -> list[nn.Linear]:
     return [cast(nn.Linear, part) for part in module.modules() if hasattr(part, "in_features")]
 
 
-def tower_flops(tower: VisionTower, patches: int, tokens: Sequence[tuple[int, int]]) -> int:
+def tower_flops(tower: Any, patches: int, tokens: Sequence[tuple[int, int]]) -> int:
     """One image of `patches` patches through patch embedding and blocks.
 
     Args:
+        tower: a CLIPVisionTransformer.
         tokens: for every block that is run, the tokens that enter its attention and its MLP.
     """
-    kernel = tower.embeddings.patch_embedding.weight
-    total = 2 * patches * kernel.numel()
+    total: int = 2 * patches * tower.embeddings.patch_embedding.weight.numel()
     for block, (attended, kept) in zip(tower.encoder.layers, tokens, strict=False):
         total += sum(linear_flops(linear, attended) for linear in _linears(block.self_attn))
         total += sum(linear_flops(linear, kept) for linear in _linears(block.mlp))

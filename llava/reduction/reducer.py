@@ -19,7 +19,7 @@ from torch import Tensor
 from llava.budget import tokens_of
 from llava.errors import MethodError, UserError
 from llava.reduction.merging import Reduction
-from llava.reduction.ranking import keep_top
+from llava.reduction.ranking import HOST, keep_top
 from llava.reduction.scores import TowerScore
 from llava.reduction.states import BlockState, DecoderState, EncoderState, PromptState
 from llava.reduction.token_layout import ModelSpec, PatchGrid, TokenLayout
@@ -48,7 +48,6 @@ STAGES = ("input_grid", "tower", "encoder", "prompt", "decoder")
 SPLITS = ("each", "thumbnail", "global")
 NEWLINES = ("drop", "keep")
 SHOWN = 12  # indices in a sentence
-HOST = "cpu"  # the device whose values are read without waiting
 CLS_SCORES = ("cls_attention", "fused_cls_attention", "cls_logits")
 
 

@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from llava.budget import RETENTION_RATIO, count_or_ratio, tokens_of
@@ -78,18 +78,8 @@ def method(name: str) -> type[Reducer]:
     return METHODS[name]
 
 
-def parse_options(cls: type[Reducer], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn `--set` texts into values of the fields' types; unknown keys are errors with a suggestion."""
-    known = options_of(cls)
-    values: dict[str, Any] = {}
-    for key, text in options.items():
-        if key not in known:
-            raise unknown(f"option of {cls.name}", key, known)
-        values[key] = _parse(f"{cls.name}.{key}", text, type(known[key].default))
-    return values
-
-
 def _parse(name: str, text: Any, kind: type[Any]) -> Any:
+    """The value of a field's type that a text of `--set` means."""
     if not isinstance(text, str):
         return text
     if kind is bool:
@@ -122,7 +112,11 @@ def build(
         UserError: an unknown name or option, a wrong value, none or both of a budget and a retention ratio.
     """
     cls = method(name)
-    values = parse_options(cls, options or {})
+    known, values = options_of(cls), dict[str, Any]()
+    for key, text in (options or {}).items():
+        if key not in known:
+            raise unknown(f"option of {cls.name}", key, known)
+        values[key] = _parse(f"{cls.name}.{key}", text, type(known[key].default))
     ratio = values.get(RETENTION_RATIO, 0.0)
     if ratio and budget is not None:
         raise UserError(

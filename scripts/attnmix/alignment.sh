@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # AttnMix's premise on the toy model: do word embeddings find their objects, and is their score free of a bias along the token order?
-# Writes tables and figures to results/findings; with --page its part of docs/findings.md, docs/images/findings_attnmix.png and docs/tables/findings_{words,attnmix}.csv; about 8 CPU minutes.
+# Writes CSV files and figures to results/findings; with --page docs/images/findings_attnmix.png and docs/tables/findings_{scores,words}.csv instead; about 8 CPU minutes.
 # Interrupted, it goes on where it stopped (results/findings).
-# Usage: bash scripts/attnmix/alignment.sh [--page] [--pictures N] [--exchanged N] [--backwards N]
+# Usage: bash scripts/attnmix/alignment.sh [--page] [--pictures N]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 python -m eval.findings.command attnmix "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# How time to first token, selection and memory grow with visual tokens (256 to 11,520) and with the batch, fitted and drawn.
+# How time to first token, selection and memory grow with visual tokens (256 to 11,520), fitted and drawn.
 # About a quarter of an hour on two cores.
 # Usage: bash scripts/bench/growth.sh [further arguments of python -m eval.efficiency.growth]
 set -euo pipefail

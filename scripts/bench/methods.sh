@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every method beside `full` on LLaVA-1.5-7B shapes (random weights, full depth), in turns in one process: time to first token,
-# share of selection, KV cache, operations, peak memory. About a quarter of an hour on two cores, 10 GB of memory.
+# selection and merging, operations by the formula. About a quarter of an hour on two cores, 10 GB of memory.
 # Interrupted, it goes on where it was: every prefill is kept in results/bench/methods-BUDGET.jsonl (delete it to start anew).
 # Usage: bash scripts/bench/methods.sh [BUDGET, default 64] [further arguments of python -m eval.efficiency.latency]
 set -euo pipefail

@@ -7,9 +7,8 @@
 # Usage: bash scripts/bench/peers.sh NAME METHOD BUDGET [COMMAND] [further arguments of python -m eval.efficiency.peers ours]
 #   bash scripts/bench/peers.sh dense full 576
 #   bash scripts/bench/peers.sh visiondrop visiondrop 64 "/envs/peer/bin/python worker.py" --oracle --set official=true
-#   bash scripts/bench/peers.sh fastv fastv 64 "python -m eval.efficiency.peers stock --layer 2 --keep 64" --set schedule=kept
 set -euo pipefail
-if [ $# -lt 3 ]; then sed -n '2,10p' "${BASH_SOURCE[0]}" | cut -c3- >&2; exit 2; fi
+if [ $# -lt 3 ]; then sed -n '2,9p' "${BASH_SOURCE[0]}" | cut -c3- >&2; exit 2; fi
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 name=$1 method=$2 budget=$3
 shift 3

@@ -1,7 +1,7 @@
 # What the training scripts share; sourced by them.
 set -euo pipefail
 
-# setup DEFAULT_FOLDER [FOLDER] [--quick]: sets folder, assets, quick and measure, and enters the environment.
+# setup DEFAULT_FOLDER [FOLDER] [--quick]: sets folder, assets, quick and limit, and enters the environment.
 setup() {
   folder=$1 quick=
   shift
@@ -14,14 +14,19 @@ setup() {
   done
   [[ $folder = /* ]] || folder=$PWD/$folder
   source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
-  assets=assets measure=()
+  assets=assets limit=()
   if [ -n "$quick" ]; then
-    assets=$folder/assets measure=(--limit 20)
+    assets=$folder/assets limit=(--limit 20)
   fi
 }
 
-# train STAGE RANKS: trains a stage that is not finished; two ranks share the cores of a small CPU, DeepSpeed starts them.
+# train STAGE: trains a stage that is not finished.
 train() {
   [ -f "$folder/$1.pt" ] && return
-  RANKS=$(( $(nproc) < $2 ? 1 : $2 )) python -m toy.train "$1" --folder "$folder" $quick
+  python -m toy.train "$1" --folder "$folder" $quick
+}
+
+# measure MODEL ARGUMENTS: the accuracy of the exported checkpoint with all visual tokens; arguments of python -m eval.
+measure() {
+  python -m eval --method full --model "$assets/$1" --output "$folder/result" --restart --wandb disabled "${limit[@]}" "${@:2}"
 }

@@ -7,11 +7,13 @@ and cases.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 
 WIDTH, HEADS, INNER = 64, 4, 128
 BLOCKS, LAYERS, IMAGE, PATCH, PATCHES = 24, 32, 336, 14, 576
@@ -42,66 +44,36 @@ def _weight(name: str, *shape: int) -> Tensor:
     return gain * noise / float(np.prod(shape[1:])) ** 0.5
 
 
-def _clip_block(prefix: str) -> dict[str, Tensor]:
-    shapes = {f"self_attn.{p}_proj": (WIDTH, WIDTH) for p in ("q", "k", "v", "out")}
-    shapes |= {"mlp.fc1": (INNER, WIDTH), "mlp.fc2": (WIDTH, INNER), "layer_norm1": (WIDTH,), "layer_norm2": (WIDTH,)}
-    found = {}
-    for part, shape in shapes.items():
-        found[f"{prefix}{part}.weight"] = _weight(f"{prefix}{part}.weight", *shape)
-        found[f"{prefix}{part}.bias"] = _weight(f"{prefix}{part}.bias", shape[0])
-    return found
+def _weights_of(build: Callable[[], nn.Module]) -> dict[str, Tensor]:
+    """Of every weight of a model, which is built without memory to learn their names and shapes."""
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in build().named_parameters()}
+    return {name: _weight(name, *shape) for name, shape in shapes.items()}
+
+
+def _clip_weights() -> dict[str, Tensor]:
+    config = CLIPConfig(text_config=CLIP_TEXT_CONFIG, vision_config=VISION_CONFIG, projection_dim=WIDTH)
+    return _weights_of(lambda: CLIPModel(config))
 
 
 def vision_weights() -> dict[str, Tensor]:
-    """The tower under the names of a CLIPVisionModel (`vision_model.`...)."""
-    base = "vision_model."
-    names = {
-        "embeddings.class_embedding": (WIDTH,),
-        "embeddings.patch_embedding.weight": (WIDTH, 3, PATCH, PATCH),
-        "embeddings.position_embedding.weight": (PATCHES + 1, WIDTH),
-    }
-    names |= {f"{norm}.{part}": (WIDTH,) for norm in ("pre_layrnorm", "post_layernorm") for part in ("weight", "bias")}
-    found = {base + name: _weight(base + name, *shape) for name, shape in names.items()}
-    for index in range(BLOCKS):
-        found |= _clip_block(f"{base}encoder.layers.{index}.")
-    return found
+    """The tower under the names of a CLIPModel (`vision_model.`...)."""
+    return {name: weight for name, weight in _clip_weights().items() if name.startswith("vision_model.")}
 
 
 def text_tower_weights() -> dict[str, Tensor]:
     """Text half of the CLIP model and both projections, under the names of a CLIPModel."""
-    base = "text_model."
-    names = {
-        base + "embeddings.token_embedding.weight": (CLIP_WORDS, WIDTH),
-        base + "embeddings.position_embedding.weight": (CLIP_LENGTH, WIDTH),
-        base + "final_layer_norm.weight": (WIDTH,),
-        base + "final_layer_norm.bias": (WIDTH,),
-        "text_projection.weight": (WIDTH, WIDTH),
-        "visual_projection.weight": (WIDTH, WIDTH),
-    }
-    found = {name: _weight(name, *shape) for name, shape in names.items()}
-    for index in range(TEXT_BLOCKS):
-        found |= _clip_block(f"{base}encoder.layers.{index}.")
-    return found | {"logit_scale": torch.tensor(2.6592)}
+    rest = {name: weight for name, weight in _clip_weights().items() if not name.startswith("vision_model.")}
+    return rest | {"logit_scale": torch.tensor(2.6592)}
 
 
 def language_weights() -> dict[str, Tensor]:
     """Projector, decoder and head under the names of the original layout (liuhaotian/llava-v1.5-7b)."""
-    names = {
-        "model.embed_tokens.weight": (WORDS, WIDTH),
-        "model.norm.weight": (WIDTH,),
-        "lm_head.weight": (WORDS, WIDTH),
-        "model.mm_projector.0.weight": (WIDTH, WIDTH),
-        "model.mm_projector.0.bias": (WIDTH,),
-        "model.mm_projector.2.weight": (WIDTH, WIDTH),
-        "model.mm_projector.2.bias": (WIDTH,),
-    }
-    for index in range(LAYERS):
-        layer = f"model.layers.{index}."
-        names |= {f"{layer}self_attn.{p}_proj.weight": (WIDTH, WIDTH) for p in "qkvo"}
-        names |= {f"{layer}mlp.{p}_proj.weight": (INNER, WIDTH) for p in ("gate", "up")}
-        names[f"{layer}mlp.down_proj.weight"] = (WIDTH, INNER)
-        names |= {f"{layer}{p}_layernorm.weight": (WIDTH,) for p in ("input", "post_attention")}
-    return {name: _weight(name, *shape) for name, shape in names.items()}
+    found = _weights_of(lambda: LlamaForCausalLM(LlamaConfig(**LANGUAGE_CONFIG)))
+    for name in ("model.mm_projector.0", "model.mm_projector.2"):
+        found[f"{name}.weight"] = _weight(f"{name}.weight", WIDTH, WIDTH)
+        found[f"{name}.bias"] = _weight(f"{name}.bias", WIDTH)
+    return found
 
 
 VISION_CONFIG = {

@@ -21,27 +21,31 @@ import toy.benchmarks
 from eval.command import exit_on_user_error
 from llava.errors import UserError
 from toy.benchmarks import choices, gqa_and_videos, images, words
+from toy.data.scenes import large_scene
 
 # Name of a group of sets -> what writes it below the output folder.
-WRITERS: dict[str, Callable[[Path], None]] = {
-    "gqa": gqa_and_videos.write_gqa,
-    "captions": words.write_captions,
-    "choices": choices.write_choices,
-    "judged": words.write_judged,
-    "mme": choices.write_mme,
-    "mmmu": choices.write_mmmu,
-    "pope": choices.write_pope,
-    "tables": words.write_tables,
-    "vqa": words.write_vqa,
-    "videos": lambda root: gqa_and_videos.write_zero_shot_sets(root, root.parent / "eval_video" / "video_qa"),
+WRITERS: dict[str, Sequence[Callable[[Path], None]]] = {
+    "gqa": [gqa_and_videos.write_gqa],
+    "captions": [words.write_captions],
+    "choices": [choices.write_scienceqa, choices.write_mmbench, choices.write_seed_bench],
+    "judged": [words.write_mmvet, words.write_llavabench],
+    "mme": [choices.write_mme],
+    "mmmu": [choices.write_mmmu],
+    "pope": [choices.write_pope],
+    "tables": [
+        *(choices.write_mmstar, choices.write_ai2d),
+        *(words.write_chartqa, words.write_docvqa, words.write_realworldqa, words.write_ocrbench),
+    ],
+    "vqa": [words.write_textvqa, words.write_vizwiz, words.write_vqav2],
+    "videos": [lambda root: gqa_and_videos.write_zero_shot_sets(root, root.parent / "eval_video" / "video_qa")],
 }
 # A further module of this package with a function `write`, as `vtr new benchmark` makes one, is a group too.
 for found in pkgutil.iter_modules(toy.benchmarks.__path__):
     if found.name != "__main__" and hasattr(module := import_module(f"toy.benchmarks.{found.name}"), "write"):
-        WRITERS[found.name] = module.write
+        WRITERS[found.name] = [module.write]
 # Groups with a folder of their own, and that need no other group.
 ALONE: dict[str, Callable[[Path], None]] = {
-    "large_gqa": gqa_and_videos.write_large_gqa,
+    "large_gqa": lambda root: gqa_and_videos.write_gqa(root, gqa_and_videos.LARGE_SPLITS, large_scene),
     "video_qa": gqa_and_videos.write_video_qa,
 }
 
@@ -65,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{name} links to {images(args.output)}, which is not there; "
                 f"`python -m toy.benchmarks --output {args.output} --only gqa` writes it."
             )
-        {**WRITERS, **ALONE}[name](args.output)
+        for write in WRITERS.get(name) or [ALONE[name]]:
+            write(args.output)
     print(f"Wrote {', '.join(args.only)}; {args.output} holds {size(args.output) / 1e6:.1f} MB.")
     return 0
 

@@ -54,14 +54,6 @@ from toy.data.questions import Question, Retry, ask, attempt, in_chinese, pick
 from toy.data.scenes import Thing
 from toy.data.vocabulary import COLOR_NAMES, SHAPES, SIZES
 
-
-def write_choices(root: Path) -> None:
-    """Everything below ROOT/scienceqa, ROOT/mmbench, ROOT/mmbench_cn and ROOT/seed_bench."""
-    write_scienceqa(root)
-    write_mmbench(root)
-    write_seed(root)
-
-
 # ScienceQA.
 
 # Questions of each split, half of them with a picture.
@@ -83,43 +75,34 @@ def write_scienceqa(root: Path) -> None:
             # Two to five options by turns, the right one at every place by turns.
             place, options = divmod(number // 2, 4)
             pair = lettered(picture, name, rng, place, (family, *MANY[:2]), 2 + options)
-            problems[identity] = _problem(pair, pictured, split)
+            first, *others = pair.question.split("\n")
+            hint = first.removeprefix(CONTEXT) if first.startswith(CONTEXT) else ""
+            problems[identity] = {
+                "question": others[0] if hint else first,
+                "choices": list(pair.options),
+                "answer": LETTERS.index(pair.answer),
+                "hint": hint,
+                "image": "image.png" if pictured else None,
+                "task": "closed choice",
+                "grade": "grade1",
+                "subject": "natural science",
+                "topic": "drawn scenes",
+                "category": pair.family,
+                "skill": pair.family,
+                "lecture": "",
+                "solution": "",
+                "split": split,
+            }
             splits[split].append(identity)
-            prompts.append(_prompt(pair, pictured, identity))
+            asked = {"from": "human", "value": f"<image>\n{pair.question}" if pictured else pair.question}
+            entry = {"id": identity, "conversations": [asked, {"from": "gpt", "value": pair.answer}]}
             if pictured:
+                entry["image"] = f"{identity}/image.png"
                 write_file(folder / "images" / split / identity / "image.png", picture.png)
+            prompts.append(entry)
         write_json(folder / f"llava_{split}_CQM-A.json", prompts)
     write_json(folder / "problems.json", problems)
     write_json(folder / "pid_splits.json", splits)
-
-
-def _problem(pair: Pair, pictured: bool, split: str) -> dict:
-    """An entry of problems.json."""
-    lines = pair.question.split("\n")
-    hint = lines[0].removeprefix(CONTEXT) if lines[0].startswith(CONTEXT) else ""
-    return {
-        "question": lines[bool(hint)],
-        "choices": list(pair.options),
-        "answer": LETTERS.index(pair.answer),
-        "hint": hint,
-        "image": "image.png" if pictured else None,
-        "task": "closed choice",
-        "grade": "grade1",
-        "subject": "natural science",
-        "topic": "drawn scenes",
-        "category": pair.family,
-        "skill": pair.family,
-        "lecture": "",
-        "solution": "",
-        "split": split,
-    }
-
-
-def _prompt(pair: Pair, pictured: bool, identity: str) -> dict:
-    """An entry of LLaVA's question file."""
-    asked = {"from": "human", "value": f"<image>\n{pair.question}" if pictured else pair.question}
-    entry = {"id": identity, "conversations": [asked, {"from": "gpt", "value": pair.answer}]}
-    return entry | {"image": f"{identity}/image.png"} if pictured else entry
 
 
 # MMBench.
@@ -192,7 +175,7 @@ FIRST_VIDEO = 10
 IMAGE_QUESTIONS, VIDEO_QUESTIONS = 16, 3
 
 
-def write_seed(root: Path) -> None:
+def write_seed_bench(root: Path) -> None:
     """Images are linked; a video type has the middle frame of each video as its own file."""
     folder = fresh(root / "seed_bench")
     questions, lines = [], []
@@ -221,8 +204,9 @@ def write_seed(root: Path) -> None:
 # MMStar and AI2D.
 
 
-def write_mmstar(folder: Path) -> None:
+def write_mmstar(root: Path) -> None:
     """Seventy-two questions, four for each of the finer categories."""
+    folder = fresh(root / "hub" / "Lin-Chen" / "MMStar")
     columns = {"index": INTEGER, "question": STRING, "image": IMAGE, "answer": STRING}
     columns |= {"category": STRING, "l2_category": STRING}
     kinds = [
@@ -237,8 +221,9 @@ def write_mmstar(folder: Path) -> None:
     write_card(folder, {"val": {"val": "mmstar.parquet"}})
 
 
-def write_ai2d(folder: Path) -> None:
+def write_ai2d(root: Path) -> None:
     """The answer is the place of the right option, as a string."""
+    folder = fresh(root / "hub" / OWNER / "ai2d")
     columns = {"question": STRING, "options": STRINGS, "answer": STRING, "image": IMAGE}
     rows = [
         cells(picture, pair, question=asked(pair), options=list(pair.options), answer=str(LETTERS.index(pair.answer)))
@@ -358,9 +343,8 @@ def write_pope(root: Path) -> None:
         for row in rows:
             number, image, text = row["question_id"], row["image"], row["text"]
             prompts.append(prompt(CATEGORIES[category] + number, image, f"{text}\n{SHORT}", category))
-            cells = {"id": str(len(table)), "question_id": str(number), "question": text, "answer": row["label"]}
-            cells |= {"image_source": image.removesuffix(".jpg"), "image": files[image], "category": category}
-            table.append(cells)
+            asked = {"id": str(len(table)), "question_id": str(number), "question": text, "answer": row["label"]}
+            table.append(asked | {"image_source": image[:-4], "image": files[image], "category": category})
     write_jsonl(folder / "llava_pope_test.jsonl", prompts)
     link(folder / "val2014", images(root))
     columns = dict.fromkeys(("id", "question_id", "question", "answer", "image_source"), STRING)
@@ -414,27 +398,22 @@ def yes_and_no(things: tuple[Thing, ...], family: str, wanted: Wanted, rng: np.r
     raise Retry
 
 
-def mme_pairs(task: str, pictures: list[Picture]) -> list[tuple[Picture, YesNo]]:
-    """The first pictures of the task's kind that its questions can be asked about."""
-    kind, family, things = NAMES["mme"][task]
-    made = []
-    for picture in pictures:
-        if picture.dense != (kind == "dense") or len(made) == IMAGES_EACH:
-            continue
-        rng = generator("mme", task, picture.name)
-        asked = attempt(lambda: yes_and_no(picture.things, family, THINGS[things], rng), TRIES)  # noqa: B023
-        if asked is not None:
-            made.append((picture, asked))
-    return made
-
-
 def write_mme(root: Path) -> None:
     """Everything below ROOT/MME."""
     folder, lines = fresh(root / "MME"), []
     release = folder / "MME_Benchmark_release_version"
     for number, task in enumerate(NAMES["mme"]):
         pictures, answers = (f"{task}/images", f"{task}/questions_answers_YN") if task in IN_FOLDERS else (task, task)
-        for picture, texts in mme_pairs(task, copied(120, first=3 * number)):
+        kind, family, things = NAMES["mme"][task]
+        made = 0  # for the first pictures of the task's kind that its questions can be asked about
+        for picture in copied(120, first=3 * number):
+            if picture.dense != (kind == "dense") or made == IMAGES_EACH:
+                continue
+            rng = generator("mme", task, picture.name)
+            texts = attempt(lambda: yes_and_no(picture.things, family, THINGS[things], rng), TRIES)  # noqa: B023
+            if texts is None:
+                continue
+            made += 1
             name = f"{pictures}/{picture.file}"
             write_file(release / name, picture.jpeg)
             listed = [f"{text} {INSTRUCTION}\t{answer}\n" for text, answer in zip(texts, ("Yes", "No"), strict=True)]

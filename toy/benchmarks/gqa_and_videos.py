@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from toy.benchmarks import NAMES, fresh, link, prompt, write_file, write_json
 from toy.data.questions import FAMILIES, PlainQuestion, Question, ask
-from toy.data.scenes import Thing, centred, large_scene, scene
+from toy.data.scenes import Scene, centred, scene
 from toy.data.videos import FAMILIES as VIDEO_FAMILIES
 from toy.data.videos import Plan, ask_video, draw_video, encode_video, plan_video
 from toy.data.vocabulary import SHORT_ANSWER
@@ -46,12 +46,6 @@ SPLITS = {"testdev": ("test", 0, 150), "val": ("val", 1000, 75)}
 LARGE_SPLITS = {"testdev": ("test", 0, 75), "val": ("val", 1000, 30)}
 
 
-def scene_questions(split: str, index: int, dense: bool, things: tuple[Thing, ...]) -> list[Question]:
-    """At most one question of each family."""
-    rng = np.random.default_rng([index, dense, PART[split]])
-    return distinct(ask(things, family, rng) for family in FAMILIES)
-
-
 def annotation(question: Question, identity: str, image: str, dense: bool) -> dict:
     """One entry of GQA's questions file."""
     program = [
@@ -74,41 +68,23 @@ def annotation(question: Question, identity: str, image: str, dense: bool) -> di
     }
 
 
-Draw = Callable[[str, int, bool], tuple[bytes, tuple[Thing, ...]]]
+Splits = dict[str, tuple[str, int, int]]
+Draw = Callable[[str, int, bool], Scene]
 
 
-def draw_scene(split: str, index: int, dense: bool) -> tuple[bytes, tuple[Thing, ...]]:
-    """File and things of a picture."""
-    drawn = scene(split, index, dense)
-    return drawn.jpeg, drawn.things
-
-
-def draw_large(split: str, index: int, dense: bool) -> tuple[bytes, tuple[Thing, ...]]:
-    """File of a large picture and its things, the picture's centre where the question writer expects it."""
-    drawn = large_scene(split, index, dense)
-    return drawn.jpeg, centred(drawn.things, drawn.image.shape[1], drawn.image.shape[0])
-
-
-def write_gqa(root: Path) -> None:
-    """Everything below ROOT/gqa."""
-    write_splits(root / "gqa", SPLITS, draw_scene)
-
-
-def write_large_gqa(root: Path) -> None:
-    """The same about large pictures."""
-    write_splits(root / "gqa", LARGE_SPLITS, draw_large)
-
-
-def write_splits(root: Path, splits: dict[str, tuple[str, int, int]], draw: Draw) -> None:
-    """Write the splits of a toy GQA."""
+def write_gqa(root: Path, splits: Splits = SPLITS, draw: Draw = scene) -> None:
+    """Everything below ROOT/gqa, with the splits of a toy GQA and what draws its pictures."""
+    root = root / "gqa"
     for name, (split, first, count) in splits.items():
         annotations, lines = {}, []
         for row in tqdm(range(2 * count), desc=f"gqa {name}"):
             index, dense = first + row // 2, row % 2 == 1
-            jpeg, things = draw(split, index, dense)
+            drawn = draw(split, index, dense)
+            things = centred(drawn.things, *drawn.image.shape[1::-1])
             image = f"{split}{index:05d}{'d' if dense else 'n'}"
-            write_file(root / "data" / "images" / f"{image}.jpg", jpeg)
-            for question in scene_questions(split, index, dense, things):
+            write_file(root / "data" / "images" / f"{image}.jpg", drawn.jpeg)
+            rng = np.random.default_rng([index, dense, PART[split]])
+            for question in distinct(ask(things, family, rng) for family in FAMILIES):
                 identity = f"{2 if split == 'test' else 1}{len(lines):07d}"
                 annotations[identity] = annotation(question, identity, image, dense)
                 lines.append(prompt(identity, f"{image}.jpg", f"{question.text}\n{SHORT_ANSWER}"))

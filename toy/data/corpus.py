@@ -1,9 +1,8 @@
 """Training data on disk: scenes, large pictures and videos, drawn once, and what the frozen vision tower makes of them.
 
-A corpus is a folder of arrays with one row per scene, memory-mapped by every rank. All ranks draw; `done.npy` marks the
-finished rows, so an interrupted drawing goes on where it stopped. Where the tower stays frozen its features are stored
-in place of the pixels; frames are read back from the encoded file, so that training sees what a reader of the file
-sees.
+A corpus is a folder of arrays with one row per scene, memory-mapped. `done.npy` marks the finished rows, so an
+interrupted drawing goes on where it stopped. Where the tower stays frozen its features are stored in place of the
+pixels; frames are read back from the encoded file, so that training sees what a reader of the file sees.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -42,20 +40,8 @@ FRAME_TOKENS = FRAME_PATCHES + 1
 RUN = SEEN * FRAME_TOKENS
 # Of large pictures: (width, height) in the order of the official list.
 PINPOINTS = ((SIDE, 2 * SIDE), (2 * SIDE, SIDE), (2 * SIDE, 2 * SIDE), (3 * SIDE, SIDE), (SIDE, 3 * SIDE))
-MAX_CROPS = 5
 
 Row = Mapping[str, np.ndarray]
-
-
-def ranks() -> tuple[int, int]:
-    """This process's number and how many train together; (0, 1) alone."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def wait_for_ranks() -> None:
-    """Until every rank is here."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 class Corpus:
@@ -111,31 +97,23 @@ class Corpus:
         return plan_video(self.split, row)
 
 
-def write_rows(
-    folder: Path, size: int, shapes: Mapping[str, tuple[type, tuple[int, ...]]], draw: Callable[[int], Row], title: str
-) -> None:
-    """Write rows 0 .. `size` of a corpus on all ranks together, continuing an earlier call.
+def write_rows(folder: Path, size: int, draw: Callable[[int], Row], title: str) -> None:
+    """Write rows 0 .. `size` of a corpus, continuing an earlier call.
 
     Args:
-        shapes: name -> dtype and shape of one row.
-        draw: makes the row of every array; a row that is shorter than its shape is padded with zeros.
+        draw: makes the row of every array; all rows have the same shapes.
     """
-    rank, count = ranks()
-    every = {**shapes, "done": (np.uint8, ())}  # one mark per row: made anew when the arrays are
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, (dtype, shape) in every.items():
-            file = folder / f"{name}.npy"
-            if not file.exists() or np.load(file, mmap_mode="r").shape != (size, *shape):
-                np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=(size, *shape))
-    wait_for_ranks()
-    maps = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in every}
-    mine = range(rank, size, count)
-    for row in tqdm([row for row in mine if not maps["done"][row]], desc=title, disable=rank > 0):
+    folder.mkdir(parents=True, exist_ok=True)
+    first = {**draw(0), "done": np.uint8(0)}  # one mark per row: made anew when the arrays are
+    for name, value in first.items():
+        file, shape = folder / f"{name}.npy", (size, *value.shape)
+        if not file.exists() or np.load(file, mmap_mode="r").shape != shape:
+            np.lib.format.open_memmap(file, mode="w+", dtype=value.dtype, shape=shape)
+    maps = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in first}
+    for row in tqdm(np.flatnonzero(maps["done"] == 0).tolist(), desc=title):
         for name, value in draw(row).items():
-            maps[name][row, : len(value)] = value
+            maps[name][row] = value
         maps["done"][row] = 1
-    wait_for_ranks()
 
 
 def write_scenes(folder: Path, split: str, size: int, tower: nn.Module | None = None) -> None:
@@ -146,11 +124,7 @@ def write_scenes(folder: Path, split: str, size: int, tower: nn.Module | None = 
         seen = {"images": drawn.image} if tower is None else {"features": features(tower, drawn.image[None])[0]}
         return {**seen, "owners": drawn.owner, "things": thing_table(drawn.things, MAX_THINGS)}
 
-    seen = {"images": (np.uint8, (SIDE, SIDE, 3))}
-    if tower is not None:
-        seen = {"features": (np.int16, (PATCHES, tower.config.hidden_size))}
-    shapes = {**seen, "owners": (np.int8, (GRID, GRID)), "things": (np.float32, (MAX_THINGS, len(FIELDS)))}
-    write_rows(folder, size, shapes, draw, f"scenes {split}")
+    write_rows(folder, size, draw, f"scenes {split}")
 
 
 def write_pictures(folder: Path, split: str, size: int, tower: nn.Module) -> None:
@@ -160,19 +134,13 @@ def write_pictures(folder: Path, split: str, size: int, tower: nn.Module) -> Non
         drawn = large_scene(split, row, dense=row % 2 == 1)
         height, width = drawn.image.shape[:2]
         return {
-            "features": features(tower, crops(drawn.image)),
-            "owners": patch_owners(owner_crops(drawn.owner)),
+            "features": five_crops(features(tower, crops(drawn.image))),
+            "owners": five_crops(patch_owners(owner_crops(drawn.owner))),
             "things": thing_table(centred(drawn.things, width, height), MAX_LARGE_THINGS),
             "sizes": np.array([width, height]),
         }
 
-    shapes = {
-        "features": (np.int16, (MAX_CROPS, PATCHES, tower.config.hidden_size)),
-        "owners": (np.int8, (MAX_CROPS, PATCHES)),
-        "things": (np.float32, (MAX_LARGE_THINGS, len(FIELDS))),
-        "sizes": (np.int64, (2,)),
-    }
-    write_rows(folder, size, shapes, draw, f"pictures {split}")
+    write_rows(folder, size, draw, f"pictures {split}")
 
 
 def write_videos(folder: Path, split: str, size: int, tower: nn.Module) -> None:
@@ -188,11 +156,7 @@ def write_videos(folder: Path, split: str, size: int, tower: nn.Module) -> None:
         shown = owners[frame_indices(plan.frames, SEEN)]
         return {"features": features(tower, frames, first=0), "owners": patch_owners(shown)}
 
-    shapes = {
-        "features": (np.int16, (SEEN, FRAME_TOKENS, tower.config.hidden_size)),
-        "owners": (np.int8, (SEEN, FRAME_PATCHES)),
-    }
-    write_rows(folder, size, shapes, draw, f"videos {split}")
+    write_rows(folder, size, draw, f"videos {split}")
 
 
 @torch.inference_mode()
@@ -237,6 +201,11 @@ def crops(image: np.ndarray) -> np.ndarray:
     small = picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     tiles = cut(on_canvas(picture, best_resolution(picture.size, PINPOINTS)), SIDE)
     return np.stack([np.asarray(crop) for crop in (small, *tiles)])
+
+
+def five_crops(values: np.ndarray) -> np.ndarray:
+    """[crops, ...] -> [5, ...], zeros for the tiles that a picture does not have."""
+    return np.pad(values, [(0, 5 - len(values)), *[(0, 0)] * (values.ndim - 1)])
 
 
 def owner_crops(owner: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ Messages are those of LLaVA's evaluation scripts and of lmms-eval: `question`, a
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -73,11 +73,9 @@ Rng = np.random.Generator
 Format = Callable[[Things, Rng, str], Pair]
 
 
-def compose(
-    things: Things, name: str, rng: Rng, tries: int = 40, family: str = "", formats: Mapping[str, Format] | None = None
-) -> Pair | None:
-    """One pair of a format of `formats`, by default FORMATS; None if `tries` draws found no unambiguous one."""
-    return attempt(lambda: (formats or FORMATS)[name](things, rng, family), tries)
+def compose(things: Things, name: str, rng: Rng, tries: int = 40, family: str = "") -> Pair | None:
+    """One pair of a format of TRAINED; None if `tries` draws found no unambiguous one."""
+    return attempt(lambda: TRAINED[name](things, rng, family), tries)
 
 
 def draw(things: Things, rng: Rng, family: str = "", among: Sequence[str] = tuple(FAMILIES)) -> Question:
@@ -158,16 +156,16 @@ def absent(things: Things, rng: Rng, family: str) -> str:
     big = int(rng.integers(2)) if rng.random() < 0.5 and family in ("color", "shape") else None
     size = "" if big is None else f"{SIZES[big]} "
     sized = [thing for thing in shapes if big is None or thing.big == big]
-    if family == "color":
-        there, name = any(thing.shape == shape for thing in sized), f"{size}{SHAPES[shape]}"
-    elif family == "shape":
-        there, name = any(thing.color == color for thing in sized), f"{size}{COLOR_NAMES[color]} object"
-    elif family == "digit":
-        there = any(thing.kind == "frame" and thing.color == color for thing in things)
-        name = f"{COLOR_NAMES[color]} frame"
-    else:
-        there = any(thing.color == color and thing.shape == shape for thing in sized)
-        name = f"{COLOR_NAMES[color]} {SHAPES[shape]}"
+    frames = [thing for thing in things if thing.kind == "frame"]
+    there, name = {
+        "color": (any(thing.shape == shape for thing in sized), f"{size}{SHAPES[shape]}"),
+        "shape": (any(thing.color == color for thing in sized), f"{size}{COLOR_NAMES[color]} object"),
+        "digit": (any(frame.color == color for frame in frames), f"{COLOR_NAMES[color]} frame"),
+        "side": (
+            any(thing.color == color and thing.shape == shape for thing in sized),
+            f"{COLOR_NAMES[color]} {SHAPES[shape]}",
+        ),
+    }[family]
     if there:
         raise Retry
     if family == "side":
@@ -362,7 +360,6 @@ FORMATS: dict[str, Format] = {
     "caption": caption,
     "describe": describe,
 }
-WITHOUT_IMAGE = ("context_text",)
 
 
 def lmms_wording(name: str, pair: Pair) -> Pair:
@@ -411,7 +408,7 @@ def optioned(things: Things, rng: Rng, family: str) -> tuple[tuple[str, ...], st
 
 AUXILIARY: dict[str, Format] = {"match": match, "recite": recite}
 TRAINED = {**FORMATS, **AUXILIARY}
-BLIND = (*WITHOUT_IMAGE, *AUXILIARY)
+BLIND = ("context_text", *AUXILIARY)  # what is asked without an image
 
 
 # The words of the model of all formats: those of the toy model, and what the formats add. Instructions are single

@@ -105,6 +105,7 @@ def offset(a: Thing, b: Thing, relation: str) -> float:
 
 
 RELATIONS = ("left of", "right of", "above", "below")
+POSITIONS = ("left", "right", "above", "below", "top", "bottom")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
@@ -234,47 +235,27 @@ def translate(name: str) -> str:
     return "".join(CHINESE_WORDS.get(SINGULAR.get(word, word), word) for word in name.split())
 
 
-def in_chinese(question: Question, options: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    """Text and options of a question, from its program."""
-    steps = dict(question.program)
-    name = translate(steps["select"])
-    return f"{CHINESE_TEXTS[question.family](steps, name)}？", tuple(map(translate, options))
-
-
-def _related_in_chinese(steps: dict[str, str], step: str) -> tuple[str, list[str]]:
-    """The first thing of a relation, and the words after it: one relation, or "left or right of"."""
-    thing, relation = steps[step].split(",")
-    return translate(thing), [CHINESE_WORDS[word] for word in relation.split() if word not in ("or", "of")]
-
-
-def _relate_in_chinese(steps: dict[str, str], anchor: str) -> str:
-    name, (side,) = _related_in_chinese(steps, "relate")
-    return f"{anchor}的{side}的{name}是什么颜色"
-
-
-def _verify_in_chinese(steps: dict[str, str], anchor: str) -> str:
-    name, (side,) = _related_in_chinese(steps, "verify rel")
-    return f"{name}在{anchor}的{side}吗"
-
-
-def _choose_in_chinese(steps: dict[str, str], anchor: str) -> str:
-    name, sides = _related_in_chinese(steps, "choose rel")
-    return f"{name}在{anchor}的{sides[0]}还是{sides[1]}"
-
-
-def _side_in_chinese(steps: dict[str, str], name: str) -> str:
-    first, second = steps["choose position"].split("|")
-    return f"{name}在{CHINESE_WORDS[first]}还是{CHINESE_WORDS[second]}"
-
-
+# Family -> its question; `thing`, `relation` and `other` are from the second step of its program.
 CHINESE_TEXTS = {
-    "color": lambda steps, name: f"{name}是什么颜色",
-    "shape": lambda steps, name: f"{name}是什么形状",
-    "relate": _relate_in_chinese,
-    "exist": lambda steps, name: f"图中有{name}吗",
-    "count": lambda steps, name: f"图中有几个{name}",
-    "digit": lambda steps, name: f"{name}里的数字是几",
-    "verify": _verify_in_chinese,
-    "choose": _choose_in_chinese,
-    "side": _side_in_chinese,
+    "color": "{name}是什么颜色",
+    "shape": "{name}是什么形状",
+    "relate": "{name}的{relation}的{thing}是什么颜色",
+    "exist": "图中有{name}吗",
+    "count": "图中有几个{name}",
+    "digit": "{name}里的数字是几",
+    "verify": "{thing}在{name}的{relation}吗",
+    "choose": "{thing}在{name}的{relation}还是{other}",
+    "side": "{name}在{relation}还是{other}",
 }
+
+
+def in_chinese(question: Question, options: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """Text and options of a question, from its program: a step may be "star,left of", "star,left or right of"."""
+    (_, name), (_, argument) = question.program[:2]
+    thing, _, relation = argument.rpartition(",")
+    words = [CHINESE_WORDS[word] for word in relation.replace("|", " ").split() if word in POSITIONS]
+    first, second = (*words, "", "")[:2]
+    text = CHINESE_TEXTS[question.family].format(
+        name=translate(name), thing=translate(thing), relation=first, other=second
+    )
+    return f"{text}？", tuple(map(translate, options))

@@ -169,43 +169,37 @@ def tint(rng, color: int) -> np.ndarray:
     return np.array(list(COLORS.values())[color], np.float32) + rng.normal(0, 8, 3)
 
 
+def polygons() -> dict[str, list[tuple[float, float]]]:
+    """Corners of the shapes without round edges, from -1 to 1."""
+    radius = [1 if spoke % 2 == 0 else 0.42 for spoke in range(10)]
+    quarter = [(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3)]  # of the cross
+    turn = np.linspace(0, 2 * np.pi, 40)
+    x = 16 * np.sin(turn) ** 3 / 17
+    y = -(13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)) / 17
+    return {
+        "square": [(-0.82, -0.82), (0.82, -0.82), (0.82, 0.82), (-0.82, 0.82)],
+        "triangle": [(0, -1), (0.95, 0.8), (-0.95, 0.8)],
+        "star": [(r * math.sin(k * math.pi / 5), -r * math.cos(k * math.pi / 5)) for k, r in enumerate(radius)],
+        "cross": quarter + [(-x, -y) for x, y in quarter],
+        "heart": list(zip(x, y, strict=True)),
+    }
+
+
 @cache
 def shape_mask(name: str, side: int, tilt: int) -> np.ndarray:
     """[side, side] coverage in 0..1, drawn four times larger and averaged; tilt in steps of 8 degrees."""
     wide = side * 4
     image = Image.new("L", (wide, wide), 0)
     pen, centre = ImageDraw.Draw(image), wide / 2
-    angle = math.radians(tilt * 8)
-
-    def turned(points):
-        return [
-            (centre + (x * math.cos(angle) - y * math.sin(angle)) * centre,
-             centre + (x * math.sin(angle) + y * math.cos(angle)) * centre)
-            for x, y in points
-        ]  # fmt: skip
-
     if name == "circle":
         pen.ellipse([wide * 0.03, wide * 0.03, wide * 0.97, wide * 0.97], fill=255)
     elif name == "ring":
         pen.ellipse([0, 0, wide - 1, wide - 1], fill=255)
         pen.ellipse([wide * 0.28, wide * 0.28, wide * 0.72, wide * 0.72], fill=0)
-    elif name == "square":
-        pen.polygon(turned([(-0.82, -0.82), (0.82, -0.82), (0.82, 0.82), (-0.82, 0.82)]), fill=255)
-    elif name == "triangle":
-        pen.polygon(turned([(0, -1), (0.95, 0.8), (-0.95, 0.8)]), fill=255)
-    elif name == "star":
-        radius = [1 if spoke % 2 == 0 else 0.42 for spoke in range(10)]
-        points = [(r * math.sin(k * math.pi / 5), -r * math.cos(k * math.pi / 5)) for k, r in enumerate(radius)]
-        pen.polygon(turned(points), fill=255)
-    elif name == "cross":
-        bar = 0.3
-        quarter = [(-bar, -1), (bar, -1), (bar, -bar), (1, -bar), (1, bar), (bar, bar)]
-        pen.polygon(turned(quarter + [(-x, -y) for x, y in quarter]), fill=255)
     else:
-        turn = np.linspace(0, 2 * np.pi, 40)
-        x = 16 * np.sin(turn) ** 3 / 17
-        y = -(13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)) / 17
-        pen.polygon(turned(list(zip(x, y, strict=True))), fill=255)
+        cos, sin = math.cos(math.radians(tilt * 8)), math.sin(math.radians(tilt * 8))
+        turned = [(x * cos - y * sin, x * sin + y * cos) for x, y in polygons()[name]]
+        pen.polygon([(centre + x * centre, centre + y * centre) for x, y in turned], fill=255)
     return np.asarray(image.resize((side, side), Image.BOX), np.float32) / 255
 
 
@@ -302,7 +296,6 @@ def list_things(table: np.ndarray) -> tuple[Thing, ...]:
 
 # Of the large pictures. No range meets another or one of SEEDS.
 LARGE_SEEDS = {"train": 21_000_000, "val": 27_000_000, "test": 29_000_000}
-LONGEST = 3 * SIDE
 
 
 def large_scene(split: str, index: int, dense: bool) -> Scene:
@@ -322,12 +315,9 @@ def large_scene(split: str, index: int, dense: bool) -> Scene:
 def picture_size(rng: np.random.Generator) -> tuple[int, int]:
     """Width and height: squares, halves and strips that fit their tiles, and sizes that need padding or scaling."""
     kind = int(rng.choice(5, p=(0.3, 0.2, 0.1, 0.3, 0.1)))
-    if kind == 0:
-        long, short = 2 * SIDE, 2 * SIDE
-    elif kind == 1:
-        long, short = 2 * SIDE, SIDE
-    elif kind == 2:
-        long, short = LONGEST, SIDE
+    fixed = ((2 * SIDE, 2 * SIDE), (2 * SIDE, SIDE), (3 * SIDE, SIDE))
+    if kind < len(fixed):
+        long, short = fixed[kind]
     elif kind == 3:  # padded beside the picture
         long, short = 2 * SIDE, int(rng.integers(270, 2 * SIDE))
     else:  # scaled down a little, and padded

@@ -18,7 +18,7 @@ from eval.benchmarks.llava_files import split_suffix
 from eval.config import build_reducer
 from eval.lmms_plugin import configuration
 from eval.results.cost import audit_record, off_budget, summarise_audit
-from eval.run import load_model, seed_everything
+from eval.run import load_model
 from llava.errors import UserError
 from llava.pipeline.generate import generate
 from llava.processing.image import as_rgb
@@ -57,7 +57,6 @@ class LlavaReduced(lmms):
         self.model = load_model(config)
         self.reducer = build_reducer(config, self.model.visual_tokens)
         require(self.reducer, self.model.spec)
-        seed_everything(config.seed)
 
     @property
     def batch_size(self) -> int:
@@ -99,23 +98,16 @@ class LlavaReduced(lmms):
         question, suffix = split_suffix(context)
         name = f"{task}/{split}/{number}"
         pictures = tuple(opened(visual, name) for visual in visuals_of(self.task_dict[task][split][number]) or ())
-        return Sample(
-            id=name, question=question, suffix=suffix, image=pictures[0] if len(pictures) == 1 else pictures or None
+        return Sample(name, question, suffix, pictures[0] if len(pictures) == 1 else pictures or None)
+
+    def refuse(self, requests: Sequence[Any]) -> NoReturn:
+        """For the requests that are not answered."""
+        raise UserError(
+            "llava_reduced generates one answer per question, no likelihoods and no dialogues; "
+            "choose a task whose output_type is generate_until."
         )
 
-    def loglikelihood(self, requests: Sequence[Any]) -> NoReturn:
-        raise refusal("likelihoods of given answers")
-
-    def generate_until_multi_round(self, requests: Sequence[Any]) -> NoReturn:
-        raise refusal("several rounds of answers")
-
-
-def refusal(what: str) -> UserError:
-    """For the requests that are not answered."""
-    return UserError(
-        f"llava_reduced generates one answer per question and gives no {what}; "
-        "choose a task whose output_type is generate_until."
-    )
+    loglikelihood = generate_until_multi_round = refuse
 
 
 def max_new_tokens(settings: Mapping[str, Any], task: str) -> int:

@@ -1,9 +1,9 @@
 // The gallery: draws on canvases what every method keeps, for the budget and the point in the model that are chosen.
-// The data is described in encode.py; "cells" are the patches of all panels, one panel after another in raster order.
+// The data is made by page_data in gallery.py; "cells" are the patches of all panels, one panel after another in raster order.
 (async () => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const get = (id) => document.getElementById(id);
-  const layers = data.full.perLayer.length;
+  const layers = data.full.tokens_per_layer.length;
   const starts = []; // the first cell of every panel
   let cells = 0;
   for (const panel of data.panels) {
@@ -13,20 +13,20 @@
 
   // ---- data ----
   const bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer;
-  const whole = (text) => (text[0] === "s" ? new Int16Array(bytes(text.slice(1))) : new Int32Array(bytes(text.slice(1))));
+  const whole = (text) => new Int32Array(bytes(text));
 
   // Token and role of every cell: 0 dropped, 1 kept, 2 merged, 3 a patch at which a merged token stands.
   function decode(state) {
     if (state.role) return state;
-    const kept = whole(state.kept);
-    const token = state.assignment ? whole(state.assignment) : new Int32Array(cells).fill(-1);
-    if (!state.assignment) kept.forEach((cell, index) => cell >= 0 && (token[cell] = index));
+    const kept = whole(state.patches.kept);
+    const token = whole(state.patches.assignment);
     const members = new Int32Array(kept.length);
     for (const index of token) if (index >= 0) members[index] += 1;
     const role = new Uint8Array(cells);
     for (let cell = 0; cell < cells; cell++) if (token[cell] >= 0) role[cell] = 2;
     kept.forEach((cell, index) => cell >= 0 && (role[cell] = members[index] > 1 ? 3 : 1));
-    const colour = (index) => data.style.palette[Number(state.colours[index])];
+    const colours = whole(state.colours);
+    const colour = (index) => data.style.palette[colours[index]];
     const count = (number) => role.reduce((sum, one) => sum + (one === number), 0);
     const outside = kept.reduce((sum, cell) => sum + (cell < 0), 0);
     const dropped = count(0), merged = count(2), targets = count(3);
@@ -210,23 +210,23 @@
       return;
     }
     const state = decode(result.states[result.at[position]]);
-    const mean = result.perLayer.reduce((sum, count) => sum + count, 0) / layers;
+    const mean = result.tokens_per_layer.reduce((sum, count) => sum + count, 0) / layers;
     one.tokens.title = "mean over decoder layers";
     one.tokens.textContent = `${mean.toFixed(mean % 1 ? 1 : 0)} tokens`;
     const same = one !== full && result.text === data.full.text;
     one.answer.textContent = result.text || "(nothing)";
     if (one !== full) one.answer.append(" ", element("span", "quiet", same ? "= same answer" : "≠ other answer"));
-    one.counts.textContent = `Patches: ${countsOf(state)}. TTFT ${result.ms.toFixed(0)} ms.`;
-    const ends = [...new Set([result.perLayer[0], result.perLayer[layers - 1]])].join(" to ");
+    one.counts.textContent = `Patches: ${countsOf(state)}. TTFT ${(1000 * result.seconds).toFixed(0)} ms.`;
+    const ends = [...new Set([result.tokens_per_layer[0], result.tokens_per_layer[layers - 1]])].join(" to ");
     one.caption.textContent = `Tokens entering layers 0 to ${layers - 1}: ${ends}.`;
-    if (one.bars.children.length !== layers) result.perLayer.forEach(() => one.bars.append(element("i")));
-    result.perLayer.forEach((count, layer) => {
+    if (one.bars.children.length !== layers) result.tokens_per_layer.forEach(() => one.bars.append(element("i")));
+    result.tokens_per_layer.forEach((count, layer) => {
       const bar = one.bars.children[layer];
       bar.style.height = `${Math.max(4, (100 * count) / most)}%`;
       bar.classList.toggle("now", layer === position - 1);
       bar.title = `decoder layer ${layer}: ${count} tokens`;
     });
-    one.bars.setAttribute("aria-label", `Visual tokens entering each decoder layer: ${result.perLayer.join(", ")}`);
+    one.bars.setAttribute("aria-label", `Visual tokens entering each decoder layer: ${result.tokens_per_layer.join(", ")}`);
     Object.assign(one, { state: one === full ? null : state, map: map ?? maps.get(get("map").value) });
     one.canvases.forEach((canvas, number) => {
       const panel = data.panels.length > 1 ? `, ${data.panels[number].name}` : "";
@@ -309,8 +309,8 @@
     }
 
     // Bars of all methods have one scale; without reduction there are many times as many tokens.
-    const most = Math.max(...results.flatMap((result) => (result ? result.perLayer : [0])));
-    show(full, data.full, "", point, data.full.perLayer[0], map, opacity);
+    const most = Math.max(...results.flatMap((result) => (result ? result.tokens_per_layer : [0])));
+    show(full, data.full, "", point, data.full.tokens_per_layer[0], map, opacity);
     cards.forEach((one, index) => {
       one.box.hidden = !chosen.has(one.name);
       if (one.box.hidden) return;

@@ -5,9 +5,7 @@ byte counts. A file of many gigabytes is read once (1.4 GB/s on one core) and it
 folder, for as long as its path, size, times and inode stay the same.
 """
 
-import fcntl
 import hashlib
-import io
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import IO, Annotated
+from typing import Annotated
 
 import torch
 from huggingface_hub import snapshot_download
@@ -112,15 +110,8 @@ def weight_files(directory: Path) -> list[Path]:
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
     """Return all weights of a folder as memory-mapped tensors, by their names in the files."""
-    weights: dict[str, Tensor] = {}
-    owner: dict[str, str] = {}
-    for path in weight_files(directory):
-        shard = _open_weights(path)
-        for key in weights.keys() & shard.keys():
-            raise UserError(f"The weight {key} is in two files of {directory}, {owner[key]} and {path.name}; keep one.")
-        weights.update(shard)
-        owner.update(dict.fromkeys(shard, path.name))
-    return {key: tensor for key, tensor in weights.items() if not key.endswith(IGNORED_KEYS)}
+    shards = [_open_weights(path) for path in weight_files(directory)]
+    return {key: tensor for shard in shards for key, tensor in shard.items() if not key.endswith(IGNORED_KEYS)}
 
 
 def _open_weights(path: Path) -> dict[str, Tensor]:
@@ -177,9 +168,6 @@ def hashes_of(files: Mapping[str, Path]) -> dict[str, str]:
 def hash_of(path: Path, advance: Callable[[int], object]) -> str:
     """Return the hash of a file, from the user's cache folder if it is there.
 
-    The lock lets one process of several read the file while the others wait for its hash. Where the cache folder cannot
-    be written to, each of them reads it.
-
     Args:
         advance: called with the number of bytes that are done.
     """
@@ -188,21 +176,15 @@ def hash_of(path: Path, advance: Callable[[int], object]) -> str:
         return read_hash(path, advance)
     known = (str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "visual-token-reduction"
-    memory: IO[str] = io.StringIO()
+    memory = cache / hashlib.sha256(repr(known).encode()).hexdigest()
     with suppress(OSError):
-        cache.mkdir(parents=True, exist_ok=True)
-        memory = open(cache / hashlib.sha256(repr(known).encode()).hexdigest(), "a+")  # noqa: SIM115, closed below
-        fcntl.flock(memory, fcntl.LOCK_EX)
-    with memory:
-        memory.seek(0)
-        if len(remembered := memory.read()) == DIGITS:
+        if len(remembered := memory.read_text()) == DIGITS:  # shorter where its writer was killed
             advance(state.st_size)
             return remembered
-        fresh = read_hash(path, advance)
-        with suppress(OSError):
-            memory.truncate(0)  # of a process that was killed while it wrote
-            memory.write(fresh)
-            memory.flush()
+    fresh = read_hash(path, advance)
+    with suppress(OSError):  # a cache folder that cannot be written to: every process reads the file
+        cache.mkdir(parents=True, exist_ok=True)
+        memory.write_text(fresh)
     return fresh
 
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPConfig, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
 
 from llava.errors import UserError
-from llava.model.checkpoint.config import ClipConfig, library_config
+from llava.model.checkpoint.config import library_config
 from llava.model.checkpoint.files import listed, locate, read_weights
-from llava.processing.json_files import checked, read_json
+from llava.processing.json_files import read_json
 from llava.reduction.modules import linear_flops
-from llava.reduction.states import NEGATED, PLAIN
+from llava.reduction.states import NEGATED
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 PARTS = ("text_model.", "text_projection.", "visual_projection.")
@@ -152,7 +152,7 @@ def load_clip_text(
     """
     folder = locate(source, "CLIP text tower")
     raw = read_json(folder / "config.json")
-    if checked(ClipConfig, raw, folder / "config.json").text_config is None:
+    if "text_config" not in raw:
         raise UserError(f"{folder}/config.json describes no text tower (no text_config); give a whole CLIP model.")
     config: Any = library_config(CLIPConfig, raw, folder, "CLIP").text_config
     channels = tower.config.hidden_size
@@ -160,10 +160,6 @@ def load_clip_text(
     clip = ClipText(config, channels, tower.post_layernorm, words, begin, end)
     clip.folder = folder
     clip.relevance = raw.get("patch_similarity", NEGATED)
-    if clip.relevance not in (NEGATED, PLAIN):
-        raise UserError(
-            f"patch_similarity in {folder}/config.json must be {NEGATED} or {PLAIN}, got {clip.relevance!r}."
-        )
     weights = {key: value for key, value in read_weights(folder).items() if key.startswith(PARTS)}
     expected = {key: value.shape for key, value in clip.state_dict().items()}
     wrong = [key for key in {*expected, *weights} if key not in weights or expected.get(key) != weights[key].shape]

@@ -1,13 +1,12 @@
-"""GlobalCom²: ranking and split against loops, planted answers and the release itself."""
+"""HiRED and GlobalCom², which split a budget over tiles: loops, planted answers and the releases themselves."""
 
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from baselines.globalcom2 import SCORE, GlobalCom2, adjustment, equal_parts, split, split_as_released
-from llava.errors import UserError
+from baselines.hired import EARLY, LATE, HiRED, crop_budgets, crop_budgets_as_released, salient_patches
 from llava.model.builder import load
 from llava.model.multimodal_encoder.clip_encoder import encode
 from llava.pipeline.prefill import prefill
@@ -23,14 +22,179 @@ from tests.parity import model as recipe
 from tests.parity.harness import FOLDER, parity_model, recording
 from tests.tiny_checkpoints_families import make_tiny_next, save_next_transformers
 
-SIZES = [(672, 672), (640, 480), (300, 1000), (1000, 310), (333, 777)]
+LLAVA = ModelSpec(576, 32, PatchGrid(24, 24), 24)
+
+
+def test_hired_and_globalcom2_through_the_model(tmp_path):
+    """The default meets its plan to the token; the releases' counts depend on the picture, so they have no plan."""
+    save_next_transformers(tmp_path / "tiny", make_tiny_next())
+    model = load(tmp_path / "tiny", device="cpu")
+    sample = Sample("a", QUESTIONS[0], image=picture(3, (60, 100)))
+    spec = spec_of(model.spec, model.views(sample.image)[1])
+    for name in ("hired", "globalcom2"):
+        for official in ("false", "true"):
+            reducer = registry.build(name, 30, {"official": official})
+            state, record = prefill(model, [sample], reducer)
+            (account,) = record.accounting(state)
+            if official == "false":
+                assert account.tokens_per_layer == planned(reducer, spec) == (30,) * 4
+            else:
+                assert planned(reducer, spec) is None and account.mean != 30
+
+
+def test_hired_and_globalcom2_rates_of_the_releases():
+    """HiRED's is one of whole crops, GlobalCom²'s one of patches; newline tokens are tokens in ours."""
+    spec = spec_of(LLAVA, arranged((640, 480)))
+    assert HiRED(budget=1, retention_ratio=0.2, official=True).for_picture(spec).budget == 576
+    assert HiRED(budget=1, retention_ratio=0.2).for_picture(spec).budget == round(0.2 * spec.visual_tokens)
+    spec = spec_of(LLAVA, arranged((672, 672)))
+    assert GlobalCom2(budget=1, retention_ratio=0.25, official=True).for_picture(spec).budget == 720
+    assert GlobalCom2(budget=1, retention_ratio=0.25).for_picture(spec).budget == 732
+
+
+# HiRED
+
+
+def shown_by(sizes, index, length):
+    """The numbers below `length` that the index-th of neighbours of these sizes stands for."""
+    edges = [sum(sizes[:end]) / sum(sizes) * length for end in (index, index + 1)]
+    return [i for i in range(length) if int(edges[0] + 1e-9) <= i < int(edges[1] + 1e-9)]
+
+
+def budgets_by_the_book(early, count, run, budget):
+    """Loops over patches and tiles; a tile shows the share of the picture that its rows and columns are."""
+    rows, columns = run.grid
+    best = sorted(range(rows * columns), key=lambda i: (-early[i].item(), i))[:count]
+    tiles, (down, across) = run.crops[1:], run.tiles
+    found = []
+    for row in range(down):
+        for column in range(across):
+            high = shown_by([tile.rows for tile in tiles[::across]], row, rows)
+            wide = shown_by([tile.columns for tile in tiles[:across]], column, columns)
+            found.append(sum(i // columns in high and i % columns in wide for i in best))
+    given = [budget * value // count for value in found]
+    fraction = [budget * value % count for value in found]
+    for tile in sorted(range(len(tiles)), key=lambda c: (-fraction[c], c))[: budget - sum(given)]:
+        given[tile] += 1
+    return given
+
+
+@pytest.mark.parametrize("size", [(672, 672), (640, 400), (300, 1000), (1000, 310), (700, 690)])
+def test_hired_split_equals_its_definition(size):
+    """Also where unpadding leaves tiles of different shapes; no tile is full."""
+    torch.manual_seed(0)
+    run = arranged(size)
+    for _ in range(3):
+        early = torch.rand(576)
+        found = crop_budgets(salient_patches(early, 200), run, 137)
+        assert found == budgets_by_the_book(early, 200, run, 137) and sum(found) == 137
+
+
+def strange() -> torch.Tensor:
+    """[576] early attention, all of it in the right half of the upper twelve rows."""
+    early = torch.zeros(24, 24)
+    early[:12, 12:] = 1.0
+    return early.flatten()
+
+
+def test_hired_planted_tile_gets_the_budget_and_not_a_strip_of_the_picture():
+    """HiRED@502d6dd cuts the flat 24 x 24 map into four runs of six rows: what it takes for the upper right tile is a
+    strip over the whole width, and half of the budget goes to the upper left tile, where nothing is."""
+    salient = salient_patches(strange(), 144)
+    assert crop_budgets(salient, arranged((672, 672)), 100) == [0, 100, 0, 0]
+    assert crop_budgets_as_released(salient, 4, 100) == [50, 50, 0, 0]
+
+
+def test_hired_planted_tile_of_a_picture_whose_padding_was_cut_off():
+    """Half as wide as high: each tile shows twelve columns, and still half of the base image's width."""
+    narrow = stitched((2, 2), (24, 24), (0, 48, 12, 36))
+    assert [crop.columns for crop in narrow.crops[1:]] == [12] * 4
+    assert crop_budgets(salient_patches(strange(), 144), narrow, 100) == [0, 100, 0, 0]
+
+
+def test_hired_what_a_full_tile_cannot_take_goes_to_the_others():
+    early = strange()
+    early[-1] = 0.5
+    assert crop_budgets(salient_patches(early, 145), arranged((672, 672)), 700) == [0, 576, 0, 124]
+    assert crop_budgets_as_released(salient_patches(strange(), 144), 4, 1500) == [576, 576, 0, 0]
+
+
+def test_hired_nothing_is_lost_by_rounding():
+    """The release rounds every tile's share down: three equal tiles of a budget of 8 keep 6."""
+    salient, run = torch.ones(36), stitched((3, 1), (6, 6), newline=False)
+    assert crop_budgets(salient, run, 8) == [3, 3, 2]
+    assert crop_budgets_as_released(salient, 3, 8) == [2, 2, 2]
+
+
+def drawn(row: int, arrays) -> dict[TowerScore, torch.Tensor]:
+    case, count = int(arrays["cases"][row]), len(arranged(tuple(arrays["sizes"][row])).crops)
+    early = recipe.draw(f"hired-early-{case}", (count, 4, 576)).abs()
+    early[0, :, :200] *= 1 + case % 3 / 4
+    return {EARLY: early.mean(1), LATE: recipe.draw(f"hired-late-{case}", (count, 4, 576)).abs().mean(1)}
+
+
+@pytest.mark.parametrize("merge", ["spatial", "spatial_unpad"])
+def test_hired_official_selects_what_the_release_selects(merge):
+    """The official functions on drawn attention: before unpadding for all pictures, and what is left behind it where
+    the release stitches tiles as LLaVA does."""
+    _, arrays = recording(FOLDER / "hired-next-drawn.npz")
+    compared = 0
+    for row, (rate, alpha) in enumerate(zip(arrays["rates"], arrays["alphas"], strict=True)):
+        theirs = arrays["chosen" if merge == "spatial" else "kept"][row]
+        theirs = theirs[theirs >= 0].tolist()
+        if not theirs:
+            continue
+        run = arranged(tuple(arrays["sizes"][row]), merge)
+        budget = int(len(run.crops) * 576 * rate)
+        reducer = HiRED(budget=budget, alpha=float(alpha), official=True)
+        ours = kept_of(reducer, run, drawn(row, arrays))
+        assert ours == theirs if merge == "spatial_unpad" else sorted(ours) == theirs, row
+        compared += 1
+    assert compared == (60 if merge == "spatial" else 24)
+
+
+def test_hired_the_default_keeps_the_whole_budget_where_the_release_does_not():
+    """Of 640 x 480 pixels the release chooses 576 tokens and cuts 69 of them off with the padding."""
+    _, arrays = recording(FOLDER / "hired-next-drawn.npz")
+    row = next(i for i, size in enumerate(arrays["sizes"]) if tuple(size) == (640, 480) and arrays["rates"][i] == 0.2)
+    run, signals = arranged((640, 480)), drawn(row, arrays)
+    assert len(kept_of(HiRED(budget=576), run, signals)) == 576
+    assert len(kept_of(HiRED(budget=576, official=True), run, signals)) == 507
+    assert counts_of(kept_of(HiRED(budget=576, alpha=0.25), run, signals), run)[0] == 144
+    # The base image has no more than it has; the rest of its half is for the tiles.
+    counts = counts_of(kept_of(HiRED(budget=1500), run, signals), run)
+    assert counts[0] == 576 and sum(counts) == 1500
+
+
+@pytest.mark.parametrize(("size", "counts"), [((300, 150), [352, 144, 144]), ((200, 65), [448, 96, 96])])
+def test_hired_what_unpadded_tiles_cannot_take_goes_to_the_base_image(size, counts):
+    """It was dropped: 300 x 150 pixels kept 608 of 640 and 200 x 65 kept 512, and the plan said 640."""
+    run = arranged(size)
+    signals = {EARLY: torch.rand(3, 576), LATE: torch.rand(3, 576)}
+    assert counts_of(kept_of(HiRED(budget=640), run, signals), run) == counts
+    assert planned(HiRED(budget=640), spec_of(LLAVA, run)) == (640,) * 32
+    released = HiRED(budget=640, official=True)
+    assert len(kept_of(released, run, signals)) < 640 and planned(released, spec_of(LLAVA, run)) is None
+
+
+@pytest.mark.parametrize(("crops", "first"), [("content", 40), ("each", 16), ("thumbnail", 16), ("global", 75)])
+def test_hired_other_splits_stay_possible(crops, first):
+    late = torch.linspace(1, 2, 576).repeat(5, 1)
+    late[0, :75], late[0, 75:] = 3.0, 0.0
+    run, reducer = arranged((672, 672), "spatial"), HiRED(budget=80, crops=crops)
+    assert (EARLY in reducer.tower_scores(tiled=True)) == (crops == "content")
+    counts = counts_of(kept_of(reducer, run, {LATE: late, EARLY: late}), run)
+    assert counts[0] == first and sum(counts) == 80
+
+
+# GlobalCom²
 
 
 def scores(run, seed=0) -> torch.Tensor:
     return torch.randn(len(run.crops), 576, generator=torch.Generator().manual_seed(seed))
 
 
-def test_adjustment_equals_its_formula():
+def test_globalcom2_adjustment_equals_its_formula():
     richness = [3.0, -8.0, 20.0, 0.5]
     powers = [math.exp(value / 10) for value in richness]
     expected = [1 + power / sum(powers) - 0.25 for power in powers]
@@ -39,7 +203,7 @@ def test_adjustment_equals_its_formula():
     assert adjustment([5.0], 10.0) == pytest.approx([1.0])
 
 
-def test_a_planted_rich_tile_keeps_more():
+def test_globalcom2_a_planted_rich_tile_keeps_more():
     """All that CLS looks at is in the lower right quarter: softmax 1 there, so 1.75 against 0.75 of the ratio."""
     run, score = stitched((2, 2), (24, 24), newline=False), torch.zeros(24, 24)
     score[12:, 12:] = 10.0
@@ -72,8 +236,8 @@ def split_by_the_book(score, run, budget):
     return [first, *given]
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_split_equals_its_definition_and_loses_nothing(size):
+@pytest.mark.parametrize("size", [(672, 672), (640, 480), (300, 1000), (1000, 310), (333, 777)])
+def test_globalcom2_split_equals_its_definition_and_loses_nothing(size):
     run = arranged(size)
     for seed, budget in enumerate((160, 321, 640)):
         score = scores(run, seed)[0]
@@ -81,7 +245,7 @@ def test_split_equals_its_definition_and_loses_nothing(size):
         assert found == split_by_the_book(score, run, budget) and sum(found) == budget
 
 
-def test_the_release_loses_fractions_and_full_tiles():
+def test_globalcom2_the_release_loses_fractions_and_full_tiles():
     """At a ratio of 0.9 a rich tile would need 1.57 times its patches: the release stops at all and keeps 2,523 of
     2,592; ours gives the rest to the other tiles."""
     run, score = stitched((2, 2), (24, 24), newline=False), torch.zeros(24, 24)
@@ -93,7 +257,7 @@ def test_the_release_loses_fractions_and_full_tiles():
     assert sum(split_as_released(torch.zeros(576), run, 10.0, 642 / 2880)) == 640  # five times 128.4
 
 
-def test_a_tile_answers_for_what_it_shows():
+def test_globalcom2_a_tile_answers_for_what_it_shows():
     """Three tiles above each other; padding leaves 8, 24 and 8 rows. Scores at the picture's upper third belong to the
     middle tile, which shows three fifths of it; the release's equal thirds put them on the first."""
     run, score = stitched((3, 1), (24, 24), (16, 56, 0, 24)), torch.zeros(24, 24)
@@ -104,7 +268,7 @@ def test_a_tile_answers_for_what_it_shows():
     assert found[1] > 2 * found[3] and found[2] == int(576 * (400 / 1536) * (2 / 3))
 
 
-def test_equal_parts_equal_loops():
+def test_globalcom2_equal_parts_equal_loops():
     score = torch.rand(7 * 9)
     for tiles in ((2, 2), (1, 3), (3, 1), (2, 4), (9, 1)):
         expected = [0.0] * (tiles[0] * tiles[1])
@@ -131,7 +295,7 @@ def between(table, row, column, size):
 @pytest.mark.parametrize(
     "run", [stitched((2, 2), (4, 4)), stitched((2, 2), (4, 4), (1, 7, 0, 8)), stitched((1, 3), (4, 4), (0, 4, 3, 9))]
 )
-def test_overview_is_the_small_copy_laid_over_the_tiles(run):
+def test_globalcom2_overview_is_the_small_copy_laid_over_the_tiles(run):
     values = torch.randn(len(run.crops), 16)
     seen = picture_with(run, {SCORE: values})
     rows, columns = run.grid[0] * run.tiles[0], run.grid[1] * run.tiles[1]
@@ -146,7 +310,7 @@ def test_overview_is_the_small_copy_laid_over_the_tiles(run):
     assert torch.equal(overview(seen, 0, SCORE), values[0])
 
 
-def test_ranking_equals_its_definition():
+def test_globalcom2_ranking_equals_its_definition():
     run = arranged((640, 480))
     values = scores(run)
     for part in parts_with(GlobalCom2(budget=300), run, {SCORE: values}):
@@ -158,7 +322,7 @@ def test_ranking_equals_its_definition():
         assert part.reducer.encoder(state_of(part)).kept[0].tolist() == sorted(order)
 
 
-def test_the_small_copy_has_a_planted_say_in_every_tile():
+def test_globalcom2_the_small_copy_has_a_planted_say_in_every_tile():
     """Tiles without an opinion of their own keep what the base image looks at: the centre of the picture."""
     run, values = stitched((2, 2), (24, 24), newline=False), torch.full((5, 576), 1.0)
     values[0].view(24, 24)[9:15, 9:15] = 9.0
@@ -174,7 +338,7 @@ def test_the_small_copy_has_a_planted_say_in_every_tile():
     assert set(range(4 * 576, 4 * 576 + 10)) <= set(kept)
 
 
-def test_newlines_are_in_the_budget_and_the_release_adds_them():
+def test_globalcom2_newlines_are_in_the_budget_and_the_release_adds_them():
     run = arranged((672, 672))
     signals = {SCORE: scores(run)}
     ours, dropped, theirs = (
@@ -186,7 +350,7 @@ def test_newlines_are_in_the_budget_and_the_release_adds_them():
     assert theirs.count(-1) == 48 and 316 <= len(theirs) - 48 <= 320
 
 
-def test_official_selects_what_the_release_selects():
+def test_globalcom2_official_selects_what_the_release_selects():
     """The official functions on drawn scores: the very same tokens. Also in the same order, but for the base image's,
     which the release has best first, and where unpadding cuts columns: there the release takes the number of a patch
     among those that are left for its place in the whole tile. Rows that were cut off have a newline token there."""
@@ -211,7 +375,7 @@ def test_official_selects_what_the_release_selects():
     assert meta["options"] == {"official": "true"}
 
 
-def test_logits_are_those_of_the_release():
+def test_globalcom2_logits_are_those_of_the_release():
     _, arrays = recording(FOLDER / "globalcom2-drawn.npz")
     pixels = torch.stack([recipe.case(number).pixels for number in (0, 1)])
     with torch.inference_mode():
@@ -219,68 +383,9 @@ def test_logits_are_those_of_the_release():
     torch.testing.assert_close(encoded.scores[SCORE], torch.from_numpy(arrays["logits"]), atol=2e-4, rtol=0)
 
 
-def test_a_picture_in_one_crop_is_its_own_small_copy():
+def test_globalcom2_a_picture_in_one_crop_is_its_own_small_copy():
     values = torch.zeros(1, 16)
     values[0, [2, 7, 11]] = torch.tensor([3.0, 1.0, 2.0])
     assert kept_of(GlobalCom2(budget=3), single(4, 4), {SCORE: values}) == [2, 7, 11]
     run = frames(2, 4, 4)
     assert counts_of(kept_of(GlobalCom2(budget=5), run, {SCORE: torch.rand(2, 16)}), run) == [3, 2]
-
-
-@pytest.mark.parametrize("crops", ["each", "thumbnail"])
-def test_other_splits_stay_possible(crops):
-    run, values = stitched((2, 2), (24, 24), newline=False), scores(arranged((672, 672)))
-    attention = torch.zeros(5, 576)
-    attention[0].view(24, 24)[:12, :12] = 1.0
-    reducer = GlobalCom2(budget=100, crops=crops)
-    counts = counts_of(kept_of(reducer, run, {SCORE: values, TowerScore("cls_attention"): attention}), run)
-    assert counts == ([20] * 5 if crops == "each" else [20, 80, 0, 0, 0])
-
-
-def test_through_the_model(tmp_path):
-    """The default meets its plan to the token; the release's counts depend on the picture, so it has no plan."""
-    save_next_transformers(tmp_path / "tiny", make_tiny_next())
-    model, seen = load(tmp_path / "tiny", device="cpu"), {}
-    sample = Sample("a", QUESTIONS[0], image=picture(3, (60, 100)))
-    run = model.views(sample.image)[1]
-    for official in ("false", "true"):
-        reducer = registry.build("globalcom2", 30, {"official": official})
-        state, record = prefill(model, [sample], reducer)
-        (audit,) = record.accounting(state)
-        seen[official] = record.steps[0][0].reduction.kept[0]
-        assert torch.isin(run.newlines, seen[official]).all()
-        if official == "false":
-            assert audit.tokens_per_layer == planned(reducer, spec_of(model.spec, run)) == (30,) * 4
-        else:
-            assert planned(reducer, spec_of(model.spec, run)) is None
-            assert 30 + len(run.newlines) - 5 < audit.mean <= 30 + len(run.newlines)
-    with torch.inference_mode():
-        pixels = model.views(sample.image)[0]
-        signals = encode(model.tower, pixels, model.select_layer, [SCORE]).scores
-    assert len(kept_of(GlobalCom2(budget=30), run, signals)) == 30
-    places = torch.tensor(kept_of(GlobalCom2(budget=30), run, signals))
-    crop, row, column = run.origins()[seen["false"]].unbind(1)
-    assert torch.equal(places, torch.where(crop < 0, -1, crop * 16 + row * 4 + column))
-
-
-def test_ratio_of_the_release_is_one_of_patches():
-    spec = spec_of(ModelSpec(576, 32, PatchGrid(24, 24), 24), arranged((672, 672)))
-    assert GlobalCom2(budget=1, retention_ratio=0.25, official=True).for_picture(spec).budget == 720
-    assert GlobalCom2(budget=1, retention_ratio=0.25).for_picture(spec).budget == 732  # newline tokens are tokens
-
-
-def test_wrong_choices_are_refused():
-    for temperature in (0.0, -1.0, float("nan")):
-        with pytest.raises(UserError, match="temperature must be above 0"):
-            GlobalCom2(budget=8, temperature=temperature)
-    with pytest.raises(UserError, match="crops must be one of adaptive, each, thumbnail"):
-        GlobalCom2(budget=8, crops="global")
-
-
-def test_normalisation_needs_no_positive_scores():
-    """Logits have any sign; only their order in a crop and their size beside the base image's count."""
-    run, values = arranged((672, 672)), -5 - scores(arranged((672, 672))).abs()
-    kept = kept_of(GlobalCom2(budget=200), run, {SCORE: values})
-    total = F.normalize(values[0], dim=0)
-    copy = [code for code in kept if 0 <= code < 576]
-    assert copy == sorted(total.argsort(descending=True)[: len(copy)].tolist())

@@ -1,13 +1,15 @@
-"""The GQA metric against the official script's printed numbers, and what it does with incomplete input."""
+"""The GQA metric against the official script's printed numbers, GQA's mirror, and the look at a data folder."""
 
 import json
 from pathlib import Path
 
 import pytest
 
+from eval import benchmarks, show
 from eval.benchmarks import gqa
 from eval.metrics import accuracy
-from llava.errors import UserError
+from tests.benchmark_files import cell, write_hub
+from tests.eval_fakes import write_gqa
 
 VECTORS = Path(__file__).parent / "data" / "gqa"
 
@@ -50,14 +52,6 @@ def test_every_number_equals_the_official_scripts(score):
     assert printed == expected
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("Yes.", "yes"), ("yes...", "yes"), ("U.S.", "u.s"), (" yes", " yes"), ("yes. ", "yes. "), ("", "")],
-)
-def test_normalise_strips_final_full_stops_and_nothing_else(text, expected):
-    assert accuracy.normalise(text) == expected
-
-
 def test_without_choices_and_all_questions_the_rest_is_unchanged(questions, predictions, score):
     bare = gqa.evaluate(questions, predictions)
     assert bare.values["validity"] == bare.values["plausibility"] == 0
@@ -76,12 +70,6 @@ def test_consistency_needs_the_entailed_predictions(questions, predictions, choi
     )
     assert partial.values["consistency"] is None
     assert any("entailed" in note for note in partial.notes)
-
-
-def test_a_missing_prediction_is_an_error_with_count_and_ids(questions, predictions):
-    short = {name: text for name, text in predictions.items() if name not in ("2000000", "2000004")}
-    with pytest.raises(UserError, match=r"2 questions without a prediction: 2000000, 2000004\."):
-        gqa.evaluate(questions, short)
 
 
 def chi_square_by_the_book(pairs: list[tuple[str, str, str]]) -> float:
@@ -104,21 +92,49 @@ def test_distribution_against_the_definition(questions, predictions, score):
     assert score.values["distribution"] == pytest.approx(chi_square_by_the_book(pairs), rel=1e-12)
 
 
-def test_no_questions_give_zeros_not_a_division_error():
-    assert gqa.evaluate({}, {}).values["accuracy"] == 0
+def write_gqa_mirror(data) -> None:
+    rows = [
+        {"id": "1", "question": "Is it red?", "answer": "yes", "imageId": "n1"},
+        {"id": "2", "question": "Which colour?", "answer": "blue", "imageId": "n0"},
+    ]
+    write_hub(data, "lmms-lab/GQA", "testdev", rows, "testdev_balanced_instructions")
+    shown = [{"id": "n0", "image": cell("blue")}, {"id": "n1", "image": cell()}]
+    write_hub(data, "lmms-lab/GQA", "testdev", shown, "testdev_balanced_images")
 
 
-@pytest.mark.parametrize(
-    ("steps", "expected"),
-    [
-        (["select: dog (1)", "query: color"], 2),
-        (["select: dog (1)", "query: name"], 1),
-        (["select: dog (1)", "relate: person,on,s (2)", "choose name: man|woman"], 2),
-        (["select: dog (1)", "exist: ?"], 1),
-        (["select: dog (1)", "verify color: red", "and: "], 3),
-    ],
-)
-def test_naming_and_existence_are_not_reasoning_steps(steps, expected):
-    pairs = [step.split(": ", 1) for step in steps]
-    program = [{"operation": operation, "argument": argument} for operation, argument in pairs]
-    assert gqa.count_steps({"semantic": program}) == expected
+def test_gqa_from_the_mirror(tmp_path):
+    write_gqa_mirror(tmp_path)
+    data = benchmarks.get("gqa").load(tmp_path, "testdev")
+    data.check_images(data.questions)
+    assert data.sample(data.questions[0]).image.getpixel((0, 0)) == (255, 0, 0)
+    assert data.facts["source"] == "lmms-lab/GQA"
+    assert data.score(["1", "2"], {"1": "Yes.", "2": "red"}).values == {"accuracy": 50}
+    write_gqa(tmp_path)
+    assert benchmarks.get("gqa").load(tmp_path, "testdev").facts["source"] == "official"
+    assert benchmarks.get("gqa").load(tmp_path, "testdev", source="mirror").facts["source"] == "lmms-lab/GQA"
+    loose = benchmarks.get("gqa").load(tmp_path, "testdev", "lmms", "mirror")
+    assert loose.max_new_tokens == 16
+    assert loose.score(["1", "2"], {"1": "yes!", "2": "Blue"}).values == {"accuracy": 100}
+
+
+def test_check_says_complete_incomplete_and_absent(tmp_path, capsys):
+    data = write_gqa(tmp_path / "data")
+    assert show.check_data_command([str(data), "gqa"]) == 0
+    assert "gqa            complete\n    GQA testdev: 40 questions about 5 images" in capsys.readouterr().out
+    (data / "gqa" / "data" / "images" / "n3.jpg").unlink()
+    assert show.check_data_command([str(data), "gqa"]) == 1
+    assert "incomplete\n    1 of 5 images are not in" in capsys.readouterr().out
+    (data / "gqa" / "data" / "testdev_balanced_questions.json").unlink()
+    assert show.check_data_command([str(data), "gqa"]) == 1
+    out = capsys.readouterr().out
+    assert "testdev_balanced_questions.json is missing: questions1.2.zip of https" in out and "licence: " in out
+    (tmp_path / "empty").mkdir()
+    assert show.check_data_command([str(tmp_path / "empty"), "gqa"]) == 1, "what is asked for and absent was fine"
+    assert "gqa            absent" in capsys.readouterr().out
+    assert show.check_data_command([str(tmp_path / "empty")]) == 1, "so was a folder with nothing"
+
+
+def test_check_finds_a_copy_of_the_mirror(tmp_path, capsys):
+    write_gqa_mirror(tmp_path)
+    assert show.check_data_command([str(tmp_path), "gqa"]) == 0
+    assert "gqa            complete (lmms-lab/GQA)" in capsys.readouterr().out
