@@ -19,7 +19,7 @@ def found(there: int = 0, size: int = 1, device: str = "auto", nodes=None, **env
     return detect(environment, lambda: there, size, device, nodes)
 
 
-def local(*devices: int, size: int = 1) -> Placement:
+def local(*devices: int | str, size: int = 1) -> Placement:
     return Placement((("localhost", devices),), size)
 
 
@@ -54,6 +54,11 @@ def slurm(*devices: int, size: int = 1) -> Placement:
         (2, {"CUDA_VISIBLE_DEVICES": "5,3"}, local(5, 3)),
         (3, {"CUDA_VISIBLE_DEVICES": "7,5,3", "GPUS": "2,0"}, local(3, 7)),
         (0, {"CUDA_VISIBLE_DEVICES": "", "RANKS": "2"}, local(0, 1)),
+        # Names of GPUs and of parts of them were refused, also where there is one.
+        (2, {"CUDA_VISIBLE_DEVICES": "GPU-7a,GPU-8b"}, local("GPU-7a", "GPU-8b")),
+        (1, {"CUDA_VISIBLE_DEVICES": "MIG-c6d4"}, None),
+        # The ranks were started on 0 and 1, which belonged to another job.
+        (2, ALLOCATION | {"CUDA_VISIBLE_DEVICES": "4,5"}, slurm(4, 5)),
         (8, {"GPUS": "3"}, local(0, 1, 2)),
         (8, {"GPUS": "6,2"}, local(6, 2)),
         (8, {"GPUS": "1"}, None),
@@ -85,7 +90,6 @@ def test_accelerators_are_not_counted_where_they_do_not_matter():
 @pytest.mark.parametrize(
     ("there", "given", "message"),
     [
-        (2, {"CUDA_VISIBLE_DEVICES": "GPU-7a,GPU-8b"}, "CUDA_VISIBLE_DEVICES=GPU-7a,GPU-8b should hold indices"),
         (4, {"GPUS": "9"}, "GPUS=9, but this machine has 4 accelerators; RANKS=9 uses its processor"),
         (4, {"GPUS": "0"}, "GPUS=0 asks for no accelerator: GPUS=0, with a comma names the first"),
         (4, {"GPUS": "two"}, "GPUS should be a whole number, 1 or more, got 'two'"),
@@ -138,7 +142,7 @@ def test_a_hostfile_is_read_as_deepspeed_and_mpi_read_it(tmp_path):
     assert place.hosts == (("node1", (0, 1)), ("node2", (0,)))
     assert (place.ranks, place.launcher) == (3, "hostfile")
     assert place.describe() == "3 ranks on 2 machines"
-    assert found(0, **hostfile(tmp_path, "node1 slots=1")).ranks == 1, "one machine is enough"
+    assert found(0, **hostfile(tmp_path, "node1 slots=1 max_slots=8")).ranks == 1, "one machine is enough"
 
 
 @pytest.mark.parametrize(
@@ -193,6 +197,8 @@ def test_srun_starts_one_launcher_on_each_node():
     assert words[:5] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
     assert words[5:7] == ["bash", "-c"] and '--node_rank="$SLURM_NODEID"' in words[7]
     assert world(words) == {"node1": [0, 1], "node2": [0, 1]} and "--master_addr=node1" in words
+    # Without it all ranks of a node may share one core.
+    assert "--cpus-per-task=8" in command(found(2, nodes=nodes, **ALLOCATION), SLURM_CPUS_PER_TASK="8")
 
 
 def test_pdsh_starts_one_launcher_on_each_machine(tmp_path, monkeypatch):

@@ -239,7 +239,8 @@ class AnswerStore(AnswerFiles):
                 cannot be written to.
         """
         super().__init__(folder, process)
-        self._settings, self._known = settings, frozenset(known)
+        self._settings = settings
+        self._known = {name: place for place, name in enumerate(known)}
         self._lock, unlocked = lock_folder(folder)
         self._remarks = [] if unlocked is None else [unlocked]
         try:
@@ -332,7 +333,8 @@ class AnswerStore(AnswerFiles):
         merged = [shard for shard in shard_folders(self.folder) if self._take(shard, taken, lines)]
         if not merged:
             return 0
-        lines |= {ANSWERS: list(taken.values()), MERGED_SHARDS: [{"shard": shard.name} for shard in merged]}
+        in_order = sorted(taken.values(), key=lambda row: self._known[row["question_id"]])  # whoever answered them
+        lines |= {ANSWERS: in_order, MERGED_SHARDS: [{"shard": shard.name} for shard in merged]}
         try:
             write_merged(self.folder, lines)
         except OSError as error:

@@ -148,6 +148,8 @@ def launcher_command(placement: Placement, worker: Sequence[str], environment: M
     options += ["--log_level=critical", "--no_local_rank", "--module", *worker]
     if placement.launcher == "slurm":
         srun = ["srun", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+        if cores := environment.get("SLURM_CPUS_PER_TASK"):  # which srun has not inherited since Slurm 22.05
+            srun.append(f"--cpus-per-task={cores}")
         return [*srun, "bash", "-c", ON_EACH_NODE, python, *options]
     launcher = [python, "-u", "-m", "deepspeed.launcher.launch"]
     if placement.launcher == "local":

@@ -21,7 +21,8 @@ from llava.errors import UserError
 
 VARIABLES = ("RANKS", "GPUS", "HOSTFILE")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-HOST_LINE = re.compile(r"(?P<host>\w[\w.:-]*)\s+slots\s*=\s*(?P<slots>\d+)")
+Device = int | str  # an index, or the name of a GPU or of a part of one
+HOST_LINE = re.compile(r"(?P<host>\w[\w.:-]*)\s+slots\s*=\s*(?P<slots>\d+)(\s+max_slots\s*=\s*\d+)?")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Placement:
         processor: the ranks leave accelerators alone (--device cpu).
     """
 
-    hosts: tuple[tuple[str, tuple[int, ...]], ...]
+    hosts: tuple[tuple[str, tuple[Device, ...]], ...]
     size: int = 1
     launcher: str = "local"
     processor: bool = False
@@ -139,7 +140,7 @@ def refuse_launchers(environment: Mapping[str, str]) -> None:
         )
 
 
-def chosen_gpus(environment: Mapping[str, str], there: int) -> tuple[int, ...]:
+def chosen_gpus(environment: Mapping[str, str], there: int) -> tuple[Device, ...]:
     """Accelerators that GPUS names: a number of them, or their indices."""
     text, known = environment["GPUS"], visible(environment, there)
     if "," not in text:
@@ -163,15 +164,16 @@ def chosen_gpus(environment: Mapping[str, str], there: int) -> tuple[int, ...]:
     return tuple(known[place] for place in places)
 
 
-def visible(environment: Mapping[str, str], there: int) -> tuple[int, ...]:
-    """Indices of the accelerators as the launcher wants them: CUDA_VISIBLE_DEVICES has already chosen some."""
+def visible(environment: Mapping[str, str], there: int) -> tuple[Device, ...]:
+    """The accelerators as the launcher wants them: CUDA_VISIBLE_DEVICES has already chosen some.
+
+    It holds indices, or names such as GPU-8932f937 and MIG-c6d4f1ef of whole GPUs and parts of them.
+    """
     text = environment.get(VISIBLE, "").strip()
     if not text or not there:
         return tuple(range(there))
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdigit() for part in parts):
-        raise UserError(f"{VISIBLE}={text} should hold indices such as 0,1 to start several ranks.")
-    return tuple(map(int, parts))[:there]
+    return tuple(int(part) if part.isdigit() else part for part in parts)[:there]
 
 
 def read_hostfile(path: Path, size: int = 1) -> Placement:
@@ -181,7 +183,7 @@ def read_hostfile(path: Path, size: int = 1) -> Placement:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"Cannot read HOSTFILE={path}: {reason}.") from error
-    hosts: dict[str, tuple[int, ...]] = {}
+    hosts: dict[str, tuple[Device, ...]] = {}
     for number, line in enumerate(lines, start=1):
         text = line.partition("#")[0].strip()
         if not text:
@@ -198,10 +200,10 @@ def read_hostfile(path: Path, size: int = 1) -> Placement:
 
 
 def slurm(environment: Mapping[str, str], there: int, size: int, nodes: Callable[[str], list[str]]) -> Placement:
-    """All nodes of the allocation, with as many ranks on each as this node has accelerators, or one."""
+    """All nodes of the allocation, with a rank on each for every accelerator that the job sees on this node, or one."""
     names = nodes(environment.get("SLURM_JOB_NODELIST") or environment.get("SLURM_NODELIST", ""))
-    per_node = there or max(1, size)
-    return Placement(tuple((name, tuple(range(per_node))) for name in names), size, "slurm")
+    devices = visible(environment, there) or tuple(range(max(1, size)))
+    return Placement(tuple((name, devices) for name in names), size, "slurm")
 
 
 def expand_node_list(text: str) -> list[str]:

@@ -20,7 +20,7 @@ from torch.distributed import DistError
 
 from eval.command import STOPS, terminate
 from eval.parallel import ranks
-from eval.parallel.ranks import FAILED, FINISHED, LOADING, STOPPED, Control, Rank, free_port
+from eval.parallel.ranks import FAILED, FINISHED, LOADING, LOOPBACK, STOPPED, Control, Rank, free_port
 from llava.errors import UserError
 
 BEAT_SECONDS = 1
@@ -114,7 +114,9 @@ def join_replica(rank: Rank) -> None:
 
     key = f"replica{rank.replica}"
     if rank.leads:
-        rank.put(key, [socket.gethostname(), free_port()])
+        # The name of this machine may not resolve in a container.
+        local = rank.control is not None and rank.control.address.startswith(LOOPBACK)
+        rank.put(key, [LOOPBACK if local else socket.gethostname(), free_port()])
     host, port = rank.get(key)
     import torch
 

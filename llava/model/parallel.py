@@ -46,6 +46,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Self
 
 import torch
@@ -59,6 +60,10 @@ from llava.errors import UserError
 OFFLOADS = ("none", "cpu")
 # Projections cut by their input, after which the ranks add their parts; all others are cut by their output.
 SUMMED = ("self_attn.o_proj", "mlp.down_proj")
+
+# Ranks wait for each other as long as it takes, for example while the first one asks a judge; the usual limit is ten
+# minutes. One that hangs is found by the process that started them (`--timeout`), not by the group.
+PATIENCE = timedelta(days=30)
 
 # The choice
 
@@ -161,7 +166,9 @@ def join(rank: int, size: int, address: str, port: int, device: str) -> None:
     if place.type == "cuda":
         torch.cuda.set_device(int(local))
     with _without_shared_memory_kernel():
-        deepspeed.init_distributed("nccl" if place.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(
+            "nccl" if place.type == "cuda" else "gloo", auto_mpi_discovery=False, timeout=PATIENCE, verbose=False
+        )
 
 
 def import_deepspeed(kind: str) -> Any:

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Listed
+from inspect import signature
 from typing import Any
 
 import torch
@@ -42,7 +43,10 @@ class Part:
     def __init__(self, name: str, function: Callable[..., Tensor], backend: Backend):
         self.name, self.seconds = name, 0.0
         compile_: Any = torch.compile  # its newest options have no types yet
-        self._compiled = compile_(function, backend=backend, recompile_limit=LIMIT, isolate_recompiles=True)
+        limits = {"recompile_limit": LIMIT, "isolate_recompiles": True}  # torch 2.11 does not know them
+        known = signature(compile_).parameters
+        limits = {name: value for name, value in limits.items() if name in known}
+        self._compiled = compile_(function, backend=backend, **limits)
 
     def __call__(self, *arguments: Any) -> Tensor:
         """The function's output.
