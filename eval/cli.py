@@ -59,6 +59,7 @@ GROUPS = {
         "bench latency": Command("eval.efficiency.latency", "time, memory and operations of methods beside full"),
         "bench growth": Command("eval.efficiency.growth", "how time and memory grow with visual tokens"),
         "bench peers": Command("eval.efficiency.peers", "this repository and another code in turns, and ratios"),
+        "bench precision": Command("eval.efficiency.precision", "tokens kept in half precision beside float32"),
         "bench claims": Command("eval.efficiency.claims", "published claims of speed beside ours"),
     },
     "Add something: a method or a benchmark": {

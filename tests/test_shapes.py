@@ -1,11 +1,12 @@
 """Random weights in the shapes of the official models, and what is measured and counted on them: growth and claims."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from eval.efficiency import claims, growth
+from eval.efficiency import claims, growth, precision
 from eval.efficiency.claims import PAGE, Check, Claim, answer, ledger, read
 from eval.efficiency.counts import Computed
 from eval.efficiency.growth import exponent, grid, main, model_of
@@ -133,3 +134,24 @@ def test_visiondrop_at_320_of_2880_has_the_published_reduction_of_operations():
     claim = next(claim for claim in read() if claim.id == "visiondrop-next-flops")
     assert claim.check is not None and claim.published == 6.0
     assert 6.0 <= answer(claim.check) < 7.0
+
+
+# -- half precision ------------------------------------------------------------------------------------------------
+
+
+def test_precision_counts_the_tokens_of_the_image_that_are_kept_no_more(capsys, monkeypatch):
+    """After two stages the indices of the second are places among those that the first one left."""
+
+    def answered(text, *kept):
+        steps = [SimpleNamespace(reduction=SimpleNamespace(kept=torch.tensor([places]))) for places in kept]
+        return SimpleNamespace(text=text, trace=steps)
+
+    assert precision.survivors(answered("", [1, 4, 6, 9], [0, 3])) == {1, 9}
+    found = {
+        "float32": {"two": [answered("a", [1, 4, 6, 9], [0, 3]), answered("b", [0, 1])]},
+        "float16": {"two": [answered("a", [0, 1, 6, 9], [1, 3]), answered("b", [0, 1])]},
+        "bfloat16": {"two": [answered("a", [2, 4, 6, 8], [0, 3]), answered("c", [0, 2])]},
+    }
+    assert precision.row_of("two", found) == ["two", "0.0", "0 of 2", "75.0", "1 of 2"]
+    assert precision.main(["--methods", "uniform,full", "--questions", "1", "--device", "cpu"]) == 0
+    assert "| uniform | 0.0 | " in capsys.readouterr().out

@@ -1,0 +1,87 @@
+"""Which tokens methods keep in half precision: those of float16 and bfloat16 beside those of float32.
+
+python -m eval.efficiency.precision --budget 64 --questions 16    # every method that runs at this budget
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from eval.command import exit_on_user_error, make_parser, open_dataset, value
+from eval.config import DEFAULT_DATA, ROOT, count
+from eval.efficiency.oracle import reducers_of
+from eval.tables.page import markdown, write_csv
+from llava.model.builder import load
+from llava.pipeline.accounting import Answer
+from llava.pipeline.generate import generate
+from llava.processing.prompt import Sample
+from llava.reduction.reducer import Reducer
+
+TABLE = ROOT / "docs" / "tables" / "precision.csv"
+DTYPES = ("float32", "float16", "bfloat16")
+HEAD = [
+    "method",
+    *(f"{dtype}, {what}" for dtype in DTYPES[1:] for what in ("kept tokens dropped, %", "answers changed")),
+]
+
+
+def survivors(answer: Answer) -> set[int]:
+    """The input tokens of the image at whose places tokens are left after all steps of a method."""
+    places: list[int] = []
+    for step in answer.trace:
+        kept = step.reduction.kept[0].tolist()
+        places = [places[place] for place in kept] if places else kept
+    return set(places)
+
+
+def answers_of(
+    model: str | None, dtype: str, device: str, samples: Sequence[Sample], reducers: dict[str, Reducer]
+) -> dict[str, list[Answer]]:
+    """Method -> its answers to the questions, one at a time, by the model in this type."""
+    loaded = load(model, dtype, device)
+    return {
+        name: [generate(loaded, [sample], reducer, 8).answers[0] for sample in samples]
+        for name, reducer in tqdm(reducers.items(), desc=dtype, unit="method")
+    }
+
+
+def row_of(name: str, found: dict[str, dict[str, list[Answer]]]) -> list[str]:
+    """Of each half precision: the share of float32's kept tokens that it drops, and answers in other words."""
+    row, exact = [name], found["float32"][name]
+    for dtype in DTYPES[1:]:
+        pairs = list(zip(exact, found[dtype][name], strict=True))
+        kept = [(survivors(whole), survivors(half)) for whole, half in pairs]
+        total, lost = sum(len(whole) for whole, _ in kept), sum(len(whole - half) for whole, half in kept)
+        changed = sum(whole.text != half.text for whole, half in pairs)
+        row += [f"{100 * lost / total:.1f}" if total else "0.0", f"{changed} of {len(pairs)}"]
+    return row
+
+
+@exit_on_user_error
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = make_parser("eval.efficiency.precision", __doc__)
+    parser.add_argument("--model", help="folder or hub name of a checkpoint; default: the bundled toy model")
+    parser.add_argument("--methods", default="all", help="names separated by commas, or all that run at the budget")
+    parser.add_argument("--budget", type=value(count), default=64, help="visual tokens to keep")
+    parser.add_argument("--questions", type=value(count), default=16, help="of GQA, each about another image")
+    parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="folder that holds the benchmarks")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:NUMBER")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/tables/precision.csv")
+    args = parser.parse_args(arguments)
+    data = open_dataset("gqa", str(args.data), None, None, "auto")
+    one_each = {question.image: question for question in reversed(data.questions)}
+    samples = [data.sample(question) for question in list(one_each.values())[: args.questions]]
+    reducers = reducers_of(args.methods.split(","), args.budget, {}, load(args.model, device="cpu"))
+    found = {dtype: answers_of(args.model, dtype, args.device, samples, reducers) for dtype in DTYPES}
+    rows = sorted((row_of(name, found) for name in reducers), key=lambda row: -float(row[3]))
+    print(markdown(HEAD, rows))
+    if args.write:
+        write_csv(TABLE, HEAD, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
