@@ -248,6 +248,13 @@ def test_a_dtype_that_deepspeed_does_not_know_is_refused(monkeypatch, folder, al
         load(folder / "llava", dtype="bfloat16", device="cpu", zero="cpu")
 
 
+def test_ranks_wait_for_each_other_while_the_first_one_scores(alone):
+    """The others waited ten minutes at the end, and a judge takes longer."""
+    parallel.join_alone(torch.device("cpu"))
+    group = torch.distributed.group.WORLD
+    assert group is not None and group._get_backend(torch.device("cpu")).options._timeout == parallel.PATIENCE
+
+
 def test_a_process_joins_one_group_at_a_time(alone):
     parallel.join_alone(torch.device("cpu"))
     assert parallel.group_size() == 1 and os.environ["WORLD_SIZE"] == "1"

@@ -17,6 +17,7 @@ from llava.processing.prompt import Sample
 from llava.processing.video import Video
 from llava.reduction import registry
 from llava.reduction.budget import require
+from llava.reduction.merging import Reduction, member_weights
 from llava.reduction.reducer import Reducer
 from tests import stock_inputs
 from tests.conftest import QUESTIONS, picture
@@ -125,6 +126,25 @@ def test_reduce_on_a_device_answers_as_on_the_cpu(family):
                 found = dataclasses.replace(case, model=model).generate(there)
             assert found.device == torch.device(place)
             assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_merging_in_a_fixed_order_gives_the_sums_of_the_cpu(drops):
+    """On a GPU the additions of scatter_add_ have no order: ranks that share a model kept different tokens."""
+    tokens, weight = torch.randn(2, 12, 8), torch.rand(2, 12)
+    assignment = torch.tensor([[0, 1, 2, 3, 0, 0, 1, 2, -1 if drops else 3, 3, 1, 0], [0, 1, 2, 3] * 3])
+    saliency = torch.rand(2, 12)
+    kept = torch.arange(4).expand(2, -1)
+    expected = Reduction(kept, 12, assignment, weight, drops=drops).apply(tokens)
+    shares = [member_weights(rule, assignment.clamp(min=0), kept, saliency) for rule in ("saliency", "mean")]
+    with pretended():
+        there = [one.to("cuda:1") for one in (tokens, kept, assignment, weight, saliency)]
+        found = Reduction(there[1], 12, there[2], there[3], drops=drops).apply(there[0]).cpu()
+        weights = [
+            member_weights(rule, there[2].clamp(min=0), there[1], there[4]).cpu() for rule in ("saliency", "mean")
+        ]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(weights, shares, atol=1e-6, rtol=1e-6)
 
 
 def test_the_pretended_devices_see_what_a_gpu_would_not_take():

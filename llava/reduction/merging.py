@@ -76,6 +76,11 @@ class Reduction:
             # Dropped tokens go to an extra last row that is cut off: no data-dependent shape, no wait for the device.
             target = torch.where(target < 0, outputs, target)
         weighted = tokens * self.merge_weight.unsqueeze(-1)  # float32, as the weights are
+        if tokens.is_cuda:
+            # A product with a matrix of zeros and ones: on a GPU scatter_add_ adds in no fixed order, and ranks that
+            # share a model must choose by the same bits.
+            slots = torch.arange(outputs, device=target.device).unsqueeze(1)
+            return ((target.unsqueeze(1) == slots).to(weighted.dtype) @ weighted).to(tokens.dtype)
         out = weighted.new_zeros(len(tokens), outputs + self.drops, tokens.shape[2])
         out.scatter_add_(1, target.unsqueeze(-1).expand_as(weighted), weighted)
         out = out[:, :-1] if self.drops else out
@@ -255,7 +260,12 @@ def member_weights(rule: str, assignment: Tensor, kept: Tensor, saliency: Tensor
     else:
         share = ones(*assignment.shape, assignment.device).scatter(1, kept, 0.0)
     # The sum over the members of each output token, repeated for every member.
-    sums = share.new_zeros(kept.shape).scatter_add_(1, assignment, share).gather(1, assignment)
+    if share.is_cuda:  # in a fixed order, as in `Reduction.apply`
+        slots = torch.arange(kept.shape[1], device=kept.device).unsqueeze(1)
+        sums = torch.where(assignment.unsqueeze(1) == slots, share.unsqueeze(1), 0.0).sum(2)
+    else:
+        sums = share.new_zeros(kept.shape).scatter_add_(1, assignment, share)
+    sums = sums.gather(1, assignment)
     if rule == "anchor_plus_mean":
         return (share / sums.clamp(min=1)).scatter(1, kept, 1.0)
     return share / sums
