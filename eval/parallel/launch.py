@@ -39,6 +39,7 @@ FORWARDED = (
     "DS_",
     "HF_",
     "HUGGINGFACE_",
+    "OMP_NUM_THREADS",
     "TORCH_",
     "TRANSFORMERS_",
     "TOKENIZERS_",
@@ -101,7 +102,7 @@ def launch(
             raise UserError(f"Cannot start the ranks with {command[0]}: {error.strerror}.") from error
         watch(process, control, placement.ranks, timeout, progress, remote)
         end(process, control, remote)
-        return outcome(control, placement.ranks)
+        return outcome(control, placement.ranks, placement.launcher == "hostfile")
     except KeyboardInterrupt as stopped:
         end(process, control, remote)
         print(f"\nStopped. {kept(control) or 'No question was asked yet.'}", file=sys.stderr)
@@ -300,8 +301,11 @@ def died(control: Control, number: int, report: dict[str, Any] | None) -> bool:
     return last["phase"] not in ENDED
 
 
-def outcome(control: Control, ranks: int) -> int:
+def outcome(control: Control, ranks: int, by_ssh: bool = False) -> int:
     """The exit code of ranks that have ended.
+
+    Args:
+        by_ssh: pdsh has started them on the machines of a hostfile.
 
     Raises:
         Problem: not all of them finished.
@@ -315,7 +319,8 @@ def outcome(control: Control, ranks: int) -> int:
         first = min(failed, key=lambda report: report["number"])
         raise Problem(first["reason"], first["code"])
     if not any(phases):
-        raise Problem(f"None of the {ranks} ranks has started.")
+        advice = "; see that `ssh HOST true` works without a password for every machine of HOSTFILE" if by_ssh else ""
+        raise Problem(f"None of the {ranks} ranks has started{advice}.")
     # Ranks that were told to stop say so; one that died by itself could not.
     for number, (report, phase) in enumerate(zip(reports, phases, strict=True)):
         if phase not in (STOPPED, FINISHED):
