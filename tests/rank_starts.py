@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -100,12 +100,14 @@ class Ended:
     folder: Path
 
 
-def start(folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> Start:
-    """Start `python -m ARGUMENTS` with its output in files beside the folder."""
+def start(
+    folder: Path, *arguments: str, environment: Mapping[str, str] | None = None, before: Sequence[str] = ()
+) -> Start:
+    """Start `python -m ARGUMENTS`, behind the words of another program, with its output in files beside the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex
     own = {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", **(environment or {})}
-    command = [sys.executable, "-m", *arguments]
+    command = [*before, sys.executable, "-m", *arguments]
     with open(f"{folder}.out", "w") as out, open(f"{folder}.err", "w") as err:
         process = subprocess.Popen(command, cwd=ROOT, env=own, stdout=out, stderr=err, start_new_session=True)
     return Start(process, mark, folder)
