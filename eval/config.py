@@ -190,11 +190,6 @@ def pairs(flag: str, settings: Sequence[str]) -> dict[str, str]:
     return values
 
 
-def method_options(method: str, settings: Sequence[str]) -> dict[str, str]:
-    """["consensusdrop.alpha=0.5"] or ["alpha=0.5"] -> {"alpha": "0.5"}, for one method."""
-    return options_by_method([method], settings)[method]
-
-
 def options_by_method(methods: Sequence[str], settings: Sequence[str]) -> dict[str, dict[str, str]]:
     """Options from --set: METHOD.KEY=VALUE for one method, KEY=VALUE for all of `methods`.
 

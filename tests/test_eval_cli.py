@@ -20,7 +20,7 @@ from eval import cli as vtr
 from eval import run as job_module
 from eval.benchmarks.llava_files import LETTER, SHORT, VIZ, split_suffix
 from eval.command import STOPS, Terminated, exit_on_user_error
-from eval.config import RunConfig, method_options, options_by_method, pairs
+from eval.config import RunConfig, options_by_method, pairs
 from eval.efficiency.oracle import reducers_of
 from eval.results import cost, report
 from eval.run import Interrupted, run
@@ -280,10 +280,11 @@ def test_ctrl_c_says_how_to_go_on(main, monkeypatch, tmp_path):
 
 def test_options_are_read_with_and_without_the_method_in_front():
     """`--set METHOD.KEY=VALUE` in eval and `--set KEY=VALUE` in latency: each refused the other's form."""
-    assert method_options("m", ["a=0.5", "m.b=1", "m.c=x=y", "m.d="]) == {"a": "0.5", "b": "1", "c": "x=y", "d": ""}
+    read = options_by_method(["m"], ["a=0.5", "m.b=1", "m.c=x=y", "m.d="])
+    assert read == {"m": {"a": "0.5", "b": "1", "c": "x=y", "d": ""}}
     for twice in (["a=1", "m.a=2"], ["m.a=1", "m.a=2"]):
         with pytest.raises(UserError, match=r"m\.a is given twice"):
-            method_options("m", twice)
+            options_by_method(["m"], twice)
     found = options_by_method(["m", "n"], ["a=0.5", "n.b=1"])
     assert found == {"m": {"a": "0.5"}, "n": {"a": "0.5", "b": "1"}}
     for wrong in ("a", "=1", "m.=1", ".a=1"):

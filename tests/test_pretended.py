@@ -147,6 +147,11 @@ def test_merging_in_a_fixed_order_gives_the_sums_of_the_cpu(drops):
     torch.testing.assert_close(weights, shares, atol=1e-6, rtol=1e-6)
 
 
+def test_attention_is_not_cudnns():
+    """Random weights and `reduce` do not come from `load`, which switched it off."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_the_pretended_devices_see_what_a_gpu_would_not_take():
     """Each guard, planted: tensors of two devices, an index of the host, a read, a mask, a blocking copy."""
     rows = torch.arange(6.0).view(3, 2)

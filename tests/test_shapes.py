@@ -12,10 +12,13 @@ from eval.efficiency.counts import Computed
 from eval.efficiency.growth import exponent, grid, main, model_of
 from eval.efficiency.shapes import SHAPES, narrow, noise_batches, random_llava
 from llava.errors import UserError
+from llava.model.builder import load
+from llava.model.multimodal_encoder.clip_encoder import encode
 from llava.pipeline.generate import generate
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
-from tests.conftest import samples
+from llava.reduction.ranking import distinct
+from tests.conftest import picture, samples
 
 
 def test_random_model_has_the_real_shape():
@@ -137,6 +140,17 @@ def test_visiondrop_at_320_of_2880_has_the_published_reduction_of_operations():
 
 
 # -- half precision ------------------------------------------------------------------------------------------------
+
+
+def test_rounding_decides_the_near_duplicates_that_vispruner_removes():
+    """Noise of float32's own rounding in the features changes about half of the diverse tokens: no wider type helps."""
+    model = load(device="cpu")
+    pixels = torch.stack([model.image_processor(picture(seed, (336, 336))) for seed in range(4)])
+    with torch.inference_mode():
+        features = encode(model.tower, pixels, model.select_layer).features
+        kept, moved = (distinct(one, 32) for one in (features, features * (1 + 1e-6 * torch.randn_like(features))))
+    shares = [len(set(a.tolist()) - set(b.tolist())) / 32 for a, b in zip(kept, moved, strict=True)]
+    assert min(shares) > 0.1, shares
 
 
 def test_precision_counts_the_tokens_of_the_image_that_are_kept_no_more(capsys, monkeypatch):

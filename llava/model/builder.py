@@ -91,9 +91,6 @@ def load(
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     place = device_of(device)
-    if place.type == "cuda":
-        # It plans anew for every size and stride, which a growing cache changes at each step.
-        torch.backends.cuda.enable_cudnn_sdp(False)
     parallel = parallel_of(tensor_parallel, zero, quantization)
     if parallel is not None:
         place = device_of_rank(place)

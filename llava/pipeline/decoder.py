@@ -24,6 +24,9 @@ from llava.pipeline import positions
 from llava.pipeline.sequence import Rotary, Sequence, on_device
 
 BLOCK = 32  # columns of space that are added at once
+# cuDNN's attention, which torch prefers on the newest GPUs, plans anew for every size and stride. A growing cache has
+# others at each step.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 # (sequence, layer, the sequence as it entered the layer before, keys of that layer) -> shorter sequence
 ReduceAt = Callable[[Sequence, int, Sequence, Tensor], Sequence]

@@ -293,4 +293,3 @@ FAMILIES: dict[str, Callable[[tuple[Actor, ...], np.random.Generator], tuple[str
     "times": _times,
     "count": _count,
 }
-STATIC = ("color", "exist")  # what one frame can tell
