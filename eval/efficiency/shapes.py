@@ -24,6 +24,7 @@ from eval.papers import read_yaml
 from llava.model.builder import DTYPES, FAMILIES, parse
 from llava.model.checkpoint.config import CLIP_L_336, Family
 from llava.model.checkpoint.load import HF_CLASSES, Checkpoint, hf_class
+from llava.model.fused import fuse
 from llava.model.llava_arch import Llava
 from llava.model.multimodal_encoder.clip_text_encoder import ClipText
 from llava.model.qwen_vl import QwenVL
@@ -125,6 +126,7 @@ def random_llava(
     layers = layers or sizes["text"]["num_hidden_layers"]
     text = {**sizes["text"], "num_hidden_layers": min(distinct or layers, layers)}
     model = hf_model(family, text, sizes.get("vision", CLIP_L_336), DTYPES[dtype], device)
+    fuse(model, DTYPES[dtype], device)
     share_layers(model.model.language_model, layers)
     video, qwen = family == "video_llava", family == "qwen2_5_vl"
     side = None if qwen else model.config.vision_config.image_size

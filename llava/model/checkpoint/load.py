@@ -66,6 +66,7 @@ from llava.model.checkpoint.config import (
     to_transformers_config,
 )
 from llava.model.checkpoint.files import HUB_ID, files_of, listed, locate, read_weights
+from llava.model.fused import fuse
 from llava.model.parallel import Parallel, check_heads, join_alone, mapped_model, partition, split
 from llava.model.video_llava import LanguageBindVideoTower
 from llava.processing.image import ImageProcessor, QwenImageProcessor, read_image_processor
@@ -458,6 +459,7 @@ def _fill(
             join_alone(device)
         check_memory(weights, dtype, device, directory, parallel)
         model: PreTrainedModel = mapped_model(build, extra, config, weights, dtype)
+        fuse(model, dtype, device)
         if parallel.offload is None:
             split(model, parallel.tensor, dtype, device)
         else:
@@ -492,6 +494,7 @@ def _fill(
         if quantization is None:
             raise
         raise UserError(f"Cannot load {directory} quantised here: {' '.join(str(error).split())}") from error
+    fuse(model, dtype, device)
     model.eval()
     return model
 
