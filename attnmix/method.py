@@ -67,7 +67,12 @@ def best_split(first: Tensor, second: Tensor) -> Tensor:
         first, second: [B, K] scores in descending order, at least 0.
     """
     # Mass of the best k of each ranking, k = 0 .. K. Flipped, the second has the mass of its best K - k.
-    mass = [F.pad(scores.cumsum(1), (1, 0)) for scores in (first, second)]
+    if first.is_cuda:  # its `cumsum` adds in no fixed order, and ranks that share a model kept different tokens
+        upper = torch.ones(first.shape[1], first.shape[1], device=first.device).triu()
+        sums = [scores @ upper for scores in (first, second)]
+    else:
+        sums = [scores.cumsum(1) for scores in (first, second)]
+    mass = [F.pad(scores, (1, 0)) for scores in sums]
     return (mass[0] * mass[1].flip(1)).argmax(1)
 
 

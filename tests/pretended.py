@@ -33,6 +33,13 @@ SIZED = {"nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "uniqu
 READS = {"_local_scalar_dense", "is_nonzero", "equal", "multinomial"}
 INDEXED = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
 COPIES = {"_to_copy", "copy_"}
+# Operations that add floating numbers in no fixed order on CUDA, or choose one of equal numbers by chance: from
+# torch.use_deterministic_algorithms, forward passes alone. An integer sum has one value.
+UNORDERED = {
+    "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_", "index_add", "index_add_", "index_reduce",
+    "index_reduce_", "cumsum", "cumsum_", "put", "put_", "bincount", "histc", "kthvalue", "median", "nanmedian", "mode",
+    "index_put", "index_put_", "_index_put_impl_",
+}  # fmt: skip
 
 
 class MixedDevicesError(RuntimeError):
@@ -110,11 +117,13 @@ class Device(TorchDispatchMode):
 
     Attributes:
         waits: what made the host wait, each with its line.
+        unordered: operations whose floating result depends on the order of additions, each with its line.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
+        self.unordered: list[str] = []
         self.meant: list[torch.device | None] = []  # by C++ code that asks for `meta`, the device of its arguments
 
     def wait(self, what: str) -> None:
@@ -138,6 +147,10 @@ class Device(TorchDispatchMode):
         else:
             place = self._place(func, given)
             self._note_waits(func, args, kwargs, place)
+            if name in UNORDERED and place is not None and place.type == "cuda" and args[0].is_floating_point():
+                kept = name.startswith(("index_put", "_index_put")) and not any(arg is True for arg in args[3:4])
+                if not kept and not {"amin", "amax"} & {arg for arg in args if isinstance(arg, str)}:
+                    self.unordered.append(f"{name} at {where()}")
             place = asked or place
         if asked is not None and asked.type == "cuda":
             kwargs = {**kwargs, "device": torch.device("cpu")}

@@ -33,9 +33,8 @@ def layers_on(llm, *lengths: int, dtype=torch.float32, padded: bool = False) -> 
         done += length
         mask = None
         if padded:
-            mask = torch.ones(2, 1, length, done, dtype=torch.bool, device=device).tril(done - length)
-            mask[1, ..., 0] = False
-            mask[1, :, 0, 0] |= length == done  # a row of padding sees something
+            mask = torch.ones(2, 1, length, done, dtype=torch.bool).tril(done - length)
+            mask[1, :, 1:, 0] = False
         for layer in llm.layers:
             counter = OperationCounter()
             with counter:
@@ -46,12 +45,11 @@ def layers_on(llm, *lengths: int, dtype=torch.float32, padded: bool = False) -> 
     return llm.norm(hidden), calls
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", ["llava-1.5-7b", "llava-next-mistral-7b", "qwen2.5-vl-7b"])
 @torch.inference_mode()
-def test_a_layer_launches_few_kernels(shape, dtype):
+def test_a_layer_launches_few_kernels(shape):
     """transformers' own: 34 and 36, and four casts more in half precision."""
-    llm = random_llava(shape, 1, dtype, layers=1, device=torch.device("meta"), text_tower=None).llm
+    llm = random_llava(shape, 1, "bfloat16", layers=1, device=torch.device("meta"), text_tower=None).llm
     weights = llm.layers[0].mlp.up_proj.weight.dtype
     stock = layers_on(llm, 64, 1, 1, dtype=weights)[1]
     assert [sum(call.kernel for call in stock[part]) for part in (0, 2)] == [34, 36], "transformers' layer has changed"
@@ -78,14 +76,6 @@ def test_fused_layers_compute_what_transformers_layers_do(family, padded):
     for one in (llm, shared):
         found = layers_on(one, 9, 1, 1, padded=padded)[0]
         assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
-    llm.set_attn_implementation("eager")
-    mask = torch.zeros(2, 1, 1, 1)
-    assert llm.layers[0].self_attn(expected, rotary_angles(llm, expected, at(llm)), mask)[1].shape[-2:] == (1, 1)
-
-
-def at(llm) -> torch.Tensor:
-    axes = "mrope_section" in (llm.config.rope_parameters or {})
-    return torch.zeros((2, 1, 3) if axes else (2, 1), dtype=torch.long)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -104,13 +94,10 @@ def test_half_precision_is_nearer_to_the_exact_numbers_than_the_chain(dtype):
     assert (fused - exact).norm() <= (chain - exact).norm()
 
 
-def test_loaded_models_are_fused_and_those_of_the_user_are_not(tiny):
+def test_loaded_models_are_fused_and_those_of_the_user_are_not(tiny, tiny_path):
     kinds = [type(part) for part in tiny.hf_model.modules()]
     assert kinds.count(nn.RMSNorm) == 2 * len(tiny.llm.layers) + 1
     assert not any(kind.__name__ in NORMS for kind in kinds)
     own = [type(part).__name__ for part in stock_inputs.shared("llava").model.modules()]
     assert NORMS & set(own) and ATTENTIONS & set(own) and "RMSNorm" not in own
-
-
-def test_half_precision_on_a_cpu_is_loaded_as_it_was(tiny_path):
     assert nn.RMSNorm not in map(type, load(tiny_path, dtype="bfloat16", device="cpu").hf_model.modules())

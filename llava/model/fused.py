@@ -7,11 +7,11 @@ two more in a decoding step, which write the cache (`tests/test_fused.py` counts
 
 * `nn.RMSNorm` is one kernel on CUDA. In float32 on a CPU it has the bits of the chain and is faster. In half precision
   both compute in float32; the chain rounds before it multiplies by the weight and again after, torch only after: a
-  quarter of the numbers differ by one unit in the last place, and torch's are nearer to the exact ones (bfloat16: 0.4
-  for 0.8 %). There a CPU keeps the chain, which is faster for long prompts.
+  quarter of the numbers differ by one unit in the last place, and torch's are nearer to the exact ones (at most 0.4 %
+  off in bfloat16, where the chain is 0.8 % off). There a CPU keeps the chain, which is faster for long prompts.
 * Rotary embedding adds the two products into the halves of the first one: three kernels, no negated copy and no
-  concatenation. A product is not rounded before it is added, so float32 differs by less than 1e-6 of the largest number.
-  A CPU keeps transformers' own.
+  concatenation. A product is not rounded before it is added: float32 differs by less than 1e-6 of the largest
+  number. A CPU keeps transformers' own.
 
 Only models that are loaded here are changed; `llava.reduce` leaves the user's model as it is.
 
