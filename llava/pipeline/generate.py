@@ -111,5 +111,6 @@ def generate(
         spent[name] = max(0.0, spent.get(name, 0.0) - (seconds - before[name]))
     timing = Timing(**{known.name: spent.get(known.name, 0.0) for known in fields(Timing)})
     images = sum(map(len, layouts))
-    room = state.kv_bytes_allocated * getattr(model.llm, "ranks", 1)
+    # Ranks share the heads of a decoder.
+    room = state.kv_bytes_allocated * model.llm.config.num_key_value_heads // state.cache.layers[0].keys.shape[1]
     return Batch(answers, timing, state.kv_bytes_held, record.operations, steps, images=images, kv_bytes_with_room=room)
