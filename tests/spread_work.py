@@ -288,10 +288,6 @@ def split_session(folder: Path) -> Rank:
     return found
 
 
-def uneven_session(folder: Path) -> dict[str, Any]:
-    return of_families(folder, UNEVEN, tensor_parallel=parallel.group_size())
-
-
 def zero_session(folder: Path) -> Rank:
     model = load(folder / "llava", device="cpu", zero="none")
     for name in ("fastv", "full"):  # a weight that fastv's scores read stayed whole
@@ -308,3 +304,18 @@ def zero_session(folder: Path) -> Rank:
     if parallel.group_size() > 1:
         found.repeated = repeated(folder, rounds=6)
     return found
+
+
+# What each process does: importing torch takes most of its time.
+
+
+def two_ranks(folder: Path) -> tuple[Rank, Rank]:
+    """Tensor parallelism, and ZeRO-Inference."""
+    return split_session(folder), zero_session(folder)
+
+
+def three_ranks(folder: Path) -> tuple[dict[str, Any], Rank | None]:
+    """Tensor parallelism with unequal numbers of heads; then ZeRO-Inference on the last rank alone."""
+    found, last = of_families(folder, UNEVEN, tensor_parallel=3), os.environ["RANK"] == "2"
+    parallel.leave()
+    return found, zero_session(folder) if last else None

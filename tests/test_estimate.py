@@ -334,7 +334,9 @@ def test_quantities_in_words():
 
 @pytest.mark.table
 def test_the_table_of_the_official_models_is_current():
-    assert table.table() in table.PAGE.read_text(), "run `vtr tables memory`"
+    """The rows of three models; all take a minute."""
+    lines = table.table(["LLaVA-1.5-7B", "LLaVA-NeXT-7B", "Qwen2.5-VL-7B"]).splitlines()
+    assert set(lines) <= set(table.PAGE.read_text().splitlines()), "run `vtr tables memory`"
 
 
 @pytest.mark.parametrize(

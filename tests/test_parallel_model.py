@@ -31,8 +31,18 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ranks(folder) -> list[Rank]:
-    return two_ranks.run("tests.spread_work:split_session", folder)
+def two(folder) -> list[tuple[Rank, Rank]]:
+    return two_ranks.run("tests.spread_work:two_ranks", folder)
+
+
+@pytest.fixture(scope="module")
+def three(folder) -> list[tuple[dict, Rank | None]]:
+    return two_ranks.run("tests.spread_work:three_ranks", folder, size=3)
+
+
+@pytest.fixture(scope="module")
+def ranks(two) -> list[Rank]:
+    return [split for split, _ in two]
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +70,11 @@ def test_answers_and_accounting_are_those_of_the_whole_model(ranks, whole, famil
 
 
 @pytest.mark.process
-def test_three_ranks_with_unequal_numbers_of_heads_answer_as_one(folder, whole):
+def test_three_ranks_with_unequal_numbers_of_heads_answer_as_one(three, whole):
     """Heads had to be dealt equally, so no bundled checkpoint, with its five heads, could be split."""
-    for rank in two_ranks.run("tests.spread_work:uneven_session", folder, size=3):
+    for families, _ in three:
         for family in UNEVEN:
-            for method, found in rank[family][1].items():
+            for method, found in families[family][1].items():
                 same(found, whole[family][1][method], atol=1e-5)
 
 
@@ -177,9 +187,9 @@ SIZES = (1, 2)
 
 
 @pytest.fixture(scope="module")
-def sessions(folder) -> dict[int, list[Rank]]:
+def sessions(two, three) -> dict[int, list[Rank]]:
     """By number of ranks, what each found."""
-    return {size: two_ranks.run("tests.spread_work:zero_session", folder, size) for size in SIZES}
+    return {1: [three[2][1]], 2: [zero for _, zero in two]}
 
 
 @pytest.fixture(scope="module")

@@ -243,24 +243,6 @@ def test_table_sorts_and_plots_and_rows_obey_the_filters(page_file, folder):
 
 
 @needs_browser
-def test_a_point_shows_its_run_and_a_click_its_row(page_file):
-    with opened(page_file) as page:
-        page.wait_for_selector("#plot-tokens .points path")
-        # The last trace is random, its last point the larger budget.
-        box = page.locator("#plot-tokens .points path").last.bounding_box()
-        middle = (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-        page.mouse.move(middle[0] - 40, middle[1])
-        page.mouse.move(*middle)
-        page.wait_for_selector("#plot-tokens .hoverlayer .hovertext")
-        words = page.text_content("#plot-tokens .hoverlayer")
-        assert "random" in words and "70.0 % [68.0, 72.0]" in words and "gqa-testdev/fake/random-32" in words
-        page.mouse.click(*middle)
-        page.wait_for_selector("tr.found")
-        assert "random-32" in page.inner_text("tr.found")
-        assert not page.errors
-
-
-@needs_browser
 def test_times_under_other_conditions_are_drawn_apart(real, tmp_path):
     other = real["conditions"] | {"hardware": "H200"}
     for budget in (16, 32):

@@ -9,7 +9,6 @@ from transformers import VideoLlavaForConditionalGeneration
 
 from eval import benchmarks
 from eval.config import DEFAULT_MODEL, ROOT
-from llava.conversation import render
 from llava.processing.image import ImageProcessor
 from llava.processing.video import VideoProcessor, frame_indices, read_video
 from toy.benchmarks.gqa_and_videos import VIDEO_SPLITS as SPLITS
@@ -132,15 +131,6 @@ def direction(actor) -> str:
     if abs(across) > abs(down):
         return "right" if across > 0 else "left"
     return "down" if down > 0 else "up"
-
-
-def test_the_prompt_of_training_is_the_prompt_of_llava_v1():
-    text = render("llava_v1", "<image>\nWhere does the star move?")
-    before, behind = text.split("<image>\n")
-    tokenizer = VIDEO_WORDS.tokenizer
-    assert tokenizer(before).input_ids == VIDEO_WORDS.prefix
-    tail = [VIDEO_WORDS.ids[vocabulary.ASSISTANT]]
-    assert tokenizer(behind).input_ids[1:] == [*VIDEO_WORDS.encode("Where does the star move ?"), *tail]
 
 
 def test_runs_hold_a_cls_in_front_of_every_frame(corpus):

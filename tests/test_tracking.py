@@ -157,14 +157,6 @@ def test_a_continued_run_continues_its_wandb_run(tmp_path, capsys):
     assert len({read_run(folder).name for folder in find_runs(tmp_path / "out")}) == 2
 
 
-def test_looking_at_the_first_questions_again_leaves_the_numbers_of_all(tmp_path):
-    run(config(tmp_path, wandb="offline"), FakeLlava(), FakeReducer())
-    run(config(tmp_path, wandb="offline", limit=8), FakeLlava(), FakeReducer())
-    (whole,), (part,) = (map(read_run, find_runs(folder)) for folder in (tmp_path / "out", tmp_path / "out" / "limit8"))
-    assert whole.summary["questions"] == 40 and part.summary["questions"] == 8
-    assert whole.name != part.name
-
-
 def test_percent_of_full_needs_the_same_settings(tmp_path):
     def result(method, score, **changes):
         settings = {"method": method, "dtype": "float32", "config": {}} | changes
@@ -246,14 +238,6 @@ def test_a_netrc_counts_as_a_key_only_if_it_names_the_server(tmp_path, monkeypat
         assert tracking.has_key()
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
     assert not tracking.has_key()
-
-
-def test_online_without_a_key_never_asks(tmp_path, capsys):
-    result = run(config(tmp_path, wandb="online"), FakeLlava(), FakeReducer())
-    printed = capsys.readouterr()
-    (folder,) = find_runs(tmp_path / "out")
-    assert "no API key" in printed.err and f"wandb sync {folder}" in printed.out
-    assert printed.out.splitlines()[-1] == result["sentence"]
 
 
 def test_online_that_cannot_connect_goes_offline(tmp_path, monkeypatch, capsys):

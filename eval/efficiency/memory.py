@@ -144,7 +144,8 @@ def weights(model: Llava, itemsize: int, quantization: str | None = None, split:
     held, heads = {"vision tower": 0, "projector": 0, "decoder": 0, "head": 0}, _heads(model)
     if "clip" in vars(model):  # a CLIP text tower that a method reads, in float32
         held["text tower"] = sum(weight.numel() for weight in model.clip.parameters()) * FLOAT32
-    for name, weight in model.hf_model.named_parameters():  # a head that is the embeddings is none of its own
+    # A head that is the embeddings is none of its own, but its part under tensor parallelism is a copy.
+    for name, weight in model.hf_model.named_parameters(remove_duplicate=split == 1):
         part = next((part for word, part in PARTS.items() if word in name), "decoder")
         count, linear = weight.numel(), part == "decoder" and "_proj." in name
         if linear and name.endswith("weight") and quantization == "8bit":
