@@ -28,7 +28,6 @@ from llava.errors import UserError
 from llava.model.builder import load
 from llava.pipeline.generate import generate
 from llava.processing.prompt import Sample
-from llava.processing.video import Video
 from llava.reduction import registry
 from llava.reduction.token_layout import single
 from tests.browser import DESKTOP, PHONE, needs_browser, opened, overflow
@@ -36,10 +35,8 @@ from tests.conftest import QUESTIONS, picture
 from tests.tiny_checkpoints_families import (
     make_tiny_next,
     make_tiny_qwen,
-    make_tiny_video,
     save_next_transformers,
     save_qwen_transformers,
-    save_video_transformers,
 )
 
 METHODS = [name for name in registry.names() if name != "full"]
@@ -179,16 +176,6 @@ def test_tiles_are_shown_beside_the_base_image(tmp_path):
     assert len(data["images"]) == 1 and [panel["image"] for panel in data["panels"]] == [0, 0]
 
 
-def test_frames_of_a_video_are_panels(tmp_path):
-    save_video_transformers(tmp_path / "video", make_tiny_video())
-    model = load(tmp_path / "video", device="cpu")
-    sample = Sample("a", QUESTIONS[0], image=Video(tuple(picture(number) for number in range(8))))
-    found = collect(model, sample, ["consensusdrop", "fastv", "downsample"], (64,), 2)
-    assert [panel.name for panel in found.panels] == [f"frame {number}" for number in range(1, 9)]
-    assert len(json.loads(page_data(found))["images"]) == 8 and not found.unavailable
-    assert all(np.isfinite(values).all() for values in found.maps.values()) and len(found.maps) == 4
-
-
 def test_a_tower_without_class_token_says_which_maps_it_lacks(tmp_path):
     save_qwen_transformers(tmp_path / "qwen", make_tiny_qwen())
     model = load(tmp_path / "qwen", device="cpu")
@@ -213,11 +200,6 @@ def page_file(gallery, tmp_path_factory):
     )
     file.write_text(render(hostile, "vtr gallery '<x>'"))
     return file
-
-
-def shown(page) -> list[str]:
-    """Names of the cards that are in sight, the full answer's first."""
-    return page.eval_on_selector_all(".card:not([hidden])", "cards => cards.map(card => card.dataset.method)")
 
 
 def drawn(page, method: str) -> str:
@@ -286,23 +268,6 @@ def test_the_sliders_change_what_is_drawn_by_keyboard_and_by_mouse(page):
     page.mouse.click(box["x"] + box["width"] - 4, box["y"] + box["height"] / 2)
     assert drawn(page, "visiondrop") == last
     assert page.locator("#layer").get_attribute("aria-valuetext") == "before decoder layer 3"
-
-
-@needs_browser
-def test_a_score_map_lies_on_the_image_and_on_request_on_the_methods_too(page):
-    plain, method = drawn(page, "full"), drawn(page, "attnmix")
-    assert not page.is_visible("#opacity") and not page.is_visible("#scale")
-    page.select_option("#map", "question")
-    coloured = drawn(page, "full")
-    assert coloured != plain and drawn(page, "attnmix") == method
-    assert "question attention" in page.locator("#map-meaning").inner_text() and page.is_visible("#scale")
-    page.focus("#opacity")
-    page.keyboard.press("Home")
-    assert page.locator("#opacity-text").inner_text() == "10 %" and drawn(page, "full") not in (plain, coloured)
-    page.check("#map-everywhere")
-    assert drawn(page, "attnmix") != method
-    page.select_option("#map", "")
-    assert drawn(page, "full") == plain and drawn(page, "attnmix") == method
 
 
 @needs_browser

@@ -9,7 +9,7 @@ import torch
 
 from eval.efficiency import peers
 from eval.efficiency.measure import interval_rank
-from eval.efficiency.peers import compare, table
+from eval.efficiency.peers import compare
 from eval.efficiency.shapes import narrow, random_llava
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
@@ -96,15 +96,6 @@ def test_workers_with_models_of_different_depth_are_refused():
     workers = [line(f'print(\'{{\\"ready\\": 1, \\"layers\\": {layers}}}\')') for layers in (8, 32)]
     with pytest.raises(UserError, match="say layers 8, 32; give all of them the same model"):
         compare("unequal", workers, 1, 1)
-
-
-def test_another_reference_divides_in_the_same_rounds():
-    rounds = [{"full": 9.0, "ours": 3.0, "stock": 12.0}, {"full": 10.0, "ours": 2.0, "stock": 10.0}]
-    *_, full, stock_row = table([{"name": "pair", "rounds": rounds}], "ours").splitlines()
-    assert full == "| pair: ours | 2.50 | full | 9.50 | 4.00 (3.00 to 5.00) | 2 |"
-    assert stock_row == "| pair: ours | 2.50 | stock | 11.00 | 4.50 (4.00 to 5.00) | 2 |"
-    with pytest.raises(UserError, match="pair measured full, ours, stock, not 'oracle'"):
-        table([{"name": "pair", "rounds": rounds}], "oracle")
 
 
 def test_the_command_writes_a_result_that_it_reads_again(fake, tmp_path, capsys):

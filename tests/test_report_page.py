@@ -118,14 +118,6 @@ def test_the_nearest_full_is_the_reference(real, tmp_path):
     assert found["old/a-16"].percent == pytest.approx(80) and found["new/a-16"].percent == pytest.approx(50)
 
 
-def test_groups_alike_are_told_apart_and_options_are_shown(real, tmp_path):
-    write(tmp_path / "a", real, "consensusdrop", 16, 40.0, config={"budget": 16, "alpha": 1.0, "fusion": "rank"})
-    write(tmp_path / "b", real, "mine", 16, 40.0, dtype="bfloat16", config={"budget": 16, "x": 3})
-    found = report.collect(tmp_path)
-    assert [name.rpartition(" · ")[2] for name in found.groups] == ["dtype bfloat16", "dtype float32"]
-    assert {row.series for row in found.rows} == {"consensusdrop (alpha=1.0)", "mine (x=3)"}
-
-
 def test_damaged_files_are_named_and_the_others_stay(real, folder, capsys):
     runs = folder / "gqa-testdev" / "fake"
     texts = {"half": '{"method": "ran', "empty": "", "list": "[]", "other": '{"method": "a"}', "binary": "\xff\xfe"}

@@ -35,7 +35,7 @@ from toy.data.scenes import SEEDS as SMALL_SEEDS
 from toy.data.videos import SEEDS as VIDEO_SEEDS
 from toy.data.vocabulary import IMAGE, NEXT_WORDS, TOY_WORDS
 from toy.llava import Trainee, build_llava
-from toy.long_stages import choose_tokens, visuals, whole_sequence
+from toy.long_stages import choose_tokens, visuals
 from toy.packing import forward, pack, predict, question_line, whole
 from toy.stages import scene_lines
 
@@ -104,20 +104,6 @@ def test_an_interrupted_encoding_goes_on_and_a_resized_one_starts_anew(tmp_path,
     again = Corpus(tmp_path)
     assert (again.sizes > 0).all() and np.array_equal(again.features[:2], first)
     assert np.array_equal(again.features[2], corpus.features[2])
-
-
-def test_chosen_tokens_keep_their_places_and_things_come_before_background(corpus):
-    rng, shown = np.random.default_rng(0), {False: [], True: []}
-    for row, blind in itertools.product(range(4), (False, True)):
-        chosen, whole = choose_tokens(corpus, row, 240, rng, blind=blind), whole_sequence(corpus, row)
-        assert len(chosen.positions) == 240 and (np.diff(chosen.positions) > 0).all()
-        assert np.array_equal(chosen.sources, whole.sources[chosen.positions])
-        assert (chosen.sources < 0).sum() == (whole.sources < 0).sum()
-        owners = corpus.owners[row].reshape(-1)[chosen.sources[chosen.sources >= 0]]
-        shown[blind].append((owners >= 0).mean())
-    assert all(first > 2 * blindly for first, blindly in zip(shown[False], shown[True], strict=True))
-    without = choose_tokens(corpus, 0, 240, rng, newlines=False)
-    assert len(without.positions) == 240 and (without.sources >= 0).all()
 
 
 @pytest.fixture(scope="module")

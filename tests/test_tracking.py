@@ -94,12 +94,6 @@ def test_settings_are_flat_and_complete(tmp_path):
     assert "table" not in json.loads((tmp_path / "out" / "settings.json").read_text()), "answers do not depend on it"
 
 
-def test_an_option_never_hides_a_setting():
-    settings = {"seed": 0, "method": "random", "config": {"budget": 16, "seed": 7}}
-    assert tracking.flat(settings) == {"seed": 0, "method": "random", "budget": 16, "option.seed": 7}
-    assert tracking.flat(settings | {"seed": 7})["seed"] == 7
-
-
 def test_runs_with_other_options_have_other_names_and_tags(tmp_path):
     """ConsensusDrop with and without merging, and in another precision, could not be told apart in W&B."""
     seen = set()
@@ -285,18 +279,6 @@ def test_a_failure_of_wandb_never_loses_the_result(tmp_path, monkeypatch, capsys
     assert json.loads((tmp_path / "out" / "result.json").read_text())["metrics"] == result["metrics"]
     err = capsys.readouterr().err
     assert err.count("W&B") == 1 and "Traceback" not in err
-
-
-def test_a_failed_run_is_marked_as_failed(tmp_path):
-    def fail(number: int) -> None:
-        if number >= 2:
-            raise RuntimeError("broken model")
-
-    with pytest.raises(RuntimeError, match="broken model"):
-        run(config(tmp_path, wandb="offline"), FakeLlava(fail), FakeReducer())
-    logged = read_run(find_runs(tmp_path / "out")[0])
-    assert logged.exit_code == 1
-    assert logged.last("progress/answered") == 16
 
 
 @pytest.mark.process

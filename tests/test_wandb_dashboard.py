@@ -14,7 +14,7 @@ from eval.config import RunConfig
 from eval.run import run
 from eval.tracking import dashboard
 from eval.tracking.dashboard import GROUPING, SECTIONS
-from eval.tracking.table_run import GALLERY, TABLE, TOKENS_PLOT, TTFT_PLOT, figure, log_table_run
+from eval.tracking.table_run import GALLERY, TABLE, TOKENS_PLOT, TTFT_PLOT, log_table_run
 from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
 from tests.read_wandb import OfflineRun, find_runs, read_run, without_wandb
 
@@ -105,18 +105,6 @@ def test_a_missing_file_is_one_line_and_ends_the_run(tmp_path, capsys):
     assert err.startswith("W&B logging stopped (") and err.count("\n") == 1 and "gone.tex" in err
     (logged,) = read_all(tmp_path / "t")
     assert wandb.run is None and logged.exit_code == 1 and TABLE in logged.keys
-
-
-def test_scores_of_two_benchmarks_are_two_lines_of_plain_lists():
-    """plotly writes arrays as base64, which older viewers draw as nothing."""
-    points = [point | {"benchmark": name} for point in POINTS[:3] for name in ("GQA", "POPE")]
-    plot = figure(points, "tokens", "tokens", "t").to_plotly_json()
-    lines = plot["data"]
-    assert [line["name"] for line in lines] == [
-        "full, GQA", "full, POPE", "consensusdrop, GQA", "consensusdrop, POPE"
-    ]  # fmt: skip
-    assert [len(line["x"]) for line in lines] == [1, 1, 2, 2]
-    assert "bdata" not in json.dumps(plot, default=str)
 
 
 # -- workspace and report ----------------------------------------------------------------------------------------------
