@@ -30,7 +30,6 @@ from toy.data.formats import (
     compose,
     lmms_wording,
 )
-from toy.data.questions import CHINESE_WORDS
 from toy.data.scenes import scene
 from toy.data.vocabulary import TOY_WORDS
 from toy.llava import Trainee, build_llava, instruct_table
