@@ -114,8 +114,8 @@ def test_every_script_trains_and_exports_its_stages():
     assert set(found) == set(SCRIPTS) and {stage for _, stages in SCRIPTS.values() for stage in stages} == set(STAGES)
     for name, (folder, stages) in SCRIPTS.items():
         assert re.findall(r"^train (\w+)", found[name], re.MULTILINE) == [*stages]
-        export = rf'toy\.export {stages[-1]} --folder "\$folder" --output "\$assets/{folder}"\nmeasure {folder} '
-        assert re.search(export, found[name])
+        command = rf'toy\.export {stages[-1]} --folder "\$folder" --output "\$assets/{folder}"\nmeasure {folder} '
+        assert re.search(command, found[name])
 
 
 @pytest.mark.training
