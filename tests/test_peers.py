@@ -2,7 +2,6 @@
 
 import json
 import sys
-from contextlib import ExitStack
 from itertools import product
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 from eval.efficiency import peers
 from eval.efficiency.measure import interval_rank
-from eval.efficiency.peers import Worker, compare, table
+from eval.efficiency.peers import compare
 from eval.efficiency.shapes import narrow, random_llava
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
@@ -50,14 +49,6 @@ def test_workers_take_turns_forwards_and_backwards_and_a_drift_cancels(fake, tmp
     assert [worker["ready"] for worker in result["workers"]] == ["a", "b"]
     first, second, *_ = (row["b"] / row["a"] for row in result["rounds"])
     assert first == pytest.approx(1.5 * 1.1) and second == pytest.approx(1.5 / 1.1)
-
-
-def test_threads_reach_the_worker_and_it_is_ended():
-    words = "import os, json; print(json.dumps({'ready': os.environ['OMP_NUM_THREADS']}), flush=True); input()"
-    with ExitStack() as stack:
-        worker = Worker(line(words), 3, stack)
-        assert worker.read("ready") == {"ready": "3"} and worker.process.poll() is None
-    assert worker.process.poll() is not None
 
 
 READY = "print('{\\\"ready\\\": 1}', flush=True); input(); "
@@ -107,15 +98,6 @@ def test_workers_with_models_of_different_depth_are_refused():
         compare("unequal", workers, 1, 1)
 
 
-def test_another_reference_divides_in_the_same_rounds():
-    rounds = [{"full": 9.0, "ours": 3.0, "stock": 12.0}, {"full": 10.0, "ours": 2.0, "stock": 10.0}]
-    *_, full, stock_row = table([{"name": "pair", "rounds": rounds}], "ours").splitlines()
-    assert full == "| pair: ours | 2.50 | full | 9.50 | 4.00 (3.00 to 5.00) | 2 |"
-    assert stock_row == "| pair: ours | 2.50 | stock | 11.00 | 4.50 (4.00 to 5.00) | 2 |"
-    with pytest.raises(UserError, match="pair measured full, ours, stock, not 'oracle'"):
-        table([{"name": "pair", "rounds": rounds}], "oracle")
-
-
 def test_the_command_writes_a_result_that_it_reads_again(fake, tmp_path, capsys):
     path = tmp_path / "new" / "pair.json"
     words = ["measure", "--name", "pair", "--rounds", "3", "--threads", "1", "--json", str(path)]
@@ -125,13 +107,6 @@ def test_the_command_writes_a_result_that_it_reads_again(fake, tmp_path, capsys)
     assert peers.main(["table", str(path)]) == 0
     assert capsys.readouterr().out == printed
     assert "| pair |" in printed and "| b |" in printed
-
-
-@pytest.mark.parametrize("text", ["", '{"name": "a", "rounds": []}'])
-def test_a_file_that_is_no_result_ends_in_a_sentence(text, tmp_path, capsys):
-    (tmp_path / "odd.json").write_text(text)
-    assert peers.main(["table", str(tmp_path / "odd.json")]) == 2
-    assert "is no result of `measure`" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -173,12 +148,6 @@ def test_stock_with_attentions_gives_the_same_token_and_the_maps_of_all_layers(t
         assert token.tolist() == peers.dense(hf, *inputs).tolist() and len(maps) == model.spec.layers
         assert all(torch.allclose(one.sum(-1), torch.ones(())) for one in maps)
         assert hf.model.language_model.config._attn_implementation == "sdpa"
-
-
-def test_the_stock_worker_measures_with_and_without_attentions(worker):
-    _, *found = worker("stock", "--attentions", requests=2)
-    assert [list(row) for row in found] == [["transformers", "transformers, output_attentions"]] * 2
-    assert list(worker("stock")[1]) == ["transformers"]
 
 
 def test_stock_dense_gives_our_first_token(tiny):

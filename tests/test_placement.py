@@ -143,6 +143,8 @@ def test_a_hostfile_is_read_as_deepspeed_and_mpi_read_it(tmp_path):
     assert (place.ranks, place.launcher) == (3, "hostfile")
     assert place.describe() == "3 ranks on 2 machines"
     assert found(0, **hostfile(tmp_path, "node1 slots=1 max_slots=8")).ranks == 1, "one machine is enough"
+    place = found(0, **hostfile(tmp_path, "::1 slots=1\n[fd00::2] slots=1"))
+    assert place.hosts == (("::1", (0,)), ("fd00::2", (0,))), "IPv6 was refused; pdsh and ssh take it without brackets"
 
 
 @pytest.mark.parametrize(
@@ -151,6 +153,7 @@ def test_a_hostfile_is_read_as_deepspeed_and_mpi_read_it(tmp_path):
         ("node1", "line 1 should look like 'node1 slots=8', got 'node1'"),
         ("node1 slots=2\nnode2 slots=two", "line 2 should look like"),
         ("node1 slots=2 max=4", "line 1 should look like"),
+        ("[fd00::2 slots=2", "line 1 should look like"),
         ("node1 slots=2\n\nnode1 slots=2", "line 3 names node1 a second time"),
         ("# nothing\n", "names no machine; lines look like"),
     ],

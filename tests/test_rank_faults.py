@@ -111,8 +111,7 @@ def finish(run, undisturbed: Path, tmp_path: Path, ranks: int, *more: str) -> En
 # -- nothing goes wrong --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize(("ranks", "batch"), [(1, 8), (2, 3), (4, 1)])
 def test_answers_do_not_depend_on_ranks_and_batches(run, undisturbed, tmp_path, ranks, batch):
     with run(ranks, batch=batch, pause=0.002) as one:
         own = one.end()
@@ -144,8 +143,7 @@ def kill_launcher(own: Evaluation, draw: random.Random) -> None:
     own.kill("launcher")
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize(("number", "ranks"), enumerate((1, 2, 4)))
 def test_kills_while_questions_are_asked(run, undisturbed, tmp_path, number, ranks):
     """Four kills in one store, each at a random moment of what the last one has left, then to the end."""
     draw = random.Random(SEED + number)
@@ -175,7 +173,7 @@ def stored(folder: Path) -> set[bytes]:
     }
 
 
-@pytest.mark.parametrize("number", range(12))
+@pytest.mark.parametrize("number", range(6))
 def test_kills_of_rank_0_while_it_merges(run, undisturbed, tmp_path, number):
     """It dies in a random system call of the merge, and once more in one of the repair; one question has failed."""
     draw = random.Random(SEED + number)
@@ -197,7 +195,7 @@ def test_kills_of_rank_0_while_it_merges(run, undisturbed, tmp_path, number):
     check_whole(store, undisturbed, FILES | {"failures.jsonl"})
 
 
-@pytest.mark.parametrize("call", range(5, 125, 10))
+@pytest.mark.parametrize("call", range(5, 125, 20))
 def test_a_process_alone_is_killed_while_it_answers(run, undisturbed, tmp_path, call):
     """It dies in a system call, some of them between the two halves of a line."""
     with run(1, pause=0, call=call, during="open") as one:
@@ -292,23 +290,3 @@ def test_a_signal_in_the_middle(run, undisturbed, tmp_path, number, code):
     assert said and kept - 2 * BATCH <= int(said[1]) <= kept, own.err
     assert "Traceback" not in own.err
     finish(run, undisturbed, tmp_path, 4)
-
-
-def test_a_signal_before_the_first_question(run, undisturbed, tmp_path):
-    with run(hang="load", rank=1) as one:
-        assert one.until(lambda: one.pid("rank1"))
-        one.send(signal.SIGINT)
-        own = one.end()
-    assert (own.code, own.orphans) == (130, False) and "Stopped." in sentence(own)
-    finish(run, undisturbed, tmp_path, 2)
-
-
-def test_a_full_disk_while_answers_are_merged(run, undisturbed, tmp_path):
-    # A shard of one rank fits, the answers of both do not.
-    size = (undisturbed / "answers.jsonl").stat().st_size
-    with run(4, pause=0.01, rank=0, disk=size * 3 // 4) as one:
-        own = one.end()
-    assert (own.code, own.orphans) == (2, False), own.err
-    assert "Cannot merge the answers of the ranks" in sentence(own) and "Traceback" not in own.err
-    assert len(stored(tmp_path / "store")) == QUESTIONS
-    finish(run, undisturbed, tmp_path, 2)

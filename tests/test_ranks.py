@@ -29,26 +29,17 @@ def rank(own: Start, number: int) -> psutil.Process:
     return psutil.Process(int((own.folder / f"{number}.pid").read_text()))
 
 
-def interrupt_twice(own: Start) -> None:
-    own.process.send_signal(signal.SIGINT)
-    own.process.send_signal(signal.SIGINT)
-
-
 # name -> (what tests/rank_commands.py does, what happens once both ranks ask)
 CASES: dict[str, tuple[str, Callable[[Start], None] | None]] = {
     "claim": ("claim", None),
     "refuse": ("refuse", None),
     "crash": ("crash", None),
-    "interrupt": ("wait", interrupt_twice),
     "death of the parent": ("wait", lambda own: own.process.kill()),
     "pdsh death": ("wait", lambda own: rank(own, 1).kill()),
     "pdsh": ("claim", None),
-    "pdsh interrupt": ("wait", lambda own: own.process.send_signal(signal.SIGINT)),
     "srun": ("claim", None),
-    "srun death": ("wait", lambda own: rank(own, 1).kill()),
 }
-# These say what the first ones say, in other places.
-SLOW = ("pdsh interrupt", "srun", "srun death")
+SLOW = ("srun",)  # says what the first ones say, in another place
 
 
 def cases(*names: str) -> pytest.MarkDecorator:
@@ -151,20 +142,6 @@ def called(own: Ended, number: int) -> str:
 
 def kept(own: Ended) -> str:
     return f"3 of 40 answers are kept in {own.folder}; run the same command again to go on."
-
-
-@cases("srun death")
-def test_a_rank_that_dies_ends_the_slurm_step(ended, name):
-    own = ended(name)
-    assert own.code == 1
-    assert own.err.startswith(f"\n{called(own, 1)} died while it was asking question q1") and own.err.count("\n") == 2
-
-
-@cases("interrupt", "pdsh interrupt")
-def test_signals_end_all_ranks_with_one_sentence(ended, name):
-    own = ended(name)
-    assert (own.code, own.out) == (130, "")
-    assert own.err == f"\nStopped. {kept(own)}\n"
 
 
 @cases("death of the parent")

@@ -19,7 +19,7 @@ from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample, build_prompt
 from llava.reduction import registry
 from tests.test_model import transformers_inputs
 from toy.benchmarks.__main__ import size
-from toy.clip import build_clip, patchify, phrase_targets, phrases, vision_states
+from toy.clip import build_clip, patchify, vision_states
 from toy.data import vocabulary
 from toy.data.corpus import Corpus, write_scenes
 from toy.data.formats import INSTRUCT_WORDS
@@ -154,18 +154,6 @@ def reader(things, family: str, text: str) -> str:
     if "left" in words:
         return "left" if target.x < 96 else "right"
     return "top" if target.y < 96 else "bottom"
-
-
-def test_phrases_that_only_small_things_make_true_count_less(corpus):
-    targets, weights = phrase_targets(np.asarray(corpus.things[:6]))
-    keys = list(phrases())
-    for row in range(6):
-        shapes = [t for t in corpus.list_things(row) if t.kind == "shape"]
-        for column, key in enumerate(keys):
-            if key[0] == "shape":
-                mine = [t for t in shapes if t.shape == key[1]]
-                assert targets[row, column] == float(bool(mine))
-                assert weights[row, column] == (0.15 if mine and not any(t.big == 1 for t in mine) else 1.0)
 
 
 def test_patchwise_tower_equals_the_transformers_tower(corpus):

@@ -8,8 +8,7 @@ import torch
 from transformers import VideoLlavaForConditionalGeneration
 
 from eval import benchmarks
-from eval.config import DEFAULT_MODEL, ROOT
-from llava.conversation import render
+from eval.config import ROOT
 from llava.processing.image import ImageProcessor
 from llava.processing.video import VideoProcessor, frame_indices, read_video
 from toy.benchmarks.gqa_and_videos import VIDEO_SPLITS as SPLITS
@@ -20,8 +19,8 @@ from toy.data.corpus import FRAME_TOKENS, RUN, Corpus, tower_states, write_video
 from toy.data.questions import PlainQuestion
 from toy.data.videos import FAMILIES, SEEN, VIDEO_SIDE, ask_video, draw_video, plan_video
 from toy.data.vocabulary import COLOR_NAMES, SHAPES, VIDEO_WORDS
-from toy.llava import Trainee, build_video_llava, crop_tower, load_toy
-from toy.long_stages import STATES, choose_frame_tokens, frame_tokens, frames_and_states, visuals
+from toy.llava import Trainee, crop_tower
+from toy.long_stages import choose_frame_tokens, frame_tokens, visuals
 from toy.packing import forward, pack, predict, question_line, whole
 
 WHOLE = frame_tokens(np.arange(RUN))
@@ -134,15 +133,6 @@ def direction(actor) -> str:
     return "down" if down > 0 else "up"
 
 
-def test_the_prompt_of_training_is_the_prompt_of_llava_v1():
-    text = render("llava_v1", "<image>\nWhere does the star move?")
-    before, behind = text.split("<image>\n")
-    tokenizer = VIDEO_WORDS.tokenizer
-    assert tokenizer(before).input_ids == VIDEO_WORDS.prefix
-    tail = [VIDEO_WORDS.ids[vocabulary.ASSISTANT]]
-    assert tokenizer(behind).input_ids[1:] == [*VIDEO_WORDS.encode("Where does the star move ?"), *tail]
-
-
 def test_runs_hold_a_cls_in_front_of_every_frame(corpus):
     assert RUN == 2056
     seen = visuals(corpus, [1], [WHOLE])
@@ -154,33 +144,6 @@ def test_runs_hold_a_cls_in_front_of_every_frame(corpus):
         assert len(set(places.tolist())) == 208 and (np.diff(places) > 0).all()
     firsts = choose_frame_tokens(corpus, 1, 208, rng).positions
     assert set(range(0, RUN, FRAME_TOKENS)) <= set(firsts.tolist())
-
-
-def test_the_reader_is_told_frames_and_states(corpus):
-    seen = visuals(corpus, [0], [WHOLE])
-    frame, states = frames_and_states(corpus, [0], seen)
-    assert frame[0, 0] == -1 and frame[0, -1] == 1 and frame[0, FRAME_TOKENS].item() == pytest.approx(2 / 7 - 1)
-    states = states[0].view(SEEN, FRAME_TOKENS)
-    assert (states[:2] == -100).all() and (states[:, 0] == -100).all()
-    for number, actor in enumerate(corpus.plan(0).actors):
-        for late in range(2, SEEN):
-            mine = states[late, 1:][torch.from_numpy(corpus.owners[0, late] == number)]
-            assert (mine >= 0).all() and len(set(mine.tolist())) <= 1
-            for state in {STATES[value] for value in mine.tolist()}:
-                assert state in ({actor.direction} if actor.action == "move" else {"still", "appear", "change"})
-                assert (state == "appear") == (not actor.visible[0])
-                assert (state == "change") == (actor.colors[late] != actor.colors[0])
-
-
-def test_the_towers_keep_the_middle_of_the_position_table():
-    base = load_toy(DEFAULT_MODEL)
-    video = build_video_llava(base)
-    table = base.model.vision_tower.embeddings.position_embedding.weight
-    for tower in (video.model.video_tower, video.model.image_tower):
-        mine = tower.embeddings.position_embedding.weight
-        assert torch.equal(mine[0], table[0])
-        for row, column in ((0, 0), (3, 9), (15, 15)):
-            assert torch.equal(mine[1 + row * 16 + column], table[1 + (row + 4) * 24 + column + 4])
 
 
 def test_the_benchmark_is_what_the_generator_draws():

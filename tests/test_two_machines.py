@@ -20,7 +20,7 @@ import pytest
 
 from tests.rank_starts import Start, start
 
-HOSTS = ("127.0.0.1", "127.0.0.2")
+HOSTS = ("127.0.0.1", "::1" if socket.has_dualstack_ipv6() else "127.0.0.2")
 ASKED = ("eval", "--benchmark", "gqa", "--method", "uniform", "--budget", "64", "--limit", "400", "--wandb", "disabled")
 SLURM = """ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -87,7 +87,8 @@ def until(ready) -> None:
 
 def free(host: str) -> bool:
     """Whether nobody listens on the port that pdsh's ssh goes to."""
-    with contextlib.suppress(OSError), socket.create_server((host, 22)):
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with contextlib.suppress(OSError), socket.create_server((host, 22), family=family):
         return True
     return False
 

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from eval.config import RunConfig
 from eval.run import run
 from eval.tracking import dashboard
 from eval.tracking.dashboard import GROUPING, SECTIONS
-from eval.tracking.table_run import GALLERY, TABLE, TOKENS_PLOT, TTFT_PLOT, figure, log_table_run
+from eval.tracking.table_run import GALLERY, TABLE, TOKENS_PLOT, TTFT_PLOT, log_table_run
 from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
 from tests.read_wandb import OfflineRun, find_runs, read_run, without_wandb
 
@@ -99,16 +98,6 @@ def test_the_same_table_again_continues_its_run_with_a_later_step(tmp_path):
     assert sorted(steps) == [[0], [1], [2]], "W&B drops rows whose step is not above the last one"
 
 
-def test_two_tables_in_one_folder_are_two_runs_and_numbers_that_nobody_measured_make_no_plot(tmp_path):
-    log(tmp_path / "t")
-    points = [point | {"ttft_ms": None} for point in POINTS]
-    log_table_run("offline", tmp_path / "t", "ablation", {}, COLUMNS, ROWS, [], points)
-    runs = {one.group: one for one in read_all(tmp_path / "t")}
-    assert runs.keys() == {"LLaVA 1.5", "ablation"} and len({one.name for one in runs.values()}) == 2
-    bare = runs["ablation"].keys
-    assert TOKENS_PLOT in bare and TTFT_PLOT not in bare and GALLERY not in bare
-
-
 def test_a_missing_file_is_one_line_and_ends_the_run(tmp_path, capsys):
     """The run stayed open, and the next one of the process was never written."""
     log(tmp_path / "t", files=[tmp_path / "gone.tex"])
@@ -116,18 +105,6 @@ def test_a_missing_file_is_one_line_and_ends_the_run(tmp_path, capsys):
     assert err.startswith("W&B logging stopped (") and err.count("\n") == 1 and "gone.tex" in err
     (logged,) = read_all(tmp_path / "t")
     assert wandb.run is None and logged.exit_code == 1 and TABLE in logged.keys
-
-
-def test_scores_of_two_benchmarks_are_two_lines_of_plain_lists():
-    """plotly writes arrays as base64, which older viewers draw as nothing."""
-    points = [point | {"benchmark": name} for point in POINTS[:3] for name in ("GQA", "POPE")]
-    plot = figure(points, "tokens", "tokens", "t").to_plotly_json()
-    lines = plot["data"]
-    assert [line["name"] for line in lines] == [
-        "full, GQA", "full, POPE", "consensusdrop, GQA", "consensusdrop, POPE"
-    ]  # fmt: skip
-    assert [len(line["x"]) for line in lines] == [1, 1, 2, 2]
-    assert "bdata" not in json.dumps(plot, default=str)
 
 
 # -- workspace and report ----------------------------------------------------------------------------------------------
@@ -201,16 +178,6 @@ def test_all_panels_are_shown_of_runs_that_are_grouped_and_filtered(name, capsys
         assert filters["table"] == "llava-1.5" and set(filters["jobType"]) <= {"evaluation", "table"}
 
 
-def test_panels_of_the_report_do_not_overlap(capsys):
-    for grid in nodes(sent("report", capsys=capsys)):
-        if grid.get("type") == "panel-grid":
-            panels = [node["layout"] for node in nodes(grid) if "viewType" in node]
-            cells = [
-                (x, y) for p in panels for x in range(p["x"], p["x"] + p["w"]) for y in range(p["y"], p["y"] + p["h"])
-            ]
-            assert len(cells) == len(set(cells)) and max(x for x, _ in cells) < 24
-
-
 @pytest.mark.parametrize("place", ["project", "a b/c", "https://wandb.ai/a/b"])
 def test_a_wrong_place_is_one_sentence(place, capsys):
     assert dashboard.report_command([place, "--dry-run"]) == 2
@@ -232,30 +199,3 @@ def test_without_a_key_nothing_is_tried_and_a_server_that_refuses_is_one_sentenc
     assert COMMANDS[name]([PLACE]) == 2
     expected = f"W&B did not save the {name} (ConnectionError: cannot reach the server with ***).\n"
     assert capsys.readouterr().err == expected
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_what_is_saved_shows_all_panels(name, monkeypatch, capsys):
-    sent_to_server = {}
-
-    def answer(api: Any, query: str, variables: dict[str, Any] | None = None) -> dict[str, Any]:
-        assert "upsertView" in query and variables is not None
-        sent_to_server.update(variables)
-        project = {"name": variables["projectName"], "entityName": variables["entityName"]}
-        view = {"id": "Vmlldzox", "project": project}  # "View:1" in base64
-        view |= {key: variables[key] for key in ("name", "displayName", "spec", "description")}
-        return {"upsertView": {"view": view, "inserted": True}}
-
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    monkeypatch.setattr(
-        "wandb.Api", lambda: SimpleNamespace(projects=lambda entity: [], create_project=lambda *_: None)
-    )
-    for module in ("workspaces.internal", "reports.v2.interface"):
-        monkeypatch.setattr(f"wandb_workspaces.{module}.execute_graphql", answer)
-    for module in ("workspaces.interface", "reports.v2.interface"):
-        monkeypatch.setattr(f"wandb_workspaces.{module}.get_app_url", lambda api: "https://wandb.example")
-    assert COMMANDS[name]([PLACE]) == 0
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"{name}: https://wandb.example/team/project")
-    assert shown(json.loads(sent_to_server["spec"])) == KEYS
-    assert sent_to_server["displayName"] == "Visual token reduction"

@@ -1,14 +1,11 @@
 """scripts/wandb/sync.sh and `vtr wandb sync`, with a `wandb` that only notes what it is asked to upload."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from eval.answers.store import lock_folder
-from eval.config import ROOT
 from eval.tracking.sync import main
 from tests.read_wandb import without_wandb
 
@@ -115,16 +112,3 @@ def test_without_key_program_or_folder_one_sentence_says_what_to_do(tmp_path, fa
     assert main([str(tmp_path / "results")]) == 2
     assert capsys.readouterr().err.startswith("The command wandb is not installed here")
     assert not calls(fake_wandb)
-
-
-@pytest.mark.process
-def test_the_script_takes_a_folder_from_where_it_is_called(tmp_path, fake_wandb):
-    part(tmp_path / "results" / "a", "aa")
-    # The script puts the environment in front of the fake, so it only lists.
-    environment = os.environ | {"VENV": str(Path(sys.executable).parent.parent)}
-    script = ROOT / "scripts" / "wandb" / "sync.sh"
-    done = subprocess.run(
-        ["bash", str(script), "results", "--dry-run"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"1 offline run below {tmp_path}/results: 1 to upload.")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from math import ceil
+from math import ceil, prod
 from typing import Any, cast
 
 import torch
@@ -50,9 +50,10 @@ PARTS = {
     "video_tower": "vision tower",
     "lm_head": "head",
 }
-# Linear layers of the decoder that tensor parallelism cuts by input: their biases are added after the sum over ranks,
-# and are whole on each.
-CUT_BY_INPUT = ("o_proj", "down_proj")
+# Linear layers that tensor parallelism cuts by input: their biases are added after the sum over ranks, and are whole on
+# each.
+CUT_BY_INPUT = ("o_proj", "down_proj", "lm_head")
+GROUP = 64  # rows or columns, in which DeepSpeed deals what has no heads
 GIB = 2**30
 META = torch.device("meta")
 
@@ -133,17 +134,18 @@ class Weights:
 
 
 def weights(model: Llava, itemsize: int, quantization: str | None = None, split: int = 1) -> Weights:
-    """Bytes of the weights of one rank.
+    """Bytes of the weights of one rank; at most, where ranks hold unequal parts.
 
     Args:
         itemsize: bytes of a weight that is not quantised.
         quantization: "8bit" or "4bit" for the linear layers of the decoder.
         split: ranks over which the linear layers of the decoder and the head are split (tensor parallelism).
     """
-    held = {"vision tower": 0, "projector": 0, "decoder": 0, "head": 0}
+    held, heads = {"vision tower": 0, "projector": 0, "decoder": 0, "head": 0}, _heads(model)
     if "clip" in vars(model):  # a CLIP text tower that a method reads, in float32
         held["text tower"] = sum(weight.numel() for weight in model.clip.parameters()) * FLOAT32
-    for name, weight in model.hf_model.named_parameters():  # a head that is the embeddings is none of its own
+    # A head that is the embeddings is none of its own, but its part under tensor parallelism is a copy.
+    for name, weight in model.hf_model.named_parameters(remove_duplicate=split == 1):
         part = next((part for word, part in PARTS.items() if word in name), "decoder")
         count, linear = weight.numel(), part == "decoder" and "_proj." in name
         if linear and name.endswith("weight") and quantization == "8bit":
@@ -151,10 +153,28 @@ def weights(model: Llava, itemsize: int, quantization: str | None = None, split:
         elif linear and name.endswith("weight") and quantization == "4bit":
             held[part] += int(count * BITS_4)
         else:
-            whole_bias = name.endswith("bias") and any(layer in name for layer in CUT_BY_INPUT)
-            cut = part == "head" or (linear and not whole_bias)
-            held[part] += (ceil(count / split) if cut else count) * itemsize
+            cut = linear or part == "head"
+            held[part] += (prod(largest_part(name, weight, split, heads)) if cut else count) * itemsize
     return Weights(held, {})
+
+
+def largest_part(name: str, weight: Tensor, ranks: int, heads: int) -> tuple[int, ...]:
+    """The shape of a linear layer's weight or bias on the rank that holds most of it, under tensor parallelism.
+
+    Attention is dealt by key/value heads, all else in groups of 64; the last rank also takes what is left over.
+
+    Args:
+        name: of the weight, or of the layer.
+        weight: whole.
+        heads: key/value heads of the decoder.
+    """
+    shape, by_input = list(weight.shape), any(layer in name for layer in CUT_BY_INPUT)
+    if not (by_input and weight.dim() == 1):
+        size = shape[by_input]
+        unit = size // heads if "self_attn" in name else GROUP if size >= GROUP else 1
+        count, rest = divmod(size, unit)
+        shape[by_input] = unit * ceil(count / ranks) + (rest if count % ranks == 0 else 0)
+    return tuple(shape)
 
 
 def partitioned(model: Llava, itemsize: int, whole: Weights, place: str, ranks: int = 1) -> Weights:
@@ -181,7 +201,7 @@ def partitioned(model: Llava, itemsize: int, whole: Weights, place: str, ranks: 
 
 
 def kv_bytes(model: Llava, prompts: Sequence[Sequence[int]], itemsize: int, new_tokens: int = 0, split: int = 1) -> int:
-    """Bytes of the keys and values of a batch, padding and room for tokens to come included.
+    """Bytes of the keys and values of a batch, padding and room included, on the rank with most heads.
 
     Args:
         prompts: tokens of every prompt in each decoder layer.
@@ -193,8 +213,15 @@ def kv_bytes(model: Llava, prompts: Sequence[Sequence[int]], itemsize: int, new_
     attentions = [layer.self_attn for layer in llm.layers]
     widths = [one.k_proj.out_features + one.v_proj.out_features for one in attentions]  # numbers of a token
     rows = sum(length * width for length, width in zip(longest, widths, strict=True))
-    held: int = len(prompts) * rows * itemsize // split
+    heads = _heads(model)
+    held: int = len(prompts) * rows * itemsize * ceil(heads / split) // heads
     return held
+
+
+def _heads(model: Llava) -> int:
+    llm: Any = model.llm
+    heads: int = llm.config.num_key_value_heads
+    return heads
 
 
 # Activations
@@ -329,11 +356,9 @@ def outlined(model: Llava, dtype: torch.dtype, split: int, on_host: bool) -> Lla
     llm: Any = found.llm
     for name, linear in llm.layers.named_modules() if split > 1 else ():
         if isinstance(linear, nn.Linear):
-            rows, columns = linear.weight.shape
-            cut = (rows, columns // split) if name.endswith(CUT_BY_INPUT) else (rows // split, columns)
-            linear.weight = nn.Parameter(linear.weight.new_empty(cut), requires_grad=False)
-            if linear.bias is not None:
-                linear.bias = nn.Parameter(linear.bias.new_empty(cut[:1]), requires_grad=False)
+            for kind, weight in list(linear.named_parameters()):
+                part = weight.new_empty(largest_part(name, weight, split, _heads(model)))
+                setattr(linear, kind, nn.Parameter(part, requires_grad=False))
     return found
 
 

@@ -3,7 +3,7 @@
 RANKS=2              two processes on this machine, on whatever it has; for machines without accelerators
 GPUS=4               so many accelerators of this machine
 GPUS=0,2  GPUS=3,    these, by index; the comma tells an index from a number
-HOSTFILE=hosts.txt   lines "HOST slots=8", as DeepSpeed and MPI read them
+HOSTFILE=hosts.txt   lines "HOST slots=8", as DeepSpeed and MPI read them; HOST may be an address, [fd00::2] too
 (Slurm)              an allocation of several nodes
 (none of these)      all accelerators of this machine
 """
@@ -22,7 +22,7 @@ from llava.errors import UserError
 VARIABLES = ("RANKS", "GPUS", "HOSTFILE")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 Device = int | str  # an index, or the name of a GPU or of a part of one
-HOST_LINE = re.compile(r"(?P<host>\w[\w.:-]*)\s+slots\s*=\s*(?P<slots>\d+)(\s+max_slots\s*=\s*\d+)?")
+HOST_LINE = re.compile(r"(\[)?(?P<host>[\w:][\w.:-]*)(?(1)\])\s+slots\s*=\s*(?P<slots>\d+)(\s+max_slots\s*=\s*\d+)?")
 
 
 @dataclass(frozen=True)

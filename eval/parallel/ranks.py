@@ -56,7 +56,10 @@ class Control:
         """
         from torch.distributed import TCPStore
 
-        listening = socket.create_server((host if host == LOOPBACK else "", 0), backlog=1024)
+        # Other machines may have addresses of IPv6 alone.
+        both = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
+        own: dict[str, Any] = {} if host == LOOPBACK else both
+        listening = socket.create_server((host if host == LOOPBACK else "", 0), backlog=1024, **own)
         port = listening.getsockname()[1]
         store = TCPStore(
             LOOPBACK,

@@ -48,10 +48,10 @@ def size_of(name: str) -> tuple[int, int] | None:
     return (28 * 40, 28 * 32) if name.startswith("Qwen") else None
 
 
-def table() -> str:
+def table(names: Sequence[str] = tuple(MODELS)) -> str:
     """Weights by part, and per budget the cache, the activations and the whole, without and with tensor parallelism."""
     rows = []
-    for name in MODELS:
+    for name in names:
         tokens = official(name).visual_tokens
         for budget in (None, *BUDGETS[tokens]):
             one = expected(name, budget)

@@ -7,7 +7,8 @@ so that all ranks compute the same scores before the decoder.
 
 Tensor parallelism: every rank of a replica holds a part of each decoder layer, cut by DeepSpeed.
     Split: the projections of attention (by heads) and MLP, and the head (by its input, as DeepSpeed does). The head of
-    a 34B is 0.9 GB in bfloat16 and is read for every token; the sum of its parts is one row of logits per sample.
+    a 34B is 0.9 GB in bfloat16 and is read for every token; the sum of its parts is one row of logits per sample. Where
+    the key/value heads cannot be dealt equally, the first ranks have one more, with its queries.
 
     Communicated per layer: two sums over ranks of the hidden states, [B, L, D] each; at the end of a pass one of the
     logits [B, 1, V]. Where a method reads the decoder's attention, queries and keys are gathered, not the attention:
@@ -43,10 +44,11 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -120,20 +122,18 @@ def parallel_of(tensor_parallel: int, zero: str | None, quantization: str | None
 
 
 def check_heads(config: PretrainedConfig, tensor_parallel: int, name: str) -> None:
-    """Raise UserError if the decoder's heads cannot be dealt to the ranks in equal numbers.
+    """Raise UserError if the decoder has fewer key/value heads than there are ranks.
 
     Args:
         config: of the HF model.
         name: of the checkpoint.
     """
-    text = config.get_text_config()
-    counts = {"attention heads": text.num_attention_heads, "key/value heads": text.num_key_value_heads}
-    for what, count in counts.items():
-        if count % tensor_parallel:
-            raise UserError(
-                f"The decoder of {name} has {count} {what}, which {tensor_parallel} ranks cannot share equally; choose "
-                f"a tensor_parallel that divides {count}."
-            )
+    heads = config.get_text_config().num_key_value_heads
+    if heads < tensor_parallel:
+        raise UserError(
+            f"The decoder of {name} has {heads} key/value heads, too few for {tensor_parallel} ranks; choose a "
+            f"tensor_parallel of at most {heads}."
+        )
 
 
 # The process group
@@ -248,15 +248,22 @@ def group_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def gather(part: Tensor, dim: int) -> Tensor:
+def gather(part: Tensor, dim: int, shares: Sequence[int] | None = None) -> Tensor:
     """The parts of all ranks, concatenated along `dim` in the order of ranks; every rank receives the same tensor.
 
     Args:
-        part: a tensor of the same shape and dtype on every rank.
+        part: a tensor of the same dtype on every rank, and but for `dim` of the same shape.
+        shares: the sizes of `dim` on the ranks in a unit that all share, and at most one unit apart; None where they
+            are equal.
     """
-    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(group_size())]
+    shares = shares or (1,) * group_size()
+    unit = part.shape[dim] // shares[dist.get_rank()]
+    missing = max(shares) * unit - part.shape[dim]
+    if missing:  # only tensors of one shape can be exchanged; what is appended is dropped again
+        part = torch.cat([part, part.narrow(dim, 0, missing)], dim)
+    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in shares]
     dist.all_gather(parts, part.contiguous())
-    return torch.cat(parts, dim)
+    return torch.cat([one.narrow(dim, 0, share * unit) for one, share in zip(parts, shares, strict=True)], dim)
 
 
 def require_agreement(what: str, content: object, device: torch.device) -> None:
@@ -374,8 +381,10 @@ def split(model: PreTrainedModel, ranks: int, dtype: torch.dtype, device: torch.
         linear: Any = part.get_submodule(name)
         # Operations are counted for the whole model.
         linear.in_features, linear.out_features = sizes
+    heads = llm.config.num_key_value_heads
+    shares = [heads // ranks + (rank < heads % ranks) for rank in range(ranks)]
     for layer in llm.layers:
-        layer.self_attn.gather = gather
+        layer.self_attn.gather = partial(gather, shares=shares)
     llm.ranks = ranks
     settle(model, dtype, device)
 

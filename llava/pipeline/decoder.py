@@ -229,11 +229,11 @@ def prefill(
         segments.append(Segment(range(first, last), lengths, counts, valid, following))
         hidden, entered = run(llm, sequence, range(first, last), rotary, cache)
         before, sequence = replace(sequence, hidden=entered), replace(sequence, hidden=hidden)
-    # Counted now, because decoding makes the cache longer. Where heads are split over ranks, each holds as many.
+    # Counted now, because decoding makes the cache longer. Where heads are split over ranks, this one holds some.
     held, used = 0, [0] * len(sequence.lengths)
     for segment in segments:
         for layer in (held_by[index] for index in segment.layers):
-            size = getattr(llm, "ranks", 1) * (layer.keys.nbytes + layer.values.nbytes)
+            size = (layer.keys.nbytes + layer.values.nbytes) * llm.config.num_key_value_heads // layer.keys.shape[1]
             token = size // (len(used) * layer.keys.shape[-2])
             held += size
             used = [total + length * token for total, length in zip(used, segment.lengths, strict=True)]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Samples
 from dataclasses import fields
 from functools import cache
+from typing import Any
 
 import torch
 from PIL import Image
@@ -111,5 +112,6 @@ def generate(
         spent[name] = max(0.0, spent.get(name, 0.0) - (seconds - before[name]))
     timing = Timing(**{known.name: spent.get(known.name, 0.0) for known in fields(Timing)})
     images = sum(map(len, layouts))
-    room = state.kv_bytes_allocated * getattr(model.llm, "ranks", 1)
+    first: Any = state.cache.layers[0]  # of whose heads this rank may hold a part
+    room = state.kv_bytes_allocated * model.llm.config.num_key_value_heads // first.keys.shape[1]
     return Batch(answers, timing, state.kv_bytes_held, record.operations, steps, images=images, kv_bytes_with_room=room)

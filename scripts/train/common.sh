@@ -16,7 +16,7 @@ setup() {
   source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
   assets=assets limit=()
   if [ -n "$quick" ]; then
-    assets=$folder/assets limit=(--limit 20)
+    assets=$folder/assets limit=(--limit 8)
   fi
 }
 

@@ -146,18 +146,18 @@ def recording(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
         return json.loads(str(file["meta"])), arrays
 
 
-def check(path: Path, cases: int | None = None) -> Agreement:
-    """Run the recorded cases (the first `cases` of them) and compare."""
+def check(path: Path, cases: slice = slice(None)) -> Agreement:
+    """Run these of the recorded cases and compare."""
     meta, arrays = recording(path)
     model = parity_model()
     reducer = registry.build(meta["method"], meta["budget"], meta["options"])
     reducer.check(model.spec)
-    numbers = arrays["cases"][:cases]
-    stable = arrays.get("stable", np.ones(len(numbers), dtype=int))[: len(numbers)].astype(bool)
+    rows = range(len(arrays["cases"]))[cases]
+    stable = arrays.get("stable", np.ones(len(arrays["cases"]), dtype=int)).astype(bool)
     same, same_stable, entering, shared, total, apart = 0, 0, 0, 0, 0, 0
     worst: dict[str, float] = {}
-    for row, number in enumerate(numbers):
-        ours = run_case(model, reducer, int(number))
+    for row in rows:
+        ours = run_case(model, reducer, int(arrays["cases"][row]))
         entering += list(ours.tokens_per_layer) == arrays["entering"][row].tolist()
         stages = [compare_kept(ours, name, arrays[name][row]) for name in arrays if name.split("_")[0] == "kept"]
         shared += sum(found for found, _, _ in stages)
@@ -173,7 +173,9 @@ def check(path: Path, cases: int | None = None) -> Agreement:
             worst[name] = max(worst.get(name, 0.0), values)
     worst_of = (worst.get(name) for name in ("tokens", "logits", "step"))
     overlap = shared / max(total, 1)
-    return Agreement(len(numbers), int(stable.sum()), same, same_stable, overlap, apart, entering, *worst_of)
+    return Agreement(
+        len(rows), int(stable[rows.start : rows.stop].sum()), same, same_stable, overlap, apart, entering, *worst_of
+    )
 
 
 def compare_kept(ours: Ours, name: str, theirs: np.ndarray) -> tuple[int, int, bool]:

@@ -15,7 +15,7 @@ SWAPPED = 6
 
 
 def check_agreement(path, cases):
-    """All cases: the stable ones keep the very same tokens, the others the same but for near ties."""
+    """Of these cases the stable ones keep the very same tokens, the others the same but for near ties."""
     found, rounded = check(path, cases), path.stem in ROUNDED
     assert found.kept_stable >= found.stable - (3 if rounded else 0), found
     # A swap changes all of VisPruner's later rounds, but never the half that is chosen by attention alone.
@@ -30,10 +30,10 @@ def check_agreement(path, cases):
 
 @pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
 def test_agrees_with_the_official_code(path):
-    check_agreement(path, FEW)
+    check_agreement(path, slice(FEW))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
-def test_agrees_with_the_official_code_in_every_case(path):
-    check_agreement(path, None)
+def test_agrees_with_the_official_code_in_all_other_cases(path):
+    check_agreement(path, slice(FEW, None))

@@ -534,8 +534,8 @@ def check_memory(
     """Raise UserError if what this process loads of the model does not fit into the free memory.
 
     On the CPU, weights that have the right dtype stay mapped to their files and need no memory, unless ranks cut them.
-    Decoder layers and head are cut into as many parts as there are ranks, and everything else is whole. Ranks on one
-    CPU share its memory.
+    Decoder layers and head are cut into as many parts, about equal, as there are ranks, and everything else is whole.
+    Ranks on one CPU share its memory.
     """
     sizes = {name: tensor.numel() for name, tensor in weights.items()}
     on_cpu = device.type == "cpu"
