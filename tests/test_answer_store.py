@@ -334,6 +334,15 @@ def test_growing_the_limit_continues_and_shrinking_it_scores_fewer(tmp_path):
     assert shrunk["metrics"] == first["metrics"] and len(rows(tmp_path / "o" / "answers.jsonl")) == 14
 
 
+def test_a_finished_run_asks_nothing_again(tmp_path):
+    data = write_gqa(tmp_path / "data")
+    run(config(data, tmp_path / "o"), FakeLlava(), FakeReducer())
+    model = FakeLlava()
+    again = run(config(data, tmp_path / "o"), model, FakeReducer())
+    assert model.asked == []
+    assert again["timing"]["this_run"]["questions"] == 0 and again["timing"]["questions"] == 40
+
+
 def test_the_batch_size_may_change_between_runs_and_is_reported(tmp_path):
     data = write_gqa(tmp_path / "data")
     run(config(data, tmp_path / "o", limit=8), FakeLlava(), FakeReducer())

@@ -87,6 +87,15 @@ def test_too_little_memory_is_one_sentence(tiny, monkeypatch):
 
 
 @pytest.mark.browser
+def test_tiles_have_overlays_too():
+    model = load(ROOT / "assets" / "tinyllava_next")
+    image = open_image(examples()[0].image)
+    found = answer_beside_full(model, image, examples()[0].question, "consensusdrop", 160, repeats=1)
+    assert found.full.overlay.size == found.reduced.overlay.size and found.full.overlay.width > 2 * image.width
+    assert found.reduced.answer.accounting.mean < found.full.answer.accounting.mean
+
+
+@pytest.mark.browser
 def test_the_toy_model_answers_the_examples(tmp_path):
     assert examples(tmp_path) == []
     found = examples()
@@ -228,6 +237,30 @@ def test_a_person_asks_about_an_image(demo):
             assert overflow(page) == 0
         assert not errors(page)
     assert "outside:" not in demo.text and "Traceback" not in demo.text
+
+
+@needs_browser
+def test_mistakes_are_shown_as_a_sentence_and_the_page_goes_on(demo, tmp_path):
+    damaged = tmp_path / "damaged.png"
+    damaged.write_text("no image")
+    with opened(demo.address, PHONE, dark=True) as page:
+        page.wait_for_selector("#numbers table")
+        page.click("#image button[aria-label='Remove Image']")
+        ask(page, "Is there a red star?")
+        wait_for_problem(page, "There is no image")
+        page.set_input_files("#image input[type=file]", damaged)
+        page.wait_for_timeout(1000)
+        ask(page, "Is there a red star?")
+        assert str(tmp_path) not in wait_for_problem(page, "Cannot read the image damaged.png")
+        page.click("#image button[aria-label='Remove Image']")
+        page.click("text=What color is the ring below the cross?")  # an example
+        page.wait_for_selector("#image img")
+        ask(page, " ")
+        wait_for_problem(page, "There is no question")
+        ask(page, "Is there a red star?")
+        wait_for_answer(page)
+        assert not page.locator("#problem").is_visible() and not errors(page)
+    assert "Traceback" not in demo.text
 
 
 @needs_browser

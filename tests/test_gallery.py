@@ -28,6 +28,7 @@ from llava.errors import UserError
 from llava.model.builder import load
 from llava.pipeline.generate import generate
 from llava.processing.prompt import Sample
+from llava.processing.video import Video
 from llava.reduction import registry
 from llava.reduction.token_layout import single
 from tests.browser import DESKTOP, PHONE, needs_browser, opened, overflow
@@ -35,8 +36,10 @@ from tests.conftest import QUESTIONS, picture
 from tests.tiny_checkpoints_families import (
     make_tiny_next,
     make_tiny_qwen,
+    make_tiny_video,
     save_next_transformers,
     save_qwen_transformers,
+    save_video_transformers,
 )
 
 METHODS = [name for name in registry.names() if name != "full"]
@@ -142,6 +145,12 @@ def test_the_highest_values_of_a_map_are_what_its_method_keeps(key, method, opti
     assert sorted(np.argsort(-values, kind="stable")[:5].tolist()) == step.reduction.kept[0].tolist()
 
 
+def test_the_fused_ranking_is_1_for_a_patch_that_is_first_in_both(tiny):
+    values = score_maps(tiny, SAMPLE)
+    ranks = {key: np.argsort(np.argsort(-values[key], kind="stable")) for key in ("cls", "question")}
+    np.testing.assert_allclose(values["fused"], 1 - (ranks["cls"] + ranks["question"]) / 30, atol=1e-6)
+
+
 def test_a_few_high_values_do_not_darken_the_map():
     """The scale ends at the 99th percentile; undefined places have their own number."""
     values = np.linspace(0, 1, 500, dtype=np.float32)
@@ -176,6 +185,16 @@ def test_tiles_are_shown_beside_the_base_image(tmp_path):
     assert len(data["images"]) == 1 and [panel["image"] for panel in data["panels"]] == [0, 0]
 
 
+def test_frames_of_a_video_are_panels(tmp_path):
+    save_video_transformers(tmp_path / "video", make_tiny_video())
+    model = load(tmp_path / "video", device="cpu")
+    sample = Sample("a", QUESTIONS[0], image=Video(tuple(picture(number) for number in range(8))))
+    found = collect(model, sample, ["consensusdrop", "fastv", "downsample"], (64,), 2)
+    assert [panel.name for panel in found.panels] == [f"frame {number}" for number in range(1, 9)]
+    assert len(json.loads(page_data(found))["images"]) == 8 and not found.unavailable
+    assert all(np.isfinite(values).all() for values in found.maps.values()) and len(found.maps) == 4
+
+
 def test_a_tower_without_class_token_says_which_maps_it_lacks(tmp_path):
     save_qwen_transformers(tmp_path / "qwen", make_tiny_qwen())
     model = load(tmp_path / "qwen", device="cpu")
@@ -200,6 +219,11 @@ def page_file(gallery, tmp_path_factory):
     )
     file.write_text(render(hostile, "vtr gallery '<x>'"))
     return file
+
+
+def shown(page) -> list[str]:
+    """Names of the cards that are in sight, the full answer's first."""
+    return page.eval_on_selector_all(".card:not([hidden])", "cards => cards.map(card => card.dataset.method)")
 
 
 def drawn(page, method: str) -> str:
@@ -271,6 +295,43 @@ def test_the_sliders_change_what_is_drawn_by_keyboard_and_by_mouse(page):
 
 
 @needs_browser
+def test_methods_are_chosen_and_the_layer_slider_needs_one_that_changes(page, gallery):
+    assert shown(page) == ["full", "attnmix", "consensusdrop", "visiondrop"]
+    page.click("summary")
+    page.click("#none")
+    assert shown(page) == ["full"]
+    page.check('input[value="fastervlm"]')
+    assert shown(page) == ["full", "fastervlm"] and page.is_disabled("#layer")
+    page.focus('input[value="pyramiddrop"]')
+    page.keyboard.press("Space")
+    assert shown(page) == ["full", "fastervlm", "pyramiddrop"] and page.is_enabled("#layer")
+    assert page.locator("#layer-why").inner_text() == "The layer changes pyramiddrop."
+    page.click("#all")
+    assert len(shown(page)) == 1 + len(gallery.methods)
+    assert page.locator("#methods-text").inner_text() == f"{len(METHODS)} of {len(METHODS)} shown"
+    for (method, budget), reason in gallery.unavailable.items():
+        if budget == 8:
+            assert reason in page.locator(f'[data-method="{method}"] .reason').inner_text()
+
+
+@needs_browser
+def test_a_score_map_lies_on_the_image_and_on_request_on_the_methods_too(page):
+    plain, method = drawn(page, "full"), drawn(page, "attnmix")
+    assert not page.is_visible("#opacity") and not page.is_visible("#scale")
+    page.select_option("#map", "question")
+    coloured = drawn(page, "full")
+    assert coloured != plain and drawn(page, "attnmix") == method
+    assert "question attention" in page.locator("#map-meaning").inner_text() and page.is_visible("#scale")
+    page.focus("#opacity")
+    page.keyboard.press("Home")
+    assert page.locator("#opacity-text").inner_text() == "10 %" and drawn(page, "full") not in (plain, coloured)
+    page.check("#map-everywhere")
+    assert drawn(page, "attnmix") != method
+    page.select_option("#map", "")
+    assert drawn(page, "full") == plain and drawn(page, "attnmix") == method
+
+
+@needs_browser
 def test_canvases_show_what_the_overlay_of_the_figures_shows(tiny, tmp_path):
     """One grey image, so that a pixel in the middle of a patch has a colour of the overlay; a wide one is padded."""
     grey = Image.new("RGB", (400, 280), (200, 200, 200))
@@ -292,6 +353,26 @@ def test_canvases_show_what_the_overlay_of_the_figures_shows(tiny, tmp_path):
                     assert pixel == pytest.approx(wanted[y, x], abs=3), (result.method, x, y)
                     seen.add(pixel)
         assert (200, 200, 200) in seen and (round(200 * DIM),) * 3 in seen and len(seen) > 3, "and two tints"
+
+
+@needs_browser
+def test_the_pointer_names_the_patch_and_its_score(page, gallery):
+    (result,) = [result for result in gallery.results if (result.method, result.budget) == ("fastervlm", 8)]
+    kept = set(result.states[-1].patches.kept.tolist())
+    page.click("#methods-text")
+    page.check('input[value="fastervlm"]')
+    page.select_option("#map", "cls")
+    canvas = page.locator('[data-method="fastervlm"] canvas')
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    # 60 x 44 pixels on a square of 60: rows 1 and 2 are whole, 8 pixels of padding are above.
+    for cell in range(4, 12):
+        row, column = divmod(cell, 4)
+        x, y = (column + 0.5) * 15 / 60, ((row + 0.5) * 15 - 8) / 44
+        page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
+        title = canvas.get_attribute("title")
+        role = "kept" if cell in kept else "dropped"
+        assert title.startswith(f"row {row}, column {column}; {role}; CLS attention "), title
 
 
 @needs_browser

@@ -290,3 +290,14 @@ def test_a_signal_in_the_middle(run, undisturbed, tmp_path, number, code):
     assert said and kept - 2 * BATCH <= int(said[1]) <= kept, own.err
     assert "Traceback" not in own.err
     finish(run, undisturbed, tmp_path, 4)
+
+
+def test_a_full_disk_while_answers_are_merged(run, undisturbed, tmp_path):
+    # A shard of one rank fits, the answers of both do not.
+    size = (undisturbed / "answers.jsonl").stat().st_size
+    with run(4, pause=0.01, rank=0, disk=size * 3 // 4) as one:
+        own = one.end()
+    assert (own.code, own.orphans) == (2, False), own.err
+    assert "Cannot merge the answers of the ranks" in sentence(own) and "Traceback" not in own.err
+    assert len(stored(tmp_path / "store")) == QUESTIONS
+    finish(run, undisturbed, tmp_path, 2)

@@ -118,6 +118,14 @@ def test_the_nearest_full_is_the_reference(real, tmp_path):
     assert found["old/a-16"].percent == pytest.approx(80) and found["new/a-16"].percent == pytest.approx(50)
 
 
+def test_groups_alike_are_told_apart_and_options_are_shown(real, tmp_path):
+    write(tmp_path / "a", real, "consensusdrop", 16, 40.0, config={"budget": 16, "alpha": 1.0, "fusion": "rank"})
+    write(tmp_path / "b", real, "mine", 16, 40.0, dtype="bfloat16", config={"budget": 16, "x": 3})
+    found = report.collect(tmp_path)
+    assert [name.rpartition(" · ")[2] for name in found.groups] == ["dtype bfloat16", "dtype float32"]
+    assert {row.series for row in found.rows} == {"consensusdrop (alpha=1.0)", "mine (x=3)"}
+
+
 def test_damaged_files_are_named_and_the_others_stay(real, folder, capsys):
     runs = folder / "gqa-testdev" / "fake"
     texts = {"half": '{"method": "ran', "empty": "", "list": "[]", "other": '{"method": "a"}', "binary": "\xff\xfe"}
@@ -232,6 +240,24 @@ def test_table_sorts_and_plots_and_rows_obey_the_filters(page_file, folder):
         href = page.get_attribute("#results tbody tr:first-child a", "href")
         assert (page_file.parent / href).resolve().is_file()
         assert not page.errors, "also no script of a method's name"
+
+
+@needs_browser
+def test_a_point_shows_its_run_and_a_click_its_row(page_file):
+    with opened(page_file) as page:
+        page.wait_for_selector("#plot-tokens .points path")
+        # The last trace is random, its last point the larger budget.
+        box = page.locator("#plot-tokens .points path").last.bounding_box()
+        middle = (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        page.mouse.move(middle[0] - 40, middle[1])
+        page.mouse.move(*middle)
+        page.wait_for_selector("#plot-tokens .hoverlayer .hovertext")
+        words = page.text_content("#plot-tokens .hoverlayer")
+        assert "random" in words and "70.0 % [68.0, 72.0]" in words and "gqa-testdev/fake/random-32" in words
+        page.mouse.click(*middle)
+        page.wait_for_selector("tr.found")
+        assert "random-32" in page.inner_text("tr.found")
+        assert not page.errors
 
 
 @needs_browser

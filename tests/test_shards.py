@@ -119,6 +119,43 @@ def test_a_shard_of_other_settings_or_code_is_left_out_and_said(tmp_path):
     assert len(rows(tmp_path / "shards" / "a-rank0" / "answers.jsonl")) == 2
 
 
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (line("q001") | {"answer_id": "0" * 22}, "line 2 was made under other settings than the first line"),
+        (line("q001") | {"question_id": "900"}, "line 2 answers question 900, which this benchmark does not have"),
+        ({"question_id": "q001"}, "line 2 needs question_id and text"),
+        ([1], "line 2 should be a JSON object"),
+    ],
+)
+def test_lines_that_do_not_belong_are_refused_and_nothing_is_merged(tmp_path, extra, message):
+    with open_store(tmp_path):
+        write_shard(tmp_path, "a", 0, "0")
+        write_shard(tmp_path, "b", 0, "2")
+    with open(tmp_path / "shards" / "b-rank0" / "answers.jsonl", "a") as file:
+        file.write(json.dumps(extra) + "\n")
+    with pytest.raises(UserError, match=message):
+        open_store(tmp_path)
+    assert rows(tmp_path / "answers.jsonl") == []
+    assert {path.name for path in tmp_path.iterdir()} == (NAMED - {"failures.jsonl"}) | {"shards"}
+
+
+@pytest.mark.parametrize("cut", [1, 2, 30])
+def test_a_torn_line_of_a_killed_rank_is_cut_and_nothing_else(tmp_path, cut):
+    with open_store(tmp_path):
+        write_shard(tmp_path, "a", 0, "0 1", "2 8")
+    path = tmp_path / "shards" / "a-rank0" / "answers.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    with open_store(tmp_path) as store:
+        # Without its newline only, the last answer is whole and stays.
+        assert list(store.answers) == names("0 1 2 8" if cut == 1 else "0 1 2")
+        # The seconds of half a batch are not known.
+        assert len(store.timing_of(store.answers)) == (2 if cut == 1 else 1)
+    text = (tmp_path / "answers.jsonl").read_bytes()
+    assert text.endswith(b"\n") and (text == whole if cut == 1 else whole.startswith(text))
+
+
 def test_a_question_that_two_ranks_answered_counts_once(tmp_path):
     """A process of an earlier start went on while its question was dealt again."""
     with open_store(tmp_path) as store:

@@ -35,7 +35,7 @@ from toy.data.scenes import SEEDS as SMALL_SEEDS
 from toy.data.videos import SEEDS as VIDEO_SEEDS
 from toy.data.vocabulary import IMAGE, NEXT_WORDS, TOY_WORDS
 from toy.llava import Trainee, build_llava
-from toy.long_stages import choose_tokens, visuals
+from toy.long_stages import centres, choose_tokens, visuals, whole_sequence
 from toy.packing import forward, pack, predict, question_line, whole
 from toy.stages import scene_lines
 
@@ -104,6 +104,53 @@ def test_an_interrupted_encoding_goes_on_and_a_resized_one_starts_anew(tmp_path,
     again = Corpus(tmp_path)
     assert (again.sizes > 0).all() and np.array_equal(again.features[:2], first)
     assert np.array_equal(again.features[2], corpus.features[2])
+
+
+def test_chosen_tokens_keep_their_places_and_things_come_before_background(corpus):
+    rng, shown = np.random.default_rng(0), {False: [], True: []}
+    for row, blind in itertools.product(range(4), (False, True)):
+        chosen, whole = choose_tokens(corpus, row, 240, rng, blind=blind), whole_sequence(corpus, row)
+        assert len(chosen.positions) == 240 and (np.diff(chosen.positions) > 0).all()
+        assert np.array_equal(chosen.sources, whole.sources[chosen.positions])
+        assert (chosen.sources < 0).sum() == (whole.sources < 0).sum()
+        owners = corpus.owners[row].reshape(-1)[chosen.sources[chosen.sources >= 0]]
+        shown[blind].append((owners >= 0).mean())
+    assert all(first > 2 * blindly for first, blindly in zip(shown[False], shown[True], strict=True))
+    without = choose_tokens(corpus, 0, 240, rng, newlines=False)
+    assert len(without.positions) == 240 and (without.sources >= 0).all()
+
+
+def test_visuals_hold_the_features_of_their_places(corpus):
+    rows = [0, 1]
+    chosen = [whole_sequence(corpus, 0), choose_tokens(corpus, 1, 240, np.random.default_rng(0))]
+    seen = visuals(corpus, rows, chosen)
+    assert seen.total.tolist() == [one.total for one in chosen]
+    assert seen.present.sum(1).tolist() == [len(one.positions) for one in chosen]
+    table = torch.from_numpy(np.array(corpus.features[1]).reshape(-1, 32)).view(torch.bfloat16)
+    for column in range(0, 240, 7):
+        source = int(chosen[1].sources[column])
+        assert bool(seen.newline[1, column]) == (source < 0)
+        if source >= 0:
+            assert torch.equal(seen.features[1, column], table[source])
+
+
+def test_centres_are_the_place_in_the_picture(corpus):
+    row = 0
+    seen = visuals(corpus, [row], [whole_sequence(corpus, row)])
+    where = centres(corpus, [row], seen)[0]
+    arrangement = corpus.layout(row)
+    tall = len(arrangement.newlines)
+    wide = (arrangement.tokens - 576) // tall - 1
+    fifth = 576 + 5 * (wide + 1)
+    for place, (x, y) in (
+        (0, (0.5 / 24, 0.5 / 24)),
+        (575, (23.5 / 24, 23.5 / 24)),
+        (577, (1.5 / wide, 0.5 / tall)),
+        (fifth, (0.5 / wide, 5.5 / tall)),
+        (fifth + wide - 1, (1 - 0.5 / wide, 5.5 / tall)),
+    ):
+        assert where[place].tolist() == pytest.approx([2 * x - 1, 2 * y - 1])
+    assert where[arrangement.newlines].isnan().all()
 
 
 @pytest.fixture(scope="module")
