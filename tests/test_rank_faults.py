@@ -143,7 +143,7 @@ def kill_launcher(own: Evaluation, draw: random.Random) -> None:
     own.kill("launcher")
 
 
-@pytest.mark.parametrize(("number", "ranks"), enumerate((1, 2, 4)))
+@pytest.mark.parametrize(("number", "ranks"), list(enumerate((1, 2, 4))))
 def test_kills_while_questions_are_asked(run, undisturbed, tmp_path, number, ranks):
     """Four kills in one store, each at a random moment of what the last one has left, then to the end."""
     draw = random.Random(SEED + number)
