@@ -73,8 +73,8 @@ def test_methods_take_turns_and_every_turn_asks_its_own_question(tiny, monkeypat
     monkeypatch.setattr(measuring, "once", noted)
     reducers = {"full": registry.build("full", 16), "uniform": registry.build("uniform", 4)}
     found = measure(tiny, reducers, lambda turn: [samples(3)[turn]], repeats=2)
-    asked_first = [("q0", "full"), ("q0", "uniform"), ("q1", "uniform"), ("q1", "full")]
-    assert asked == [*asked_first, ("q2", "full"), ("q2", "uniform")], "every second turn in reverse"
+    asked_first = [("q0", "uniform"), ("q0", "full"), ("q1", "full"), ("q1", "uniform")]
+    assert asked == [*asked_first, ("q2", "uniform"), ("q2", "full")], "every second turn in reverse"
     assert found["uniform"].ttfts == (1.0, 1.0), "without the warm-up"
 
 

@@ -72,13 +72,12 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     names = args.method.split(",")
     options = chosen_options(args.set, names)
     reducers = reducers_of([FULL], budgets[0], options, model)
-    theirs: dict[str, Reducer] = {}
-    oracle_names: dict[str, str] = {}
+    rows, oracle_names = dict(reducers), dict[str, str]()
     for budget in budgets:
         chosen = reducers_of(names, budget, options, model)
-        found, named = oracles(chosen, model.spec) if args.oracle else ({}, {})
+        theirs, named = oracles(chosen, model.spec) if args.oracle else ({}, {})
         reducers |= {row_name(name, budget): one for name, one in chosen.items()}
-        theirs |= {row_name(name, budget): one for name, one in found.items()}
+        rows |= {row_name(name, budget): one for name, one in (chosen | theirs).items()}
         oracle_names |= {row_name(name, budget): row_name(oracle, budget) for name, oracle in named.items()}
     settings = {
         "scenario": args.scenario,
@@ -96,8 +95,10 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         "clock": args.clock,
         **({"compile": True} if args.compile else {}),
     }
-    kept = Measurements(args.measurements, None if args.pages else settings)
-    rows = reducers | theirs
+    if args.pages:  # of the machine that measured
+        there = Measurements(args.measurements).settings
+        settings |= {key: there.get(key) for key in ("threads", "device", "hardware", "versions", "clock")}
+    kept = Measurements(args.measurements, settings)
     held = gate(model, reducers, args.data, args.gate) if args.gate else None
     counts = counts_of(model, rows, shapes) if args.counts else {}
     # Of the prefill alone no stage prepares images: once is enough.

@@ -164,9 +164,10 @@ def measure(
     clock: str = "wall",
     deadline: float = math.inf,
 ) -> dict[str, Measured | None]:
-    """Measure each method `repeats` times in turns, after one warm-up each; every second round in reverse.
+    """Measure each method `repeats` times in turns, after one warm-up each; the warm-up and every second round are in
+    reverse, so that the first rows are the first that count.
 
-    So a machine that slows down within rounds slows the first and the last method alike over two rounds.
+    A machine that slows down within rounds slows the first and the last method alike over two rounds.
 
     Args:
         ask: number of a round -> the batch that all methods are asked in it; round 0 is the warm-up.
@@ -180,7 +181,7 @@ def measure(
         the deadline is left out, others may have fewer than `repeats` turns: the first ones.
     """
     kept = kept or Measurements()
-    orders = [list(reducers), list(reversed(reducers))]
+    orders = [list(reversed(reducers)), list(reducers)]
     rounds = [(number, name) for number in range(repeats + 1) for name in orders[number % 2]]
     too_large, warm = {name for (_, name, size), row in kept.rows.items() if size == batch and not row}, set()
     for number, name in tqdm(rounds, desc=f"batches of {batch}", unit="turn", disable=None):
