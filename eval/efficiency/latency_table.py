@@ -76,7 +76,7 @@ def rows_of(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def cut(row: dict[str, Any], result: dict[str, Any]) -> bool:
     """Whether a deadline left the row without some of its turns."""
-    return row["fits"] and len(row["ttfts"]) < result["repeats"]
+    return bool(row["fits"] and len(row["ttfts"]) < result["repeats"])
 
 
 def table(rows: Sequence[Sequence[tuple[str, str]]]) -> str:

@@ -207,7 +207,7 @@ def measure(
         kept.add(number, name, batch, row)
     found: dict[str, Measured | None] = {}
     for name in reducers:
-        turns = [row for number in range(repeats + 1) if (row := kept.rows.get((number, name, batch)))]
+        turns = [kept.rows[key] for number in range(repeats + 1) if kept.rows.get(key := (number, name, batch))]
         if name in too_large:
             found[name] = None
         elif len(turns) > 1:
