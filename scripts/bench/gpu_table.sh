@@ -28,7 +28,7 @@ measure() {
     [ -f "$out/$name.jsonl" ] || return 0
   else
     own=(--no-counts --deadline $((end - SECONDS - 20)))
-    limit=(timeout -k 5 $((end - SECONDS + 25)))
+    limit=(timeout --foreground -k 5 $((end - SECONDS + 25)))
   fi
   printf '\n## %s\n\n' "$title" >> "$out/README.md"
   "${limit[@]}" python -m eval.efficiency.latency --distinct 32 --dtype bfloat16 --repeats 3 --measurements "$out/$name.jsonl" \
@@ -38,7 +38,7 @@ measure() {
 echo '# The GPU table' > "$out/README.md"
 if [ "$call" = first ]; then
   rm -f "$out/selfcheck.md"
-  timeout 120 python -m eval.efficiency.selfcheck --markdown "$out/selfcheck.md" || failed=$?
+  timeout --foreground 120 python -m eval.efficiency.selfcheck --markdown "$out/selfcheck.md" || failed=$?
 fi
 [ ! -f "$out/selfcheck.md" ] || { printf '\n## The device beside the CPU\n\n'; cat "$out/selfcheck.md"; } >> "$out/README.md"
 [ $failed = 0 ] || exit $failed
