@@ -49,7 +49,7 @@ def page(results: Sequence[dict[str, Any]]) -> str:
 def conditions(results: Sequence[dict[str, Any]]) -> str:
     """What was measured, where and how, in a sentence or two."""
     result, rows = results[0], [row for row in rows_of(results) if row["fits"]]
-    budgets = " and ".join(str(one["budget"]) for one in results)
+    budgets = ", ".join(str(one["budget"]) for one in results)
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     kernels = " / ".join(sorted({", ".join(row["attention"]) for row in rows if row["attention"]})) or "unknown"
     lengths = ", ".join(map(str, result["lengths"]))
@@ -229,6 +229,7 @@ def plot(path: Path, results: Sequence[dict[str, Any]]) -> None:
         (result, rows)
         for result in results
         if (rows := {name: row for name, row in result["batches"][0]["methods"].items() if row["fits"]})
+        and any(not name.startswith("oracle of") for name in rows)
     ]
     if not shown:
         raise UserError("No method fitted into the memory, so there is nothing to draw; leave --plot out.")

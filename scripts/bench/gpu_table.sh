@@ -5,7 +5,7 @@
 #   first    the device beside the CPU: wrong answers end the script. Then the prefill of 1 and 8 questions (about 6 minutes).
 #   second   goes on from the files of the first, also on another machine with the same GPU: 32 questions, and answers of 32
 #            tokens by full, the papers' methods and their oracles (about 8 minutes). Called again, it measures what is missing.
-#   pages    measures nothing: the page again on any machine, with operations counted on torch's meta device (half an hour of CPU).
+#   pages    measures nothing: the page again on any machine, with operations counted on torch's meta device (ten minutes of CPU).
 # From the environment: OUT, the folder of the 8 files (results/bench/gpu); COMMIT, where a copied tree has no .git.
 #   OUT=/tmp/try bash scripts/bench/gpu_table.sh first --layers 4 --distinct 1 --method fastervlm --repeats 1 --deadline 60
 set -euo pipefail
