@@ -73,8 +73,8 @@ def test_methods_take_turns_and_every_turn_asks_its_own_question(tiny, monkeypat
     monkeypatch.setattr(measuring, "once", noted)
     reducers = {"full": registry.build("full", 16), "uniform": registry.build("uniform", 4)}
     found = measure(tiny, reducers, lambda turn: [samples(3)[turn]], repeats=2)
-    asked_first = [("q0", "full"), ("q0", "uniform"), ("q1", "uniform"), ("q1", "full")]
-    assert asked == [*asked_first, ("q2", "full"), ("q2", "uniform")], "every second turn in reverse"
+    asked_first = [("q0", "uniform"), ("q0", "full"), ("q1", "full"), ("q1", "uniform")]
+    assert asked == [*asked_first, ("q2", "uniform"), ("q2", "full")], "every second turn in reverse"
     assert found["uniform"].ttfts == (1.0, 1.0), "without the warm-up"
 
 
@@ -143,8 +143,7 @@ def test_times_are_divided_turn_by_turn():
     drift = [1.3**turn for turn in range(7)]
     steady = ratios(in_turns(*(9 * slow for slow in drift)), in_turns(*(3 * slow for slow in drift)))
     assert steady.ttft == pytest.approx(3) and steady.ttft_interval == pytest.approx((3, 3)) and not steady.calm
-    with pytest.raises(ValueError):
-        ratios(in_turns(1, 2), in_turns(1, 2, 3))
+    assert ratios(in_turns(4, 4), in_turns(1, 2, 9)).ttft == 3, "the turns that both have before a deadline"
 
 
 def test_methods_with_the_same_tokens_at_the_same_stages_share_an_oracle(tiny):
@@ -182,7 +181,7 @@ def test_the_gate_asks_the_first_questions_and_marks_what_falls_below(monkeypatc
 def result(tiny_path):
     flags = ["--method", "consensusdrop", "--budget", "4", "--model", str(tiny_path), "--device", "cpu"]
     flags += ["--batch-size", "1,2", "--repeats", "2", "--lengths", "1,3", "--scenario", "offline"]
-    return latency.run(parser().parse_args(flags))
+    return latency.run(parser().parse_args(flags))[0]
 
 
 @pytest.mark.table
@@ -208,7 +207,7 @@ def test_latency_measures_and_counts_beside_full_and_the_oracle(result):
 
 @pytest.mark.table
 def test_the_page_says_everything_and_json_can_hold_it(result):
-    text = page(result)
+    text = page([result])
     columns = ("over oracle", "realised", "beside oracle", "decode ms/token", "largest batch")
     assert not [part for part in (*columns, "Batches of 2 questions", "methods in turns") if part not in text]
     assert "all turns: too few for 95 %" in text
@@ -226,7 +225,7 @@ def test_single_stream_asks_another_image_each_time(tiny_path, capsys, tmp_path)
     assert main([*flags, *more, *files]) == 0
     said = capsys.readouterr().out
     assert "p90" in said and "oracle of" not in said
-    kept = json.loads((tmp_path / "a" / "r.json").read_text())
+    (kept,) = json.loads((tmp_path / "a" / "r.json").read_text())
     assert len(kept["batches"][0]["methods"]["uniform"]["end_to_end"]["2"]) == 2
     assert (tmp_path / "a" / "p.png").read_bytes().startswith(b"\x89PNG")
 
@@ -288,7 +287,7 @@ def test_random_weights_are_on_the_device_and_no_more_layers_are_distinct_than_t
     file = tmp_path / "found.json"
     short = ["--method", "full", "--budget", "8", "--repeats", "1", "--lengths", "0", "--json", str(file)]
     assert main([*short, "--shape", "llava-1.5-7b", "--distinct", "32", "--device", "cuda"]) == 0
-    found = json.loads(file.read_text())
+    (found,) = json.loads(file.read_text())
     assert placed == ["meta", "cuda"] and found["distinct_layers"] == found["layers"] == tiny.spec.layers
 
 

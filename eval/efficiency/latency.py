@@ -3,10 +3,13 @@
     python -m eval.efficiency.latency --method consensusdrop --budget 64
     python -m eval.efficiency.latency --method all --budget 64 --shape llava-1.5-7b --dtype bfloat16
     python -m eval.efficiency.latency --method consensusdrop --budget 64 --scenario offline
+    python -m eval.efficiency.latency --method all --budget 192,128,64 --measurements kept.jsonl --deadline 300
 
-With `--shape` the model has random weights: the tower has its full depth, the decoder all of its layers or `--layers`,
-of which `--distinct` have weights of their own, which the others share. With `--measurements FILE` every measurement is
-written at once, and an interrupted run continues from the file. docs/efficiency.md defines every column.
+All budgets are measured in the same rounds, beside one `full`. With `--shape` the model has random weights: the tower
+has its full depth, the decoder all of its layers or `--layers`, of which `--distinct` have weights of their own, which
+the others share. With `--measurements FILE` every measurement is written at once, and an interrupted run continues from
+the file; `--deadline` interrupts it with a table of what there is, and `--pages` makes the table again on any machine.
+docs/efficiency.md defines every column.
 
 Methods and oracles are made in `oracle.py`, asked about the noise of `shapes.py`, timed in `measure.py`, counted once
 in `counts.py`, and presented by `latency_table.py`.
@@ -14,13 +17,17 @@ in `counts.py`, and presented by `latency_table.py`.
 
 import argparse
 import dataclasses
+import math
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from tqdm import tqdm
 
 from eval.command import exit_on_user_error, make_parser, open_dataset, value
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, FULL, count, pairs
@@ -30,7 +37,7 @@ from eval.efficiency.measure import CLOCKS, SCENARIOS, Measured, Measurements, m
 from eval.efficiency.memory import size_text
 from eval.efficiency.oracle import chosen_options, oracles, reducers_of
 from eval.efficiency.shapes import SHAPES, noise_batches, random_llava, reading_of
-from eval.results.report import commit, hardware
+from eval.results.report import hardware, versions
 from llava.budget import count_or_ratio, tokens_of
 from llava.errors import UserError
 from llava.model.builder import DTYPES, device_of, load, parse
@@ -47,8 +54,9 @@ MEMORY_SHARE = 0.9  # of the free memory of a CPU may be used
 # One run
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure, count and hold the gate; returns what is printed and written."""
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure, count and hold the gate; returns what is printed and written, for each budget."""
+    last = time.monotonic() + (math.inf if args.deadline is None else args.deadline)
     if args.threads:
         torch.set_num_threads(args.threads)
     scenario = SCENARIOS[args.scenario]
@@ -60,15 +68,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("Random weights have no accuracy: leave --gate out, or measure a checkpoint with --model.")
     if args.clock == "cpu" and model.device.type != "cpu":
         raise UserError(f"--clock cpu leaves out the GPU's time, and the model is on {model.device}; use --clock wall.")
-    if isinstance(args.budget, float):
-        args.budget = tokens_of(args.budget, model.visual_tokens)
+    budgets = [tokens_of(one, model.visual_tokens) if isinstance(one, float) else one for one in args.budget]
     names = args.method.split(",")
     options = chosen_options(args.set, names)
-    reducers = reducers_of([FULL], args.budget, options, model) | reducers_of(names, args.budget, options, model)
-    theirs, oracle_names = oracles(reducers, model.spec) if args.oracle else ({}, {})
+    reducers = reducers_of([FULL], budgets[0], options, model)
+    rows, oracle_names = dict(reducers), dict[str, str]()
+    for budget in budgets:
+        chosen = reducers_of(names, budget, options, model)
+        theirs, named = oracles(chosen, model.spec) if args.oracle else ({}, {})
+        reducers |= {row_name(name, budget): one for name, one in chosen.items()}
+        rows |= {row_name(name, budget): one for name, one in (chosen | theirs).items()}
+        oracle_names |= {row_name(name, budget): row_name(oracle, budget) for name, oracle in named.items()}
     settings = {
         "scenario": args.scenario,
-        "budget": args.budget,
         "model": args.shape or model.name,
         "distinct_layers": min(args.distinct, model.spec.layers) if args.shape else None,
         "layers": model.spec.layers,
@@ -79,40 +91,97 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": str(model.device),
         "hardware": hardware(str(model.device)),
+        "versions": {name: number for name, number in versions().items() if name in ("torch", "transformers")},
         "clock": args.clock,
         **({"compile": True} if args.compile else {}),
     }
-    rows = reducers | theirs
-    held = gate(model, reducers, args.data, args.gate) if args.gate else None
+    if args.pages:  # of the machine that measured
+        there = Measurements(args.measurements).settings
+        settings |= {key: there.get(key) for key in ("threads", "device", "hardware", "versions", "clock")}
     kept = Measurements(args.measurements, settings)
-    small = noise_batches(model, 1, False)(0)
-    counts = {name: count_prefill(model, one, small, shapes) for name, one in rows.items()} if args.counts else {}
-    batches = []
-    for size in sizes:
+    held = gate(model, reducers, args.data, args.gate) if args.gate else None
+    counts = counts_of(model, rows, shapes) if args.counts else {}
+    # Of the prefill alone no stage prepares images: once is enough.
+    views = model.views if lengths else remembered(model.views)
+    batches: list[list[dict[str, Any]]] = []
+    for place, size in enumerate(sizes):
         if args.compile:  # each size of batches has its own graphs: their number is limited
             model.compiled = compile_model(model)
+        now = time.monotonic()
+        deadline = -math.inf if args.pages else now + (last - now) / (len(sizes) - place)
         ask = noise_batches(model, size, scenario.differ)
-        times = measure(model, rows, ask, repeats, kept, lengths, size, args.clock)
-        batches.append(batch_result(size, times, counts, oracle_names, held))
-        if not any(times.values()):
+        with patch.object(model, "views", views):
+            times = measure(model, rows, ask, repeats, kept, lengths, size, args.clock, deadline)
+        if times:
+            parts = {one: [row for row in rows if row == FULL or row.endswith(row_name("", one))] for one in budgets}
+            batches.append([batch_result(size, parts[one], times, counts, oracle_names, held) for one in budgets])
+        if times and not any(times.values()):
             break
-    return {
-        **settings,
-        "commit": commit(),
-        "repeats": repeats,
-        "gate": held,
-        "batches": batches,
-    }
+    if not batches:
+        raise UserError("Nothing was measured twice, after a warm-up, in time; give more seconds with --deadline.")
+    return [
+        {
+            **kept.settings,
+            "budget": budget,
+            "commit": ", ".join(sorted(kept.commits)),
+            "repeats": repeats,
+            "gate": held,
+            "batches": list(of_budget),
+        }
+        for budget, of_budget in zip(budgets, zip(*batches, strict=True), strict=True)
+    ]
+
+
+def row_name(name: str, budget: int) -> str:
+    """Of a method or an oracle among those of all budgets, which share `full`."""
+    return name if name == FULL else f"{name} at {budget}"
+
+
+def short_name(row: str) -> str:
+    """The method or the oracle, without its budget."""
+    return row.rpartition(" at ")[0] or row
+
+
+def counts_of(model: Llava, rows: dict[str, Reducer], shapes: Llava | None) -> dict[str, Counts]:
+    """The counts of every row for one question; where the model is on the meta device, of those that read no values."""
+    small, counts = noise_batches(model, 1, False)(0), {}
+    for name, reducer in tqdm(rows.items(), desc="counts", unit="row", disable=None):
+        try:
+            counts[name] = count_prefill(model, reducer, small, shapes)
+        except (NotImplementedError, RuntimeError, TypeError):
+            if model.device.type != "meta":
+                raise
+    return counts
+
+
+def remembered(views: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The function, which prepares each picture once."""
+    known: dict[int, tuple[Any, Any]] = {}  # with the picture, so that no other one gets its id
+
+    def prepared(picture: Any) -> Any:
+        if id(picture) not in known:
+            known[id(picture)] = picture, views(picture)
+        return known[id(picture)][1]
+
+    return prepared
 
 
 def models(args: argparse.Namespace) -> tuple[Llava, Llava | None]:
-    """The model, and for random weights the same on the meta device, where counting takes seconds."""
+    """The model, and for random weights the same on the meta device, where counting takes seconds.
+
+    Where only pages are made, the model itself is on the meta device.
+    """
+    if args.pages and not (args.shape and args.measurements):
+        raise UserError("--pages makes the tables of a --shape again from the file --measurements; give both.")
     if not args.shape:
         picture = {key: parse(key, text) for key, text in pairs("--picture", args.picture).items()}
         return load(args.model, args.dtype, args.device, **picture), None
     picture = reading_of(args.shape, pairs("--picture", args.picture))
-    placed, meta = device_of(args.device), torch.device("meta")
+    meta = torch.device("meta")
+    placed = meta if args.pages else device_of(args.device)
     outline = random_llava(args.shape, args.distinct, args.dtype, args.layers, device=meta, **picture)
+    if args.pages:
+        return outline, None
     refuse_large_weights(outline, DTYPES[args.dtype].itemsize, placed)
     model = random_llava(args.shape, args.distinct, args.dtype, args.layers, device=placed, **picture)
     return model, outline if args.counts else None
@@ -120,29 +189,38 @@ def models(args: argparse.Namespace) -> tuple[Llava, Llava | None]:
 
 def batch_result(
     size: int,
+    names: Sequence[str],
     rows: dict[str, Measured | None],
     counts: dict[str, Counts],
     oracle_names: dict[str, str],
     held: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Measurements, counts and ratios of every method and oracle at one batch size."""
+    """Measurements, counts and ratios of the named rows of one budget at one batch size; those without a turn that
+    counts are `left_out`."""
     entries = {}
-    for name, ours in rows.items():
-        entry: dict[str, Any] = {"fits": ours is not None, "oracle": oracle_names.get(name)}
+    for name in names:
+        if name not in rows:
+            continue
+        ours, oracle_name = rows[name], oracle_names.get(name)
+        entry: dict[str, Any] = {"fits": ours is not None, "oracle": oracle_name and short_name(oracle_name)}
         if name in counts:
             entry["counts"] = dataclasses.asdict(counts[name])
         if held is not None and name in held["accuracy"]:
             entry |= {"accuracy": held["accuracy"][name], "passes_gate": held["passes"][name]}
-        entries[name] = entry
+        entries[short_name(name)] = entry
         if ours is None:
             continue
         entry |= dataclasses.asdict(ours) | {"ttft": ours.ttft}
         entry["throughput"] = {str(length): size / median(times) for length, times in ours.end_to_end.items()}
-        full, oracle = rows.get(FULL), rows.get(oracle_names.get(name, ""))
+        full, oracle = rows.get(FULL), rows.get(oracle_name or "")
         if full is not None:
             pair = (counts[FULL], counts[name]) if name in counts else None
             entry["ratios"] = ratios(full, ours, pair, oracle)
-    return {"batch_size": size, "methods": entries}
+    return {
+        "batch_size": size,
+        "methods": entries,
+        "left_out": [short_name(name) for name in names if name not in rows],
+    }
 
 
 # The accuracy gate: the speed of a method that answers badly is marked.
@@ -198,6 +276,11 @@ def whole_numbers(text: str) -> tuple[int, ...]:
     return tuple(count(part) for part in text.split(","))
 
 
+def budgets_of(text: str) -> tuple[int | float, ...]:
+    """ "192,128,1/9" as numbers and ratios."""
+    return tuple(count_or_ratio(part) for part in text.split(","))
+
+
 def lengths_of(text: str) -> tuple[int, ...]:
     """ "1,16" as numbers; "0" for none."""
     return () if text == "0" else whole_numbers(text)
@@ -208,8 +291,8 @@ def parser() -> argparse.ArgumentParser:
     flags = make_parser("eval.efficiency.latency", __doc__)
     add = flags.add_argument
     add("--method", required=True, help="a name, several separated by commas, or all")
-    budget = "visual tokens to keep per image, or their ratio (1/9)"
-    add("--budget", type=value(count_or_ratio), required=True, help=budget)
+    budget = "visual tokens to keep per image, or their ratio (1/9); several in the same rounds: 192,128,64"
+    add("--budget", type=value(budgets_of), required=True, help=budget)
     option = "option of one method, or without METHOD of each that is named"
     add("--set", action="append", default=[], metavar="[METHOD.]KEY=VALUE", help=option)
     summaries = "; ".join(f"{name}: {one.summary}" for name, one in SCENARIOS.items())
@@ -232,6 +315,9 @@ def parser() -> argparse.ArgumentParser:
     add("--data", type=Path, default=DEFAULT_DATA, help="folder that holds the questions of the gate")
     kept = "write every measurement to this file and continue from what is there"
     add("--measurements", type=Path, metavar="FILE", help=kept)
+    add("--deadline", type=float, metavar="SECONDS", help="begin no turn later; batch sizes share the time")
+    pages = "measure nothing: the tables of --measurements, with counts made on the meta device"
+    add("--pages", action="store_true", help=pages)
     return flags
 
 
@@ -251,12 +337,12 @@ def add_machine_flags(flags: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = parser().parse_args(arguments)
-    result = run(args)
-    text = page(result)
+    results = run(args)
+    text = page(results)
     print(text)
-    write(args, result, text)
+    write(args, results, text)
     if args.plot:
-        plot(args.plot, result)
+        plot(args.plot, results)
     return 0
 
 

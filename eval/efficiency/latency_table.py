@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eval.config import FULL
@@ -25,24 +26,31 @@ COLOURS = ("#56B4E9", "#D55E00", "#E69F00", "#0072B2")  # of PARTS, readable wit
 # Tables
 
 
-def page(result: dict[str, Any]) -> str:
-    """All tables of a result, with the conditions of the measurement."""
-    blocks = [conditions(result)]
-    for batch in result["batches"]:
-        rows = batch["methods"]
-        title = "One question" if batch["batch_size"] == 1 else f"Batches of {batch['batch_size']} questions"
-        blocks += [f"**{title}**", times(rows, result)]
-    if any("counts" in row for row in result["batches"][0]["methods"].values()):
-        blocks += ["**Counted, one question**", counted(result["batches"][0]["methods"])]
-    if SCENARIOS[result["scenario"]].largest:
-        blocks += ["**Largest batch that fits**", largest(result["batches"])]
-    blocks += notes(result)
+def page(results: Sequence[dict[str, Any]]) -> str:
+    """All tables of the results at one or several budgets, with the conditions of the measurement."""
+    blocks = [conditions(results)]
+    for result in results:
+        blocks += [f"### Budget {result['budget']}"] if len(results) > 1 else []
+        for batch in result["batches"]:
+            rows = batch["methods"]
+            title = "One question" if batch["batch_size"] == 1 else f"Batches of {batch['batch_size']} questions"
+            blocks += [f"**{title}**", times(rows, result)]
+            blocks += (
+                [f"Without a turn before the deadline: {', '.join(batch['left_out'])}."] if batch["left_out"] else []
+            )
+        if any("counts" in row for row in result["batches"][0]["methods"].values()):
+            blocks += ["**Counted, one question**", counted(result["batches"][0]["methods"])]
+        if SCENARIOS[result["scenario"]].largest:
+            blocks += ["**Largest batch that fits**", largest(result["batches"])]
+    blocks += notes(results)
     return "\n\n".join(blocks)
 
 
-def conditions(result: dict[str, Any]) -> str:
+def conditions(results: Sequence[dict[str, Any]]) -> str:
     """What was measured, where and how, in a sentence or two."""
-    rows = [row for batch in result["batches"] for row in batch["methods"].values() if row["fits"]]
+    result, rows = results[0], [row for row in rows_of(results) if row["fits"]]
+    budgets = ", ".join(str(one["budget"]) for one in results)
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     kernels = " / ".join(sorted({", ".join(row["attention"]) for row in rows if row["attention"]})) or "unknown"
     lengths = ", ".join(map(str, result["lengths"]))
     answers = f"answers of {lengths} tokens" if lengths else "the prefill alone"
@@ -53,12 +61,22 @@ def conditions(result: dict[str, Any]) -> str:
     shared = result["distinct_layers"] and result["distinct_layers"] < result["layers"]
     distinct = f", {result['distinct_layers']} of them with their own weights" if shared else ""
     return (
-        f"{result['model']}, budget {result['budget']}, {layers}{distinct}, "
+        f"{result['model']}, budget {budgets}, {layers}{distinct}, "
         f"{result['dtype']}, {CLOCK_TEXT[result['clock']]}, "
         f"{result['device']} ({result['hardware']}), {threads}; scenario {result['scenario']}: "
         f"{SCENARIOS[result['scenario']].summary}, {answers}; median of {repeats} after a warm-up, "
-        f"methods in turns; attention kernel of every row, full too: {kernels}."
+        f"methods in turns; attention kernel of every row, full too: {kernels}; {versions}, commit {result['commit']}."
     )
+
+
+def rows_of(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is known of every row of every table."""
+    return [row for result in results for batch in result["batches"] for row in batch["methods"].values()]
+
+
+def cut(row: dict[str, Any], result: dict[str, Any]) -> bool:
+    """Whether a deadline left the row without some of its turns."""
+    return bool(row["fits"] and len(row["ttfts"]) < result["repeats"])
 
 
 def table(rows: Sequence[Sequence[tuple[str, str]]]) -> str:
@@ -70,6 +88,7 @@ def table(rows: Sequence[Sequence[tuple[str, str]]]) -> str:
 def times(rows: dict[str, dict[str, Any]], result: dict[str, Any]) -> str:
     """Milliseconds by stage, and ratios to full and to the oracle."""
     lengths, lines = result["lengths"], []
+    short = any(cut(row, result) for row in rows.values())
     for name, row in rows.items():
         line = [("", marked(name, row))]
         lines.append(line)
@@ -91,6 +110,8 @@ def times(rows: dict[str, dict[str, Any]], result: dict[str, Any]) -> str:
         line += [(f"end to end {length} ms", ms(median(row["end_to_end"][length]))) for length in lengths]
         if SCENARIOS[result["scenario"]].differ and lengths:
             line.append(("p90 ms", ms(float(np.percentile(row["end_to_end"][lengths[-1]], 90)))))
+        line.append(("peak MB", f"{row['peak_bytes'] / 1e6:.0f}"))
+        line += [("turns", str(len(row["ttfts"])))] if short else []
     return table(lines)
 
 
@@ -127,7 +148,6 @@ def counted(rows: dict[str, dict[str, Any]]) -> str:
             line.append((quantity, str(own[quantity])))
             line.append(("beside oracle", f"{own[quantity] - oracle[quantity]:+d}" if oracle else "n/a"))
         line.append(("waits", "n/a" if own["waits"] is None else str(own["waits"])))
-        line.append(("peak MB", f"{row['peak_bytes'] / 1e6:.0f}" if row["fits"] else "n/a"))
         line += [("accuracy", f"{100 * row['accuracy']:.1f}")] if "accuracy" in row else []
         lines.append(line)
     return table(lines)
@@ -149,10 +169,15 @@ def largest(batches: Sequence[dict[str, Any]]) -> str:
     return markdown(["", "largest batch", "questions/s", "x full", "fastest batch", "questions/s"], lines)
 
 
-def notes(result: dict[str, Any]) -> list[str]:
+def notes(results: Sequence[dict[str, Any]]) -> list[str]:
     """What the marks mean, where there are any."""
-    rows = [row for batch in result["batches"] for row in batch["methods"].values()]
+    result, rows = results[0], rows_of(results)
     said, gate = [], result["gate"]
+    if any(cut(row, one) for one in results for row in rows_of([one])):
+        said.append(
+            f"A deadline ended the measurement: the column turns says how many of the {result['repeats']} a row has. "
+            "The same command goes on from its file."
+        )
     if result["repeats"] > 1:
         said.append(
             "TTFT x and over oracle are medians of the ratios of every turn; in brackets the interval of that median "
@@ -185,7 +210,7 @@ def runs(values: Sequence[int]) -> str:
 # Files
 
 
-def write(args: argparse.Namespace, result: dict[str, Any], text: str) -> None:
+def write(args: argparse.Namespace, result: object, text: str) -> None:
     """Write the numbers to `args.json` and the tables to `args.markdown`, where these are given."""
     for path, content in ((args.json, json.dumps(result, indent=1)), (args.markdown, text)):
         if path:
@@ -193,29 +218,53 @@ def write(args: argparse.Namespace, result: dict[str, Any], text: str) -> None:
             path.write_text(content + "\n")
 
 
-def plot(path: Path, result: dict[str, Any]) -> None:
+def plot(path: Path, results: Sequence[dict[str, Any]]) -> None:
     """Draw the time to the first token by stage, one bar for each method, and its oracle as a line across the bar; of
-    the first batch size of a result.
+    the first batch size, one panel for each budget.
 
     Raises:
         UserError: nothing fitted into the memory, so there is nothing to draw.
     """
-    batch = result["batches"][0]
-    rows = {name: row for name, row in batch["methods"].items() if row["fits"] and not name.startswith("oracle of")}
-    if not rows:
+    shown = [
+        (result, rows)
+        for result in results
+        if (rows := {name: row for name, row in result["batches"][0]["methods"].items() if row["fits"]})
+        and any(not name.startswith("oracle of") for name in rows)
+    ]
+    if not shown:
         raise UserError("No method fitted into the memory, so there is nothing to draw; leave --plot out.")
-    names = sorted(rows, key=lambda name: (name == FULL, rows[name]["ttft"]), reverse=True)
-    figure = Figure(figsize=(8.6, 1.4 + 0.32 * len(names)), dpi=150)
-    axes = figure.subplots()
+    tallest = max(len(rows) for _, rows in shown)
+    figure = Figure(figsize=(7.0 * len(shown) + 1.6, 1.4 + 0.32 * tallest), dpi=150)
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, (result, rows) in zip(panels, shown, strict=True):
+        bars(axes, rows)
+        axes.set_title(f"{result['model'].rpartition('/')[2]} at {result['budget']} tokens", fontsize=10)
+    result = shown[0][0]
+    size, layers = result["batches"][0]["batch_size"], f"{result['layers']} {plural('decoder layer', result['layers'])}"
+    asked = "one question" if size == 1 else f"batches of {size} questions"
+    figure.supxlabel(
+        f"milliseconds to the first token, {asked} ({result['device']}, {layers}, {result['dtype']})", fontsize=10
+    )
+    panels[0].set_ylabel("method")
+    panels[-1].legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def bars(axes: Axes, rows: dict[str, dict[str, Any]]) -> None:
+    """One panel: the methods among the rows, the slowest first, `full` above all."""
+    methods = [name for name in rows if not name.startswith("oracle of")]
+    names = sorted(methods, key=lambda name: (name == FULL, rows[name]["ttft"]), reverse=True)
     left = [0.0] * len(names)
     for part, colour in zip(PARTS, COLOURS, strict=True):
         widths = [1000 * rows[name]["seconds"][part] for name in names]
         axes.barh(names, widths, left=left, color=colour, label=part, height=0.7)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for place, name in enumerate(names):
-        oracle, end = batch["methods"].get(rows[name]["oracle"] or "", {}), left[place]
-        if oracle.get("fits"):
-            label = "its oracle" if place == 0 or not axes.lines else None
+        oracle, end = rows.get(rows[name]["oracle"] or ""), left[place]
+        if oracle:
+            label = "its oracle" if not axes.lines else None
             end = max(end, 1000 * oracle["ttft"])
             axes.plot(
                 [1000 * oracle["ttft"]] * 2, [place - 0.42, place + 0.42], color="black", linewidth=2, label=label
@@ -226,14 +275,4 @@ def plot(path: Path, result: dict[str, Any]) -> None:
         )
         axes.text(end, place, text, va="center", fontsize=7.5)
     axes.set_xlim(0, 1.3 * max(left))
-    asked = "one question" if batch["batch_size"] == 1 else f"batches of {batch['batch_size']} questions"
-    of = f"{result['model'].rpartition('/')[2]} at {result['budget']} tokens, {asked}"
-    axes.set_title(f"Time to the first token, {of}", fontsize=10)
-    layers = f"{result['layers']} {plural('decoder layer', result['layers'])}"
-    axes.set_xlabel(f"milliseconds ({result['device']}, {layers}, {result['dtype']})")
-    axes.set_ylabel("method")
     axes.grid(axis="x", alpha=0.25)
-    axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)

@@ -10,6 +10,8 @@ from round to round slows both. A ratio of two medians can come from two rounds.
 import ctypes
 import gc
 import json
+import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval.efficiency.counts import Counts, OperationCounter, first_token
+from eval.results.report import commit
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
 from llava.pipeline.accounting import Timer
@@ -102,34 +105,52 @@ class Measured:
 class Measurements:
     """Measurements by round, method and batch size; round 0 is the warm-up.
 
-    Kept in a JSONL file, if there is one, while they are made, so that an interrupted benchmark goes on.
+    Kept in a JSONL file, if there is one, while they are made, so that an interrupted benchmark goes on: also on
+    another machine with the same hardware.
+
+    Args:
+        settings: of all measurements; None takes those of the file.
+
+    Attributes:
+        commits: of the code that measured; COMMIT in the environment names it where there is no .git.
 
     Raises:
-        UserError: the file holds measurements under other settings.
+        UserError: the file holds measurements under other settings, or it should have settings and is not there.
     """
 
     def __init__(self, path: Path | None = None, settings: dict[str, Any] | None = None):
-        self.path = path
+        self.path, self.settings = path, json.loads(json.dumps(settings or {}))
         self.rows: dict[tuple[int, str, int], dict[str, Any]] = {}
+        self.commit, self.commits = os.environ.get("COMMIT") or commit(), set[str]()
         if path is None:
             return
         if not path.exists():
+            if settings is None:
+                raise UserError(f"There are no measurements in {path}; measure first.")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(settings) + "\n")
-        first, *lines = path.read_text().splitlines()
-        if json.loads(first) != json.loads(json.dumps(settings)):
-            raise UserError(
-                f"{path} holds measurements under other settings ({first}), not {json.dumps(settings)}; "
-                "name another file."
-            )
-        for row in map(json.loads, lines):
+        whole = path.read_text()
+        if not whole.endswith("\n"):  # its writer was stopped in the middle of a line
+            path.write_text(whole := whole[: whole.rfind("\n") + 1])
+        first, *lines = map(json.loads, whole.splitlines())
+        here = first if settings is None else self.settings
+        other = [key for key in first | here if first.get(key) != here.get(key)]
+        if other:
+            differing = "; ".join(f"{key} {first.get(key)} there, {here.get(key)} here" for key in other)
+            raise UserError(f"{path} holds measurements under other settings ({differing}); name another file.")
+        self.settings = first
+        for row in lines:
+            self.commits.add(row.pop("commit", "unknown"))
             self.rows[row.pop("round"), row.pop("method"), row.pop("batch", 1)] = row
 
     def add(self, number: int, name: str, batch: int, row: dict[str, Any]) -> None:
         self.rows[number, name, batch] = row
+        self.commits.add(self.commit)
         if self.path:
             with self.path.open("a") as file:
-                file.write(json.dumps({"round": number, "method": name, "batch": batch} | row) + "\n")
+                file.write(
+                    json.dumps({"round": number, "method": name, "batch": batch, "commit": self.commit} | row) + "\n"
+                )
 
 
 def measure(
@@ -141,30 +162,38 @@ def measure(
     lengths: Sequence[int] = (),
     batch: int = 1,
     clock: str = "wall",
+    deadline: float = math.inf,
 ) -> dict[str, Measured | None]:
-    """Measure each method `repeats` times in turns, after one warm-up each; every second round in reverse.
+    """Measure each method `repeats` times in turns, after one warm-up each; the warm-up and every second round are in
+    reverse, so that the first rows are the first that count.
 
-    So a machine that slows down within rounds slows the first and the last method alike over two rounds.
+    A machine that slows down within rounds slows the first and the last method alike over two rounds.
 
     Args:
         ask: number of a round -> the batch that all methods are asked in it; round 0 is the warm-up.
         lengths: tokens of the answers that are timed end to end; none times the prefill alone.
         batch: questions in a batch, the name of these measurements in `kept`.
         clock: one of CLOCKS, for what does not run on a GPU.
+        deadline: of `time.monotonic`; no turn begins after it.
 
     Returns:
-        None for a method whose batch did not fit into the device's memory.
+        None for a method whose batch did not fit into the device's memory. A method without a turn that counts before
+        the deadline is left out, others may have fewer than `repeats` turns: the first ones.
     """
     kept = kept or Measurements()
-    orders = [list(reducers), list(reversed(reducers))]
+    orders = [list(reversed(reducers)), list(reducers)]
     rounds = [(number, name) for number in range(repeats + 1) for name in orders[number % 2]]
-    too_large = {name for (_, name, size), row in kept.rows.items() if size == batch and not row}
+    too_large, warm = {name for (_, name, size), row in kept.rows.items() if size == batch and not row}, set()
     for number, name in tqdm(rounds, desc=f"batches of {batch}", unit="turn", disable=None):
         if (number, name, batch) in kept.rows or name in too_large:
             continue
+        if time.monotonic() >= deadline:
+            break
         # The warm-up is no time that counts, so that it can be watched; operations inside of a graph cannot.
         watched = OperationCounter() if number == 0 and model.compiled is None else nullcontext()
         try:
+            if number and name not in warm:  # goes on from a file: this process has its own warm-up
+                once(model, reducers[name], ask(number), lengths, CLOCKS[clock])
             with watched as counter:
                 row = once(model, reducers[name], ask(number), lengths, CLOCKS[clock])
         except torch.OutOfMemoryError as error:
@@ -174,11 +203,16 @@ def measure(
             too_large.add(name)
         if row and counter is not None:
             row["attention"] = sorted(counter.attention)
+        warm.add(name)
         kept.add(number, name, batch, row)
-    return {
-        name: None if name in too_large else summary([kept.rows[number, name, batch] for number in range(repeats + 1)])
-        for name in reducers
-    }
+    found: dict[str, Measured | None] = {}
+    for name in reducers:
+        turns = [kept.rows[key] for number in range(repeats + 1) if kept.rows.get(key := (number, name, batch))]
+        if name in too_large:
+            found[name] = None
+        elif len(turns) > 1:
+            found[name] = summary(turns)
+    return found
 
 
 def once(
@@ -324,6 +358,12 @@ def over_rounds(above: Sequence[float], below: Sequence[float]) -> Ratio:
     return Ratio(median(ordered), ordered[outer], ordered[-1 - outer])
 
 
+def both(one: Sequence[float], other: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
+    """The rounds that two rows have both: the first ones, where a deadline cut one short."""
+    shared = min(len(one), len(other))
+    return one[:shared], other[:shared]
+
+
 def interval_rank(rounds: int) -> int:
     """How many values may be left out at either end, so that the rest spans the median with 95 % confidence.
 
@@ -344,7 +384,7 @@ def ratios(
 
     Args:
         counts: of full and of the method; without them operations are those of the closed formula.
-        oracle: measured in the same rounds.
+        oracle: measured in the same rounds, up to a deadline.
 
     Returns:
         ttft: time to first token of full over that of the method in the same round, median over rounds.
@@ -357,8 +397,8 @@ def ratios(
         calm: slowest over fastest round is below 1.25 for the method and for full.
     """
     most, least = (counts[0].flops, counts[1].flops) if counts else (full.flops, ours.flops)
-    faster = over_rounds(full.ttfts, ours.ttfts)
-    slower = None if oracle is None else over_rounds(ours.ttfts, oracle.ttfts)
+    faster = over_rounds(*both(full.ttfts, ours.ttfts))
+    slower = None if oracle is None else over_rounds(*both(ours.ttfts, oracle.ttfts))
     return {
         "ttft": faster.median,
         "ttft_interval": (faster.low, faster.high),

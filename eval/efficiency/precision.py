@@ -14,6 +14,7 @@ from eval.config import DEFAULT_DATA, ROOT, count
 from eval.efficiency.oracle import reducers_of
 from eval.tables.page import markdown, write_csv
 from llava.model.builder import load
+from llava.model.llava_arch import Llava
 from llava.pipeline.accounting import Answer
 from llava.pipeline.generate import generate
 from llava.processing.prompt import Sample
@@ -36,26 +37,25 @@ def survivors(answer: Answer) -> set[int]:
     return set(places)
 
 
-def answers_of(
-    model: str | None, dtype: str, device: str, samples: Sequence[Sample], reducers: dict[str, Reducer]
-) -> dict[str, list[Answer]]:
-    """Method -> its answers to the questions, one at a time, by the model in this type."""
-    loaded = load(model, dtype, device)
-    return {
-        name: [generate(loaded, [sample], reducer, 8).answers[0] for sample in samples]
-        for name, reducer in tqdm(reducers.items(), desc=dtype, unit="method")
-    }
+def answers_of(model: Llava, samples: Sequence[Sample], reducer: Reducer) -> list[Answer]:
+    """The method's answers to the questions, one at a time."""
+    return [generate(model, [sample], reducer, 8).answers[0] for sample in samples]
+
+
+def kept_share(exact: Sequence[Answer], other: Sequence[Answer]) -> float:
+    """The share of the kept tokens of answers that other answers to the same questions keep, too."""
+    kept = [(survivors(one), survivors(two)) for one, two in zip(exact, other, strict=True)]
+    total = sum(len(one) for one, _ in kept)
+    return sum(len(one & two) for one, two in kept) / total if total else 1.0
 
 
 def row_of(name: str, found: dict[str, dict[str, list[Answer]]]) -> list[str]:
     """Of each half precision: the share of float32's kept tokens that it drops, and answers in other words."""
     row, exact = [name], found["float32"][name]
     for dtype in DTYPES[1:]:
-        pairs = list(zip(exact, found[dtype][name], strict=True))
-        kept = [(survivors(whole), survivors(half)) for whole, half in pairs]
-        total, lost = sum(len(whole) for whole, _ in kept), sum(len(whole - half) for whole, half in kept)
-        changed = sum(whole.text != half.text for whole, half in pairs)
-        row += [f"{100 * lost / total:.1f}" if total else "0.0", f"{changed} of {len(pairs)}"]
+        halves = found[dtype][name]
+        changed = sum(whole.text != half.text for whole, half in zip(exact, halves, strict=True))
+        row += [f"{100 * (1 - kept_share(exact, halves)):.1f}", f"{changed} of {len(exact)}"]
     return row
 
 
@@ -75,7 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one_each = {question.image: question for question in reversed(data.questions)}
     samples = [data.sample(question) for question in list(one_each.values())[: args.questions]]
     reducers = reducers_of(args.methods.split(","), args.budget, {}, load(args.model, device="cpu"))
-    found = {dtype: answers_of(args.model, dtype, args.device, samples, reducers) for dtype in DTYPES}
+    found: dict[str, dict[str, list[Answer]]] = {}
+    for dtype in DTYPES:
+        model, named = load(args.model, dtype, args.device), tqdm(reducers.items(), desc=dtype, unit="method")
+        found[dtype] = {name: answers_of(model, samples, reducer) for name, reducer in named}
     rows = sorted((row_of(name, found) for name in reducers), key=lambda row: -float(row[3]))
     print(markdown(HEAD, rows))
     if args.write:

@@ -1,28 +1,58 @@
 #!/usr/bin/env bash
-# The whole GPU table: LLaVA-1.5-7B at 192, 128 and 64 of 576 tokens and LLaVA-NeXT-7B at 640, 320 and 160 of 2,880, random
-# weights at full depth, bfloat16, batches of 1, 8 and 32, every method beside `full` and its oracle. Interrupted, it goes on where
-# it was. Writes one JSON, page and plot for each budget and results/bench/gpu/README.md with all pages.
-# Usage: bash scripts/bench/gpu_table.sh [further arguments of python -m eval.efficiency.latency]
-# From the environment: METHODS (all), OUT (results/bench/gpu), CELLS ("llava-next-7b:320 llava-next-7b:160").
-#   METHODS=consensusdrop,visiondrop bash scripts/bench/gpu_table.sh --device cuda
-#   METHODS=fastervlm CELLS=llava-1.5-7b:64 OUT=results/try bash scripts/bench/gpu_table.sh --layers 1 --repeats 1 --lengths 0 --batch-size 1
+# The GPU table, in two calls of at most ten minutes each: LLaVA-1.5-7B at 64, 128 and 192 of 576 tokens and LLaVA-NeXT-7B at 320,
+# 640 and 160 of 2,880, random weights at full depth, bfloat16, three turns of every method beside `full` and its oracle.
+# Usage: bash scripts/bench/gpu_table.sh first|second|pages [further arguments of python -m eval.efficiency.latency]
+#   first    the device beside the CPU: wrong answers end the script. Then the prefill of 1 and 8 questions (about 6 minutes).
+#   second   goes on from the files of the first, also on another machine with the same GPU: 32 questions, and answers of 32
+#            tokens by full, the papers' methods and their oracles (about 8 minutes). Called again, it measures what is missing.
+#   pages    measures nothing: the page again on any machine, with operations counted on torch's meta device (ten minutes of CPU).
+# From the environment: OUT, the folder of the 8 files (results/bench/gpu); COMMIT, where a copied tree has no .git.
+#   OUT=/tmp/try bash scripts/bench/gpu_table.sh first --layers 4 --distinct 1 --method fastervlm --repeats 1 --deadline 60
 set -euo pipefail
-case "${1:-}" in -h | --help) sed -n '2,9p' "${BASH_SOURCE[0]}" | cut -c3-; exit 0 ;; esac
+call=${1:-}
+case $call in
+  first | second | pages) shift ;;
+  -h | --help) sed -n '2,10p' "${BASH_SOURCE[0]}" | cut -c3-; exit 0 ;;
+  *) sed -n '2,10p' "${BASH_SOURCE[0]}" | cut -c3- >&2; exit 2 ;;
+esac
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
-out=${OUT:-results/bench/gpu}
+out=${OUT:-results/bench/gpu} failed=0 SECONDS=0
 mkdir -p "$out"
-cells=${CELLS:-llava-1.5-7b:192 llava-1.5-7b:128 llava-1.5-7b:64 llava-next-7b:640 llava-next-7b:320 llava-next-7b:160}
-for cell in $cells; do
-  shape=${cell%:*} budget=${cell#*:}
-  name=$out/$shape-$budget
-  [ -f "$name.json" ] && continue
-  python -m eval.efficiency.latency --method "${METHODS:-all}" --budget "$budget" --shape "$shape" --distinct 32 --dtype bfloat16 \
-    --batch-size 1,8,32 --measurements "$name.jsonl" --json "$name.part" --markdown "$name.md" --plot "$name.png" "$@"
-  mv "$name.part" "$name.json" # the mark of a finished cell
-done
-for cell in $cells; do
-  printf '## %s at %s tokens\n\n' "${cell%:*}" "${cell#*:}"
-  cat "$out/${cell%:*}-${cell#*:}.md"
-  printf '\n'
-done > "$out/README.md"
-echo "The table is in $out/README.md."
+
+# measure NAME TITLE END ARGUMENTS: one process and its part of the page. It measures until END, seconds after the start of the
+# script, less 20 to start Python. One that hangs is stopped 25 seconds after END, and its file keeps what was measured.
+measure() {
+  local name=$1 title=$2 end=$3 limit=() own=(--pages)
+  shift 3
+  if [ "$call" = pages ]; then
+    [ -f "$out/$name.jsonl" ] || return 0
+  else
+    own=(--no-counts --deadline $((end - SECONDS - 20)))
+    limit=(timeout --foreground -k 5 $((end - SECONDS + 25)))
+  fi
+  printf '\n## %s\n\n' "$title" >> "$out/README.md"
+  "${limit[@]}" python -m eval.efficiency.latency --distinct 32 --dtype bfloat16 --repeats 3 --measurements "$out/$name.jsonl" \
+    "${own[@]}" "$@" | tee -a "$out/README.md" || { failed=1; echo "Not finished; the same call goes on." | tee -a "$out/README.md"; }
+}
+
+echo '# The GPU table' > "$out/README.md"
+if [ "$call" = first ]; then
+  rm -f "$out/selfcheck.md"
+  timeout --foreground 120 python -m eval.efficiency.selfcheck --markdown "$out/selfcheck.md" || failed=$?
+fi
+[ ! -f "$out/selfcheck.md" ] || { printf '\n## The device beside the CPU\n\n'; cat "$out/selfcheck.md"; } >> "$out/README.md"
+[ $failed = 0 ] || exit $failed
+
+sizes=1,8,32
+[ "$call" != first ] || sizes=1,8
+prefill=(--method all --lengths 0 --batch-size $sizes)
+answers=(--method consensusdrop,visiondrop,attnmix --lengths 32)
+measure llava-1.5-7b "LLaVA-1.5-7B, prefill" 200 --shape llava-1.5-7b --budget 64,128,192 "${prefill[@]}" --plot "$out/llava-1.5-7b.png" "$@"
+if [ "$call" != first ]; then
+  measure llava-1.5-7b-answers "LLaVA-1.5-7B, answers" 290 --shape llava-1.5-7b --budget 64 "${answers[@]}" --batch-size 1,32 "$@"
+  measure llava-next-7b-answers "LLaVA-NeXT-7B, answers" 350 --shape llava-next-7b --budget 320 "${answers[@]}" --batch-size 1 "$@"
+fi
+# Last, because `full` fills 68 GiB with a batch of 32.
+measure llava-next-7b "LLaVA-NeXT-7B, prefill" 560 --shape llava-next-7b --budget 320,640,160 "${prefill[@]}" --plot "$out/llava-next-7b.png" "$@"
+echo "The page is $out/README.md."
+exit $failed
