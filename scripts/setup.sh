@@ -17,10 +17,12 @@ if [ "$venv" = none ]; then
     exit 2
   fi
   if [ "$python" != "$(command -v python || true)" ]; then # the name that scripts call; a link would lose the packages of an environment
-    mkdir -p .venv/none
-    printf '#!/bin/sh\nexec "%s" "$@"\n' "$python" > .venv/none/python
-    chmod +x .venv/none/python
-    PATH=$PWD/.venv/none:$PATH
+    named=.venv/none${python//\//_}
+    mkdir -p "$named"
+    printf '#!/bin/sh\nexec "%s" "$@"\n' "$python" > "$named/python.$$"
+    chmod +x "$named/python.$$"
+    mv "$named/python.$$" "$named/python"
+    PATH=$PWD/$named:$PATH
   fi
 else
   stamp=$venv/requirements.sha256

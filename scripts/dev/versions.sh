@@ -3,13 +3,14 @@
 # them in FOLDER (some GB: the package index has CUDA builds) and runs everything there. Without versions: the lowest supported.
 # Usage: bash scripts/dev/versions.sh FOLDER [PYTHON [TORCH [TRANSFORMERS]]]
 #   bash scripts/dev/versions.sh /tmp/oldest
-#   bash scripts/dev/versions.sh /tmp/newer python3.12 2.12.1 5.20.2
+#   bash scripts/dev/versions.sh /tmp/newer python3.12 2.12 5.20
 set -euo pipefail
 if [ $# -lt 1 ]; then sed -n '2,6p' "${BASH_SOURCE[0]}" | cut -c3- >&2; exit 2; fi
-folder=$1 python=${2:-python3.11} torch=${3:-2.11} transformers=${4:-5.17}
+mkdir -p "$1"
+folder=$(cd "$1" && pwd) python=${2:-python3.11} torch=${3:-2.11} transformers=${4:-5.17}
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 [ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
-sed "s/^torch==.*/torch==$torch/; s/^transformers==.*/transformers==$transformers/" requirements.txt > "$folder/requirements.txt"
+sed "s/^torch==.*/torch~=$torch.0/; s/^transformers==.*/transformers~=$transformers.0/" requirements.txt > "$folder/requirements.txt"
 "$folder/bin/python" -m pip install --quiet --disable-pip-version-check -r "$folder/requirements.txt"
 export VENV=none PYTHON="$folder/bin/python" OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 for shape in '' '--shape llava-1.5-7b --layers 1 --distinct 1 --lengths 0' '--shape llava-next-7b --layers 1 --distinct 1 --lengths 0'; do
