@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.process
 FAKE = """#!/usr/bin/env bash
 echo "$*" >> "{log}"
 case "$*" in
--c*) exit 0 ;;
+-c*) echo ${{LACKS:-}}; exit 0 ;;
 "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
 *requirements.txt) exit ${{PIP_CODE:-0}} ;;
 esac
@@ -69,6 +70,46 @@ def test_a_failed_install_is_not_taken_for_done(checkout):
     assert source(checkout, PIP_CODE="1")[0] != 0
     code, asked = source(checkout)
     assert code == 0 and asked[-1].endswith("--editable .")
+
+
+def test_an_environment_as_it_is_may_be_used(checkout):
+    """On a machine without a network the scripts ended in pip."""
+    assert source(checkout, VENV="none") == (0, []) and not (checkout / ".venv" / "bin").exists()
+    (checkout / "log").write_text("")
+    given = {**os.environ, "PYTHON": str(checkout / "fake-python"), "VENV": "none"}
+    calls = "source scripts/setup.sh; cd /; exec python -m eval"
+    subprocess.run(["bash", "-c", calls], cwd=checkout, env=given, check=True)
+    assert (checkout / "log").read_text().splitlines()[-1] == "-m eval"
+    for more, lacks in (({"LACKS": "einops PIL"}, "lacks einops pillow;"), ({"PYTHON": "/no"}, "/no lacks a Python")):
+        done = subprocess.run(["bash", "-c", calls], cwd=checkout, env=given | more, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and lacks in done.stderr
+
+
+# What setup.sh does not ask for under VENV=none.
+NOT_NEEDED = "av datasets deepspeed openai openpyxl pandas plotly pyarrow pycocoevalcap sklearn wandb wandb_workspaces"
+RUN = """import runpy, sys
+del sys.argv[0]
+sys.modules.update(dict.fromkeys({hidden}))
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)"""
+
+
+@pytest.mark.slow
+def test_a_small_tree_and_few_packages_are_enough_for_the_benchmark(tmp_path):
+    """Some GPU machines take at most 64 MiB, and have no PyAV."""
+    subprocess.run(["git", "clone", "--quiet", "--no-checkout", str(ROOT), "."], cwd=tmp_path, check=True)
+    with (ROOT / "scripts" / "bench" / "sparse.txt").open() as patterns:
+        command = ["git", "sparse-checkout", "set", "--no-cone", "--stdin"]
+        subprocess.run(command, cwd=tmp_path, stdin=patterns, check=True)
+    subprocess.run(["git", "checkout", "--quiet"], cwd=tmp_path, check=True)
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and ".git" not in path.parts]
+    assert 10 * 2**20 < sum(path.stat().st_size for path in files) < 40 * 2**20
+    run = RUN.format(hidden=NOT_NEEDED.split())
+    given = os.environ | {"PYTHONPATH": "."}
+    for which in (["--shape=llava-1.5-7b", "--layers=1", "--distinct=1"], ["--model=assets/tinyllava", "--gate=8"]):
+        flags = ["--method=consensusdrop", "--budget=64", "--lengths=0", "--repeats=1", *which]
+        command = [sys.executable, "-c", run, "eval.efficiency.latency", *flags]
+        done = subprocess.run(command, cwd=tmp_path, env=given, capture_output=True, text=True)
+        assert done.returncode == 0 and "| oracle of consensusdrop |" in done.stdout, done.stderr[-2000:]
 
 
 # -- scripts/eval/ ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Reading video files that the test writes, and pixels and the video tower against the official code's."""
 
 import struct
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from zlib import crc32
@@ -279,3 +280,10 @@ def test_merging_in_the_tower_is_refused(tower):
     """Merged tokens stand elsewhere in every frame, so attention over time would mix different places."""
     with pytest.raises(UserError, match="merges in the tower cannot run on a video tower"):
         encode(tower, frames_of_two_videos(), -2, merger=TowerMerger(None, None, tower, [0], 1))
+
+
+def test_a_missing_pyav_is_told_where_a_video_is_opened(tmp_path, monkeypatch):
+    """Everything imported PyAV, so no model ran without it."""
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(UserError, match=r"Video files need PyAV.*pip install av"):
+        read_video(tmp_path / "clip.mp4")

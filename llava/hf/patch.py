@@ -271,10 +271,13 @@ class Reduced:
         input_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Repeat rows for beams and samples, but not images: the prefill runs once per prompt."""
+        """Repeat rows for beams and samples, but not images: the prefill runs once per prompt.
+
+        Position ids, here None, are left out, too: transformers 5.17's Qwen models expect a tensor.
+        """
         if expand_size == 1 or not has_pixels(kwargs):
             return original(expand_size, is_encoder_decoder, input_ids, **kwargs)
-        images = {name: kwargs.pop(name) for name in VISUAL if name in kwargs}
+        images = {name: kwargs.pop(name) for name in (*VISUAL, "position_ids") if name in kwargs}
         ids, rest = original(expand_size, is_encoder_decoder, input_ids, **kwargs)
         return ids, {**rest, **images, COPIES: expand_size}
 

@@ -43,9 +43,11 @@ class Part:
     def __init__(self, name: str, function: Callable[..., Tensor], backend: Backend):
         self.name, self.seconds = name, 0.0
         compile_: Any = torch.compile  # its newest options have no types yet
-        limits = {"recompile_limit": LIMIT, "isolate_recompiles": True}  # torch 2.11 does not know them
+        limits = {"recompile_limit": LIMIT, "isolate_recompiles": True}
         known = signature(compile_).parameters
         limits = {name: value for name, value in limits.items() if name in known}
+        if "isolate_recompiles" not in known:  # before torch 2.13 parts that compile one function share its limit
+            torch._dynamo.config.recompile_limit = LIMIT
         self._compiled = compile_(function, backend=backend, **limits)
 
     def __call__(self, *arguments: Any) -> Tensor:

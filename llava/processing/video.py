@@ -10,19 +10,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
 
-import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from av.container import InputContainer
-from av.video.stream import VideoStream
 from PIL import Image
 from torch import Tensor
 
 from llava.errors import UserError
 from llava.processing.image import ImageProcessor, as_rgb
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
 
 FRAMES = 8
 
@@ -83,9 +86,23 @@ def read_video(path: str | Path, frames: int = FRAMES) -> Video:
     return Video(tuple(chosen))
 
 
+def pyav() -> ModuleType:
+    """The module `av`. Only video files need it, so it is imported when one is opened.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise UserError(f"Video files need PyAV, which cannot be imported ({error}); pip install av.") from error
+    return av
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+def _opened(path: Path) -> Iterator[tuple["InputContainer", "VideoStream"]]:
     """Open a file and its best video stream; errors of reading it inside the block become a UserError."""
+    av = pyav()
     try:
         # A file object and no protocol: FFmpeg treats some names as addresses, and opens the files of playlists.
         with path.open("rb") as file, av.open(file, "r", options={"protocol_whitelist": "none"}) as container:
@@ -134,7 +151,7 @@ def _decode(path: Path, indices: Sequence[int]) -> tuple[list[Image.Image], int]
     return [chosen[index] for index in indices if index in chosen], count
 
 
-def _upright(frame: av.VideoFrame) -> Image.Image:
+def _upright(frame: "VideoFrame") -> Image.Image:
     """Return a frame as RGB, rotated as its metadata says."""
     image: Image.Image = frame.to_image()
     turn = TURNS.get(round(frame.rotation / 90) % 4)

@@ -11,10 +11,9 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import av
 import numpy as np
 
-from llava.processing.video import FRAMES, frame_indices
+from llava.processing.video import FRAMES, frame_indices, pyav
 from toy.data.questions import PlainQuestion, Retry, attempt, pick
 from toy.data.scenes import background, shaded, shape_mask
 from toy.data.vocabulary import COLOR_NAMES, COLORS, SHAPES
@@ -161,7 +160,7 @@ def draw_video(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
 
 def encode_video(frames: np.ndarray) -> bytes:
     """[n, height, width, 3] uint8 -> an MP4 file (H.264)."""
-    file = io.BytesIO()
+    av, file = pyav(), io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=RATE, options={"crf": QUALITY, "preset": "medium"})
         stream.height, stream.width = frames.shape[1:3]
