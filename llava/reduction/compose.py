@@ -1,8 +1,8 @@
 """One method on top of another: the first before the decoder, the second between its layers, with one budget.
 
-`llava.reduction.compose("divprune", "fastv")` gives the class; its name, divprune+fastv, stands wherever a method's name
-does. The budget B is that of every method, the mean over decoder layers of the visual tokens that enter a layer. Of an
-image with N tokens the first method leaves
+`llava.reduction.compose("divprune", "fastv")` gives the class. Its name, divprune+fastv, stands wherever a method's
+name does. The budget B is that of every method, the mean over decoder layers of the visual tokens that enter a layer.
+Of an image with N tokens the first method leaves
 
     K = N^(1 - share) * B^share, rounded: with share=0.5 the geometric mean, so that both keep the same ratio.
 
