@@ -17,6 +17,7 @@ from llava.pipeline.generate import generate
 from llava.pipeline.prefill import Stages, embed, prefill
 from llava.pipeline.sequence import Reduced
 from llava.processing.prompt import Sample
+from llava.processing.video import Video
 from llava.reduction import DecoderState, ModelSpec, PatchGrid, compose, registry
 from llava.reduction.budget import planned, require
 from llava.reduction.token_layout import spec_of
@@ -97,16 +98,14 @@ def test_at_the_ends_of_the_share_one_method_does_everything(name, tiny):
         torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["divprune+fastv", "fastervlm+pyramiddrop"])
-def test_planted_tokens_are_kept_by_both_stages(name, tiny):
-    batch = samples(3, text_only=())
-    planted = {sample.id: [2, 7, 11] for sample in batch}
-    with contract.planted_signals(planted):
+@pytest.mark.parametrize(("name", "sees"), [("divprune+fastv", 1), ("fastervlm+pyramiddrop", 0)])
+def test_a_planted_token_is_kept_by_every_stage_that_ranks_by_signals(name, sees, tiny):
+    """DivPrune reads no signal and may drop it; of what it leaves, FastV keeps it."""
+    batch = samples(5, text_only=())
+    with contract.planted_signals({sample.id: [7] for sample in batch}):
         record = contract.run(tiny, batch, registry.build(name, 6))[2]
-    for steps in record.steps:
-        there = set(contract.standing(steps[1:] if name.startswith("divprune") else steps)[0].tolist())
-        left = [steps[0].reduction.kept[0].tolist().index(one) for one in (2, 7, 11) if one in steps[0].reduction.kept]
-        assert set(left if name.startswith("divprune") else (2, 7, 11)) <= there
+    found = [7 in contract.standing(steps)[0] for steps in record.steps]
+    assert found == [not sees or 7 in steps[0].reduction.kept for steps in record.steps] and any(found)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +118,7 @@ def tiled(tmp_path_factory):
 
 def test_tiles_and_frames_share_what_the_first_method_leaves(tiled):
     """Every tile was given its part of the whole budget; the second method sees the tokens of all tiles together."""
-    pictures = picture(0, (112, 112)), [picture(n) for n in range(8)]
+    pictures = picture(0, (112, 112)), Video(tuple(picture(frame) for frame in range(8)))
     options = [{}, {"newlines": "keep"}, {"crops": "global"}, {"retention_ratio": 0.2}]
     for model, image in zip(tiled, pictures, strict=True):
         sample, layout = Sample("q", QUESTIONS[0], image=image), model.views(image)[1]

@@ -113,7 +113,7 @@ def test_every_other_split_meets_the_budget_too(name, model):
         reducer = registry.build(name, 24, {"crops": crops})
         require(reducer, model.spec)
         _, audits, record = run(model, batch()[1:3], reducer)
-        assert [audit.mean for audit in audits] == [24, 24]
+        assert all(abs(audit.mean - 24) <= (reducer.rounding if reducer.parts else 0) for audit in audits)
         for steps in record.steps:
             anchors = steps[0].reduction.kept[0]
             assert len(anchors.unique()) == len(anchors)
