@@ -26,7 +26,7 @@ from tests.conftest import QUESTIONS, picture, samples
 from tests.tiny_checkpoints_families import make_tiny_next, make_tiny_video, save_next_transformers
 
 LLAVA_7B = ModelSpec(576, 32, PatchGrid(24, 24), tower_blocks=24)
-PAIRS = [*contract.COMPOSED, "consensusdrop+sparsevlm", "visionzip+dart"]
+PAIRS = [*contract.COMPOSED, "consensusdrop+sparsevlm", "visionzip+dart", "cdpruner+fastv"]
 
 
 def kept(record) -> list[list[list[int]]]:
@@ -116,7 +116,8 @@ def tiled(tmp_path_factory):
     return [load(folder / name, device="cpu") for name in ("next", "video")]
 
 
-def test_tiles_and_frames_share_what_the_first_method_leaves(tiled):
+@pytest.mark.parametrize("name", ["fastervlm+pyramiddrop", "hired+pyramiddrop"])  # HiRED splits by scores of its own
+def test_tiles_and_frames_share_what_the_first_method_leaves(name, tiled):
     """Every tile was given its part of the whole budget; the second method sees the tokens of all tiles together."""
     pictures = picture(0, (112, 112)), Video(tuple(picture(frame) for frame in range(8)))
     options = [{}, {"newlines": "keep"}, {"crops": "global"}, {"retention_ratio": 0.2}]
@@ -125,7 +126,7 @@ def test_tiles_and_frames_share_what_the_first_method_leaves(tiled):
         spec = spec_of(model.spec, layout)
         for one in options:
             budget = None if "retention_ratio" in one else 20
-            reducer = registry.build("fastervlm+pyramiddrop", budget, one, layout.tokens)
+            reducer = registry.build(name, budget, one, layout.tokens)
             require(reducer, model.spec)
             found = contract.run(model, [sample], reducer)
             first = dataclasses.replace(reducer.before_decoder(spec), retention_ratio=0)
