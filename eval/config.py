@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,6 +194,8 @@ def pairs(flag: str, settings: Sequence[str]) -> dict[str, str]:
 def options_by_method(methods: Sequence[str], settings: Sequence[str]) -> dict[str, dict[str, str]]:
     """Options from --set: METHOD.KEY=VALUE for one method, KEY=VALUE for all of `methods`.
 
+    METHOD may be a part of a composition: fastv.layer=3 is for fastv, and for divprune+fastv.
+
     Returns:
         Method -> option -> text; every method is there.
 
@@ -202,13 +205,15 @@ def options_by_method(methods: Sequence[str], settings: Sequence[str]) -> dict[s
     options: dict[str, dict[str, str]] = {method: {} for method in methods}
     for setting in settings:
         name, equals, value = setting.partition("=")
-        prefix, dot, key = name.rpartition(".")
+        prefix, dot, key = name.partition(".") if "." in name else ("", "", name)
         if not (equals and key) or (dot and not prefix):
             example = " or ".join(f"{form}=value" for form in (f"{methods[0]}.key", "key"))
             raise UserError(f"--set should look like {example}, got {setting!r}.")
-        if dot and prefix not in options:
+        meant = [(method, key if not dot or method == prefix else name) for method in methods]
+        meant = [one for one in meant if not dot or prefix in (one[0], *one[0].split("+"))]
+        if not meant:
             raise UserError(f"--set {setting} is for method {prefix!r}, but this run is of {', '.join(methods)!r}.")
-        for method in [prefix] if dot else methods:
+        for method, key in meant:
             if key in options[method]:
                 raise UserError(f"--set {method}.{key} is given twice.")
             options[method][key] = value
@@ -232,8 +237,9 @@ def build_reducer(config: RunConfig, visual_tokens: int | None) -> "Reducer":
 
     method = registry.method(config.method)  # refuses an unknown name
     options = config.options
-    if config.seed != 0 and any(field.name == "seed" for field in dataclasses.fields(method)):
-        options = {"seed": str(config.seed), **options}  # for methods that draw random numbers
+    if config.seed != 0:  # for methods that draw random numbers
+        seeds = [field.name for field in dataclasses.fields(method) if field.name.split("__")[-1] == "seed"]
+        options = {name: str(config.seed) for name in seeds if name.replace("__", ".") not in options} | options
     if config.retention_ratio is not None:
         return registry.build(config.method, config.budget, options, visual_tokens)
     budget = config.budget if visual_tokens is None else check_budget(config, visual_tokens)
@@ -331,22 +337,25 @@ def default_output(config: RunConfig, split: str, model: Any, reducer: "Reducer"
     return Path("results") / f"{config.benchmark}-{split}" / name / f"{reducer.name}-{reducer.budget}{tail}"
 
 
-def default_options() -> dict[str, dict[str, Any]]:
-    """Method -> option -> default, of the registered methods."""
-    from llava.reduction import registry
+@cache
+def default_options(method: str) -> dict[str, Any]:
+    """Option -> default in JSON types; {} for a method that is not registered."""
+    from llava.reduction import options_of, registry
 
-    methods = registry.describe()
-    return {method["name"]: {option["name"]: option["default"] for option in method["options"]} for method in methods}
+    try:
+        known = options_of(registry.method(method))
+    except UserError:
+        return {}
+    return {name: json.loads(json.dumps(option.default)) for name, option in known.items()}
 
 
-def changed_options(method: str, options: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def changed_options(method: str, options: Mapping[str, Any]) -> list[str]:
     """["alpha=1.0", "merge=none"]: options that differ from their defaults; all of a method that is not registered.
 
     Args:
         options: as a result holds them.
-        defaults: see `default_options`.
     """
-    plain = {name: json.loads(json.dumps(value)) for name, value in defaults.get(method, {}).items()}
+    plain = default_options(method)
     return [f"{k}={v}" for k, v in options.items() if k != "budget" and (k not in plain or plain[k] != v)]
 
 

@@ -83,6 +83,7 @@ def check(kind: str, name: str, write: bool) -> int:
     """Generate what belongs to a name if asked to, and run its tests; returns the exit code."""
     if name not in known(kind):
         (registry.method if kind == "method" else benchmarks.get)(name)  # the sentence for it
+        raise UserError(f"{name} is a composition; check its parts: {name.replace('+', ', ')}.")
     commands = [["python", *command.format(name).split()] for command in WRITERS[kind] if write]
     for command in commands:
         print("+", *command, flush=True)

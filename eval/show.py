@@ -26,12 +26,16 @@ from llava.errors import UserError, unknown
 KINDS = ("methods", "benchmarks", "models")
 
 
-def entries_of(kind: str) -> list[dict[str, Any]]:
-    """What there is of one kind, sorted by name; each entry has at least "name"."""
+def entries_of(kind: str, name: str | None = None) -> list[dict[str, Any]]:
+    """What there is of one kind, sorted by name; each entry has at least "name".
+
+    Args:
+        name: of a method, the only one that is asked for; compositions are in no list.
+    """
     if kind == "methods":
         from llava.reduction import registry
 
-        return registry.describe()
+        return registry.describe(*([name] if name else []))
     if kind == "benchmarks":
         return benchmarks.describe()
     models = [path.parent for path in sorted((ROOT / "assets").glob("*/config.json"))]
@@ -77,16 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("kind", choices=KINDS)
     p.add_argument("name", nargs="?", help="only this one, with everything that is known about it")
     args = p.parse_args(arguments)
-    entries = entries_of(args.kind)
+    entries = entries_of(args.kind, args.name)
     if not entries:
         raise UserError("No models are here: the bundled toy models are in the repository, not in its wheel. Clone it.")
     if args.name is not None:
         known = {entry["name"]: entry for entry in entries}
         if args.name not in known:
-            if args.kind == "methods":
-                from llava.reduction import registry
-
-                registry.method(args.name)  # says which file of it is broken
             raise unknown(args.kind.removesuffix("s"), args.name, known)
         entries = [known[args.name]]
     print(details(entries[0]) if args.name is not None else overview(args.kind, entries))

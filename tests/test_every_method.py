@@ -30,7 +30,7 @@ KINDS = {"appended", "scale", "duplicates", "unsorted", "uncounted"}  # of what 
 ALL = 16  # visual tokens of the tiny model
 
 
-@pytest.fixture(params=registry.names())
+@pytest.fixture(params=[*registry.names(), *contract.COMPOSED])
 def name(request) -> str:
     return request.param
 
@@ -113,7 +113,7 @@ def test_row_of_the_method_is_filled_in(name):
     method, card = registry.method(name), registry.method(name).metadata
     assert card.acts and (card.score or name in ("full", "random", "uniform", "downsample"))
     assert bool(card.paper) == bool(card.url)
-    row = next(row for row in registry.describe() if row["name"] == name)
+    (row,) = registry.describe(name)
     assert row["summary"] and all(option["doc"] for option in row["options"])
     for key, reason in method.known_deviations.items():
         kind, _, condition = key.partition(" with ")

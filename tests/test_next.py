@@ -14,6 +14,7 @@ from llava.reduction.budget import planned, require
 from llava.reduction.reducer import options_of
 from llava.reduction.token_layout import spec_of
 from tests.conftest import QUESTIONS, picture
+from tests.contract import COMPOSED
 from tests.tiny_checkpoints import save_text_tower
 from tests.tiny_checkpoints_families import make_tiny_next, save_next_transformers
 from tests.watch import watched
@@ -56,7 +57,7 @@ def accepted(name: str, model, budgets=(30, 20)):
         yield reducer
 
 
-@pytest.fixture(params=[name for name in registry.names() if name != "full"])
+@pytest.fixture(params=[*(name for name in registry.names() if name != "full"), *COMPOSED])
 def name(request) -> str:
     return request.param
 
@@ -78,7 +79,7 @@ def test_every_method_meets_its_budget_over_crops(name, model):
             full = model.views(sample.image)[1]
             assert audit.tokens_per_layer == planned(reducer, spec_of(model.spec, full)), (reducer, full.tokens)
             # PyramidDrop's stages keep fixed shares, so it cannot keep nearly all of a small picture.
-            if reducer.budget < full.patches * (0.5 if name == "pyramiddrop" else 1):
+            if reducer.budget < full.patches * (0.5 if "pyramiddrop" in name else 1):
                 assert abs(audit.mean - reducer.budget) <= reducer.rounding
             assert audit.planned == audit.mean
 
@@ -112,7 +113,7 @@ def test_every_other_split_meets_the_budget_too(name, model):
         reducer = registry.build(name, 24, {"crops": crops})
         require(reducer, model.spec)
         _, audits, record = run(model, batch()[1:3], reducer)
-        assert [audit.mean for audit in audits] == [24, 24]
+        assert all(abs(audit.mean - 24) <= (reducer.rounding if reducer.parts else 0) for audit in audits)
         for steps in record.steps:
             anchors = steps[0].reduction.kept[0]
             assert len(anchors.unique()) == len(anchors)

@@ -37,12 +37,13 @@ def answer_sources(*objects: Any, root: Path = ROOT) -> dict[str, str]:
     """File -> hash of its code, for the classes of `objects` and all project modules that they import.
 
     Args:
-        objects: model and method.
+        objects: model and method; a composition has the files of its parts, too.
         root: folder of the project. Files outside of it are hashed under their name, and their imports are followed
             into the project.
     """
     found: dict[Path, str] = {}
-    waiting = [path for thing in objects for path in class_files(type(thing), root)]
+    classes = [cls for thing in objects for cls in (type(thing), *getattr(thing, "parts", ()))]
+    waiting = [path for cls in classes for path in class_files(cls, root)]
     waiting += [path for name in ENTRIES if (path := root / name).is_file()]
     while waiting:
         path = waiting.pop()

@@ -55,6 +55,7 @@ class Oracle(Reducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "acts_in", stages_of(self.method))
+        object.__setattr__(self, "then", self.method.then)
 
     def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...] | None:
         return self.method.tokens_per_layer(spec)
@@ -66,6 +67,10 @@ class Oracle(Reducer):
     def for_picture(self, spec: ModelSpec) -> Self:
         method = self.method.for_picture(spec)
         return replace(self, budget=method.budget, retention_ratio=method.retention_ratio, method=method)
+
+    def before_decoder(self, spec: ModelSpec) -> Self:
+        method = self.method.before_decoder(spec)
+        return replace(self, budget=method.budget, method=method)
 
     def keeps_all(self, tokens: int) -> bool:
         return self.method.keeps_all(tokens)

@@ -23,7 +23,7 @@ from eval.answers.reuse import joint
 from eval.answers.source_hash import flatten
 from eval.benchmarks.records import NotRequired, Number, TypedDict, check
 from eval.command import exit_on_user_error, make_parser, value
-from eval.config import FULL, TOY_BANNER, changed_options, default_options, is_toy, path_name
+from eval.config import FULL, TOY_BANNER, changed_options, is_toy, path_name
 from eval.pages import asset, environment, inline_json
 from eval.results.report import interval_of
 from llava.errors import UserError
@@ -147,10 +147,9 @@ def collect(folder: Path) -> Found:
     paths = sorted(folder.rglob(RESULT))
     current = [path for path in paths if not any(REPLACED.fullmatch(part) for part in path.relative_to(folder).parts)]
     rows, damaged = [], []
-    defaults = default_options()
     for path in current:
         try:
-            rows.append(row_of(check(Result, read_json(path), str(path)), path.parent.relative_to(folder), defaults))
+            rows.append(row_of(check(Result, read_json(path), str(path)), path.parent.relative_to(folder)))
         except UserError as error:
             damaged.append(str(error))
     if not rows:
@@ -160,12 +159,11 @@ def collect(folder: Path) -> Found:
     return Found(ordered, groups, damaged)
 
 
-def row_of(result: Mapping[str, Any], folder: Path, defaults: Mapping[str, Mapping[str, Any]]) -> Row:
+def row_of(result: Mapping[str, Any], folder: Path) -> Row:
     """A checked result as a row.
 
     Args:
         folder: of the result, relative to the folder that was searched.
-        defaults: see `default_options`.
     """
     main, settings, audit = result["main"], result["settings"], result["audit"]
     interval = interval_of(result) or {}
@@ -174,7 +172,7 @@ def row_of(result: Mapping[str, Any], folder: Path, defaults: Mapping[str, Mappi
     flops = (result.get("flops") or {}).get("per_question")  # earlier versions counted something else
     return Row(
         method=result["method"],
-        options=", ".join(changed_options(result["method"], settings.get("config", {}), defaults)),
+        options=", ".join(changed_options(result["method"], settings.get("config", {}))),
         budget=result["budget"],
         benchmark=result.get("title") or settings["benchmark"],
         model=settings["model"],

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 from eval.answers.source_hash import HASHED, combined, flatten
-from eval.config import RunConfig, changed_fields, changed_options, default_options
+from eval.config import RunConfig, changed_fields, changed_options
 from eval.results import report
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def start_evaluation(
     about |= {"checkpoint": str(config.model), "table": config.table}
     tags = [about.get(key) for key in ("benchmark", "split", "model", "method", "profile")]
     tags += [f"budget {about.get('budget')}", config.table]
-    differing = changed_options(settings["method"], settings["config"], default_options())
+    differing = changed_options(settings["method"], settings["config"])
     differing += [f"{name}={value}" for name, value in flatten(changed_fields(config)).items()]
     return start(
         config.wandb, output, about, job_type="evaluation", tags=[*tags, *differing], group=config.table, note=differing

@@ -279,7 +279,7 @@ class Stages:
                     tiles.setdefault(view.image, []).append((piece, value))
         for image, pieces in tiles.items():
             reduced.append(views.join_prompt(self.reducer, sequence, image, self.images[image].encoded, pieces))
-        return self._shorten(sequence, reduced, "prompt")
+        return self._shorten(sequence, reduced, "prompt", self.reducer)
 
     # -- stage 3: between decoder layers
 
@@ -322,7 +322,7 @@ class Stages:
             for reduction, own in parts:
                 values = self._merged_values(reduction, state, own)
                 reduced.append(Reduced(rows[own.start : own.stop], reduction, values))
-        sequence = self._shorten(sequence, reduced, f"layer {layer}")
+        sequence = self._shorten(sequence, reduced, f"layer {layer}", self.reducer.then or self.reducer)
         self.timer.mark("selection")
         return sequence
 
@@ -395,9 +395,9 @@ class Stages:
             operations.add("selection", int, len(merged) * reduction.apply_flops(merged.shape[-1]))
         return values
 
-    def _shorten(self, sequence: Sequence, reduced: list[Reduced], place: str) -> Sequence:
-        """Record reductions and apply them to the prompts."""
+    def _shorten(self, sequence: Sequence, reduced: list[Reduced], place: str, method: Reducer) -> Sequence:
+        """Record reductions and apply them to the prompts; `method` says which position ids these then have."""
         for part in reduced:
             for row, (sample, number) in enumerate(part.images):
                 self.record.reductions[sample].append(Applied(place, number, part.reduction, row))
-        return sequence.reduce(reduced, self.reducer.positions == "renumber") if reduced else sequence
+        return sequence.reduce(reduced, method.positions == "renumber") if reduced else sequence

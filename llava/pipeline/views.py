@@ -140,7 +140,7 @@ def groups_of(model: Llava, reducer: Reducer, samples: Samples[Sample], images: 
 def parts_of(model: Llava, reducer: Reducer, image: Row, picture: EncodedImage) -> list[View]:
     """The views of one image; tiles with a budget of 0 are left out."""
     spec, count = spec_of(model.spec, picture.full), len(picture.arrangement.crops)
-    reducer = reducer.for_picture(spec)
+    reducer = reducer.for_picture(spec).before_decoder(spec)
     if divided(reducer, count):
         given = shares(reducer, picture.full, picture.encoded.scores)
         return [

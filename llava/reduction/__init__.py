@@ -35,7 +35,7 @@ from llava.reduction.reducer import (
     options_of,
     seed_of,
 )
-from llava.reduction.registry import register
+from llava.reduction.registry import compose, register
 from llava.reduction.scores import TowerScore
 from llava.reduction.states import (
     RELEVANCE,

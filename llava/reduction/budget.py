@@ -26,7 +26,7 @@ from torch import Tensor
 from llava.errors import MethodError, UserError
 from llava.reduction.reducer import Reducer
 from llava.reduction.scores import TowerScore
-from llava.reduction.token_layout import ModelSpec, TokenLayout, spec_of
+from llava.reduction.token_layout import ModelSpec, PatchGrid, TokenLayout, spec_of
 
 AnyReducer = TypeVar("AnyReducer", bound=Reducer)
 
@@ -108,12 +108,30 @@ def planned(reducer: Reducer, spec: ModelSpec) -> tuple[int, ...] | None:
     if len(known) < len(plans):
         return None
     kept = spec.newlines if chooses_patches(reducer) and reducer.newlines == "keep" else 0
-    return tuple(kept + sum(layer) for layer in zip(*known, strict=True))
+    plan = tuple(kept + sum(layer) for layer in zip(*known, strict=True))
+    if then := reducer.for_picture(spec).then:
+        then, spec = in_decoder(then, spec, plan[0])
+        return then.tokens_per_layer(spec)
+    return plan
+
+
+def in_decoder(then: Reducer, spec: ModelSpec, entering: int) -> tuple[Reducer, ModelSpec]:
+    """The second method of a composition, and the model as it finds it.
+
+    Args:
+        then: at the budget of the image.
+        entering: tokens of the image that the first method leaves; they are in one row.
+    """
+    own = replace(spec, visual_tokens=entering, layout=PatchGrid(1, entering), crops=(), newlines=0)
+    return then.with_budget(min(then.budget, entering)), own
 
 
 @lru_cache(maxsize=256)
 def require(reducer: Reducer, spec: ModelSpec) -> None:
     """Raise UserError if the method cannot run on this model at its budget."""
+    if reducer.parts:
+        reducer.check(spec)  # calls this function for each part
+        return
     reducer = reducer.for_picture(spec)
     parts = {(reducer, spec)}
     if spec.crops or spec.newlines:
@@ -169,7 +187,7 @@ def for_patches(reducer: Reducer, newlines: int) -> int:
 
 def over_crops(reducer: AnyReducer, spec: ModelSpec) -> list[tuple[AnyReducer, ModelSpec]]:
     """The method and the model spec for each tile, or for all tiles together; the budget is split evenly."""
-    reducer = reducer.for_picture(spec)
+    reducer = reducer.for_picture(spec).before_decoder(spec)
     if divided(reducer, len(spec.crops)):
         given = split_evenly(for_patches(reducer, spec.newlines), [crop.tokens for crop in spec.crops])
         return [(reducer.with_budget(share), spec.crop(number)) for number, share in enumerate(given) if share]

@@ -91,6 +91,8 @@ class Reducer:
             "scale" (merge weights do not sum to 1), "duplicates", "unsorted" (tokens are in an order of the method's
             own), "uncounted" (the mean is off the budget) and "unused OPTION" (its values change nothing on a small
             image), or one of them and " with OPTION=VALUE", for the options that make it so.
+        parts: the two methods of a composition (llava/reduction/compose.py).
+        then: of an instance of a composition, its second method.
 
     Attributes:
         budget: visual tokens per image, as a mean over decoder layers; merged tokens count.
@@ -110,6 +112,8 @@ class Reducer:
     rounding: ClassVar[float] = 0.5
     needs_text_tower: ClassVar[bool] = False
     known_deviations: ClassVar[dict[str, str]] = {}
+    parts: ClassVar[tuple[type["Reducer"], ...]] = ()
+    then: ClassVar["Reducer | None"] = None
 
     budget: int
     positions: str = option("renumber", "position ids after a reduction", ("renumber", "original"))
@@ -193,6 +197,10 @@ class Reducer:
         """The same method at the budget of one image."""
         if self.retention_ratio:
             return self.with_budget(tokens_of(self.retention_ratio, spec.visual_tokens))
+        return self
+
+    def before_decoder(self, spec: ModelSpec) -> Self:
+        """The method that reduces an image before the decoder, at its budget; a composition gives its first method."""
         return self
 
     def crop_shares(

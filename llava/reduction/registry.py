@@ -5,10 +5,12 @@ import importlib.util
 import pkgutil
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from llava.budget import RETENTION_RATIO, count_or_ratio, tokens_of
 from llava.errors import UserError, unknown
+from llava.reduction.compose import OWN, composition
 from llava.reduction.reducer import Reducer, options_of
 
 METHODS: dict[str, type[Reducer]] = {}
@@ -63,10 +65,21 @@ def names() -> list[str]:
     return sorted(METHODS)
 
 
+@cache
+def compose(first: str, second: str) -> type[Reducer]:
+    """The class of `first` and, on top of it, `second`, by their names; UserError where they do not go together."""
+    return composition(method(first), method(second))
+
+
 def method(name: str) -> type[Reducer]:
-    """The class of a method; UserError with a suggestion for an unknown name."""
+    """The class of a method; "divprune+fastv" is a composition. UserError with a suggestion for an unknown name."""
     load_all()
     if name not in METHODS:
+        if "+" in name:
+            first, _, second = name.partition("+")
+            if not first or not second or "+" in second:
+                raise UserError(f"A composition names two methods, as divprune+fastv; got {name!r}.")
+            return compose(first, second)
         # A method's file has its name, or its package has.
         broken = [why for module, why in BROKEN.items() if name in module.split(".")]
         silent = [
@@ -113,10 +126,16 @@ def build(
     """
     cls = method(name)
     known, values = options_of(cls), dict[str, Any]()
-    for key, text in (options or {}).items():
+    for asked, text in (options or {}).items():
+        key = asked.replace(".", "__")
+        part, _, own = key.partition("__")
+        if cls.parts and part == cls.parts[0].name and own in OWN:
+            key = own
         if key not in known:
-            raise unknown(f"option of {cls.name}", key, known)
-        values[key] = _parse(f"{cls.name}.{key}", text, type(known[key].default))
+            raise unknown(f"option of {cls.name}", asked, map(_spelled, known))
+        if key in values:
+            raise UserError(f"The option {_spelled(key)} of {cls.name} is given twice.")
+        values[key] = _parse(f"{cls.name}.{_spelled(key)}", text, type(known[key].default))
     ratio = values.get(RETENTION_RATIO, 0.0)
     if ratio and budget is not None:
         raise UserError(
@@ -134,20 +153,30 @@ def build(
     return cls(budget=budget, **values)
 
 
+def _spelled(key: str) -> str:
+    """The name of an option on a command line: "fastv.layer" of a composition's field "fastv__layer"."""
+    return key.replace("__", ".")
+
+
 def differences_from_release(cls: type[Reducer]) -> str:
     """What the head of a method's file says after "Differs from it:", in one line."""
     _, _, rest = (sys.modules[cls.__module__].__doc__ or "").partition("Differs from it:")
     return " ".join(rest.partition("\n\n")[0].split())
 
 
-def describe() -> list[dict[str, Any]]:
-    """Name, summary, sources and options of every method, for `vtr show methods`."""
+def describe(*chosen: str) -> list[dict[str, Any]]:
+    """Name, summary, sources and options of methods, by default of all, for `vtr show methods`."""
     rows = []
-    for name in names():
-        cls = METHODS[name]
+    for name in chosen or names():
+        cls = method(name)
+        parts = cls.parts or (cls,)
+        sources = [part.metadata for part in parts]
+        differences = [
+            f"{part.name}: " * bool(cls.parts) + differences_from_release(part) for part in parts if part.metadata.code
+        ]
         options = [
             {
-                "name": key,
+                "name": _spelled(key),
                 "type": type(known.default).__name__,
                 "default": known.default,
                 "choices": known.metadata.get("choices"),
@@ -156,9 +185,9 @@ def describe() -> list[dict[str, Any]]:
             for key, known in options_of(cls).items()
         ]
         known_sources = {
-            "paper": " ".join(filter(None, (cls.metadata.paper, cls.metadata.url))),
+            "paper": "; ".join(f"{about.paper} {about.url}" for about in sources if about.paper),
             "official code read": cls.metadata.code,
-            "differs from the release": differences_from_release(cls) if cls.metadata.code else "",
+            "differs from the release": " ".join(differences),
         }
         about = {"name": name, "summary": cls.summary}
         rows.append(about | {key: text for key, text in known_sources.items() if text} | {"options": options})
