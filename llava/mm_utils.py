@@ -100,7 +100,7 @@ class KeywordsStoppingCriteria(StoppingCriteria):
         self.keywords = [keyword for keyword in keywords if keyword]
         self.tokenizer, self.prompts = tokenizer, input_ids
 
-    def __call__(self, output_ids: Tensor, scores: Any = None, **kwargs: Any) -> bool:  # type: ignore[override]
+    def __call__(self, output_ids: Tensor, scores: Any = None, **kwargs: Any) -> bool:
         prompts = self.prompts.to(output_ids.device)
         repeated = torch.equal(output_ids[:, : prompts.shape[1]], prompts)
         answers = self.tokenizer.batch_decode(output_ids[:, prompts.shape[1] :] if repeated else output_ids)

@@ -97,9 +97,7 @@ class ScriptModel(nn.Module):
         """
         for name in READ_THE_PROMPT:
             if settings.get(name) not in (None, 0, 1):
-                raise UserError(
-                    f"{name} reads the prompt here, the answer alone in LLaVA's own; leave it out."
-                )
+                raise UserError(f"{name} reads the prompt here, the answer alone in LLaVA's own; leave it out.")
         if not settings.get("do_sample") and not settings.get("temperature"):
             settings.pop("temperature", None)  # LLaVA's scripts give 0 for greedy decoding
         given = self._pixels(images, image_sizes)

@@ -195,7 +195,7 @@ def load_pretrained_model(
     bits = "8bit" if load_8bit else "4bit" if load_4bit else None
     checkpoint = load_checkpoint(model_path, dtype, place, quantization=bits)
     model = ScriptModel(checkpoint, place, method or "full", budget, **options)
-    own = checkpoint.image_processor
+    own: Any = checkpoint.image_processor  # a CLIP's, as that of both families
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": own.size},
         crop_size={"height": own.crop, "width": own.crop},
