@@ -164,34 +164,24 @@ def test_the_method_comes_from_arguments_or_the_environment(tiny_path, monkeypat
     assert loaded(tiny_path, device_map={"": "cpu"}, device="cuda")[1].reduced.reducer.name == "full"
 
 
-@pytest.mark.parametrize(
-    "loading, settings, sentence",
-    [
-        ({"use_flash_attn": True}, {}, "use_flash_attn is not supported"),
-        ({"load_8bit": True}, {}, "needs the package bitsandbytes"),
-        ({"device_map": "balanced", "device": "cuda"}, {}, "The device should be auto"),
-        ({"torch_dtype": "int8"}, {}, "torch_dtype must be one of float32"),
-        ({"method": "consensusdrop"}, {}, "needs a budget"),
-        ({"method": "fastervlm", "budget": 6, "offload_folder": "x"}, {}, "Unknown option of fastervlm"),
-        ({}, {"repetition_penalty": 1.2}, "reads the prompt here"),
-        ({}, {"use_cache": False}, "leave use_cache on"),
-    ],
-)
-def test_what_cannot_be_done_is_said(tiny_path, loading, settings, sentence):
-    with pytest.raises(UserError, match=sentence):
-        model = loaded(tiny_path, **loading)[1]
-        ids, pixels = torch.tensor([[1, IMAGE_TOKEN_INDEX, 5]]), torch.zeros(1, 3, 56, 56)
-        model.generate(ids, pixels, max_new_tokens=2, **settings)
-
-
-def test_checkpoints_that_scripts_cannot_ask(tmp_path):
+def test_what_cannot_be_done_is_said(tiny_path, tmp_path):
     SAVERS["video_llava transformers"](tmp_path / "video")
     SAVERS["llava original"](tmp_path / "marked", mm_use_im_start_end=True)
-    for name, sentence in (("video", "use llava.load for video_llava"), ("marked", "<im_start> and <im_end>")):
+    for path, options, sentence in (
+        (tiny_path, {"use_flash_attn": True}, "use_flash_attn is not supported"),
+        (tiny_path, {"load_8bit": True}, "needs the package bitsandbytes"),
+        (tiny_path, {"device_map": "balanced", "device": "cuda"}, "The device should be auto"),
+        (tiny_path, {"torch_dtype": "int8"}, "torch_dtype must be one of float32"),
+        (tiny_path, {"offload_folder": "x"}, "need a method"),
+        (tmp_path / "video", {}, "use llava.load for video_llava"),
+        (tmp_path / "marked", {}, "<im_start> and <im_end>"),
+    ):
         with pytest.raises(UserError, match=sentence):
-            loaded(tmp_path / name)
+            loaded(path, **options)
     with pytest.raises(UserError, match="model_base 'vicuna' is not supported"):
-        load_pretrained_model(str(tmp_path), "vicuna", "llava-lora")
+        load_pretrained_model(str(tiny_path), "vicuna", "llava-lora")
+    with pytest.raises(UserError, match="repetition_penalty reads the prompt here"):
+        ask(loaded(tiny_path), QUESTIONS[0], picture(0), repetition_penalty=1.2)
 
 
 @pytest.mark.process
