@@ -173,12 +173,13 @@ def test_what_cannot_be_done_is_said(tiny_path, tmp_path):
         (tiny_path, {"device_map": "balanced", "device": "cuda"}, "The device should be auto"),
         (tiny_path, {"torch_dtype": "int8"}, "torch_dtype must be one of float32"),
         (tiny_path, {"offload_folder": "x"}, "need a method"),
+        ("nowhere", {"method": "visiondrip"}, "Did you mean 'visiondrop'"),
         (tmp_path / "video", {}, "use llava.load for video_llava"),
         (tmp_path / "marked", {}, "<im_start> and <im_end>"),
     ):
         with pytest.raises(UserError, match=sentence):
             loaded(path, **options)
-    with pytest.raises(UserError, match="model_base 'vicuna' is not supported"):
+    with pytest.raises(UserError, match="model_base is not supported"):
         load_pretrained_model(str(tiny_path), "vicuna", "llava-lora")
     with pytest.raises(UserError, match="repetition_penalty reads the prompt here"):
         ask(loaded(tiny_path), QUESTIONS[0], picture(0), repetition_penalty=1.2)

@@ -15,6 +15,7 @@ from llava.model.llava_next import LlavaNext
 from llava.model.parallel import device_of_rank, parallel_of
 from llava.model.qwen_vl import QwenVL
 from llava.model.video_llava import VideoLlava
+from llava.reduction import registry
 
 if TYPE_CHECKING:
     from llava.hf.interface import ScriptModel
@@ -172,19 +173,18 @@ def load_pretrained_model(
     Raises:
         UserError: what is asked for is not supported, or the checkpoint or the method cannot be used.
     """
-    # Here, because llava.model is below the pipeline and the wrappers, and below it only in this function.
+    # Here, because the modules of llava.model import nothing of the pipeline when they are loaded.
     from llava.hf.interface import ScriptModel
 
     if model_base is not None:
-        raise UserError(
-            f"model_base {model_base!r} is not supported; merge {model_path} into it first (LLaVA has a script)."
-        )
+        raise UserError(f"model_base is not supported; merge the weights of {model_path} into {model_base} first.")
     if use_flash_attn:
         raise UserError("use_flash_attn is not supported: attention runs torch's own fused kernel; leave it out.")
-    if method is None and budget is None:
-        method, budget = os.environ.get("VTR_METHOD") or None, os.environ.get("VTR_BUDGET") or None
+    method = method or os.environ.get("VTR_METHOD") or None
+    budget = (os.environ.get("VTR_BUDGET") or None) if budget is None else budget
     if method is None and (budget is not None or options):
         raise UserError(f"A budget ({budget}) or options ({options}) need a method; set VTR_METHOD or give method=...")
+    registry.method(method or "full")  # a wrong name is found before the weights are read
     dtype = DTYPES.get(torch_dtype, torch_dtype)
     if dtype not in DTYPES.values():
         raise UserError(f"torch_dtype must be one of {', '.join(DTYPES)}, got {torch_dtype!r}.")
