@@ -14,16 +14,11 @@ from eval.benchmarks.base import Question
 from eval.benchmarks.media import image_name
 from eval.benchmarks.records import Filled, Id, TypedDict, check_lines
 from eval.metrics import first_names
+from llava.conversation import ANSWER_FORMATS
 from llava.errors import UserError
 
 # The answer-format instructions of LLaVA's benchmark files, by name.
-SHORT = "Answer the question using a single word or phrase."
-LETTER = "Answer with the option's letter from the given choices directly."
-LETTER_CN = "请直接回答选项字母。"
-VIZ = f"When the provided information is insufficient, respond with 'Unanswerable'.\n{SHORT}"
-
-# VIZ ends with SHORT, so it has to be tried first.
-SUFFIXES = (VIZ, SHORT, LETTER, LETTER_CN)
+VIZ, SHORT, LETTER, LETTER_CN = ANSWER_FORMATS
 
 # The archive with LLaVA's question files, for sentences.
 EVAL_ZIP = "eval.zip of LLaVA's docs/Evaluation.md"
@@ -34,7 +29,7 @@ def split_suffix(text: str) -> tuple[str, str]:
 
     A text that ends with none of the known instructions is all question.
     """
-    for suffix in SUFFIXES:
+    for suffix in ANSWER_FORMATS:
         if text.endswith(f"\n{suffix}"):
             return text[: -len(suffix) - 1], suffix
     return text, ""

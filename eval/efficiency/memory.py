@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from eval.efficiency.counts import MarkedTimer
 from eval.efficiency.oracle import flat_oracle
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model import qwen_vl
 from llava.model.llava_arch import Llava
 from llava.model.llava_next import LlavaNext
@@ -30,7 +31,7 @@ from llava.model.video_llava import VideoLlava
 from llava.pipeline.decoder import BLOCK
 from llava.pipeline.prefill import prefill
 from llava.processing.image import Grid
-from llava.processing.prompt import IMAGE_TOKEN_INDEX, Prompt, Sample
+from llava.processing.prompt import Prompt, Sample
 from llava.reduction.budget import planned
 from llava.reduction.modules import layer_flops, linear_flops, prefill_flops, projector_flops, tower_flops
 from llava.reduction.reducer import Reducer

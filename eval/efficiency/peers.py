@@ -57,11 +57,12 @@ from eval.efficiency.oracle import chosen_options, oracles, reducers_of
 from eval.efficiency.shapes import SHAPES, noise_batches, random_llava
 from eval.results.report import commit, hardware, versions
 from eval.tables.page import left_aligned, markdown
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError
 from llava.model.builder import DTYPES
 from llava.model.llava_arch import Llava
 from llava.pipeline.accounting import Timer
-from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample
+from llava.processing.prompt import Sample
 from llava.reduction.budget import planned
 from llava.reduction.reducer import Reducer
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import DEFAULT_MODE
 from llava.errors import UserError
 from llava.model.checkpoint.config import QWEN, Family, identify
@@ -35,7 +36,7 @@ from llava.model.llava_next import LlavaNext
 from llava.model.qwen_vl import QwenVL
 from llava.model.video_llava import VideoLlava
 from llava.processing.image import Grid, ImageProcessor, QwenImageProcessor
-from llava.processing.prompt import IMAGE_TOKEN_INDEX, Prompt, Sample
+from llava.processing.prompt import Prompt, Sample
 from llava.reduction.reducer import Reducer
 from llava.reduction.token_layout import ModelSpec, PatchGrid, TokenLayout, frames, single, spec_of
 

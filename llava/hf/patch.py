@@ -59,7 +59,7 @@ HARMLESS_HOOKS = "transformers.utils.output_capturing"
 
 
 def reduce(
-    model: PreTrainedModel,
+    model: PreTrainedModel | HFWrapper,
     method: str,
     budget: int | float | str | None = None,
     *,
@@ -71,7 +71,8 @@ def reduce(
     """A context in which a Hugging Face model runs under a method.
 
     Args:
-        model: a Llava-, LlavaNext-, VideoLlava-, Qwen2VL- or Qwen2_5_VLForConditionalGeneration in evaluation mode.
+        model: a Llava-, LlavaNext-, VideoLlava-, Qwen2VL- or Qwen2_5_VLForConditionalGeneration in evaluation mode, or
+            a wrapper around one that knows tokenizer and text tower.
         method: a name of `llava.reduction.registry.names`.
         budget: visual tokens per image or video, mean over decoder layers, or the ratio of each image's tokens to keep
             ("1/9", 0.111). Only `full` and methods whose images decide how many tokens stay need none.
@@ -87,15 +88,15 @@ def reduce(
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if questions is not None and (isinstance(questions, str) or tokenizer is None):
         raise UserError("`questions` is a list with one string per prompt, and needs `tokenizer` (or the processor).")
-    runtime = wrap_model(model, tokenizer, text_tower)
+    runtime = model if isinstance(model, HFWrapper) else wrap_model(model, tokenizer, text_tower)
     tokens = runtime.visual_tokens
     has_budget = budget is not None or options.get(RETENTION_RATIO)
     reducer = build(method, budget if has_budget else tokens, options, tokens)
-    if reducer.needs_text_tower and family_of(model) in QWEN:
+    if reducer.needs_text_tower and family_of(runtime.hf_model) in QWEN:
         raise UserError(
             f"{method} needs a CLIP vision tower and its text half; the tower of {runtime.name} is no CLIP."
         )
-    if reducer.needs_text_tower and (text_tower is None or questions is None):
+    if reducer.needs_text_tower and (runtime.text_tower is None or questions is None):
         raise UserError(
             f"{method} compares questions with images in CLIP's space: give reduce() `questions`, `tokenizer`, and "
             "`text_tower`, the folder or hub id of the CLIP that the vision tower comes from."
@@ -109,7 +110,7 @@ def reduce(
             f"{method} needs a budget: the visual tokens to keep of each image (budget=64), or their ratio "
             '(budget="1/9"). "full" keeps all.'
         )
-    return Reduced(model, runtime, reducer, questions)
+    return Reduced(runtime, reducer, questions)
 
 
 # The cache
@@ -198,15 +199,13 @@ class Reduced:
         traces: the reductions that were applied to each of these prompts, in order.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, runtime: HFWrapper, reducer: Reducer, questions: Sequence[str] | None = None
-    ):
+    def __init__(self, runtime: HFWrapper, reducer: Reducer, questions: Sequence[str] | None = None):
         self.reducer, self.questions = reducer, questions
         self.accounting: list[TokenAccounting] = []
         self.traces: list[Trace] = []
         # Any: the modules of the model are found by attributes that PreTrainedModel does not declare.
-        self._model: Any = model
-        self._runtime, self._state, self._family = runtime, state_of(model), family_of(model)
+        self._model: Any = runtime.hf_model
+        self._runtime, self._state, self._family = runtime, state_of(self._model), family_of(self._model)
         self._overrides: list[Override] = []
 
     def __enter__(self) -> "Reduced":

@@ -1,10 +1,12 @@
 """Which class runs a checkpoint, by its family, and the choices that a family leaves in reading images."""
 
 import inspect
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase
 
 from llava.errors import UserError, unknown
 from llava.model.checkpoint.load import Checkpoint, load_checkpoint
@@ -13,6 +15,10 @@ from llava.model.llava_next import LlavaNext
 from llava.model.parallel import device_of_rank, parallel_of
 from llava.model.qwen_vl import QwenVL
 from llava.model.video_llava import VideoLlava
+from llava.reduction import registry
+
+if TYPE_CHECKING:
+    from llava.hf.interface import ScriptModel
 
 TOY_MODEL = Path(__file__).resolve().parents[2] / "assets" / "tinyllava"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -133,3 +139,67 @@ def device_of(name: str) -> torch.device:
             f"Device {name!r} was asked for, but this machine has {torch.cuda.device_count()} CUDA devices."
         )
     return device
+
+
+def load_pretrained_model(
+    model_path: str | Path,
+    model_base: str | None,
+    model_name: str,
+    load_8bit: bool = False,
+    load_4bit: bool = False,
+    device_map: Any = "auto",
+    device: Any = "cuda",
+    use_flash_attn: bool = False,
+    method: str | None = None,
+    budget: int | float | str | None = None,
+    torch_dtype: Any = torch.float16,
+    **options: Any,
+) -> tuple[PreTrainedTokenizerBase, "ScriptModel", CLIPImageProcessorPil, int]:
+    """Load a LLaVA-1.5 or LLaVA-NeXT for a script written for LLaVA's own package.
+
+    Args:
+        model_path: folder or hub id, transformers or original layout.
+        model_name: unused, because config.json says what the checkpoint is.
+        device_map: "auto", a device, or {"": device}; the model is on one device.
+        device: takes its place unless it is "cuda".
+        method: VTR_METHOD of the environment if left out; without both all visual tokens are kept.
+        budget: VTR_BUDGET of the environment if left out: visual tokens of an image, or the ratio of them to keep.
+        torch_dtype: or its name.
+        options: of the method.
+
+    Returns:
+        Tokenizer, model, image processor for `llava.mm_utils.process_images`, and longest prompt in tokens.
+
+    Raises:
+        UserError: what is asked for is not supported, or the checkpoint or the method cannot be used.
+    """
+    # Here, because the modules of llava.model import nothing of the pipeline when they are loaded.
+    from llava.hf.interface import ScriptModel
+
+    if model_base is not None:
+        raise UserError(f"model_base is not supported; merge the weights of {model_path} into {model_base} first.")
+    if use_flash_attn:
+        raise UserError("use_flash_attn is not supported: attention runs torch's own fused kernel; leave it out.")
+    method = method or os.environ.get("VTR_METHOD") or None
+    budget = (os.environ.get("VTR_BUDGET") or None) if budget is None else budget
+    if method is None and (budget is not None or options):
+        raise UserError(f"A budget ({budget}) or options ({options}) need a method; set VTR_METHOD or give method=...")
+    registry.method(method or "full")  # a wrong name is found before the weights are read
+    dtype = DTYPES.get(torch_dtype, torch_dtype)
+    if dtype not in DTYPES.values():
+        raise UserError(f"torch_dtype must be one of {', '.join(DTYPES)}, got {torch_dtype!r}.")
+    place = device if str(device) != "cuda" else device_map
+    if isinstance(place, dict) and place.keys() == {""}:
+        place = place[""]
+    place = device_of(f"cuda:{place}" if isinstance(place, int) else str(place))
+    bits = "8bit" if load_8bit else "4bit" if load_4bit else None
+    checkpoint = load_checkpoint(model_path, dtype, place, quantization=bits)
+    model = ScriptModel(checkpoint, place, method or "full", budget, **options)
+    own: Any = checkpoint.image_processor  # a CLIP's, as that of both families
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": own.size},
+        crop_size={"height": own.crop, "width": own.crop},
+        image_mean=list(own.mean),
+        image_std=list(own.std),
+    )
+    return checkpoint.tokenizer, model, processor, getattr(model.config, "max_sequence_length", 2048)

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.llava_arch import EncodedImage, Llava
 from llava.pipeline import decoder, views
 from llava.pipeline.accounting import Applied, Record, SeenImage, Timer
 from llava.pipeline.positions import Piece
 from llava.pipeline.sequence import Reduced, Row, Sequence, assemble
 from llava.pipeline.views import Features, Group
-from llava.processing.prompt import IMAGE_TOKEN_INDEX, Prompt, Sample
+from llava.processing.prompt import Prompt, Sample
 from llava.reduction.budget import ImagePlan, plan_image
 from llava.reduction.merging import Reduction, ViewReduction, stack
 from llava.reduction.modules import layer_flops, prefill_flops, projector_flops

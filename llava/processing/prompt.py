@@ -15,14 +15,11 @@ from PIL import Image
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, LlamaConfig, LlamaTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import DEFAULT_MODE, conversation, render
 from llava.errors import UserError
 from llava.processing.json_files import read_json
 from llava.processing.video import Video
-
-# With the values of the original LLaVA.
-IMAGE_PLACEHOLDER = "<image>"
-IMAGE_TOKEN_INDEX = -200  # outside every vocabulary: an image slot can never be taken for a word
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, known: dict[str, lis
         known: piece -> its ids, filled here, so that the pieces that texts share are tokenised once.
     """
     known = {} if known is None else known
-    words = text.split(IMAGE_PLACEHOLDER)
+    words = text.split(DEFAULT_IMAGE_TOKEN)
     for piece in words:
         if piece not in known:
             known[piece] = list(tokenizer(_dummy_spaces(piece, tokenizer)).input_ids)
@@ -165,9 +162,9 @@ def build_prompt(
 
 
 def _check_text(sample: Sample) -> None:
-    if IMAGE_PLACEHOLDER in sample.message:
+    if DEFAULT_IMAGE_TOKEN in sample.message:
         raise UserError(
-            f"The text of sample {sample.id!r} contains {IMAGE_PLACEHOLDER!r}, which would add an image; remove it "
+            f"The text of sample {sample.id!r} contains {DEFAULT_IMAGE_TOKEN!r}, which would add an image; remove it "
             "from the question: images are given in the sample's image field."
         )
     try:

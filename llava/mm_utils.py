@@ -1,0 +1,107 @@
+"""What scripts written for LLaVA's own package call to prepare images and prompts, with its names and arguments.
+
+All of it forwards to `llava.processing`, so that pixels and ids are those of every other command here.
+
+Official code read: haotian-liu/LLaVA@c121f04, llava/mm_utils.py
+Differs from it: KeywordsStoppingCriteria looks at the answer alone, and an empty keyword ends nothing; an aspect ratio
+that is not known is an error.
+"""
+
+import json
+from base64 import b64decode
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase, StoppingCriteria
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.errors import UserError, unknown
+from llava.processing.image import as_rgb, best_resolution, cut, on_canvas, open_image, pad_to_square, parse_pinpoints
+from llava.processing.image import resize as resized
+from llava.processing.prompt import tokenize
+
+select_best_resolution = best_resolution
+
+
+def get_model_name_from_path(model_path: str) -> str:
+    """The last part of a path or hub id; of a checkpoint-NUMBER of a training, its folder's name and this one."""
+    *folders, name = model_path.strip("/").split("/")
+    return f"{folders[-1]}_{name}" if name.startswith("checkpoint-") and folders else name
+
+
+def load_image_from_base64(image: str | bytes) -> Image.Image:
+    """The RGB image whose file is written as base64, as in MMBench's tables."""
+    return open_image(BytesIO(b64decode(image)), "in base64")
+
+
+def expand2square(pil_img: Image.Image, background_color: tuple[int, int, int]) -> Image.Image:
+    """The image in the middle of a square of one colour."""
+    side = max(pil_img.size)
+    canvas = Image.new(pil_img.mode, (side, side), background_color)
+    canvas.paste(pil_img, ((side - pil_img.width) // 2, (side - pil_img.height) // 2))
+    return canvas
+
+
+def process_images(images: Sequence[Image.Image], image_processor: CLIPImageProcessorPil, model_cfg: Any) -> Any:
+    """Pixels as `image_aspect_ratio` of the model's configuration says.
+
+    Returns:
+        [B, 3, S, S], padded to squares ("pad") or with the sides cut off (None, "square"); for "anyres"
+        [B, 1 + tiles, 3, S, S], or a list of [1 + tiles, 3, S, S] where images have different numbers of tiles.
+    """
+    aspect = getattr(model_cfg, "image_aspect_ratio", None)
+    if aspect == "anyres":
+        tiled = [process_anyres_image(image, image_processor, model_cfg.image_grid_pinpoints) for image in images]
+        return torch.stack(tiled) if len({len(crops) for crops in tiled}) == 1 else tiled
+    if aspect not in (None, "square", "pad"):
+        raise unknown("image_aspect_ratio", aspect, ("anyres", "pad", "square"))
+    whole = [as_rgb(image) for image in images]
+    if aspect == "pad":
+        red, green, blue = (int(255 * value) for value in image_processor.image_mean)
+        size = image_processor.size["shortest_edge"]
+        whole = [pad_to_square(image, (red, green, blue), size) for image in whole]
+    return image_processor(whole, return_tensors="pt")["pixel_values"]
+
+
+def process_anyres_image(image: Image.Image, processor: CLIPImageProcessorPil, grid_pinpoints: Any) -> Tensor:
+    """[1 + tiles, 3, S, S] pixels of LLaVA-NeXT: the whole image, then the tiles of the best of the resolutions."""
+    tile, size, image = processor.crop_size["height"], processor.size["shortest_edge"], as_rgb(image)
+    given = json.loads(grid_pinpoints) if isinstance(grid_pinpoints, str) else grid_pinpoints
+    canvas = on_canvas(image, best_resolution(image.size, parse_pinpoints(given, tile)))
+    pixels: Tensor = processor([resized(image, (size, size)), *cut(canvas, tile)], return_tensors="pt")["pixel_values"]
+    return pixels
+
+
+def tokenizer_image_token(
+    prompt: str,
+    tokenizer: PreTrainedTokenizerBase,
+    image_token_index: int = IMAGE_TOKEN_INDEX,
+    return_tensors: str | None = None,
+) -> Any:
+    """Ids of a prompt, `image_token_index` for each "<image>": a list, or a tensor [L] with return_tensors="pt"."""
+    if return_tensors not in (None, "pt"):
+        raise UserError(f"return_tensors must be 'pt' or None, got {return_tensors!r}.")
+    ids = [image_token_index if token == IMAGE_TOKEN_INDEX else token for token in tokenize(prompt, tokenizer)]
+    return torch.tensor(ids) if return_tensors else ids
+
+
+class KeywordsStoppingCriteria(StoppingCriteria):
+    """Whether every answer of a batch holds one of the keywords.
+
+    Args:
+        input_ids: [B, L] of the prompts, which ids that begin with them repeat.
+    """
+
+    def __init__(self, keywords: Sequence[str], tokenizer: PreTrainedTokenizerBase, input_ids: Tensor):
+        self.keywords = [keyword for keyword in keywords if keyword]
+        self.tokenizer, self.prompts = tokenizer, input_ids
+
+    def __call__(self, output_ids: Tensor, scores: Any = None, **kwargs: Any) -> bool:
+        prompts = self.prompts.to(output_ids.device)
+        repeated = torch.equal(output_ids[:, : prompts.shape[1]], prompts)
+        answers = self.tokenizer.batch_decode(output_ids[:, prompts.shape[1] :] if repeated else output_ids)
+        return all(any(keyword in answer for keyword in self.keywords) for answer in answers)
