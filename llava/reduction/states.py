@@ -81,7 +81,7 @@ class EncoderState(State):
     """Before the projector. B images of one batch with the same number of tokens.
 
     Attributes:
-        features: [B, N, D] tower features; with `keep_cls` token 0 is CLS.
+        features: [B, N, D] tower features; with `keep_cls` token 0 is CLS, where the tower has one.
         scores: the tower scores that `Reducer.scores` names, of patches only, float32.
         layout: patch grid of the N tokens; one long row for tiles of different shapes.
         tiles: patch grid of each tile, where the N tokens are several tiles ranked together; () otherwise.
