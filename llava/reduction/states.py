@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
-from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
@@ -406,15 +405,16 @@ def heads_of(layer: DecoderLayer, part: str, normed: Tensor, angles: Angles | No
         UserError: the layer does not call a kernel through transformers' attention interface.
     """
     attention = layer.self_attn
-    probe = copy(attention)  # the same weights; the model itself is not changed
-    probe.config = _Configuration(attention.config)
-    probe._modules = dict(attention._modules)
     one, zero = unturned(attention.head_dim, normed.dtype, normed.device)
+    modules, left_out = dict(attention._modules), {}
     for name, heads in HEADS.items():
-        if name != PROJECTIONS[part] and name in probe._modules:
+        if name != PROJECTIONS[part] and name in modules:
             # One head of zeros in place of a projection that is not asked for.
-            width = probe._modules.pop(name).out_features // getattr(attention.config, heads)
-            setattr(probe, name, lambda rows, width=width: zero[..., :1].expand(*rows.shape[:-1], width))
+            width = modules.pop(name).out_features // getattr(attention.config, heads)
+            left_out[name] = lambda rows, width=width: zero[..., :1].expand(*rows.shape[:-1], width)
+    # A module with the same weights, so that the model itself is not changed.
+    probe = object.__new__(type(attention))
+    vars(probe).update(vars(attention), config=_Configuration(attention.config), _modules=modules, **left_out)
     try:
         # Without the hooks of the module itself, which would wait for its end.
         type(attention).forward(probe, normed, position_embeddings=angles or (one, zero), attention_mask=None)
