@@ -52,6 +52,8 @@ class DecoderAttention(Module, Protocol):
     config: Any
     _modules: dict[str, Any]
 
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any: ...
+
 
 class DecoderLayer(Module, Protocol):
     """A decoder layer (LlamaDecoderLayer)."""

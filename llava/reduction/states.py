@@ -381,7 +381,8 @@ def angles_of(llm: Decoder, sequence: Sequence, layer: int) -> Angles:
     axes = position if position.dim() == 2 else position.permute(2, 0, 1)
     # Gemma 3 turns the layers with a sliding window by other angles.
     kinds = llm.config.layer_types if hasattr(llm.rotary_emb, "layer_types") else None
-    return llm.rotary_emb(sequence.hidden, axes, *(() if kinds is None else (kinds[layer],)))
+    angles: Angles = llm.rotary_emb(sequence.hidden, axes, *(() if kinds is None else (kinds[layer],)))
+    return angles
 
 
 @made_once
@@ -406,7 +407,8 @@ def heads_of(layer: DecoderLayer, part: str, normed: Tensor, angles: Angles | No
     """
     attention = layer.self_attn
     one, zero = unturned(attention.head_dim, normed.dtype, normed.device)
-    modules, left_out = dict(attention._modules), {}
+    modules: dict[str, Any] = dict(attention._modules)
+    left_out: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, heads in HEADS.items():
         if name != PROJECTIONS[part] and name in modules:
             # One head of zeros in place of a projection that is not asked for.
@@ -422,7 +424,8 @@ def heads_of(layer: DecoderLayer, part: str, normed: Tensor, angles: Angles | No
         query, key = reached.args
         heads = query if part == "query" else key
         gather = getattr(attention, "gather", None)
-        return (heads if gather is None else gather(heads, 1)).float()
+        whole: Tensor = heads if gather is None else gather(heads, 1)
+        return whole.float()
     raise UserError(
         f"{type(attention).__name__} does not call its kernel through transformers' attention interface, so its "
         "queries and keys cannot be read. Choose a method that reads no attention of the decoder."
