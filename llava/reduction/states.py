@@ -408,7 +408,7 @@ def heads_of(layer: DecoderLayer, part: str, normed: Tensor, angles: Angles | No
     attention = layer.self_attn
     one, zero = unturned(attention.head_dim, normed.dtype, normed.device)
     modules: dict[str, Any] = dict(attention._modules)
-    left_out: dict[str, Callable[[Tensor], Tensor]] = {}
+    left_out: dict[str, Any] = {}
     for name, heads in HEADS.items():
         if name != PROJECTIONS[part] and name in modules:
             # One head of zeros in place of a projection that is not asked for.
