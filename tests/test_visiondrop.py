@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import visiondrop.method
-from llava.errors import UserError
 from llava.pipeline import decoder
 from llava.pipeline.prefill import prefill
-from llava.reduction import Angles, registry
+from llava.reduction import registry
 from llava.reduction.scores import TowerScore
 from llava.reduction.states import EncoderState
 from llava.reduction.token_layout import ModelSpec, PatchGrid
@@ -119,11 +120,11 @@ def test_stages_move_with_the_depth():
 # -- the encoder stage ------------------------------------------------------------------------------------------------
 
 
-def encoder_state(images=3, spec=TINY, seed=0, kind="cls_attention", cls=True) -> EncoderState:
+def encoder_state(images=3, spec=TINY, seed=0, cls=True) -> EncoderState:
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     count = spec.visual_tokens
-    signals = {TowerScore(kind): draw(images, count).exp(), TowerScore("keys"): draw(images, count, 5)}
+    signals = {TowerScore("cls_attention"): draw(images, count).exp(), TowerScore("keys"): draw(images, count, 5)}
     features, ids = draw(images, count + cls, 6), tuple(map(str, range(images)))
     return EncoderState(ids=ids, spec=spec, features=features, scores=signals, layout=spec.layout)
 
@@ -243,18 +244,14 @@ def test_caches_keep_what_entered_each_layer(tiny):
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_tower_without_cls_needs_received_attention():
+def test_a_tower_without_cls_keeps_patches_alone():
     """The paper ranks by attention from all patches where there is no CLS, as in SigLIP; the release cannot."""
-    spec = dataclasses.replace(TINY, has_cls=False)
-    for wrong in ({}, {"encoder_score": "received"}, {"keep_cls": False}):
-        with pytest.raises(UserError, match="encoder_score=received"):
-            VisionDrop(budget=6, **wrong).check(spec)
-    reducer = VisionDrop(budget=6, encoder_score="received", keep_cls=False)
-    reducer.check(spec)
-    state = encoder_state(kind="received_attention", cls=False)
-    dominant, _ = stages_of(reducer, spec)[0]
-    best = state.scores[TowerScore("received_attention")].topk(dominant).indices.sort().values
-    assert reducer.encoder(state).kept[:, :dominant].tolist() == best.tolist()
+    reducer, state = VisionDrop(budget=6), encoder_state(cls=False)
+    reducer.check(dataclasses.replace(TINY, has_cls=False))
+    dominant, contextual = stages_of(reducer, TINY)[0]
+    best = state.scores[TowerScore("cls_attention")].topk(dominant).indices.sort().values
+    kept = reducer.encoder(state).kept
+    assert kept[:, :dominant].tolist() == best.tolist() and kept.shape[1] == dominant + contextual
 
 
 # -- scores in the decoder --------------------------------------------------------------------------------------------
@@ -381,12 +378,12 @@ def test_slices_make_no_difference(tiny, monkeypatch, limit):
 
 def toy_layer(width=4) -> nn.Module:
     """One head without norm: queries are channel 0, keys are channel 1."""
-    query, key = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+    part = LlamaAttention(LlamaConfig(hidden_size=width, num_attention_heads=1), 0)
+    part.scaling = 1.0
     with torch.no_grad():
-        for linear, channel in ((query, 0), (key, 1)):
+        for linear, channel in ((part.q_proj, 0), (part.k_proj, 1)):
             linear.weight.zero_()
             linear.weight[0, channel] = 1
-    part = SimpleNamespace(q_proj=query, k_proj=key, head_dim=width, scaling=1.0)
     return SimpleNamespace(self_attn=part, input_layernorm=nn.Identity())
 
 
@@ -400,9 +397,8 @@ def toy_look(count: int, prefix: int, attention: str, strong=()) -> AttentionInp
     ahead = hidden.shape[1] - count
     columns = torch.arange(ahead, ahead + count)[None]
     later = None if attention == "bidirectional" else (torch.arange(hidden.shape[1]) > columns[..., None])[:, None]
-    rotary = Angles(torch.ones(1, 1, count, 4), torch.zeros(1, 1, count, 4))
     keys = toy_layer().self_attn.k_proj(hidden)[:, None]
-    return AttentionInputs(hidden[:, ahead:], rotary, keys, later, ((ahead, ahead + count),))
+    return AttentionInputs(hidden[:, ahead:], None, keys, later, ((ahead, ahead + count),))
 
 
 @pytest.mark.parametrize("attention", ["causal", "visual", "bidirectional"])

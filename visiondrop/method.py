@@ -35,17 +35,16 @@ from llava.reduction import (
     State,
     TowerScore,
     UserError,
-    angles_at,
+    angles_of,
     attention_flops,
     attention_rows,
+    heads_of,
     linear_flops,
     merge_plan,
     option,
     over_crops,
     places,
     planned,
-    prepared_angles,
-    projected_heads,
     register,
     scaled_layers,
     split,
@@ -161,9 +160,8 @@ def attention_inputs(state: DecoderState, attention: str) -> AttentionInputs:
         return state.attention_inputs("visual")
     layer, (batch, count) = state.llm.layers[state.layer], state.tokens.shape[:2]
     rows, sequence = layer.input_layernorm(state.tokens), state.sequence
-    columns_of_images = sequence.padded_spans(sequence.images)
-    angles = angles_at(prepared_angles(state.llm, sequence), sequence, sequence.images, columns_of_images)
-    keys = projected_heads(layer, layer.self_attn.k_proj, rows, angles)
+    angles = tuple(sequence.take(part, sequence.images) for part in angles_of(state.llm, sequence, state.layer))
+    keys = heads_of(layer, "key", rows, angles)
     columns = places(batch, count, rows.device)
     unseen = None if attention == "bidirectional" else (columns[:, None] > columns[..., None])[:, None]
     state.flops += batch * attention_flops(layer, count, count, count)
@@ -174,7 +172,7 @@ def received_attention(layer: DecoderLayer, seen: AttentionInputs, diagonal: boo
     """Attention that each visual token receives: mean over heads, sum over visual tokens.
 
     Args:
-        layer: a LlamaDecoderLayer.
+        layer: a decoder layer.
         diagonal: count the attention of a token to itself.
 
     Returns:
@@ -189,7 +187,7 @@ def received_attention(layer: DecoderLayer, seen: AttentionInputs, diagonal: boo
         if step < count:
             part = slice(start, start + step)
             rows, unseen = rows[:, part], None if unseen is None else unseen[:, :, part]
-            angles = None if angles is None else angles.rows(part)
+            angles = None if angles is None else (angles[0][:, part], angles[1][:, part])
         weights = seen.at_visual(attention_rows(layer, rows, seen.keys, unseen, angles).mean(1))
         if not diagonal:
             own = torch.eye(count, dtype=torch.bool, device=weights.device)
@@ -229,7 +227,7 @@ def merge_metric(state: DecoderState, seen: AttentionInputs, metric: str) -> Ten
     if metric == "unrotated":
         layer = state.llm.layers[state.layer]
         state.flops += len(state.tokens) * linear_flops(layer.self_attn.k_proj, state.tokens.shape[1])
-        return projected_heads(layer, layer.self_attn.k_proj, seen.rows).mean(1)
+        return heads_of(layer, "key", seen.rows).mean(1)
     return seen.at_visual(seen.keys, -2).mean(1)
 
 
@@ -266,7 +264,7 @@ class VisionDrop(Reducer):
         PUBLISHED_START, "tokens after the encoder stage, as a multiple of the budget; 3 for video", least=1
     )
     ratio: int = option(PUBLISHED_RATIO, "dominant tokens per contextual token; 0 for dominant tokens only", least=0)
-    keep_cls: bool = option(True, "CLS is the first dominant token after the encoder stage")
+    keep_cls: bool = option(True, "CLS, where there is one, is the first dominant token after the encoder stage")
     encoder_score: str = option(
         "cls", "rank patches by the attention of CLS, or received from all patches", tuple(ENCODER_SCORES)
     )
@@ -288,11 +286,6 @@ class VisionDrop(Reducer):
             raise UserError(f"visiondrop.official is the release as it is; leave out {', '.join(changed)}.")
 
     def check(self, spec: ModelSpec) -> None:
-        if not spec.has_cls and (self.keep_cls or self.encoder_score == "cls"):
-            raise UserError(
-                "visiondrop ranks by the CLS token and keeps it, and it cannot be read here. Set "
-                "visiondrop.encoder_score=received and visiondrop.keep_cls=false."
-            )
         super().check(spec)
         first = self.decoder_layers(spec.layers)[0]
         if self.start * first >= spec.layers:
@@ -318,13 +311,14 @@ class VisionDrop(Reducer):
         score, keys = (state.scores[score] for score in self.scores())
         images, patches = score.shape
         dominant, contextual = stages_of(self, state.spec)[0]
+        keep_cls = state.features.shape[1] > patches
         if dominant + contextual >= patches:
-            if not self.keep_cls:
+            if not keep_cls:
                 return None
             # All patches without CLS, as LLaVA has them without reduction.
             every = torch.arange(1, patches + 1, device=score.device)
             return Reduction(every.expand(images, -1), patches + 1)
-        if self.keep_cls:
+        if keep_cls:
             # CLS gets the highest score, so it is kept and its key is never compared.
             score, keys = F.pad(score, (1, 0), value=float("inf")), F.pad(keys, (0, 0, 1, 0))
         return self._reduce(state, score, keys, dominant, contextual)

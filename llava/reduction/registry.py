@@ -12,6 +12,7 @@ from llava.budget import RETENTION_RATIO, count_or_ratio, tokens_of
 from llava.errors import UserError, unknown
 from llava.reduction.compose import OWN, composition
 from llava.reduction.reducer import Reducer, options_of
+from llava.reduction.scores import WITHOUT_CLS_RULE
 
 METHODS: dict[str, type[Reducer]] = {}
 BROKEN: dict[str, str] = {}  # modules that cannot be imported, and a sentence why
@@ -186,6 +187,7 @@ def describe(*chosen: str) -> list[dict[str, Any]]:
         ]
         known_sources = {
             "paper": "; ".join(f"{about.paper} {about.url}" for about in sources if about.paper),
+            "without a CLS token": WITHOUT_CLS_RULE if any("CLS" in about.needs for about in sources) else "",
             "official code read": cls.metadata.code,
             "differs from the release": " ".join(differences),
         }
