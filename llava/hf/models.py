@@ -93,7 +93,7 @@ def has_pixels(given: Mapping[str, Any]) -> bool:
     return any(given.get(name) is not None and len(given[name]) for name in PIXELS)
 
 
-def refuse_arguments(given: Mapping[str, Any], config: PretrainedConfig) -> None:
+def refuse_arguments(given: Mapping[str, Any], config: PretrainedConfig, used: frozenset[str] = USED) -> None:
     """Raise UserError for an argument that a reduced prompt, or a token after it, does not use."""
     for name in ("output_hidden_states", "output_attentions"):
         if given.get(name) is None and getattr(config, name, False):
@@ -102,7 +102,7 @@ def refuse_arguments(given: Mapping[str, Any], config: PretrainedConfig) -> None
             )
     for name, value in given.items():
         configured = getattr(config, name, None)
-        if value is None or value is False or name in USED or (name in CONFIGURED and value == configured):
+        if value is None or value is False or name in used or (name in CONFIGURED and value == configured):
             continue
         if name in CONFIGURED:
             raise UserError(
@@ -144,7 +144,12 @@ class HFWrapper(Llava):
     """What all families do with prepared images and prompts; comes before the family's own model wrapper.
 
     For LLaVA-1.5 it is all: one square of pixels per image, whether the processor cropped or padded it.
+
+    Attributes:
+        arguments: of the model's forward that it uses besides USED.
     """
+
+    arguments: frozenset[str] = frozenset()
 
     def prompt(self, sample: Any) -> Prompt:
         prompt: Prompt = sample.prompt
@@ -315,7 +320,7 @@ def state_of(model: Any) -> tuple[Any, ...]:
     inner, config = model.model, model.config
     parts = (inner, *model.children(), *inner.children(), *inner.parameters(recurse=False))
     features = [getattr(config, name, None) for name in ("vision_feature_layer", "vision_feature_select_strategy")]
-    return (*map(id, parts), model.device, *features, inner.language_model.config._attn_implementation)
+    return (*map(id, parts), model.device, *features, config.get_text_config()._attn_implementation)
 
 
 def refuse_training(*modules: nn.Module) -> None:
