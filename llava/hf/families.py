@@ -33,7 +33,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llava.errors import UserError
-from llava.hf.models import COPIES, ONE_CALL, HFWrapper, StockSample, refuse_prefill_arguments, refuse_training, samples
+from llava.hf.models import (
+    COPIES,
+    ONE_CALL,
+    HFWrapper,
+    StockSample,
+    inner_of,
+    refuse_prefill_arguments,
+    refuse_training,
+    samples,
+)
 from llava.hf.patch import Override, Reduced, ReducedCache
 from llava.model.llava_arch import EncodedImage
 from llava.model.multimodal_encoder.clip_encoder import Encoded
@@ -59,7 +68,7 @@ class Family:
         title: its name for people.
         tower: path from the inner model to the blocks of its vision tower.
         runs: the patches of a token follow one another; otherwise they are a square of the grid.
-        cls: the tower has a class token, which the model drops.
+        cls: place of the tower's class token, which the model drops, 0 or -1; None for no class token.
         axes: position ids have three axes, made by the model's `get_rope_index`.
         types: the argument that is 1 at image tokens; "" for none.
         tiles: the tiles of an image follow one another without text.
@@ -72,7 +81,7 @@ class Family:
     title: str
     tower: str
     runs: bool = False
-    cls: bool = False
+    cls: int | None = None
     axes: bool = False
     types: str = ""
     tiles: bool = False
@@ -88,10 +97,10 @@ FAMILIES: dict[str, Family] = {
     "Qwen3VLMoeForConditionalGeneration": _QWEN("Qwen3-VL MoE"),
     "Qwen3_5ForConditionalGeneration": _QWEN("Qwen3.5"),
     "Glm4vForConditionalGeneration": _QWEN("GLM-4V"),
-    "InternVLForConditionalGeneration": Family("InternVL3", "vision_tower.encoder.layer", cls=True, tiles=True),
+    "InternVLForConditionalGeneration": Family("InternVL3", "vision_tower.encoder.layer", cls=0, tiles=True),
     "LlavaOnevisionForConditionalGeneration": Family("LLaVA-OneVision", "vision_tower.encoder.layers", packed=True),
     "LlavaNextVideoForConditionalGeneration": Family(
-        "LLaVA-NeXT-Video", "vision_tower.encoder.layers", cls=True, packed=True
+        "LLaVA-NeXT-Video", "vision_tower.encoder.layers", cls=0, packed=True
     ),
     "Gemma3ForConditionalGeneration": Family("Gemma 3", "vision_tower.encoder.layers", types="token_type_ids"),
     "PaliGemmaForConditionalGeneration": Family(
@@ -103,7 +112,9 @@ FAMILIES: dict[str, Family] = {
     "Ovis2ForConditionalGeneration": Family("Ovis2", "vision_tower.transformer.encoder.layers"),
     "Lfm2VlForConditionalGeneration": Family("LFM2-VL", "vision_tower.encoder.layers"),
     "AyaVisionForConditionalGeneration": Family("Aya Vision", "vision_tower.encoder.layers"),
-    "Llama4ForConditionalGeneration": Family("Llama 4", "vision_model.model.layers", cls=True, output="last_hidden_state"),
+    "Llama4ForConditionalGeneration": Family(
+        "Llama 4", "vision_model.model.layers", cls=-1, output="last_hidden_state"
+    ),
 }
 
 
@@ -172,23 +183,21 @@ class FamilyWrapper(HFWrapper):
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None):
         container: Any = model
-        inner = container.model
+        inner = inner_of(container)
         self.hf_model, self.device, self.tokenizer = container, container.device, tokenizer
         self.name, self.text_tower = type(container).__name__, None
         self.family: Any = declared(container)
         self.axes = self.family.axes
-        llm = inner.text_model if hasattr(inner, "text_model") else getattr(container, "language_model", None)
-        llm = inner.language_model if llm is None and hasattr(inner, "language_model") else llm
+        llm = inner.text_model if hasattr(inner, "text_model") else inner.language_model
         self.llm = getattr(llm, "model", llm)
         self.head = container.get_output_embeddings()
         self.projector = inner.multi_modal_projector if self.family.output == "last_hidden_state" else nn.Identity()
         self.blocks: Any = inner.get_submodule(self.family.tower)
         self.newline = getattr(inner, "image_newline", None)
         self.encoders = {name: getattr(inner, f"get_{name}_features", None) for name in MODALITIES}
-        self.arguments = frozenset(
-            name for encoder in self.encoders.values() if encoder is not None
-            for name in inspect.signature(encoder).parameters if name != "kwargs"
-        ) | {self.family.types} - {""}
+        taken = [inspect.signature(encoder).parameters for encoder in self.encoders.values() if encoder is not None]
+        self.per_image = self.per_image.union(*taken) - {"kwargs"}
+        self.used = self.used | self.per_image | {self.family.types}
 
     @cached_property
     def spec(self) -> ModelSpec:
@@ -241,14 +250,22 @@ class FamilyWrapper(HFWrapper):
         scores = {
             score: [
                 grouped(part, grid, side, family.runs)
-                for part, (_, grid) in zip(scores_of(score.kind, seen[module], family.cls, patches), frames, strict=True)
+                for part, (_, grid) in zip(
+                    scores_of(score.kind, seen[module], family.cls, patches), frames, strict=True
+                )
             ]
             for score, module in wanted.items()
         }
         parts = tokens.split([count // unit for count in patches])
         return [
-            View(part, (rows // side, columns // side), {score: own[i][None] for score, own in scores.items()}, None,
-                 0 if family.tiles else owner, name == "video")
+            View(
+                part,
+                (rows // side, columns // side),
+                {score: own[i][None] for score, own in scores.items()},
+                None,
+                0 if family.tiles else owner,
+                name == "video",
+            )
             for i, (part, (owner, (rows, columns))) in enumerate(zip(parts, frames, strict=True))
         ], out
 
@@ -272,13 +289,13 @@ class FamilyWrapper(HFWrapper):
             sides = torch.as_tensor(given["image_sizes"]) // patch
         else:
             height, width = given["pixel_values"].shape[-2:]
-            sides = torch.tensor([[height // patch, width // patch]] * len(getattr(out, self.family.output)))
+            sides = torch.tensor([[height // patch, width // patch]] * len(out.last_hidden_state))
         return [(owner, (rows, columns)) for owner, (rows, columns) in enumerate(sides.tolist())]
 
     def _packed_views(
         self, given: Mapping[str, Any], tokens: Sequence[Tensor], wanted: Mapping[TowerScore, Any], seen: Any
     ) -> list[View]:
-        inner, config = self.hf_model.model, self.hf_model.config
+        inner, config = inner_of(self.hf_model), self.hf_model.config
         side = config.vision_config.image_size // config.vision_config.patch_size
         single_tile = iter([int(n) > 1 for n in given.get("batch_num_images") or () for _ in range(int(n))])
         layouts = []
@@ -287,7 +304,9 @@ class FamilyWrapper(HFWrapper):
             layouts.append(packed_layout(inner, (height, width), shape, side))
         tiles = [len(layout.crops) for layout in layouts]
         scores = {
-            score: torch.stack(scores_of(score.kind, seen[module], self.family.cls, [side * side] * sum(tiles))).split(tiles)
+            score: torch.stack(scores_of(score.kind, seen[module], self.family.cls, [side * side] * sum(tiles))).split(
+                tiles
+            )
             for score, module in wanted.items()
         }
         return [
@@ -300,7 +319,9 @@ class FamilyWrapper(HFWrapper):
         places, filled, done = (ids == token).nonzero().tolist(), ids.clone(), 0
         count = sum(len(view.tokens) for view in views)
         if len(places) != count:
-            raise UserError(f"The {name}s have {count} visual tokens, the prompts {len(places)} {name} tokens; {ONE_CALL}")
+            raise UserError(
+                f"The {name}s have {count} visual tokens, the prompts {len(places)} {name} tokens; {ONE_CALL}"
+            )
         images: list[list[View]] = []
         end = (-1, -1)  # where the view before ends
         for view in views:
@@ -309,7 +330,9 @@ class FamilyWrapper(HFWrapper):
             (row, first), (last_row, last) = own[0], own[-1]
             breaks = view.grid[0] - 1 if self.family.breaks else 0
             if row != last_row or last + 1 - first != len(own) + breaks:
-                raise UserError(f"The {len(own)} tokens of an image do not stand in one piece in its prompt; {ONE_CALL}")
+                raise UserError(
+                    f"The {len(own)} tokens of an image do not stand in one piece in its prompt; {ONE_CALL}"
+                )
             filled[row, first : last + 1] = token
             if breaks:
                 self.newline = self.llm.embed_tokens(ids[row, first + view.grid[1]])
@@ -325,8 +348,11 @@ class FamilyWrapper(HFWrapper):
         first = views[0]
         layout = first.layout or layout_of(len(views), *first.grid, first.temporal, self.family.breaks)
         tokens = torch.cat([view.tokens for view in views])
-        features: Any = [tokens[crop.indices.to(tokens.device)] for crop in layout.crops] if first.layout else (
-            tokens.unflatten(0, (len(views), -1)))
+        features: Any = (
+            [tokens[crop.indices.to(tokens.device)] for crop in layout.crops]
+            if first.layout
+            else (tokens.unflatten(0, (len(views), -1)))
+        )
         scores = {score: torch.cat([view.scores[score] for view in views]) for score in first.scores}
         return EncodedImage(Encoded(features, scores, first.grid), layout, layout, layout.tokens)
 
@@ -386,7 +412,9 @@ def packed_layout(inner: Any, size: tuple[int, int], tiles: tuple[int, int], sid
     }
     known = inspect.signature(inner.pack_image_features).parameters
     packed, _ = inner.pack_image_features(
-        [numbered], torch.tensor([size]), image_newline=torch.full((2,), -1.0),
+        [numbered],
+        torch.tensor([size]),
+        image_newline=torch.full((2,), -1.0),
         **{key: value for key, value in options.items() if key in known and value is not None},
     )
     return _from_places(packed[0].round().long(), tiles, side)
@@ -448,19 +476,21 @@ def recording(modules: Iterable[Any]) -> Iterator[dict[Any, list[Seen]]]:
             module.config = config
 
 
-def scores_of(kind: str, seen: Sequence[Seen], cls: bool, patches: Sequence[int]) -> list[Tensor]:
+def scores_of(kind: str, seen: Sequence[Seen], cls: int | None, patches: Sequence[int]) -> list[Tensor]:
     """A tower score of every view, [P] or [P, d] float32.
 
     A tower without a class token has the mean over all patches in its place: of their attention, or of their queries.
 
     Args:
         kind: a key of TOWER_SCORES.
-        cls: the first token of each call is a class token.
+        cls: place of the class token among the tokens of each call, 0 or -1; None for no class token.
         patches: of each view, in order.
     """
     parts = []
     for query, key, mask, scale in seen:
-        query, key = in_float32(query), in_float32(key)
+        query, key, skip = in_float32(query), in_float32(key), int(cls is not None)
+        if cls == -1:
+            query, key = query.roll(1, 2), key.roll(1, 2)
         if key.shape[1] != query.shape[1]:
             key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
         allowed = None
@@ -473,10 +503,10 @@ def scores_of(kind: str, seen: Sequence[Seen], cls: bool, patches: Sequence[int]
             if kind == "fused_cls_attention":
                 query, key = (part.transpose(1, 2).flatten(2)[:, None] for part in (query, key))
                 scale = query.shape[-1] ** -0.5
-            rows = slice(0, 1) if cls and kind != "received_attention" else slice(int(cls), None)
+            rows = slice(0, 1) if skip and kind != "received_attention" else slice(skip, None)
             values = _received(query[:, :, rows], key, None if allowed is None else allowed[:, :, rows], scale, kind)
-        values = values[:, int(cls) :]
-        real = None if allowed is None else allowed.diagonal(dim1=2, dim2=3)[:, 0, int(cls) :]
+        values = values[:, skip:]
+        real = None if allowed is None else allowed.diagonal(dim1=2, dim2=3)[:, 0, skip:]
         parts.append(values.flatten(0, 1) if real is None else values[real])
     return list(torch.cat(parts).split(list(patches)))
 
@@ -590,7 +620,7 @@ class FamilyReduced(Reduced):
         self.accounting = record.accounting(Prefilled(output.logits, cache, segments, used, sum(used)))
         self.traces = record.steps
         if copies > 1:
-            cache.batch_repeat_interleave(copies)
+            cache.reorder_cache(torch.arange(len(running.rows), device=self._runtime.device).repeat_interleave(copies))
         return CausalLMOutputWithPast(logits=output.logits.repeat_interleave(copies, 0), past_key_values=cache)
 
     def _begin(self, given: Mapping[str, Any], copies: int) -> Running:
@@ -610,7 +640,11 @@ class FamilyReduced(Reduced):
         types = given.get(family.types) if family.types else None
         rows = [row[real] for row, real in zip(ids, mask.bool(), strict=True)]
         stages = Stages(
-            runtime, reducer, batch, Record([[] for _ in batch], [[] for _ in batch]), Timer(runtime.device),
+            runtime,
+            reducer,
+            batch,
+            Record([[] for _ in batch], [[] for _ in batch]),
+            Timer(runtime.device),
             run_layers=self._run_layers,
         )
         stages.encode_images()
@@ -624,8 +658,11 @@ class FamilyReduced(Reduced):
                 done += next(lengths) if token == IMAGE_TOKEN_INDEX else 1
             places.append(own)
         sequence = embed(runtime, reducer, prompts, stages.images)
-        typed = None if types is None else [
-            row[real] for row, real in zip(types[::copies].to(ids.device), mask.bool(), strict=True)]
+        typed = (
+            None
+            if types is None
+            else [row[real] for row, real in zip(types[::copies].to(ids.device), mask.bool(), strict=True)]
+        )
         running = Running(stages, rows, typed, places, outputs, sequence)
         if family.axes:
             position = self._positions(given, ids, mask, copies)
@@ -692,17 +729,18 @@ class FamilyReduced(Reduced):
         ids = left_padded([row[kept] for row, kept in zip(running.rows, columns, strict=True)])
         arguments = {"input_ids": ids, "attention_mask": sequence.valid().long(), "position_ids": self._place(sequence)}
         if running.types is not None:
-            arguments[family.types] = left_padded(
-                [row[kept] for row, kept in zip(running.types, columns, strict=True)]
-            )
+            arguments[family.types] = left_padded([row[kept] for row, kept in zip(running.types, columns, strict=True)])
         encoded = {}
         for name, out in running.outputs.items():
             token, new = runtime.token(name), copy.copy(out)
             if family.output == "pooler_output":
                 new.pooler_output = like(out.pooler_output, sequence.hidden[ids == token])
             else:
-                setattr(new, family.output, like(
-                    getattr(out, family.output), self._shortened(running, token, getattr(out, family.output))))
+                setattr(
+                    new,
+                    family.output,
+                    like(getattr(out, family.output), self._shortened(running, token, getattr(out, family.output))),
+                )
             if getattr(out, "deepstack_features", None) is not None:
                 new.deepstack_features = [
                     like(level, self._shortened(running, token, level)) for level in out.deepstack_features
@@ -771,7 +809,9 @@ class FamilyReduced(Reduced):
                 return None
             mask, position = None, segment.next_position
             if segment.valid is not None or eager:
-                valid = torch.ones(len(hidden), options["past_key_values"].layers[index].keys.shape[-2] + 1, dtype=torch.bool)
+                valid = torch.ones(
+                    len(hidden), options["past_key_values"].layers[index].keys.shape[-2] + 1, dtype=torch.bool
+                )
                 valid = valid.to(hidden.device) if segment.valid is None else segment.valid
                 mask = causal_mask(valid, 1, hidden.dtype, eager)
             now = None
@@ -811,7 +851,9 @@ class FamilyReduced(Reduced):
                 input_ids=given["input_ids"].to(self._runtime.device),
                 attention_mask=None if first.valid is None else first.valid.long(),
                 position_ids=place + self._runtime.family.first,
-                past_key_values=cache, use_cache=True, return_dict=True,
+                past_key_values=cache,
+                use_cache=True,
+                return_dict=True,
             )
         finally:
             cache.running, self._continued = False, []

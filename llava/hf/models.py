@@ -93,7 +93,7 @@ def has_pixels(given: Mapping[str, Any]) -> bool:
     return any(given.get(name) is not None and len(given[name]) for name in PIXELS)
 
 
-def refuse_arguments(given: Mapping[str, Any], config: PretrainedConfig, used: frozenset[str] = USED) -> None:
+def refuse_arguments(given: Mapping[str, Any], config: PretrainedConfig, used: frozenset[str]) -> None:
     """Raise UserError for an argument that a reduced prompt, or a token after it, does not use."""
     for name in ("output_hidden_states", "output_attentions"):
         if given.get(name) is None and getattr(config, name, False):
@@ -146,10 +146,12 @@ class HFWrapper(Llava):
     For LLaVA-1.5 it is all: one square of pixels per image, whether the processor cropped or padded it.
 
     Attributes:
-        arguments: of the model's forward that it uses besides USED.
+        used: arguments of the model's forward that it uses.
+        per_image: those among them with one entry per image, not one row per prompt.
     """
 
-    arguments: frozenset[str] = frozenset()
+    used: frozenset[str] = USED
+    per_image: frozenset[str] = frozenset(VISUAL)
 
     def prompt(self, sample: Any) -> Prompt:
         prompt: Prompt = sample.prompt
@@ -315,9 +317,14 @@ def wrap_model(
     return WRAPPERS[family](checkpoint, model.device, **conventions)
 
 
+def inner_of(model: Any) -> Any:
+    """The module with tower, projector and decoder, in most classes `model.model`."""
+    return getattr(model, "model", model)
+
+
 def state_of(model: Any) -> tuple[Any, ...]:
     """What a wrapper is built from."""
-    inner, config = model.model, model.config
+    inner, config = inner_of(model), model.config
     parts = (inner, *model.children(), *inner.children(), *inner.parameters(recurse=False))
     features = [getattr(config, name, None) for name in ("vision_feature_layer", "vision_feature_select_strategy")]
     return (*map(id, parts), model.device, *features, config.get_text_config()._attn_implementation)

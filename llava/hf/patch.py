@@ -30,11 +30,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from llava.errors import UserError
 from llava.hf.models import (
     COPIES,
-    USED,
-    VISUAL,
     HFWrapper,
     by_name,
     has_pixels,
+    inner_of,
     refuse_arguments,
     refuse_prefill_arguments,
     refuse_training,
@@ -155,20 +154,22 @@ class Reduced:
 
     def __enter__(self) -> "Reduced":
         model = self._model
-        if isinstance(model.forward, Override) or isinstance(model.model.forward, Override):
+        inner = inner_of(model)
+        if isinstance(model.forward, Override) or isinstance(inner.forward, Override):
             raise UserError("This model is being reduced already; leave the other `with reduce(...)` block first.")
         self._thread = threading.get_ident()
-        self._inner, self._rope_deltas = model.model, getattr(model.model, "rope_deltas", None)
-        self._signature, self._inner_signature = map(inspect.signature, (model.forward, model.model.forward))
+        self._inner, self._rope_deltas = inner, getattr(inner, "rope_deltas", None)
+        self._signature, self._inner_signature = map(inspect.signature, (model.forward, inner.forward))
         # generate() encodes images itself if forward takes "mm_encoder_outputs"; methods need the pixels.
         shown = [known for name, known in self._signature.parameters.items() if name != "mm_encoder_outputs"]
         self._overrides = [
             Override(model, "forward", self._forward, self._signature.replace(parameters=shown)),
-            Override(model.model, "forward", self._forward_inner),
             Override(model, "_expand_inputs_for_generation", self._expand),
             Override(model, "_prepare_position_ids_for_generation", self._prepare_position_ids),
             Override(model, "_get_candidate_generator", self._candidate_generator),
         ]
+        if inner is not model:
+            self._overrides.append(Override(inner, "forward", self._forward_inner))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -192,7 +193,7 @@ class Reduced:
                 "give each thread a model of its own (copy.deepcopy before the block)."
             )
         refuse_training(self._model)
-        refuse_arguments(given, self._model.config, USED | self._runtime.arguments)
+        refuse_arguments(given, self._model.config, self._runtime.used)
         output = self._prefill(given, cache) if continued is None else self._continue(given, continued)
         as_dict = given.get("return_dict")
         if as_dict is None:
@@ -218,7 +219,7 @@ class Reduced:
         """Repeat rows for beams and samples, but not images: the prefill runs once per prompt."""
         if expand_size == 1 or not has_pixels(kwargs):
             return original(expand_size, is_encoder_decoder, input_ids, **kwargs)
-        images = {name: kwargs.pop(name) for name in (*VISUAL, *self._runtime.arguments) if name in kwargs}
+        images = {name: kwargs.pop(name) for name in self._runtime.per_image if name in kwargs}
         ids, rest = original(expand_size, is_encoder_decoder, input_ids, **kwargs)
         return ids, {**rest, **images, COPIES: expand_size}
 
