@@ -214,7 +214,7 @@ def rotary_scores(state: DecoderState) -> Tensor:
     """
     entered = state.entered
     index, _ = entered.row_index(entered.after)
-    cos, sin = angles_of(state.llm, entered)
+    cos, sin = angles_of(state.llm, entered, state.layer - 1)
     angles = torch.cat([cos, sin], -1).float()
     visual = entered.take(angles, entered.images)
     score: Tensor = state.matmul(gather_tokens(angles, index), visual.transpose(1, 2)) * cos.shape[-1] ** -0.5

@@ -7,7 +7,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 from llava.pipeline import positions as mrope
 from llava.pipeline.decoder import rotary_angles
 from llava.pipeline.positions import Piece
-from llava.reduction.states import Angles, attention_rows, projected_heads
+from llava.reduction.states import attention_rows, heads_of
 
 PROMPTS = [
     [7],
@@ -138,7 +138,6 @@ def test_rows_of_the_decoders_attention_equal_its_own_maps(model):
         layer, rows = llm.layers[0], [4, 20, -1]
         unseen = torch.ones(expected.shape[-2:], dtype=torch.bool).triu(1)[rows][None, None]
         normed = layer.input_layernorm(hidden)
-        keys = projected_heads(layer, layer.self_attn.k_proj, normed, Angles.of(*rotary))
-        own = Angles.of(*(part[:, rows] for part in rotary))
-        found = attention_rows(layer, normed[:, rows], keys, unseen, own)
+        keys = heads_of(layer, "key", normed, rotary)
+        found = attention_rows(layer, normed[:, rows], keys, unseen, tuple(part[:, rows] for part in rotary))
     torch.testing.assert_close(found, expected[:, :, rows], atol=1e-6, rtol=1e-5)

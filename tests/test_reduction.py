@@ -1,12 +1,9 @@
 """Reductions as data, the sequence they are applied to, and stages in the decoder, against plain loops."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from baselines._staged import largest_within, proportional
 from llava.errors import MethodError, UserError
@@ -18,7 +15,6 @@ from llava.reduction import PatchGrid, Reduction, keep_top, registry, split
 from llava.reduction.budget import scaled_layers, tokens_by_layer
 from llava.reduction.ranking import made_once
 from llava.reduction.reducer import by_images
-from llava.reduction.states import Angles, projected_heads
 from llava.reduction.token_layout import CLS
 
 
@@ -196,19 +192,6 @@ def test_made_once_and_no_inference_tensor():
     with torch.inference_mode():
         first = numbers(3)
     assert numbers(3) is first and calls == [3] and not first.is_inference()
-
-
-def test_rotation_is_that_of_transformers():
-    generator = torch.Generator().manual_seed(0)
-    heads, angle = torch.randn(2, 3, 5, 8, generator=generator), torch.randn(2, 5, 8, generator=generator)
-    cos, sin = angle.cos(), angle.sin()
-    expected, _ = apply_rotary_pos_emb(heads, heads, cos, sin)
-    layer, normed = SimpleNamespace(self_attn=SimpleNamespace(head_dim=8)), heads.transpose(1, 2).flatten(2)
-    rotated = projected_heads(layer, nn.Identity(), normed, Angles.of(cos, sin))
-    assert torch.equal(rotated, expected)
-    some = slice(1, 4)
-    rotated = projected_heads(layer, nn.Identity(), normed[:, some], Angles.of(cos, sin).rows(some))
-    assert torch.equal(rotated, expected[:, :, some])
 
 
 @pytest.mark.parametrize("kept_numbers", [0, 2**18])  # made anew, or kept for the next question

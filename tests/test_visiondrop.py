@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import visiondrop.method
 from llava.errors import UserError
 from llava.pipeline import decoder
 from llava.pipeline.prefill import prefill
-from llava.reduction import Angles, registry
+from llava.reduction import registry
 from llava.reduction.scores import TowerScore
 from llava.reduction.states import EncoderState
 from llava.reduction.token_layout import ModelSpec, PatchGrid
@@ -381,12 +383,12 @@ def test_slices_make_no_difference(tiny, monkeypatch, limit):
 
 def toy_layer(width=4) -> nn.Module:
     """One head without norm: queries are channel 0, keys are channel 1."""
-    query, key = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+    part = LlamaAttention(LlamaConfig(hidden_size=width, num_attention_heads=1), 0)
+    part.scaling = 1.0
     with torch.no_grad():
-        for linear, channel in ((query, 0), (key, 1)):
+        for linear, channel in ((part.q_proj, 0), (part.k_proj, 1)):
             linear.weight.zero_()
             linear.weight[0, channel] = 1
-    part = SimpleNamespace(q_proj=query, k_proj=key, head_dim=width, scaling=1.0)
     return SimpleNamespace(self_attn=part, input_layernorm=nn.Identity())
 
 
@@ -400,9 +402,8 @@ def toy_look(count: int, prefix: int, attention: str, strong=()) -> AttentionInp
     ahead = hidden.shape[1] - count
     columns = torch.arange(ahead, ahead + count)[None]
     later = None if attention == "bidirectional" else (torch.arange(hidden.shape[1]) > columns[..., None])[:, None]
-    rotary = Angles(torch.ones(1, 1, count, 4), torch.zeros(1, 1, count, 4))
     keys = toy_layer().self_attn.k_proj(hidden)[:, None]
-    return AttentionInputs(hidden[:, ahead:], rotary, keys, later, ((ahead, ahead + count),))
+    return AttentionInputs(hidden[:, ahead:], None, keys, later, ((ahead, ahead + count),))
 
 
 @pytest.mark.parametrize("attention", ["causal", "visual", "bidirectional"])

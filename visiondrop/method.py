@@ -35,17 +35,16 @@ from llava.reduction import (
     State,
     TowerScore,
     UserError,
-    angles_at,
+    angles_of,
     attention_flops,
     attention_rows,
+    heads_of,
     linear_flops,
     merge_plan,
     option,
     over_crops,
     places,
     planned,
-    prepared_angles,
-    projected_heads,
     register,
     scaled_layers,
     split,
@@ -161,9 +160,8 @@ def attention_inputs(state: DecoderState, attention: str) -> AttentionInputs:
         return state.attention_inputs("visual")
     layer, (batch, count) = state.llm.layers[state.layer], state.tokens.shape[:2]
     rows, sequence = layer.input_layernorm(state.tokens), state.sequence
-    columns_of_images = sequence.padded_spans(sequence.images)
-    angles = angles_at(prepared_angles(state.llm, sequence), sequence, sequence.images, columns_of_images)
-    keys = projected_heads(layer, layer.self_attn.k_proj, rows, angles)
+    angles = tuple(sequence.take(part, sequence.images) for part in angles_of(state.llm, sequence, state.layer))
+    keys = heads_of(layer, "key", rows, angles)
     columns = places(batch, count, rows.device)
     unseen = None if attention == "bidirectional" else (columns[:, None] > columns[..., None])[:, None]
     state.flops += batch * attention_flops(layer, count, count, count)
@@ -174,7 +172,7 @@ def received_attention(layer: DecoderLayer, seen: AttentionInputs, diagonal: boo
     """Attention that each visual token receives: mean over heads, sum over visual tokens.
 
     Args:
-        layer: a LlamaDecoderLayer.
+        layer: a decoder layer.
         diagonal: count the attention of a token to itself.
 
     Returns:
@@ -189,7 +187,7 @@ def received_attention(layer: DecoderLayer, seen: AttentionInputs, diagonal: boo
         if step < count:
             part = slice(start, start + step)
             rows, unseen = rows[:, part], None if unseen is None else unseen[:, :, part]
-            angles = None if angles is None else angles.rows(part)
+            angles = None if angles is None else (angles[0][:, part], angles[1][:, part])
         weights = seen.at_visual(attention_rows(layer, rows, seen.keys, unseen, angles).mean(1))
         if not diagonal:
             own = torch.eye(count, dtype=torch.bool, device=weights.device)
@@ -229,7 +227,7 @@ def merge_metric(state: DecoderState, seen: AttentionInputs, metric: str) -> Ten
     if metric == "unrotated":
         layer = state.llm.layers[state.layer]
         state.flops += len(state.tokens) * linear_flops(layer.self_attn.k_proj, state.tokens.shape[1])
-        return projected_heads(layer, layer.self_attn.k_proj, seen.rows).mean(1)
+        return heads_of(layer, "key", seen.rows).mean(1)
     return seen.at_visual(seen.keys, -2).mean(1)
 
 

@@ -31,7 +31,7 @@ from llava.reduction.budget import ImagePlan, plan_image
 from llava.reduction.merging import Reduction, ViewReduction, stack
 from llava.reduction.modules import layer_flops, prefill_flops, projector_flops
 from llava.reduction.reducer import Reducer, by_images
-from llava.reduction.states import DecoderState, EncoderState, PromptState, at_images, whole_heads
+from llava.reduction.states import DecoderState, EncoderState, PromptState, at_images
 from llava.reduction.token_layout import ModelSpec
 
 
@@ -295,7 +295,8 @@ class Stages:
             keys: [B, Hkv, L, d] rotated keys of that layer; of this rank's heads where it is split.
         """
         self.timer.mark("prefill")
-        keys = whole_heads(self.model.llm.layers[layer - 1], keys, 1)
+        gather = getattr(self.model.llm.layers[layer - 1].self_attn, "gather", None)
+        keys = keys if gather is None else gather(keys, 1)
         groups: dict[tuple[int, ModelSpec], list[Row]] = {}  # as many visual tokens, now and at the start
         for sample, spans in enumerate(sequence.visual):
             for number, (start, stop) in enumerate(spans):

@@ -24,17 +24,10 @@ KEPT_MASK = 2**18  # numbers of a mask that is kept for the next question of the
 
 @dataclass
 class Rotary:
-    """Cosines and sines [B, L, d] at the positions of prompts.
-
-    Attributes:
-        longer: those of the prompts before they were shortened, if they begin with these.
-        angles: the same ready for scores, made when a method first asks for them (llava/reduction/states.py).
-    """
+    """Cosines and sines [B, L, d] at the positions of prompts."""
 
     cos: Tensor
     sin: Tensor
-    longer: "Rotary | None" = None
-    angles: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -212,8 +205,7 @@ class Sequence:
             alike = all(before - after == dropped for before, after in zip(self.lengths, shorter.lengths, strict=True))
             if self.rotary is not None and self.contiguous and alike:
                 # The numbers are the first ones of before, and so are their cosines and sines.
-                longest = self.rotary.longer or self.rotary
-                rotary = Rotary(self.rotary.cos[:, :width], self.rotary.sin[:, :width], longest)
+                rotary = Rotary(self.rotary.cos[:, :width], self.rotary.sin[:, :width])
             return replace(shorter, hidden=hidden, position=position, contiguous=True, rotary=rotary)
         position = positions.keep(self.position, index)
         if blank is not None:

@@ -39,18 +39,15 @@ from llava.reduction.registry import register
 from llava.reduction.scores import TowerScore
 from llava.reduction.states import (
     RELEVANCE,
-    Angles,
     AttentionInputs,
     BlockState,
     DecoderState,
     EncoderState,
     PromptState,
     State,
-    angles_at,
     angles_of,
     attention_flops,
     attention_rows,
-    prepared_angles,
-    projected_heads,
+    heads_of,
 )
 from llava.reduction.token_layout import ModelSpec, PatchGrid, TokenLayout

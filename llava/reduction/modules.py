@@ -11,7 +11,7 @@ Checked against torch.utils.flop_counter in the tests.
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 
 class Module(Protocol):
@@ -41,14 +41,16 @@ class DecoderAttention(Module, Protocol):
     """Self-attention of a decoder layer, with grouped-query heads or without.
 
     Where the layer is split over ranks, the projections compute this rank's heads, but `in_features` and `out_features`
-    are those of the whole layer, and the module has a function `gather(part, dim)`; see
-    `llava.reduction.states.whole_heads`.
+    are those of the whole layer, and the module has a function `gather(part, dim)`, which puts those of all ranks
+    together in the order of heads, so that all ranks rank by the same numbers.
     """
 
     q_proj: nn.Linear
     k_proj: nn.Linear
     head_dim: int
     scaling: float
+    config: Any
+    _modules: dict[str, Any]
 
 
 class DecoderLayer(Module, Protocol):
@@ -63,8 +65,8 @@ class Decoder(Protocol):
 
     layers: Sequence[DecoderLayer]
     norm: nn.Module
-
-    def rotary_emb(self, hidden: Tensor, position: Tensor) -> tuple[Tensor, Tensor]: ...
+    rotary_emb: Any
+    config: Any
 
 
 def linear_flops(layer: nn.Linear, rows: int) -> int:

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
+from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llava.errors import unknown
+from llava.errors import UserError, unknown
 from llava.reduction.merging import Reduction
 from llava.reduction.modules import Decoder, DecoderLayer
-from llava.reduction.ranking import in_float32, made_once
+from llava.reduction.ranking import in_float32
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import ModelSpec, PatchGrid
 
@@ -197,13 +198,12 @@ class PromptState(EncoderState):
             visual = block.input_layernorm(
                 at_images(hidden, sequence, self.rows, self.members) if contextual else self.tokens
             )
-        own, others = None, None  # angles of the text rows and of the visual tokens
+        own, others = None, None  # cosines and sines of the text rows and of the visual tokens
         if rotary:
-            angles = angles_of(self.llm, sequence)
-            own = Angles.of(*(sequence.take(part, spans, samples) for part in angles))
-            others = Angles.of(*(at_images(part, sequence, self.rows, self.members) for part in angles))
-        keys = projected_heads(block, block.self_attn.k_proj, visual, others)
-        weights = attention_rows(block, text, keys, angles=own)
+            cos, sin = angles_of(self.llm, sequence, layer)
+            own = sequence.take(cos, spans, samples), sequence.take(sin, spans, samples)
+            others = tuple(at_images(part, sequence, self.rows, self.members) for part in (cos, sin))
+        weights = attention_rows(block, text, heads_of(block, "key", visual, others), angles=own)
         self.flops += len(text) * attention_flops(block, text.shape[1], visual.shape[1], visual.shape[1])
         return weights, mask
 
@@ -214,8 +214,8 @@ class AttentionInputs:
 
     Attributes:
         rows: [B, T, D] inputs of the layer at the rows, after its norm; behind a shorter span its last row again.
-        angles: of the rows; None for no rotation.
-        keys: [B, Hkv, W, d] keys of the layer, rotated if the rows are.
+        angles: cosines and sines of the rows, see `angles_of`; None for no rotation.
+        keys: [B, Hkv, W, d] float32 keys of the layer, rotated if the rows are.
         unseen: [B, 1, T, W] bool, True for the keys that a row may not see; None where all rows see all.
         visual: of each image the keys of its visual tokens, [start, stop).
     """
@@ -251,6 +251,8 @@ class DecoderState(State):
         entered: the same prompts as they entered the layer before, `layer - 1`.
         keys: [B, Hkv, L, d] rotated keys of `layer - 1`, read from the cache.
         start: the same prompts as they entered layer 0; text tokens are never reduced.
+        masks: layer -> [B, 1, L, L] bool, True for the keys that a row of the layer sees, where it does not see all
+            real tokens up to itself (a sliding window, images that are seen whole); None where every layer's rows do.
     """
 
     tokens: Tensor
@@ -260,6 +262,7 @@ class DecoderState(State):
     entered: Sequence
     keys: Tensor
     start: Sequence
+    masks: Callable[[int], Tensor] | None = None
 
     def attention(self, rows: str | list[Span], at: str = "next", rotary: bool = True) -> tuple[Tensor, Tensor]:
         """Causal attention of some rows of a decoder layer to the visual tokens.
@@ -284,24 +287,27 @@ class DecoderState(State):
         """What `attention` is computed from, with the same arguments; its operations are counted in `flops`."""
         sequence, source = self.sequence, self.sequence if at == "next" else self.entered
         spans = text_spans(sequence, rows) if isinstance(rows, str) else rows
-        layer = self.llm.layers[self.layer - (at == "previous")]
-        columns = sequence.padded_spans(spans)
+        index = self.layer - (at == "previous")
+        layer, columns = self.llm.layers[index], sequence.padded_spans(spans)
         visual = columns if rows == "visual" else sequence.padded_spans(text_spans(sequence, "visual"))
         # Causality: no row sees a key after the last row. Visual tokens after it are still returned, as zeros.
         width = max(stop for _, stop in columns + visual)
-        angles = prepared_angles(self.llm, source) if rotary else None
+        angles = angles_of(self.llm, source, index) if rotary else None
         if at == "next":
             normed = layer.input_layernorm(source.hidden[:, :width])
             inputs = sequence.take(normed, spans)
-            keys = projected_heads(
-                layer, layer.self_attn.k_proj, normed, None if angles is None else angles.rows(slice(width))
-            )
+            turned = None if angles is None else (angles[0][:, :width], angles[1][:, :width])
+            keys = heads_of(layer, "key", normed, turned)
         else:
             inputs = layer.input_layernorm(sequence.take(source.hidden, spans))
             keys = in_float32(self.keys[:, :, :width])
-        own = None if angles is None else angles_at(angles, sequence, spans, columns)
+        own = None if angles is None else (sequence.take(angles[0], spans), sequence.take(angles[1], spans))
+        if self.masks is None:
+            unseen = sequence.unseen(spans, width)
+        else:
+            unseen = ~sequence.take(self.masks(index)[:, 0, :, :width], spans)[:, None]
         self.flops += len(inputs) * attention_flops(layer, inputs.shape[1], width, width if at == "next" else 0)
-        return AttentionInputs(inputs, own, keys, sequence.unseen(spans, width), visual)
+        return AttentionInputs(inputs, own, keys, unseen, visual)
 
 
 # Rows of the prompts. Spans are in a sample's own coordinates, without padding.
@@ -336,96 +342,77 @@ def at_images(tensor: Tensor, sequence: Sequence, rows: Sequence_[Row], members:
     return sequence.at(tensor, members + first, samples)
 
 
-# Attention of a decoder layer.
+# Attention of a decoder layer. Its queries and keys are those that the layer's own forward hands to its attention
+# kernel: after the norms of heads and the rotation that its family has, whichever kernel that is.
+
+Angles = tuple[Tensor, ...]  # cosines and sines of tokens, [B, T, d] each, as a layer takes them
+PROBE = "queries_and_keys"  # of ALL_ATTENTION_FUNCTIONS
+PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
 
 
-class Angles(NamedTuple):
-    """Rotary angles of tokens, ready for all heads.
-
-    Attributes:
-        cos: [B, 1, T, d] float32.
-        sin: the same of the sine, negative in the first half of the channels.
-    """
-
-    cos: Tensor
-    sin: Tensor
-
-    @classmethod
-    def of(cls, cos: Tensor, sin: Tensor) -> Angles:
-        """From a decoder's cosines and sines, [B, T, d] each."""
-        cos, sin = in_float32(cos), in_float32(sin)
-        return cls(cos.unsqueeze(1), (sin * _signs(sin.shape[-1], sin.device)).unsqueeze(1))
-
-    def rows(self, part: slice) -> Angles:
-        """Of some of the tokens."""
-        return Angles(self.cos[:, :, part], self.sin[:, :, part])
+class _Reached(Exception):
+    """The call of a layer's attention kernel, with the queries and keys that it got."""
 
 
-@made_once
-def _signs(channels: int, device: torch.device) -> Tensor:
-    """[d] float32: -1 in the first half, 1 in the second."""
-    return torch.ones(channels, device=device).index_fill(0, torch.arange(channels // 2, device=device), -1.0)
+def _hand_over(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **options: Any) -> NoReturn:
+    raise _Reached(query, key)
 
 
-def angles_of(llm: Decoder, sequence: Sequence) -> tuple[Tensor, Tensor]:
-    """Cosines and sines at the positions of prompts, [B, L, d] each; those that the layers use, if they are known."""
+ALL_ATTENTION_FUNCTIONS.register(PROBE, _hand_over)
+
+
+def angles_of(llm: Decoder, sequence: Sequence, layer: int) -> Angles:
+    """Cosines and sines of a layer at the positions of prompts, [B, L, d] each; those of `sequence` if it has them."""
     known, position = sequence.rotary, sequence.position
     if known is not None:
         return known.cos, known.sin
-    return llm.rotary_emb(sequence.hidden, position if position.dim() == 2 else position.permute(2, 0, 1))
+    axes = position if position.dim() == 2 else position.permute(2, 0, 1)
+    # Gemma 3 turns the layers with a sliding window by other angles.
+    kinds = llm.config.layer_types if hasattr(llm.rotary_emb, "layer_types") else None
+    return llm.rotary_emb(sequence.hidden, axes, *(() if kinds is None else (kinds[layer],)))
 
 
-def prepared_angles(llm: Decoder, sequence: Sequence) -> Angles:
-    """`angles_of` for scores, prepared once for all stages: of the columns of `sequence`, and maybe of more behind."""
-    known = sequence.rotary
-    if known is None:
-        return Angles.of(*angles_of(llm, sequence))
-    longest = known.longer or known
-    if longest.angles is None:
-        longest.angles = Angles.of(longest.cos, longest.sin)
-    return cast(Angles, longest.angles)
+def heads_of(layer: DecoderLayer, part: str, normed: Tensor, angles: Angles | None = None) -> Tensor:
+    """Queries or keys [B, H, L, d] float32 of a decoder layer, of the heads of all ranks.
 
-
-def angles_at(angles: Angles, sequence: Sequence, spans: Sequence_[Span], columns: Sequence_[Span]) -> Angles:
-    """Angles of spans, one of each prompt; see `Sequence.take`.
+    The layer's own forward runs up to the call of its attention kernel, on the projection that is asked for alone.
 
     Args:
-        angles: of all columns of `sequence`, and maybe of more behind them.
-        columns: the same spans as columns of the padded batch.
-    """
-    (start, stop), *others = columns
-    if start < stop and all(other == (start, stop) for other in others):
-        return angles.rows(slice(start, stop))
-    return Angles(*(sequence.take(part[:, 0], spans).unsqueeze(1) for part in angles))
-
-
-def whole_heads(layer: DecoderLayer, part: Tensor, dim: int) -> Tensor:
-    """Queries, keys or values of all heads of a decoder layer.
-
-    Where the layer is split over ranks, each has some of the heads; they are gathered in the order of heads, so that
-    all ranks rank by the same numbers. A layer that one process holds whole returns its tensor as it is.
-
-    Args:
-        part: the heads of this rank.
-        dim: the dimension of the heads.
-    """
-    gather = getattr(layer.self_attn, "gather", None)
-    return part if gather is None else gather(part, dim)
-
-
-def projected_heads(layer: DecoderLayer, projection: nn.Linear, normed: Tensor, angles: Angles | None = None) -> Tensor:
-    """Queries or keys [B, H, L, d] float32 of a decoder layer.
-
-    Args:
-        projection: the layer's q_proj or k_proj.
+        part: "query" or "key".
         normed: [B, L, D] inputs of the layer after its norm, which queries and keys share.
-        angles: of the L tokens, for rotary embedding in Llama's half-split convention; None for no rotation.
+        angles: of the L tokens; None for no rotation.
+
+    Raises:
+        UserError: the layer does not call a kernel through transformers' attention interface.
     """
-    projected = whole_heads(layer, projection(normed), -1)
-    heads = rearrange(projected, "b l (h d) -> b h l d", d=layer.self_attn.head_dim)
+    attention = layer.self_attn
+    probe = copy(attention)  # the same weights; the model itself is not changed
+    probe.config = copy(attention.config)
+    probe.config._attn_implementation = PROBE
+    probe._modules = dict(attention._modules)
+    for name in PROJECTIONS.values():
+        projection = probe._modules.get(name)
+        if projection is not None and name != PROJECTIONS[part]:
+            # One head of zeros in place of a projection that is not asked for.
+            heads = probe.config.num_attention_heads if name == "q_proj" else probe.config.num_key_value_heads
+            del probe._modules[name]
+            width = projection.out_features // heads
+            setattr(probe, name, lambda rows, width=width: rows.new_zeros(()).expand(*rows.shape[:-1], width))
     if angles is None:
-        return in_float32(heads)
-    return heads * angles.cos + heads.roll(heads.shape[-1] // 2, -1) * angles.sin  # float32, as the angles are
+        one = normed.new_ones(1, 1, attention.head_dim)
+        angles = one, torch.zeros_like(one)
+    try:
+        # Without the hooks of the module itself, which would wait for its end.
+        type(attention).forward(probe, normed, position_embeddings=angles, attention_mask=None)
+    except _Reached as reached:
+        query, key = reached.args
+        heads = query if part == "query" else key
+        gather = getattr(attention, "gather", None)
+        return (heads if gather is None else gather(heads, 1)).float()
+    raise UserError(
+        f"{type(attention).__name__} does not call its kernel through transformers' attention interface, so its "
+        "queries and keys cannot be read. Choose a method that reads no attention of the decoder."
+    )
 
 
 def attention_rows(
@@ -437,7 +424,7 @@ def attention_rows(
     that equals the layer's real attention up to the softmax denominator; without angles it does not depend on distance.
 
     Args:
-        layer: a LlamaDecoderLayer.
+        layer: a decoder layer.
         rows: [B, T, D] inputs of the layer at the query rows, after its norm.
         keys: [B, Hkv, L, d] float32 keys of that layer, rotated if the rows are; grouped-query heads are repeated.
         unseen: [B, 1, T, L] bool, True for the keys that a row may not see; None where it sees all.
@@ -446,10 +433,13 @@ def attention_rows(
     Returns:
         [B, H, T, L] float32; rows sum to 1 over the keys that they see.
     """
-    query = projected_heads(layer, layer.self_attn.q_proj, rows, angles)
+    query = heads_of(layer, "query", rows, angles)
     if keys.shape[1] != query.shape[1]:
         keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
     scores = query @ keys.transpose(-1, -2) * layer.self_attn.scaling
+    cap = getattr(layer.self_attn, "attn_logit_softcapping", None)  # of Gemma 2
+    if cap is not None:
+        scores = cap * (scores / cap).tanh()
     if unseen is not None:
         scores = scores.masked_fill(unseen, torch.finfo(scores.dtype).min)
     return scores.softmax(-1)
