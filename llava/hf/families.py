@@ -71,6 +71,7 @@ class Family:
         cls: place of the tower's class token, which the model drops, 0 or -1; None for no class token.
         axes: position ids have three axes, made by the model's `get_rope_index`.
         types: the argument that is 1 at image tokens; "" for none.
+        videos: videos are taken, too; frames are told apart by text or follow one another.
         tiles: the tiles of an image follow one another without text.
         breaks: there is a text token behind every row of an image's tokens but the last.
         packed: the model puts tiles together by its `pack_image_features`, with unpadding and newline tokens.
@@ -84,6 +85,7 @@ class Family:
     cls: int | None = None
     axes: bool = False
     types: str = ""
+    videos: bool = False
     tiles: bool = False
     breaks: bool = False
     packed: bool = False
@@ -93,9 +95,9 @@ class Family:
 
 _QWEN = partial(Family, tower="visual.blocks", runs=True, axes=True, types="mm_token_type_ids")
 FAMILIES: dict[str, Family] = {
-    "Qwen3VLForConditionalGeneration": _QWEN("Qwen3-VL"),
-    "Qwen3VLMoeForConditionalGeneration": _QWEN("Qwen3-VL MoE"),
-    "Qwen3_5ForConditionalGeneration": _QWEN("Qwen3.5"),
+    "Qwen3VLForConditionalGeneration": _QWEN("Qwen3-VL", videos=True),
+    "Qwen3VLMoeForConditionalGeneration": _QWEN("Qwen3-VL MoE", videos=True),
+    "Qwen3_5ForConditionalGeneration": _QWEN("Qwen3.5", videos=True),
     "Glm4vForConditionalGeneration": _QWEN("GLM-4V"),
     "InternVLForConditionalGeneration": Family("InternVL3", "vision_tower.encoder.layer", cls=0, tiles=True),
     "LlavaOnevisionForConditionalGeneration": Family("LLaVA-OneVision", "vision_tower.encoder.layers", packed=True),
@@ -139,20 +141,21 @@ def why_not(family: Family, config: PretrainedConfig, reducer: Reducer) -> str:
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or ["full_attention"]
     probed = getattr(reducer, "probe_layer", None)
-    if probed is not None and not has_attention(kinds[min(probed, len(kinds) - 1)]):
-        return f"{name} reads the attention of decoder layer {probed}, and that of {family.title} has none."
+    probed = "full_attention" if probed is None else kinds[min(probed, len(kinds) - 1)]
+    if probed not in ("full_attention", "sliding_attention"):
+        return f"{name} probes the attention of a decoder layer that has {said(probed)} in {family.title}."
     if "decoder" in acts:
-        other = sorted({kind.replace("_", " ") for kind in kinds} - {"full attention"})
+        other = [said(kind) for kind in sorted({*kinds} - {"full_attention"})]
         if other:
-            return f"{name} reduces between decoder layers; those of {family.title} have {' and '.join(other)}."
+            return f"{name} reduces between decoder layers, of which some have {' and '.join(other)} in {family.title}."
         if family.types == "token_type_ids":
             return f"{name} reads causal attention; prompts of {family.title} are attended in both directions."
     return ""
 
 
-def has_attention(kind: str) -> bool:
-    """Whether a decoder layer of this entry of `layer_types` has queries and keys."""
-    return kind.endswith("attention") and kind != "linear_attention"
+def said(kind: str) -> str:
+    """An entry of `layer_types` in words."""
+    return {"conv": "a convolution"}.get(kind, kind.replace("_", " "))
 
 
 # The tower
@@ -232,7 +235,7 @@ class FamilyWrapper(HFWrapper):
     def views_of(self, name: str, given: Mapping[str, Any], reducer: Reducer) -> tuple[list[View], Any]:
         """What the tower and the projector make of all images or all videos of a call, and the model's own output."""
         family, encoder = self.family, self.encoders[name]
-        if encoder is None or (name == "video" and not family.axes):
+        if encoder is None or (name == "video" and not family.videos):
             raise UserError(f"reduce() takes no videos of {family.title}; give the frames as images.")
         wanted = {score: attention_of(self.blocks[self._block(score)]) for score in reducer.tower_scores(family.packed)}
         names = inspect.signature(encoder).parameters
@@ -691,7 +694,7 @@ class FamilyReduced(Reduced):
             not torch.equal(types == kind, ids == token) for kind, token in enumerate(tokens.values(), 1) if token >= 0
         ):
             raise UserError(
-                f"mm_token_type_ids must be 1 exactly where input_ids has the image token, and 2 at video tokens; {ONE_CALL}"
+                f"mm_token_type_ids must be 1 at the image tokens of input_ids and 2 at video tokens, alone; {ONE_CALL}"
             )
 
     def _positions(self, given: Mapping[str, Any], ids: Tensor, mask: Tensor, copies: int) -> Tensor:
