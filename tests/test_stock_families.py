@@ -45,23 +45,22 @@ def test_every_family_has_a_tiny_model():
 def test_keeping_all_is_the_stock_model(name):
     """Bit for bit, in one pass and while decoding, with beams; and pixels matter, or the rest would say nothing."""
     model, inputs = tiny(name), call(name, (1, 2)).inputs
-    before = {key: value for key, value in vars(model).items() if key != "_modules"}
-    expected, generated = last(model, inputs), model.generate(**inputs, **STEPS, **LOGITS)
+    before, plain = set(vars(model)), last(model, inputs)
+    generated = model.generate(**inputs, **STEPS, **LOGITS)  # which numbers padded prompts from their first token
     beams = model.generate(**inputs, **STEPS, num_beams=2)
     with reduce(model, "full") as reduced:
-        assert torch.equal(last(model, inputs), expected)
+        assert torch.equal(last(model, inputs), generated.logits[0])
         own = model.generate(**inputs, **STEPS, **LOGITS)
         assert torch.equal(own.sequences, generated.sequences)
         assert all(torch.equal(*pair) for pair in zip(own.logits, generated.logits, strict=True))
         assert torch.equal(model.generate(**inputs, **STEPS, num_beams=2), beams)
         moved = {**inputs, "pixel_values": inputs["pixel_values"].flip(-1)}
-        assert (last(model, moved) - expected).abs().max() > 1e-3
-        text = {"input_ids": torch.tensor([[1, 21, 22]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
-        last(model, text)
+        assert (last(model, moved) - plain).abs().max() > 1e-3
+        last(model, {"input_ids": torch.tensor([[1, 21, 22]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)})
     assert reduced.accounting[1].images == 2
-    assert {key: value for key, value in vars(model).items() if key != "_modules"}.keys() == before.keys()
+    assert set(vars(model)) == before
     assert not any(module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())
-    assert torch.equal(last(model, inputs), expected)
+    assert torch.equal(last(model, inputs), plain)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -85,7 +84,9 @@ def test_batches_and_decoding(name):
             assert reduced.accounting[0].tokens_per_layer == counts[row]
             for together, single in zip(both.logits, alone.logits, strict=True):
                 torch.testing.assert_close(together[row], single[0], atol=2e-5, rtol=0)
-        if method == "fastervlm":  # reads no text, so a longer prompt keeps the same tokens
+        if (
+            method == "fastervlm" and name != "paligemma"
+        ):  # reads no text, so a longer prompt keeps the same tokens; PaliGemma sees it whole
             longer = {key: own[key] for key in own}
             longer["input_ids"] = alone.sequences[:, :-1]
             for key in ("attention_mask", "token_type_ids", "mm_token_type_ids"):
@@ -119,7 +120,7 @@ def test_every_method(name):
 
 @pytest.mark.parametrize("name", BETWEEN)
 def test_stages_between_layers_hide_what_they_drop(name):
-    """FastV gives what the stock model gives whose later layers may not look at the dropped tokens, deepstack included."""
+    """FastV gives what the stock model gives whose later layers do not look at the dropped tokens, deepstack too."""
     model, inputs = tiny(name), call(name).inputs
     with reduce(model, "fastv", budget("fastv", call(name).counts[0])) as reduced:
         logits = last(model, inputs)
@@ -153,17 +154,18 @@ def test_scores_belong_to_the_tokens_that_their_patches_become(name):
     poked = []
 
     def poke(module, args, output):
-        hidden = (output[0] if isinstance(output, tuple) else output).clone()
+        output = output.clone()
         for patch in poked:
-            hidden.reshape(-1, hidden.shape[-1])[patch + (wrapper.family.cls == 0)] += torch.linspace(-5, 5, 32)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+            output.view(-1, 32)[patch + (wrapper.family.cls == 0)] += torch.linspace(-5, 5, 32)
+        return output
 
     def tokens():
         with torch.no_grad():
             ((view,), _) = wrapper.views_of("image", inputs, reducer)
         return view
 
-    hook = wrapper.blocks[wrapper._block(score)].register_forward_hook(poke)
+    block = wrapper.blocks[wrapper._block(score)]
+    hook = [part for part in block.modules() if isinstance(part, torch.nn.Linear)][-1].register_forward_hook(poke)
     try:
         for patch in (0, 1, 5, 14):
             poked[:] = []
@@ -183,7 +185,7 @@ def test_scores_belong_to_the_tokens_that_their_patches_become(name):
 
 @pytest.mark.parametrize("name", ["internvl3", "gemma3", "aya_vision", "smolvlm"])
 def test_scores_are_the_attention_of_the_tower(name):
-    """Beside the fused kernel the same as from the maps that eager attention gives; without CLS, what tokens receive."""
+    """Beside the fused kernel the same as from the maps of eager attention; without CLS, what tokens receive."""
     model, inputs = copy.deepcopy(tiny(name)), call(name).inputs
     reducer = registry.build("fastervlm", 4, {}, 16)
     with torch.no_grad():
@@ -208,12 +210,12 @@ HOUSE = {
 @pytest.mark.parametrize("name", HOUSE)
 @pytest.mark.parametrize("method", ["divprune", "consensusdrop", "fastervlm", "attnmix", "fastv", "pyramiddrop"])
 def test_the_staged_forward_agrees(monkeypatch, name, method):
-    """Families of the staged forward, given a row, keep the same tokens and give the same logits, whatever the tiles."""
+    """Families of the staged forward, given a row, keep the same tokens and give the same logits, with tiles too."""
     if name == "qwen2.5" and registry.method(method)(budget=8).scores():
         pytest.skip("the blocks of this tower see its patches in an order of windows")
     case = shared(name)
     inputs = case.batch()
-    options = {"budget": "2/5"} if "decoder" not in registry.method(method).acts_in else {"budget": "4/5"}
+    options = {"budget": "2/5"} if "decoder" not in registry.method(method).acts_in else {"budget": "3/5"}
     with reduce(case.model, method, **options) as staged:
         expected = case.model.generate(**inputs, **STEPS, **LOGITS)
     monkeypatch.setitem(FAMILIES, type(case.model).__name__, HOUSE[name])
