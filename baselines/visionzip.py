@@ -35,6 +35,7 @@ def zip_tokens(
     dominant: int,
     contextual: int,
     weights: str,
+    cls: bool = True,
 ) -> Reduction:
     """Dominant tokens in raster order, CLS first, then contextual ones in the raster order of their targets.
 
@@ -44,9 +45,11 @@ def zip_tokens(
         dominant: tokens kept as they are, CLS among them; at least 1.
         contextual: tokens that the rest is merged into; every n-th of the rest is a target.
         weights: "mean" (a group is averaged) or "anchor_plus_mean" (the mean of the others is added to the target).
+        cls: there is a CLS token before the N patches; without one, all dominant tokens are patches.
     """
-    kept, rest = split(saliency, dominant - 1)
-    return merge_plan(kept, rest, contextual, saliency, keys, "stride", weights, True).with_cls()
+    kept, rest = split(saliency, dominant - cls)
+    plan = merge_plan(kept, rest, contextual, saliency, keys, "stride", weights, True)
+    return plan.with_cls() if cls else plan
 
 
 @register("visionzip")
@@ -93,10 +96,10 @@ class VisionZip(Reducer):
 
     def encoder(self, state: EncoderState) -> Reduction:
         saliency, keys = (state.scores[score] for score in self.scores())
-        patches = saliency.shape[1]
+        patches, tokens = saliency.shape[1], state.features.shape[1]
         if self.budget >= patches:
-            everything = torch.arange(1, patches + 1, device=saliency.device)
-            return Reduction(everything.expand(len(saliency), -1), patches + 1)  # LLaVA itself drops CLS
+            everything = torch.arange(tokens - patches, tokens, device=saliency.device)
+            return Reduction(everything.expand(len(saliency), -1), tokens)  # LLaVA itself drops CLS
         dominant, contextual = self.split()
         weights = "anchor_plus_mean" if self.official else "mean"
-        return zip_tokens(saliency, keys, dominant, contextual, weights)
+        return zip_tokens(saliency, keys, dominant, contextual, weights, cls=tokens > patches)

@@ -242,6 +242,8 @@ class ConsensusDrop(Reducer):
 
     def check(self, spec: ModelSpec) -> None:
         super().check(spec)
+        if self.cls_token and not spec.has_cls:
+            raise UserError("consensusdrop.cls_token keeps the CLS token, and this tower has none; leave it out.")
         if not 0 <= self.probe_layer < spec.layers:
             raise UserError(
                 f"consensusdrop.probe_layer must be below {spec.layers} (decoder layers), got {self.probe_layer}."

@@ -288,6 +288,8 @@ def summarise(job: Job, store: AnswerStore, throughput: dict[str, Any], ttft: di
     flops = cost.summarise_flops(timed)
     made = report.made_by(store.origins(asked))
     remarks = [*getattr(job.model, "notes", ()), *made.pop("notes"), *cost.notes(timed), *store.remarks]
+    if without_cls := job.reducer.without_cls(job.model.spec):
+        remarks.append(without_cls)
     if off_budget := job.off_budget(lines):
         remarks.append(off_budget["remark"])
     result = {

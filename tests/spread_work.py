@@ -48,13 +48,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "visiondrop": {},
 }
 NEXT: dict[str, dict[str, Any]] = {name: {} for name in ("visionzip", "consensusdrop", "fastv", "visiondrop")}
-# Qwen's tower has no class token.
-QWEN: dict[str, dict[str, Any]] = {
-    "divprune": {},
-    "fastv": {},
-    "dart": {},
-    "visiondrop": {"encoder_score": "received", "keep_cls": False},
-}
+QWEN: dict[str, dict[str, Any]] = {name: {} for name in ("consensusdrop", "fastv", "dart", "visiondrop")}
 
 
 @dataclass

@@ -284,10 +284,7 @@ def test_a_tower_block_that_does_not_exist_is_refused_before_the_run(tiny):
         registry.build("consensusdrop", 8, {"block": "-4"}).check(tiny.spec)
 
 
-def test_a_class_token_that_cannot_be_read_is_not_said_to_be_missing(tiny):
-    """InternVL was told that its tower has no CLS; it has one."""
+def test_a_class_token_that_is_asked_for_and_missing_is_refused(tiny):
     spec = dataclasses.replace(tiny.spec, has_cls=False)
-    with pytest.raises(
-        UserError, match="CLS token of the vision tower, which cannot be read here: the tower has none, or"
-    ):
-        registry.build("fastervlm", 8).check(spec)
+    with pytest.raises(UserError, match="cls_token keeps the CLS token, and this tower has none"):
+        registry.build("consensusdrop", 8, {"cls_token": "true"}).check(spec)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
 from transformers import AutoConfig, AutoModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -9,7 +10,6 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from llava.errors import UserError
 from llava.pipeline.sequence import Sequence
 from llava.reduction.states import PROJECTIONS, DecoderState, heads_of
-from llava.reduction.token_layout import ModelSpec, PatchGrid
 
 SIZES = {
     "vocab_size": 50,
@@ -80,7 +80,6 @@ def test_rows_are_those_of_the_stock_layer(decoder):
         sequence = Sequence(hidden, place if axes == 3 else place[..., 0], (LENGTH,), *spans)
         state = DecoderState(
             ids=("a",),
-            spec=ModelSpec(12, 3, PatchGrid(3, 4)),
             tokens=hidden[:, slice(*VISUAL)],
             sequence=sequence,
             llm=decoder,
@@ -100,7 +99,7 @@ def test_rows_are_those_of_the_stock_layer(decoder):
 
 
 @torch.inference_mode()
-def test_only_the_projection_that_is_asked_for_is_computed(decoder, monkeypatch):
+def test_only_the_projection_that_is_asked_for_is_computed(decoder):
     """No attention, no values, no output projection; and the model is as it was before."""
     layer, ran = decoder.layers[1].self_attn, []
     before = dict(vars(layer))
@@ -110,10 +109,21 @@ def test_only_the_projection_that_is_asked_for_is_computed(decoder, monkeypatch)
     ]
     for part in ("query", "key"):
         heads_of(decoder.layers[1], part, torch.randn(1, 3, 64))
+    assert ran == ["q_proj", "k_proj"]
     for hook in hooks:
         hook.remove()
-    assert ran == ["q_proj", "k_proj"]
     assert vars(layer) == before and decoder.config._attn_implementation == "eager"
+
+
+@torch.inference_mode()
+def test_any_kernel_and_weights_that_are_offloaded(decoder):
+    """The kernel is never called, so FlashAttention needs no GPU here; accelerate's hooks fetch what is asked for."""
+    layer, normed = decoder.layers[1], torch.randn(1, 3, 64)
+    expected = [heads_of(layer, part, normed) for part in ("query", "key")]
+    decoder.config._attn_implementation = "flash_attention_2"
+    cpu_offload(decoder, torch.device("cpu"))
+    assert layer.self_attn.k_proj.weight.is_meta
+    assert all(map(torch.equal, expected, [heads_of(layer, part, normed) for part in ("query", "key")]))
 
 
 def test_attention_that_calls_no_kernel_is_refused(decoder):

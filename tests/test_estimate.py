@@ -110,8 +110,6 @@ def test_no_weight_is_read(tmp_path, monkeypatch):
 def test_cache_and_operations_are_those_of_the_run(tmp_path, family, name, budget):
     SAVERS[LAYOUTS[family]](tmp_path)
     real = load(tmp_path, device="cpu")
-    if family == "qwen":  # without a class token
-        name = {"fastervlm": "uniform", "consensusdrop": "divprune"}.get(name, name)
     batch = samples(4)
     if family == "video":
         batch[0] = replace(batch[0], image=Video(tuple(picture(frame, (70, 50)) for frame in range(8))))
@@ -184,8 +182,8 @@ def test_every_method_needs_what_the_dry_run_says(shape):
                 require(reducer, model.spec)
                 found[name] = run_bytes(model, reducer, asked) / expected_bytes(model, reducer, asked, 2, 1)
                 break
-    if shape == "qwen2.5-vl-7b":  # no class token, and no blocks to merge in
-        assert len(found) >= 8
+    if shape == "qwen2.5-vl-7b":  # neither blocks to merge in nor a text tower
+        assert len(found) >= 18
     else:
         refused = set(registry.names()) - set(found) - {name for family, name in READ_NUMBERS if family == shape}
         assert refused <= {"tome"}, "a video tower cannot merge"

@@ -520,10 +520,11 @@ def test_the_convention_of_tiles_is_part_of_the_result(tmp_path):
     assert result["audit"]["mean_tokens_per_layer"] == 20 and result["audit"]["visual_tokens_before"] == 80
 
 
-@pytest.mark.parametrize("flags", [["--budget", "1/4"], ["--set", "divprune.retention_ratio=0.25"]])
+@pytest.mark.parametrize("flags", [["--budget", "1/4"], ["--set", "consensusdrop.retention_ratio=0.25"]])
 def test_a_ratio_keeps_that_part_of_each_picture(tmp_path, flags):
     save_qwen_transformers(tmp_path / "qwen")
-    result = run_in(tmp_path, "--method", "divprune", *flags, "--model", str(tmp_path / "qwen"))
+    result = run_in(tmp_path, "--method", "consensusdrop", *flags, "--model", str(tmp_path / "qwen"))
+    assert any("no CLS token: in place of its attention" in note for note in result["notes"])
     before = result["audit"]["visual_tokens_before"]
     assert result["audit"]["mean_tokens_per_layer"] == before / 4
     assert result["settings"]["config"]["retention_ratio"] == result["config"]["retention_ratio"] == 0.25

@@ -195,12 +195,11 @@ def test_frames_of_a_video_are_panels(tmp_path):
     assert all(np.isfinite(values).all() for values in found.maps.values()) and len(found.maps) == 4
 
 
-def test_a_tower_without_class_token_says_which_maps_it_lacks(tmp_path):
+def test_a_tower_without_class_token_has_all_maps(tmp_path):
     save_qwen_transformers(tmp_path / "qwen", make_tiny_qwen())
     model = load(tmp_path / "qwen", device="cpu")
     found = collect(model, Sample("a", QUESTIONS[0], image=picture(0, (112, 56))), ["visiondrop", "fastervlm"], (4,), 2)
-    assert list(found.maps) == ["question", "text"]
-    assert [note.split(":")[0] for note in found.notes] == ["No CLS attention", "No fused ranking"]
+    assert len(found.maps) == 4 and len(found.notes) == 1 and "has no CLS token" in found.notes[0]
     (panel,) = found.panels
     assert not panel.square and panel.grid.shape[1] == 2 * panel.grid.shape[0]
 

@@ -14,7 +14,7 @@ from llava.errors import UserError
 from llava.model import qwen_vl as qwen_vision
 from llava.model.qwen_vl import Merger, encode_qwen, signal_block
 from llava.reduction import modules
-from llava.reduction.scores import TowerScore
+from llava.reduction.scores import WITHOUT_CLS, TowerScore
 
 # Rows and columns that windows divide and that they do not, one picture within a window, a film, two of one size.
 GRIDS = [(1, 8, 12), (1, 4, 4), (1, 10, 6), (2, 6, 8), (1, 8, 12), (1, 2, 14)]
@@ -151,9 +151,11 @@ def signals_by_the_book(visual, index: int, patches: torch.Tensor):
 def test_signals_equal_the_definition(visual, block, monkeypatch):
     monkeypatch.setattr(qwen_vision, "QUERY_ROWS", 7)  # slices that do not divide the patches
     patches = some_patches()
-    wanted = [TowerScore(kind, block) for kind in ("received_attention", "keys", "whole_keys")]
+    wanted = [TowerScore(kind, block) for kind in ("received_attention", "keys", "whole_keys", *WITHOUT_CLS)]
     with torch.inference_mode():
         expected = signals_by_the_book(visual, block, patches)
+        received = expected[0]
+        expected = *expected, received, received, received.log()  # in place of the scores of a CLS token
         pictures = encode_qwen(visual, patches, GRIDS, wanted)
     for signal, values in zip(wanted, expected, strict=True):
         found = torch.cat([one.scores[signal][0] for one in pictures])
@@ -190,8 +192,8 @@ def test_signals_move_to_a_block_that_sees_the_whole_picture():
 
 def test_signals_that_cannot_be_had_are_refused():
     visual = tower("2.5")
-    with pytest.raises(UserError, match="needs a CLS token"):
-        encode_qwen(visual, some_patches(), GRIDS, [TowerScore("cls_attention")])
+    with pytest.raises(UserError, match="Unknown tower score"):
+        encode_qwen(visual, some_patches(), GRIDS, [TowerScore("values")])
     with pytest.raises(UserError, match="has 4 blocks"):
         signal_block(visual, TowerScore("keys", -5))
 

@@ -11,7 +11,6 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import visiondrop.method
-from llava.errors import UserError
 from llava.pipeline import decoder
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
@@ -121,11 +120,11 @@ def test_stages_move_with_the_depth():
 # -- the encoder stage ------------------------------------------------------------------------------------------------
 
 
-def encoder_state(images=3, spec=TINY, seed=0, kind="cls_attention", cls=True) -> EncoderState:
+def encoder_state(images=3, spec=TINY, seed=0, cls=True) -> EncoderState:
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     count = spec.visual_tokens
-    signals = {TowerScore(kind): draw(images, count).exp(), TowerScore("keys"): draw(images, count, 5)}
+    signals = {TowerScore("cls_attention"): draw(images, count).exp(), TowerScore("keys"): draw(images, count, 5)}
     features, ids = draw(images, count + cls, 6), tuple(map(str, range(images)))
     return EncoderState(ids=ids, spec=spec, features=features, scores=signals, layout=spec.layout)
 
@@ -245,18 +244,14 @@ def test_caches_keep_what_entered_each_layer(tiny):
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_tower_without_cls_needs_received_attention():
+def test_a_tower_without_cls_keeps_patches_alone():
     """The paper ranks by attention from all patches where there is no CLS, as in SigLIP; the release cannot."""
-    spec = dataclasses.replace(TINY, has_cls=False)
-    for wrong in ({}, {"encoder_score": "received"}, {"keep_cls": False}):
-        with pytest.raises(UserError, match="encoder_score=received"):
-            VisionDrop(budget=6, **wrong).check(spec)
-    reducer = VisionDrop(budget=6, encoder_score="received", keep_cls=False)
-    reducer.check(spec)
-    state = encoder_state(kind="received_attention", cls=False)
-    dominant, _ = stages_of(reducer, spec)[0]
-    best = state.scores[TowerScore("received_attention")].topk(dominant).indices.sort().values
-    assert reducer.encoder(state).kept[:, :dominant].tolist() == best.tolist()
+    reducer, state = VisionDrop(budget=6), encoder_state(cls=False)
+    reducer.check(dataclasses.replace(TINY, has_cls=False))
+    dominant, contextual = stages_of(reducer, TINY)[0]
+    best = state.scores[TowerScore("cls_attention")].topk(dominant).indices.sort().values
+    kept = reducer.encoder(state).kept
+    assert kept[:, :dominant].tolist() == best.tolist() and kept.shape[1] == dominant + contextual
 
 
 # -- scores in the decoder --------------------------------------------------------------------------------------------

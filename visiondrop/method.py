@@ -264,7 +264,7 @@ class VisionDrop(Reducer):
         PUBLISHED_START, "tokens after the encoder stage, as a multiple of the budget; 3 for video", least=1
     )
     ratio: int = option(PUBLISHED_RATIO, "dominant tokens per contextual token; 0 for dominant tokens only", least=0)
-    keep_cls: bool = option(True, "CLS is the first dominant token after the encoder stage")
+    keep_cls: bool = option(True, "CLS, where there is one, is the first dominant token after the encoder stage")
     encoder_score: str = option(
         "cls", "rank patches by the attention of CLS, or received from all patches", tuple(ENCODER_SCORES)
     )
@@ -286,11 +286,6 @@ class VisionDrop(Reducer):
             raise UserError(f"visiondrop.official is the release as it is; leave out {', '.join(changed)}.")
 
     def check(self, spec: ModelSpec) -> None:
-        if not spec.has_cls and (self.keep_cls or self.encoder_score == "cls"):
-            raise UserError(
-                "visiondrop ranks by the CLS token and keeps it, and it cannot be read here. Set "
-                "visiondrop.encoder_score=received and visiondrop.keep_cls=false."
-            )
         super().check(spec)
         first = self.decoder_layers(spec.layers)[0]
         if self.start * first >= spec.layers:
@@ -316,13 +311,14 @@ class VisionDrop(Reducer):
         score, keys = (state.scores[score] for score in self.scores())
         images, patches = score.shape
         dominant, contextual = stages_of(self, state.spec)[0]
+        keep_cls = state.features.shape[1] > patches
         if dominant + contextual >= patches:
-            if not self.keep_cls:
+            if not keep_cls:
                 return None
             # All patches without CLS, as LLaVA has them without reduction.
             every = torch.arange(1, patches + 1, device=score.device)
             return Reduction(every.expand(images, -1), patches + 1)
-        if self.keep_cls:
+        if keep_cls:
             # CLS gets the highest score, so it is kept and its key is never compared.
             score, keys = F.pad(score, (1, 0), value=float("inf")), F.pad(keys, (0, 0, 1, 0))
         return self._reduce(state, score, keys, dominant, contextual)

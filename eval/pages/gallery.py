@@ -45,7 +45,7 @@ from llava.pipeline.generate import generate
 from llava.pipeline.prefill import prefill
 from llava.processing.prompt import Sample
 from llava.processing.video import Video
-from llava.reduction import PromptState, Reducer, Step, TowerScore, option, registry
+from llava.reduction import PromptState, Reducer, Step, TowerScore, registry
 from llava.reduction.token_layout import TokenLayout
 
 Floats = NDArray[np.float32]
@@ -90,14 +90,14 @@ SCORES = {
 
 
 def score_maps(model: Llava, sample: Sample) -> dict[str, Floats]:
-    """The scores of a sample's image by their key in SCORES, without those that need a class token that is not there.
+    """The scores of a sample's image by their key in SCORES.
 
     Returns:
         key -> [N], NaN where the score is not defined (newline and class tokens).
     """
     maps = {}
     for together in (False, True):
-        probe = Probe(budget=1, retention_ratio=0.9, crops="global" if together else "each", cls=model.spec.has_cls)
+        probe = Probe(budget=1, retention_ratio=0.9, crops="global" if together else "each")
         _, record = prefill(model, [sample], probe)
         for key, views in probe.found.items():
             if SCORES[key].together == together:
@@ -113,11 +113,10 @@ class Probe(Reducer):
     """Not a method: notes the scores of every view that it is given, and reduces nothing."""
 
     name: ClassVar[str] = "probe"
-    cls: bool = option(True, "the tower has a class token")
     found: dict[str, list[tuple[Ints, Floats]]] = field(default_factory=dict, compare=False)
 
     def scores(self) -> tuple[TowerScore, ...]:
-        return (TowerScore("cls_attention", ConsensusDrop(budget=1).block),) if self.cls else ()
+        return (TowerScore("cls_attention", ConsensusDrop(budget=1).block),)
 
     def keeps_all(self, tokens: int) -> bool:
         return False
@@ -131,12 +130,11 @@ class Probe(Reducer):
         )
         self._note("question", state, question)
         self._note("text", state, text_scores(*state.text(attnmix.text), state.tokens, attnmix.temperature))
-        if self.cls:
-            saliency = state.scores[self.scores()[0]]
-            choices = {"alpha": consensus.alpha, "cross_top": consensus.cross_top}
-            best = fuse(saliency, saliency, consensus.fusion, 1, **choices).amax(1, keepdim=True)
-            self._note("cls", state, saliency)
-            self._note("fused", state, fuse(saliency, question, consensus.fusion, 1, **choices) / best.clamp(min=1))
+        saliency = state.scores[self.scores()[0]]
+        choices = {"alpha": consensus.alpha, "cross_top": consensus.cross_top}
+        best = fuse(saliency, saliency, consensus.fusion, 1, **choices).amax(1, keepdim=True)
+        self._note("cls", state, saliency)
+        self._note("fused", state, fuse(saliency, question, consensus.fusion, 1, **choices) / best.clamp(min=1))
 
     def _note(self, key: str, state: PromptState, values: Tensor) -> None:
         for row, view in enumerate(values.float().cpu().numpy()):
@@ -252,11 +250,8 @@ def collect(
             else:
                 results.append(result_of(name, budget, batch, picture))
     maps, cells = score_maps(model, sample), cells_of(panels)
-    notes = [
-        f"No {score.title}: the vision tower of {model.name} has no class token."
-        for key, score in SCORES.items()
-        if key not in maps
-    ]
+    without_cls = ConsensusDrop(budget=1).without_cls(model.spec)
+    notes = [f"{without_cls[0].upper()}{without_cls[1:]}."] if without_cls else []
     if len(layout.newlines):
         notes.append("The tokens that end the rows of tiles are counted, but stand for no patch and are not drawn.")
     return Gallery(

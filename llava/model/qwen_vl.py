@@ -1,7 +1,7 @@
 """Qwen2.5-VL and Qwen2-VL at run time: images keep their shape, tokens stand at rows and columns.
 
-The tower has no class token: methods that rank by CLS refuse to run, those with a choice take received attention. A
-image's tokens are merge groups of 2 x 2 patches; the merger is the projector.
+The tower has no class token: received attention takes the place of its attention. An image's tokens are merge groups of
+2 x 2 patches; the merger is the projector.
 
 The vision transformer runs block by block: features of merge groups, and only the scores that were asked for. A merge
 group is a square of 2 x 2 patches that becomes one visual token, so everything is kept and reduced by groups: G groups
@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from llava.errors import UserError
+from llava.errors import UserError, unknown
 from llava.model.llava_arch import EncodedImage, Llava, encoded_image_of
 from llava.model.multimodal_encoder.clip_encoder import Encoded
 from llava.processing.image import Grid, QwenImageProcessor, as_rgb
 from llava.reduction.modules import linear_flops
 from llava.reduction.reducer import Reducer
-from llava.reduction.scores import TowerScore
+from llava.reduction.scores import WITHOUT_CLS, TowerScore
 from llava.reduction.token_layout import ModelSpec, PatchGrid, single
 
 if TYPE_CHECKING:
@@ -129,7 +129,8 @@ def encode_qwen(
         visual: `model.visual` of a transformers Qwen2.5-VL or Qwen2-VL.
         patches: [sum of frames * rows * columns, 3 * temporal * patch * patch], as QwenImageProcessor gives them.
         grids: frames, rows and columns of patches of each image.
-        scores: of the kinds in SIGNALS, which are defined there; each is taken at `signal_block`.
+        scores: of the kinds in SIGNALS, which are defined there, or in WITHOUT_CLS, in whose place received attention
+            stands; each is taken at `signal_block`.
 
     Returns:
         of each image its features [1, n, U * D], the output of the last block before the merger, groups in raster
@@ -150,7 +151,9 @@ def encode_qwen(
             hidden, order = hidden[order.inverse[here.index]], here
         heads = _heads(block, hidden, order)
         for score in wanted.get(index, ()):
-            computed[score] = SIGNALS[score.kind](heads)[order.inverse]
+            stand_in = WITHOUT_CLS.get(score.kind)
+            signal = SIGNALS[score.kind](heads) if stand_in is None else stand_in(received_attention(heads))
+            computed[score] = signal[order.inverse]
         hidden = hidden + block.attn.proj(heads.attend(hidden.dtype))
         hidden = hidden + block.mlp(block.norm2(hidden))
     counts = [frames * rows * columns for frames, rows, columns in shapes]
@@ -356,10 +359,10 @@ def signal_block(visual: Any, score: TowerScore) -> int:
     block of all, and its output is what is projected, as the output of the default block is in LLaVA.
 
     Raises:
-        UserError: the score needs a class token, or there is no such block.
+        UserError: there is no such score or block.
     """
-    if score.kind not in SIGNALS:
-        raise UserError(f"TowerScore {score.kind} needs a CLS token, and Qwen's vision transformer has none.")
+    if score.kind not in SIGNALS | WITHOUT_CLS:
+        raise unknown("tower score", score.kind, SIGNALS | WITHOUT_CLS)
     depth, full = len(visual.blocks), full_blocks(visual)
     index = score.index(depth)
     if not -depth <= index < depth:
@@ -391,7 +394,7 @@ def _squares(length: int, edge: int) -> int:
 
 def score_flops(visual: Any, score: TowerScore, grid: Grid) -> int:
     """One score beside the main path, whose own queries and keys it uses."""
-    if score.kind != "received_attention":
+    if score.kind in ("keys", "whole_keys"):
         return 0
     frames, rows, columns = grid
     width = visual.blocks[signal_block(visual, score)].attn.proj.in_features

@@ -20,7 +20,7 @@ from llava.budget import tokens_of
 from llava.errors import MethodError, UserError
 from llava.reduction.merging import Reduction
 from llava.reduction.ranking import HOST, keep_top
-from llava.reduction.scores import TowerScore
+from llava.reduction.scores import WITHOUT_CLS, WITHOUT_CLS_RULE, TowerScore
 from llava.reduction.states import BlockState, DecoderState, EncoderState, PromptState
 from llava.reduction.token_layout import ModelSpec, PatchGrid, TokenLayout
 
@@ -48,7 +48,6 @@ STAGES = ("input_grid", "tower", "encoder", "prompt", "decoder")
 SPLITS = ("each", "thumbnail", "global")
 NEWLINES = ("drop", "keep")
 SHOWN = 12  # indices in a sentence
-CLS_SCORES = ("cls_attention", "fused_cls_attention", "cls_logits")
 
 
 @dataclass(frozen=True)
@@ -146,8 +145,16 @@ class Reducer:
 
     @property
     def keep_cls(self) -> bool:
-        """Whether the encoder stage sees the CLS token as token 0; a class attribute or an option may replace this."""
+        """Whether the encoder stage sees the CLS token as token 0, where the tower has one.
+
+        A class attribute or an option may replace this.
+        """
         return False
+
+    def without_cls(self, spec: ModelSpec) -> str:
+        """What stands in for the CLS token that this method reads and the tower lacks; "" where nothing has to."""
+        reads = self.keep_cls or any(score.kind in WITHOUT_CLS for score in self.scores())
+        return WITHOUT_CLS_RULE if reads and not spec.has_cls else ""
 
     def check(self, spec: ModelSpec) -> None:
         """Raise UserError if this method cannot run on this model at this budget."""
@@ -165,11 +172,6 @@ class Reducer:
         asked: Any = self.scores()
         if not isinstance(asked, tuple) or not all(isinstance(score, TowerScore) for score in asked):
             raise MethodError(f"{self.name}.scores: must return a tuple of TowerScore, got {_kind(asked)}.")
-        if not spec.has_cls and (self.keep_cls or any(s.kind in CLS_SCORES for s in self.scores())):
-            raise UserError(
-                f"{self.name} ranks by the CLS token of the vision tower, which cannot be read here: the tower has "
-                "none, or its family has no scores of it."
-            )
         for score in self.scores():
             if not -spec.tower_blocks <= score.index(spec.tower_blocks) < spec.tower_blocks:
                 raise UserError(

@@ -10,6 +10,7 @@ from typing import Any
 from llava.budget import RETENTION_RATIO, count_or_ratio, tokens_of
 from llava.errors import UserError, unknown
 from llava.reduction.reducer import Reducer, options_of
+from llava.reduction.scores import WITHOUT_CLS_RULE
 
 METHODS: dict[str, type[Reducer]] = {}
 BROKEN: dict[str, str] = {}  # modules that cannot be imported, and a sentence why
@@ -157,6 +158,7 @@ def describe() -> list[dict[str, Any]]:
         ]
         known_sources = {
             "paper": " ".join(filter(None, (cls.metadata.paper, cls.metadata.url))),
+            "without a CLS token": WITHOUT_CLS_RULE if "CLS" in cls.metadata.needs else "",
             "official code read": cls.metadata.code,
             "differs from the release": differences_from_release(cls) if cls.metadata.code else "",
         }

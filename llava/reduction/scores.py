@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -16,6 +17,19 @@ from llava.reduction.modules import VisionAttention, VisionBlock, linear_flops
 from llava.reduction.ranking import in_float32
 
 BY_HEADS = "b n (h d) -> b h n d"
+
+# A tower without a CLS token: what is made of `received_attention` in place of each score of that token. Logits of an
+# attention are its logarithm, up to a constant. VisPruner's author gives the rule: Theia-4869/VisPruner, issue 1.
+WITHOUT_CLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "cls_attention": torch.clone,
+    "fused_cls_attention": torch.clone,
+    "cls_logits": lambda received: received.clamp(min=1e-12).log(),
+}
+WITHOUT_CLS_RULE = (
+    "the tower has no CLS token: in place of its attention stands the attention that a patch receives, mean over heads "
+    "and over all patches of its image, then over the patches of a token (in Qwen2.5-VL of the next block that attends "
+    "within whole images); no CLS token is kept, so the budget counts patches alone"
+)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
 from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from llava.errors import UserError, unknown
 from llava.reduction.merging import Reduction
 from llava.reduction.modules import Decoder, DecoderLayer
-from llava.reduction.ranking import in_float32
+from llava.reduction.ranking import in_float32, made_once
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import ModelSpec, PatchGrid
 
@@ -81,7 +81,7 @@ class EncoderState(State):
     """Before the projector. B images of one batch with the same number of tokens.
 
     Attributes:
-        features: [B, N, D] tower features; with `keep_cls` token 0 is CLS.
+        features: [B, N, D] tower features; with `keep_cls` token 0 is CLS, where the tower has one.
         scores: the tower scores that `Reducer.scores` names, of patches only, float32.
         layout: patch grid of the N tokens; one long row for tiles of different shapes.
         tiles: patch grid of each tile, where the N tokens are several tiles ranked together; () otherwise.
@@ -347,11 +347,24 @@ def at_images(tensor: Tensor, sequence: Sequence, rows: Sequence_[Row], members:
 
 Angles = tuple[Tensor, ...]  # cosines and sines of tokens, [B, T, d] each, as a layer takes them
 PROBE = "queries_and_keys"  # of ALL_ATTENTION_FUNCTIONS
+# Projections, by which part of the attention they are of, and where a configuration counts their heads.
 PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads", "v_proj": "num_key_value_heads"}
 
 
 class _Reached(Exception):
     """The call of a layer's attention kernel, with the queries and keys that it got."""
+
+
+@dataclass
+class _Configuration:
+    """A layer's configuration, with `_hand_over` as its kernel."""
+
+    own: Any
+    _attn_implementation: ClassVar[str] = PROBE
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)
 
 
 def _hand_over(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **options: Any) -> NoReturn:
@@ -372,6 +385,13 @@ def angles_of(llm: Decoder, sequence: Sequence, layer: int) -> Angles:
     return llm.rotary_emb(sequence.hidden, axes, *(() if kinds is None else (kinds[layer],)))
 
 
+@made_once
+def unturned(channels: int, dtype: torch.dtype, device: torch.device) -> Angles:
+    """Angles [1, 1, d] that do not turn a token."""
+    one = torch.ones(1, 1, channels, dtype=dtype, device=device)
+    return one, torch.zeros_like(one)
+
+
 def heads_of(layer: DecoderLayer, part: str, normed: Tensor, angles: Angles | None = None) -> Tensor:
     """Queries or keys [B, H, L, d] float32 of a decoder layer, of the heads of all ranks.
 
@@ -387,23 +407,17 @@ def heads_of(layer: DecoderLayer, part: str, normed: Tensor, angles: Angles | No
     """
     attention = layer.self_attn
     probe = copy(attention)  # the same weights; the model itself is not changed
-    probe.config = copy(attention.config)
-    probe.config._attn_implementation = PROBE
+    probe.config = _Configuration(attention.config)
     probe._modules = dict(attention._modules)
-    for name in PROJECTIONS.values():
-        projection = probe._modules.get(name)
-        if projection is not None and name != PROJECTIONS[part]:
+    one, zero = unturned(attention.head_dim, normed.dtype, normed.device)
+    for name, heads in HEADS.items():
+        if name != PROJECTIONS[part] and name in probe._modules:
             # One head of zeros in place of a projection that is not asked for.
-            heads = probe.config.num_attention_heads if name == "q_proj" else probe.config.num_key_value_heads
-            del probe._modules[name]
-            width = projection.out_features // heads
-            setattr(probe, name, lambda rows, width=width: rows.new_zeros(()).expand(*rows.shape[:-1], width))
-    if angles is None:
-        one = normed.new_ones(1, 1, attention.head_dim)
-        angles = one, torch.zeros_like(one)
+            width = probe._modules.pop(name).out_features // getattr(attention.config, heads)
+            setattr(probe, name, lambda rows, width=width: zero[..., :1].expand(*rows.shape[:-1], width))
     try:
         # Without the hooks of the module itself, which would wait for its end.
-        type(attention).forward(probe, normed, position_embeddings=angles, attention_mask=None)
+        type(attention).forward(probe, normed, position_embeddings=angles or (one, zero), attention_mask=None)
     except _Reached as reached:
         query, key = reached.args
         heads = query if part == "query" else key

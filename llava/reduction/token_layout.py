@@ -250,7 +250,7 @@ class ModelSpec:
         layers: decoder layers.
         layout: patch grid of the visual tokens.
         tower_blocks: blocks of the vision tower.
-        has_cls: the scores of the tower's class token can be read; False where it has none, or its family does not.
+        has_cls: the tower's class token can be read; without, received attention takes the place of its attention.
         has_text_tower: the CLIP text tower that belongs to the vision tower is available.
         crops: patch grid of each tile of an image with several tiles, without class tokens.
         newlines: newline tokens among the visual tokens.
