@@ -54,7 +54,7 @@ from llava.pipeline.sequence import Sequence as Prompts
 from llava.processing.prompt import IMAGE_TOKEN_INDEX
 from llava.reduction.ranking import in_float32
 from llava.reduction.reducer import Reducer
-from llava.reduction.scores import TowerScore
+from llava.reduction.scores import WITHOUT_CLS, TowerScore
 from llava.reduction.token_layout import ModelSpec, PatchGrid, Tile, TokenLayout, single
 
 MODALITIES = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -136,10 +136,10 @@ def why_not(family: Family, config: PretrainedConfig, reducer: Reducer) -> str:
         return f"{name} acts on pixels or inside a CLIP tower; {family.title} has a tower of another kind."
     if reducer.needs_text_tower:
         return f"{name} needs a CLIP vision tower and its text half; the tower of {family.title} is no CLIP."
-    if reducer.keep_cls:
-        return f"{name} keeps the tower's CLS token as a visual token; {family.title} hands over no CLS token."
     text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None) or ["full_attention"]
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"]
     probed = getattr(reducer, "probe_layer", None)
     probed = "full_attention" if probed is None else kinds[min(probed, len(kinds) - 1)]
     if probed not in ("full_attention", "sliding_attention"):
@@ -206,7 +206,8 @@ class FamilyWrapper(HFWrapper):
     def spec(self) -> ModelSpec:
         """Only the processor knows how large images are: the longest prompt stands for the largest."""
         most = self.hf_model.config.get_text_config().max_position_embeddings
-        return ModelSpec(most, len(self.llm.layers), PatchGrid(1, most), len(self.blocks))
+        has_cls = self.family.cls is not None
+        return ModelSpec(most, len(self.llm.layers), PatchGrid(1, most), len(self.blocks), has_cls)
 
     @property
     def visual_tokens(self) -> int:
@@ -250,15 +251,7 @@ class FamilyWrapper(HFWrapper):
         side = math.isqrt(unit)
         if sum(patches) != unit * len(tokens) or side * side != unit:
             raise UserError(f"{sum(patches)} patches do not become {len(tokens)} visual tokens; {ONE_CALL}")
-        scores = {
-            score: [
-                grouped(part, grid, side, family.runs)
-                for part, (_, grid) in zip(
-                    scores_of(score.kind, seen[module], family.cls, patches), frames, strict=True
-                )
-            ]
-            for score, module in wanted.items()
-        }
+        scores = self._scores(wanted, seen, [grid for _, grid in frames], side)
         parts = tokens.split([count // unit for count in patches])
         return [
             View(
@@ -271,6 +264,20 @@ class FamilyWrapper(HFWrapper):
             )
             for i, (part, (owner, (rows, columns))) in enumerate(zip(parts, frames, strict=True))
         ], out
+
+    def _scores(
+        self, wanted: Mapping[TowerScore, Any], seen: Mapping[Any, Any], grids: Sequence[tuple[int, int]], side: int
+    ) -> dict[TowerScore, list[Tensor]]:
+        """Of each score what each view's tokens have, [n] or [n, d]; a token of several patches has their mean."""
+        scores = {}
+        for score, module in wanted.items():
+            kind, stand_in = score.kind, None
+            if self.family.cls is None and kind in WITHOUT_CLS:
+                kind, stand_in = "received_attention", WITHOUT_CLS[kind]
+            values = scores_of(kind, seen[module], self.family.cls, [rows * columns for rows, columns in grids])
+            own = [grouped(part, grid, side, self.family.runs) for part, grid in zip(values, grids, strict=True)]
+            scores[score] = own if stand_in is None else [stand_in(part) for part in own]
+        return scores
 
     def _block(self, score: TowerScore) -> int:
         """The tower block a score is read from; the last but one stands for the one whose output is projected."""
@@ -306,14 +313,10 @@ class FamilyWrapper(HFWrapper):
             shape = (1, 0) if next(single_tile, False) else tiles_of(inner, (height, width))
             layouts.append(packed_layout(inner, (height, width), shape, side))
         tiles = [len(layout.crops) for layout in layouts]
-        scores = {
-            score: torch.stack(scores_of(score.kind, seen[module], self.family.cls, [side * side] * sum(tiles))).split(
-                tiles
-            )
-            for score, module in wanted.items()
-        }
+        scores = self._scores(wanted, seen, [(side, side)] * sum(tiles), 1)
+        stacked = {score: torch.stack(own).split(tiles) for score, own in scores.items()}
         return [
-            View(part, (side, side), {score: own[i] for score, own in scores.items()}, layout)
+            View(part, (side, side), {score: own[i] for score, own in stacked.items()}, layout)
             for i, (part, layout) in enumerate(zip(tokens, layouts, strict=True))
         ]
 
@@ -441,6 +444,7 @@ def _from_places(places: Tensor, tiles: tuple[int, int], side: int) -> TokenLayo
 # Attention of the tower. Its queries and keys are those that a block hands to its attention kernel, after all norms and
 # rotations; the model's own kernel runs on them.
 
+QUERY_ROWS = 256  # whose attention is held at once
 RECORDING = "recorded_attention"  # of ALL_ATTENTION_FUNCTIONS
 Seen = tuple[Tensor, Tensor, Tensor | None, float]  # queries and keys [B, H, P, d], mask, scale
 
@@ -482,16 +486,14 @@ def recording(modules: Iterable[Any]) -> Iterator[dict[Any, list[Seen]]]:
 def scores_of(kind: str, seen: Sequence[Seen], cls: int | None, patches: Sequence[int]) -> list[Tensor]:
     """A tower score of every view, [P] or [P, d] float32.
 
-    A tower without a class token has the mean over all patches in its place: of their attention, or of their queries.
-
     Args:
-        kind: a key of TOWER_SCORES.
+        kind: a key of TOWER_SCORES; one of the class token only where there is one.
         cls: place of the class token among the tokens of each call, 0 or -1; None for no class token.
         patches: of each view, in order.
     """
-    parts = []
+    parts, skip = [], int(cls is not None)
     for query, key, mask, scale in seen:
-        query, key, skip = in_float32(query), in_float32(key), int(cls is not None)
+        query, key = in_float32(query), in_float32(key)
         if cls == -1:
             query, key = query.roll(1, 2), key.roll(1, 2)
         if key.shape[1] != query.shape[1]:
@@ -500,41 +502,37 @@ def scores_of(kind: str, seen: Sequence[Seen], cls: int | None, patches: Sequenc
         if mask is not None:  # of padding, or of images side by side
             allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
             allowed = allowed.expand(len(query), 1, *mask.shape[2:])
-        if kind in ("keys", "whole_keys"):
-            values = key.mean(1) if kind == "keys" else key.transpose(1, 2).flatten(2)
+        if kind == "keys":
+            values = key.mean(1)
+        elif kind == "whole_keys":
+            values = key.transpose(1, 2).flatten(2)
+        elif kind == "received_attention":
+            values = received(query[:, :, skip:], key, None if allowed is None else allowed[:, :, skip:], scale)
+        elif kind == "fused_cls_attention":
+            query, key = (part.transpose(1, 2).flatten(2)[:, None] for part in (query, key))
+            values = (query[:, :, :1] @ key.mT * query.shape[-1] ** -0.5).softmax(-1).mean((1, 2))
         else:
-            if kind == "fused_cls_attention":
-                query, key = (part.transpose(1, 2).flatten(2)[:, None] for part in (query, key))
-                scale = query.shape[-1] ** -0.5
-            rows = slice(0, 1) if skip and kind != "received_attention" else slice(skip, None)
-            values = _received(query[:, :, rows], key, None if allowed is None else allowed[:, :, rows], scale, kind)
+            products = query[:, :, :1] @ key.mT * scale
+            values = (products if kind == "cls_logits" else products.softmax(-1)).mean((1, 2))
         values = values[:, skip:]
         real = None if allowed is None else allowed.diagonal(dim1=2, dim2=3)[:, 0, skip:]
         parts.append(values.flatten(0, 1) if real is None else values[real])
     return list(torch.cat(parts).split(list(patches)))
 
 
-def _received(query: Tensor, key: Tensor, allowed: Tensor | None, scale: float, kind: str) -> Tensor:
-    """[B, P] mean attention that keys get from query rows, or for "cls_logits" the mean product; rows in slices."""
-    if kind == "cls_logits":
-        return (query.mean(2, keepdim=True) @ key.mT * scale).mean((1, 2))
-    total = key.new_zeros(len(key), key.shape[2])
-    seeing = total.new_full((), query.shape[2] * query.shape[1])
-    if allowed is not None:  # rows that see a key; those of padding see none
-        seeing = allowed.sum(2).clamp(min=1)[:, 0] * query.shape[1]
-    for start in range(0, query.shape[2], QUERY_ROWS):
+def received(query: Tensor, key: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
+    """[B, P] the attention that each key gets, mean over heads and over the rows that see it; rows in slices."""
+    total, rows = key.new_zeros(len(key), key.shape[2]), query.shape[2]
+    for start in range(0, rows, QUERY_ROWS):
         part = slice(start, start + QUERY_ROWS)
         weights = query[:, :, part] @ key.mT * scale
-        if allowed is not None:
-            weights = weights.masked_fill(~allowed[:, :, part], torch.finfo(weights.dtype).min)
-        weights = weights.softmax(-1)
-        if allowed is not None:
-            weights = weights * allowed[:, :, part]
-        total += weights.sum((1, 2))
-    return total / seeing
-
-
-QUERY_ROWS = 256
+        if allowed is None:
+            total += weights.softmax(-1).sum((1, 2))
+        else:
+            weights = weights.masked_fill(~allowed[:, :, part], torch.finfo(weights.dtype).min).softmax(-1)
+            total += (weights * allowed[:, :, part]).sum((1, 2))
+    seeing = rows if allowed is None else allowed.sum(2).clamp(min=1)[:, 0]
+    return total / (seeing * query.shape[1])
 
 
 # The context
