@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -39,8 +39,6 @@ from llava.hf.models import (
     HFWrapper,
     StockSample,
     inner_of,
-    refuse_prefill_arguments,
-    refuse_training,
     samples,
 )
 from llava.hf.patch import Override, Reduced, ReducedCache
@@ -586,18 +584,11 @@ class FamilyReduced(Reduced):
             hook.remove()
 
     def _prefill(self, given: Mapping[str, Any], cache: Any) -> CausalLMOutputWithPast:
-        refuse_prefill_arguments(given)
-        if cache is not None and (type(cache) is not DynamicCache or cache.get_seq_length()):
-            raise UserError(
-                "A prompt with images is reduced from its beginning, into a cache of its own; give the whole prompt, "
-                f"and leave out cache_implementation and past_key_values (got a {type(cache).__name__})."
-            )
-        refuse_training(*self._model.modules())
+        self._check_prefill(given, cache, list(self._model.modules()))
         copies = given.get(COPIES, 1)
         with torch.no_grad():
             running = self._begin(given, copies)
-            segment = self._segment(running.sequence, 0)
-            running.segments.append(segment)
+            running.segments.append(self._segment(running.sequence, 0))
             self._running = running
             try:
                 arguments = self._arguments(running, running.sequence)
@@ -646,7 +637,6 @@ class FamilyReduced(Reduced):
             batch,
             Record([[] for _ in batch], [[] for _ in batch]),
             Timer(runtime.device),
-            run_layers=self._run_layers,
         )
         stages.encode_images()
         prompts = [runtime.prompt(sample) for sample in batch]
@@ -673,7 +663,7 @@ class FamilyReduced(Reduced):
             reduced = any(image.kept is not None for image in stages.images.values())
             if reduced and reducer.positions == "renumber":
                 sequence = sequence.renumbered()
-        self._running_prompt = running
+        stages.run_layers = partial(self._run_layers, running)
         if "prompt" in reducer.acts_in:
             sequence = stages.reduce_prompt(sequence)
         stages.start = running.sequence = sequence
@@ -754,23 +744,23 @@ class FamilyReduced(Reduced):
         position = sequence.position if not self._runtime.axes else sequence.position.permute(2, 0, 1)
         return position + self._runtime.family.first
 
-    def _shortened(self, running: Running, token: int, output: Any, between: bool = False) -> Tensor:
+    def _shortened(self, running: Running, token: int | None, output: Any) -> Tensor:
         """[K, D] of what the model has for every visual token: reduced as the tokens were.
 
         Args:
-            token: of the images or videos that it is of.
-            between: by the stages between decoder layers alone, which come after the others.
+            token: of the images or videos that it is of; None for all tokens that entered the decoder, which the stages
+                between its layers reduced.
         """
         values, done, parts = flat(output), 0, []
         for (sample, number), image in running.stages.images.items():
-            if int(running.rows[sample][running.places[sample][number]]) != token:
+            if token is not None and int(running.rows[sample][running.places[sample][number]]) != token:
                 continue
             steps = [one for one in running.stages.record.reductions[sample] if one.number == number]
-            steps = [one for one in steps if one.place.startswith("layer") == between]
-            count = steps[0].reduction.inputs if steps and between else image.inputs
-            if between and not steps:
+            steps = [one for one in steps if one.place.startswith("layer") == (token is None)]
+            count = image.inputs
+            if token is None:
                 start, stop = running.sequence.visual[sample][number]
-                count = stop - start
+                count = steps[0].reduction.inputs if steps else stop - start
             own = values[None, done : done + count]
             done += count
             for one in steps:
@@ -828,8 +818,7 @@ class FamilyReduced(Reduced):
         """Add a level of the tower to visual tokens that are fewer than at the first layer."""
         running = self._running
         if running is not None and len(running.segments) > 1:
-            image, sequence = self._runtime.token("image"), running.sequence
-            embeddings = self._shortened(running, image, embeddings, between=True)
+            sequence, embeddings = running.sequence, self._shortened(running, None, embeddings)
             mask = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
             for row, spans in enumerate(sequence.visual):
                 for start, stop in sequence.padded_spans(spans, (row,) * len(spans)):
@@ -862,7 +851,7 @@ class FamilyReduced(Reduced):
             segment.next_position = segment.next_position + 1
         return CausalLMOutputWithPast(logits=output.logits, past_key_values=cache)
 
-    def _run_layers(self, llm: Any, sequence: Prompts, count: int) -> Tensor:
+    def _run_layers(self, running: Running, llm: Any, sequence: Prompts, count: int) -> Tensor:
         """[B, L, D] after the first decoder layers, by the stock forward, which is left there."""
 
         def leave(layer: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -870,7 +859,7 @@ class FamilyReduced(Reduced):
 
         hook = llm.layers[count].register_forward_pre_hook(leave, with_kwargs=True)
         try:
-            self._model.forward.original(**self._arguments(self._running_prompt, sequence), use_cache=False)
+            self._model.forward.original(**self._arguments(running, sequence), use_cache=False)
         except _Left as left:
             hidden: Tensor = left.args[0]
             return hidden

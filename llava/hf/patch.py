@@ -241,14 +241,8 @@ class Reduced:
 
     def _prefill(self, given: Mapping[str, Any], cache: Any) -> CausalLMOutputWithPast:
         """[B, 1, V] logits of the last token of each prompt, and the reduced cache."""
-        refuse_prefill_arguments(given)
-        if cache is not None and (not isinstance(cache, DynamicCache) or cache.offloading or cache.get_seq_length()):
-            raise UserError(
-                "A prompt with images is reduced from its beginning, into a cache of its own; give the whole prompt, "
-                f"and leave out cache_implementation and past_key_values (got a {type(cache).__name__})."
-            )
         modules = list(self._model.modules())[1:]
-        refuse_training(*modules)
+        self._check_prefill(given, cache, modules)
         if state_of(self._model) != self._state:
             raise UserError(
                 "The model was changed after reduce(...): a module, a setting or its device; leave the block and call "
@@ -267,6 +261,16 @@ class Reduced:
         self.accounting = record.accounting(state)
         self.traces = record.steps
         return output
+
+    def _check_prefill(self, given: Mapping[str, Any], cache: Any, modules: Sequence[nn.Module]) -> None:
+        """Raise UserError if these arguments, into this cache, are no whole prompt of a model in evaluation mode."""
+        refuse_prefill_arguments(given)
+        if cache is not None and (not isinstance(cache, DynamicCache) or cache.offloading or cache.get_seq_length()):
+            raise UserError(
+                "A prompt with images is reduced from its beginning, into a cache of its own; give the whole prompt, "
+                f"and leave out cache_implementation and past_key_values (got a {type(cache).__name__})."
+            )
+        refuse_training(*modules)
 
     def _continue(self, given: Mapping[str, Any], cache: ReducedCache) -> CausalLMOutputWithPast:
         """[B, 1, V] logits of one more token per prompt."""

@@ -12,17 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llava.budget import RETENTION_RATIO
 from llava.errors import UserError
-from llava.hf.families import FamilyReduced, FamilyWrapper, declared, why_not
+from llava.hf.families import FAMILIES, Family, FamilyReduced, FamilyWrapper, declared, why_not
 from llava.hf.models import HFWrapper, family_of, wrap_model
 from llava.hf.patch import Reduced
 from llava.model.checkpoint.config import QWEN
 from llava.reduction.budget import require
 from llava.reduction.reducer import Reducer
-from llava.reduction.registry import build
+from llava.reduction.registry import build, names
+from llava.reduction.token_layout import ModelSpec, PatchGrid, spec_of, stitched
 
 
 def reduce(
@@ -91,3 +93,31 @@ def _require(runtime: HFWrapper, reducer: Reducer) -> None:
         except UserError as error:
             errors.append(error)
     raise errors[0]
+
+
+# A 7B model of the families of the staged forward, with one image; the methods that need CLIP's text half have it.
+LLAVA = ModelSpec(576, 32, PatchGrid(24, 24), tower_blocks=24, has_text_tower=True)
+STAGED = {"LLaVA": LLAVA, "LLaVA-NeXT": spec_of(LLAVA, stitched((2, 2), (24, 24))), "Video-LLaVA": LLAVA}
+
+
+def support() -> dict[str, dict[str, str]]:
+    """Family -> method -> why `reduce` refuses it, "" where it runs; for the models of default configurations."""
+    table = {title: {name: _why_staged(name, spec) for name in names()} for title, spec in STAGED.items()}
+    rows = {"Qwen2VLForConditionalGeneration": Family("Qwen2-VL", "")}
+    rows |= {"Qwen2_5_VLForConditionalGeneration": Family("Qwen2.5-VL", ""), **FAMILIES}
+    for container, family in rows.items():
+        config = getattr(transformers, container).config_class()
+        table[family.title] = {name: why_not(family, config, build(name, 64)) for name in names()}
+    return table
+
+
+def _why_staged(name: str, spec: ModelSpec) -> str:
+    """Why no budget is taken of these."""
+    why = ""
+    for share in (2, 4, 1):
+        try:
+            require(build(name, spec.visual_tokens // share), spec)
+            return ""
+        except UserError as error:
+            why = str(error)
+    return why
