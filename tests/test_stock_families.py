@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from llava import reduce
 from llava.errors import UserError
 from llava.hf import families
-from llava.hf.families import FAMILIES, Family, FamilyWrapper, packed_layout, tiles_of
+from llava.hf.families import FAMILIES, Family, FamilyWrapper, packed_layout
 from llava.hf.models import wrap_model
 from llava.reduction import registry
 from tests.stock_families import IMAGE, NAMES, PACKED, VIDEO, call, tiny
@@ -161,7 +161,7 @@ def test_scores_belong_to_the_tokens_that_their_patches_become(name):
 
     def tokens():
         with torch.no_grad():
-            ((view,), _) = wrapper.views_of("image", inputs, reducer)
+            (((view, _),), _) = wrapper.views_of("image", inputs, reducer)
         return view
 
     block = wrapper.blocks[wrapper._block(score)]
@@ -171,12 +171,10 @@ def test_scores_belong_to_the_tokens_that_their_patches_become(name):
             poked[:] = []
             plain = tokens()
             poked[:] = [patch]
-            (moved,) = ((tokens().tokens - plain.tokens).abs().amax(1) > 1e-5).nonzero().flatten().tolist()
-            if plain.layout is not None:
-                assert moved == plain.layout.crops[0].indices[patch]
-                continue
-            side = 1 if name == "paligemma" else 2
-            grid = plain.grid[0] * side, plain.grid[1] * side
+            change = tokens().encoded.features[0] - plain.encoded.features[0]
+            (moved,) = (change.view(-1, change.shape[-1]).abs().amax(1) > 1e-5).nonzero().flatten().tolist()
+            side = 1 if name in ("paligemma", *PACKED) else 2
+            grid = plain.encoded.grid[0] * side, plain.encoded.grid[1] * side
             owner = families.grouped(torch.eye(grid[0] * grid[1]), grid, side, wrapper.family.runs)[:, patch].argmax()
             assert moved == owner
     finally:
@@ -189,14 +187,14 @@ def test_scores_are_the_attention_of_the_tower(name):
     model, inputs = copy.deepcopy(tiny(name)), call(name).inputs
     reducer = registry.build("fastervlm", 4, {}, 16)
     with torch.no_grad():
-        ((view,), _) = FamilyWrapper(model).views_of("image", inputs, reducer)
+        (((view, _),), _) = FamilyWrapper(model).views_of("image", inputs, reducer)
         model.set_attn_implementation("eager")
-        ((eager,), _) = FamilyWrapper(model).views_of("image", inputs, reducer)
+        (((eager, _),), _) = FamilyWrapper(model).views_of("image", inputs, reducer)
         maps = model.get_image_features(pixel_values=inputs["pixel_values"], output_attentions=True).attentions[-1]
     values = maps[:, :, 0, 1:].mean(1) if name == "internvl3" else maps.mean((1, 2))
     expected = F.avg_pool2d(values.view(1, 1, 8, 8), 2).flatten(1)
     for seen in (view, eager):
-        (score,) = seen.scores.values()
+        (score,) = seen.encoded.scores.values()
         torch.testing.assert_close(score, expected, atol=1e-6, rtol=1e-4)
 
 
@@ -233,7 +231,7 @@ def test_packed_images_have_the_layout_of_llava_next():
     for size in ((60, 110), (120, 50), (112, 112), (40, 90), (300, 40)):
         expected, height_width = house.arrange(size), (size[1], size[0])
         side = expected.grid[0]
-        layout = packed_layout(model.model, height_width, tiles_of(model.model, height_width), side)
+        layout = packed_layout(model.model, height_width, side)
         assert torch.equal(layout.origins(), expected.origins())
         assert (layout.tiles, layout.tokens) == (expected.tiles, expected.tokens)
 
