@@ -1,8 +1,8 @@
 """The families of transformers that `reduce` takes by one declared row each: their visual tokens and tower scores.
 
-The stock model makes the visual tokens (`get_image_features`, `get_video_features`) while the tower blocks that a method
-reads write down what they hand to their attention kernel. Of each visual token it is known which patches it is made of:
-a square of the grid, or for packed tiles what the model's own packing says.
+The stock model makes the visual tokens (`get_image_features`, `get_video_features`) while the tower blocks that a
+method reads write down what they hand to their attention kernel. The patches that a visual token is made of are a
+square of the grid, or for packed tiles what the model's own packing says.
 
 Tokens are reduced behind the projector: it makes one token of several patches in most families, so there is nothing to
 project again. A method's "features" are projected tokens here.
@@ -162,7 +162,7 @@ class FamilyWrapper(HFWrapper):
         self.projector = inner.multi_modal_projector if self.family.output == "last_hidden_state" else nn.Identity()
         self.blocks: Any = inner.get_submodule(self.family.tower)
         self.newline = getattr(inner, "image_newline", None)
-        self.layout = lru_cache(maxsize=1024)(partial(packed_layout, inner))
+        self.packed_layout = lru_cache(maxsize=1024)(partial(packed_layout, inner))
         self.encoders = {name: getattr(inner, f"get_{name}_features", None) for name in MODALITIES}
         taken = [inspect.signature(encoder).parameters for encoder in self.encoders.values() if encoder is not None]
         self.per_image = self.per_image.union(*taken) - {"kwargs"}
@@ -267,7 +267,7 @@ class FamilyWrapper(HFWrapper):
         side = vision.image_size // vision.patch_size
         alone = [int(n) > 1 for n in given.get("batch_num_images") or () for _ in range(int(n))]  # without tiles
         sizes = [(int(height), int(width)) for height, width in torch.as_tensor(given["image_sizes"]).tolist()]
-        layouts = [self.layout(size, side, alone[i] if alone else False) for i, size in enumerate(sizes)]
+        layouts = [self.packed_layout(size, side, alone[i] if alone else False) for i, size in enumerate(sizes)]
         tiles = [len(layout.crops) for layout in layouts]
         scores = self._scores(wanted, seen, [(side, side)] * sum(tiles), 1)
         stacked = {score: torch.stack(own).split(tiles) for score, own in scores.items()}
