@@ -156,8 +156,7 @@ class Running:
         types: of each, the mask of its image tokens that the family's forward takes; None where it takes none.
         places: of each, of each image, its first token among these.
         outputs: of each modality, what the model's own encoder gave.
-        sequence: the prompts as they entered the last layer.
-        entered: the same one layer before.
+        sequence: the prompts as they entered the last layer so far.
         segments: the layers so far, see `Prefilled`.
     """
 
@@ -240,36 +239,26 @@ class FamilyReduced(Reduced):
                 views, outputs[name] = runtime.views_of(name, given, reducer)
                 ready[tokens[name]], filled = runtime.pictures(name, views, filled, tokens[name])
         batch: list[StockSample] = samples(filled, mask, ready, self.questions, runtime.tokenizer)
-        types = given.get(family.types) if family.types else None
-        rows = [row[real] for row, real in zip(ids, mask.bool(), strict=True)]
+        prompts, real = [runtime.prompt(sample) for sample in batch], mask.bool()
         stages = Stages(
-            runtime,
-            reducer,
-            batch,
-            Record([[] for _ in batch], [[] for _ in batch]),
-            Timer(runtime.device),
+            runtime, reducer, batch, Record([[] for _ in batch], [[] for _ in batch]), Timer(runtime.device)
         )
         stages.encode_images()
-        prompts = [runtime.prompt(sample) for sample in batch]
         places = []
         for sample, prompt in zip(batch, prompts, strict=True):
             lengths, done, own = iter(picture.full.tokens for picture in sample.images), 0, []
             for token in prompt.ids:
-                if token == IMAGE_TOKEN_INDEX:
-                    own.append(done)
+                own += [done] * (token == IMAGE_TOKEN_INDEX)
                 done += next(lengths) if token == IMAGE_TOKEN_INDEX else 1
             places.append(own)
         sequence = embed(runtime, reducer, prompts, stages.images)
-        typed = (
-            None
-            if types is None
-            else [row[real] for row, real in zip(types[::copies].to(ids.device), mask.bool(), strict=True)]
+        types = (
+            None if given.get(family.types) is None else unpadded(given[family.types][::copies].to(ids.device), real)
         )
-        running = Running(stages, rows, typed, places, outputs, sequence)
+        running = Running(stages, unpadded(ids, real), types, places, outputs, sequence)
         if family.axes:
-            position = self._positions(given, ids, mask, copies)
-            own = [position[row][real.bool()] for row, real in enumerate(mask)]
-            kept = [part[columns] for part, columns in zip(own, self._columns(running), strict=True)]
+            position = unpadded(self._positions(given, ids, mask, copies), real)
+            kept = [part[columns] for part, columns in zip(position, self._columns(running), strict=True)]
             sequence = replace(sequence, position=left_padded(kept), contiguous=False)
             reduced = any(image.kept is not None for image in stages.images.values())
             if reduced and reducer.positions == "renumber":
@@ -329,7 +318,11 @@ class FamilyReduced(Reduced):
         """Of the stock forward for prompts as they enter the decoder."""
         runtime, family, columns = self._runtime, self._runtime.family, self._columns(running)
         ids = left_padded([row[kept] for row, kept in zip(running.rows, columns, strict=True)])
-        arguments = {"input_ids": ids, "attention_mask": sequence.valid().long(), "position_ids": self._place(sequence)}
+        arguments = {
+            "input_ids": ids,
+            "attention_mask": sequence.valid().long(),
+            "position_ids": self._place(sequence.position),
+        }
         if running.types is not None:
             arguments[family.types] = left_padded([row[kept] for row, kept in zip(running.types, columns, strict=True)])
         encoded = {}
@@ -338,22 +331,17 @@ class FamilyReduced(Reduced):
             if family.output == "pooler_output":
                 new.pooler_output = like(out.pooler_output, sequence.hidden[ids == token])
             else:
-                setattr(
-                    new,
-                    family.output,
-                    like(getattr(out, family.output), self._shortened(running, token, getattr(out, family.output))),
-                )
-            if getattr(out, "deepstack_features", None) is not None:
-                new.deepstack_features = [
-                    like(level, self._shortened(running, token, level)) for level in out.deepstack_features
-                ]
+                whole = getattr(out, family.output)
+                setattr(new, family.output, like(whole, self._shortened(running, token, whole)))
+            levels = getattr(out, "deepstack_features", None)
+            if levels is not None:
+                new.deepstack_features = [like(level, self._shortened(running, token, level)) for level in levels]
             encoded[name] = new
         return arguments | {"mm_encoder_outputs": encoded}
 
-    def _place(self, sequence: Prompts) -> Tensor:
-        """Position ids as the model takes them."""
-        position = sequence.position if not self._runtime.axes else sequence.position.permute(2, 0, 1)
-        return position + self._runtime.family.first
+    def _place(self, position: Tensor) -> Tensor:
+        """Position ids [B, L] or [B, L, 3] as the model takes them."""
+        return (position.permute(2, 0, 1) if self._runtime.axes else position) + self._runtime.family.first
 
     def _shortened(self, running: Running, token: int | None, output: Any) -> Tensor:
         """[K, D] of what the model has for every visual token: reduced as the tokens were.
@@ -393,14 +381,14 @@ class FamilyReduced(Reduced):
         hidden = args[0] if args else options["hidden_states"]
         eager = llm.config._attn_implementation == "eager"
         if running is not None:
-            entered, now = running.sequence, replace(running.sequence, hidden=hidden)
+            entered = running.sequence
+            now = replace(entered, hidden=hidden)
             if index in self._stops:
                 keys = options["past_key_values"].layers[index - 1].keys
-                before = replace(entered, hidden=self._entered)
-                now = running.stages.reduce_between_layers(now, index, before, keys)
+                now = running.stages.reduce_between_layers(now, index, entered, keys)
                 running.segments[-1].layers = range(running.segments[-1].layers.start, index)
                 running.segments.append(self._segment(now, index))
-            running.sequence, self._entered = now, now.hidden
+            running.sequence, hidden = now, now.hidden
             if len(running.segments) == 1:
                 return None
             mask = causal_mask(now.valid(), now.hidden.shape[1], hidden.dtype, eager) if now.padded or eager else None
@@ -410,17 +398,11 @@ class FamilyReduced(Reduced):
             if segment is None:
                 return None
             mask, position = None, segment.next_position
-            if segment.valid is not None or eager:
-                valid = torch.ones(
-                    len(hidden), options["past_key_values"].layers[index].keys.shape[-2] + 1, dtype=torch.bool
-                )
-                valid = valid.to(hidden.device) if segment.valid is None else segment.valid
-                mask = causal_mask(valid, 1, hidden.dtype, eager)
-            now = None
+            if segment.valid is not None:
+                mask = causal_mask(segment.valid, 1, hidden.dtype, eager)
         changed = {"attention_mask": mask, "position_embeddings": rotary_angles(llm, hidden, position)}
         if "position_ids" in options:
             changed["position_ids"] = None
-        hidden = hidden if now is None else now.hidden
         if args:
             return (hidden, *args[1:]), {**options, **changed}
         return args, {**options, **changed, "hidden_states": hidden}
@@ -445,13 +427,12 @@ class FamilyReduced(Reduced):
             if segment.valid is not None:
                 segment.valid = F.pad(segment.valid, (0, 1), value=True)
         first, self._continued = cache.segments[0], cache.segments
-        place = first.next_position if not self._runtime.axes else first.next_position.permute(2, 0, 1)
         cache.running = True
         try:
             output = self._model.forward.original(
                 input_ids=given["input_ids"].to(self._runtime.device),
                 attention_mask=None if first.valid is None else first.valid.long(),
-                position_ids=place + self._runtime.family.first,
+                position_ids=self._place(first.next_position),
                 past_key_values=cache,
                 use_cache=True,
                 return_dict=True,
@@ -481,6 +462,11 @@ class FamilyReduced(Reduced):
 
 class _Left(Exception):
     """The hidden states where a forward was left."""
+
+
+def unpadded(rows: Tensor, real: Tensor) -> list[Tensor]:
+    """Of each row of [B, L, ...] the columns where `real` [B, L] is True."""
+    return [row[columns] for row, columns in zip(rows, real, strict=True)]
 
 
 def left_padded(rows: Sequence[Tensor]) -> Tensor:
