@@ -250,7 +250,7 @@ class FamilyWrapper(HFWrapper):
         """Of each tile or frame the number of its image or video, and rows and columns of its patches."""
         if given.get(f"{name}_grid_thw") is not None:
             grids = torch.as_tensor(given[f"{name}_grid_thw"]).tolist()
-            return [(owner, *grid[1:]) for owner, grid in enumerate(grids) for _ in range(grid[0])]
+            return [(owner, rows, columns) for owner, (count, rows, columns) in enumerate(grids) for _ in range(count)]
         patch = self.hf_model.config.vision_config.patch_size
         patch = patch if isinstance(patch, int) else patch[0]
         if given.get("spatial_shapes") is not None:
@@ -287,7 +287,7 @@ class FamilyWrapper(HFWrapper):
                 f"The {name}s have {sum(counts)} visual tokens, the prompts {len(places)} {name} tokens; {ONE_CALL}"
             )
         runs: list[list[EncodedImage]] = []
-        before = None  # where and of which image the view before ends
+        before: tuple[int, int, int] | None = None  # where and of which image the view before ends
         for (view, owner), count in zip(views, counts, strict=True):
             (row, first), (last_row, last) = places[done], places[done + count - 1]
             done += count

@@ -274,7 +274,10 @@ def family_of(model: Any) -> Family:
         if isinstance(model, container):
             return family
     names = ", ".join(container.__name__ for container in HF_CLASSES.values())
-    raise UserError(f"reduce() takes a Hugging Face model, one of {names}; got {type(model).__name__}.")
+    raise UserError(
+        f"reduce() takes a Hugging Face model, one of {names} or of a family that `vtr show models` lists; got "
+        f"{type(model).__name__}."
+    )
 
 
 def wrap_model(
