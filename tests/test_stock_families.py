@@ -12,7 +12,7 @@ from llava.hf import families
 from llava.hf.families import FAMILIES, Family, FamilyWrapper, packed_layout
 from llava.hf.models import wrap_model
 from llava.reduction import registry
-from tests.stock_families import IMAGE, NAMES, PACKED, VIDEO, call, tiny
+from tests.stock_families import IMAGE, NAMES, PACKED, VIDEO, call, count, tiny
 from tests.stock_inputs import shared
 
 STEPS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
@@ -25,9 +25,9 @@ def last(model, inputs):
         return model(**inputs, logits_to_keep=1).logits[:, -1]
 
 
-def budget(method, count):
+def budget(method, tokens):
     """Tokens that the method can keep of so many."""
-    return max(4, count // 3) if "decoder" not in registry.method(method).acts_in else count * 5 // 8
+    return max(4, tokens // 3) if "decoder" not in registry.method(method).acts_in else tokens * 5 // 8
 
 
 def fits(name, method):
@@ -44,7 +44,7 @@ def test_every_family_has_a_tiny_model():
 @pytest.mark.parametrize("name", NAMES)
 def test_keeping_all_is_the_stock_model(name):
     """Bit for bit, in one pass and while decoding, with beams; and pixels matter, or the rest would say nothing."""
-    model, inputs = tiny(name), call(name, (1, 2)).inputs
+    model, inputs = tiny(name), call(name, (1, 2))
     before, plain = set(vars(model)), last(model, inputs)
     generated = model.generate(**inputs, **STEPS, **LOGITS)  # which numbers padded prompts from their first token
     beams = model.generate(**inputs, **STEPS, num_beams=2)
@@ -66,9 +66,9 @@ def test_keeping_all_is_the_stock_model(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_batches_and_decoding(name):
     """Prompts of unequal length in a batch give what each gives alone, and a token what a longer prompt gives."""
-    model, inputs = tiny(name), call(name, (1, 1)).inputs
+    model, inputs = tiny(name), call(name, (1, 1))
     method = "fastervlm" if not fits(name, "pyramiddrop") else "pyramiddrop"
-    kept = budget(method, call(name).counts[0])
+    kept = budget(method, count(name))
     with reduce(model, method, kept) as reduced:
         both = model.generate(**inputs, **STEPS, **LOGITS)
         counts = [one.tokens_per_layer for one in reduced.accounting]
@@ -100,9 +100,9 @@ def test_batches_and_decoding(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_method(name):
     """It runs at its budget, with finite logits, or is refused in one sentence that names method and family."""
-    model, one = tiny(name), call(name)
+    model, inputs = tiny(name), call(name)
     for method in registry.names():
-        kept = budget(method, one.counts[0])
+        kept = budget(method, count(name))
         if not fits(name, method):
             with pytest.raises(UserError, match=f"^{method} .*{families.declared(model).title}"):
                 reduce(model, method, kept)
@@ -113,7 +113,7 @@ def test_every_method(name):
             assert "budget" in str(error) or "mean" in str(error), error
             continue
         with context as reduced:
-            assert model.generate(**one.inputs, **STEPS, **LOGITS).logits[-1].isfinite().all()
+            assert model.generate(**inputs, **STEPS, **LOGITS).logits[-1].isfinite().all()
         (accounting,) = reduced.accounting
         assert accounting.planned is None or abs(accounting.mean - accounting.planned) <= 1
 
@@ -121,8 +121,8 @@ def test_every_method(name):
 @pytest.mark.parametrize("name", BETWEEN)
 def test_stages_between_layers_hide_what_they_drop(name):
     """FastV gives what the stock model gives whose later layers do not look at the dropped tokens, deepstack too."""
-    model, inputs = tiny(name), call(name).inputs
-    with reduce(model, "fastv", budget("fastv", call(name).counts[0])) as reduced:
+    model, inputs = tiny(name), call(name)
+    with reduce(model, "fastv", budget("fastv", count(name))) as reduced:
         logits = last(model, inputs)
     ((step,),) = reduced.traces
     ids = inputs["input_ids"][0]
@@ -148,7 +148,7 @@ def test_stages_between_layers_hide_what_they_drop(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("qwen3_vl_moe", "idefics3", "internvl3_5")])
 def test_scores_belong_to_the_tokens_that_their_patches_become(name):
     """What the tower gives for one patch changes the one visual token whose score it enters."""
-    model, inputs = tiny(name), call(name).inputs
+    model, inputs = tiny(name), call(name)
     wrapper, reducer = FamilyWrapper(model), registry.build("fastervlm", 4, {}, 16)
     (score,) = reducer.tower_scores(False)
     poked = []
@@ -184,7 +184,7 @@ def test_scores_belong_to_the_tokens_that_their_patches_become(name):
 @pytest.mark.parametrize("name", ["internvl3", "gemma3", "aya_vision", "smolvlm"])
 def test_scores_are_the_attention_of_the_tower(name):
     """Beside the fused kernel the same as from the maps of eager attention; without CLS, what tokens receive."""
-    model, inputs = copy.deepcopy(tiny(name)), call(name).inputs
+    model, inputs = copy.deepcopy(tiny(name)), call(name)
     reducer = registry.build("fastervlm", 4, {}, 16)
     with torch.no_grad():
         (((view, _),), _) = FamilyWrapper(model).views_of("image", inputs, reducer)
@@ -240,17 +240,17 @@ def test_onevision_shrinks_many_tiles():
     """Where the model interpolates the stitched tiles, tokens belong to the nearest patch; all are kept bit for bit."""
     model = copy.deepcopy(tiny("onevision"))
     model.config.vision_aspect_ratio = "anyres_max_1"
-    inputs = call("onevision").inputs
+    inputs = call("onevision")
     inputs["image_sizes"] = torch.tensor([[112, 112]])
-    count = len(
+    tokens = len(
         model.get_image_features(**{key: inputs[key] for key in ("pixel_values", "image_sizes")}).pooler_output[0]
     )
-    inputs["input_ids"] = torch.tensor([[1, 25, *[IMAGE] * count, 21]])
+    inputs["input_ids"] = torch.tensor([[1, 25, *[IMAGE] * tokens, 21]])
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     expected = last(model, inputs)
     with reduce(model, "full") as reduced:
         assert torch.equal(last(model, inputs), expected)
-    assert reduced.accounting[0].visual_tokens == count == 16 + 4 * 5
+    assert reduced.accounting[0].visual_tokens == tokens == 16 + 4 * 5
     with reduce(model, "hired", 12) as reduced:
         last(model, inputs)
     assert reduced.accounting[0].mean == 12
@@ -291,13 +291,13 @@ def test_videos(name):
     ],
 )
 def test_wrong_arguments(name, change, sentence):
-    inputs = {**call(name).inputs, **change}
+    inputs = {**call(name), **change}
     with reduce(tiny(name), "uniform", 4), pytest.raises(UserError, match=sentence):
         tiny(name)(**inputs)
 
 
 def test_a_cache_belongs_to_its_block():
-    model, inputs = tiny("internvl3"), call("internvl3").inputs
+    model, inputs = tiny("internvl3"), call("internvl3")
     with reduce(model, "uniform", 4):
         cache = model(**inputs).past_key_values
         assert cache.get_seq_length() == inputs["input_ids"].shape[1] - 12
