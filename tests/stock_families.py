@@ -181,7 +181,9 @@ def call(name: str, images: Sequence[int] = (1,)) -> dict[str, Tensor]:
     elif name == "paligemma":
         pixels, run = {"pixel_values": noise(total, 3, 56, 56)}, [IMAGE] * 16
     elif name in ("smolvlm", "idefics3"):
-        pixels = {"pixel_values": noise(1, total, 3, 112, 112)}
+        pixels = {"pixel_values": noise(len(images), max(images), 3, 112, 112)}
+        for row, own in enumerate(images):  # zeros stand for no image
+            pixels["pixel_values"][row, own:] = 0
     elif name == "mistral3":
         pixels["image_sizes"] = torch.tensor([[112, 112]] * total)
         run = [IMAGE] * 4 + ([BREAK] + [IMAGE] * 4) * 3 + [6]

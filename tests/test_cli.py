@@ -93,7 +93,7 @@ def test_a_closed_pipe_is_no_traceback(words):
 @pytest.mark.parametrize("kind", show.KINDS)
 def test_show_lists_what_there_is(kind, capsys):
     assert cli.main(["show", kind]) == 0
-    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    names = [line.partition("  ")[0] for line in capsys.readouterr().out.splitlines()]
     assert names == [entry["name"] for entry in show.entries_of(kind)]
     assert {"methods": "consensusdrop", "benchmarks": "gqa"}.get(kind, names[0]) in names
 

@@ -57,6 +57,7 @@ class Family:
         breaks: there is a text token behind every row of an image's tokens but the last.
         packed: the model puts tiles together by its `pack_image_features`, with unpadding and newline tokens.
         first: position of the first token.
+        layers: kinds of decoder layers that its models have, where those of a default configuration are others.
         output: what `get_image_features` gives to the model: its tokens, or what the projector makes tokens of.
     """
 
@@ -71,6 +72,7 @@ class Family:
     breaks: bool = False
     packed: bool = False
     first: int = 0
+    layers: tuple[str, ...] = ()
     output: str = "pooler_output"
 
 
@@ -93,7 +95,9 @@ FAMILIES: dict[str, Family] = {
     "Idefics3ForConditionalGeneration": Family("Idefics3", "vision_model.encoder.layers"),
     "Mistral3ForConditionalGeneration": Family("Mistral3", "vision_tower.transformer.layers", breaks=True),
     "Ovis2ForConditionalGeneration": Family("Ovis2", "vision_tower.transformer.encoder.layers"),
-    "Lfm2VlForConditionalGeneration": Family("LFM2-VL", "vision_tower.encoder.layers"),
+    "Lfm2VlForConditionalGeneration": Family(
+        "LFM2-VL", "vision_tower.encoder.layers", layers=("conv", "full_attention")
+    ),
     "AyaVisionForConditionalGeneration": Family("Aya Vision", "vision_tower.encoder.layers"),
     "Llama4ForConditionalGeneration": Family(
         "Llama 4", "vision_model.model.layers", cls=-1, output="last_hidden_state"
@@ -186,7 +190,7 @@ class FamilyWrapper(HFWrapper):
         return -1 if token is None else int(token)
 
     def candidates(self, reducer: Reducer) -> list[ModelSpec]:
-        return [replace(self.spec, visual_tokens=reducer.budget, layout=PatchGrid(1, reducer.budget))]
+        return [replace(self.spec, visual_tokens=reducer.budget, layout=PatchGrid(1, reducer.budget)), self.spec]
 
     def encode_images(self, pictures: Any, keys: Any, reducer: Reducer, timer: Timer) -> list[EncodedImage]:
         """The images, encoded already: their sizes were needed to find them in the prompts."""

@@ -128,6 +128,8 @@ def support() -> dict[str, dict[str, str]]:
     rows |= {"Qwen2_5_VLForConditionalGeneration": Family("Qwen2.5-VL", ""), **FAMILIES}
     for container, family in rows.items():
         config = getattr(transformers, container).config_class()
+        if family.layers:
+            config.get_text_config().layer_types = list(family.layers)
         table[family.title] = {name: why_not(family, config, build(name, 64)) for name in names()}
     return table
 
