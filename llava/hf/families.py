@@ -158,7 +158,7 @@ class FamilyWrapper(HFWrapper):
         inner = inner_of(container)
         self.hf_model, self.device, self.tokenizer = container, container.device, tokenizer
         self.name, self.text_tower = type(container).__name__, None
-        self.family: Any = declared(container)
+        self.family = declared(container) or FAMILIES[self.name]
         self.axes = self.family.axes
         llm = inner.text_model if hasattr(inner, "text_model") else inner.language_model
         self.llm = getattr(llm, "model", llm)
@@ -332,8 +332,8 @@ def grouped(values: Tensor, grid: tuple[int, int], side: int, runs: bool) -> Ten
     if runs:
         return values.unflatten(0, (-1, side * side)).mean(1)
     rows, columns = grid
-    squares = values.view(rows // side, side, columns // side, side, *values.shape[1:])
-    return squares.mean((1, 3)).flatten(0, 1)
+    squares: Tensor = values.view(rows // side, side, columns // side, side, *values.shape[1:]).mean((1, 3))
+    return squares.flatten(0, 1)
 
 
 @lru_cache(maxsize=256)
@@ -389,7 +389,8 @@ Seen = tuple[Tensor, Tensor, Tensor | None, float]  # queries and keys [B, H, P,
 def attention_of(block: nn.Module) -> nn.Module:
     """The attention of a tower block."""
     names = ("attn", "self_attn", "attention")
-    return next(module for name, module in block.named_modules() if name.rpartition(".")[2] in names)
+    found: nn.Module = next(part for name, part in block.named_modules() if name.rpartition(".")[2] in names)
+    return found
 
 
 def _record(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> Any:

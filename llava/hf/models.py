@@ -370,7 +370,7 @@ class StockSample(Sample):
 def samples(
     ids: Tensor,
     mask: Tensor | None,
-    ready: Mapping[int, Sequence[PreparedImage]],
+    ready: Mapping[int, Sequence[Any]],
     questions: Sequence[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[StockSample]:
@@ -379,7 +379,7 @@ def samples(
     Args:
         ids: [B, L].
         mask: [B, L], 0 in the padding, on either side; None for no padding.
-        ready: images of the whole batch in order, by the id of their placeholder token.
+        ready: images of the whole batch in order, with their `arrangement`, by the id of their placeholder token.
         questions: the question of every row without template, for methods that read it; without `questions`, all text
             after the last image is the question.
         tokenizer: needed with `questions`.

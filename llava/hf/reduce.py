@@ -247,11 +247,11 @@ class FamilyReduced(Reduced):
         )
         stages.encode_images()
         places = []
-        for sample, prompt in zip(batch, prompts, strict=True):
-            lengths, done, own = iter(picture.full.tokens for picture in sample.images), 0, []
+        for sample, prompt in enumerate(prompts):
+            done, own = 0, list[int]()
             for token in prompt.ids:
                 own += [done] * (token == IMAGE_TOKEN_INDEX)
-                done += next(lengths) if token == IMAGE_TOKEN_INDEX else 1
+                done += stages.images[sample, len(own) - 1].inputs if token == IMAGE_TOKEN_INDEX else 1
             places.append(own)
         sequence = embed(runtime, reducer, prompts, stages.images)
         types = (
