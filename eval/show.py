@@ -3,6 +3,7 @@
     vtr show methods
     vtr show methods consensusdrop
     vtr show benchmarks
+    vtr show models Qwen3-VL
     vtr check-data playground/data/eval
     vtr check-data DATA pope textvqa
 
@@ -38,8 +39,17 @@ def entries_of(kind: str, name: str | None = None) -> list[dict[str, Any]]:
         return registry.describe(*([name] if name else []))
     if kind == "benchmarks":
         return benchmarks.describe()
+    from llava.hf.reduce import support
+
     models = [path.parent for path in sorted((ROOT / "assets").glob("*/config.json"))]
-    return [{"name": folder.name, "path": str(folder)} for folder in models]
+    entries: list[dict[str, Any]] = [{"name": folder.name, "summary": str(folder)} for folder in models]
+    for family, methods in support().items():
+        refused = {name: why for name, why in methods.items() if why}
+        works = [name for name in methods if name not in refused]
+        summary = f"llava.reduce runs {len(works)} of {len(methods)} methods"
+        summary += f", not {', '.join(refused)}" if refused else ""
+        entries.append({"name": family, "summary": summary, "works": works, **refused})
+    return entries
 
 
 def overview(kind: str, entries: Sequence[dict[str, Any]]) -> str:
@@ -47,7 +57,7 @@ def overview(kind: str, entries: Sequence[dict[str, Any]]) -> str:
     width = max((len(entry["name"]) for entry in entries), default=0)
     lines = []
     for entry in entries:
-        text = entry["path"] if kind == "models" else entry["summary"]
+        text = entry["summary"]
         if kind == "benchmarks":
             text += f" (splits: {', '.join(entry['splits'])}; profiles: {', '.join(entry['profiles'])})"
         lines.append(f"{entry['name']:{width}s}  {text}")
@@ -82,8 +92,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("name", nargs="?", help="only this one, with everything that is known about it")
     args = p.parse_args(arguments)
     entries = entries_of(args.kind, args.name)
-    if not entries:
-        raise UserError("No models are here: the bundled toy models are in the repository, not in its wheel. Clone it.")
     if args.name is not None:
         known = {entry["name"]: entry for entry in entries}
         if args.name not in known:

@@ -7,12 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llava.hf.patch import reduce
+    from llava.hf.reduce import reduce
     from llava.model.builder import load
 
 __all__ = ["load", "reduce"]
 
-HOMES = {"load": "llava.model.builder", "reduce": "llava.hf.patch"}
+HOMES = {"load": "llava.model.builder", "reduce": "llava.hf.reduce"}
 
 
 def __getattr__(name: str) -> Any:

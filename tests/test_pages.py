@@ -127,3 +127,4 @@ def test_the_page_of_methods_is_up_to_date():
     text, hint = methods.PAGE.read_text(), "run `vtr tables methods`"
     for part in (methods.table, methods.budgets, methods.known_deviations, methods.splits):
         assert part() in text, hint
+    assert methods.families() in methods.FAMILIES.read_text(), hint

@@ -1,4 +1,4 @@
-"""Write the tables of methods of docs/methods.md from the metadata of the methods.
+"""Write the tables of methods of docs/methods.md and docs/models/families.md from the metadata of the methods.
 
 python -m eval.tables.methods
 """
@@ -15,12 +15,14 @@ from textwrap import fill
 from eval.config import ROOT
 from eval.tables.page import insert, left_aligned, markdown
 from llava.errors import UserError
+from llava.hf.reduce import support
 from llava.reduction import budget as crops
 from llava.reduction import registry
 from llava.reduction.reducer import options_of
 from llava.reduction.token_layout import ModelSpec, PatchGrid
 
 PAGE = ROOT / "docs" / "methods.md"
+FAMILIES = ROOT / "docs" / "models" / "families.md"
 README = ROOT / "README.md"
 LLAVA_15_7B = ModelSpec(576, 32, PatchGrid(24, 24), tower_blocks=24, has_text_tower=True)
 BUDGETS = (192, 128, 64)
@@ -106,6 +108,21 @@ def known_deviations() -> str:
     return "\n".join(lines)
 
 
+def families() -> str:
+    """One row per method, one column per family: a letter where `llava.reduce` refuses, and what the letters mean."""
+    table, reasons = support(), dict[str, str]()
+    rows = []
+    for name in registry.names():
+        row = [f"`{name}`"]
+        for family, methods in table.items():
+            # The same reason for all methods and families.
+            why = methods[name].replace(name, "the method").replace(family, "the family")
+            row.append(reasons.setdefault(why, chr(ord("a") + len(reasons))) if why else "")
+        rows.append(row)
+    notes = [f"* **{letter}**: {why[0].upper()}{why[1:]}" for why, letter in reasons.items()]
+    return "\n".join([markdown(["method", *table], rows), "", *notes])
+
+
 def write_readme() -> None:
     """The number of methods and their names in README.md."""
     names = registry.names()
@@ -125,6 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     insert(PAGE, "budgets", budgets())
     insert(PAGE, "known deviations", known_deviations())
     insert(PAGE, "crops", splits())
+    insert(FAMILIES, "families", families())
     write_readme()
     print(f"Tables are in {PAGE.relative_to(ROOT)}.")
     return 0

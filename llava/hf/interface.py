@@ -22,7 +22,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import ANSWER_FORMATS, MODES
 from llava.errors import UserError
 from llava.hf.models import WRAPPERS, PreparedImage
-from llava.hf.patch import reduce
+from llava.hf.reduce import reduce
 from llava.model.checkpoint.load import Checkpoint
 from llava.processing.json_files import read_json
 

@@ -94,7 +94,7 @@ def has_pixels(given: Mapping[str, Any]) -> bool:
     return any(given.get(name) is not None and len(given[name]) for name in PIXELS)
 
 
-def refuse_arguments(given: Mapping[str, Any], config: PretrainedConfig) -> None:
+def refuse_arguments(given: Mapping[str, Any], config: PretrainedConfig, used: frozenset[str]) -> None:
     """Raise UserError for an argument that a reduced prompt, or a token after it, does not use."""
     for name in ("output_hidden_states", "output_attentions"):
         if given.get(name) is None and getattr(config, name, False):
@@ -103,7 +103,7 @@ def refuse_arguments(given: Mapping[str, Any], config: PretrainedConfig) -> None
             )
     for name, value in given.items():
         configured = getattr(config, name, None)
-        if value is None or value is False or name in USED or (name in CONFIGURED and value == configured):
+        if value is None or value is False or name in used or (name in CONFIGURED and value == configured):
             continue
         if name in CONFIGURED:
             raise UserError(
@@ -145,7 +145,14 @@ class HFWrapper(Llava):
     """What all families do with prepared images and prompts; comes before the family's own model wrapper.
 
     For LLaVA-1.5 it is all: one square of pixels per image, whether the processor cropped or padded it.
+
+    Attributes:
+        used: arguments of the model's forward that it uses.
+        per_image: those among them with one entry per image, not one row per prompt.
     """
+
+    used: frozenset[str] = USED
+    per_image: frozenset[str] = frozenset(VISUAL)
 
     def prompt(self, sample: Any) -> Prompt:
         prompt: Prompt = sample.prompt
@@ -268,7 +275,10 @@ def family_of(model: Any) -> Family:
         if isinstance(model, container):
             return family
     names = ", ".join(container.__name__ for container in HF_CLASSES.values())
-    raise UserError(f"reduce() takes a Hugging Face model, one of {names}; got {type(model).__name__}.")
+    raise UserError(
+        f"reduce() takes a Hugging Face model, one of {names} or of a family that `vtr show models` lists; got "
+        f"{type(model).__name__}."
+    )
 
 
 def wrap_model(
@@ -311,12 +321,17 @@ def wrap_model(
     return WRAPPERS[family](checkpoint, model.device, **conventions)
 
 
+def inner_of(model: Any) -> Any:
+    """The module with tower, projector and decoder, in most classes `model.model`."""
+    return getattr(model, "model", model)
+
+
 def state_of(model: Any) -> tuple[Any, ...]:
     """What a wrapper is built from."""
-    inner, config = model.model, model.config
+    inner, config = inner_of(model), model.config
     parts = (inner, *model.children(), *inner.children(), *inner.parameters(recurse=False))
     features = [getattr(config, name, None) for name in ("vision_feature_layer", "vision_feature_select_strategy")]
-    return (*map(id, parts), model.device, *features, inner.language_model.config._attn_implementation)
+    return (*map(id, parts), model.device, *features, config.get_text_config()._attn_implementation)
 
 
 def refuse_training(*modules: nn.Module) -> None:
@@ -356,7 +371,7 @@ class StockSample(Sample):
 def samples(
     ids: Tensor,
     mask: Tensor | None,
-    ready: Mapping[int, Sequence[PreparedImage]],
+    ready: Mapping[int, Sequence[Any]],
     questions: Sequence[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[StockSample]:
@@ -365,7 +380,7 @@ def samples(
     Args:
         ids: [B, L].
         mask: [B, L], 0 in the padding, on either side; None for no padding.
-        ready: images of the whole batch in order, by the id of their placeholder token.
+        ready: images of the whole batch in order, with their `arrangement`, by the id of their placeholder token.
         questions: the question of every row without template, for methods that read it; without `questions`, all text
             after the last image is the question.
         tokenizer: needed with `questions`.

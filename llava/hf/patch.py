@@ -20,97 +20,35 @@ import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from llava.budget import RETENTION_RATIO
 from llava.errors import UserError
 from llava.hf.models import (
     COPIES,
-    VISUAL,
     HFWrapper,
     by_name,
-    family_of,
     has_pixels,
+    inner_of,
     refuse_arguments,
     refuse_prefill_arguments,
     refuse_training,
     samples,
     state_of,
-    wrap_model,
 )
-from llava.model.checkpoint.config import QWEN
 from llava.pipeline.accounting import TokenAccounting
 from llava.pipeline.decoder import Prefilled, Segment, step
 from llava.pipeline.prefill import prefill
-from llava.reduction.budget import require
 from llava.reduction.merging import Trace
 from llava.reduction.reducer import Reducer
-from llava.reduction.registry import build
 
 MISSING = object()
 # transformers leaves its own hooks on a model after a call with output_hidden_states; they do nothing in other calls.
 HARMLESS_HOOKS = "transformers.utils.output_capturing"
-
-
-def reduce(
-    model: PreTrainedModel | HFWrapper,
-    method: str,
-    budget: int | float | str | None = None,
-    *,
-    questions: Sequence[str] | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    text_tower: str | Path | None = None,
-    **options: Any,
-) -> "Reduced":
-    """A context in which a Hugging Face model runs under a method.
-
-    Args:
-        model: a Llava-, LlavaNext-, VideoLlava-, Qwen2VL- or Qwen2_5_VLForConditionalGeneration in evaluation mode, or
-            a wrapper around one that knows tokenizer and text tower.
-        method: a name of `llava.reduction.registry.names`.
-        budget: visual tokens per image or video, mean over decoder layers, or the ratio of each image's tokens to keep
-            ("1/9", 0.111). Only `full` and methods whose images decide how many tokens stay need none.
-        questions: the question of each prompt of the calls inside, without template, for methods that read it. Without
-            `questions`, all text after the last image is taken for the question, template included.
-        tokenizer: the model's tokenizer or processor, needed with `questions`.
-        text_tower: folder or hub id of the CLIP that the vision tower comes from, for methods that need its text half.
-        options: of the method, as `official=True`.
-
-    Raises:
-        UserError: the model, the method, an option or the budget is not supported, or there is no budget.
-    """
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    if questions is not None and (isinstance(questions, str) or tokenizer is None):
-        raise UserError("`questions` is a list with one string per prompt, and needs `tokenizer` (or the processor).")
-    runtime = model if isinstance(model, HFWrapper) else wrap_model(model, tokenizer, text_tower)
-    tokens = runtime.visual_tokens
-    has_budget = budget is not None or options.get(RETENTION_RATIO)
-    reducer = build(method, budget if has_budget else tokens, options, tokens)
-    if reducer.needs_text_tower and family_of(runtime.hf_model) in QWEN:
-        raise UserError(
-            f"{method} needs a CLIP vision tower and its text half; the tower of {runtime.name} is no CLIP."
-        )
-    if reducer.needs_text_tower and (runtime.text_tower is None or questions is None):
-        raise UserError(
-            f"{method} compares questions with images in CLIP's space: give reduce() `questions`, `tokenizer`, and "
-            "`text_tower`, the folder or hub id of the CLIP that the vision tower comes from."
-        )
-    _require(runtime, reducer)
-    # Where images decide, no number of tokens is planned, and none is kept whole because of its size.
-    if not (has_budget or method == "full") and (
-        reducer.tokens_per_layer(runtime.spec) is not None or reducer.keeps_all(tokens)
-    ):
-        raise UserError(
-            f"{method} needs a budget: the visual tokens to keep of each image (budget=64), or their ratio "
-            '(budget="1/9"). "full" keeps all.'
-        )
-    return Reduced(runtime, reducer, questions)
 
 
 # The cache
@@ -121,9 +59,11 @@ class ReducedCache(DynamicCache):
 
     Attributes:
         segments: masks of the real keys and positions of the next token, of layers that share them.
+        running: a model's own forward has been given them.
     """
 
     segments: list[Segment]
+    running: bool = False
 
     @classmethod
     def holding(cls, state: Prefilled, given: DynamicCache | None = None) -> "ReducedCache":
@@ -161,7 +101,9 @@ class ReducedCache(DynamicCache):
                     segment.valid = segment.valid[:, :tokens_to_remove]
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Refuse: a model's own forward asks this, but cannot use the masks and positions of `segments`."""
+        """Refuse: a model's own forward asks this, but does not know the masks and positions of `segments`."""
+        if self.running:
+            return super().get_mask_sizes(query_length, layer_idx)
         raise UserError(
             "This cache holds reduced prompts; continue it inside the `with reduce(...)` block that made it, or start "
             "again with the whole prompt and no cache."
@@ -205,31 +147,33 @@ class Reduced:
         self.traces: list[Trace] = []
         # Any: the modules of the model are found by attributes that PreTrainedModel does not declare.
         self._model: Any = runtime.hf_model
-        self._runtime, self._state, self._family = runtime, state_of(self._model), family_of(self._model)
+        self._runtime, self._state = runtime, state_of(self._model)
         self._overrides: list[Override] = []
 
     def __enter__(self) -> "Reduced":
         model = self._model
-        if isinstance(model.forward, Override) or isinstance(model.model.forward, Override):
+        inner = inner_of(model)
+        if isinstance(model.forward, Override) or isinstance(inner.forward, Override):
             raise UserError("This model is being reduced already; leave the other `with reduce(...)` block first.")
         self._thread = threading.get_ident()
-        self._inner, self._rope_deltas = model.model, getattr(model.model, "rope_deltas", None)
-        self._signature, self._inner_signature = map(inspect.signature, (model.forward, model.model.forward))
+        self._inner, self._rope_deltas = inner, getattr(inner, "rope_deltas", None)
+        self._signature, self._inner_signature = map(inspect.signature, (model.forward, inner.forward))
         # generate() encodes images itself if forward takes "mm_encoder_outputs"; methods need the pixels.
         shown = [known for name, known in self._signature.parameters.items() if name != "mm_encoder_outputs"]
         self._overrides = [
             Override(model, "forward", self._forward, self._signature.replace(parameters=shown)),
-            Override(model.model, "forward", self._forward_inner),
             Override(model, "_expand_inputs_for_generation", self._expand),
             Override(model, "_prepare_position_ids_for_generation", self._prepare_position_ids),
             Override(model, "_get_candidate_generator", self._candidate_generator),
         ]
+        if inner is not model:
+            self._overrides.append(Override(inner, "forward", self._forward_inner))
         return self
 
     def __exit__(self, *_: object) -> None:
         for override in self._overrides:
             override.restore()
-        if self._family in QWEN:
+        if hasattr(self._inner, "rope_deltas"):
             # generate() stores the position offsets of its last prompts on the model; later calls must not use these.
             self._inner.rope_deltas = self._rope_deltas
 
@@ -247,7 +191,7 @@ class Reduced:
                 "give each thread a model of its own (copy.deepcopy before the block)."
             )
         refuse_training(self._model)
-        refuse_arguments(given, self._model.config)
+        refuse_arguments(given, self._model.config, self._runtime.used)
         output = self._prefill(given, cache) if continued is None else self._continue(given, continued)
         as_dict = given.get("return_dict")
         if as_dict is None:
@@ -276,7 +220,7 @@ class Reduced:
         """
         if expand_size == 1 or not has_pixels(kwargs):
             return original(expand_size, is_encoder_decoder, input_ids, **kwargs)
-        images = {name: kwargs.pop(name) for name in (*VISUAL, "position_ids") if name in kwargs}
+        images = {name: kwargs.pop(name) for name in (*self._runtime.per_image, "position_ids") if name in kwargs}
         ids, rest = original(expand_size, is_encoder_decoder, input_ids, **kwargs)
         return ids, {**rest, **images, COPIES: expand_size}
 
@@ -298,14 +242,8 @@ class Reduced:
 
     def _prefill(self, given: Mapping[str, Any], cache: Any) -> CausalLMOutputWithPast:
         """[B, 1, V] logits of the last token of each prompt, and the reduced cache."""
-        refuse_prefill_arguments(given)
-        if cache is not None and (not isinstance(cache, DynamicCache) or cache.offloading or cache.get_seq_length()):
-            raise UserError(
-                "A prompt with images is reduced from its beginning, into a cache of its own; give the whole prompt, "
-                f"and leave out cache_implementation and past_key_values (got a {type(cache).__name__})."
-            )
         modules = list(self._model.modules())[1:]
-        refuse_training(*modules)
+        self._check_prefill(given, cache, modules)
         if state_of(self._model) != self._state:
             raise UserError(
                 "The model was changed after reduce(...): a module, a setting or its device; leave the block and call "
@@ -325,8 +263,28 @@ class Reduced:
         self.traces = record.steps
         return output
 
+    def _check_prefill(self, given: Mapping[str, Any], cache: Any, modules: Sequence[nn.Module]) -> None:
+        """Raise UserError if these arguments, into this cache, are no whole prompt of a model in evaluation mode."""
+        refuse_prefill_arguments(given)
+        if cache is not None and (not isinstance(cache, DynamicCache) or cache.offloading or cache.get_seq_length()):
+            raise UserError(
+                "A prompt with images is reduced from its beginning, into a cache of its own; give the whole prompt, "
+                f"and leave out cache_implementation and past_key_values (got a {type(cache).__name__})."
+            )
+        refuse_training(*modules)
+
     def _continue(self, given: Mapping[str, Any], cache: ReducedCache) -> CausalLMOutputWithPast:
         """[B, 1, V] logits of one more token per prompt."""
+        self._refuse_continuation(given, cache)
+        ids = given["input_ids"]
+        llm = self._model.model.language_model
+        with torch.inference_mode(), hooks_must_run(self._model, (self._model.model, llm)):
+            token = llm.embed_tokens(ids.to(self._model.device))
+            hidden = step(llm, Prefilled(token, cache, cache.segments, [], 0), token)
+        return self._output(hidden, cache)
+
+    def _refuse_continuation(self, given: Mapping[str, Any], cache: ReducedCache) -> None:
+        """Raise UserError for anything but one token per prompt of the cache."""
         ids = given.get("input_ids")
         if has_pixels(given) or ids is None or ids.shape[1] != 1:
             raise UserError(
@@ -338,11 +296,6 @@ class Reduced:
             raise UserError(
                 f"The cache holds {rows} reduced prompts, got input_ids for {len(ids)}; give one token each."
             )
-        llm = self._model.model.language_model
-        with torch.inference_mode(), hooks_must_run(self._model, (self._model.model, llm)):
-            token = llm.embed_tokens(ids.to(self._model.device))
-            hidden = step(llm, Prefilled(token, cache, cache.segments, [], 0), token)
-        return self._output(hidden, cache)
 
     def _output(self, hidden: Tensor, cache: ReducedCache) -> CausalLMOutputWithPast:
         llm, head, length = self._model.model.language_model, self._model.lm_head, cache.get_seq_length()
@@ -356,17 +309,6 @@ class Reduced:
             logits = head(llm.norm(hidden))
         # A copy made outside of inference mode can be changed in place, as callers often do with logits.
         return CausalLMOutputWithPast(logits=logits.clone(), past_key_values=cache)
-
-
-def _require(runtime: HFWrapper, reducer: Reducer) -> None:
-    """Raise UserError if no image or video that the model takes can be reduced to the budget."""
-    errors = []
-    for spec in runtime.candidates(reducer):
-        try:
-            return require(reducer, spec)
-        except UserError as error:
-            errors.append(error)
-    raise errors[0]
 
 
 # Methods of a module, overridden for a while

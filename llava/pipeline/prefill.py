@@ -12,6 +12,7 @@ tiles or frames is divided into views before stages 1 and 2, and their reduction
 """
 
 from collections import Counter
+from collections.abc import Callable
 from collections.abc import Sequence as Samples
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,6 +133,7 @@ class Stages:
 
     Attributes:
         images: those of the batch by sample and number, from `encode_images` on.
+        run_layers: (llm, prompts, count) -> hidden states after the first decoder layers.
         start: the prompts as they entered decoder layer 0.
     """
 
@@ -141,6 +143,7 @@ class Stages:
     record: Record
     timer: Timer
     images: dict[Row, BatchImage] = field(default_factory=dict)
+    run_layers: Callable[[Any, Sequence, int], Tensor] = decoder.run_layers
     start: Sequence = field(init=False)
 
     # -- stage 1: before the projector
@@ -245,7 +248,7 @@ class Stages:
         def run_layers(count: int) -> Tensor:
             """[B, L, D] after the first `count` decoder layers, computed once for all images of the batch."""
             if count not in after_layers:
-                after_layers[count] = decoder.run_layers(model.llm, sequence, count)
+                after_layers[count] = self.run_layers(model.llm, sequence, count)
                 for length in sequence.lengths:
                     for layer in model.llm.layers[:count]:
                         self.record.operations.add("selection", layer_flops, layer, length, length)

@@ -1,0 +1,473 @@
+"""The families of transformers that `reduce` takes by one declared row each: their visual tokens and tower scores.
+
+The stock model makes the visual tokens (`get_image_features`, `get_video_features`) while the tower blocks that a
+method reads write down what they hand to their attention kernel. The patches that a visual token is made of are a
+square of the grid, or for packed tiles what the model's own packing says.
+
+Tokens are reduced behind the projector: it makes one token of several patches in most families, so there is nothing to
+project again. A method's "features" are projected tokens here.
+
+An image is what stands in one piece in the prompt. Frames of a video or tiles with nothing between them are one image,
+tiles that a family separates by text are one image each.
+
+Read: transformers 5.23.0, modeling of the families in FAMILIES
+"""
+
+import copy
+import inspect
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from llava.errors import UserError
+from llava.hf.models import ONE_CALL, HFWrapper, inner_of
+from llava.model.llava_arch import EncodedImage
+from llava.model.multimodal_encoder.clip_encoder import Encoded
+from llava.pipeline.accounting import Timer
+from llava.reduction.ranking import in_float32
+from llava.reduction.reducer import Reducer
+from llava.reduction.scores import WITHOUT_CLS, TowerScore
+from llava.reduction.token_layout import ModelSpec, PatchGrid, Tile, TokenLayout, frames, single
+
+MODALITIES = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What cannot be found in a model of the family.
+
+    Attributes:
+        title: its name for people.
+        tower: path from the inner model to the blocks of its vision tower.
+        runs: the patches of a token follow one another; otherwise they are a square of the grid.
+        cls: place of the tower's class token, which the model drops, 0 or -1; None for no class token.
+        axes: position ids have three axes, made by the model's `get_rope_index`.
+        types: the argument that is 1 at image tokens; "" for none.
+        videos: videos are taken, too; frames are told apart by text or follow one another.
+        tiles: the tiles of an image follow one another without text.
+        breaks: there is a text token behind every row of an image's tokens but the last.
+        packed: the model puts tiles together by its `pack_image_features`, with unpadding and newline tokens.
+        first: position of the first token.
+        layers: kinds of decoder layers that its models have, where those of a default configuration are others.
+        output: what `get_image_features` gives to the model: its tokens, or what the projector makes tokens of.
+    """
+
+    title: str
+    tower: str
+    runs: bool = False
+    cls: int | None = None
+    axes: bool = False
+    types: str = ""
+    videos: bool = False
+    tiles: bool = False
+    breaks: bool = False
+    packed: bool = False
+    first: int = 0
+    layers: tuple[str, ...] = ()
+    output: str = "pooler_output"
+
+
+_QWEN = partial(Family, tower="visual.blocks", runs=True, axes=True, types="mm_token_type_ids")
+FAMILIES: dict[str, Family] = {
+    "Qwen3VLForConditionalGeneration": _QWEN("Qwen3-VL", videos=True),
+    "Qwen3VLMoeForConditionalGeneration": _QWEN("Qwen3-VL MoE", videos=True),
+    "Qwen3_5ForConditionalGeneration": _QWEN("Qwen3.5", videos=True),
+    "Glm4vForConditionalGeneration": _QWEN("GLM-4V"),
+    "InternVLForConditionalGeneration": Family("InternVL3", "vision_tower.encoder.layer", cls=0, tiles=True),
+    "LlavaOnevisionForConditionalGeneration": Family("LLaVA-OneVision", "vision_tower.encoder.layers", packed=True),
+    "LlavaNextVideoForConditionalGeneration": Family(
+        "LLaVA-NeXT-Video", "vision_tower.encoder.layers", cls=0, packed=True
+    ),
+    "Gemma3ForConditionalGeneration": Family("Gemma 3", "vision_tower.encoder.layers", types="token_type_ids"),
+    "PaliGemmaForConditionalGeneration": Family(
+        "PaliGemma", "vision_tower.encoder.layers", types="token_type_ids", first=1
+    ),
+    "SmolVLMForConditionalGeneration": Family("SmolVLM2", "vision_model.encoder.layers"),
+    "Idefics3ForConditionalGeneration": Family("Idefics3", "vision_model.encoder.layers"),
+    "Mistral3ForConditionalGeneration": Family("Mistral3", "vision_tower.transformer.layers", breaks=True),
+    "Ovis2ForConditionalGeneration": Family("Ovis2", "vision_tower.transformer.encoder.layers"),
+    "Lfm2VlForConditionalGeneration": Family(
+        "LFM2-VL", "vision_tower.encoder.layers", layers=("conv", "full_attention")
+    ),
+    "AyaVisionForConditionalGeneration": Family("Aya Vision", "vision_tower.encoder.layers"),
+    "Llama4ForConditionalGeneration": Family(
+        "Llama 4", "vision_model.model.layers", cls=-1, output="last_hidden_state"
+    ),
+}
+
+
+def declared(model: Any) -> Family | None:
+    """The row of a model's family; None for a class without one."""
+    return next((FAMILIES[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in FAMILIES), None)
+
+
+def why_not(family: Family, config: PretrainedConfig, reducer: Reducer) -> str:
+    """Why the method cannot run on the family, in one sentence; "" where it can.
+
+    Args:
+        config: of a model of the family.
+    """
+    name, acts = reducer.name, reducer.acts_in
+    if not acts.isdisjoint(("tower", "input_grid")):
+        return f"{name} acts on pixels or inside a CLIP tower; {family.title} has a tower of another kind."
+    if reducer.needs_text_tower:
+        return f"{name} needs a CLIP vision tower and its text half; the tower of {family.title} is no CLIP."
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"]
+    probed = getattr(reducer, "probe_layer", None)
+    probed = "full_attention" if probed is None else kinds[min(probed, len(kinds) - 1)]
+    if probed not in ("full_attention", "sliding_attention"):
+        return f"{name} probes the attention of a decoder layer that has {said(probed)} in {family.title}."
+    if "decoder" in acts:
+        other = [said(kind) for kind in sorted({*kinds} - {"full_attention"})]
+        if other:
+            return f"{name} reduces between decoder layers, of which some have {' and '.join(other)} in {family.title}."
+        if family.types == "token_type_ids":
+            return f"{name} reads causal attention; prompts of {family.title} are attended in both directions."
+    return ""
+
+
+def said(kind: str) -> str:
+    """An entry of `layer_types` in words."""
+    return {"conv": "a convolution"}.get(kind, kind.replace("_", " "))
+
+
+# The tower
+
+
+Wanted = dict[TowerScore, Any]  # a score and the attention module it is read from
+Owned = tuple[EncodedImage, int]  # a tile, a frame or a packed image, and the number of the image or video it is of
+
+
+class FamilyWrapper(HFWrapper):
+    """A stock model: its visual tokens, their scores and their places in prompts. It changes nothing of the model."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any = None):
+        container: Any = model
+        inner = inner_of(container)
+        self.hf_model, self.device, self.tokenizer = container, container.device, tokenizer
+        self.name, self.text_tower = type(container).__name__, None
+        self.family = declared(container) or FAMILIES[self.name]
+        self.axes = self.family.axes
+        llm = inner.text_model if hasattr(inner, "text_model") else inner.language_model
+        self.llm = getattr(llm, "model", llm)
+        self.head = container.get_output_embeddings()
+        self.projector = inner.multi_modal_projector if self.family.output == "last_hidden_state" else nn.Identity()
+        self.blocks: Any = inner.get_submodule(self.family.tower)
+        self.newline = getattr(inner, "image_newline", None)
+        self.packed_layout = lru_cache(maxsize=1024)(partial(packed_layout, inner))
+        self.encoders = {name: getattr(inner, f"get_{name}_features", None) for name in MODALITIES}
+        taken = [inspect.signature(encoder).parameters for encoder in self.encoders.values() if encoder is not None]
+        self.per_image = self.per_image.union(*taken) - {"kwargs"}
+        self.used = self.used | self.per_image | {self.family.types}
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """Only the processor knows how large images are: the longest prompt stands for the largest."""
+        most = self.hf_model.config.get_text_config().max_position_embeddings
+        has_cls = self.family.cls is not None
+        return ModelSpec(most, len(self.llm.layers), PatchGrid(1, most), len(self.blocks), has_cls)
+
+    @property
+    def visual_tokens(self) -> int:
+        return self.spec.visual_tokens
+
+    def token(self, name: str) -> int:
+        """The id that stands for a visual token of an image or video in prompts; -1 for none."""
+        config = self.hf_model.config
+        token = getattr(config, f"{name}_token_id", getattr(config, f"{name}_token_index", None))
+        return -1 if token is None else int(token)
+
+    def candidates(self, reducer: Reducer) -> list[ModelSpec]:
+        return [replace(self.spec, visual_tokens=reducer.budget, layout=PatchGrid(1, reducer.budget)), self.spec]
+
+    def encode_images(self, pictures: Any, keys: Any, reducer: Reducer, timer: Timer) -> list[EncodedImage]:
+        """The images, encoded already: their sizes were needed to find them in the prompts."""
+        return list(pictures)
+
+    def count_tower(self, operations: Any, picture: EncodedImage, images: int) -> None:
+        pass  # operations of these towers are not counted
+
+    def groups(self, picture: EncodedImage) -> tuple[int, int, int]:
+        """Any: positions are those of the model's `get_rope_index`, which replace these."""
+        return 1, 1, picture.full.tokens
+
+    def views_of(self, name: str, given: Mapping[str, Any], reducer: Reducer) -> tuple[list[Owned], Any]:
+        """What the tower and the projector make of all images or all videos of a call, and the model's own output."""
+        family, encoder = self.family, self.encoders[name]
+        if encoder is None or (name == "video" and not family.videos):
+            raise UserError(f"reduce() takes no videos of {family.title}; give the frames as images.")
+        wanted = {score: attention_of(self.blocks[self._block(score)]) for score in reducer.tower_scores(family.packed)}
+        names = inspect.signature(encoder).parameters
+        with recording(wanted.values()) as seen:
+            out = encoder(**{key: given[key] for key in names if given.get(key) is not None}, return_dict=True)
+        if family.packed:
+            return self._packed(given, out.pooler_output, wanted, seen), out
+        tokens, pieces = flat(getattr(out, family.output)), self._frames(name, given, out)
+        patches = [rows * columns for _, rows, columns in pieces]
+        unit = sum(patches) // len(tokens)  # patches that become one token, a square of them
+        side = math.isqrt(unit)
+        if sum(patches) != unit * len(tokens) or side * side != unit:
+            raise UserError(f"{sum(patches)} patches do not become {len(tokens)} visual tokens; {ONE_CALL}")
+        scores = self._scores(wanted, seen, [(rows, columns) for _, rows, columns in pieces], side)
+        views = []
+        for i, (owner, rows, columns) in enumerate(pieces):
+            grid = rows // side, columns // side
+            layout = layout_of(1, *grid, name == "video", family.breaks)
+            part, tokens = tokens.tensor_split([patches[i] // unit])
+            own = Encoded(part[None], {score: values[i][None] for score, values in scores.items()}, grid)
+            views.append((EncodedImage(own, layout, layout, layout.tokens), 0 if family.tiles else owner))
+        return views, out
+
+    def _scores(
+        self, wanted: Wanted, seen: Mapping[Any, Any], grids: Sequence[tuple[int, int]], side: int
+    ) -> dict[TowerScore, list[Tensor]]:
+        """Of each score what each view's tokens have, [n] or [n, d]; a token of several patches has their mean."""
+        scores = {}
+        for score, module in wanted.items():
+            kind, stand_in = score.kind, None
+            if self.family.cls is None and kind in WITHOUT_CLS:
+                kind, stand_in = "received_attention", WITHOUT_CLS[kind]
+            values = scores_of(kind, seen[module], self.family.cls, [rows * columns for rows, columns in grids])
+            own = [grouped(part, grid, side, self.family.runs) for part, grid in zip(values, grids, strict=True)]
+            scores[score] = own if stand_in is None else [stand_in(part) for part in own]
+        return scores
+
+    def _block(self, score: TowerScore) -> int:
+        """The tower block a score is read from; the last but one stands for the one whose output is projected."""
+        index, layer = score.index(len(self.blocks)), getattr(self.hf_model.config, "vision_feature_layer", -1)
+        layer = layer if isinstance(layer, int) and layer < 0 else -1
+        return index if index >= 0 else min(index + layer + 2, -1)
+
+    def _frames(self, name: str, given: Mapping[str, Any], out: Any) -> list[tuple[int, int, int]]:
+        """Of each tile or frame the number of its image or video, and rows and columns of its patches."""
+        if given.get(f"{name}_grid_thw") is not None:
+            grids = torch.as_tensor(given[f"{name}_grid_thw"]).tolist()
+            return [(owner, rows, columns) for owner, (count, rows, columns) in enumerate(grids) for _ in range(count)]
+        patch = self.hf_model.config.vision_config.patch_size
+        patch = patch if isinstance(patch, int) else patch[0]
+        if given.get("spatial_shapes") is not None:
+            sides = torch.as_tensor(given["spatial_shapes"])
+        elif self.family.breaks:
+            sides = torch.as_tensor(given["image_sizes"]) // patch
+        else:
+            sides = torch.tensor(given["pixel_values"].shape[-2:]).expand(len(out.last_hidden_state), 2) // patch
+        return [(owner, rows, columns) for owner, (rows, columns) in enumerate(sides.tolist())]
+
+    def _packed(self, given: Mapping[str, Any], tokens: Sequence[Tensor], wanted: Wanted, seen: Any) -> list[Owned]:
+        """Images that the model packs itself, all tiles of each together."""
+        vision = self.hf_model.config.vision_config
+        side = vision.image_size // vision.patch_size
+        alone = [int(n) > 1 for n in given.get("batch_num_images") or () for _ in range(int(n))]  # without tiles
+        sizes = [(int(height), int(width)) for height, width in torch.as_tensor(given["image_sizes"]).tolist()]
+        layouts = [self.packed_layout(size, side, alone[i] if alone else False) for i, size in enumerate(sizes)]
+        tiles = [len(layout.crops) for layout in layouts]
+        scores = self._scores(wanted, seen, [(side, side)] * sum(tiles), 1)
+        stacked = {score: torch.stack(own).split(tiles) for score, own in scores.items()}
+        views = []
+        for i, (part, layout) in enumerate(zip(tokens, layouts, strict=True)):
+            features: Any = [part[crop.indices.to(part.device)] for crop in layout.crops]
+            own = Encoded(features, {score: values[i] for score, values in stacked.items()}, (side, side))
+            views.append((EncodedImage(own, layout, layout, layout.tokens), i))
+        return views
+
+    def pictures(self, name: str, views: Sequence[Owned], ids: Tensor, token: int) -> tuple[list[EncodedImage], Tensor]:
+        """The images of a call, and `ids` [B, L] with image tokens also where a row break stands inside an image."""
+        places, filled, done = (ids == token).nonzero().tolist(), ids.clone(), 0
+        counts = [view.full.tokens - self.family.breaks * len(view.full.newlines) for view, _ in views]
+        if len(places) != sum(counts):
+            raise UserError(
+                f"The {name}s have {sum(counts)} visual tokens, the prompts {len(places)} {name} tokens; {ONE_CALL}"
+            )
+        runs: list[list[EncodedImage]] = []
+        before: tuple[int, int, int] | None = None  # where and of which image the view before ends
+        for (view, owner), count in zip(views, counts, strict=True):
+            (row, first), (last_row, last) = places[done], places[done + count - 1]
+            done += count
+            if row != last_row or last + 1 - first != view.full.tokens:
+                raise UserError(f"The {count} tokens of an image do not stand in one piece in its prompt; {ONE_CALL}")
+            filled[row, first : last + 1] = token
+            if self.family.breaks:
+                self.newline = self.llm.embed_tokens(ids[row, first + view.encoded.grid[1]])
+            if before == (row, first, owner):
+                runs[-1].append(view)
+            else:
+                runs.append([view])
+            before = row, last + 1, owner
+        return [joined(run) for run in runs], filled
+
+
+def joined(views: list[EncodedImage]) -> EncodedImage:
+    """One image of equal tiles or frames that stand side by side."""
+    first, parts = views[0], [view.encoded for view in views]
+    if len(views) == 1:
+        return first
+    layout = layout_of(len(views), *parts[0].grid, first.full.temporal, False)
+    scores = {score: torch.cat([part.scores[score] for part in parts]) for score in parts[0].scores}
+    encoded = Encoded(torch.cat([part.features for part in parts]), scores, parts[0].grid)
+    return EncodedImage(encoded, layout, layout, layout.tokens)
+
+
+def flat(output: Any) -> Tensor:
+    """[n, D] of a tensor [..., D] or of several."""
+    parts = [output] if isinstance(output, Tensor) else output
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+
+
+def grouped(values: Tensor, grid: tuple[int, int], side: int, runs: bool) -> Tensor:
+    """[P, ...] of patches -> [n, ...], the mean over the patches of each token."""
+    if side == 1:
+        return values
+    if runs:
+        return values.unflatten(0, (-1, side * side)).mean(1)
+    rows, columns = grid
+    squares: Tensor = values.view(rows // side, side, columns // side, side, *values.shape[1:]).mean((1, 3))
+    return squares.flatten(0, 1)
+
+
+@lru_cache(maxsize=256)
+def layout_of(count: int, rows: int, columns: int, temporal: bool, breaks: bool) -> TokenLayout:
+    """`count` tiles or frames of rows times columns tokens, one after another."""
+    if count == 1 and not breaks:
+        return frames(1, rows, columns) if temporal else single(rows, columns)
+    width, patches = columns + breaks, torch.arange(rows * columns)
+    places = patches // columns * width + patches % columns
+    crops = tuple(Tile(rows, columns, patches, places + number * rows * width) for number in range(count))
+    ends = torch.arange(1, rows) * width - 1 if breaks else patches[:0]
+    return TokenLayout(crops, ends, (rows, columns), temporal=temporal)
+
+
+def packed_layout(inner: Any, size: tuple[int, int], side: int, alone: bool = False) -> TokenLayout:
+    """Where the tokens of a packed image come from: what the model's own packing makes of numbered patches.
+
+    Args:
+        size: height and width of the image.
+        side: patches along the edge of a tile.
+        alone: there is the base image only.
+    """
+    config, down, across = inner.config, 0, 0
+    if not alone:
+        tiles = sys.modules[type(inner).__module__].get_anyres_image_grid_shape
+        down, across = map(int, tiles(size, config.image_grid_pinpoints, config.vision_config.image_size))
+    # Row and column of every patch of the stitched tiles; of the base image anything.
+    places = torch.cartesian_prod(torch.arange(down * side), torch.arange(across * side)).float()
+    stitched = places.view(down, side, across, side, 2).transpose(1, 2).reshape(down * across, side * side, 2)
+    options = {key: getattr(config, key, None) for key in inspect.signature(inner.pack_image_features).parameters}
+    options["image_features"] = [torch.cat([torch.zeros(1, side * side, 2), stitched])]
+    options |= {"image_sizes": torch.tensor([size]), "image_newline": torch.full((2,), -1.0)}
+    row, column = inner.pack_image_features(**options)[0][0].round().long().T
+    patches = torch.arange(side * side)
+    behind, crops = torch.arange(len(row)) >= len(patches), [Tile(side, side, patches, patches)]
+    for number in range(down * across):
+        own = behind & (row >= 0) & (row // side == number // across) & (column // side == number % across)
+        index = own.nonzero().flatten()
+        inside = row[index] % side * side + column[index] % side
+        crops.append(Tile(len(row[index].unique()), len(column[index].unique()), inside, index))
+    newlines = (behind & (row < 0)).nonzero().flatten()
+    return TokenLayout(tuple(crops), newlines, (side, side), (down, across) if down else None)
+
+
+# Attention of the tower. Its queries and keys are those that a block hands to its attention kernel, after all norms and
+# rotations; the model's own kernel runs on them.
+
+QUERY_ROWS = 256  # whose attention is held at once
+RECORDING = "recorded_attention"  # of ALL_ATTENTION_FUNCTIONS
+Seen = tuple[Tensor, Tensor, Tensor | None, float]  # queries and keys [B, H, P, d], mask, scale
+
+
+def attention_of(block: nn.Module) -> nn.Module:
+    """The attention of a tower block."""
+    names = ("attn", "self_attn", "attention")
+    found: nn.Module = next(part for name, part in block.named_modules() if name.rpartition(".")[2] in names)
+    return found
+
+
+def _record(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> Any:
+    config = module.config
+    scale = options.get("scaling") or query.shape[-1] ** -0.5
+    config.seen.append((query, key, attention_mask, scale))
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(config.kernel, eager)
+    return kernel(module, query, key, value, attention_mask, **options)
+
+
+ALL_ATTENTION_FUNCTIONS.register(RECORDING, _record)
+
+
+@contextmanager
+def recording(modules: Iterable[Any]) -> Iterator[dict[Any, list[Seen]]]:
+    """Attention modules write down what they hand to their kernel; several times where a call has several."""
+    seen: dict[Any, list[Seen]] = {module: [] for module in modules}
+    configs = {module: module.config for module in seen}
+    try:
+        for module, config in configs.items():
+            module.config = copy.copy(config)
+            module.config.seen, module.config.kernel = seen[module], config._attn_implementation
+            module.config._attn_implementation = RECORDING
+        yield seen
+    finally:
+        for module, config in configs.items():
+            module.config = config
+
+
+def scores_of(kind: str, seen: Sequence[Seen], cls: int | None, patches: Sequence[int]) -> list[Tensor]:
+    """A tower score of every view, [P] or [P, d] float32.
+
+    Args:
+        kind: a key of TOWER_SCORES; one of the class token only where there is one.
+        cls: place of the class token among the tokens of each call, 0 or -1; None for no class token.
+        patches: of each view, in order.
+    """
+    parts, skip = [], int(cls is not None)
+    for query, key, mask, scale in seen:
+        query, key = in_float32(query), in_float32(key)
+        if cls == -1:
+            query, key = query.roll(1, 2), key.roll(1, 2)
+        if key.shape[1] != query.shape[1]:
+            key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        allowed = None
+        if mask is not None:  # of padding, or of images side by side
+            allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            allowed = allowed.expand(len(query), 1, *mask.shape[2:])
+        if kind == "keys":
+            values = key.mean(1)
+        elif kind == "whole_keys":
+            values = key.transpose(1, 2).flatten(2)
+        elif kind == "received_attention":
+            values = received(query[:, :, skip:], key, None if allowed is None else allowed[:, :, skip:], scale)
+        elif kind == "fused_cls_attention":
+            query, key = (part.transpose(1, 2).flatten(2)[:, None] for part in (query, key))
+            values = (query[:, :, :1] @ key.mT * query.shape[-1] ** -0.5).softmax(-1).mean((1, 2))
+        else:
+            products = query[:, :, :1] @ key.mT * scale
+            values = (products if kind == "cls_logits" else products.softmax(-1)).mean((1, 2))
+        values = values[:, skip:]
+        real = None if allowed is None else allowed.diagonal(dim1=2, dim2=3)[:, 0, skip:]
+        parts.append(values.flatten(0, 1) if real is None else values[real])
+    return list(torch.cat(parts).split(list(patches)))
+
+
+def received(query: Tensor, key: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
+    """[B, P] the attention that each key gets, mean over heads and over the rows that see it; rows in slices."""
+    total, rows = key.new_zeros(len(key), key.shape[2]), query.shape[2]
+    for start in range(0, rows, QUERY_ROWS):
+        part = slice(start, start + QUERY_ROWS)
+        weights = query[:, :, part] @ key.mT * scale
+        if allowed is None:
+            total += weights.softmax(-1).sum((1, 2))
+        else:
+            weights = weights.masked_fill(~allowed[:, :, part], torch.finfo(weights.dtype).min).softmax(-1)
+            total += (weights * allowed[:, :, part]).sum((1, 2))
+    seeing = rows if allowed is None else allowed.sum(2).clamp(min=1)[:, 0]
+    return total / (seeing * query.shape[1])

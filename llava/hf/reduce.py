@@ -1,0 +1,489 @@
+"""`reduce`: run a Hugging Face vision-language model under a method.
+
+    with reduce(model, "visiondrop", budget=64) as reduced:
+        output = model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
+    reduced.accounting[0].tokens_per_layer  # visual tokens that entered each decoder layer
+
+LLaVA, LLaVA-NeXT, Video-LLaVA, Qwen2-VL and Qwen2.5-VL run the staged forward that answers benchmarks (patch.py).
+
+The families of `llava.hf.families.FAMILIES` run their own forward on shorter prompts (`FamilyReduced`). The method's
+stages before the decoder run on the model's visual tokens as on LLaVA's (llava/pipeline/prefill.py). The stock forward
+then gets what is left: shorter `input_ids`, the position ids of the kept tokens, and the kept or merged tokens as
+`mm_encoder_outputs`. Masks, scales and kernels are the model's own, so that keeping all tokens gives its logits bit for
+bit. Stages between decoder layers are hooks in front of these layers.
+
+Read: transformers 5.23.0, modeling of the families, generation/utils.py, masking_utils.py, cache_utils.py
+"""
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from llava.budget import RETENTION_RATIO
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.errors import UserError
+from llava.hf.families import FAMILIES, MODALITIES, Family, FamilyWrapper, declared, flat, why_not
+from llava.hf.models import COPIES, ONE_CALL, HFWrapper, StockSample, family_of, samples, wrap_model
+from llava.hf.patch import Override, Reduced, ReducedCache
+from llava.model.checkpoint.config import QWEN
+from llava.pipeline import positions
+from llava.pipeline.accounting import Record, Timer
+from llava.pipeline.decoder import Prefilled, Segment, causal_mask, rotary_angles
+from llava.pipeline.prefill import Stages, embed
+from llava.pipeline.sequence import Sequence as Prompts
+from llava.reduction.budget import require
+from llava.reduction.reducer import Reducer
+from llava.reduction.registry import build, names
+from llava.reduction.token_layout import ModelSpec, PatchGrid, spec_of, stitched
+
+
+def reduce(
+    model: PreTrainedModel | HFWrapper,
+    method: str,
+    budget: int | float | str | None = None,
+    *,
+    questions: Sequence[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    text_tower: str | Path | None = None,
+    **options: Any,
+) -> "Reduced":
+    """A context in which a Hugging Face model runs under a method.
+
+    Args:
+        model: of one of the families above, in evaluation mode, or a wrapper around one of the first that knows
+            tokenizer and text tower.
+        method: a name of `llava.reduction.registry.names`.
+        budget: visual tokens per image or video, mean over decoder layers, or the ratio of each image's tokens to keep
+            ("1/9", 0.111). Only `full` and methods whose images decide how many tokens stay need none.
+        questions: the question of each prompt of the calls inside, without template, for methods that read it. Without
+            `questions`, all text after the last image is taken for the question, template included.
+        tokenizer: the model's tokenizer or processor, needed with `questions`.
+        text_tower: folder or hub id of the CLIP that the vision tower comes from, for methods that need its text half.
+        options: of the method, as `official=True`.
+
+    Raises:
+        UserError: the model, the method, an option or the budget is not supported, or there is no budget.
+    """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if questions is not None and (isinstance(questions, str) or tokenizer is None):
+        raise UserError("`questions` is a list with one string per prompt, and needs `tokenizer` (or the processor).")
+    family = None if isinstance(model, HFWrapper) else declared(model)
+    if isinstance(model, HFWrapper):
+        runtime = model
+    else:
+        runtime = FamilyWrapper(model, tokenizer) if family else wrap_model(model, tokenizer, text_tower)
+    config = runtime.hf_model.config
+    tokens = runtime.visual_tokens
+    has_budget = budget is not None or options.get(RETENTION_RATIO)
+    reducer = build(method, budget if has_budget else tokens, options, tokens)
+    if family and (why := why_not(family, config, reducer)):
+        raise UserError(why)
+    if reducer.needs_text_tower and family_of(runtime.hf_model) in QWEN:
+        raise UserError(
+            f"{method} needs a CLIP vision tower and its text half; the tower of {runtime.name} is no CLIP."
+        )
+    if reducer.needs_text_tower and (runtime.text_tower is None or questions is None):
+        raise UserError(
+            f"{method} compares questions with images in CLIP's space: give reduce() `questions`, `tokenizer`, and "
+            "`text_tower`, the folder or hub id of the CLIP that the vision tower comes from."
+        )
+    _require(runtime, reducer)
+    # Where images decide, no number of tokens is planned, and none is kept whole because of its size.
+    if not (has_budget or method == "full") and (
+        reducer.tokens_per_layer(runtime.spec) is not None or reducer.keeps_all(tokens)
+    ):
+        raise UserError(
+            f"{method} needs a budget: the visual tokens to keep of each image (budget=64), or their ratio "
+            '(budget="1/9"). "full" keeps all.'
+        )
+    return (FamilyReduced if family else Reduced)(runtime, reducer, questions)
+
+
+def _require(runtime: HFWrapper, reducer: Reducer) -> None:
+    """Raise UserError if no image or video that the model takes can be reduced to the budget."""
+    errors = []
+    for spec in runtime.candidates(reducer):
+        try:
+            return require(reducer, spec)
+        except UserError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+# A 7B model of the families of the staged forward, with one image; the methods that need CLIP's text half have it.
+LLAVA = ModelSpec(576, 32, PatchGrid(24, 24), tower_blocks=24, has_text_tower=True)
+STAGED = {"LLaVA": LLAVA, "LLaVA-NeXT": spec_of(LLAVA, stitched((2, 2), (24, 24))), "Video-LLaVA": LLAVA}
+
+
+def support() -> dict[str, dict[str, str]]:
+    """Family -> method -> why `reduce` refuses it, "" where it runs; for the models of default configurations."""
+    table = {title: {name: _why_staged(name, spec) for name in names()} for title, spec in STAGED.items()}
+    rows = {"Qwen2VLForConditionalGeneration": Family("Qwen2-VL", "")}
+    rows |= {"Qwen2_5_VLForConditionalGeneration": Family("Qwen2.5-VL", ""), **FAMILIES}
+    for container, family in rows.items():
+        config = getattr(transformers, container).config_class()
+        if family.layers:
+            config.get_text_config().layer_types = list(family.layers)
+        table[family.title] = {name: why_not(family, config, build(name, 64)) for name in names()}
+    return table
+
+
+def _why_staged(name: str, spec: ModelSpec) -> str:
+    """Why no budget is taken of these."""
+    why = ""
+    for share in (2, 4, 1):
+        try:
+            require(build(name, spec.visual_tokens // share), spec)
+            return ""
+        except UserError as error:
+            why = str(error)
+    return why
+
+
+# The families' own forward
+
+
+@dataclass
+class Running:
+    """A prefill.
+
+    Attributes:
+        rows: token ids of each prompt without padding, with an image token for every visual token.
+        types: of each, the mask of its image tokens that the family's forward takes; None where it takes none.
+        places: of each, of each image, its first token among these.
+        outputs: of each modality, what the model's own encoder gave.
+        sequence: the prompts as they entered the last layer so far.
+        segments: the layers so far, see `Prefilled`.
+    """
+
+    stages: Stages
+    rows: list[Tensor]
+    types: list[Tensor] | None
+    places: list[list[int]]
+    outputs: dict[str, Any]
+    sequence: Prompts
+    segments: list[Segment] = field(default_factory=list)
+
+
+class FamilyReduced(Reduced):
+    """`Reduced` for the families of FAMILIES: the model's own forward runs, on shorter prompts."""
+
+    _runtime: FamilyWrapper
+
+    def __enter__(self) -> "FamilyReduced":
+        super().__enter__()
+        self._running: Running | None = None
+        self._continued: list[Segment] = []
+        llm = self._runtime.llm
+        self._stops = self.reducer.decoder_layers(len(llm.layers)) if "decoder" in self.reducer.acts_in else ()
+        self._hooks = [
+            layer.register_forward_pre_hook(partial(self._before_layer, index), with_kwargs=True)
+            for index, layer in enumerate(llm.layers if self._stops else ())
+        ]
+        if self._stops and hasattr(llm, "_deepstack_process"):
+            self._overrides.append(Override(llm, "_deepstack_process", self._deepstack))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+
+    def _prefill(self, given: Mapping[str, Any], cache: Any) -> CausalLMOutputWithPast:
+        self._check_prefill(given, cache, list(self._model.modules()))
+        copies = given.get(COPIES, 1)
+        with torch.no_grad():
+            running = self._begin(given, copies)
+            running.segments.append(self._segment(running.sequence, 0))
+            self._running = running
+            try:
+                arguments = self._arguments(running, running.sequence)
+                output = self._model.forward.original(
+                    **arguments, past_key_values=cache, use_cache=True, logits_to_keep=1, return_dict=True
+                )
+            finally:
+                self._running = None
+        cache = output.past_key_values
+        cache.__class__ = ReducedCache
+        record, segments = running.stages.record, running.segments
+        segments[-1].layers = range(segments[-1].layers.start, len(self._runtime.llm.layers))
+        cache.segments = segments
+        used = [0] * len(running.rows)
+        for one in segments:
+            for layer in (cache.layers[index] for index in one.layers):
+                if getattr(layer, "keys", None) is not None:
+                    token = (layer.keys.nbytes + layer.values.nbytes) // (len(used) * layer.keys.shape[-2])
+                    kept = [min(length, layer.keys.shape[-2]) for length in one.lengths]
+                    used = [total + length * token for total, length in zip(used, kept, strict=True)]
+        self.accounting = record.accounting(Prefilled(output.logits, cache, segments, used, sum(used)))
+        self.traces = record.steps
+        if copies > 1:
+            cache.reorder_cache(torch.arange(len(running.rows), device=self._runtime.device).repeat_interleave(copies))
+        return CausalLMOutputWithPast(logits=output.logits.repeat_interleave(copies, 0), past_key_values=cache)
+
+    def _begin(self, given: Mapping[str, Any], copies: int) -> Running:
+        """Encode images, find them in the prompts, and run the method's stages before the decoder."""
+        runtime, reducer, family = self._runtime, self.reducer, self._runtime.family
+        ids, mask = given["input_ids"][::copies].to(runtime.device), given.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask[::copies].to(ids.device)
+        tokens = {name: runtime.token(name) for name in MODALITIES}
+        if family.axes:
+            self._refuse_axes(given, ids, tokens, copies)
+        ready, outputs, filled = {}, {}, ids
+        for name, pixels in MODALITIES.items():
+            if given.get(pixels) is not None:
+                views, outputs[name] = runtime.views_of(name, given, reducer)
+                ready[tokens[name]], filled = runtime.pictures(name, views, filled, tokens[name])
+        batch: list[StockSample] = samples(filled, mask, ready, self.questions, runtime.tokenizer)
+        prompts, real = [runtime.prompt(sample) for sample in batch], mask.bool()
+        stages = Stages(
+            runtime, reducer, batch, Record([[] for _ in batch], [[] for _ in batch]), Timer(runtime.device)
+        )
+        stages.encode_images()
+        places = []
+        for sample, prompt in enumerate(prompts):
+            done, own = 0, list[int]()
+            for token in prompt.ids:
+                own += [done] * (token == IMAGE_TOKEN_INDEX)
+                done += stages.images[sample, len(own) - 1].inputs if token == IMAGE_TOKEN_INDEX else 1
+            places.append(own)
+        sequence = embed(runtime, reducer, prompts, stages.images)
+        types = (
+            None if given.get(family.types) is None else unpadded(given[family.types][::copies].to(ids.device), real)
+        )
+        running = Running(stages, unpadded(ids, real), types, places, outputs, sequence)
+        if family.axes:
+            position = unpadded(self._positions(given, ids, mask, copies), real)
+            kept = [part[columns] for part, columns in zip(position, self._columns(running), strict=True)]
+            sequence = replace(sequence, position=left_padded(kept), contiguous=False)
+            reduced = any(image.kept is not None for image in stages.images.values())
+            if reduced and reducer.positions == "renumber":
+                sequence = sequence.renumbered()
+        stages.run_layers = partial(self._run_layers, running)
+        if "prompt" in reducer.acts_in:
+            sequence = stages.reduce_prompt(sequence)
+        stages.start = running.sequence = sequence
+        return running
+
+    def _refuse_axes(self, given: Mapping[str, Any], ids: Tensor, tokens: Mapping[str, int], copies: int) -> None:
+        """Raise UserError without what three axes of positions follow from; the models then take those of text."""
+        title, types = self._runtime.family.title, given.get("mm_token_type_ids")
+        for name, pixels in MODALITIES.items():
+            if given.get(pixels) is not None and given.get(f"{name}_grid_thw") is None:
+                raise UserError(f"{title} needs {name}_grid_thw beside {pixels}; {ONE_CALL}")
+        if types is None:
+            raise UserError(f"{title} needs mm_token_type_ids, from which its positions follow; {ONE_CALL}")
+        types = types[::copies].to(ids.device)
+        if types.shape != ids.shape or any(
+            not torch.equal(types == kind, ids == token) for kind, token in enumerate(tokens.values(), 1) if token >= 0
+        ):
+            raise UserError(
+                f"mm_token_type_ids must be 1 at the image tokens of input_ids and 2 at video tokens, alone; {ONE_CALL}"
+            )
+
+    def _positions(self, given: Mapping[str, Any], ids: Tensor, mask: Tensor, copies: int) -> Tensor:
+        """[B, L, 3] position ids of whole prompts, by the family's own rule."""
+        rule = self._inner.get_rope_index
+        own = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": given["mm_token_type_ids"][::copies]}
+        known = inspect.signature(rule).parameters
+        rest = {name: value for name, value in given.items() if name in known and name not in own}
+        positions_of_all: Tensor = rule(**own, **rest)[0]
+        return positions_of_all.permute(1, 2, 0).to(ids.device)
+
+    def _kept(self, running: Running, sample: int, number: int) -> Tensor:
+        """[K] the tokens of an image, of all that it had, at which those left before the decoder stand."""
+        stages = running.stages
+        kept = torch.arange(stages.images[sample, number].inputs, device=self._runtime.device)
+        for one in stages.record.reductions[sample]:
+            if one.number == number and not one.place.startswith("layer"):
+                kept = kept[one.reduction.kept[one.row]]
+        return kept
+
+    def _columns(self, running: Running) -> list[Tensor]:
+        """Of each prompt the columns, of all without padding, that are left before the decoder."""
+        batch, device = [], self._runtime.device
+        for sample, (row, places) in enumerate(zip(running.rows, running.places, strict=True)):
+            pieces, done = [], 0
+            for number, first in enumerate(places):
+                pieces += [torch.arange(done, first, device=device), first + self._kept(running, sample, number)]
+                done = first + running.stages.images[sample, number].inputs
+            batch.append(torch.cat([*pieces, torch.arange(done, len(row), device=device)]))
+        return batch
+
+    def _arguments(self, running: Running, sequence: Prompts) -> dict[str, Any]:
+        """Of the stock forward for prompts as they enter the decoder."""
+        runtime, family, columns = self._runtime, self._runtime.family, self._columns(running)
+        ids = left_padded([row[kept] for row, kept in zip(running.rows, columns, strict=True)])
+        arguments = {
+            "input_ids": ids,
+            "attention_mask": sequence.valid().long(),
+            "position_ids": self._place(sequence.position),
+        }
+        if running.types is not None:
+            arguments[family.types] = left_padded([row[kept] for row, kept in zip(running.types, columns, strict=True)])
+        encoded = {}
+        for name, out in running.outputs.items():
+            token, new = runtime.token(name), copy.copy(out)
+            if family.output == "pooler_output":
+                new.pooler_output = like(out.pooler_output, sequence.hidden[ids == token])
+            else:
+                whole = getattr(out, family.output)
+                setattr(new, family.output, like(whole, self._shortened(running, token, whole)))
+            levels = getattr(out, "deepstack_features", None)
+            if levels is not None:
+                new.deepstack_features = [like(level, self._shortened(running, token, level)) for level in levels]
+            encoded[name] = new
+        return arguments | {"mm_encoder_outputs": encoded}
+
+    def _place(self, position: Tensor) -> Tensor:
+        """Position ids [B, L] or [B, L, 3] as the model takes them."""
+        return (position.permute(2, 0, 1) if self._runtime.axes else position) + self._runtime.family.first
+
+    def _shortened(self, running: Running, token: int | None, output: Any) -> Tensor:
+        """[K, D] of what the model has for every visual token: reduced as the tokens were.
+
+        Args:
+            token: of the images or videos that it is of; None for all tokens that entered the decoder, which the stages
+                between its layers reduced.
+        """
+        values, done, parts = flat(output), 0, []
+        for (sample, number), image in running.stages.images.items():
+            if token is not None and int(running.rows[sample][running.places[sample][number]]) != token:
+                continue
+            steps = [one for one in running.stages.record.reductions[sample] if one.number == number]
+            steps = [one for one in steps if one.place.startswith("layer") == (token is None)]
+            count = image.inputs
+            if token is None:
+                start, stop = running.sequence.visual[sample][number]
+                count = steps[0].reduction.inputs if steps else stop - start
+            own = values[None, done : done + count]
+            done += count
+            for one in steps:
+                own = one.reduction.only(one.row).apply(own)
+            parts.append(own[0])
+        return torch.cat(parts)
+
+    # Between decoder layers
+
+    def _segment(self, sequence: Prompts, first: int) -> Segment:
+        counts = tuple(sum(stop - start for start, stop in spans) for spans in sequence.visual)
+        valid = sequence.valid() if sequence.padded else None
+        following = positions.next_position(sequence.position)
+        return Segment(range(first, len(self._runtime.llm.layers)), sequence.lengths, counts, valid, following)
+
+    def _before_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """A decoder layer's arguments: prompts reduced before it, or the mask and positions of its own keys."""
+        llm, running = self._runtime.llm, self._running
+        hidden = args[0] if args else options["hidden_states"]
+        eager = llm.config._attn_implementation == "eager"
+        if running is not None:
+            entered = running.sequence
+            now = replace(entered, hidden=hidden)
+            if index in self._stops:
+                keys = options["past_key_values"].layers[index - 1].keys
+                now = running.stages.reduce_between_layers(now, index, entered, keys)
+                running.segments[-1].layers = range(running.segments[-1].layers.start, index)
+                running.segments.append(self._segment(now, index))
+            running.sequence, hidden = now, now.hidden
+            if len(running.segments) == 1:
+                return None
+            mask = causal_mask(now.valid(), now.hidden.shape[1], hidden.dtype, eager) if now.padded or eager else None
+            position = now.position
+        else:
+            segment = next((one for one in self._continued[1:] if index in one.layers), None)
+            if segment is None:
+                return None
+            mask, position = None, segment.next_position
+            if segment.valid is not None:
+                mask = causal_mask(segment.valid, 1, hidden.dtype, eager)
+        changed = {"attention_mask": mask, "position_embeddings": rotary_angles(llm, hidden, position)}
+        if "position_ids" in options:
+            changed["position_ids"] = None
+        if args:
+            return (hidden, *args[1:]), {**options, **changed}
+        return args, {**options, **changed, "hidden_states": hidden}
+
+    def _deepstack(self, original: Any, hidden: Tensor, mask: Tensor, embeddings: Tensor) -> Any:
+        """Add a level of the tower to visual tokens that are fewer than at the first layer."""
+        running = self._running
+        if running is not None and len(running.segments) > 1:
+            sequence, embeddings = running.sequence, self._shortened(running, None, embeddings)
+            mask = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+            for row, spans in enumerate(sequence.visual):
+                for start, stop in sequence.padded_spans(spans, (row,) * len(spans)):
+                    mask[row, start:stop] = True
+        return original(hidden, mask, embeddings)
+
+    # One more token
+
+    def _continue(self, given: Mapping[str, Any], cache: ReducedCache) -> CausalLMOutputWithPast:
+        """[B, 1, V] logits of one more token per prompt."""
+        self._refuse_continuation(given, cache)
+        for segment in cache.segments:
+            if segment.valid is not None:
+                segment.valid = F.pad(segment.valid, (0, 1), value=True)
+        first, self._continued = cache.segments[0], cache.segments
+        cache.running = True
+        try:
+            output = self._model.forward.original(
+                input_ids=given["input_ids"].to(self._runtime.device),
+                attention_mask=None if first.valid is None else first.valid.long(),
+                position_ids=self._place(first.next_position),
+                past_key_values=cache,
+                use_cache=True,
+                return_dict=True,
+            )
+        finally:
+            cache.running, self._continued = False, []
+        for segment in cache.segments:
+            segment.next_position = segment.next_position + 1
+        return CausalLMOutputWithPast(logits=output.logits, past_key_values=cache)
+
+    def _run_layers(self, running: Running, llm: Any, sequence: Prompts, count: int) -> Tensor:
+        """[B, L, D] after the first decoder layers, by the stock forward, which is left there."""
+
+        def leave(layer: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            raise _Left(args[0] if args else options["hidden_states"])
+
+        hook = llm.layers[count].register_forward_pre_hook(leave, with_kwargs=True)
+        try:
+            self._model.forward.original(**self._arguments(running, sequence), use_cache=False)
+        except _Left as left:
+            hidden: Tensor = left.args[0]
+            return hidden
+        finally:
+            hook.remove()
+        raise AssertionError("the forward of this family does not call its decoder's layers")
+
+
+class _Left(Exception):
+    """The hidden states where a forward was left."""
+
+
+def unpadded(rows: Tensor, real: Tensor) -> list[Tensor]:
+    """Of each row of [B, L, ...] the columns where `real` [B, L] is True."""
+    return [row[columns] for row, columns in zip(rows, real, strict=True)]
+
+
+def left_padded(rows: Sequence[Tensor]) -> Tensor:
+    """[B, L, ...] of rows [l, ...], zeros in front of shorter ones."""
+    width = max(map(len, rows))
+    return torch.stack([F.pad(row, (*[0, 0] * (row.dim() - 1), width - len(row), 0)) for row in rows])
+
+
+def like(original: Any, values: Tensor) -> Any:
+    """Values [K, D] in the form of a model's own output: a tensor of as many axes, or one part of several."""
+    if isinstance(original, Tensor):
+        return values if original.dim() == 2 else values[None]
+    return (values,)
