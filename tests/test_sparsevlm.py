@@ -192,6 +192,7 @@ def test_planted_heads_are_listened_to():
         tokens=torch.zeros(1, 6, 4),
         start=words,
         entered=words,
+        layer=1,
         llm=SimpleNamespace(rotary_emb=lambda hidden, position: (torch.ones(1, 9, 2), torch.zeros(1, 9, 2))),
         attention=lambda rows, at: (weights, torch.ones(1, 3, dtype=torch.bool)),
         matmul=torch.matmul,

@@ -22,8 +22,6 @@ from llava.reduction import registry
 
 PAGE = ROOT / "docs" / "cluster.md"
 METHOD = "consensusdrop"
-# Where the tower has no class token, a method that needs none and also acts before layer 0.
-WITHOUT_CLASS_TOKEN = "divprune"
 TEXT, NEW_TOKENS, BATCH = 64, 128, 8
 # Budgets by the visual tokens of an image: those of the papers' tables.
 BUDGETS = {576: (192, 64), 2880: (640, 160), 2056: (136,), 1280: (320, 128)}
@@ -36,8 +34,7 @@ def expected(name: str, budget: int | None = None) -> Estimate:
         budget: visual tokens per image; None for all.
     """
     model = official(name)
-    model_method = METHOD if model.spec.has_cls else WITHOUT_CLASS_TOKEN
-    reducer = registry.build(FULL if budget is None else model_method, budget or model.visual_tokens)
+    reducer = registry.build(FULL if budget is None else METHOD, budget or model.visual_tokens)
     shape = QuestionShape(TEXT, (layout_of(model, size_of(name), video="Video" in name),))
     work = Workload((shape,), 0.0, BATCH, BATCH)
     return Estimate(model, reducer, work, BATCH, NEW_TOKENS, torch.bfloat16, device="cuda")

@@ -11,7 +11,7 @@ Checked against torch.utils.flop_counter in the tests.
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Module(Protocol):
@@ -51,6 +51,8 @@ class DecoderAttention(Module, Protocol):
     scaling: float
     config: Any
     _modules: dict[str, Any]
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any: ...
 
 
 class DecoderLayer(Module, Protocol):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
-from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
@@ -382,7 +381,8 @@ def angles_of(llm: Decoder, sequence: Sequence, layer: int) -> Angles:
     axes = position if position.dim() == 2 else position.permute(2, 0, 1)
     # Gemma 3 turns the layers with a sliding window by other angles.
     kinds = llm.config.layer_types if hasattr(llm.rotary_emb, "layer_types") else None
-    return llm.rotary_emb(sequence.hidden, axes, *(() if kinds is None else (kinds[layer],)))
+    angles: Angles = llm.rotary_emb(sequence.hidden, axes, *(() if kinds is None else (kinds[layer],)))
+    return angles
 
 
 @made_once
@@ -406,15 +406,17 @@ def heads_of(layer: DecoderLayer, part: str, normed: Tensor, angles: Angles | No
         UserError: the layer does not call a kernel through transformers' attention interface.
     """
     attention = layer.self_attn
-    probe = copy(attention)  # the same weights; the model itself is not changed
-    probe.config = _Configuration(attention.config)
-    probe._modules = dict(attention._modules)
     one, zero = unturned(attention.head_dim, normed.dtype, normed.device)
+    modules: dict[str, Any] = dict(attention._modules)
+    left_out: dict[str, Any] = {}
     for name, heads in HEADS.items():
-        if name != PROJECTIONS[part] and name in probe._modules:
+        if name != PROJECTIONS[part] and name in modules:
             # One head of zeros in place of a projection that is not asked for.
-            width = probe._modules.pop(name).out_features // getattr(attention.config, heads)
-            setattr(probe, name, lambda rows, width=width: zero[..., :1].expand(*rows.shape[:-1], width))
+            width = modules.pop(name).out_features // getattr(attention.config, heads)
+            left_out[name] = lambda rows, width=width: zero[..., :1].expand(*rows.shape[:-1], width)
+    # A module with the same weights, so that the model itself is not changed.
+    probe = object.__new__(type(attention))
+    vars(probe).update(vars(attention), config=_Configuration(attention.config), _modules=modules, **left_out)
     try:
         # Without the hooks of the module itself, which would wait for its end.
         type(attention).forward(probe, normed, position_embeddings=angles or (one, zero), attention_mask=None)
@@ -422,7 +424,8 @@ def heads_of(layer: DecoderLayer, part: str, normed: Tensor, angles: Angles | No
         query, key = reached.args
         heads = query if part == "query" else key
         gather = getattr(attention, "gather", None)
-        return (heads if gather is None else gather(heads, 1)).float()
+        whole: Tensor = heads if gather is None else gather(heads, 1)
+        return whole.float()
     raise UserError(
         f"{type(attention).__name__} does not call its kernel through transformers' attention interface, so its "
         "queries and keys cannot be read. Choose a method that reads no attention of the decoder."
