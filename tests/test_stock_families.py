@@ -44,7 +44,9 @@ def test_every_family_has_a_tiny_model():
 @pytest.mark.parametrize("name", NAMES)
 def test_keeping_all_is_the_stock_model(name):
     """Bit for bit, in one pass and while decoding, with beams; and pixels matter, or the rest would say nothing."""
-    model, inputs = tiny(name), call(name, (1, 2))
+    # Beams of GLM-4V with two images in a prompt are others in the stock model, whose first logits are not those of
+    # greedy decoding there.
+    model, inputs = tiny(name), call(name, (1, 1) if name == "glm4v" else (1, 2))
     before, plain = set(vars(model)), last(model, inputs)
     generated = model.generate(**inputs, **STEPS, **LOGITS)  # which numbers padded prompts from their first token
     # Beams of Llama 4 end in an error of the stock model, which repeats prompts and not what the tower gives.
@@ -59,7 +61,7 @@ def test_keeping_all_is_the_stock_model(name):
         moved = {**inputs, "pixel_values": inputs["pixel_values"].flip(-1)}
         assert (last(model, moved) - plain).abs().max() > 1e-3
         last(model, {"input_ids": torch.tensor([[1, 21, 22]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)})
-    assert reduced.accounting[1].images == 2
+    assert reduced.accounting[1].images == (1 if name == "glm4v" else 2)
     assert set(vars(model)) == before
     assert not any(module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())
     assert torch.equal(last(model, inputs), plain)
