@@ -182,7 +182,7 @@ def test_scores_belong_to_the_tokens_that_their_patches_become(name):
         hook.remove()
 
 
-@pytest.mark.parametrize("name", ["internvl3", "gemma3", "aya_vision", "smolvlm"])
+@pytest.mark.parametrize("name", ["internvl3", "llama4", "gemma3", "aya_vision", "smolvlm"])
 def test_scores_are_the_attention_of_the_tower(name):
     """Beside the fused kernel the same as from the maps of eager attention; without CLS, what tokens receive."""
     model, inputs = copy.deepcopy(tiny(name)), call(name)
@@ -192,7 +192,9 @@ def test_scores_are_the_attention_of_the_tower(name):
         model.set_attn_implementation("eager")
         (((eager, _),), _) = FamilyWrapper(model).views_of("image", inputs, reducer)
         maps = model.get_image_features(pixel_values=inputs["pixel_values"], output_attentions=True).attentions[-1]
-    values = maps[:, :, 0, 1:].mean(1) if name == "internvl3" else maps.mean((1, 2))
+    if name == "llama4":  # whose class token is the last
+        maps = maps.roll((1, 1), (2, 3))
+    values = maps[:, :, 0, 1:].mean(1) if name in ("internvl3", "llama4") else maps.mean((1, 2))
     expected = F.avg_pool2d(values.view(1, 1, 8, 8), 2).flatten(1)
     for seen in (view, eager):
         (score,) = seen.encoded.scores.values()
