@@ -398,7 +398,8 @@ def _record(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
     config = module.config
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     config.seen.append((query, key, attention_mask, scale))
-    eager = sys.modules[type(module).__module__].eager_attention_forward
+    known = vars(sys.modules[type(module).__module__])  # Llama 4 has a kernel of its own for its tower
+    eager = known.get("vision_eager_attention_forward", known["eager_attention_forward"])
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(config.kernel, eager)
     return kernel(module, query, key, value, attention_mask, **options)
 
