@@ -185,16 +185,20 @@ def test_scores_belong_to_the_tokens_that_their_patches_become(name):
 @pytest.mark.parametrize("name", ["internvl3", "llama4", "gemma3", "aya_vision", "smolvlm"])
 def test_scores_are_the_attention_of_the_tower(name):
     """Beside the fused kernel the same as from the maps of eager attention; without CLS, what tokens receive."""
-    model, inputs = copy.deepcopy(tiny(name)), call(name)
+    model, inputs, maps = copy.deepcopy(tiny(name)), call(name), list[torch.Tensor]()
     reducer = registry.build("fastervlm", 4, {}, 16)
     with torch.no_grad():
         (((view, _),), _) = FamilyWrapper(model).views_of("image", inputs, reducer)
         model.set_attn_implementation("eager")
         (((eager, _),), _) = FamilyWrapper(model).views_of("image", inputs, reducer)
-        maps = model.get_image_features(pixel_values=inputs["pixel_values"], output_attentions=True).attentions[-1]
+        attention = families.attention_of(FamilyWrapper(model).blocks[-1])
+        hook = attention.register_forward_hook(lambda module, args, output: maps.append(output[1]))
+        model.get_image_features(pixel_values=inputs["pixel_values"])
+        hook.remove()
+    (weights,) = maps
     if name == "llama4":  # whose class token is the last
-        maps = maps.roll((1, 1), (2, 3))
-    values = maps[:, :, 0, 1:].mean(1) if name in ("internvl3", "llama4") else maps.mean((1, 2))
+        weights = weights.roll((1, 1), (2, 3))
+    values = weights[:, :, 0, 1:].mean(1) if name in ("internvl3", "llama4") else weights.mean((1, 2))
     expected = F.avg_pool2d(values.view(1, 1, 8, 8), 2).flatten(1)
     for seen in (view, eager):
         (score,) = seen.encoded.scores.values()
