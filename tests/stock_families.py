@@ -140,11 +140,15 @@ NAMES = tuple(MODELS)
 QWEN_LIKE, PACKED = NAMES[:4], ("onevision", "next_video")
 
 
-def make(name: str) -> Any:
-    """A model of the family with random weights."""
+def make(name: str, others: dict[str, int] | None = None) -> Any:
+    """A model of the family with random weights.
+
+    Args:
+        others: ids of tokens in place of those above.
+    """
     kind, options = MODELS[name]
     ids = QWEN_IDS if name in QWEN_LIKE else IDS
-    settings = getattr(hf, f"{kind}Config")(**ids, **options)
+    settings = getattr(hf, f"{kind}Config")(**ids | (others or {}), **options)
     return getattr(hf, f"{kind}ForConditionalGeneration")(settings)
 
 
