@@ -220,7 +220,7 @@ class FamilyWrapper(HFWrapper):
         side = math.isqrt(unit)
         if sum(patches) != unit * len(tokens) or side * side != unit:
             raise UserError(f"{sum(patches)} patches do not become {len(tokens)} visual tokens; {ONE_CALL}")
-        scores = self._scores(wanted, seen, [(rows, columns) for _, rows, columns in pieces], side)
+        scores = self._scores_of_tokens(wanted, seen, [(rows, columns) for _, rows, columns in pieces], side)
         views = []
         for i, (owner, rows, columns) in enumerate(pieces):
             grid = rows // side, columns // side
@@ -230,7 +230,7 @@ class FamilyWrapper(HFWrapper):
             views.append((EncodedImage(own, layout, layout, layout.tokens), 0 if family.tiles else owner))
         return views, out
 
-    def _scores(
+    def _scores_of_tokens(
         self, wanted: Wanted, seen: Mapping[Any, Any], grids: Sequence[tuple[int, int]], side: int
     ) -> dict[TowerScore, list[Tensor]]:
         """Of each score what each view's tokens have, [n] or [n, d]; a token of several patches has their mean."""
@@ -273,7 +273,7 @@ class FamilyWrapper(HFWrapper):
         sizes = [(int(height), int(width)) for height, width in torch.as_tensor(given["image_sizes"]).tolist()]
         layouts = [self.packed_layout(size, side, alone[i] if alone else False) for i, size in enumerate(sizes)]
         tiles = [len(layout.crops) for layout in layouts]
-        scores = self._scores(wanted, seen, [(side, side)] * sum(tiles), 1)
+        scores = self._scores_of_tokens(wanted, seen, [(side, side)] * sum(tiles), 1)
         stacked = {score: torch.stack(own).split(tiles) for score, own in scores.items()}
         views = []
         for i, (part, layout) in enumerate(zip(tokens, layouts, strict=True)):

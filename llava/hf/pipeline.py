@@ -1,4 +1,4 @@
-"""The families of `llava.hf.families` in the evaluation pipeline: their checkpoints, and answers to batches of questions.
+"""The families of `llava.hf.families` in the evaluation pipeline: their checkpoints, and answers to questions.
 
 A prompt is what the checkpoint's own processor makes of its chat template, with images before the message of the
 benchmark. transformers' `generate` decodes it greedily inside `FamilyReduced`; other settings of the checkpoint's
@@ -52,10 +52,11 @@ class FamilyModel(FamilyWrapper):
         self.processor, self.name, self._files = processor, name, files_of(files)
         self.stop, self.spread, title = None, False, self.family.title
         self.conversation = f"chat template of {title}"
-        own = self.end_ids
-        model.generation_config = GenerationConfig(eos_token_id=sorted(own), pad_token_id=self._padding)
+        padding = processor.tokenizer.pad_token_id
+        padding = min(self.end_ids) if padding is None else padding
+        model.generation_config = GenerationConfig(eos_token_id=sorted(self.end_ids), pad_token_id=padding)
         self.notes = (
-            f"{name} runs as a {title} of transformers, with its own chat template and image processor "
+            f"{name} runs as transformers' {title}, with its own chat template and image processor "
             f"({self.conventions['image_processor']}).",
             "Its budgets as ratios are of each image's tokens; the budget in tokens that stands beside them is that of "
             f"an image of {SIZE} x {SIZE} pixels.",
@@ -66,11 +67,6 @@ class FamilyModel(FamilyWrapper):
     @property
     def conventions(self) -> dict[str, Any]:
         return {"image_processor": type(self.processor.image_processor).__name__}
-
-    @property
-    def _padding(self) -> int:
-        padding = self.tokenizer.pad_token_id
-        return int(min(self.end_ids) if padding is None else padding)
 
     @cached_property
     def spec(self) -> ModelSpec:
@@ -89,7 +85,7 @@ class FamilyModel(FamilyWrapper):
     def prompt(self, sample: Any) -> Prompt:
         if isinstance(sample, StockSample):
             return super().prompt(sample)
-        raise UserError(f"{self.name}, a {self.family.title}, only answers benchmarks (eval, sweep) and runs in reduce().")
+        raise UserError(f"{self.name}, a {self.family.title}, only answers benchmarks and runs in reduce().")
 
     def inputs(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Arguments of the model's forward, prompts padded on the left."""

@@ -181,7 +181,8 @@ def compile_model(model: Any, backend: Backend = "inductor") -> Compiled:
         backend: of torch.compile.
 
     Raises:
-        UserError: the model runs its own forward, the decoder's attention is eager, or its weights are spread over ranks.
+        UserError: the model runs its own forward, its decoder's attention is eager, or the weights are on several
+            ranks.
     """
     llm = model.llm
     if model.answers is not None:
