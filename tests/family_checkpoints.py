@@ -1,4 +1,4 @@
-"""Tiny checkpoints of families of `llava.hf.families` as they lie on the hub, with tokenizer, template and processor."""
+"""Tiny checkpoints of families of `llava.hf.families` as they lie on the hub, with template and processor."""
 
 from pathlib import Path
 from typing import Any

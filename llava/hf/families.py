@@ -330,7 +330,8 @@ def grouped(values: Tensor, grid: tuple[int, int], side: int, runs: bool) -> Ten
     if side == 1:
         return values
     if runs:
-        return values.unflatten(0, (-1, side * side)).mean(1)
+        means: Tensor = values.unflatten(0, (-1, side * side)).mean(1)
+        return means
     rows, columns = grid
     squares: Tensor = values.view(rows // side, side, columns // side, side, *values.shape[1:]).mean((1, 3))
     return squares.flatten(0, 1)

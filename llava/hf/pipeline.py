@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, GenerationConfig, PreTrainedModel
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils import is_torchvision_available
+from transformers.utils.import_utils import is_torchvision_available
 
 from llava.errors import MethodError, UserError
 from llava.hf.families import FamilyWrapper, why_not
@@ -184,7 +184,7 @@ def load_family(source: str | Path, container: str, dtype: torch.dtype, device: 
     try:
         processor = read_processor(folder, kind)
         if not processor.chat_template:
-            raise UserError(f"{name} has no chat template, by which its questions are asked; take a chat checkpoint.")
+            raise UserError("it has no chat template, by which questions are asked; take a chat checkpoint.")
         model, found = kind.from_pretrained(
             folder,
             dtype=dtype,
@@ -206,5 +206,5 @@ def read_processor(folder: Path, kind: Any) -> Any:
     parts = whole.get_attributes()
     if is_torchvision_available() or parts[-1] != "video_processor":  # parts are given by place
         return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    alone = type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda cls: parts[:-1])})
+    alone: Any = type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda cls: parts[:-1])})
     return alone.from_pretrained(folder, trust_remote_code=False)

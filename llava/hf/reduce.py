@@ -78,11 +78,11 @@ def reduce(
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if questions is not None and (isinstance(questions, str) or tokenizer is None):
         raise UserError("`questions` is a list with one string per prompt, and needs `tokenizer` (or the processor).")
-    family = None if isinstance(model, HFWrapper) else declared(model)
     if isinstance(model, HFWrapper):
         runtime = model
     else:
-        runtime = FamilyWrapper(model, tokenizer) if family else wrap_model(model, tokenizer, text_tower)
+        runtime = FamilyWrapper(model, tokenizer) if declared(model) else wrap_model(model, tokenizer, text_tower)
+    family = runtime.family if isinstance(runtime, FamilyWrapper) else None
     config = runtime.hf_model.config
     tokens = runtime.visual_tokens
     has_budget = budget is not None or options.get(RETENTION_RATIO)
@@ -107,7 +107,9 @@ def reduce(
             f"{method} needs a budget: the visual tokens to keep of each image (budget=64), or their ratio "
             '(budget="1/9"). "full" keeps all.'
         )
-    return (FamilyReduced if family else Reduced)(runtime, reducer, questions)
+    if isinstance(runtime, FamilyWrapper):
+        return FamilyReduced(runtime, reducer, questions)
+    return Reduced(runtime, reducer, questions)
 
 
 def require_any(runtime: HFWrapper, reducer: Reducer) -> None:

@@ -102,13 +102,15 @@ def load(
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     place, source = device_of(device), source or TOY_MODEL
-    kind = read_json(locate(source, "checkpoint", weights=False) / "config.json").get("model_type")
+    raw = read_json(locate(source, "checkpoint", weights=False) / "config.json")
+    kind = str(raw.get("model_type"))
     if kind not in FAMILIES and (container := IMAGE_TEXT_CLASSES.get(kind)) is not None:
         # Here, because the modules of llava.model import nothing of the pipeline when they are loaded.
         from llava.hf.families import FAMILIES as DECLARED
         from llava.hf.pipeline import load_family
 
         others = {"--text-tower": text_tower, "--quantization": quantization, "--zero": zero, **conventions}
+        others["quantization_config (in its config.json)"] = raw.get("quantization_config")
         others["--tensor-parallel"] = tensor_parallel if tensor_parallel > 1 else None
         if container in DECLARED:
             if refused := [name for name, value in others.items() if value is not None]:
