@@ -36,6 +36,9 @@ class FakeReducer:
     def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...]:
         return (self.budget,) * spec.layers
 
+    def without_cls(self, spec: ModelSpec) -> str:
+        return ""
+
 
 class FakeLlava:
     """64 visual tokens; `before_answer` is called with the number of the batch, to interrupt or break a run."""

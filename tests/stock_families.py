@@ -195,7 +195,7 @@ def call(name: str, images: Sequence[int] = (1,)) -> dict[str, Tensor]:
         pixels = {"pixel_values": noise(total, 64, 588), "spatial_shapes": torch.tensor([[8, 8]] * total)}
         pixels["pixel_attention_mask"] = torch.ones(total, 64, dtype=torch.long)
     # Of unequal length also where all have one image.
-    rows = [[1, 11, 25, *run * count, 21, 22, 23, *[40] * (3 * row)] for row, count in enumerate(images)]
+    rows = [[1, 11, 25, *run * count, 21, 22, 23, 24, *[40] * (3 * row)] for row, count in enumerate(images)]
     ids = torch.tensor([[0] * (max(map(len, rows)) - len(row)) + row for row in rows])
     inputs = {"input_ids": ids, "attention_mask": (ids != 0).long(), **pixels}
     if name in QWEN_LIKE:

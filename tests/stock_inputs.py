@@ -104,11 +104,6 @@ def shared(family: str) -> Stock:
     return stock(family)
 
 
-def method(case: Stock) -> str:
-    """A method that the family takes."""
-    return "divprune" if "Qwen" in type(case.model).__name__ else "visiondrop"
-
-
 def with_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The same model with the padding and end token of the tokenizer in its generation config."""
     model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -524,7 +524,7 @@ def test_the_convention_of_tiles_is_part_of_the_result(tmp_path):
 def test_a_ratio_keeps_that_part_of_each_picture(tmp_path, flags):
     save_qwen_transformers(tmp_path / "qwen")
     result = run_in(tmp_path, "--method", "consensusdrop", *flags, "--model", str(tmp_path / "qwen"))
-    assert any("no CLS token: in place of its attention" in note for note in result["notes"])
+    assert any("no CLS token: in place of its attention" in note for note in result["remarks"])
     before = result["audit"]["visual_tokens_before"]
     assert result["audit"]["mean_tokens_per_layer"] == before / 4
     assert result["settings"]["config"]["retention_ratio"] == result["config"]["retention_ratio"] == 0.25

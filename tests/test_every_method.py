@@ -75,7 +75,7 @@ def qwens(tmp_path_factory) -> list[Llava]:
 
 
 def test_a_tower_without_a_class_token_keeps_the_contract(name, qwens):
-    """17 of 25 methods refused Qwen-VL, ConsensusDrop among them."""
+    """13 of 25 methods refused Qwen-VL for its missing token, ConsensusDrop among them."""
     batch = [dataclasses.replace(one, image=one.image and picture(4, (112, 112))) for one in samples(4, text_only=(2,))]
     for model in qwens:
         reducers = contract.accepted(registry.method(name), {}, model)

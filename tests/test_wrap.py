@@ -20,7 +20,7 @@ from llava.processing.prompt import Sample
 from llava.reduction import registry
 from tests.checkpoint_files import SAVERS
 from tests.conftest import QUESTIONS, picture
-from tests.stock_inputs import FAMILIES, SIZES, TEXTS, method, shared, stock, with_pad
+from tests.stock_inputs import FAMILIES, SIZES, TEXTS, shared, stock, with_pad
 from tests.tiny_checkpoints import make_tokenizer, save_text_tower
 from tests.tiny_checkpoints_families import (
     FRAMES,
@@ -43,11 +43,8 @@ def llava():
 HUB = {"next": "llava_next", "video": "video_llava", "qwen2.5": "qwen2_5_vl", "qwen2": "qwen2_5_vl"}
 
 
-def methods(case) -> dict[str, dict]:
-    """One that acts before the decoder and one that acts inside."""
-    if "Qwen" in type(case.model).__name__:
-        return {"divprune": {}, "fastv": {"schedule": "kept"}}
-    return {"fastervlm": {}, "visiondrop": {"official": True}}
+# One that acts before the decoder and one that acts inside.
+METHODS: dict[str, dict] = {"fastervlm": {}, "visiondrop": {"official": True}}
 
 
 def last_logits(model, inputs):
@@ -78,14 +75,14 @@ def test_padding_on_the_right_is_no_different(case):
     other = case.batch()
     case.tokenizer.padding_side = "left"
     assert not torch.equal(inputs["attention_mask"], other["attention_mask"])
-    for name, options in methods(case).items():
+    for name, options in METHODS.items():
         with reduce(case.model, name, budget=6, **options):
             torch.testing.assert_close(case.model(**other).logits, case.model(**inputs).logits, atol=2e-4, rtol=0)
 
 
 def test_tokens_are_gone_from_every_layers_cache(case):
     inputs = case.batch()
-    for name, options in methods(case).items():
+    for name, options in METHODS.items():
         with reduce(case.model, name, budget=6, **options) as reduced:
             out = case.model.generate(
                 **inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True
@@ -119,8 +116,8 @@ def test_generates_what_our_own_model_answers(case, tmp_path, request):
     # Nothing ends an answer, and the rows that no token has are never chosen.
     ours.end_ids, free = frozenset(), {"min_new_tokens": 0, "eos_token_id": rows - 1}
     free["suppress_tokens"] = list(range(ours.vocabulary, rows))
-    names = {**methods(case), "full": {}}
-    names |= {"sparsevlm": {"schedule": "kept"}} if family.startswith("qwen") else {"attnmix": {}, "consensusdrop": {}}
+    names = {**METHODS, "full": {}, "attnmix": {}, "consensusdrop": {}}
+    names |= {"sparsevlm": {"schedule": "kept"}} if family.startswith("qwen") else {}
     for name, options in names.items():
         budget = 8 if name != "full" else ours.visual_tokens
         (answer,) = generate(ours, [sample], registry.build(name, budget, options), max_new_tokens=8).answers
@@ -242,7 +239,7 @@ def test_a_budget_is_needed_unless_images_decide(llava):
 def test_the_score_of_a_beam_is_that_of_its_tokens(case):
     """Each beam of a reduced, padded batch, fed again token by token from a fresh prefill."""
     inputs = case.batch()
-    with torch.no_grad(), reduce(case.model, method(case), budget=6):
+    with torch.no_grad(), reduce(case.model, "visiondrop", budget=6):
         asked = {"max_new_tokens": 5, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
         asked |= {"eos_token_id": None, "return_dict_in_generate": True, "output_scores": True}
         found = case.model.generate(**inputs, **asked)
@@ -284,7 +281,7 @@ def test_the_model_is_what_it_was(case):
     before = [dict(vars(module)) for module in case.model.modules()]
     for fails in (False, True):
         try:
-            with reduce(case.model, method(case), budget=6):
+            with reduce(case.model, "visiondrop", budget=6):
                 case.generate(case.batch(TEXTS[1:2]))
                 if fails:
                     raise RuntimeError("inside")

@@ -23,7 +23,7 @@ from llava.errors import UserError
 from llava.hf.models import PreparedImage, question_span, samples
 from llava.processing.prompt import IMAGE_TOKEN_INDEX
 from llava.reduction.token_layout import single
-from tests.stock_inputs import FAMILIES, TEXTS, method, shared, stock
+from tests.stock_inputs import FAMILIES, TEXTS, shared, stock
 from tests.tiny_checkpoints import make_tokenizer
 
 A, B = 90, 91  # two tokens that stand for pictures
@@ -275,7 +275,7 @@ def in_thread(function):
 def test_a_model_cannot_be_copied_inside(family):
     """copy.deepcopy inside gave a model that ran the original's weights and stayed reduced for ever."""
     case = stock(family)  # of its own: transformers leaves hooks on a model that gave attentions, which nothing pickles
-    with reduce(case.model, method(case), budget=6):
+    with reduce(case.model, "visiondrop", budget=6):
         for copied in (copy.deepcopy, pickle.dumps):
             for part in (case.model, case.model.model):
                 with pytest.raises(UserError, match="before or after the `with reduce"):
@@ -293,7 +293,7 @@ def test_every_argument_of_the_models_own_forward_is_used_or_refused(case):
     names = set(inspect.signature(type(case.model).forward).parameters) - {"self", "kwargs"}
     used = {*inputs, "pixel_values", "pixel_values_images", "pixel_values_videos", "past_key_values", "use_cache"}
     used |= {"video_grid_thw", "second_per_grid_ts", "mm_token_type_ids", "attention_mask", "image_sizes"}
-    with reduce(case.model, method(case), budget=6):
+    with reduce(case.model, "visiondrop", budget=6):
         for name in (names - used) | {"output_attentions", "output_hidden_states", "cu_seq_lens_q", "cache_position"}:
             with pytest.raises(UserError, match=name):
                 case.model(**inputs, **{name: 7})
@@ -428,7 +428,7 @@ def test_the_inner_model_is_not_run_with_images(case):
     """model.model(...) inside the block ran unreduced."""
     inputs, text = case.batch(TEXTS[1:2]), case.prepare(TEXTS[2:3], [])
     plain = case.model.model(**text).last_hidden_state
-    with reduce(case.model, method(case), budget=6):
+    with reduce(case.model, "visiondrop", budget=6):
         with pytest.raises(UserError, match=f"call the {type(case.model).__name__} itself"):
             case.model.model(**inputs)
         assert torch.equal(case.model.model(**text).last_hidden_state, plain)
@@ -439,7 +439,7 @@ def test_prompts_without_images_keep_their_positions(case):
     texts = ("USER: where is it ASSISTANT:", "USER: is there a star on the left of the tree? ASSISTANT:")
     inputs = case.prepare(texts, [])
     plain = case.generate(inputs, return_dict_in_generate=False, output_scores=True)
-    with reduce(case.model, method(case), budget=6):
+    with reduce(case.model, "visiondrop", budget=6):
         case.generate(case.batch())
         assert torch.equal(case.generate(inputs), plain)
 

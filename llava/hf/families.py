@@ -330,11 +330,11 @@ def grouped(values: Tensor, grid: tuple[int, int], side: int, runs: bool) -> Ten
     if side == 1:
         return values
     if runs:
-        means: Tensor = values.unflatten(0, (-1, side * side)).mean(1)
-        return means
+        return values.view(-1, side * side, *values.shape[1:]).mean(1)
     rows, columns = grid
-    squares: Tensor = values.view(rows // side, side, columns // side, side, *values.shape[1:]).mean((1, 3))
-    return squares.flatten(0, 1)
+    squares = values.view(rows // side, side, columns // side, side, *values.shape[1:])
+    means: Tensor = squares.mean((1, 3)).flatten(0, 1)
+    return means
 
 
 @lru_cache(maxsize=256)
@@ -398,7 +398,8 @@ def _record(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
     config = module.config
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     config.seen.append((query, key, attention_mask, scale))
-    eager = sys.modules[type(module).__module__].eager_attention_forward
+    known = vars(sys.modules[type(module).__module__])  # Llama 4 has a kernel of its own for its tower
+    eager = known.get("vision_eager_attention_forward", known["eager_attention_forward"])
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(config.kernel, eager)
     return kernel(module, query, key, value, attention_mask, **options)
 
