@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from tests.stock_families import QWEN_LIKE, make
+from tests.stock_families import PINPOINTS, QWEN_LIKE, make
 from tests.tiny_checkpoints import TEXT, write_json
 
 TURN, END = "<|im_start|>", "<|im_end|>"
@@ -38,6 +38,22 @@ SAVED: dict[str, tuple[str, dict[str, str], str, dict[str, Any], dict[str, Any]]
         {"image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 112, "width": 112}}
         | {"crop_to_patches": True, "min_patches": 1, "max_patches": 4},
         {"image_seq_length": 16},
+    ),
+    "onevision": (
+        "<image>",
+        {"image_token": "<image>", "video_token": "<video>"},
+        "LlavaOnevisionProcessor",
+        {"image_processor_type": "LlavaOnevisionImageProcessor", "size": {"height": 56, "width": 56}, **PINPOINTS},
+        {"num_image_tokens": 16, "vision_feature_select_strategy": "full"},
+    ),
+    "idefics3": (
+        "<image>",
+        {"image_token": "<image>", "fake_image_token": "<fake_token_around_image>"}
+        | {"global_image_token": "<global-img>", "end_of_utterance_token": "<end_of_utterance>"},
+        "Idefics3Processor",
+        {"image_processor_type": "Idefics3ImageProcessor", "size": {"longest_edge": 224}}
+        | {"max_image_size": {"longest_edge": 112}},
+        {"image_seq_len": 16},
     ),
     "gemma3": (
         "<start_of_image>",

@@ -269,7 +269,8 @@ class FamilyWrapper(HFWrapper):
         """Images that the model packs itself, all tiles of each together."""
         vision = self.hf_model.config.vision_config
         side = vision.image_size // vision.patch_size
-        alone = [int(n) > 1 for n in given.get("batch_num_images") or () for _ in range(int(n))]  # without tiles
+        counts = given.get("batch_num_images", ())
+        alone = [int(n) > 1 for n in counts for _ in range(int(n))]  # without tiles
         sizes = [(int(height), int(width)) for height, width in torch.as_tensor(given["image_sizes"]).tolist()]
         layouts = [self.packed_layout(size, side, alone[i] if alone else False) for i, size in enumerate(sizes)]
         tiles = [len(layout.crops) for layout in layouts]

@@ -36,6 +36,8 @@ from llava.reduction.token_layout import ModelSpec, PatchGrid
 
 SIZE = 1024  # pixels along the edges of the image whose visual tokens stand for those of the largest
 
+TILES = "Tiles between which the prompt has text count as images: budgets and means per image are those of a tile."
+
 
 class FamilyModel(FamilyWrapper):
     """A checkpoint that answers questions about images.
@@ -146,6 +148,8 @@ class FamilyModel(FamilyWrapper):
         timer.mark("decode")
         record, answers = reduced.record, []
         layouts = [tuple(image.layout for image in images) for images in record.images]
+        if any(len(own) != len(sample.images) for own, sample in zip(layouts, samples, strict=True)):
+            self.notes = tuple(dict.fromkeys([*self.notes, TILES]))
         for row, sample in enumerate(samples):
             ids = output.sequences[row, length:].tolist()
             ids = ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
@@ -157,7 +161,7 @@ class FamilyModel(FamilyWrapper):
         spent = timer.seconds
         timing = Timing(**{known.name: spent.get(known.name, 0.0) for known in fields(Timing)})
         room = bytes_of(output.past_key_values)
-        images = sum(map(len, layouts))
+        images = sum(len(sample.images) for sample in samples)
         return Batch(
             tuple(answers), timing, reduced.kv_bytes, record.operations, passes[0] - 1, images, kv_bytes_with_room=room
         )
