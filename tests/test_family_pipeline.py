@@ -9,6 +9,7 @@ import torch
 from eval import __main__ as cli
 from eval.config import RunConfig
 from eval.run import equip
+from llava import reduce
 from llava.errors import MethodError, UserError
 from llava.model.builder import load
 from llava.pipeline.generate import generate
@@ -73,6 +74,18 @@ def test_a_batch_gives_what_each_question_gives(saved, name, method):
     timing = batch.timing
     assert min(timing.preprocess, timing.vision, timing.prefill, timing.decode) > 0
     assert (timing.selection > 0) == (method != "full") and batch.kv_bytes_with_room >= batch.kv_bytes > 0
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_method_reads_the_question_alone(saved, name):
+    """Not its answer format and not the template: the tokens that `reduce` keeps of the stock model."""
+    _, stock, model = saved[name]
+    for sample, answer in zip(BATCH, ask(model, method="attnmix", budget="1/3").answers, strict=True):
+        words = {"questions": [sample.question], "tokenizer": model.tokenizer}
+        with reduce(stock, "attnmix", "1/3", **words) as reduced, torch.no_grad():
+            stock(**model.inputs([sample]))
+        for ours, theirs in zip(answer.trace, reduced.traces[0], strict=True):
+            assert torch.equal(ours.reduction.kept, theirs.reduction.kept)
 
 
 def test_a_run_says_what_was_run_and_what_was_not_counted(saved, tmp_path, capsys):

@@ -271,7 +271,6 @@ class FamilyReduced(Reduced):
         batch: list[StockSample] = samples(filled, mask, ready, self.questions, runtime.tokenizer)
         prompts, real = [runtime.prompt(sample) for sample in batch], mask.bool()
         stages = Stages(runtime, reducer, batch, Record([[] for _ in batch], [[] for _ in batch]), timer)
-        timer.mark("vision")
         stages.encode_images()
         places = []
         for sample, prompt in enumerate(prompts):
