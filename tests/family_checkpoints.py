@@ -66,7 +66,7 @@ SAVED: dict[str, tuple[str, dict[str, str], str, dict[str, Any], dict[str, Any]]
 
 
 def save_family(name: str, folder: Path) -> Any:
-    """Write a checkpoint of random weights, whose embeddings fit the tokenizer's words; returns the model."""
+    """Write a checkpoint of random weights, and return the model, which decodes greedily."""
     slot, tokens, processor, images, settings = SAVED[name]
     words = ["<unk>", "<pad>", *dict.fromkeys(f"{TEXT} user assistant".split())]
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
@@ -96,4 +96,5 @@ def save_family(name: str, folder: Path) -> Any:
     own = {"eos_token_id": [fast.eos_token_id], "pad_token_id": fast.pad_token_id}
     model.generation_config = hf.GenerationConfig(**own, do_sample=True, repetition_penalty=1.5)
     model.save_pretrained(folder)
+    model.generation_config = hf.GenerationConfig(**own)
     return model
