@@ -34,13 +34,7 @@ def saved(tmp_path_factory):
     @cache
     def one(name):
         folder = tmp_path_factory.mktemp("families") / name
-        stock = save_family(name, folder)
-        try:
-            return folder, stock, load(folder, device="cpu")
-        except UserError as error:
-            if name != "idefics3" or "torchvision" not in str(error):
-                raise
-            pytest.skip("before transformers 5.20, Idefics3 reads images with torchvision alone")
+        return folder, save_family(name, folder), load(folder, device="cpu")
 
     return one
 
@@ -127,6 +121,14 @@ def test_answers_end_at_every_end_token_of_the_checkpoint(tmp_path):
     batch = ask(load(tmp_path, device="cpu"), BATCH[:1])
     end = answer.token_ids.index(answer.token_ids[3])
     assert batch.answers[0].token_ids == answer.token_ids[:end] and batch.decode_steps == end
+
+
+def test_transformers_without_an_argument_for_visual_tokens_is_refused(saved, monkeypatch):
+    """5.17's forward ignored the tokens that were left, and made all of them again."""
+    stock = saved("gemma3")[1]
+    monkeypatch.setattr(type(stock), "forward", lambda self, input_ids, pixel_values=None: None)
+    with pytest.raises(UserError, match=r"Gemma 3 is reduced from transformers 5\.20 on"):
+        reduce(stock, "full")
 
 
 def test_what_cannot_be_done_is_refused(saved, tmp_path):

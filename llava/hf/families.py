@@ -24,6 +24,7 @@ from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -159,6 +160,11 @@ class FamilyWrapper(HFWrapper):
         self.hf_model, self.device, self.tokenizer = container, container.device, tokenizer
         self.name, self.text_tower = type(container).__name__, None
         self.family = declared(container) or FAMILIES[self.name]
+        if "mm_encoder_outputs" not in inspect.signature(type(container).forward).parameters:
+            raise UserError(
+                f"{self.family.title} is reduced from transformers 5.20 on, whose forward takes visual tokens; this is "
+                f"{transformers.__version__}: pip install -U transformers."
+            )
         self.axes = self.family.axes
         llm = inner.text_model if hasattr(inner, "text_model") else inner.language_model
         self.llm = getattr(llm, "model", llm)
