@@ -136,17 +136,19 @@ def summarise_flops(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         tower_per_image, language_model_per_question (projector, selection and prefill), by_part (per question),
-        per_question (everything) and as_batched_per_question; None without lines.
+        per_question (everything) and as_batched_per_question; None without lines, and for sums of which a part is not
+        counted in this model.
     """
     count, images = (sum(line[key] for line in lines) for key in ("questions", "images"))
     parts = {part: sum(line["flops_alone"].get(part, 0) for line in lines) for part in PARTS}
-    whole = sum(parts.values())
+    whole, counted = sum(parts.values()), {part for line in lines for part in line["flops_alone"]}
+    decoder, tower = "prefill" in counted, "tower" in counted or not images
     return {
-        "tower_per_image": parts["tower"] / images if images else None,
-        "language_model_per_question": (whole - parts["tower"]) / count if lines else None,
+        "tower_per_image": parts["tower"] / images if images and tower else None,
+        "language_model_per_question": (whole - parts["tower"]) / count if decoder else None,
         "by_part": {part: amount / count for part, amount in parts.items()} if lines else None,
-        "per_question": whole / count if lines else None,
-        "as_batched_per_question": sum(line["flops"] for line in lines) / count if lines else None,
+        "per_question": whole / count if decoder and tower else None,
+        "as_batched_per_question": sum(line["flops"] for line in lines) / count if decoder and tower else None,
     }
 
 

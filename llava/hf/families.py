@@ -24,6 +24,7 @@ from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -159,6 +160,11 @@ class FamilyWrapper(HFWrapper):
         self.hf_model, self.device, self.tokenizer = container, container.device, tokenizer
         self.name, self.text_tower = type(container).__name__, None
         self.family = declared(container) or FAMILIES[self.name]
+        if "mm_encoder_outputs" not in inspect.signature(type(container).forward).parameters:
+            raise UserError(
+                f"{self.family.title} is reduced from transformers 5.20 on, whose forward takes visual tokens; this is "
+                f"{transformers.__version__}: pip install -U transformers."
+            )
         self.axes = self.family.axes
         llm = inner.text_model if hasattr(inner, "text_model") else inner.language_model
         self.llm = getattr(llm, "model", llm)
@@ -220,7 +226,7 @@ class FamilyWrapper(HFWrapper):
         side = math.isqrt(unit)
         if sum(patches) != unit * len(tokens) or side * side != unit:
             raise UserError(f"{sum(patches)} patches do not become {len(tokens)} visual tokens; {ONE_CALL}")
-        scores = self._scores(wanted, seen, [(rows, columns) for _, rows, columns in pieces], side)
+        scores = self._scores_of_tokens(wanted, seen, [(rows, columns) for _, rows, columns in pieces], side)
         views = []
         for i, (owner, rows, columns) in enumerate(pieces):
             grid = rows // side, columns // side
@@ -230,7 +236,7 @@ class FamilyWrapper(HFWrapper):
             views.append((EncodedImage(own, layout, layout, layout.tokens), 0 if family.tiles else owner))
         return views, out
 
-    def _scores(
+    def _scores_of_tokens(
         self, wanted: Wanted, seen: Mapping[Any, Any], grids: Sequence[tuple[int, int]], side: int
     ) -> dict[TowerScore, list[Tensor]]:
         """Of each score what each view's tokens have, [n] or [n, d]; a token of several patches has their mean."""
@@ -269,11 +275,12 @@ class FamilyWrapper(HFWrapper):
         """Images that the model packs itself, all tiles of each together."""
         vision = self.hf_model.config.vision_config
         side = vision.image_size // vision.patch_size
-        alone = [int(n) > 1 for n in given.get("batch_num_images") or () for _ in range(int(n))]  # without tiles
+        counts = given.get("batch_num_images", ())
+        alone = [int(n) > 1 for n in counts for _ in range(int(n))]  # without tiles
         sizes = [(int(height), int(width)) for height, width in torch.as_tensor(given["image_sizes"]).tolist()]
         layouts = [self.packed_layout(size, side, alone[i] if alone else False) for i, size in enumerate(sizes)]
         tiles = [len(layout.crops) for layout in layouts]
-        scores = self._scores(wanted, seen, [(side, side)] * sum(tiles), 1)
+        scores = self._scores_of_tokens(wanted, seen, [(side, side)] * sum(tiles), 1)
         stacked = {score: torch.stack(own).split(tiles) for score, own in scores.items()}
         views = []
         for i, (part, layout) in enumerate(zip(tokens, layouts, strict=True)):

@@ -78,11 +78,11 @@ def reduce(
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if questions is not None and (isinstance(questions, str) or tokenizer is None):
         raise UserError("`questions` is a list with one string per prompt, and needs `tokenizer` (or the processor).")
-    family = None if isinstance(model, HFWrapper) else declared(model)
     if isinstance(model, HFWrapper):
         runtime = model
     else:
-        runtime = FamilyWrapper(model, tokenizer) if family else wrap_model(model, tokenizer, text_tower)
+        runtime = FamilyWrapper(model, tokenizer) if declared(model) else wrap_model(model, tokenizer, text_tower)
+    family = runtime.family if isinstance(runtime, FamilyWrapper) else None
     config = runtime.hf_model.config
     tokens = runtime.visual_tokens
     has_budget = budget is not None or options.get(RETENTION_RATIO)
@@ -98,7 +98,7 @@ def reduce(
             f"{method} compares questions with images in CLIP's space: give reduce() `questions`, `tokenizer`, and "
             "`text_tower`, the folder or hub id of the CLIP that the vision tower comes from."
         )
-    _require(runtime, reducer)
+    require_any(runtime, reducer)
     # Where images decide, no number of tokens is planned, and none is kept whole because of its size.
     if not (has_budget or method == "full") and (
         reducer.tokens_per_layer(runtime.spec) is not None or reducer.keeps_all(tokens)
@@ -107,10 +107,12 @@ def reduce(
             f"{method} needs a budget: the visual tokens to keep of each image (budget=64), or their ratio "
             '(budget="1/9"). "full" keeps all.'
         )
-    return (FamilyReduced if family else Reduced)(runtime, reducer, questions)
+    if isinstance(runtime, FamilyWrapper):
+        return FamilyReduced(runtime, reducer, questions)
+    return Reduced(runtime, reducer, questions)
 
 
-def _require(runtime: HFWrapper, reducer: Reducer) -> None:
+def require_any(runtime: HFWrapper, reducer: Reducer) -> None:
     """Raise UserError if no image or video that the model takes can be reduced to the budget."""
     errors = []
     for spec in runtime.candidates(reducer):
@@ -177,9 +179,27 @@ class Running:
 
 
 class FamilyReduced(Reduced):
-    """`Reduced` for the families of FAMILIES: the model's own forward runs, on shorter prompts."""
+    """`Reduced` for the families of FAMILIES: the model's own forward runs, on shorter prompts.
+
+    Attributes:
+        timer: of the stages up to the decoder's end; of each call its own if None.
+        record, segments, kv_bytes: of the last prefill; bytes of all keys and values, with padding.
+    """
 
     _runtime: FamilyWrapper
+    record: Record
+    segments: list[Segment]
+    kv_bytes: int
+
+    def __init__(
+        self,
+        runtime: FamilyWrapper,
+        reducer: Reducer,
+        questions: Sequence[str] | None = None,
+        timer: Timer | None = None,
+    ):
+        super().__init__(runtime, reducer, questions)
+        self.timer = timer
 
     def __enter__(self) -> "FamilyReduced":
         super().__enter__()
@@ -219,14 +239,17 @@ class FamilyReduced(Reduced):
         record, segments = running.stages.record, running.segments
         segments[-1].layers = range(segments[-1].layers.start, len(self._runtime.llm.layers))
         cache.segments = segments
-        used = [0] * len(running.rows)
+        used, self.kv_bytes = [0] * len(running.rows), 0
         for one in segments:
             for layer in (cache.layers[index] for index in one.layers):
                 if getattr(layer, "keys", None) is not None:
+                    self.kv_bytes += layer.keys.nbytes + layer.values.nbytes
                     token = (layer.keys.nbytes + layer.values.nbytes) // (len(used) * layer.keys.shape[-2])
                     kept = [min(length, layer.keys.shape[-2]) for length in one.lengths]
                     used = [total + length * token for total, length in zip(used, kept, strict=True)]
-        self.accounting = record.accounting(Prefilled(output.logits, cache, segments, used, sum(used)))
+        self.accounting = record.accounting(Prefilled(output.logits, cache, segments, used, self.kv_bytes))
+        # Decoding moves the masks and positions of segments, and leaves their lengths.
+        self.record, self.segments = record, segments
         self.traces = record.steps
         if copies > 1:
             cache.reorder_cache(torch.arange(len(running.rows), device=self._runtime.device).repeat_interleave(copies))
@@ -240,16 +263,14 @@ class FamilyReduced(Reduced):
         tokens = {name: runtime.token(name) for name in MODALITIES}
         if family.axes:
             self._refuse_axes(given, ids, tokens, copies)
-        ready, outputs, filled = {}, {}, ids
+        ready, outputs, filled, timer = {}, {}, ids, self.timer or Timer(runtime.device)
         for name, pixels in MODALITIES.items():
             if given.get(pixels) is not None:
                 views, outputs[name] = runtime.views_of(name, given, reducer)
                 ready[tokens[name]], filled = runtime.pictures(name, views, filled, tokens[name])
         batch: list[StockSample] = samples(filled, mask, ready, self.questions, runtime.tokenizer)
         prompts, real = [runtime.prompt(sample) for sample in batch], mask.bool()
-        stages = Stages(
-            runtime, reducer, batch, Record([[] for _ in batch], [[] for _ in batch]), Timer(runtime.device)
-        )
+        stages = Stages(runtime, reducer, batch, Record([[] for _ in batch], [[] for _ in batch]), timer)
         stages.encode_images()
         places = []
         for sample, prompt in enumerate(prompts):
@@ -272,7 +293,9 @@ class FamilyReduced(Reduced):
                 sequence = sequence.renumbered()
         stages.run_layers = partial(self._run_layers, running)
         if "prompt" in reducer.acts_in:
+            timer.mark("prefill")
             sequence = stages.reduce_prompt(sequence)
+            timer.mark("selection")
         stages.start = running.sequence = sequence
         return running
 

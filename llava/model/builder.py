@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT_CLASSES
 
 from llava.errors import UserError, unknown
+from llava.model.checkpoint.files import locate
 from llava.model.checkpoint.load import Checkpoint, load_checkpoint
 from llava.model.llava_arch import Llava
 from llava.model.llava_next import LlavaNext
 from llava.model.parallel import device_of_rank, parallel_of
 from llava.model.qwen_vl import QwenVL
 from llava.model.video_llava import VideoLlava
+from llava.processing.json_files import read_json
 from llava.reduction import registry
 
 if TYPE_CHECKING:
@@ -80,6 +83,8 @@ def load(
 ) -> Llava:
     """Load a checkpoint of any family.
 
+    One of `llava.hf.families.FAMILIES` only answers questions about images; it takes source, dtype and device.
+
     Args:
         source: directory or hub id, transformers or original layout; None for the bundled toy model.
         dtype: float32, bfloat16 or float16.
@@ -96,15 +101,31 @@ def load(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-    place = device_of(device)
+    place, source = device_of(device), source or TOY_MODEL
+    raw = read_json(locate(source, "checkpoint", weights=False) / "config.json")
+    kind = str(raw.get("model_type"))
+    if kind not in FAMILIES and (container := IMAGE_TEXT_CLASSES.get(kind)) is not None:
+        # Here, because the modules of llava.model import nothing of the pipeline when they are loaded.
+        from llava.hf.families import FAMILIES as DECLARED
+        from llava.hf.pipeline import load_family
+
+        others = {"--text-tower": text_tower, "--quantization": quantization, "--zero": zero, **conventions}
+        others["quantization_config (in its config.json)"] = raw.get("quantization_config")
+        others["--tensor-parallel"] = tensor_parallel if tensor_parallel > 1 else None
+        if container in DECLARED:
+            if refused := [name for name, value in others.items() if value is not None]:
+                raise UserError(f"{', '.join(refused)} cannot be used with {source}, a {kind}; leave it out.")
+            family = load_family(source, container, DTYPES[dtype], place)
+            family.loaded_with = {"source": str(source), "dtype": dtype}
+            return family
     parallel = parallel_of(tensor_parallel, zero, quantization)
     if parallel is not None:
         place = device_of_rank(place)
-    checkpoint = load_checkpoint(source or TOY_MODEL, DTYPES[dtype], place, text_tower, quantization, parallel)
+    checkpoint = load_checkpoint(source, DTYPES[dtype], place, text_tower, quantization, parallel)
     model = runtime(checkpoint, place, conventions)
     # Another process can load the same model by this; the device is its own.
     model.loaded_with = {
-        "source": str(source or TOY_MODEL),
+        "source": str(source),
         "dtype": dtype,
         "text_tower": None if text_tower is None else str(text_tower),
         "quantization": quantization,

@@ -107,7 +107,7 @@ def coarse(layout: PatchGrid, grid: tuple[int, int]) -> Reduction:
 
 
 if TYPE_CHECKING:
-    from llava.pipeline.accounting import Operations, Timer
+    from llava.pipeline.accounting import Batch, Operations, Timer
     from llava.pipeline.compile import Compiled
 
 
@@ -156,6 +156,9 @@ class Llava:
 
     # Samples may hold llava.processing.video.Video in place of an image.
     takes_videos: bool = False
+
+    # What answers a batch in place of the staged forward (llava/hf/pipeline.py).
+    answers: Callable[..., "Batch"] | None = None
 
     # Compiled tower, prefill and decoding (llava/pipeline/compile.py).
     compiled: "Compiled | None" = None

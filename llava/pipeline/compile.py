@@ -181,9 +181,12 @@ def compile_model(model: Any, backend: Backend = "inductor") -> Compiled:
         backend: of torch.compile.
 
     Raises:
-        UserError: the decoder's attention is eager, or its weights are spread over ranks.
+        UserError: the model runs its own forward, its decoder's attention is eager, or the weights are on several
+            ranks.
     """
     llm = model.llm
+    if model.answers is not None:
+        raise UserError(f"--compile compiles LLaVA's stages, and {model.name} runs its own forward; leave it out.")
     if llm.config._attn_implementation == "eager":
         raise UserError("--compile needs attention by the kernel (sdpa), but this model is set to eager.")
     if getattr(llm, "ranks", 1) > 1 or any(hasattr(weight, "ds_id") for weight in llm.parameters()):

@@ -50,8 +50,10 @@ def generate(
         if not model.takes_videos and not isinstance(picture, Image.Image):
             kind = type(picture).__name__.lower()
             raise UserError(f"{model.name} takes images only, got a {kind}; choose a Video-LLaVA for videos.")
-    require(reducer, model.spec)
     timer = Timer(model.device, clock)
+    if model.answers is not None:
+        return model.answers(samples, reducer, max_new_tokens, ignore_eos, timer)
+    require(reducer, model.spec)
     end_ids, stop = (frozenset(), None) if ignore_eos else (model.end_ids, model.stop)
     compiled = model.compiled
     step, before = (compiled.step, compiled.by_stage) if compiled else (decoder.step, {})

@@ -44,7 +44,7 @@ NAMES: dict[Family, str] = {
 SUPPORTED = (
     "this version reads LLaVA-1.5, LLaVA-NeXT and Video-LLaVA (CLIP towers, an mlp2x_gelu projector, a Llama or "
     "Mistral decoder) in the transformers and the original layout, and Qwen2-VL and Qwen2.5-VL in the transformers "
-    "layout"
+    "layout; benchmarks and reduce() take the families of `vtr show models`, too"
 )
 QWEN: tuple[Family, ...] = ("qwen2_5_vl", "qwen2_vl")
 

@@ -26,7 +26,7 @@ from llava.errors import UserError
 from llava.processing.json_files import Schema, checked, read_json
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
-SMALL_FILES = ("*.json", "tokenizer.model", "text_tower/*")
+SMALL_FILES = ("*.json", "*.jinja", "merges.txt", "tokenizer.model", "text_tower/*")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order of preference, each also with an index
 
 # Buffers that the modules compute themselves; old checkpoints store them without effect.

@@ -1,0 +1,214 @@
+"""The families of `llava.hf.families` in the evaluation pipeline: their checkpoints, and answers to questions.
+
+A prompt is what the checkpoint's own processor makes of its chat template, with images before the message of the
+benchmark. transformers' `generate` decodes it greedily inside `FamilyReduced`; other settings of the checkpoint's
+generation_config.json than its end tokens are not used.
+
+Where torchvision is missing, a processor is built without its part for videos, which are not taken here.
+
+Read: transformers 5.23.0, processing_utils.py, models/auto/processing_auto.py, generation/utils.py
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor
+from transformers import AutoProcessor, GenerationConfig, PreTrainedModel
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils.import_utils import is_torchvision_available
+
+from llava.errors import MethodError, UserError
+from llava.hf.families import FamilyWrapper, why_not
+from llava.hf.models import StockSample
+from llava.hf.reduce import FamilyReduced, require_any
+from llava.model.checkpoint.files import files_of, locate
+from llava.pipeline.accounting import Answer, Batch, Timer, Timing
+from llava.processing.prompt import Prompt, Sample
+from llava.reduction.modules import prefill_flops
+from llava.reduction.reducer import Reducer
+from llava.reduction.token_layout import ModelSpec, PatchGrid
+
+SIZE = 1024  # pixels along the edges of the image whose visual tokens stand for those of the largest
+
+TILES = "Tiles between which the prompt has text count as images: budgets and means per image are those of a tile."
+
+
+class FamilyModel(FamilyWrapper):
+    """A checkpoint that answers questions about images.
+
+    Args:
+        model: in evaluation mode.
+        processor: of the checkpoint.
+        name: hub id or folder name.
+        files: the folder that was read.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: Any, name: str, files: Path):
+        super().__init__(model, processor.tokenizer)
+        self.processor, self.name, self._files = processor, name, files_of(files)
+        self.stop, self.spread, title = None, False, self.family.title
+        self.conversation = f"chat template of {title}"
+        padding = processor.tokenizer.pad_token_id
+        padding = min(self.end_ids) if padding is None else padding
+        model.generation_config = GenerationConfig(eos_token_id=sorted(self.end_ids), pad_token_id=padding)
+        self.notes = (
+            f"{name} runs as transformers' {title}, with its own chat template and image processor "
+            f"({self.conventions['image_processor']}).",
+            "Its budgets as ratios are of each image's tokens; the budget in tokens that stands beside them is that of "
+            f"an image of {SIZE} x {SIZE} pixels.",
+            "Operations of its vision tower and projector are not counted"
+            + (", nor those of its decoder." if not self._countable else "."),
+        )
+
+    @property
+    def conventions(self) -> dict[str, Any]:
+        return {"image_processor": type(self.processor.image_processor).__name__}
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        given = self.inputs([Sample("", "?", image=Image.new("RGB", (SIZE, SIZE)))])
+        tokens = int((given["input_ids"] == self.token("image")).sum())
+        has_cls = self.family.cls is not None
+        return ModelSpec(tokens, len(self.llm.layers), PatchGrid(1, tokens), len(self.blocks), has_cls)
+
+    @cached_property
+    def _countable(self) -> bool:
+        """Whether all weights of the decoder's layers are in linear layers that every token goes through."""
+        parts = [part for layer in self.llm.layers for part in layer.modules() if not hasattr(part, "in_features")]
+        plain = all(weight.dim() < 2 for part in parts for weight in part.parameters(recurse=False))
+        return plain and all(hasattr(getattr(layer, "self_attn", None), "q_proj") for layer in self.llm.layers)
+
+    def prompt(self, sample: Any) -> Prompt:
+        if isinstance(sample, StockSample):
+            return super().prompt(sample)
+        raise UserError(f"{self.name}, a {self.family.title}, only answers benchmarks and runs in reduce().")
+
+    def inputs(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Arguments of the model's forward, prompts padded on the left."""
+        chats = []
+        for sample in samples:
+            content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in sample.images]
+            chats.append([{"role": "user", "content": [*content, {"type": "text", "text": sample.message}]}])
+        given = self.processor.apply_chat_template(
+            chats,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        )
+        return dict(given.to(self.device, self.hf_model.dtype))
+
+    def answers(
+        self, samples: Sequence[Sample], reducer: Reducer, max_new_tokens: int, ignore_eos: bool, timer: Timer
+    ) -> Batch:
+        """See `llava.pipeline.generate.generate`."""
+        if why := why_not(self.family, self.hf_model.config, reducer):
+            raise MethodError(why)
+        require_any(self, reducer)
+        for sample in samples:
+            if not sample.images:
+                raise UserError(f"Question {sample.id} has no image; a {self.family.title} is asked about images only.")
+        given = self.inputs(samples)
+        timer.mark("preprocess")
+        length, passes = given["input_ids"].shape[1], [0]
+
+        def finite(ids: Tensor, scores: Tensor) -> Tensor:
+            for sample, sound in zip(samples, scores.sum(-1).isfinite().tolist(), strict=True):
+                if not sound:
+                    raise UserError(
+                        f"The logits for question {sample.id} are not finite: check the weights of {self.name}, or use "
+                        "another --dtype."
+                    )
+            return scores
+
+        def watch(ids: Tensor, scores: Any, **more: Any) -> Tensor:
+            if not passes[0]:
+                timer.mark("prefill")
+            passes[0] += 1
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        ends = [-1] if ignore_eos else sorted(self.end_ids)
+        with FamilyReduced(self, reducer, [sample.question for sample in samples], timer) as reduced:
+            output: Any = self.hf_model.generate(
+                **given,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=ends,
+                logits_processor=[finite],
+                stopping_criteria=[watch],
+                return_dict_in_generate=True,
+            )
+        timer.mark("decode")
+        record, answers = reduced.record, []
+        layouts = [tuple(image.layout for image in images) for images in record.images]
+        if any(len(own) != len(sample.images) for own, sample in zip(layouts, samples, strict=True)):
+            self.notes = tuple(dict.fromkeys([*self.notes, TILES]))
+        for row, sample in enumerate(samples):
+            ids = output.sequences[row, length:].tolist()
+            ids = ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
+            account, trace = reduced.accounting[row], reduced.traces[row]
+            answers.append(Answer(sample.id, self.decode(ids).strip(), tuple(ids), account, trace, layouts[row]))
+            if self._countable:
+                lengths = tuple(one.lengths[row] for one in reduced.segments for _ in one.layers)
+                record.operations.add("prefill", prefill_flops, self.llm.layers, lengths, self.head)
+        spent = timer.seconds
+        timing = Timing(**{known.name: spent.get(known.name, 0.0) for known in fields(Timing)})
+        room = bytes_of(output.past_key_values)
+        images = sum(len(sample.images) for sample in samples)
+        return Batch(
+            tuple(answers), timing, reduced.kv_bytes, record.operations, passes[0] - 1, images, kv_bytes_with_room=room
+        )
+
+
+def bytes_of(cache: Any) -> int:
+    """Bytes of the keys and values of a cache."""
+    held = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in held)
+
+
+def load_family(source: str | Path, container: str, dtype: torch.dtype, device: torch.device) -> FamilyModel:
+    """A checkpoint in the layout of transformers, from safetensors alone.
+
+    Args:
+        container: a key of `llava.hf.families.FAMILIES`.
+
+    Raises:
+        UserError: the checkpoint is incomplete, or its processor needs a package that is not installed.
+    """
+    name = Path(source).resolve().name if Path(source).is_dir() else str(source)
+    folder = locate(source, "checkpoint")
+    kind = getattr(transformers, container)
+    try:
+        processor = read_processor(folder, kind)
+        if not processor.chat_template:
+            raise UserError("it has no chat template, by which questions are asked; take a chat checkpoint.")
+        model, found = kind.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            device_map=None if device.type == "cpu" else {"": device},
+            output_loading_info=True,
+        )
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"Cannot load {name}: {' '.join(str(error).split())[:600]}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"{name} lacks {len(missing)} weights, {missing[0]} among them; fetch it again.")
+    return FamilyModel(model.eval(), processor, name, folder)
+
+
+def read_processor(folder: Path, kind: Any) -> Any:
+    """The processor of a checkpoint of the model class `kind`."""
+    whole: Any = PROCESSOR_MAPPING[kind.config_class]
+    parts = whole.get_attributes()
+    if is_torchvision_available() or parts[-1] != "video_processor":  # parts are given by place
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    alone: Any = type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda cls: parts[:-1])})
+    return alone.from_pretrained(folder, trust_remote_code=False)

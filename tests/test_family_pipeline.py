@@ -1,0 +1,171 @@
+"""Checkpoints of the families of transformers' own forward in the evaluation pipeline, against stock `generate`."""
+
+import itertools
+import json
+from functools import cache
+
+import pytest
+import torch
+
+from eval import __main__ as cli
+from eval.config import RunConfig
+from eval.run import equip
+from llava import reduce
+from llava.errors import MethodError, UserError
+from llava.model.builder import load
+from llava.pipeline.generate import generate
+from llava.pipeline.prefill import prefill
+from llava.processing.prompt import Sample
+from llava.reduction import registry
+from llava.reduction.modules import prefill_flops
+from tests.checkpoint_files import drop_weights, edit
+from tests.conftest import QUESTIONS, SHORT, picture
+from tests.eval_fakes import write_gqa
+from tests.family_checkpoints import SAVED, save_family
+
+SIZES = ((112, 112), (200, 90), (90, 150), (60, 44))
+BATCH = tuple(Sample(f"q{i}", QUESTIONS[i], SHORT, picture(i, size)) for i, size in enumerate(SIZES))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Family -> folder, the model that was saved, and the model as it is loaded."""
+
+    @cache
+    def one(name):
+        folder = tmp_path_factory.mktemp("families") / name
+        return folder, save_family(name, folder), load(folder, device="cpu")
+
+    return one
+
+
+def ask(model, samples=BATCH, method="full", budget=None, **options):
+    reducer = registry.build(method, budget or model.visual_tokens, {}, model.visual_tokens)
+    return generate(model, samples, reducer, **{"max_new_tokens": 6, **options})
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_all_tokens_give_the_answers_of_stock_generate(saved, name):
+    """Each alone, from the processor's text and images; and the sampling settings of the checkpoint are not used."""
+    _, stock, model = saved(name)
+    batch, whole = ask(model), 0
+    for sample, answer in zip(BATCH, batch.answers, strict=True):
+        content = [{"type": "image"}, {"type": "text", "text": sample.message}]
+        text = model.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = model.processor(text=[text], images=[[sample.image]], return_tensors="pt")
+        ids = stock.generate(**inputs, max_new_tokens=6)[0]
+        ids = ids[inputs["input_ids"].shape[1] :].tolist()
+        assert list(answer.token_ids) == (ids[: ids.index(model.tokenizer.eos_token_id)] if 2 in ids else ids)
+        tokens = int((inputs["input_ids"] == model.token("image")).sum())
+        assert answer.accounting.tokens_per_layer == (tokens,) * 4 == (answer.accounting.visual_tokens,) * 4
+        whole += prefill_flops(model.llm.layers, (inputs["input_ids"].shape[1],) * 4, model.head)
+    assert any("those of a tile" in note for note in model.notes) == (name == "idefics3")
+    assert len({answer.token_ids for answer in batch.answers}) > 1
+    assert batch.operations.alone == {"projector": 0, "prefill": whole} and batch.images == 4
+
+
+@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("method", ["full", "consensusdrop"])
+def test_a_batch_gives_what_each_question_gives(saved, name, method):
+    model = saved(name)[2]
+    budget = None if method == "full" else "1/3"
+    batch = ask(model, method=method, budget=budget, clock=itertools.count().__next__)
+    for sample, answer in zip(BATCH, batch.answers, strict=True):
+        (alone,) = ask(model, [sample], method, budget).answers
+        assert (answer.token_ids, answer.text) == (alone.token_ids, alone.text)
+        assert answer.accounting == alone.accounting
+        if budget:
+            images, tokens = answer.accounting.images, answer.accounting.visual_tokens
+            assert set(answer.accounting.tokens_per_layer) == {images * round(tokens / images / 3)}
+    timing = batch.timing
+    assert min(timing.preprocess, timing.vision, timing.prefill, timing.decode) > 0
+    assert (timing.selection > 0) == (method != "full") and batch.kv_bytes_with_room >= batch.kv_bytes > 0
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_method_reads_the_question_alone(saved, name):
+    """Not its answer format and not the template: the tokens that `reduce` keeps of the stock model."""
+    _, stock, model = saved(name)
+    for sample, answer in zip(BATCH, ask(model, method="attnmix", budget="1/3").answers, strict=True):
+        words = {"questions": [sample.question], "tokenizer": model.tokenizer}
+        with reduce(stock, "attnmix", "1/3", **words) as reduced, torch.no_grad():
+            stock(**model.inputs([sample]))
+        for ours, theirs in zip(answer.trace, reduced.traces[0], strict=True):
+            assert torch.equal(ours.reduction.kept, theirs.reduction.kept)
+
+
+def test_a_run_says_what_was_run_and_what_was_not_counted(saved, tmp_path, capsys):
+    folder, _, model = saved("internvl3")
+    flags = ["--data", str(write_gqa(tmp_path, count=5)), "--wandb", "disabled", "--device", "cpu"]
+    flags += ["--method", "consensusdrop", "--budget", "1/4", "--model", str(folder)]
+    results = []
+    for size in ("1", "2"):
+        output = tmp_path / f"out{size}"
+        assert cli.main([*flags, "--output", str(output), "--batch-size", size]) == 0
+        results.append((output / "answers.jsonl").read_text())
+    assert sorted(results[0].splitlines()) == sorted(results[1].splitlines())
+    result, printed = json.loads((output / "result.json").read_text()), capsys.readouterr().out
+    assert result["audit"]["entering_per_layer"] == [4.0] * 4 and result["audit"]["visual_tokens_before"] == 16
+    assert result["settings"]["picture"] == {"image_processor": type(model.processor.image_processor).__name__}
+    assert result["settings"]["conversation"] == "chat template of InternVL3"
+    assert {"config.json", "chat_template.jinja", "model.safetensors"} <= set(result["settings"]["model_files"])
+    assert any("transformers' InternVL3" in remark for remark in result["remarks"])
+    assert result["flops_per_question"] is None and result["flops"]["tower_per_image"] is None
+    assert "GFLOP per question after the tower" in printed and "GFLOP per image" not in printed
+
+
+def test_answers_end_at_every_end_token_of_the_checkpoint(tmp_path):
+    save_family("gemma3", tmp_path)
+    (answer,) = ask(load(tmp_path, device="cpu"), BATCH[:1], ignore_eos=True).answers
+    edit(tmp_path / "generation_config.json", eos_token_id=[answer.token_ids[3], 1])
+    batch = ask(load(tmp_path, device="cpu"), BATCH[:1])
+    end = answer.token_ids.index(answer.token_ids[3])
+    assert batch.answers[0].token_ids == answer.token_ids[:end] and batch.decode_steps == end
+
+
+def test_transformers_without_an_argument_for_visual_tokens_is_refused(saved, monkeypatch):
+    """5.17's forward ignored the tokens that were left, and made all of them again."""
+    stock = saved("gemma3")[1]
+    monkeypatch.setattr(type(stock), "forward", lambda self, input_ids, pixel_values=None: None)
+    with pytest.raises(UserError, match=r"Gemma 3 is reduced from transformers 5\.20 on"):
+        reduce(stock, "full")
+
+
+def test_what_cannot_be_done_is_refused(saved, tmp_path):
+    folder, _, model = saved("gemma3")
+    for options in ({"quantization": "4bit"}, {"tensor_parallel": 2}, {"zero": "cpu"}, {"merge": "spatial"}):
+        with pytest.raises(UserError, match=f"{next(iter(options))[:5]}.* cannot be used with .*gemma3"):
+            load(folder, device="cpu", **options)
+    with pytest.raises(UserError, match=r"--compile .* its own forward"):
+        equip(model, RunConfig("full", compile=True))
+    with pytest.raises(UserError, match="has no image"):
+        ask(model, [Sample("q", "who ?")])
+    with pytest.raises(MethodError, match="pyramiddrop reduces between decoder layers"):
+        ask(model, method="pyramiddrop", budget=8)
+    with pytest.raises(UserError, match="only answers benchmarks"):
+        prefill(model, BATCH, registry.build("full", 16))
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda folder: (folder / "chat_template.jinja").unlink(), "Cannot load .*: it has no chat template"),
+        (lambda folder: drop_weights(folder / "model.safetensors", "language_model.model.norm.weight"), "lacks 1 weig"),
+        (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "Cannot load .*safetens"),
+        (lambda folder: edit(folder / "config.json", model_type="gemma9"), "family gemma9, .* `vtr show models`"),
+    ],
+)
+def test_damaged_checkpoints_end_in_a_sentence(tmp_path, damage, sentence):
+    save_family("gemma3", tmp_path)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=sentence) as caught:
+        load(tmp_path, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_logits_that_are_not_finite_end_in_a_sentence(tmp_path):
+    model = save_family("gemma3", tmp_path)
+    model.model.language_model.norm.weight.data.fill_(torch.nan)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="question q0 are not finite"):
+        ask(load(tmp_path, device="cpu"))
