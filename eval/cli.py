@@ -60,6 +60,7 @@ GROUPS = {
         "bench growth": Command("eval.efficiency.growth", "how time and memory grow with visual tokens"),
         "bench peers": Command("eval.efficiency.peers", "this repository and another code in turns, and ratios"),
         "bench precision": Command("eval.efficiency.precision", "tokens kept in half precision beside float32"),
+        "bench selfcheck": Command("eval.efficiency.selfcheck", "a device beside the CPU, before it is timed"),
         "bench claims": Command("eval.efficiency.claims", "published claims of speed beside ours"),
     },
     "Add something: a method or a benchmark": {
