@@ -172,6 +172,8 @@ def test_the_lowest_versions_are_those_that_the_script_tries():
 
 def test_the_repository_stays_small():
     """It travels to GPU machines; for those that take 64 MiB scripts/bench/sparse.txt leaves the toys' data out."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("a copy without git")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
     files = [ROOT / name for name in listed.stdout.split("\0")]
     assert sum(path.stat().st_size for path in files if path.is_file()) < 75 * 2**20
