@@ -100,8 +100,10 @@ def stock(family: str) -> Stock:
 
 @cache
 def shared(family: str) -> Stock:
-    """The same one for all tests; none may change it."""
-    return stock(family)
+    """The same one for all tests; none may change it. Its weights are ordinary tensors, also for a first caller in
+    inference mode."""
+    with torch.inference_mode(False):
+        return stock(family)
 
 
 def with_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
