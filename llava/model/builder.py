@@ -106,8 +106,8 @@ def load(
     kind = str(raw.get("model_type"))
     if kind not in FAMILIES and (container := IMAGE_TEXT_CLASSES.get(kind)) is not None:
         # Here, because the modules of llava.model import nothing of the pipeline when they are loaded.
+        from llava.hf.checkpoint_model import load_family
         from llava.hf.families import FAMILIES as DECLARED
-        from llava.hf.pipeline import load_family
 
         others = {"--text-tower": text_tower, "--quantization": quantization, "--zero": zero, **conventions}
         others["quantization_config (in its config.json)"] = raw.get("quantization_config")

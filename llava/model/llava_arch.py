@@ -157,7 +157,7 @@ class Llava:
     # Samples may hold llava.processing.video.Video in place of an image.
     takes_videos: bool = False
 
-    # What answers a batch in place of the staged forward (llava/hf/pipeline.py).
+    # What answers a batch in place of the staged forward (llava/hf/checkpoint_model.py).
     answers: Callable[..., "Batch"] | None = None
 
     # Compiled tower, prefill and decoding (llava/pipeline/compile.py).
