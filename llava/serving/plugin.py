@@ -1,0 +1,225 @@
+"""vLLM's LLaVA, LLaVA-NeXT, Qwen2.5-VL, Qwen3-VL and InternVL3 with a method inside; imported in the engine alone.
+
+The processor writes as many image tokens into a prompt as the method keeps, so scheduler, KV blocks and prefix cache
+see K tokens. The model makes K tokens of the N that its tower and projector give. Without a method both are vLLM's own.
+
+Official code read: vLLM 0.32.0, model_executor/models (llava, llava_next, qwen2_5_vl, qwen3_vl, interns1, interfaces),
+v1/worker/gpu_model_runner.py, multimodal/processing and registry
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.models.interns1 import InternS1ForConditionalGeneration
+from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
+from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
+
+from llava.errors import UserError
+from llava.serving.served import EngineTower, Served, served_by
+
+
+# Prompts
+
+
+class ShortPrompts:
+    """A vLLM processor that writes K image tokens where its base writes N."""
+
+    def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Sequence[Any]:
+        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
+        served = served_by(self.info.get_hf_config())  # type: ignore[attr-defined]
+        if served is None:
+            return updates
+
+        def shortened(update: Any, number: int) -> Any:
+            content = update.replacement
+            written = content(number) if callable(content) else content
+            details = written if isinstance(written, PromptUpdateDetails) else PromptUpdateDetails.from_seq(written)
+            visual = [True] * len(details.full) if details.is_embed is None else details.is_embed(details.full).tolist()
+            tokens = sum(visual)
+            layout = served.layout(tokens, *self._shape(served, mm_items, out_mm_kwargs, number))
+            if layout.tokens != tokens:
+                raise UserError(f"The engine makes {tokens} tokens of an image, its token layout says {layout.tokens}.")
+            room, full = served.kept(layout), []
+            for token, is_visual in zip(details.full, visual, strict=True):
+                if not is_visual or room > 0:
+                    full.append(token)
+                room -= is_visual
+            return PromptUpdateDetails(full=full, is_embed=details.is_embed)
+
+        changed = []
+        for update in updates:
+            if update.modality == "image":
+                update = PromptReplacement("image", update.target, partial(shortened, update))
+            changed.append(update)
+        return changed
+
+    def _shape(self, served: Served, mm_items: Any, out: Any, number: int) -> tuple[Any, Any]:
+        """Arguments of `Served.layout` behind the tokens: size in pixels, and rows and columns of tokens."""
+        if served.anyres is not None:
+            size = mm_items["image"].get_image_size(number)
+            return (size.width, size.height), ()
+        if served.side == 0:
+            _, rows, columns = out["image"][number]["image_grid_thw"].data.tolist()
+            return (0, 0), (rows // served.merge, columns // served.merge)
+        return (0, 0), ()
+
+
+def with_short_prompts(model: Any) -> Any:
+    """A class decorator: the model's processor, with `ShortPrompts` in front."""
+    base = model._processor_factory
+
+    def processor(info: Any, dummy_inputs: Any, **more: Any) -> Any:
+        made = base.processor(info, dummy_inputs, **more)
+        served_by(info.get_hf_config())  # settings that are not right end the engine's start here
+        made.__class__ = type(f"Short{type(made).__name__}", (ShortPrompts, type(made)), {})
+        return made
+
+    return MULTIMODAL_REGISTRY.register_processor(processor, info=base.info, dummy_inputs=base.dummy_inputs)(model)
+
+
+# Models
+
+
+class Reduced:
+    """What all models do; comes before the vLLM class."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self.served = served_by(vllm_config.model_config.hf_config)
+        if self.served is not None and get_tensor_model_parallel_world_size() > 1:
+            raise UserError(
+                "A rank of a tensor-parallel engine sees a part of the tower's heads only; serve reduced prompts with "
+                "--tensor-parallel-size 1, and --data-parallel-size for more accelerators."
+            )
+
+    def attentions(self) -> list[Any]:
+        """Of each tower block, the module that gets queries, keys and values."""
+        raise NotImplementedError
+
+    @cached_property
+    def engine_tower(self) -> EngineTower:
+        assert self.served is not None
+        built = self.attentions()
+        missing = self.served.spec.tower_blocks - len(built)  # behind the layer that is projected
+        return EngineTower(self, self.served, [*built, *[None] * missing])
+
+
+class ClipModel(Reduced):
+    def attentions(self) -> list[Any]:
+        return [layer.self_attn.attn for layer in self.vision_tower.vision_model.encoder.layers]  # type: ignore[attr-defined]
+
+
+@with_short_prompts
+class ReducedLlava(ClipModel, LlavaForConditionalGeneration):
+    def _process_image_input(self, image_input: Any) -> Any:
+        if self.served is None or image_input["type"] != "pixel_values":
+            return super()._process_image_input(image_input)
+        pixels = image_input["pixel_values"]
+        return self.engine_tower.clip_images([one[None] for one in pixels], [(0, 0)] * len(pixels))
+
+
+@with_short_prompts
+class ReducedLlavaNext(ClipModel, LlavaNextForConditionalGeneration):
+    def _process_image_input(self, image_input: Any) -> Any:
+        if self.served is None or image_input["type"] != "pixel_values":
+            return super()._process_image_input(image_input)
+        sizes = [(int(width), int(height)) for height, width in image_input["image_sizes"].tolist()]
+        return self.engine_tower.clip_images(list(image_input["pixel_values"]), sizes)
+
+
+class QwenModel(Reduced):
+    """Positions of an image's tokens come behind their channels, as with vLLM's own pruning of videos."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        if served_by(vllm_config.model_config.hf_config) is not None:
+            # The runner then asks recompute_mrope_positions.
+            object.__setattr__(
+                vllm_config.model_config.multimodal_config, "is_multimodal_pruning_enabled", lambda: True
+            )
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    def attentions(self) -> list[Any]:
+        return [block.attn.attn for block in self.visual.blocks]  # type: ignore[attr-defined]
+
+    def _process_image_input(self, image_input: Any) -> Any:
+        whole = super()._process_image_input  # type: ignore[misc]
+        if self.served is None or image_input["type"] == "image_embeds":
+            return whole(image_input)
+        merge = self.served.merge
+        grids = [(rows // merge, columns // merge) for _, rows, columns in image_input["image_grid_thw"].tolist()]
+        encode: Callable[[], Tensor] = lambda: torch.cat(whole(image_input))
+        return tuple(self.engine_tower.merged_images(encode, grids, range(len(grids))))
+
+    def _postprocess_image_embeds_evs(self, image_embeds_split: Any, image_input: Any) -> Any:
+        if self.served is None:
+            return super()._postprocess_image_embeds_evs(image_embeds_split, image_input)  # type: ignore[misc]
+        return image_embeds_split
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
+        """[3, L] positions; those of image tokens are set when the tower has run, see recompute_mrope_positions."""
+        if self.served is None:
+            return super().get_mrope_input_positions(input_tokens, mm_features)  # type: ignore[misc]
+        positions, start, done = [], 0, 0
+        for feature in sorted(mm_features, key=lambda one: one.mm_position.offset):
+            if feature.modality != "image":
+                raise UserError("Videos are not reduced here; serve them without a method, or give frames as images.")
+            offset, kept = feature.mm_position.offset, feature.mm_position.length
+            _, rows, columns = feature.data["image_grid_thw"].data.tolist()
+            positions.append(torch.arange(start, start + offset - done))
+            start += offset - done
+            positions.append(torch.full((kept,), start))
+            start, done = start + max(rows, columns) // self.served.merge, offset + kept
+        positions.append(torch.arange(start, start + len(input_tokens) - done))
+        flat = torch.cat(positions)
+        return flat.expand(3, -1).clone(), int(flat.max()) + 1 - len(input_tokens)
+
+    def recompute_mrope_positions(
+        self, input_ids: Any, multimodal_embeddings: Any, mrope_positions: Tensor, num_computed_tokens: int
+    ) -> tuple[list[Tensor], Tensor, int]:
+        """Move the positions of an image's tokens, which all stand at its start, to the places of what is kept."""
+        if self.served is None:
+            return super().recompute_mrope_positions(  # type: ignore[misc]
+                input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
+            )
+        positions = mrope_positions.clone()
+        ids = torch.as_tensor(input_ids)
+        places = (ids[num_computed_tokens:] == self.config.image_token_id).nonzero().flatten() + num_computed_tokens  # type: ignore[attr-defined]
+        done = 0
+        for own in multimodal_embeddings:
+            columns = places[done : done + len(own)]
+            done += len(own)
+            positions[:, columns] += own[:, -3:].T.round().to(positions)
+        return [own[:, :-3] for own in multimodal_embeddings], positions, int(positions.max()) + 1 - len(ids)
+
+
+@with_short_prompts
+class ReducedQwen25(QwenModel, Qwen2_5_VLForConditionalGeneration):
+    pass
+
+
+@with_short_prompts
+class ReducedQwen3(QwenModel, Qwen3VLForConditionalGeneration):
+    pass
+
+
+@with_short_prompts
+class ReducedInternVL(Reduced, InternS1ForConditionalGeneration):
+    def attentions(self) -> list[Any]:
+        return [layer.attention.attn for layer in self.vision_tower.encoder.layer]
+
+    def _process_vision_input(self, image_input: Any) -> Any:
+        if self.served is None or image_input["type"] != "pixel_values":
+            return super()._process_vision_input(image_input)
+        counts, side = [int(count) for count in image_input["num_patches"]], self.served.side
+        owners = [number for number, count in enumerate(counts) for _ in range(count)]
+        encode: Callable[[], Tensor] = lambda: torch.cat(super(ReducedInternVL, self)._process_vision_input(image_input))
+        return tuple(self.engine_tower.merged_images(encode, [(side, side)] * len(owners), owners))

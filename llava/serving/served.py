@@ -1,0 +1,359 @@
+"""A method inside an engine: which methods can run there, how many tokens an image keeps, and the reduction itself.
+
+An engine reserves the tokens of an image before its tower has seen it, and keeps what the tower made under the image
+alone. So a method must say from an image's size how many tokens it keeps, must not read the question, and must act
+before the decoder. `why_not_pixels` says what stands against a method. The client can run every method that acts before
+the decoder, and send whole prompts as embeddings (llava/serving/client.py).
+
+The engine's own tower and projector run. What they make goes through the stages that answer benchmarks
+(llava/pipeline/prefill.py), in prompts that are an image and nothing else. Tower scores come from the queries and keys
+that the tower hands to its attention kernel, as in llava/hf/families.py. Nothing here imports the engine.
+
+Differs from the pipeline: where positions have three axes, text after an image keeps the positions that it has with all
+visual tokens (`positions=original`); an engine numbers it before it knows which tokens are kept.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.errors import UserError, unknown
+from llava.hf.families import FAMILIES, Family, FamilyWrapper, Seen, joined, layout_of, scores_of
+from llava.hf.models import StockSample
+from llava.model.llava_arch import EncodedImage, encoded_image_of
+from llava.model.multimodal_encoder.clip_encoder import Encoded
+from llava.pipeline.accounting import Record, Timer
+from llava.pipeline.prefill import Stages, embed
+from llava.processing.image import AnyresProcessor, ImageProcessor
+from llava.processing.prompt import Prompt
+from llava.reduction.budget import plan_image, require
+from llava.reduction.reducer import Reducer
+from llava.reduction.registry import build
+from llava.reduction.scores import TowerScore
+from llava.reduction.states import PromptState
+from llava.reduction.token_layout import ModelSpec, PatchGrid, TokenLayout, single, spec_of
+from llava.serving import MODELS
+
+SETTINGS = ("method", "budget", "options")  # of --hf-overrides '{"vtr": {...}}'
+CLIP = Family("LLaVA", "vision_tower.vision_model.encoder.layers", cls=0)
+ONLY_IMAGE = Prompt((IMAGE_TOKEN_INDEX,), (1, 1), (1, 1), "<image>")
+
+
+# Which methods
+
+
+class _Question:
+    """Stands for the prompts of a state; a method that reads them reads the question."""
+
+    class Read(Exception):
+        pass
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise self.Read
+
+
+def reads_question(reducer: Reducer) -> bool:
+    """Whether a method reads the prompt before the decoder: it is run once on a small random image without one."""
+    if reducer.needs_text_tower:
+        return True
+    if "prompt" not in reducer.acts_in:
+        return False
+    layout, draw = PatchGrid(8, 8), torch.Generator().manual_seed(0)
+    tokens = torch.rand(1, layout.tokens, 8, generator=draw)
+    scores = {score: tokens if score.kind.endswith("keys") else tokens[..., 0] for score in reducer.scores()}
+    absent: Any = _Question()
+    state = PromptState(
+        ids=("0",), features=tokens, tokens=tokens, scores=scores, layout=layout, sequence=absent, run_layers=absent
+    )
+    try:
+        reducer.with_budget(16).prompt(state)
+    except _Question.Read:
+        return True
+    return False
+
+
+def why_not_anywhere(reducer: Reducer) -> str:
+    """Why no route can serve a method, in one sentence; "" where one can."""
+    if "decoder" in reducer.acts_in:
+        return (
+            f"{reducer.name} reduces between decoder layers, where vLLM has one length for all layers; serve a method "
+            'that acts before the decoder, such as consensusdrop or divprune, or answer with scripts/eval (engine "own").'
+        )
+    return ""
+
+
+def why_not_pixels(reducer: Reducer, tower_blocks: int = 0, built: int = 0) -> str:
+    """Why a method cannot run inside an engine, in one sentence; "" where it can.
+
+    Args:
+        tower_blocks, built: blocks of the model's tower, and how many of them the engine builds; 0 where not known.
+    """
+    name, why = reducer.name, why_not_anywhere(reducer)
+    if why:
+        return why
+    if not reducer.acts_in.isdisjoint(("tower", "input_grid")):
+        why = "acts on pixels or inside the vision tower"
+    elif reads_question(reducer):
+        why = "reads the question, and an engine keeps an image's tokens for all questions"
+    elif reducer.tokens_per_layer(ModelSpec(576, 1, PatchGrid(24, 24), 24, has_text_tower=True)) is None:
+        why = "decides from the image how many tokens stay, and an engine reserves them before"
+    elif built and any(score.index(tower_blocks) % tower_blocks >= built for score in reducer.scores()):
+        why = f"reads a tower block behind the last that the engine builds ({built} of {tower_blocks})"
+    return why and f"{name} {why}; send prompt embeddings instead: bash scripts/serve.sh {name} chooses that route."
+
+
+# The method of an engine
+
+
+@dataclass(frozen=True)
+class Served:
+    """A method on the models of one configuration.
+
+    Attributes:
+        reducer: the method.
+        spec: of the largest image.
+        family: what cannot be found in the model.
+        side: tokens along the edge of a tile; 0 where every image has a grid of its own.
+        merge: patches along the edge of a token.
+        anyres: how LLaVA-NeXT cuts images; None for the others.
+    """
+
+    reducer: Reducer
+    spec: ModelSpec
+    family: Family
+    side: int
+    merge: int = 1
+    anyres: AnyresProcessor | None = None
+
+    def layout(self, tokens: int, size: tuple[int, int] = (0, 0), grid: Sequence[int] = ()) -> TokenLayout:
+        """The token layout of an image.
+
+        Args:
+            tokens: that the model makes of it.
+            size: its (width, height) in pixels, for LLaVA-NeXT.
+            grid: rows and columns of its tokens, where every image has its own.
+        """
+        if self.anyres is not None:
+            return self.anyres.arrange(size)
+        if grid:
+            return single(grid[0], grid[1])
+        return layout_of(tokens // self.side**2, self.side, self.side, False, False)
+
+    def kept(self, layout: TokenLayout) -> int:
+        """How many tokens an image keeps."""
+        plan = plan_image(self.reducer, self.spec, layout).tokens
+        assert plan is not None, "refused by why_not_pixels"
+        return plan[0]
+
+
+def served_by(config: Any) -> Served | None:
+    """The method that a model's configuration or the environment names; None for none.
+
+    Args:
+        config: of the model, as the engine holds it; with `--hf-overrides '{"vtr": {"method": ..., "budget": ...}}'` its
+            attribute `vtr` says so. Else VTR_METHOD and VTR_BUDGET do.
+
+    Raises:
+        UserError: the settings are not right, or the method cannot run inside the engine.
+    """
+    given = getattr(config, "vtr", None)
+    if given is None:
+        name = os.environ.get("VTR_METHOD", "")
+        given = {"method": name, "budget": os.environ.get("VTR_BUDGET") or None} if name else None
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        raise UserError(f'vtr should be an object such as {{"method": "divprune", "budget": 64}}, got {given!r}.')
+    for key in given:
+        if key not in SETTINGS:
+            raise unknown("setting of vtr", key, SETTINGS)
+    settings = json.dumps(dict(given), sort_keys=True)
+    architecture = next((name for name in config.architectures or () if name in MODELS), "")
+    if not architecture:
+        raise UserError(f"The plug-in serves {', '.join(MODELS)}; got a checkpoint of {config.architectures}.")
+    return _served(settings, architecture, json.dumps(config.to_dict(), sort_keys=True, default=str))
+
+
+@lru_cache(maxsize=8)
+def _served(settings: str, architecture: str, written: str) -> Served:
+    given, config = json.loads(settings), json.loads(written)
+    text, vision = config.get("text_config") or config, config["vision_config"]
+    family = FAMILIES.get(architecture, CLIP)
+    layers = text["num_hidden_layers"]
+    blocks = vision.get("num_hidden_layers") or vision["depth"]
+    anyres, built, merge = None, 0, 1
+    if family is CLIP:
+        if vision.get("model_type") != "clip_vision_model":
+            raise UserError(f"The plug-in serves LLaVA with a CLIP tower, got {vision.get('model_type')}.")
+        side = vision["image_size"] // vision["patch_size"]
+        layer = config["vision_feature_layer"]
+        built = layer % (blocks + 1) if isinstance(layer, int) else 0
+        if not built or config["vision_feature_select_strategy"] != "default":
+            raise UserError(
+                "The plug-in serves LLaVA with the patches of one tower layer: vision_feature_layer must be one number, "
+                "vision_feature_select_strategy 'default'."
+            )
+        spec = ModelSpec(side * side, layers, PatchGrid(side, side), blocks)
+        if architecture.startswith("LlavaNext"):
+            clip = ImageProcessor(size=vision["image_size"], crop=vision["image_size"])
+            anyres = AnyresProcessor(clip, (side, side), config["image_grid_pinpoints"], "transformers")
+            runs = [anyres.arrange(size) for size in anyres.pinpoints]
+            spec = spec_of(spec, max(runs, key=lambda run: run.tokens))
+    else:
+        most, side, merge = text["max_position_embeddings"], 0, vision.get("spatial_merge_size", 1)
+        if family.tiles:
+            edge, patch = vision["image_size"][0], vision["patch_size"][0]
+            side = int(edge // patch * config["downsample_ratio"])
+            merge = edge // patch // side
+        spec = ModelSpec(most, layers, PatchGrid(1, most), blocks, family.cls is not None)
+    options = dict(given.get("options") or {})
+    if family.axes and options.setdefault("positions", "original") != "original":
+        raise UserError(f"{family.title} is served with positions=original: the engine numbers text before it reduces.")
+    budget = given.get("budget")
+    method = str(given.get("method"))
+    if budget is None and method != "full":
+        raise UserError(f"{method} needs a budget: visual tokens per image (64), or their ratio (1/9).")
+    reducer = build(method, spec.visual_tokens if budget is None else budget, options, spec.visual_tokens)
+    if why := why_not_pixels(reducer, blocks, built):
+        raise UserError(why)
+    require(reducer, spec if family is CLIP else replace(spec, visual_tokens=reducer.budget, layout=PatchGrid(1, reducer.budget)))
+    return Served(reducer, spec, family, side, merge, anyres)
+
+
+# Inside the engine
+
+
+class EngineTower(FamilyWrapper):
+    """Tower and projector of an engine's model as the stages see them.
+
+    Args:
+        model: the engine's.
+        attentions: of its tower's blocks, the modules that get queries, keys and values.
+    """
+
+    def __init__(self, model: Any, served: Served, attentions: Sequence[nn.Module]):
+        weight = next(model.parameters())
+        self.hf_model, self.device, self.family, self.served = model, weight.device, served.family, served
+        self.spec, self.axes, self.blocks = served.spec, served.family.axes, attentions
+        width = model.config.get_text_config().hidden_size
+        layers = [None] * served.spec.layers
+        self.llm = SimpleNamespace(embed_tokens=lambda ids: weight.new_empty(len(ids), width), layers=layers)
+        self.projector = model.multi_modal_projector if served.family is CLIP else nn.Identity()
+        self.newline = getattr(model, "image_newline", None)
+        self.order: Tensor | None = None
+
+    def groups(self, picture: EncodedImage) -> tuple[int, int, int]:
+        return (1, *picture.encoded.grid)
+
+    def reduce(self, images: Sequence[EncodedImage], beside: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Of each image [K, D] tokens.
+
+        Args:
+            beside: of each image [N, E] more values of its tokens, reduced as they are and put behind them. Where
+                positions have three axes, three channels follow: frame, row and column from the image's start.
+        """
+        reducer = self.served.reducer
+        samples = [StockSample(str(number), "", image=(image,), prompt=ONLY_IMAGE) for number, image in enumerate(images)]  # type: ignore[arg-type]
+        stages = Stages(self, reducer, samples, Record([[] for _ in images], [[] for _ in images]), Timer(self.device))
+        stages.encode_images()
+        sequence = embed(self, reducer, [ONLY_IMAGE] * len(images), stages.images)
+        if "prompt" in reducer.acts_in:
+            sequence = stages.reduce_prompt(sequence)
+        out = []
+        for row, length in enumerate(sequence.lengths):
+            own = slice(sequence.hidden.shape[1] - length, None)
+            parts = [sequence.hidden[row, own]]
+            if beside is not None:
+                values = beside[row][None]
+                for step in stages.record.reductions[row]:
+                    values = step.reduction.only(step.row).apply(values)
+                parts.append(values[0])
+            if self.axes:
+                parts.append(sequence.position[row, own])
+            out.append(torch.cat([part.to(parts[0].dtype) for part in parts], 1))
+        return out
+
+    def clip_images(self, pixels: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Of each image [K, H] tokens, its features reduced before the projector as in the pipeline.
+
+        Args:
+            pixels: of each image [C, 3, S, S].
+            sizes: of each image (width, height), for LLaVA-NeXT.
+        """
+        reducer, side, tiled = self.served.reducer, self.served.side, self.served.anyres is not None
+        layouts = [self.served.layout(side * side, size) for size in sizes]
+        counts = [len(layout.crops) for layout in layouts]  # tiles of which unpadding leaves nothing are not computed
+        crops = torch.cat([own[:count] for own, count in zip(pixels, counts, strict=True)])
+        with self.watched(tiled) as seen:
+            features = self.hf_model.vision_tower(crops, feature_select_strategy="full")
+        scores = {
+            score: torch.stack(scores_of(score.kind, parts, 0, [side * side] * len(crops)))
+            for score, parts in seen.items()
+        }
+        encoded = Encoded(features if reducer.keep_cls else features[:, 1:], scores, (side, side))
+        ends = torch.tensor(counts).cumsum(0).tolist()
+        parts = [encoded.rows(slice(end - count, end)) for end, count in zip(ends, counts, strict=True)]
+        pairs = zip(parts, layouts, strict=True)
+        return self.reduce([encoded_image_of(own, layout, reducer.keep_cls) for own, layout in pairs])
+
+    def merged_images(
+        self, encode: Callable[[], Tensor], grids: Sequence[tuple[int, int]], owners: Sequence[int]
+    ) -> list[Tensor]:
+        """Of each image its reduced tokens, for families whose projector makes one token of several patches.
+
+        Args:
+            encode: runs tower and projector: [n, H + E] tokens of all tiles, with E channels that methods do not read.
+            grids: of each tile rows and columns of its tokens.
+            owners: of each tile the number of its image, ascending.
+        """
+        with self.watched() as seen:
+            tokens = encode()
+        width, counts = self.hf_model.config.get_text_config().hidden_size, [rows * columns for rows, columns in grids]
+        side = self.served.merge
+        patches = [(rows * side, columns * side) for rows, columns in grids]
+        scores = self._scores_of_tokens({score: score for score in seen}, seen, patches, side)
+        views, beside = [[] for _ in {*owners}], [[] for _ in {*owners}]
+        for i, (own, grid, owner) in enumerate(zip(tokens.split(counts), grids, owners, strict=True)):
+            layout = layout_of(1, *grid, False, False)
+            encoded = Encoded(own[None, :, :width], {score: values[i][None] for score, values in scores.items()}, grid)
+            views[owner].append(EncodedImage(encoded, layout, layout, layout.tokens))
+            beside[owner].append(own[:, width:])
+        return self.reduce([joined(run) for run in views], [torch.cat(run) for run in beside])
+
+    @contextmanager
+    def watched(self, tiled: bool = False) -> Iterator[dict[TowerScore, list[Seen]]]:
+        """Scores of the method -> what the attention of their blocks is given meanwhile."""
+        wanted = {score: self.blocks[self._block(score)] for score in self.served.reducer.tower_scores(tiled)}
+        seen: dict[Any, list[Seen]] = {module: [] for module in wanted.values()}
+
+        def note(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+            seen[module] += handed_over(module, *args, **given)
+
+        hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in seen]
+        try:
+            yield {score: seen[module] for score, module in wanted.items()}
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def handed_over(
+    attention: Any, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None = None, **_: Any
+) -> list[Seen]:
+    """Queries and keys [B, H, P, d] of a call of an engine's attention for encoders, one after another by `cu_seqlens`."""
+    heads = [(query, attention.num_heads), (key, attention.num_kv_heads)]
+    query, key = (part.reshape(*part.shape[:2], count, -1).transpose(1, 2) for part, count in heads)
+    if cu_seqlens is None:
+        return [(query, key, None, attention.scale)]
+    lengths = cu_seqlens.diff().tolist()
+    pairs = zip(query.split(lengths, 2), key.split(lengths, 2), strict=True)
+    return [(*pair, None, attention.scale) for pair in pairs]
