@@ -7,6 +7,7 @@ Official code read: vLLM 0.32.0, model_executor/models (llava, llava_next, qwen2
 v1/worker/gpu_model_runner.py, multimodal/processing and registry
 """
 
+import re
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -20,67 +21,68 @@ from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 
 from llava.errors import UserError
+from llava.reduction.token_layout import TokenLayout
 from llava.serving.served import EngineTower, Served, served_by
 
 
 # Prompts
 
 
-class ShortPrompts:
-    """A vLLM processor that writes K image tokens where its base writes N."""
+def prompt_updates(
+    stock: Callable[..., Any], info: Any, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any
+) -> Sequence[Any]:
+    """A vLLM processor's own updates of prompts, with K image tokens where it writes N."""
+    served, updates = served_by(info.get_hf_config()), stock(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+    if served is None:
+        return updates
 
-    def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Sequence[Any]:
-        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
-        served = served_by(self.info.get_hf_config())  # type: ignore[attr-defined]
-        if served is None:
-            return updates
+    def shortened(update: Any, number: int) -> Any:
+        written = update.replacement(number) if callable(update.replacement) else update.replacement
+        details = written if isinstance(written, PromptUpdateDetails) else PromptUpdateDetails.from_seq(written)
+        visual = [True] * len(details.full) if details.is_embed is None else details.is_embed(details.full).tolist()
+        layout = layout_of_item(served, sum(visual), mm_items, out_mm_kwargs, number)
+        if layout.tokens != sum(visual):
+            raise UserError(f"The engine makes {sum(visual)} tokens of an image, its token layout says {layout.tokens}.")
+        room, full = served.kept(layout), []
+        for token, is_visual in zip(details.full, visual, strict=True):
+            if not is_visual or room > 0:
+                full.append(token)
+            room -= is_visual
+        return PromptUpdateDetails(full=full, is_embed=details.is_embed)
 
-        def shortened(update: Any, number: int) -> Any:
-            content = update.replacement
-            written = content(number) if callable(content) else content
-            details = written if isinstance(written, PromptUpdateDetails) else PromptUpdateDetails.from_seq(written)
-            visual = [True] * len(details.full) if details.is_embed is None else details.is_embed(details.full).tolist()
-            tokens = sum(visual)
-            layout = served.layout(tokens, *self._shape(served, mm_items, out_mm_kwargs, number))
-            if layout.tokens != tokens:
-                raise UserError(f"The engine makes {tokens} tokens of an image, its token layout says {layout.tokens}.")
-            room, full = served.kept(layout), []
-            for token, is_visual in zip(details.full, visual, strict=True):
-                if not is_visual or room > 0:
-                    full.append(token)
-                room -= is_visual
-            return PromptUpdateDetails(full=full, is_embed=details.is_embed)
+    images = [update for update in updates if update.modality == "image"]
+    others = [update for update in updates if update.modality != "image"]
+    return [*(PromptReplacement("image", one.target, partial(shortened, one)) for one in images), *others]
 
-        changed = []
-        for update in updates:
-            if update.modality == "image":
-                update = PromptReplacement("image", update.target, partial(shortened, update))
-            changed.append(update)
-        return changed
 
-    def _shape(self, served: Served, mm_items: Any, out: Any, number: int) -> tuple[Any, Any]:
-        """Arguments of `Served.layout` behind the tokens: size in pixels, and rows and columns of tokens."""
-        if served.anyres is not None:
-            size = mm_items["image"].get_image_size(number)
-            return (size.width, size.height), ()
-        if served.side == 0:
-            _, rows, columns = out["image"][number]["image_grid_thw"].data.tolist()
-            return (0, 0), (rows // served.merge, columns // served.merge)
-        return (0, 0), ()
+def layout_of_item(served: Served, tokens: int, mm_items: Any, out: Any, number: int) -> TokenLayout:
+    """The token layout of an image of a request.
+
+    Args:
+        tokens: that the engine makes of it.
+    """
+    if served.anyres is not None:
+        size = mm_items["image"].get_image_size(number)
+        return served.layout(tokens, (size.width, size.height))
+    if served.side:
+        return served.layout(tokens)
+    _, rows, columns = out["image"][number]["image_grid_thw"].data.tolist()
+    return served.layout(tokens, grid=(rows // served.merge, columns // served.merge))
 
 
 def with_short_prompts(model: Any) -> Any:
-    """A class decorator: the model's processor, with `ShortPrompts` in front."""
+    """A class decorator: the model's processor, with `prompt_updates` in place of its own."""
     base = model._processor_factory
 
     def processor(info: Any, dummy_inputs: Any, **more: Any) -> Any:
         made = base.processor(info, dummy_inputs, **more)
         served_by(info.get_hf_config())  # settings that are not right end the engine's start here
-        made.__class__ = type(f"Short{type(made).__name__}", (ShortPrompts, type(made)), {})
+        made._get_prompt_updates = partial(prompt_updates, made._get_prompt_updates, info)
         return made
 
     return MULTIMODAL_REGISTRY.register_processor(processor, info=base.info, dummy_inputs=base.dummy_inputs)(model)
@@ -114,6 +116,11 @@ class Reduced:
 
 
 class ClipModel(Reduced):
+    # transformers 5 saves the tower without the level that the engine's class has.
+    hf_to_vllm_mapper = LlavaNextForConditionalGeneration.hf_to_vllm_mapper | WeightsMapper(
+        orig_to_new_regex={re.compile(r"^(model\.)?vision_tower\.(?!vision_model\.)"): r"\1vision_tower.vision_model."}
+    )
+
     def attentions(self) -> list[Any]:
         return [layer.self_attn.attn for layer in self.vision_tower.vision_model.encoder.layers]  # type: ignore[attr-defined]
 
@@ -185,19 +192,22 @@ class QwenModel(Reduced):
     def recompute_mrope_positions(
         self, input_ids: Any, multimodal_embeddings: Any, mrope_positions: Tensor, num_computed_tokens: int
     ) -> tuple[list[Tensor], Tensor, int]:
-        """Move the positions of an image's tokens, which all stand at its start, to the places of what is kept."""
+        """Move the positions of an image's tokens from its start to the places of those that were kept."""
         if self.served is None:
             return super().recompute_mrope_positions(  # type: ignore[misc]
                 input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
             )
-        positions = mrope_positions.clone()
-        ids = torch.as_tensor(input_ids)
-        places = (ids[num_computed_tokens:] == self.config.image_token_id).nonzero().flatten() + num_computed_tokens  # type: ignore[attr-defined]
-        done = 0
+        positions, ids = mrope_positions.clone(), torch.as_tensor(input_ids, device=mrope_positions.device)
+        visual = ids == self.config.image_token_id  # type: ignore[attr-defined]
+        before = torch.cat([visual.new_zeros(1), visual[:-1]])
+        columns = torch.arange(len(ids), device=ids.device)
+        # Of every column the token in front of the image that it is in; a chat template always has one.
+        front = torch.where(visual & ~before, columns - 1, -1).cummax(0).values
+        places, done = columns[num_computed_tokens:][visual[num_computed_tokens:]], 0
         for own in multimodal_embeddings:
-            columns = places[done : done + len(own)]
+            now = places[done : done + len(own)]
             done += len(own)
-            positions[:, columns] += own[:, -3:].T.round().to(positions)
+            positions[:, now] = positions[:, front[now]] + 1 + own[:, -3:].T.round().to(positions)
         return [own[:, :-3] for own in multimodal_embeddings], positions, int(positions.max()) + 1 - len(ids)
 
 
