@@ -109,7 +109,8 @@ LINES = [line.strip() for line in (ROOT / "requirements.txt").read_text().splitl
 PINS = {found.name: found for found in map(Requirement, filter(lambda line: line and line[0] != "#", LINES))}
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 INSTALLED = [Requirement(text) for text in PROJECT["project"]["dependencies"]]
-DECLARED = [*INSTALLED, *(Requirement(text) for extra in EXTRAS.values() for text in extra)]
+# vLLM pins its own torch, so it has an environment of its own (scripts/serve_setup.sh).
+DECLARED = [*INSTALLED, *(Requirement(text) for name in EXTRAS if name != "vllm" for text in EXTRAS[name])]
 
 # Packages that come with a declared one and are part of its interface.
 WITH = {"huggingface_hub": "transformers", "tokenizers": "transformers", "pyarrow": "datasets"}

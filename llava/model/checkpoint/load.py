@@ -28,7 +28,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     BitsAndBytesConfig,
     CLIPVisionConfig,
@@ -82,7 +82,8 @@ HF_CLASSES: dict[Family, type[PreTrainedModel]] = {
     "qwen2_vl": Qwen2VLForConditionalGeneration,
 }
 TEMPORAL = re.compile(r"^model\.video_tower\..*\.temporal_embedding$")
-CUT = ("model.language_model.layers.", "lm_head.")  # what several ranks share
+LAYERS = "model.language_model.layers."
+CUT = (LAYERS, "lm_head.")  # what several ranks share
 
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CHOICES = ("8bit", "4bit")  # of quantisation
@@ -147,6 +148,7 @@ def load_checkpoint(
     text_tower: str | Path | None = None,
     quantization: str | None = None,
     parallel: Parallel | None = None,
+    decoder_layers: int | None = None,
 ) -> Checkpoint:
     """Load a checkpoint from a folder or from the Hugging Face hub.
 
@@ -157,6 +159,7 @@ def load_checkpoint(
             none; only methods that compare text and image in CLIP's space need it.
         quantization: "8bit" or "4bit" to quantise the decoder; needs bitsandbytes.
         parallel: spread the decoder over the ranks of this process's replica.
+        decoder_layers: how many of the first ones are loaded; the others stand there empty and cannot run.
 
     Raises:
         UserError: the checkpoint is incomplete or damaged, or is of a family that is not supported.
@@ -169,9 +172,17 @@ def load_checkpoint(
             "bitsandbytes."
         )
     files = _read(source, text_tower, with_weights=True)
+    depth = files.config.text_config.num_hidden_layers
+    if decoder_layers is not None:
+        files.config.text_config.num_hidden_layers = decoder_layers
+        left_out = tuple(f"{LAYERS}{number}." for number in range(decoder_layers, depth))
+        weights = {name: weight for name, weight in files.weights.items() if not name.startswith(left_out)}
+        files = dataclasses.replace(files, weights=weights)
     # Before the weights, which may take a minute: a missing tokenizer is reported at once.
     parts = _parts(files, source)
     model = _fill(files, dtype, torch.device(device), quantization, parallel)
+    if decoder_layers is not None:
+        model.model.language_model.layers.extend(nn.Identity() for _ in range(decoder_layers, depth))
     if quantization is not None:
         parts["notes"] += (f"The decoder is quantised to {quantization[0]} bits by bitsandbytes.",)
     paths = files_of(files.directory)

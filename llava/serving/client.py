@@ -1,0 +1,225 @@
+"""Which way a method is served, and the client of the second way, which sends prompts as embeddings.
+
+pixels  an engine with the method inside (llava/serving/plugin.py): requests hold images and text
+embeds  an engine that knows of no method: requests hold whole prompts as embeddings, which `prompt_embeddings` makes as
+        a benchmark does (llava/pipeline/prefill.py); for methods that read the question
+
+Official code read: vLLM 0.32.0, renderers/embed_utils.py (a request's embeddings are a file of torch.save, in base64)
+and entrypoints/openai/completion
+"""
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import openai
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from llava.conversation import conversation
+from llava.errors import UserError
+from llava.model.builder import load
+from llava.model.checkpoint.config import default_mode, identify
+from llava.model.checkpoint.files import locate
+from llava.model.llava_arch import Llava
+from llava.pipeline.accounting import Record, Timer
+from llava.pipeline.prefill import Stages, embed
+from llava.processing.json_files import read_json
+from llava.processing.prompt import Sample, read_tokenizer
+from llava.reduction.budget import require
+from llava.reduction.reducer import Reducer
+from llava.reduction.registry import build
+from llava.reduction.token_layout import ModelSpec
+from llava.serving import MODELS
+from llava.serving.served import CLIP, served_by, why_not_anywhere
+
+PIXELS, EMBEDS = "pixels", "embeds"
+# Where a checkpoint may keep a chat template of its own.
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+TEMPLATE_FIELDS = ("tokenizer_config.json", "processor_config.json")
+
+
+# The route
+
+
+def route(method: str, budget: str | None, source: str | Path) -> tuple[str, list[str]]:
+    """PIXELS or EMBEDS, and the engine's arguments for it.
+
+    Args:
+        budget: visual tokens per image, or their ratio; None for `full`.
+        source: folder or hub id of the checkpoint.
+
+    Raises:
+        UserError: no engine can serve the method, the budget or the checkpoint.
+    """
+    directory = locate(source, "checkpoint", weights=False)
+    raw = read_json(directory / "config.json")
+    if not set(raw.get("architectures") or ()) & MODELS.keys():
+        raise UserError(
+            f"vLLM serves reduced prompts of {', '.join(MODELS)}; {source} is one of "
+            f"{', '.join(raw.get('architectures') or ['an unnamed class'])}. Take a checkpoint of theirs, in the layout of transformers."
+        )
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    config.vtr = {"method": "full"}
+    whole = served_by(config)
+    assert whole is not None
+    reducer = configured(method, budget, replace(whole.spec, has_text_tower=True))
+    arguments = ["--model", str(source), "--served-model-name", served_name(source)]
+    config.vtr = {"method": method, "budget": budget}
+    try:
+        served_by(config)
+    except UserError as inside:
+        if whole.family is not CLIP:
+            reason = str(inside).partition("; send ")[0].rstrip(".")
+            raise UserError(f"{reason}; prompt embeddings are made of LLaVA's prompts alone.") from None
+        refuse_embeds(reducer)
+        return EMBEDS, [*arguments, "--enable-prompt-embeds", "--limit-mm-per-prompt", '{"image": 0}']
+    arguments += ["--hf-overrides", json.dumps({"vtr": config.vtr})]
+    stored = (read_json(directory / name) for name in TEMPLATE_FIELDS if (directory / name).is_file())
+    if whole.family is CLIP and not (
+        any((directory / name).is_file() for name in TEMPLATE_FILES) or any("chat_template" in file for file in stored)
+    ):
+        mode = default_mode(identify(raw, directory), read_tokenizer(directory, config).get_vocab())
+        arguments += ["--chat-template", chat_template(mode)]
+    return PIXELS, arguments
+
+
+def configured(method: str, budget: str | None, spec: ModelSpec) -> Reducer:
+    """A method at a budget, for a model; UserError where they do not go together or no engine serves the method."""
+    if budget is None and method != "full":
+        raise UserError(f"{method} needs a budget: visual tokens per image (64), or their ratio (1/9).")
+    reducer = build(method, spec.visual_tokens if budget is None else budget, {}, spec.visual_tokens)
+    if why := why_not_anywhere(reducer):
+        raise UserError(why)
+    require(reducer, spec)
+    return reducer
+
+
+def refuse_embeds(reducer: Reducer) -> None:
+    """Raise UserError where a method's prompts are not numbered 0, 1, 2, ..., as an engine numbers them."""
+    if reducer.positions != "renumber" and reducer.name != "full":
+        raise UserError(
+            f"An engine numbers a prompt without gaps; {reducer.name}.positions={reducer.positions} does not."
+        )
+
+
+def served_name(source: str | Path) -> str:
+    """What a server calls a checkpoint, and `Llava.name` too: its hub id, or the name of its folder."""
+    return Path(source).resolve().name if Path(source).is_dir() else str(source)
+
+
+def chat_template(mode: str) -> str:
+    """The Jinja template of a conversation mode, with which a chat request has the prompt of a benchmark.
+
+    The engine puts "<image>" and a line end before the text of a message that has an image.
+    """
+    template = conversation(mode)
+    before, after = template.answered.split("{}")
+    text = "{{ message['content'] | trim }}" if template.trim else "{{ message['content'] }}"
+
+    def written(*parts: str) -> str:
+        return f"{{{{ {json.dumps(''.join(parts))} }}}}"
+
+    return (
+        f"{{{{ bos_token }}}}{written(template.system)}{{% for message in messages %}}"
+        f"{{% if message['role'] == 'user' %}}"
+        f"{written(template.user)}{text}{{% elif message['role'] == 'assistant' %}}"
+        f"{written(template.assistant, before)}{text}{written(after)}{{% else %}}"
+        "{{ raise_exception('This prompt has its own system text; leave system messages out.') }}"
+        f"{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{written(template.assistant)}{{% endif %}}"
+    )
+
+
+# Embeddings
+
+
+def load_front(source: str | Path, method: str, dtype: str = "float32", device: str = "auto") -> Llava:
+    """The model of a checkpoint up to what a method needs before the decoder: a probe's layers, else one."""
+    probed = getattr(build(method, 1), "probe_layer", 0)
+    model = load(source, dtype, device, decoder_layers=probed + 1)
+    if model.axes or model.answers is not None:
+        raise UserError(f"Prompt embeddings are made of LLaVA's checkpoints; {model.name} is of another family.")
+    return model
+
+
+@torch.inference_mode()
+def prompt_embeddings(model: Llava, samples: Sequence[Sample], reducer: Reducer) -> list[Tensor]:
+    """Of each sample the [L, H] embeddings of its prompt, text and reduced images, as they enter decoder layer 0.
+
+    Args:
+        samples: all with at least one image.
+    """
+    refuse_embeds(reducer)
+    record = Record([[] for _ in samples], [[] for _ in samples])
+    stages = Stages(model, reducer, samples, record, Timer(model.device))
+    stages.encode_images()
+    sequence = embed(model, reducer, [model.prompt(sample) for sample in samples], stages.images)
+    if "prompt" in reducer.acts_in:
+        sequence = stages.reduce_prompt(sequence)
+    return [row[-length:].cpu() for row, length in zip(sequence.hidden, sequence.lengths, strict=True)]
+
+
+# Requests
+
+
+def encoded(embeddings: Tensor) -> str:
+    """What vLLM reads as the embeddings of a prompt."""
+    file = io.BytesIO()
+    torch.save(embeddings.clone(), file)  # a view would be saved with everything that it is a view of
+    return base64.b64encode(file.getvalue()).decode()
+
+
+class Server:
+    """An OpenAI-compatible server that takes embeddings.
+
+    Args:
+        url: without a path, http://127.0.0.1:8000.
+        key: never printed.
+    """
+
+    def __init__(self, url: str, key: str):
+        self.url, self._key = url.rstrip("/"), key
+
+    @cached_property
+    def _client(self) -> openai.OpenAI:
+        # A redirect would carry the key to another host.
+        http = openai.DefaultHttpxClient(follow_redirects=False)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self._key or "none", timeout=600, http_client=http)
+
+    def check(self, name: str) -> None:
+        """Raise UserError where the server does not answer, or has another model than the embeddings are of."""
+        served = [one.id for one in self._ask(lambda: self._client.models.list())]
+        if name not in served:
+            raise UserError(
+                f"The embeddings are of {name}, and the server at {self.url} has {', '.join(served)}; start it with "
+                "MODEL set to the same checkpoint."
+            )
+
+    def complete(self, name: str, embeddings: Tensor, tokens: int, end_ids: Sequence[int]) -> str:
+        """The greedy answer to a prompt [L, H], of at most `tokens` tokens."""
+        more: dict[str, Any] = {"prompt_embeds": encoded(embeddings), "stop_token_ids": list(end_ids)}
+        create = self._client.completions.create
+        answer = self._ask(lambda: create(model=name, prompt="", temperature=0, max_tokens=tokens, extra_body=more))
+        return str(answer.choices[0].text).strip()
+
+    def _ask(self, request: Any) -> Any:
+        """What a request returns; the server's reason in one sentence where it has one."""
+        try:
+            return request()
+        except openai.APIStatusError as error:
+            body: Any = error.body if isinstance(error.body, dict) else {}
+            reason = " ".join(str(body.get("message") or error.response.text).split())[:300].rstrip(".")
+            reason = reason.replace(self._key, "***") if self._key else reason
+            hint = " Set KEY to the server's key." if error.status_code == 401 else ""
+            raise UserError(f"The server at {self.url} refused with {error.status_code}: {reason}.{hint}") from None
+        except openai.OpenAIError as error:
+            problem = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+            raise UserError(
+                f"No answer from the server at {self.url} ({problem}); start it by scripts/serve.sh and give its --url."
+            ) from None
