@@ -61,9 +61,9 @@ def route(method: str, budget: str | None, source: str | Path) -> tuple[str, lis
     directory = locate(source, "checkpoint", weights=False)
     raw = read_json(directory / "config.json")
     if not set(raw.get("architectures") or ()) & MODELS.keys():
+        named = ", ".join(raw.get("architectures") or ["an unnamed class"])
         raise UserError(
-            f"vLLM serves reduced prompts of {', '.join(MODELS)}; {source} is one of "
-            f"{', '.join(raw.get('architectures') or ['an unnamed class'])}. Take a checkpoint of theirs, in the layout of transformers."
+            f"vLLM serves reduced prompts of {', '.join(MODELS)}, in transformers' layout; {source} is {named}."
         )
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     config.vtr = {"method": "full"}

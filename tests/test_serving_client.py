@@ -1,0 +1,178 @@
+"""Routes of all methods, the chat template, embeddings and the client, against a server that is only a small web server."""
+
+import base64
+import io
+import json
+import os
+import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import jinja2
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eval import serving
+from eval.config import DEFAULT_MODEL, ROOT
+from llava.errors import UserError
+from llava.model.builder import load
+from llava.pipeline.prefill import prefill
+from llava.reduction.registry import build, names
+from llava.serving import client
+from tests.conftest import picture, samples
+
+PIXELS = {"divprune", "fastervlm", "full", "hired", "holov", "random", "scope", "uniform", "visionzip", "vispruner"}
+REFUSED = {"dart", "fastv", "pyramiddrop", "sparsevlm", "visiondrop", "vscan"}
+
+
+@pytest.mark.parametrize("method", names())
+def test_every_method_has_a_route_or_a_reason(method):
+    if method in REFUSED:
+        with pytest.raises(UserError, match=f"{method} reduces between decoder layers"):
+            client.route(method, "64", DEFAULT_MODEL)
+        return
+    way, arguments = client.route(method, None if method == "full" else "64", DEFAULT_MODEL)
+    assert way == (client.PIXELS if method in PIXELS else client.EMBEDS)
+    assert ("--enable-prompt-embeds" in arguments) == (way == client.EMBEDS)
+    assert ("--hf-overrides" in arguments) == ("--chat-template" in arguments) == (way == client.PIXELS)
+
+
+@pytest.mark.parametrize(
+    "method, budget, model, why",
+    [
+        ("divprun", "64", "tinyllava", "Did you mean 'divprune'"),
+        ("divprune", "577", "tinyllava", "must be 1 to 576"),
+        ("divprune", None, "tinyllava", "needs a budget"),
+        ("divprune", "64", "tinyllava_video", "is VideoLlavaForConditionalGeneration"),
+    ],
+)
+def test_what_no_engine_can_serve_is_one_sentence(method, budget, model, why):
+    with pytest.raises(UserError, match=why):
+        client.route(method, budget, ROOT / "assets" / model)
+
+
+def test_a_chat_request_has_the_ids_of_a_benchmark_prompt(tiny):
+    def no(reason: str) -> None:
+        raise UserError(reason)
+
+    for model, image in ((load(DEFAULT_MODEL, device="cpu"), True), (tiny, False)):
+        sample = samples(4)[0 if image else 3]
+        template = jinja2.Environment().from_string(client.chat_template(model.conversation))
+        bos = model.tokenizer.bos_token
+        content = "<image>\n" * image + sample.message
+        turns = [{"role": "user", "content": content}]
+        text = template.render(messages=turns, bos_token=bos, add_generation_prompt=True, raise_exception=no)
+        assert text == bos + model.prompt(sample).text
+        if image:
+            slot = model.hf_model.config.image_token_id
+            ids = [slot if token < 0 else token for token in model.prompt(sample).ids]
+            assert model.tokenizer(text, add_special_tokens=False).input_ids == ids
+        with pytest.raises(UserError, match="its own system text"):
+            template.render(messages=[{"role": "system", "content": "x"}], bos_token=bos, raise_exception=no)
+
+
+@pytest.mark.parametrize("method", ["full", "divprune", "consensusdrop", "tome"])
+def test_embeddings_are_what_enters_the_decoder(tiny, tiny_path, method, monkeypatch):
+    """With one decoder layer loaded of four, as a whole model computes them."""
+    asked = [sample for sample in samples() if sample.images]
+    reducer = build(method, 8 if method != "full" else 16)
+    front = client.load_front(tiny_path, method, device="cpu")
+    assert sum(1 for _ in front.llm.layers[1:].parameters()) == 0 and front.spec == tiny.spec
+    started = {}
+    monkeypatch.setattr("llava.pipeline.decoder.prefill", lambda llm, sequence, *_: started.update(s=sequence) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prefill(tiny, asked, reducer)
+    whole = started["s"]
+    for row, own in enumerate(client.prompt_embeddings(front, asked, reducer)):
+        assert torch.equal(own, whole.hidden[row, whole.padding(row) :])
+
+
+@pytest.fixture
+def server():
+    """Answers with the shape of what it is sent; a prompt of 999 tokens is refused. Its `seen` holds the requests."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def reply(self, status: int, body: object) -> None:
+            content = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_GET(self) -> None:
+            if self.headers["Authorization"] != "Bearer secret":
+                return self.reply(401, {"error": {"message": f"Bad key {self.headers['Authorization']}"}})
+            return self.reply(200, {"object": "list", "data": [{"id": "tiny-llava", "object": "model"}]})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            sent = torch.load(io.BytesIO(base64.b64decode(body["prompt_embeds"])), weights_only=True)
+            self.server.seen.append((sent, body, len(body["prompt_embeds"])))
+            if len(sent) == 999:
+                return self.reply(400, {"error": {"message": "too\nlong"}})
+            text = f" {len(sent)}"
+            return self.reply(200, {"id": "1", "object": "text_completion", "choices": [{"index": 0, "text": text}]})
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    web.seen, web.url = [], f"http://127.0.0.1:{web.server_port}"
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    yield web
+    web.shutdown()
+    web.server_close()
+
+
+def test_the_client_sends_several_budgets_and_export_writes_them(server, tiny_path, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KEY", "secret")
+    lines = []
+    for number in range(3):
+        picture(number).save(tmp_path / f"{number}.png")
+        lines.append(json.dumps({"question_id": number + 1, "image": f"{number}.png", "text": "where is it"}))
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    given = ["consensusdrop", "4,8", "--questions", str(tmp_path / "q.jsonl"), "--model", str(tiny_path)]
+    assert serving.main([*given, "--url", server.url]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["budget"] for one in answers] == ["4"] * 3 + ["8"] * 3
+    assert {int(one["text"]) - int(one["budget"]) for one in answers} == {int(answers[0]["text"]) - 4}
+    assert all(size < 1.4 * sent.nbytes + 4000 for sent, _, size in server.seen), "a whole batch was sent for a prompt"
+    assert serving.export_command([str(tmp_path / "p.safetensors"), *given]) == 0
+    written = load_file(tmp_path / "p.safetensors")
+    told = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    sent = {tuple(one.shape): one for one, _, _ in server.seen}
+    assert len(told) == len(written) == 6 and told[0]["model"] == "tiny-llava"
+    assert {tuple(one.shape) for one in written.values()} == sent.keys()
+
+
+@pytest.mark.parametrize(
+    "key, name, length, why",
+    [
+        ("wrong", "tiny-llava", 0, r"refused with 401: Bad key Bearer \*\*\*. Set KEY"),
+        ("secret", "other", 0, "embeddings are of other, and the server .* has tiny-llava"),
+        ("secret", "tiny-llava", 999, "refused with 400: too long."),
+    ],
+)
+def test_a_refusal_is_one_sentence_without_the_key(server, key, name, length, why):
+    asked = client.Server(server.url, key)
+    with pytest.raises(UserError, match=why) as told:
+        asked.check(name)
+        asked.complete(name, torch.zeros(length, 2), 1, [2])
+    assert "\n" not in str(told.value) and "wrong" not in str(told.value)
+
+
+def test_no_server_is_one_sentence():
+    with pytest.raises(UserError, match=r"No answer from the server at http://127.0.0.1:9"):
+        client.Server("http://127.0.0.1:9", "").check("x")
+
+
+@pytest.mark.process
+def test_the_script_refuses_before_it_makes_an_environment(tmp_path):
+    given = os.environ | {"VLLM_VENV": str(tmp_path / "none")}
+    for words, why in ((["fastv", "64"], "between decoder layers"), (["nosuch", "64"], "Unknown method")):
+        command = ["bash", str(Path(ROOT) / "scripts" / "serve.sh"), *words]
+        done = subprocess.run(command, env=given, capture_output=True, text=True)
+        assert done.returncode == 2 and why in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "none").exists()
