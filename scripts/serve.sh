@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Serves a checkpoint with a method by vLLM, as an OpenAI-compatible server on this machine (docs/serving.md).
+# Serves a checkpoint with a method by vLLM, as an OpenAI-compatible server on this machine (docs/models/serving.md).
 # Usage: bash scripts/serve.sh METHOD [BUDGET] [further arguments of vLLM]
 # From the environment: MODEL, a checkpoint (none: the toy); PORT (8000) and HOST (127.0.0.1); KEY, which a client must
 # give (none: one is made); VLLM_VENV and VLLM, see scripts/serve_setup.sh.

@@ -1,4 +1,4 @@
-"""Routes of all methods, the chat template, embeddings and the client, against a server that is only a small web server."""
+"""Routes of all methods, the chat template, embeddings, and the client against a small web server."""
 
 import base64
 import io

@@ -195,7 +195,8 @@ def test_imported_libraries_are_declared(folder):
     declared = {needed.name.lower() for needed in [*INSTALLED, *map(Requirement, extras)]}
     demo = {Requirement(text).name for text in EXTRAS["demo"]}
     own = {name.split(".")[0] for name in packages()} | {"tests"}
-    optional = {"bitsandbytes", "lmms_eval", "loguru", "flash_attn"}  # asked for with a sentence where they are used
+    # Asked for with a sentence where they are used, or imported by vLLM alone.
+    optional = {"bitsandbytes", "lmms_eval", "loguru", "flash_attn", "vllm"}
     for path in (ROOT / folder).rglob("*.py"):
         for name in imported(path.read_text()) - own - optional - sys.stdlib_module_names:
             names = {text.lower().replace("_", "-") for text in modules.get(name, [name])}

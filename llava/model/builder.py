@@ -79,7 +79,6 @@ def load(
     quantization: str | None = None,
     tensor_parallel: int = 1,
     zero: str | None = None,
-    decoder_layers: int | None = None,
     **conventions: Any,
 ) -> Llava:
     """Load a checkpoint of any family.
@@ -97,8 +96,6 @@ def load(
         zero: ZeRO-Inference, for a decoder that does not fit one device: its weights are partitioned over the ranks of
             the group (without one, a group of one is joined) and fetched layer by layer from "cpu" or,
             with "none", from the devices of the others.
-        decoder_layers: of the checkpoint's; the first ones are loaded, for what comes before the decoder
-            (llava/serving/client.py).
         conventions: how images are read, where a family leaves a choice: `merge`, `reading` and `force` of
             llava.model.llava_next.LlavaNext, `min_pixels` and `max_pixels` of llava.model.qwen_vl.QwenVL.
     """
@@ -124,7 +121,7 @@ def load(
     parallel = parallel_of(tensor_parallel, zero, quantization)
     if parallel is not None:
         place = device_of_rank(place)
-    checkpoint = load_checkpoint(source, DTYPES[dtype], place, text_tower, quantization, parallel, decoder_layers)
+    checkpoint = load_checkpoint(source, DTYPES[dtype], place, text_tower, quantization, parallel)
     model = runtime(checkpoint, place, conventions)
     # Another process can load the same model by this; the device is its own.
     model.loaded_with = {

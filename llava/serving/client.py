@@ -24,9 +24,10 @@ from transformers import AutoConfig
 
 from llava.conversation import conversation
 from llava.errors import UserError
-from llava.model.builder import load
+from llava.model.builder import DTYPES, device_of, runtime
 from llava.model.checkpoint.config import default_mode, identify
 from llava.model.checkpoint.files import locate
+from llava.model.checkpoint.load import load_checkpoint
 from llava.model.llava_arch import Llava
 from llava.pipeline.accounting import Record, Timer
 from llava.pipeline.prefill import Stages, embed
@@ -142,8 +143,9 @@ def chat_template(mode: str) -> str:
 def load_front(source: str | Path, method: str, dtype: str = "float32", device: str = "auto") -> Llava:
     """The model of a checkpoint up to what a method needs before the decoder: a probe's layers, else one."""
     probed = getattr(build(method, 1), "probe_layer", 0)
-    model = load(source, dtype, device, decoder_layers=probed + 1)
-    if model.axes or model.answers is not None:
+    place = device_of(device)
+    model = runtime(load_checkpoint(source, DTYPES[dtype], place, decoder_layers=probed + 1), place, {})
+    if model.axes:
         raise UserError(f"Prompt embeddings are made of LLaVA's checkpoints; {model.name} is of another family.")
     return model
 
