@@ -8,7 +8,7 @@
 #   bash scripts/serve.sh divprune 64
 #   MODEL=llava-hf/llava-1.5-7b-hf bash scripts/serve.sh consensusdrop 64 --dtype bfloat16
 set -euo pipefail
-case "${1:-}" in "" | -h | --help) sed -n '2,10p' "${BASH_SOURCE[0]}" | cut -c3- >&2; [ -n "${1:-}" ]; exit $((2 * $?)) ;; esac
+case "${1:-}" in "" | -h | --help) sed -n '2,9p' "${BASH_SOURCE[0]}" | cut -c3- >&2; [ -n "${1:-}" ] || exit 2; exit 0 ;; esac
 if [ -n "${MODEL:-}" ] && [ -d "$MODEL" ]; then MODEL=$(cd "$MODEL" && pwd) && export MODEL; fi
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 method=("$1")

@@ -171,8 +171,9 @@ def test_no_server_is_one_sentence():
 @pytest.mark.process
 def test_the_script_refuses_before_it_makes_an_environment(tmp_path):
     given = os.environ | {"VLLM_VENV": str(tmp_path / "none")}
-    for words, why in ((["fastv", "64"], "between decoder layers"), (["nosuch", "64"], "Unknown method")):
+    refused = (["fastv", "64"], "between decoder layers", 1), (["nosuch", "64"], "Unknown method", 1), ([], "Usage", 8)
+    for words, why, lines in refused:
         command = ["bash", str(Path(ROOT) / "scripts" / "serve.sh"), *words]
         done = subprocess.run(command, env=given, capture_output=True, text=True)
-        assert done.returncode == 2 and why in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert done.returncode == 2 and why in done.stderr and done.stderr.count("\n") == lines, done.stderr
     assert not (tmp_path / "none").exists()
