@@ -16,6 +16,7 @@ from typing import Any
 from eval import benchmarks
 from eval.command import Parser, add_data_flags, exit_on_user_error, make_parser, value
 from eval.config import (
+    FILLING,
     FULL,
     RunConfig,
     budget_of,
@@ -38,6 +39,7 @@ SOME_FAILED = 3
 # Flag -> what argparse must know of it; default and help are those of the setting of this name in RunConfig.
 FLAGS: dict[str, dict[str, Any]] = {
     "batch_size": {"type": value(count)},
+    "engine": {"metavar": "NAME"},
     "limit": {"type": value(count)},
     "quantization": {"choices": ("8bit", "4bit")},
     "compile": {"action": "store_true"},
@@ -87,6 +89,7 @@ def parser() -> Parser:
     for name, more in FLAGS.items():
         flag, default = f"--{name.replace('_', '-')}", getattr(RunConfig, name)
         p.add_argument(flag, default=default, help=meanings[name], **more)
+    p.set_defaults(batch_size=None)  # depends on the engine
     p.add_argument(
         "--timeout",
         type=value(count),
@@ -138,6 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if run_all(configs) else SOME_FAILED
     from eval.run import read_questions, run
 
+    if place is not None and config.engine != "own":
+        raise UserError(
+            f"--engine {config.engine} runs in one process, not on {place.describe()}; choose one by GPUS=0,"
+        )
     if place is not None:  # the same command on every rank
         data, _ = read_questions(config)
         planned = data.questions[: config.limit]
@@ -186,6 +193,7 @@ def configuration(
     resolved: dict[str, Any] = {
         "method": method,
         "budget": budget,
+        "batch_size": args.batch_size or (RunConfig.batch_size if args.engine == RunConfig.engine else FILLING),
         "benchmark": name,
         "model": args.model or embedded_model(benchmark.model),
         "data": Path(args.data),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from eval.answers.source_hash import answer_sources, flatten
 from eval.benchmarks.base import Dataset
 from llava.budget import RETENTION_RATIO
-from llava.errors import UserError
+from llava.errors import UserError, unknown
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_DATA = ROOT / "assets" / "eval"
@@ -35,6 +35,8 @@ def embedded_model(name: str) -> str:
     return str(ROOT / "assets" / name)
 
 
+ENGINES = ("own", "vllm")
+FILLING = 64  # questions at once that keep an engine busy
 DEFAULT_MODEL = embedded_model("tinyllava")
 
 
@@ -51,7 +53,7 @@ class RunConfig:
         budget: visual tokens per image; None for the method "full", and where `options` hold a retention ratio.
         split: None for the benchmark's default.
         output: None for results/<benchmark>-<split>/<model>/<method>-<budget>.
-        batch_size: questions answered at once
+        batch_size: questions answered at once; default: 8, with --engine vllm 64
         limit: ask the first LIMIT questions only; its result goes to OUTPUT/limitLIMIT
         options: the method's own fields, as text; the registry parses them.
         dtype: of the weights
@@ -72,6 +74,7 @@ class RunConfig:
             accelerators of --zero-ranks
         zero_ranks: with --zero: ranks that share one model's weights
         table: paper table that the run belongs to: its group in W&B
+        engine: what decodes: this package, or vLLM in one process (docs/models/serving.md)
         compile: run tower, prefill and decoding with torch.compile: for long runs; compiling takes seconds to a minute
     """
 
@@ -102,12 +105,20 @@ class RunConfig:
     zero: str | None = None
     zero_ranks: int = 1
     table: str | None = None
+    engine: str = "own"
     compile: bool = False
 
     def __post_init__(self) -> None:
         ratio = self.retention_ratio
         if self.restart and self.failed == "only":
             raise UserError("--restart asks every question anew, also those that failed; leave out --retry-failed.")
+        if self.engine not in ENGINES:
+            raise unknown("engine", self.engine, ENGINES)
+        alone = ("compile", "tensor_parallel", "zero", "quantization")
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        changed = [f"--{name.replace('_', '-')}" for name in alone if getattr(self, name) != usual[name]]
+        if self.engine != "own" and changed:
+            raise UserError(f"{' and '.join(changed)} cannot be used with --engine {self.engine}; leave one out.")
         if self.zero_ranks > 1 and self.zero is None:
             raise UserError(f"--zero-ranks {self.zero_ranks} needs --zero, which says where the weights are kept.")
         if ratio is None and self.budget is None and self.method != FULL:
@@ -268,7 +279,8 @@ def store_settings(config: RunConfig, split: str, data: Dataset, model: Any, red
 
     Batch size and limit are not here: answers do not depend on them. Nor are labels: they are what scores depend on.
     """
-    code, whole = answer_sources(model), answer_sources(model, reducer)
+    engine = getattr(model, "engine", None)
+    code, whole = answer_sources(model, engine), answer_sources(model, engine, reducer)
     text_tower = {"text_tower": model.text_tower_fingerprint} if getattr(reducer, "needs_text_tower", False) else {}
     return {
         **text_tower,
@@ -284,6 +296,7 @@ def store_settings(config: RunConfig, split: str, data: Dataset, model: Any, red
         **({"picture": model.conventions} if getattr(model, "conventions", None) else {}),
         **({"quantization": config.quantization} if config.quantization else {}),
         **({"compile": True} if config.compile else {}),
+        **({"engine": engine.settings} if engine else {}),
         # Other kernels round otherwise; the index of the device does not matter.
         "device": device_name(model).split(":")[0],
         "max_new_tokens": config.max_new_tokens or data.max_new_tokens,
@@ -361,7 +374,7 @@ def changed_options(method: str, options: Mapping[str, Any]) -> list[str]:
 
 def changed_fields(config: RunConfig) -> dict[str, Any]:
     """Settings beside the method's options that answers depend on and that differ from their defaults."""
-    names = ("dtype", "max_new_tokens", "seed", "picture", "quantization", "profile", "compile")
+    names = ("dtype", "max_new_tokens", "seed", "picture", "quantization", "profile", "engine", "compile")
     usual = {field.name: field.default for field in dataclasses.fields(config)}
     return {name: value for name in names if (value := getattr(config, name)) not in (usual[name], {})}
 

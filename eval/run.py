@@ -23,6 +23,7 @@ from eval.parallel.ranks import MERGING, SCORING, WAITING, Rank
 from eval.results import cost, report
 from llava.errors import UserError
 from llava.model.builder import device_of, load
+from llava.model.checkpoint.files import locate
 from llava.model.llava_arch import Llava
 from llava.reduction.budget import require
 from llava.reduction.reducer import Reducer
@@ -83,6 +84,8 @@ def prepare(config: RunConfig, model: Any, reducer: Reducer | None) -> Job:
 
 def load_model(config: RunConfig) -> CachingLlava:
     """The model of this run."""
+    if config.engine != "own":
+        return with_engine(config)
     model = load(
         config.model,
         dtype=config.dtype,
@@ -94,6 +97,26 @@ def load_model(config: RunConfig) -> CachingLlava:
         **config.picture,
     )
     return equip(model, config)
+
+
+def with_engine(config: RunConfig) -> CachingLlava:
+    """The same up to the decoder, which is an engine's."""
+    # Here, because the client of servers that comes with it takes a second to import.
+    from llava.serving.client import PIXELS, load_front
+    from llava.serving.engine_model import Engine, engine_arguments, import_vllm
+
+    import_vllm()  # before weights are read
+    directory = locate(config.model, "checkpoint")
+    first = build_reducer(config, visual_tokens=None)
+    engine_arguments(first, directory)
+    front = load_front(config.model, first, config.dtype, config.device, config.text_tower, **config.picture)
+    model = CachingLlava(front, RUN_BYTES)
+    reducer = build_reducer(config, model.visual_tokens)
+    model.engine = Engine(model, reducer, directory, config.dtype, config.batch_size)
+    model.answers = model.engine.answers
+    if model.engine.route == PIXELS:  # the engine's tower sees the images
+        model.takes_views = model.remembers_features = False
+    return model
 
 
 def equip(model: Llava, config: RunConfig) -> CachingLlava:
@@ -138,7 +161,7 @@ def run(
         try:
             throughput = answer_questions(job, store, tracker, rank)
             ttft = None if throughput["questions"] else former_times(job)
-            rank.put("time", measured := timed and ttft is None)
+            rank.put("time", measured := timed and ttft is None and config.engine == "own")
             if measured:
                 ttft = first_token_times(job, rank)
             rank.report(SCORING)

@@ -29,6 +29,7 @@ from llava.errors import UserError
 from llava.model.llava_arch import Llava
 from llava.processing.image import open_image
 from llava.processing.prompt import Sample
+from llava.reduction.registry import build
 from llava.serving.client import Server, configured, load_front, prompt_embeddings, route
 
 BATCH = 8  # prompts that are embedded at once
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--concurrent", type=value(count), default=8, help="requests at once")
     args = p.parse_args(arguments)
     asked(args)  # mistakes are told before a model is loaded
-    model = load_front(args.model, args.method, args.dtype, args.device)
+    model = load_front(args.model, build(args.method, 1), args.dtype, args.device)
     server, ends = Server(args.url, os.environ.get("KEY", "")), sorted(model.end_ids)
     server.check(model.name)
 
@@ -123,7 +124,7 @@ def export_command(arguments: Sequence[str] | None = None) -> int:
     if args.file.suffix != ".safetensors":
         raise UserError(f"The file to write should end in .safetensors, got {args.file}.")
     asked(args)
-    model = load_front(args.model, args.method, args.dtype, args.device)
+    model = load_front(args.model, build(args.method, 1), args.dtype, args.device)
     lines, tensors = [], {}
     for number, (words, embeddings) in enumerate(prompts(args, model)):
         tensors[str(number)] = embeddings.clone()

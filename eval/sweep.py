@@ -64,8 +64,8 @@ def run_all(configs: Sequence[RunConfig]) -> bool:
         UserError: some cannot run, all of which are named, or a run has failed.
     """
     first = configs[0]
-    if first.ranks_per_model > 1 or first.zero is not None:
-        raise UserError("--tensor-parallel and --zero take one benchmark, method and budget in a call.")
+    if first.ranks_per_model > 1 or first.zero is not None or first.engine != "own":
+        raise UserError("--tensor-parallel, --zero and --engine vllm take one benchmark, method and budget in a call.")
     place = placement.here(device=first.device)
     check_all(configs, lambda config: build_reducer(config, visual_tokens=None))
     check_all(list({config.benchmark: config for config in configs}.values()), read_questions)

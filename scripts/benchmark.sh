@@ -3,7 +3,8 @@
 #   bash scripts/benchmark.sh BENCHMARK METHOD [BUDGET] [further arguments of python -m eval]
 # Each of the three may be a list such as gqa,pope; every combination is a run of its own, on one loaded model.
 # From the environment: MODEL and DATA, the checkpoint and the data folder; GPUS, RANKS or HOSTFILE, the accelerators, one
-# rank each (none: all of this machine, or of the Slurm job); TP, over how many ranks a model is split.
+# rank each (none: all of this machine, or of the Slurm job); TP, over how many ranks a model is split; ENGINE=vllm decodes
+# by vLLM in an environment of its own (scripts/serve_setup.sh).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 name=${1:?name of a benchmark}
@@ -23,9 +24,14 @@ if [[ $# -gt 0 && $1 != --* ]]; then
   arguments+=(--budget="$1")
   shift
 fi
-arguments+=(${MODEL:+--model="$MODEL"} ${DATA:+--data="$DATA"} ${TP:+--tensor-parallel="$TP"} "$@")
+arguments+=(${MODEL:+--model="$MODEL"} ${DATA:+--data="$DATA"} ${TP:+--tensor-parallel="$TP"} ${ENGINE:+--engine="$ENGINE"} "$@")
 
 here=$PWD
-source "$root/scripts/setup.sh"
+if [ "${ENGINE:-}" = vllm ]; then
+  source "$root/scripts/serve_setup.sh"
+  PATH=${serving%/*}:$PATH
+else
+  source "$root/scripts/setup.sh"
+fi
 cd "$here" # setup.sh goes to the repository; relative paths above were typed here
 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec python -m eval "${arguments[@]}"

@@ -262,12 +262,14 @@ def sentence(result: Mapping[str, Any]) -> str:
     if first is not None:
         batches = f"median of {first['batches']} batches"
         wait = f"{short(first['median_ms'], 10)} ms for {batch_text(first['questions'])} ({batches})"
+    engine = result.get("settings", {}).get("engine")
+    by = f", by {engine['name']} {engine['version']}" if engine else ""
     failed = f" ({len(result['failed']):,} more failed)" if result.get("failed") else ""
     off = f" where {result['off_budget']['planned']:.1f} are planned" if result.get("off_budget") else ""
     return (
         f"{result['method']} at {result['budget']} of {result['visual_tokens']} visual tokens: {score} "
         f"on {asked} {result['title']} questions{failed}; {audit['mean_tokens_per_layer']:.1f} tokens per layer{off}, "
-        f"KV {short(audit['kv_bytes_per_sample'] / 1e6, 100)} MB, TTFT {wait}."
+        f"KV {short(audit['kv_bytes_per_sample'] / 1e6, 100)} MB, TTFT {wait}{by}."
     )
 
 

@@ -291,7 +291,7 @@ class Tracker:
             return
         scores: Sequence[float | None] = credits or [None] * len(samples)
         for sample, answer, credit in zip(samples, batch.answers, scores, strict=True):
-            if len(self._pictured) < TABLE_PICTURES and sample.image is not None:
+            if len(self._pictured) < TABLE_PICTURES and answer.runs:
                 self._pictured[sample.id] = (sample, answer, credit)
         self._answered = answered
         numbers = {

@@ -160,6 +160,9 @@ class Llava:
     # What answers a batch in place of the staged forward (llava/hf/checkpoint_model.py).
     answers: Callable[..., "Batch"] | None = None
 
+    # The engine that `answers` asks (llava/serving/engine_model.py).
+    engine: Any = None
+
     # Compiled tower, prefill and decoding (llava/pipeline/compile.py).
     compiled: "Compiled | None" = None
 

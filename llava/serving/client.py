@@ -12,7 +12,7 @@ import base64
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from llava.model.checkpoint.load import load_checkpoint
 from llava.model.llava_arch import Llava
 from llava.pipeline.accounting import Record, Timer
 from llava.pipeline.prefill import Stages, embed
+from llava.pipeline.sequence import Sequence as PromptBatch
 from llava.processing.json_files import read_json
 from llava.processing.prompt import Sample, read_tokenizer
 from llava.reduction.budget import require
@@ -140,11 +141,23 @@ def chat_template(mode: str) -> str:
 # Embeddings
 
 
-def load_front(source: str | Path, method: str, dtype: str = "float32", device: str = "auto") -> Llava:
-    """The model of a checkpoint up to what a method needs before the decoder: a probe's layers, else one."""
-    probed = getattr(build(method, 1), "probe_layer", 0)
-    place = device_of(device)
-    model = runtime(load_checkpoint(source, DTYPES[dtype], place, decoder_layers=probed + 1), place, {})
+def load_front(
+    source: str | Path,
+    reducer: Reducer,
+    dtype: str = "float32",
+    device: str = "auto",
+    text_tower: str | None = None,
+    **conventions: Any,
+) -> Llava:
+    """The model of a checkpoint up to what a method needs before the decoder: a probe's layers, else one.
+
+    Args:
+        text_tower, conventions: see `llava.model.builder.load`.
+    """
+    probes = [getattr(reducer, option.name) for option in fields(reducer) if option.name.endswith("probe_layer")]
+    place, layers = device_of(device), max(probes, default=0) + 1
+    checkpoint = load_checkpoint(source, DTYPES[dtype], place, text_tower, decoder_layers=layers)
+    model = runtime(checkpoint, place, conventions)
     if model.axes:
         raise UserError(f"Prompt embeddings are made of LLaVA's checkpoints; {model.name} is of another family.")
     return model
@@ -155,16 +168,30 @@ def prompt_embeddings(model: Llava, samples: Sequence[Sample], reducer: Reducer)
     """Of each sample the [L, H] embeddings of its prompt, text and reduced images, as they enter decoder layer 0.
 
     Args:
-        samples: all with at least one image.
+        samples: with or without images.
     """
     refuse_embeds(reducer)
-    record = Record([[] for _ in samples], [[] for _ in samples])
-    stages = Stages(model, reducer, samples, record, Timer(model.device))
-    stages.encode_images()
-    sequence = embed(model, reducer, [model.prompt(sample) for sample in samples], stages.images)
-    if "prompt" in reducer.acts_in:
-        sequence = stages.reduce_prompt(sequence)
+    sequence, _ = until_decoder(model, samples, reducer, Timer(model.device))
     return [row[-length:].cpu() for row, length in zip(sequence.hidden, sequence.lengths, strict=True)]
+
+
+def until_decoder(
+    model: Llava, samples: Sequence[Sample], reducer: Reducer, timer: Timer
+) -> tuple[PromptBatch, Record]:
+    """The prompts of a batch as they enter decoder layer 0; see `llava.pipeline.prefill.prefill`."""
+    record = Record([[] for _ in samples], [[] for _ in samples])
+    prompts = [model.prompt(sample) for sample in samples]
+    stages = Stages(model, reducer, samples, record, timer)
+    if any(sample.images for sample in samples):
+        stages.encode_images()
+    else:
+        timer.mark("preprocess")
+    sequence = embed(model, reducer, prompts, stages.images)
+    timer.mark("prefill")
+    if stages.images and "prompt" in reducer.acts_in:
+        sequence = stages.reduce_prompt(sequence)
+        timer.mark("selection")
+    return sequence, record
 
 
 # Requests

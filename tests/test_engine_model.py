@@ -1,0 +1,212 @@
+"""Benchmarks through vLLM: a fake that answers by the pipeline's own parts, and once the real engine."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from eval.__main__ import main
+from eval.answers.jsonl import read_json, read_jsonl
+from eval.config import DEFAULT_MODEL, ROOT, RunConfig, build_reducer
+from eval.run import load_model, run
+from llava.errors import MethodError, UserError
+from llava.model.builder import load
+from llava.pipeline import decoder
+from llava.pipeline.accounting import Timer
+from llava.pipeline.generate import generate
+from llava.pipeline.sequence import Sequence
+from llava.processing.prompt import Prompt, Sample
+from llava.reduction.registry import build
+from llava.serving.client import until_decoder
+from tests.conftest import samples
+
+VIDEO = str(ROOT / "assets" / "tinyllava_video")
+
+
+class FakeLLM:
+    """Greedy answers, one prompt after the other; `method` stands for the plug-in."""
+
+    def __init__(self, **given):
+        self.given, self.asked, self.stop_at = given, [], None
+        self.model = load(given["model"], device="cpu")
+        settings = given.get("hf_overrides", {}).get("vtr")
+        tokens = self.model.visual_tokens
+        self.method = build(**{"name" if k == "method" else k: v for k, v in settings.items()}) if settings else None
+        self.method = self.method or build("full", tokens)
+        cache = SimpleNamespace(block_size=16)
+        self.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache))
+
+    def generate(self, prompts, sampling, use_tqdm):
+        if self.stop_at == len(self.asked):
+            raise KeyboardInterrupt
+        self.asked.append(prompts)
+        return [self.one(prompt, sampling) for prompt in prompts]
+
+    def one(self, prompt, sampling):
+        if (hidden := prompt.get("prompt_embeds")) is None:
+            model, slot = copy.copy(self.model), self.model.hf_model.config.image_token_id
+            ids = tuple(-200 if token == slot else token for token in prompt["prompt_token_ids"])
+            model.prompt = lambda sample: Prompt(ids, (1, 1), (1, 1), "")
+            sample = Sample("0", "", image=tuple(prompt.get("multi_modal_data", {}).get("image", ())))
+            hidden = until_decoder(model, [sample], self.method, Timer(model.device))[0].hidden[0]
+        llm, length = self.model.llm, len(hidden)
+        span = ((0, 1),)
+        sequence = Sequence(hidden[None], torch.arange(length)[None], (length,), ((),), span, span, span)
+        state, ids = decoder.prefill(llm, sequence, (), None), []
+        last = state.hidden
+        while True:
+            ids.append(int(self.model.logits(last).argmax()))
+            if ids[-1] in sampling.stop_token_ids or len(ids) == sampling.max_tokens:
+                break
+            last = decoder.step(llm, state, llm.embed_tokens(torch.tensor([[ids[-1]]])))
+        made = SimpleNamespace(token_ids=ids, cumulative_logprob=-1.0)
+        return SimpleNamespace(outputs=[made], prompt_token_ids=[0] * length)
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """The fake; `engines` are those that were started."""
+    fake = SimpleNamespace(__version__="0.1", engines=[], SamplingParams=SimpleNamespace)
+
+    def start(**given):
+        fake.engines.append(FakeLLM(**given))
+        return fake.engines[-1]
+
+    fake.LLM = start
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    return fake
+
+
+def config(method="divprune", model=DEFAULT_MODEL, budget=8, **more) -> RunConfig:
+    size = None if method == "full" else budget
+    given = {"engine": "vllm", "device": "cpu", "batch_size": 4, "wandb": "disabled"} | more
+    return RunConfig(method, size, model=str(model), **given)
+
+
+@pytest.mark.parametrize(
+    "method, route, options",
+    [
+        ("divprune", "pixels", {}),
+        ("visionzip", "pixels", {"retention_ratio": "0.5"}),
+        ("full", "pixels", {}),
+        ("random", "embeds", {}),
+        ("tome", "embeds", {}),
+        ("consensusdrop", "embeds", {"probe_layer": "2", "probe": "contextual"}),
+    ],
+)
+def test_answers_and_accounting_are_those_of_the_pipeline(vllm, tiny, tiny_path, method, route, options):
+    asked = config(method, tiny_path, None if "retention_ratio" in options else 8, options=options)
+    model, reducer = load_model(asked), build_reducer(asked, tiny.visual_tokens)
+    expected, found = (generate(one, samples(), reducer, 6) for one in (tiny, model))
+    assert model.engine.settings == {"name": "vLLM", "version": "0.1", "route": route}
+    (engine,) = vllm.engines
+    assert ("hf_overrides" in engine.given) == (route == "pixels")
+    assert ("enable_prompt_embeds" in engine.given) == (route == "embeds")
+    assert model.llm.layers[-1].__class__.__name__ == "Identity", "the decoder is there twice"
+    for ours, theirs in zip(expected.answers, found.answers, strict=True):
+        assert (ours.text, ours.token_ids) == (theirs.text, theirs.token_ids)
+        inside = {"merged": 0} if route == "pixels" else {}  # not known
+        assert vars(ours.accounting) | inside == vars(theirs.accounting) | inside
+        if route == "embeds":
+            kept = [[step.reduction.kept.tolist() for step in one.trace] for one in (ours, theirs)]
+            assert kept[0] == kept[1] and ours.runs == theirs.runs
+        else:
+            assert theirs.runs == ()
+    held = sum(one.accounting.kv_bytes for one in found.answers)
+    assert held < found.kv_bytes <= found.kv_bytes_with_room and found.timing.decode > 0
+
+
+def test_an_interrupted_run_goes_on_and_no_engine_continues_another(vllm, tmp_path, monkeypatch):
+    asked = config(limit=12, output=tmp_path / "o")
+    model = load_model(asked)
+    assert not vllm.engines, "started before a question is asked"
+    model.engine.llm.stop_at = 2
+    with pytest.raises(KeyboardInterrupt, match="8 of 12 answers are kept"):
+        run(asked, model=model)
+    result = run(asked)
+    assert [sum(map(len, engine.asked)) for engine in vllm.engines] == [8, 4]
+    assert result["settings"]["engine"]["route"] == "pixels" and result["timing"]["ttft"] is None
+    assert result["sentence"].endswith("TTFT n/a, by vLLM 0.1.")
+    assert "llava/serving/plugin.py" in result["settings"]["code"]
+    own = run(config(limit=12, output=tmp_path / "own", engine="own"))
+    stored = [
+        {row["question_id"]: (row["text"], row["metadata"]) for _, row in read_jsonl(tmp_path / name / "answers.jsonl")}
+        for name in ("o", "own")
+    ]
+    assert stored[0] == stored[1] and own["main"] == result["main"] and own["metrics"] == result["metrics"]
+    for other in (config(limit=12, output=tmp_path / "o", engine="own"), config(limit=12, output=tmp_path / "own")):
+        with pytest.raises(UserError, match="engine"):
+            run(other)
+    vllm.__version__ = "0.2"
+    with pytest.raises(UserError, match=r"engine.version: 0\.1"):
+        run(asked)
+
+
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        ({"method": "fastv"}, "reduces between decoder layers"),
+        ({"options": {"positions": "original"}}, "An engine numbers a prompt without gaps"),
+        ({"model": VIDEO}, "is VideoLlavaForConditionalGeneration; use --engine own"),
+        ({"engine": "vlm"}, "Unknown engine 'vlm'. Did you mean 'vllm'"),
+        ({"compile": True, "zero": "cpu"}, "--compile and --zero cannot be used with --engine vllm"),
+        ({"vllm": None}, "scripts/serve_setup.sh makes its environment"),
+    ],
+)
+def test_what_no_engine_can_do_is_one_sentence(vllm, monkeypatch, changes, why):
+    if "vllm" in changes:
+        monkeypatch.setitem(sys.modules, "vllm", changes.pop("vllm"))
+    with pytest.raises(UserError, match=why):
+        load_model(config(**changes))
+    assert not vllm.engines
+
+
+def test_flags(monkeypatch, capsys):
+    taken = []
+    monkeypatch.setattr("eval.run.run", lambda config: taken.append(config) or {})
+    words = ["--method", "divprune", "--budget", "8"]
+    for more in ([], ["--engine", "vllm"], ["--engine", "vllm", "--batch-size", "8"]):
+        assert main([*words, *more]) == 0
+    assert [(one.engine, one.batch_size) for one in taken] == [("own", 8), ("vllm", 64), ("vllm", 8)]
+    monkeypatch.setenv("RANKS", "2")
+    assert main([*words, "--engine", "vllm"]) == 2 and "runs in one process" in capsys.readouterr().err
+    monkeypatch.delenv("RANKS")
+    assert main(["--method", "divprune,full", *words[2:], "--engine", "vllm"]) == 2
+
+
+def test_faults_of_the_engine_end_the_run(vllm, tiny_path, monkeypatch):
+    model = load_model(config(model=tiny_path))
+    reducer = model.engine.reducer
+    model.engine.llm.method = build("full", 16)  # an engine without the plug-in
+    with pytest.raises(MethodError, match="without this package's plug-in"):
+        generate(model, samples(), reducer, 2)
+    made = SimpleNamespace(token_ids=[5], cumulative_logprob=float("nan"))
+    output = SimpleNamespace(outputs=[made], prompt_token_ids=[])
+    model.engine.llm.generate = lambda *_, **__: [output]
+    with pytest.raises(UserError, match="logits for question q0 are not finite"):
+        generate(model, samples(1), reducer, 2)
+    monkeypatch.setattr(vllm, "LLM", lambda **_: 1 / 0)
+    with pytest.raises(MethodError, match="vLLM does not start: division by zero"):
+        generate(load_model(config(model=tiny_path)), samples(), reducer, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, route", [("divprune", "pixels"), ("consensusdrop", "embeds")])
+def test_the_real_engine_answers_as_the_pipeline(tmp_path, method, route):
+    python = Path(os.environ.get("VLLM_VENV") or ROOT / ".venv-vllm") / "bin" / "python"
+    if not python.exists():
+        pytest.skip("no environment with vLLM: source scripts/serve_setup.sh makes .venv-vllm")
+    words = ["--method", method, "--budget", "64", "--limit", "40", "--output", str(tmp_path / "o"), "--engine", "vllm"]
+    given = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "WANDB_MODE": "disabled"}
+    subprocess.run([python, "-m", "eval", *words, "--wandb", "disabled"], cwd=ROOT, env=given, check=True)
+    assert read_json(tmp_path / "o" / "limit40" / "result.json")["settings"]["engine"]["route"] == route
+    run(config(method, budget=64, limit=40, engine="own", output=tmp_path / "own"))
+    found, expected = (list(read_jsonl(tmp_path / name / "answers.jsonl")) for name in ("o", "own"))
+    assert sorted((row["question_id"], row["text"]) for _, row in found) == sorted(
+        (row["question_id"], row["text"]) for _, row in expected
+    )
