@@ -210,7 +210,8 @@ class Engine:
         assert planned is not None, "refused by served_by"
         asked: list[dict[str, Any]] = []
         for sample in samples:
-            images = [pad_to_square(as_rgb(one), processor.padding_colour, processor.size) for one in sample.images]
+            pictures: tuple[Any, ...] = sample.images  # no videos: `generate` refuses them
+            images = [pad_to_square(as_rgb(one), processor.padding_colour, processor.size) for one in pictures]
             ids = [slot if token < 0 else token for token in model.prompt(sample).ids]
             asked.append({"prompt_token_ids": ids} | ({"multi_modal_data": {"image": images}} if images else {}))
         timer.mark("preprocess")
@@ -234,5 +235,5 @@ class Engine:
 
     def _block_bytes(self, tokens: int) -> int:
         """Of the blocks that hold so many tokens."""
-        block = self.llm.llm_engine.vllm_config.cache_config.block_size
+        block: int = self.llm.llm_engine.vllm_config.cache_config.block_size
         return math.ceil(tokens / block) * block * self._token_bytes
