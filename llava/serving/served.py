@@ -72,7 +72,14 @@ def reads_question(reducer: Reducer) -> bool:
     scores = {score: tokens if score.kind.endswith("keys") else tokens[..., 0] for score in reducer.scores()}
     absent: Any = _Question()
     state = PromptState(
-        ids=("0",), features=tokens, tokens=tokens, scores=scores, layout=layout, sequence=absent, run_layers=absent
+        ids=("0",),
+        features=tokens,
+        tokens=tokens,
+        scores=scores,
+        layout=layout,
+        sequence=absent,
+        llm=absent,
+        run_layers=absent,
     )
     try:
         reducer.with_budget(16).prompt(state)
@@ -225,7 +232,10 @@ def _served(settings: str, architecture: str, written: str) -> Served:
     reducer = build(method, spec.visual_tokens if budget is None else budget, options, spec.visual_tokens)
     if why := why_not_pixels(reducer, blocks, built):
         raise UserError(why)
-    require(reducer, spec if family is CLIP else replace(spec, visual_tokens=reducer.budget, layout=PatchGrid(1, reducer.budget)))
+    require(
+        reducer,
+        spec if family is CLIP else replace(spec, visual_tokens=reducer.budget, layout=PatchGrid(1, reducer.budget)),
+    )
     return Served(reducer, spec, family, side, merge, anyres)
 
 
@@ -262,7 +272,9 @@ class EngineTower(FamilyWrapper):
                 positions have three axes, three channels follow: frame, row and column from the image's start.
         """
         reducer = self.served.reducer
-        samples = [StockSample(str(number), "", image=(image,), prompt=ONLY_IMAGE) for number, image in enumerate(images)]  # type: ignore[arg-type]
+        samples = [
+            StockSample(str(number), "", image=(image,), prompt=ONLY_IMAGE) for number, image in enumerate(images)
+        ]  # type: ignore[arg-type]
         stages = Stages(self, reducer, samples, Record([[] for _ in images], [[] for _ in images]), Timer(self.device))
         stages.encode_images()
         sequence = embed(self, reducer, [ONLY_IMAGE] * len(images), stages.images)
