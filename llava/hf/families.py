@@ -36,7 +36,7 @@ from llava.model.multimodal_encoder.clip_encoder import Encoded
 from llava.pipeline.accounting import Timer
 from llava.reduction.ranking import in_float32
 from llava.reduction.reducer import Reducer
-from llava.reduction.scores import WITHOUT_CLS, TowerScore
+from llava.reduction.scores import WITHOUT_CLS, TowerScore, by_block
 from llava.reduction.token_layout import ModelSpec, PatchGrid, Tile, TokenLayout, frames, single
 
 MODALITIES = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -60,6 +60,7 @@ class Family:
         first: position of the first token.
         layers: kinds of decoder layers that its models have, where those of a default configuration are others.
         output: what `get_image_features` gives to the model: its tokens, or what the projector makes tokens of.
+        block: the tower block in place of a method's default, the last but one; None for the one that is projected.
     """
 
     title: str
@@ -75,10 +76,14 @@ class Family:
     first: int = 0
     layers: tuple[str, ...] = ()
     output: str = "pooler_output"
+    block: int | None = None
 
 
 _QWEN = partial(Family, tower="visual.blocks", runs=True, axes=True, types="mm_token_type_ids")
 FAMILIES: dict[str, Family] = {
+    # Scores are read where the pipeline reads them, see `llava.model.qwen_vl.signal_block`.
+    "Qwen2VLForConditionalGeneration": _QWEN("Qwen2-VL", videos=True, block=-2),
+    "Qwen2_5_VLForConditionalGeneration": _QWEN("Qwen2.5-VL", videos=True, block=-2),
     "Qwen3VLForConditionalGeneration": _QWEN("Qwen3-VL", videos=True),
     "Qwen3VLMoeForConditionalGeneration": _QWEN("Qwen3-VL MoE", videos=True),
     "Qwen3_5ForConditionalGeneration": _QWEN("Qwen3.5", videos=True),
@@ -171,6 +176,12 @@ class FamilyWrapper(HFWrapper):
         self.head = container.get_output_embeddings()
         self.projector = inner.multi_modal_projector if self.family.output == "last_hidden_state" else nn.Identity()
         self.blocks: Any = inner.get_submodule(self.family.tower)
+        self.whole: Sequence[int] = range(len(self.blocks))  # blocks that attend within whole images
+        self.window = 0
+        vision = container.config.vision_config
+        if hasattr(vision, "fullatt_block_indexes"):  # others within windows of so many tokens by as many
+            self.whole = sorted(vision.fullatt_block_indexes)
+            self.window = vision.window_size // vision.spatial_merge_size // vision.patch_size
         self.newline = getattr(inner, "image_newline", None)
         self.packed_layout = lru_cache(maxsize=1024)(partial(packed_layout, inner))
         self.encoders = {name: getattr(inner, f"get_{name}_features", None) for name in MODALITIES}
@@ -247,14 +258,23 @@ class FamilyWrapper(HFWrapper):
                 kind, stand_in = "received_attention", WITHOUT_CLS[kind]
             values = scores_of(kind, seen[module], self.family.cls, [rows * columns for rows, columns in grids])
             own = [grouped(part, grid, side, self.family.runs) for part, grid in zip(values, grids, strict=True)]
+            if self.window:
+                shapes = [(rows // side, columns // side) for rows, columns in grids]
+                own = [by_rows(part, *shape, self.window) for part, shape in zip(own, shapes, strict=True)]
             scores[score] = own if stand_in is None else [stand_in(part) for part in own]
         return scores
 
     def _block(self, score: TowerScore) -> int:
-        """The tower block a score is read from; the last but one stands for the one whose output is projected."""
-        index, layer = score.index(len(self.blocks)), getattr(self.hf_model.config, "vision_feature_layer", -1)
+        """The tower block a score is read from; the last but one stands for the one whose output is projected.
+
+        In a tower of windows it is the next that attends within whole images.
+        """
+        depth, layer = len(self.blocks), self.family.block or getattr(self.hf_model.config, "vision_feature_layer", -1)
         layer = layer if isinstance(layer, int) and layer < 0 else -1
-        return index if index >= 0 else min(index + layer + 2, -1)
+        (index,) = by_block((score,), depth)
+        if score.index(depth) < 0:
+            index = min(index + layer + 2, depth - 1)
+        return next((block for block in self.whole if block >= index), self.whole[-1])
 
     def _frames(self, name: str, given: Mapping[str, Any], out: Any) -> list[tuple[int, int, int]]:
         """Of each tile or frame the number of its image or video, and rows and columns of its patches."""
@@ -344,6 +364,13 @@ def grouped(values: Tensor, grid: tuple[int, int], side: int, runs: bool) -> Ten
     return means
 
 
+def by_rows(values: Tensor, rows: int, columns: int, side: int) -> Tensor:
+    """[n, ...] of tokens that stand window by window, of side x side tokens -> in raster order."""
+    row, column = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).T
+    window = row // side * columns + column // side
+    return values[window.argsort(stable=True).argsort().to(values.device)]
+
+
 @lru_cache(maxsize=256)
 def layout_of(count: int, rows: int, columns: int, temporal: bool, breaks: bool) -> TokenLayout:
     """`count` tiles or frames of rows times columns tokens, one after another."""
@@ -387,11 +414,12 @@ def packed_layout(inner: Any, size: tuple[int, int], side: int, alone: bool = Fa
 
 
 # Attention of the tower. Its queries and keys are those that a block hands to its attention kernel, after all norms and
-# rotations; the model's own kernel runs on them.
+# rotations; the model's own kernel runs on them. Keys that methods compare are taken before, as they are projected:
+# turned keys of two alike patches differ by where they stand.
 
 QUERY_ROWS = 256  # whose attention is held at once
 RECORDING = "recorded_attention"  # of ALL_ATTENTION_FUNCTIONS
-Seen = tuple[Tensor, Tensor, Tensor | None, float]  # queries and keys [B, H, P, d], mask, scale
+Seen = tuple[Tensor, Tensor, Tensor, Tensor | None, float]  # queries, keys, projected keys [B, H, P, d], mask, scale
 
 
 def attention_of(block: nn.Module) -> nn.Module:
@@ -404,7 +432,9 @@ def attention_of(block: nn.Module) -> nn.Module:
 def _record(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> Any:
     config = module.config
     scale = options.get("scaling") or query.shape[-1] ** -0.5
-    config.seen.append((query, key, attention_mask, scale))
+    own, config.keys = config.keys.tensor_split([key.shape[2]], 1)  # images and frames may come one by one
+    own = own.unflatten(-1, (key.shape[1], -1)).transpose(1, 2)
+    config.seen.append((query, key, own, attention_mask, scale))
     known = vars(sys.modules[type(module).__module__])  # Llama 4 has a kernel of its own for its tower
     eager = known.get("vision_eager_attention_forward", known["eager_attention_forward"])
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(config.kernel, eager)
@@ -418,14 +448,23 @@ ALL_ATTENTION_FUNCTIONS.register(RECORDING, _record)
 def recording(modules: Iterable[Any]) -> Iterator[dict[Any, list[Seen]]]:
     """Attention modules write down what they hand to their kernel; several times where a call has several."""
     seen: dict[Any, list[Seen]] = {module: [] for module in modules}
-    configs = {module: module.config for module in seen}
+    configs, hooks = {module: module.config for module in seen}, []
+
+    def keep(module: Any, layer: nn.Module, args: Any, output: Tensor) -> None:
+        keys = output if hasattr(module, "k_proj") else output.chunk(3, -1)[1]
+        module.config.keys = keys if keys.dim() == 3 else keys[None]
+
     try:
         for module, config in configs.items():
+            projection = module.k_proj if hasattr(module, "k_proj") else module.qkv
+            hooks.append(projection.register_forward_hook(partial(keep, module)))
             module.config = copy.copy(config)
             module.config.seen, module.config.kernel = seen[module], config._attn_implementation
             module.config._attn_implementation = RECORDING
         yield seen
     finally:
+        for hook in hooks:
+            hook.remove()
         for module, config in configs.items():
             module.config = config
 
@@ -439,8 +478,8 @@ def scores_of(kind: str, seen: Sequence[Seen], cls: int | None, patches: Sequenc
         patches: of each view, in order.
     """
     parts, skip = [], int(cls is not None)
-    for query, key, mask, scale in seen:
-        query, key = in_float32(query), in_float32(key)
+    for query, key, projected, mask, scale in seen:
+        query, key = in_float32(query), in_float32(projected if kind in ("keys", "whole_keys") else key)
         if cls == -1:
             query, key = query.roll(1, 2), key.roll(1, 2)
         if key.shape[1] != query.shape[1]:

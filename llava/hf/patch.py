@@ -1,4 +1,4 @@
-"""`reduce`: patch a Hugging Face LLaVA or Qwen-VL model so that it runs under a method.
+"""`reduce`: patch a Hugging Face LLaVA model so that it runs under a method.
 
     with reduce(model, "visiondrop", budget=64) as reduced:
         output = model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
@@ -9,8 +9,7 @@ cached. A call without pixels runs the model's own forward. `Reduced` says what 
 object, whose class and all other objects stay as they are. The model is restored when the context exits, also after an
 error. What cannot be done on a reduced prompt is refused with a UserError.
 
-Read: transformers 5.23.0, cache_utils.py, generation/utils.py and the models of llava, llava_next, video_llava,
-qwen2_vl, qwen2_5_vl
+Read: transformers 5.23.0, cache_utils.py, generation/utils.py and the models of llava, llava_next, video_llava
 Differs from it: a prefill returns the logits of the last token only; prompts padded on the right give what prompts
 padded on the left give; a prompt is prefilled once for all its beams or samples.
 """

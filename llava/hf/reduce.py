@@ -4,7 +4,7 @@
         output = model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
     reduced.accounting[0].tokens_per_layer  # visual tokens that entered each decoder layer
 
-LLaVA, LLaVA-NeXT, Video-LLaVA, Qwen2-VL and Qwen2.5-VL run the staged forward that answers benchmarks (patch.py).
+LLaVA, LLaVA-NeXT and Video-LLaVA run the staged forward that answers benchmarks (patch.py).
 
 The families of `llava.hf.families.FAMILIES` run their own forward on shorter prompts (`FamilyReduced`). The method's
 stages before the decoder run on the model's visual tokens as on LLaVA's (llava/pipeline/prefill.py). The stock forward
@@ -33,10 +33,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from llava.budget import RETENTION_RATIO
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError
-from llava.hf.families import FAMILIES, MODALITIES, Family, FamilyWrapper, declared, flat, why_not
-from llava.hf.models import COPIES, ONE_CALL, HFWrapper, StockSample, family_of, samples, wrap_model
+from llava.hf.families import FAMILIES, MODALITIES, FamilyWrapper, declared, flat, why_not
+from llava.hf.models import COPIES, ONE_CALL, HFWrapper, StockSample, samples, wrap_model
 from llava.hf.patch import Override, Reduced, ReducedCache
-from llava.model.checkpoint.config import QWEN
 from llava.pipeline import positions
 from llava.pipeline.accounting import Record, Timer
 from llava.pipeline.decoder import Prefilled, Segment, causal_mask, rotary_angles
@@ -89,10 +88,6 @@ def reduce(
     reducer = build(method, budget if has_budget else tokens, options, tokens)
     if family and (why := why_not(family, config, reducer)):
         raise UserError(why)
-    if reducer.needs_text_tower and family_of(runtime.hf_model) in QWEN:
-        raise UserError(
-            f"{method} needs a CLIP vision tower and its text half; the tower of {runtime.name} is no CLIP."
-        )
     if reducer.needs_text_tower and (runtime.text_tower is None or questions is None):
         raise UserError(
             f"{method} compares questions with images in CLIP's space: give reduce() `questions`, `tokenizer`, and "
@@ -131,9 +126,7 @@ STAGED = {"LLaVA": LLAVA, "LLaVA-NeXT": spec_of(LLAVA, stitched((2, 2), (24, 24)
 def support() -> dict[str, dict[str, str]]:
     """Family -> method -> why `reduce` refuses it, "" where it runs; for the models of default configurations."""
     table = {title: {name: _why_staged(name, spec) for name in names()} for title, spec in STAGED.items()}
-    rows = {"Qwen2VLForConditionalGeneration": Family("Qwen2-VL", "")}
-    rows |= {"Qwen2_5_VLForConditionalGeneration": Family("Qwen2.5-VL", ""), **FAMILIES}
-    for container, family in rows.items():
+    for container, family in FAMILIES.items():
         config = getattr(transformers, container).config_class()
         if family.layers:
             config.get_text_config().layer_types = list(family.layers)
@@ -200,6 +193,9 @@ class FamilyReduced(Reduced):
     ):
         super().__init__(runtime, reducer, questions)
         self.timer = timer
+
+    # Hooks of layers hold this object; a copy of the model would keep them.
+    __reduce_ex__ = Override.__reduce_ex__
 
     def __enter__(self) -> "FamilyReduced":
         super().__enter__()
@@ -303,8 +299,12 @@ class FamilyReduced(Reduced):
         """Raise UserError without what three axes of positions follow from; the models then take those of text."""
         title, types = self._runtime.family.title, given.get("mm_token_type_ids")
         for name, pixels in MODALITIES.items():
-            if given.get(pixels) is not None and given.get(f"{name}_grid_thw") is None:
+            if given.get(pixels) is None:
+                continue
+            if (grids := given.get(f"{name}_grid_thw")) is None:
                 raise UserError(f"{title} needs {name}_grid_thw beside {pixels}; {ONE_CALL}")
+            if (count := int(grids.prod(-1).sum())) != (got := len(given[pixels])):
+                raise UserError(f"{name}_grid_thw counts {count} patches, got {got}; {ONE_CALL}")
         if types is None:
             raise UserError(f"{title} needs mm_token_type_ids, from which its positions follow; {ONE_CALL}")
         types = types[::copies].to(ids.device)
