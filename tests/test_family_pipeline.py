@@ -83,6 +83,27 @@ def test_a_batch_gives_what_each_question_gives(saved, name, method):
 
 
 @pytest.mark.parametrize("name", SAVED)
+def test_questions_without_an_image_are_answered_by_the_stock_model(saved, name):
+    """Alone, together and among others, as ScienceQA asks them; they ended in an error."""
+    _, stock, model = saved(name)
+    text, seen = [Sample("t0", QUESTIONS[1], SHORT), Sample("t1", QUESTIONS[0], SHORT)], {}
+    for batch in ([text[0]], [text[1]], text, [BATCH[0], *text, BATCH[1]]):
+        result = ask(model, batch, "fastervlm", 8, ignore_eos=True)
+        for sample, answer in zip(batch, result.answers, strict=True):
+            if sample.image is not None:
+                assert answer.accounting.mean == 8
+                continue
+            assert seen.setdefault(sample.id, answer) == answer  # its keys and values among others, too
+            inputs = model.inputs([sample])
+            length = inputs["input_ids"].shape[1]
+            ids = stock.generate(**inputs, max_new_tokens=6, eos_token_id=-1)[0, length:]
+            assert list(answer.token_ids) == ids.tolist() and not answer.trace and not answer.runs
+            assert answer.accounting.tokens_per_layer == (0,) * 4 and answer.accounting.kv_bytes > 0
+            if len(batch) == 1:
+                assert result.operations.alone["prefill"] == prefill_flops(model.llm.layers, (length,) * 4, model.head)
+
+
+@pytest.mark.parametrize("name", SAVED)
 def test_a_method_reads_the_question_alone(saved, name):
     """Not its answer format and not the template: the tokens that `reduce` keeps of the stock model."""
     _, stock, model = saved(name)
@@ -138,8 +159,6 @@ def test_what_cannot_be_done_is_refused(saved, tmp_path):
             load(folder, device="cpu", **options)
     with pytest.raises(UserError, match=r"--compile .* its own forward"):
         equip(model, RunConfig("full", compile=True))
-    with pytest.raises(UserError, match="has no image"):
-        ask(model, [Sample("q", "who ?")])
     with pytest.raises(MethodError, match="pyramiddrop reduces between decoder layers"):
         ask(model, method="pyramiddrop", budget=8)
     with pytest.raises(UserError, match="only answers benchmarks"):

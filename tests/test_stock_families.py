@@ -61,8 +61,9 @@ def test_keeping_all_is_the_stock_model(name):
         assert beams is None or torch.equal(found, beams)
         moved = {**inputs, "pixel_values": inputs["pixel_values"].flip(-1)}
         assert (last(model, moved) - plain).abs().max() > 1e-3
+        assert reduced.accounting[1].images == (1 if name == "glm4v" else 2)
         last(model, {"input_ids": torch.tensor([[1, 21, 22]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)})
-    assert reduced.accounting[1].images == (1 if name == "glm4v" else 2)
+        assert [one.tokens_per_layer for one in reduced.accounting] == [(0,) * 4]
     assert set(vars(model)) == before
     assert not any(module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())
     assert torch.equal(last(model, inputs), plain)

@@ -112,9 +112,6 @@ class FamilyModel(FamilyWrapper):
         if why := why_not(self.family, self.hf_model.config, reducer):
             raise MethodError(why)
         require_any(self, reducer)
-        for sample in samples:
-            if not sample.images:
-                raise UserError(f"Question {sample.id} has no image; a {self.family.title} is asked about images only.")
         given = self.inputs(samples)
         timer.mark("preprocess")
         length, passes = given["input_ids"].shape[1], [0]

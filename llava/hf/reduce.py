@@ -17,7 +17,7 @@ Read: transformers 5.23.0, modeling of the families, generation/utils.py, maskin
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,14 +27,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.budget import RETENTION_RATIO
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError
 from llava.hf.families import FAMILIES, MODALITIES, FamilyWrapper, declared, flat, why_not
-from llava.hf.models import COPIES, ONE_CALL, HFWrapper, StockSample, samples, wrap_model
+from llava.hf.models import COPIES, ONE_CALL, HFWrapper, StockSample, by_name, samples, wrap_model
 from llava.hf.patch import Override, Reduced, ReducedCache
 from llava.pipeline import positions
 from llava.pipeline.accounting import Record, Timer
@@ -216,6 +216,17 @@ class FamilyReduced(Reduced):
         for hook in self._hooks:
             hook.remove()
 
+    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = super()._forward(original, *args, **kwargs)
+        given, cache = by_name(self._signature, args, kwargs), getattr(output, "past_key_values", None)
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        if ids is not None and type(cache) is DynamicCache and cache.get_seq_length() == ids.shape[1]:
+            # Prompts without images, by the model's own forward.
+            lengths, layers = (torch.ones_like(ids) if mask is None else mask).sum(1).tolist(), self._runtime.llm.layers
+            segment = Segment(range(len(layers)), tuple(lengths), (0,) * len(ids), None, ids[:, :0])
+            self._account(Record([[] for _ in ids], [[] for _ in ids]), [segment], output)
+        return output
+
     def _prefill(self, given: Mapping[str, Any], cache: Any) -> CausalLMOutputWithPast:
         self._check_prefill(given, cache, list(self._model.modules()))
         copies = given.get(COPIES, 1)
@@ -230,12 +241,18 @@ class FamilyReduced(Reduced):
                 )
             finally:
                 self._running = None
-        cache = output.past_key_values
+        cache, segments = output.past_key_values, running.segments
         cache.__class__ = ReducedCache
-        record, segments = running.stages.record, running.segments
         segments[-1].layers = range(segments[-1].layers.start, len(self._runtime.llm.layers))
         cache.segments = segments
-        used, self.kv_bytes = [0] * len(running.rows), 0
+        self._account(running.stages.record, segments, output)
+        if copies > 1:
+            cache.reorder_cache(torch.arange(len(running.rows), device=self._runtime.device).repeat_interleave(copies))
+        return CausalLMOutputWithPast(logits=output.logits.repeat_interleave(copies, 0), past_key_values=cache)
+
+    def _account(self, record: Record, segments: list[Segment], output: Any) -> None:
+        """Count what a forward of whole prompts left in its cache."""
+        cache, used, self.kv_bytes = output.past_key_values, [0] * len(segments[0].lengths), 0
         for one in segments:
             for layer in (cache.layers[index] for index in one.layers):
                 if getattr(layer, "keys", None) is not None:
@@ -247,9 +264,6 @@ class FamilyReduced(Reduced):
         # Decoding moves the masks and positions of segments, and leaves their lengths.
         self.record, self.segments = record, segments
         self.traces = record.steps
-        if copies > 1:
-            cache.reorder_cache(torch.arange(len(running.rows), device=self._runtime.device).repeat_interleave(copies))
-        return CausalLMOutputWithPast(logits=output.logits.repeat_interleave(copies, 0), past_key_values=cache)
 
     def _begin(self, given: Mapping[str, Any], copies: int) -> Running:
         """Encode images, find them in the prompts, and run the method's stages before the decoder."""
