@@ -17,7 +17,6 @@ from llava.pipeline.generate import generate
 from llava.pipeline.prefill import prefill
 from llava.processing.prompt import Sample
 from llava.reduction import registry
-from llava.reduction.modules import prefill_flops
 from tests.checkpoint_files import drop_weights, edit
 from tests.conftest import QUESTIONS, SHORT, picture
 from tests.eval_fakes import write_gqa
@@ -44,6 +43,25 @@ def ask(model, samples=BATCH, method="full", budget=None, **options):
     return generate(model, samples, reducer, **{"max_new_tokens": 6, **options})
 
 
+def operations(model, inputs):
+    """Of a prefill with all tokens, by the shapes of weights and the keys that masks leave to the last token."""
+    masks, length = [], inputs["input_ids"].shape[1]
+    hooks = [
+        layer.register_forward_pre_hook(lambda *seen: masks.append(seen[2]["attention_mask"]), with_kwargs=True)
+        for layer in model.llm.layers
+    ]
+    with torch.no_grad():
+        model.hf_model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    total = 2 * model.head.weight.numel()
+    for layer, mask in zip(model.llm.layers, masks, strict=True):
+        keys = length if mask is None else int(mask[0, 0, -1].sum())
+        total += sum(2 * length * weight.numel() for weight in layer.parameters() if weight.dim() == 2)
+        total += 4 * length * keys * layer.self_attn.q_proj.out_features
+    return total
+
+
 @pytest.mark.parametrize("name", SAVED)
 def test_all_tokens_give_the_answers_of_stock_generate(saved, name):
     """Each alone, from the processor's text and images; and the sampling settings of the checkpoint are not used."""
@@ -58,7 +76,7 @@ def test_all_tokens_give_the_answers_of_stock_generate(saved, name):
         assert list(answer.token_ids) == (ids[: ids.index(model.tokenizer.eos_token_id)] if 2 in ids else ids)
         tokens = int((inputs["input_ids"] == model.token("image")).sum())
         assert answer.accounting.tokens_per_layer == (tokens,) * 4 == (answer.accounting.visual_tokens,) * 4
-        whole += prefill_flops(model.llm.layers, (inputs["input_ids"].shape[1],) * 4, model.head)
+        whole += operations(model, inputs)
     assert any("those of a tile" in note for note in model.notes) == (name == "idefics3")
     assert len({answer.token_ids for answer in batch.answers}) > 1
     assert batch.operations.alone == {"projector": 0, "prefill": whole} and batch.images == 4
@@ -100,7 +118,7 @@ def test_questions_without_an_image_are_answered_by_the_stock_model(saved, name)
             assert list(answer.token_ids) == ids.tolist() and not answer.trace and not answer.runs
             assert answer.accounting.tokens_per_layer == (0,) * 4 and answer.accounting.kv_bytes > 0
             if len(batch) == 1:
-                assert result.operations.alone["prefill"] == prefill_flops(model.llm.layers, (length,) * 4, model.head)
+                assert result.operations.alone["prefill"] == operations(model, inputs)
 
 
 @pytest.mark.parametrize("name", SAVED)

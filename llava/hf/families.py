@@ -127,10 +127,7 @@ def why_not(family: Family, config: PretrainedConfig, reducer: Reducer) -> str:
         return f"{name} acts on pixels or inside a CLIP tower; {family.title} has a tower of another kind."
     if reducer.needs_text_tower:
         return f"{name} needs a CLIP vision tower and its text half; the tower of {family.title} is no CLIP."
-    text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None)
-    if kinds is None:
-        kinds = ["sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"]
+    kinds = kinds_of(config)
     probed = getattr(reducer, "probe_layer", None)
     probed = "full_attention" if probed is None else kinds[min(probed, len(kinds) - 1)]
     if probed not in ("full_attention", "sliding_attention"):
@@ -142,6 +139,13 @@ def why_not(family: Family, config: PretrainedConfig, reducer: Reducer) -> str:
         if family.types == "token_type_ids":
             return f"{name} reads causal attention; prompts of {family.title} are attended in both directions."
     return ""
+
+
+def kinds_of(config: PretrainedConfig) -> list[str]:
+    """What each decoder layer of a model is, in the words of `layer_types`."""
+    text = config.get_text_config()
+    alike = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
+    return getattr(text, "layer_types", None) or [alike] * text.num_hidden_layers
 
 
 def said(kind: str) -> str:
