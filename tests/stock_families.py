@@ -152,7 +152,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-NAMES = tuple(MODELS)
+# 5.20's SmolVLM divides image tokens into groups of its patch size.
+OLD = tuple(map(int, hf.__version__.split(".")[:2])) < (5, 21)
+NAMES = tuple(name for name in MODELS if name != "smolvlm" or not OLD)
 QWEN_LIKE, PACKED = NAMES[:6], ("onevision", "next_video")
 
 

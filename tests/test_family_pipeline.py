@@ -2,10 +2,12 @@
 
 import itertools
 import json
+import re
 from functools import cache
 
 import pytest
 import torch
+import transformers
 
 from eval import __main__ as cli
 from eval.config import RunConfig
@@ -21,6 +23,7 @@ from tests.checkpoint_files import drop_weights, edit
 from tests.conftest import QUESTIONS, SHORT, picture
 from tests.eval_fakes import write_gqa
 from tests.family_checkpoints import SAVED, save_family
+from tests.stock_families import tiny
 
 SIZES = ((112, 112), (200, 90), (90, 150), (60, 44))
 BATCH = tuple(Sample(f"q{i}", QUESTIONS[i], SHORT, picture(i, size)) for i, size in enumerate(SIZES))
@@ -162,12 +165,12 @@ def test_answers_end_at_every_end_token_of_the_checkpoint(tmp_path):
     assert batch.answers[0].token_ids == answer.token_ids[:end] and batch.decode_steps == end
 
 
-def test_transformers_without_an_argument_for_visual_tokens_is_refused(saved, monkeypatch):
-    """5.17's forward ignored the tokens that were left, and made all of them again."""
-    stock = saved("gemma3")[1]
-    monkeypatch.setattr(type(stock), "forward", lambda self, input_ids, pixel_values=None: None)
-    with pytest.raises(UserError, match=r"Gemma 3 is reduced from transformers 5\.20 on"):
-        reduce(stock, "full")
+@pytest.mark.parametrize(("version", "name", "since"), [("5.19.0", "gemma3", "5.20"), ("5.20.2", "smolvlm", "5.21")])
+def test_transformers_without_an_argument_for_visual_tokens_is_refused(monkeypatch, version, name, since):
+    """5.17 ignored the tokens that were left and made all again; 5.20's SmolVLM takes multiples of its patch size."""
+    monkeypatch.setattr(transformers, "__version__", version)
+    with pytest.raises(UserError, match=rf"is reduced from transformers {re.escape(since)} on, .* this is {version}"):
+        reduce(tiny(name), "full")
 
 
 def test_what_cannot_be_done_is_refused(saved, tmp_path):

@@ -61,6 +61,7 @@ class Family:
         layers: kinds of decoder layers that its models have, where those of a default configuration are others.
         output: what `get_image_features` gives to the model: its tokens, or what the projector makes tokens of.
         block: the tower block in place of a method's default, the last but one; None for the one that is projected.
+        since: the first version of transformers whose forward takes any number of visual tokens.
     """
 
     title: str
@@ -77,6 +78,7 @@ class Family:
     layers: tuple[str, ...] = ()
     output: str = "pooler_output"
     block: int | None = None
+    since: tuple[int, int] = 5, 20
 
 
 _QWEN = partial(Family, tower="visual.blocks", runs=True, axes=True, types="mm_token_type_ids")
@@ -97,7 +99,7 @@ FAMILIES: dict[str, Family] = {
     "PaliGemmaForConditionalGeneration": Family(
         "PaliGemma", "vision_tower.encoder.layers", types="token_type_ids", first=1
     ),
-    "SmolVLMForConditionalGeneration": Family("SmolVLM2", "vision_model.encoder.layers"),
+    "SmolVLMForConditionalGeneration": Family("SmolVLM2", "vision_model.encoder.layers", since=(5, 21)),
     "Idefics3ForConditionalGeneration": Family("Idefics3", "vision_model.encoder.layers"),
     "Mistral3ForConditionalGeneration": Family("Mistral3", "vision_tower.transformer.layers", breaks=True),
     "Ovis2ForConditionalGeneration": Family("Ovis2", "vision_tower.transformer.encoder.layers"),
@@ -169,10 +171,11 @@ class FamilyWrapper(HFWrapper):
         self.hf_model, self.device, self.tokenizer = container, container.device, tokenizer
         self.name, self.text_tower = type(container).__name__, None
         self.family = declared(container) or FAMILIES[self.name]
-        if "mm_encoder_outputs" not in inspect.signature(type(container).forward).parameters:
+        if tuple(map(int, transformers.__version__.split(".")[:2])) < self.family.since:
             raise UserError(
-                f"{self.family.title} is reduced from transformers 5.20 on, whose forward takes visual tokens; this is "
-                f"{transformers.__version__}: pip install -U transformers."
+                f"{self.family.title} is reduced from transformers {'.'.join(map(str, self.family.since))} on, whose "
+                f"forward takes any number of visual tokens; this is {transformers.__version__}: pip install -U "
+                "transformers."
             )
         self.axes = self.family.axes
         llm = inner.text_model if hasattr(inner, "text_model") else inner.language_model
