@@ -94,7 +94,7 @@ class FamilyModel(FamilyWrapper):
     def prompt(self, sample: Any) -> Prompt:
         if isinstance(sample, StockSample):
             return super().prompt(sample)
-        raise UserError(f"{self.name}, a {self.family.title}, only answers benchmarks and runs in reduce().")
+        raise UserError(f"{self.name} ({self.family.title}) only answers benchmarks and runs in reduce().")
 
     def inputs(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Arguments of the model's forward, prompts padded on the left."""
