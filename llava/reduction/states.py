@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from llava.errors import UserError, unknown
 from llava.reduction.merging import Reduction
 from llava.reduction.modules import Decoder, DecoderLayer
-from llava.reduction.ranking import in_float32, made_once
+from llava.reduction.ranking import in_float32
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import ModelSpec, PatchGrid
 
@@ -363,24 +363,32 @@ class _Configuration:
         return getattr(self.own, name)
 
 
-class _Known(Tensor):
+@dataclass
+class _Known:
     """Zeros or ones in place of a tensor that is not needed: no operation runs on them.
 
-    A product with ones and a sum with zeros are the other tensor; all else that is computed of them is themselves.
+    A product with ones and a sum with zeros are the other tensor; all else that is computed of them is themselves. In
+    place of a module they are its output.
     """
 
     ones: bool
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    __call__ = __getattr__ = __getitem__ = __neg__ = lambda self, *_, **__: self
+    __mul__ = __rmul__ = lambda self, other: other if self.ones else self
+    __add__ = __radd__ = lambda self, other: self if self.ones or not isinstance(other, Tensor) else other
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__
-        if name == "__get__":  # of shape, dtype or device
-            return super().__torch_function__(func, types, args, kwargs or {})
+        """What a function of torch makes of them, beside tensors."""
         given = args[0] if isinstance(args[0], tuple | list) else args
-        known = min((one for one in given if isinstance(one, cls)), key=lambda one: one.ones)
-        if name == ("mul" if known.ones else "add"):
-            return next((one for one in given if isinstance(one, Tensor) and one is not known), known)
-        return (known,) * args[1] if name == "chunk" else known
+        known = next(one for one in given if isinstance(one, cls))
+        if func.__name__ in ("mul", "add"):
+            other = args[known is args[0]]
+            return known * other if func.__name__ == "mul" else known + other
+        return (known,) * args[1] if func.__name__ == "chunk" else known
 
 
 def angles_of(llm: Decoder, sequence: Sequence, layer: int) -> Angles:
@@ -393,14 +401,6 @@ def angles_of(llm: Decoder, sequence: Sequence, layer: int) -> Angles:
     kinds = llm.config.layer_types if hasattr(llm.rotary_emb, "layer_types") else None
     angles: Angles = llm.rotary_emb(sequence.hidden, axes, *(() if kinds is None else (kinds[layer],)))
     return angles
-
-
-@made_once
-def known(ones: bool, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[1, 1, d] zeros or ones on which no operation runs."""
-    made = torch.full((1, 1, channels), float(ones), dtype=dtype, device=device).as_subclass(_Known)
-    made.ones = ones
-    return made
 
 
 def heads_of(layer: DecoderLayer, part: str, normed: Tensor, angles: Angles | None = None) -> Tensor:
@@ -416,27 +416,25 @@ def heads_of(layer: DecoderLayer, part: str, normed: Tensor, angles: Angles | No
     Raises:
         UserError: the layer does not call a kernel through transformers' attention interface.
     """
-    attention, sizes = layer.self_attn, (layer.self_attn.head_dim, normed.dtype, normed.device)
-    zeros = known(False, *sizes)
+    attention = layer.self_attn
+    zeros, ones = (_Known(one, (1, 1, attention.head_dim), normed.dtype, normed.device) for one in (False, True))
     modules: dict[str, Any] = dict(attention._modules)
-    left_out: dict[str, Any] = {}
-    for name in PROJECTIONS.values():
-        if name != PROJECTIONS[part] and modules.pop(name, None) is not None:
-            left_out[name] = lambda rows: zeros
+    names = [name for name in PROJECTIONS.values() if name != PROJECTIONS[part]]
+    left_out = {name: zeros for name in names if modules.pop(name, None) is not None}
     # A module with the same weights, so that the model itself is not changed.
     probe = object.__new__(type(attention))
     vars(probe).update(vars(attention), config=_Configuration(attention.config), _modules=modules, **left_out)
-    turned = (known(True, *sizes), zeros) if angles is None else angles
     # Without the hooks of the module itself, which would wait for an output.
-    _, seen = type(attention).forward(probe, normed, position_embeddings=turned, attention_mask=None)
-    if not isinstance(seen, tuple):
+    _, seen = type(attention).forward(probe, normed, position_embeddings=angles or (ones, zeros), attention_mask=None)
+    heads = seen[part == "key"] if isinstance(seen, tuple) else None
+    if not isinstance(heads, Tensor):
         raise UserError(
             f"{type(attention).__name__} does not call its kernel through transformers' attention interface, so its "
             "queries and keys cannot be read. Choose a method that reads no attention of the decoder."
         )
-    heads: Tensor = seen[part == "key"]
     gather = getattr(attention, "gather", None)
-    return in_float32(heads if gather is None else gather(heads, 1))
+    whole: Tensor = heads if gather is None else gather(heads, 1)
+    return whole if whole.dtype == torch.float32 else whole.float()
 
 
 def attention_rows(
