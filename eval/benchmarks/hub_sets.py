@@ -581,11 +581,7 @@ DOCVQA = documents(
     {"val": 5349, "test": 5188},
 )
 INFOVQA = documents(
-    "InfographicVQA",
-    "answer_type",
-    ("image_url",),
-    "infovqa_test_for_submission.json",
-    {"val": 2801, "test": 3288},
+    "InfographicVQA", "answer_type", ("image_url",), "infovqa_test_for_submission.json", {"val": 2801, "test": 3288}
 )
 # Of all answers the longest is the default of LLaVA's scripts, and lmms-eval's where a task sets none.
 MMSTAR = HubSet(
@@ -620,18 +616,13 @@ SETS = {
     "mmstar": {
         "llava": MMSTAR,
         "lmms": replace(
-            MMSTAR,
-            ask=partial(ask_mmstar, True),
-            sample_score=mmstar_lmms_sample_score,
-            finish=average_of_details,
+            MMSTAR, ask=partial(ask_mmstar, True), sample_score=mmstar_lmms_sample_score, finish=average_of_details
         ),
     },
     "ocrbench": {
         "llava": OCRBENCH,
         "lmms": replace(
-            OCRBENCH,
-            ask=partial(ask_ocrbench, True),
-            sample_score=partial(ocrbench_sample_score, fold=True),
+            OCRBENCH, ask=partial(ask_ocrbench, True), sample_score=partial(ocrbench_sample_score, fold=True)
         ),
     },
 }

@@ -25,15 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmarks.base import Dataset, Question, listed
-from eval.benchmarks.hub import (
-    by_unique_id,
-    check_answers,
-    letters,
-    open_table,
-    option_lines,
-    ungraded,
-    with_version,
-)
+from eval.benchmarks.hub import by_unique_id, check_answers, letters, open_table, option_lines, ungraded, with_version
 from eval.benchmarks.llava_files import LETTER, SHORT
 from eval.benchmarks.media import Inline
 from eval.benchmarks.records import Filled, TypedDict
