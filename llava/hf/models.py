@@ -336,7 +336,7 @@ def state_of(model: Any) -> tuple[Any, ...]:
 
 
 def device_of(model: Any) -> torch.device:
-    """Where text is embedded; of a model on several devices or with offloaded weights, where prompts are put together."""
+    """Where text is embedded, and with it prompts are put together, of a model on several devices, too."""
     embedding = model.get_input_embeddings()
     hooks = device_hooks(embedding)
     return torch.device(hooks[0].execution_device if hooks else embedding.weight.device)
