@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import cpu_offload
 
 from llava import load, reduce
 from llava.errors import UserError
@@ -186,6 +187,9 @@ def test_a_method_that_needs_the_text_tower(tmp_path):
         reduced.questions = ["color", *questions[1:]]
         case.model(**inputs)
         assert not torch.equal(reduced.traces[0][0].reduction.kept, traces[0][0].reduction.kept)
+    cpu_offload(model := copy.deepcopy(case.model), "cpu")  # with the norm through which CLIP's space is reached
+    with reduce(model, "cdpruner", 5, questions=questions, tokenizer=case.tokenizer, text_tower=tmp_path):
+        assert torch.equal(model(**inputs).logits, first)
     with pytest.raises(UserError, match="text_tower"):
         reduce(case.model, "cdpruner", 5)
 

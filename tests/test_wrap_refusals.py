@@ -144,7 +144,8 @@ def test_models_that_cannot_be_reduced(llava):
         (model.config, "vision_feature_layer", [-2, -3], "expected one layer from -4 to 3"),
         (model.config, "vision_feature_layer", 99, "from layer 99 of a vision tower with 3 blocks"),
         (model.config, "vision_feature_select_strategy", "full", "drops the class token"),
-        (text, "_attn_implementation", "flash_attention_2", "got 'flash_attention_2'"),
+        (text, "_attn_implementation", "flex_attention", "got 'flex_attention'"),
+        (model, "_tp_size", 2, "split by tp_plan"),
     ]
     for owner, name, value, words in changes:
         before = getattr(owner, name)
@@ -164,7 +165,7 @@ def test_a_tower_that_is_no_clip_and_a_model_on_several_devices(llava, own):
     with pytest.raises(UserError, match="siglip_vision_model tower, llama decoder"):
         reduce(model, "visiondrop", 6)
     own.model.lm_head.to("meta")
-    with pytest.raises(UserError, match="one device as a whole, it is on cpu, meta"):
+    with pytest.raises(UserError, match="is on cpu, meta; put it on one device"):
         reduce(own.model, "visiondrop", 6)
 
 

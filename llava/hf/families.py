@@ -25,12 +25,13 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llava.errors import UserError
-from llava.hf.models import ONE_CALL, HFWrapper, inner_of
+from llava.hf.models import ONE_CALL, HFWrapper, device_of, inner_of, takes_mask
 from llava.model.llava_arch import EncodedImage
 from llava.model.multimodal_encoder.clip_encoder import Encoded
 from llava.pipeline.accounting import Timer
@@ -134,6 +135,9 @@ def why_not(family: Family, config: PretrainedConfig, reducer: Reducer) -> str:
     probed = "full_attention" if probed is None else kinds[min(probed, len(kinds) - 1)]
     if probed not in ("full_attention", "sliding_attention"):
         return f"{name} probes the attention of a decoder layer that has {said(probed)} in {family.title}."
+    attention = getattr(config.get_text_config(), "_attn_implementation", None) or "sdpa"
+    if "decoder" in acts and not takes_mask(attention):
+        return f"{name} reduces between decoder layers, which needs attn_implementation='sdpa', not {attention!r}."
     if "decoder" in acts:
         other = [said(kind) for kind in sorted({*kinds} - {"full_attention"})]
         if other:
@@ -168,7 +172,7 @@ class FamilyWrapper(HFWrapper):
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None):
         container: Any = model
         inner = inner_of(container)
-        self.hf_model, self.device, self.tokenizer = container, container.device, tokenizer
+        self.hf_model, self.device, self.tokenizer = container, device_of(container), tokenizer
         self.name, self.text_tower = type(container).__name__, None
         self.family = declared(container) or FAMILIES[self.name]
         if tuple(map(int, transformers.__version__.split(".")[:2])) < self.family.since:
@@ -189,7 +193,10 @@ class FamilyWrapper(HFWrapper):
         if hasattr(vision, "fullatt_block_indexes"):  # others within windows of so many tokens by as many
             self.whole = sorted(vision.fullatt_block_indexes)
             self.window = vision.window_size // vision.spatial_merge_size // vision.patch_size
-        self.newline = getattr(inner, "image_newline", None)
+        self.inner, self.newline = inner, None
+        with align_module_device(inner):  # weights that accelerate has offloaded
+            if getattr(inner, "image_newline", None) is not None:
+                self.newline = inner.image_newline.to(self.device)
         self.packed_layout = lru_cache(maxsize=1024)(partial(packed_layout, inner))
         self.encoders = {name: getattr(inner, f"get_{name}_features", None) for name in MODALITIES}
         taken = [inspect.signature(encoder).parameters for encoder in self.encoders.values() if encoder is not None]
@@ -234,7 +241,7 @@ class FamilyWrapper(HFWrapper):
             raise UserError(f"reduce() takes no videos of {family.title}; give the frames as images.")
         wanted = {score: attention_of(self.blocks[self._block(score)]) for score in reducer.tower_scores(family.packed)}
         names = inspect.signature(encoder).parameters
-        with recording(wanted.values()) as seen:
+        with recording(wanted.values()) as seen, align_module_device(self.inner):
             out = encoder(**{key: given[key] for key in names if given.get(key) is not None}, return_dict=True)
         if family.packed:
             return self._packed(given, out.pooler_output, wanted, seen), out
@@ -264,6 +271,7 @@ class FamilyWrapper(HFWrapper):
             if self.family.cls is None and kind in WITHOUT_CLS:
                 kind, stand_in = "received_attention", WITHOUT_CLS[kind]
             values = scores_of(kind, seen[module], self.family.cls, [rows * columns for rows, columns in grids])
+            values = [part.to(self.device) for part in values]
             own = [grouped(part, grid, side, self.family.runs) for part, grid in zip(values, grids, strict=True)]
             if self.window:
                 shapes = [(rows // side, columns // side) for rows, columns in grids]
@@ -444,8 +452,12 @@ def _record(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
     config.seen.append((query, key, own, attention_mask, scale))
     known = vars(sys.modules[type(module).__module__])  # Llama 4 has a kernel of its own for its tower
     eager = known.get("vision_eager_attention_forward", known["eager_attention_forward"])
-    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(config.kernel, eager)
-    return kernel(module, query, key, value, attention_mask, **options)
+    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(config.own._attn_implementation, eager)
+    module.config = config.own  # which FlashAttention reads again
+    try:
+        return kernel(module, query, key, value, attention_mask, **options)
+    finally:
+        module.config = config
 
 
 ALL_ATTENTION_FUNCTIONS.register(RECORDING, _record)
@@ -466,7 +478,7 @@ def recording(modules: Iterable[Any]) -> Iterator[dict[Any, list[Seen]]]:
             projection = module.k_proj if hasattr(module, "k_proj") else module.qkv
             hooks.append(projection.register_forward_hook(partial(keep, module)))
             module.config = copy.copy(config)
-            module.config.seen, module.config.kernel = seen[module], config._attn_implementation
+            module.config.seen, module.config.own = seen[module], config
             module.config._attn_implementation = RECORDING
         yield seen
     finally:
@@ -492,9 +504,14 @@ def scores_of(kind: str, seen: Sequence[Seen], cls: int | None, patches: Sequenc
         if key.shape[1] != query.shape[1]:
             key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
         allowed = None
-        if mask is not None:  # of padding, or of images side by side
+        if mask is not None and mask.dim() == 2:  # of padding, as FlashAttention takes it
+            allowed = mask.bool()[:, None, None].expand(-1, 1, query.shape[2], -1)
+        elif mask is not None:  # of padding, or of images side by side
             allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
             allowed = allowed.expand(len(query), 1, *mask.shape[2:])
+        elif key.shape[2] == sum(patches) and len(patches) > 1:  # side by side, which FlashAttention sees by positions
+            image = torch.arange(len(patches)).repeat_interleave(torch.tensor(patches)).to(key.device)
+            allowed = (image[:, None] == image)[None, None]
         if kind == "keys":
             values = key.mean(1)
         elif kind == "whole_keys":

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -39,7 +40,6 @@ from llava.processing.prompt import Prompt, Sample
 from llava.reduction.reducer import Reducer
 from llava.reduction.token_layout import ModelSpec, TokenLayout, frames, single, spec_of
 
-ATTENTION = ("sdpa", "eager")
 ONE_CALL = "take input_ids and pixels from one call of the model's own processor."
 
 PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
@@ -271,7 +271,7 @@ def wrap_model(
         frames=frames_of_video,
     )
     conventions: dict[str, Any] = {"reading": "transformers"} if family == "llava_next" else {}
-    return WRAPPERS[family](checkpoint, model.device, **conventions)
+    return WRAPPERS[family](checkpoint, device_of(model), **conventions)
 
 
 def inner_of(model: Any) -> Any:
@@ -282,9 +282,24 @@ def inner_of(model: Any) -> Any:
 def state_of(model: Any) -> tuple[Any, ...]:
     """What a wrapper is built from."""
     inner, config = inner_of(model), model.config
-    parts = (inner, *model.children(), *inner.children(), *inner.parameters(recurse=False))
+    own = [weight for weight in inner.parameters(recurse=False) if not weight.is_meta]  # offloaded ones come and go
+    parts = (inner, *model.children(), *inner.children(), *own)
     features = [getattr(config, name, None) for name in ("vision_feature_layer", "vision_feature_select_strategy")]
-    return (*map(id, parts), model.device, *features, config.get_text_config()._attn_implementation)
+    return (*map(id, parts), device_of(model), *features, config.get_text_config()._attn_implementation)
+
+
+def device_of(model: Any) -> torch.device:
+    """Where text is embedded, and with it prompts are put together, of a model on several devices, too."""
+    embedding = model.get_input_embeddings()
+    hooks = device_hooks(embedding)
+    return torch.device(hooks[0].execution_device if hooks else embedding.weight.device)
+
+
+def device_hooks(module: nn.Module) -> list[AlignDevicesHook]:
+    """The hooks by which accelerate places weights and inputs of a module; [] if it has others, too."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))  # of a SequentialHook
+    return list(hooks) if all(isinstance(one, AlignDevicesHook) for one in hooks) else []
 
 
 def refuse_training(*modules: nn.Module) -> None:
@@ -302,12 +317,18 @@ def _refuse_unfit(model: PreTrainedModel, family: Family) -> None:
         refuse_feature_layer(config, name)
     refuse_training(*model.modules())
     used = model.model.language_model.config._attn_implementation
-    if used not in ATTENTION:
-        raise UserError(f"Load the model with attn_implementation='sdpa' (or 'eager'), got {used!r}.")
-    devices = {weight.device for weight in model.parameters()}
+    if not takes_mask(used):
+        raise UserError(f"Load the model with attn_implementation='sdpa', 'eager' or FlashAttention, got {used!r}.")
+    parts = [part for part in model.modules() if not hasattr(part, "_hf_hook")]
+    devices = {weight.device for part in parts for weight in part.parameters(recurse=False)}
     if len(devices) > 1 or torch.device("meta") in devices:
         places = ", ".join(sorted(map(str, devices)))
-        raise UserError(f"The model must be on one device as a whole, it is on {places}; load it without device_map.")
+        raise UserError(f"The model is on {places}; put it on one device as a whole, or load it with device_map.")
+
+
+def takes_mask(attention: str) -> bool:
+    """Whether `causal_mask` has a mask for this `_attn_implementation`."""
+    return attention in ("sdpa", "eager") or "flash" in attention
 
 
 # Prompts

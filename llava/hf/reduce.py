@@ -86,8 +86,17 @@ def reduce(
     tokens = runtime.visual_tokens
     has_budget = budget is not None or options.get(RETENTION_RATIO)
     reducer = build(method, budget if has_budget else tokens, options, tokens)
+    if (getattr(runtime.hf_model, "_tp_size", None) or 1) > 1:
+        raise UserError(
+            "This model is split by tp_plan, and each rank would rank tokens by its own heads; load it with device_map."
+        )
     if family and (why := why_not(family, config, reducer)):
         raise UserError(why)
+    if "tower" in reducer.acts_in and "flash" in runtime.tower.config._attn_implementation:
+        raise UserError(
+            f"{method} merges inside the tower, whose attention then takes a mask that FlashAttention does not have; "
+            "load the model with another attn_implementation for its vision_config, as 'sdpa'."
+        )
     if reducer.needs_text_tower and (runtime.text_tower is None or questions is None):
         raise UserError(
             f"{method} compares questions with images in CLIP's space: give reduce() `questions`, `tokenizer`, and "
@@ -268,8 +277,9 @@ class FamilyReduced(Reduced):
     def _begin(self, given: Mapping[str, Any], copies: int) -> Running:
         """Encode images, find them in the prompts, and run the method's stages before the decoder."""
         runtime, reducer, family = self._runtime, self.reducer, self._runtime.family
-        ids, mask = given["input_ids"][::copies].to(runtime.device), given.get("attention_mask")
-        mask = torch.ones_like(ids) if mask is None else mask[::copies].to(ids.device)
+        given = {name: part.to(runtime.device) if isinstance(part, Tensor) else part for name, part in given.items()}
+        ids, mask = given["input_ids"][::copies], given.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask[::copies]
         tokens = {name: runtime.token(name) for name in MODALITIES}
         if family.axes:
             self._refuse_axes(given, ids, tokens, copies)
@@ -290,9 +300,7 @@ class FamilyReduced(Reduced):
                 done += stages.images[sample, len(own) - 1].inputs if token == IMAGE_TOKEN_INDEX else 1
             places.append(own)
         sequence = embed(runtime, reducer, prompts, stages.images)
-        types = (
-            None if given.get(family.types) is None else unpadded(given[family.types][::copies].to(ids.device), real)
-        )
+        types = None if given.get(family.types) is None else unpadded(given[family.types][::copies], real)
         running = Running(stages, unpadded(ids, real), types, places, outputs, sequence)
         if family.axes:
             position = unpadded(self._positions(given, ids, mask, copies), real)
@@ -321,7 +329,7 @@ class FamilyReduced(Reduced):
                 raise UserError(f"{name}_grid_thw counts {count} patches, got {got}; {ONE_CALL}")
         if types is None:
             raise UserError(f"{title} needs mm_token_type_ids, from which its positions follow; {ONE_CALL}")
-        types = types[::copies].to(ids.device)
+        types = types[::copies]
         if types.shape != ids.shape or any(
             not torch.equal(types == kind, ids == token) for kind, token in enumerate(tokens.values(), 1) if token >= 0
         ):
@@ -394,7 +402,7 @@ class FamilyReduced(Reduced):
             token: of the images or videos that it is of; None for all tokens that entered the decoder, which the stages
                 between its layers reduced.
         """
-        values, done, parts = flat(output), 0, []
+        values, done, parts = flat(output).to(self._runtime.device), 0, []
         for (sample, number), image in running.stages.images.items():
             if token is not None and int(running.rows[sample][running.places[sample][number]]) != token:
                 continue
@@ -423,28 +431,31 @@ class FamilyReduced(Reduced):
         """A decoder layer's arguments: prompts reduced before it, or the mask and positions of its own keys."""
         llm, running = self._runtime.llm, self._running
         hidden = args[0] if args else options["hidden_states"]
-        eager = llm.config._attn_implementation == "eager"
+        attention = llm.config._attn_implementation
         if running is not None:
             entered = running.sequence
             now = replace(entered, hidden=hidden)
             if index in self._stops:
-                keys = options["past_key_values"].layers[index - 1].keys
+                keys = options["past_key_values"].layers[index - 1].keys.to(entered.position.device)
+                now, entered = (replace(one, hidden=one.hidden.to(keys.device)) for one in (now, entered))
                 now = running.stages.reduce_between_layers(now, index, entered, keys)
                 running.segments[-1].layers = range(running.segments[-1].layers.start, index)
                 running.segments.append(self._segment(now, index))
             running.sequence, hidden = now, now.hidden
             if len(running.segments) == 1:
                 return None
-            mask = causal_mask(now.valid(), now.hidden.shape[1], hidden.dtype, eager) if now.padded or eager else None
-            position = now.position
+            mask, position = None, now.position
+            if now.padded or attention == "eager":
+                mask = causal_mask(now.valid(), hidden.shape[1], hidden.dtype, attention)
         else:
             segment = next((one for one in self._continued[1:] if index in one.layers), None)
             if segment is None:
                 return None
             mask, position = None, segment.next_position
             if segment.valid is not None:
-                mask = causal_mask(segment.valid, 1, hidden.dtype, eager)
-        changed = {"attention_mask": mask, "position_embeddings": rotary_angles(llm, hidden, position)}
+                mask = causal_mask(segment.valid, 1, hidden.dtype, attention)
+        angles = rotary_angles(llm, hidden, position.to(hidden.device))
+        changed = {"attention_mask": mask, "position_embeddings": angles}
         if "position_ids" in options:
             changed["position_ids"] = None
         if args:
@@ -455,7 +466,7 @@ class FamilyReduced(Reduced):
         """Add a level of the tower to visual tokens that are fewer than at the first layer."""
         running = self._running
         if running is not None and len(running.segments) > 1:
-            sequence, embeddings = running.sequence, self._shortened(running, None, embeddings)
+            sequence, embeddings = running.sequence, self._shortened(running, None, embeddings).to(hidden.device)
             mask = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
             for row, spans in enumerate(sequence.visual):
                 for start, stop in sequence.padded_spans(spans, (row,) * len(spans)):
@@ -498,7 +509,7 @@ class FamilyReduced(Reduced):
             self._model.forward.original(**self._arguments(running, sequence), use_cache=False)
         except _Left as left:
             hidden: Tensor = left.args[0]
-            return hidden
+            return hidden.to(sequence.hidden.device)
         finally:
             hook.remove()
         raise AssertionError("the forward of this family does not call its decoder's layers")
