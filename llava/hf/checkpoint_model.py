@@ -88,7 +88,7 @@ class FamilyModel(FamilyWrapper):
     @cached_property
     def _windows(self) -> list[int]:
         """The keys that a token attends at most in each layer of the decoder."""
-        window, kinds = getattr(self.llm.config, "sliding_window", None), kinds_of(self.hf_model.config)
+        window, kinds = getattr(self.llm.config, "sliding_window", None) or 0, kinds_of(self.hf_model.config)
         return [window if kind == "sliding_attention" else sys.maxsize for kind in kinds]
 
     def prompt(self, sample: Any) -> Prompt:
