@@ -74,7 +74,7 @@ def test_layers_on_two_devices(name):
         model = dispatch_model(copy.deepcopy(plain), dict(places(plain, ("cuda:0", "cuda:1"))), main_device="cuda:0")
         assert {"cuda:0", "cuda:1"} <= {str(weight.device) for weight in model.parameters()}
         before = [hook.io_same_device for part in model.modules() for hook in device_hooks(part)]
-        for method in ("full", *METHODS, *(("tome", "downsample") if name == "llava" else ())):
+        for method in ("full", *METHODS, "sparsevlm", *(("tome", "downsample") if name == "llava" else ())):
             same(answer(model, there, method), answer(one, there, method))
         assert before == [hook.io_same_device for part in model.modules() for hook in device_hooks(part)]
 
