@@ -157,10 +157,7 @@ def released_tokens(
     # Tokens that are not chosen get an index after all tokens, so that sorting moves them out of the first V.
     nothing = text.shape[1]
     chosen = torch.cat(
-        [
-            text_place[:, :total].masked_fill(rank >= count, nothing),
-            place.masked_fill(rank >= total - count, nothing),
-        ],
+        [text_place[:, :total].masked_fill(rank >= count, nothing), place.masked_fill(rank >= total - count, nothing)],
         1,
     )
     return chosen.sort(dim=1).values[:, :total]
@@ -184,7 +181,7 @@ class AttnMix(Reducer):
     )
 
     known_deviations: ClassVar[dict[str, str]] = {
-        "duplicates with official=true": "the release keeps a token twice that both rankings choose",
+        "duplicates with official=true": "the release keeps a token twice that both rankings choose"
     }
 
     crops: str = option("global", "ranks the tokens of all tiles together", ("global",))

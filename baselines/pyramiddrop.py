@@ -13,15 +13,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from baselines._staged import SCHEDULE, Staged, proportional
-from llava.reduction import (
-    DecoderState,
-    MethodMetadata,
-    ModelSpec,
-    UserError,
-    option,
-    register,
-    tokens_by_layer,
-)
+from llava.reduction import DecoderState, MethodMetadata, ModelSpec, UserError, option, register, tokens_by_layer
 
 HALVING = (4, 2, 1)
 # Schedules as ratios of all visual tokens: (decoder layers of 32, ratio kept after each).

@@ -30,12 +30,7 @@ CONTEXTUAL_SHARE = 10 / 64  # 54 + 10, 108 + 20 and 162 + 30 in the release, CLS
 
 
 def zip_tokens(
-    saliency: Tensor,
-    keys: Tensor,
-    dominant: int,
-    contextual: int,
-    weights: str,
-    cls: bool = True,
+    saliency: Tensor, keys: Tensor, dominant: int, contextual: int, weights: str, cls: bool = True
 ) -> Reduction:
     """Dominant tokens in raster order, CLS first, then contextual ones in the raster order of their targets.
 

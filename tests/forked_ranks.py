@@ -232,12 +232,7 @@ class Launcher:
     """In place of subprocess.Popen for DeepSpeed's launcher: forks the ranks."""
 
     def __init__(
-        self,
-        processes: Path,
-        inherited: int,
-        command: Sequence[str],
-        env: Mapping[str, str],
-        start_new_session: bool,
+        self, processes: Path, inherited: int, command: Sequence[str], env: Mapping[str, str], start_new_session: bool
     ):
         (world,) = [word.removeprefix("--world_info=") for word in command if word.startswith("--world_info=")]
         self._processes, self._children, self._code = processes, {}, None

@@ -214,6 +214,9 @@ class Calls(TorchFunctionMode):
         if kwargs.get("device") is not None:
             kwargs["device"] = on(kwargs["device"])
         tensors = [one for one in tree_flatten((args, kwargs))[0] if isinstance(one, Tensor)]
+        if name in ("arange", "tensor") and any(isinstance(one, OnDevice) for one in tensors):
+            device.wait(f"{name} of values of the device")
+            args = value_of(args)
         if name in ("tensor", "as_tensor", "new_tensor", "from_numpy") and "cuda" in str(kwargs.get("device", "")):
             made = torch.tensor(args[-1], dtype=kwargs.get("dtype"))
             return made.to(kwargs["device"])

@@ -24,6 +24,7 @@ LAST = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
 PINPOINTS = {"image_grid_pinpoints": [[56, 56], [112, 56], [56, 112], [112, 112]]}
 QWEN: dict[str, Any] = {"depth": 4, "num_heads": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
 QWEN |= {"hidden_size": 32, "intermediate_size": 64, "patch_size": 14, "out_hidden_size": 64}
+AXES = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}}
 QWEN3 = QWEN | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2]}
 QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": 5, "vision_end_token_id": 6}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
@@ -55,6 +56,17 @@ def internvl(kind: str) -> dict[str, Any]:
 
 # Name -> class without "ForConditionalGeneration", and its configuration.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_vl": (
+        "Qwen2VL",
+        {"vision_config": QWEN | {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}, "text_config": TEXT | AXES},
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VL",
+        {
+            "vision_config": QWEN | {"window_size": 56, "fullatt_block_indexes": [1, 3]},
+            "text_config": TEXT | AXES,
+        },
+    ),
     "qwen3_vl": ("Qwen3VL", {"vision_config": QWEN3, "text_config": TEXT | {"head_dim": 16} | turned(4, 2, 2)}),
     "qwen3_vl_moe": (
         "Qwen3VLMoe",
@@ -140,8 +152,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-NAMES = tuple(MODELS)
-QWEN_LIKE, PACKED = NAMES[:4], ("onevision", "next_video")
+# 5.20's SmolVLM divides image tokens into groups of its patch size.
+OLD = tuple(map(int, hf.__version__.split(".")[:2])) < (5, 21)
+NAMES = tuple(name for name in MODELS if name != "smolvlm" or not OLD)
+QWEN_LIKE, PACKED = NAMES[:6], ("onevision", "next_video")
 
 
 def make(name: str, others: dict[str, int] | None = None) -> Any:

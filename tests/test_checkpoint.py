@@ -37,11 +37,7 @@ from tests.tiny_checkpoints_families import (
     save_video_transformers,
 )
 
-MAKERS = {
-    "llava": make_tiny_llava,
-    "llava_next": lambda: make_tiny_next("mistral"),
-    "video_llava": make_tiny_video,
-}
+MAKERS = {"llava": make_tiny_llava, "llava_next": lambda: make_tiny_next("mistral"), "video_llava": make_tiny_video}
 
 
 @pytest.fixture(scope="module")

@@ -292,11 +292,7 @@ def test_a_tower_that_is_not_clip(tmp_path, model):
         # The class token was dropped: 16 tokens where transformers gives 17.
         (save_transformers_layout, {"vision_feature_select_strategy": "full"}, "'full'; only 'default' is supported"),
         (save_original_layout, {"mm_vision_select_feature": "cls_patch"}, "'cls_patch'; only 'patch' is supported"),
-        (
-            save_original_layout,
-            {"mm_projector_type": "linear"},
-            "'linear' is not supported: .* two linear layers",
-        ),
+        (save_original_layout, {"mm_projector_type": "linear"}, "'linear' is not supported: .* two linear layers"),
         (save_original_layout, {"hidden_size": ..., "vocab_size": ...}, r"config\.json lacks hidden_size, vocab_size"),
         (save_original_layout, {"mm_vision_tower": 3}, "impossible values: mm_vision_tower"),
         (save_original_layout, {"num_hidden_layers": "4"}, "describes no LLaVA model: .*num_hidden_layers"),

@@ -148,11 +148,7 @@ WRONG = {
         "assignment and merge_weight",
     ),
     "target": (
-        made(
-            rows(0, 1),
-            assignment=lambda state: torch.full((2, 16), 2),
-            merge_weight=lambda state: torch.ones(2, 16),
-        ),
+        made(rows(0, 1), assignment=lambda state: torch.full((2, 16), 2), merge_weight=lambda state: torch.ones(2, 16)),
         r"assignment must be -1 \(dropped\) to 1 \(output tokens\), got 2 to 2",
     ),
 }

@@ -259,7 +259,13 @@ def test_mistakes_are_shown_as_a_sentence_and_the_page_goes_on(demo, tmp_path):
         wait_for_problem(page, "There is no question")
         ask(page, "Is there a red star?")
         wait_for_answer(page)
-        assert not page.locator("#problem").is_visible() and not errors(page)
+        assert not page.locator("#problem").is_visible()
+        page.click("#method input")
+        page.fill("#method input", "divprune+fastv")  # a composition is no entry of the list
+        page.keyboard.press("Enter")
+        ask(page, "Is there a red star?")
+        wait_for_answer(page)
+        assert "divprune+fastv:" in page.inner_text("#reduced-answer") and not errors(page)
     assert "Traceback" not in demo.text
 
 

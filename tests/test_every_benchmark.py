@@ -60,8 +60,7 @@ IN_JAVA = ("flickr30k", "nocaps")  # METEOR and the official tokenizer
 
 
 @pytest.fixture(
-    params=[pytest.param(case, marks=pytest.mark.java) if case[0] in IN_JAVA else case for case in CASES],
-    ids="-".join,
+    params=[pytest.param(case, marks=pytest.mark.java) if case[0] in IN_JAVA else case for case in CASES], ids="-".join
 )
 def case(request) -> tuple[Dataset, dict[str, str]]:
     data = load(*request.param)

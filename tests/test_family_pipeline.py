@@ -2,10 +2,12 @@
 
 import itertools
 import json
+import re
 from functools import cache
 
 import pytest
 import torch
+import transformers
 
 from eval import __main__ as cli
 from eval.config import RunConfig
@@ -17,11 +19,11 @@ from llava.pipeline.generate import generate
 from llava.pipeline.prefill import prefill
 from llava.processing.prompt import Sample
 from llava.reduction import registry
-from llava.reduction.modules import prefill_flops
 from tests.checkpoint_files import drop_weights, edit
 from tests.conftest import QUESTIONS, SHORT, picture
 from tests.eval_fakes import write_gqa
 from tests.family_checkpoints import SAVED, save_family
+from tests.stock_families import tiny
 
 SIZES = ((112, 112), (200, 90), (90, 150), (60, 44))
 BATCH = tuple(Sample(f"q{i}", QUESTIONS[i], SHORT, picture(i, size)) for i, size in enumerate(SIZES))
@@ -44,6 +46,25 @@ def ask(model, samples=BATCH, method="full", budget=None, **options):
     return generate(model, samples, reducer, **{"max_new_tokens": 6, **options})
 
 
+def operations(model, inputs):
+    """Of a prefill with all tokens, by the shapes of weights and the keys that masks leave to the last token."""
+    masks, length = [], inputs["input_ids"].shape[1]
+    hooks = [
+        layer.register_forward_pre_hook(lambda *seen: masks.append(seen[2]["attention_mask"]), with_kwargs=True)
+        for layer in model.llm.layers
+    ]
+    with torch.no_grad():
+        model.hf_model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    total = 2 * model.head.weight.numel()
+    for layer, mask in zip(model.llm.layers, masks, strict=True):
+        keys = length if mask is None else int(mask[0, 0, -1].sum())
+        total += sum(2 * length * weight.numel() for weight in layer.parameters() if weight.dim() == 2)
+        total += 4 * length * keys * layer.self_attn.q_proj.out_features
+    return total
+
+
 @pytest.mark.parametrize("name", SAVED)
 def test_all_tokens_give_the_answers_of_stock_generate(saved, name):
     """Each alone, from the processor's text and images; and the sampling settings of the checkpoint are not used."""
@@ -58,7 +79,7 @@ def test_all_tokens_give_the_answers_of_stock_generate(saved, name):
         assert list(answer.token_ids) == (ids[: ids.index(model.tokenizer.eos_token_id)] if 2 in ids else ids)
         tokens = int((inputs["input_ids"] == model.token("image")).sum())
         assert answer.accounting.tokens_per_layer == (tokens,) * 4 == (answer.accounting.visual_tokens,) * 4
-        whole += prefill_flops(model.llm.layers, (inputs["input_ids"].shape[1],) * 4, model.head)
+        whole += operations(model, inputs)
     assert any("those of a tile" in note for note in model.notes) == (name == "idefics3")
     assert len({answer.token_ids for answer in batch.answers}) > 1
     assert batch.operations.alone == {"projector": 0, "prefill": whole} and batch.images == 4
@@ -80,6 +101,27 @@ def test_a_batch_gives_what_each_question_gives(saved, name, method):
     timing = batch.timing
     assert min(timing.preprocess, timing.vision, timing.prefill, timing.decode) > 0
     assert (timing.selection > 0) == (method != "full") and batch.kv_bytes_with_room >= batch.kv_bytes > 0
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_questions_without_an_image_are_answered_by_the_stock_model(saved, name):
+    """Alone, together and among others, as ScienceQA asks them; they ended in an error."""
+    _, stock, model = saved(name)
+    text, seen = [Sample("t0", QUESTIONS[1], SHORT), Sample("t1", QUESTIONS[0], SHORT)], {}
+    for batch in ([text[0]], [text[1]], text, [BATCH[0], *text, BATCH[1]]):
+        result = ask(model, batch, "fastervlm", 8, ignore_eos=True)
+        for sample, answer in zip(batch, result.answers, strict=True):
+            if sample.image is not None:
+                assert answer.accounting.mean == 8
+                continue
+            assert seen.setdefault(sample.id, answer) == answer  # its keys and values among others, too
+            inputs = model.inputs([sample])
+            length = inputs["input_ids"].shape[1]
+            ids = stock.generate(**inputs, max_new_tokens=6, eos_token_id=-1)[0, length:]
+            assert list(answer.token_ids) == ids.tolist() and not answer.trace and not answer.runs
+            assert answer.accounting.tokens_per_layer == (0,) * 4 and answer.accounting.kv_bytes > 0
+            if len(batch) == 1:
+                assert result.operations.alone["prefill"] == operations(model, inputs)
 
 
 @pytest.mark.parametrize("name", SAVED)
@@ -123,12 +165,12 @@ def test_answers_end_at_every_end_token_of_the_checkpoint(tmp_path):
     assert batch.answers[0].token_ids == answer.token_ids[:end] and batch.decode_steps == end
 
 
-def test_transformers_without_an_argument_for_visual_tokens_is_refused(saved, monkeypatch):
-    """5.17's forward ignored the tokens that were left, and made all of them again."""
-    stock = saved("gemma3")[1]
-    monkeypatch.setattr(type(stock), "forward", lambda self, input_ids, pixel_values=None: None)
-    with pytest.raises(UserError, match=r"Gemma 3 is reduced from transformers 5\.20 on"):
-        reduce(stock, "full")
+@pytest.mark.parametrize(("version", "name", "since"), [("5.19.0", "gemma3", "5.20"), ("5.20.2", "smolvlm", "5.21")])
+def test_transformers_without_an_argument_for_visual_tokens_is_refused(monkeypatch, version, name, since):
+    """5.17 ignored the tokens that were left and made all again; 5.20's SmolVLM takes multiples of its patch size."""
+    monkeypatch.setattr(transformers, "__version__", version)
+    with pytest.raises(UserError, match=rf"is reduced from transformers {re.escape(since)} on, .* this is {version}"):
+        reduce(tiny(name), "full")
 
 
 def test_what_cannot_be_done_is_refused(saved, tmp_path):
@@ -138,8 +180,6 @@ def test_what_cannot_be_done_is_refused(saved, tmp_path):
             load(folder, device="cpu", **options)
     with pytest.raises(UserError, match=r"--compile .* its own forward"):
         equip(model, RunConfig("full", compile=True))
-    with pytest.raises(UserError, match="has no image"):
-        ask(model, [Sample("q", "who ?")])
     with pytest.raises(MethodError, match="pyramiddrop reduces between decoder layers"):
         ask(model, method="pyramiddrop", budget=8)
     with pytest.raises(UserError, match="only answers benchmarks"):

@@ -8,12 +8,7 @@ from scipy import stats
 
 from eval.metrics import SufficientStatistics
 from eval.statistics.answers import hard_questions, loyalty, plain
-from eval.statistics.relative import (
-    lower_bound,
-    p_value,
-    pair,
-    relative_mean,
-)
+from eval.statistics.relative import lower_bound, p_value, pair, relative_mean
 from eval.statistics.relative import tokens_needed as needed
 from llava.errors import UserError
 from tests.simulated_errors import chance, f1_terms, simulated, terms

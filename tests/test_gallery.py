@@ -14,16 +14,7 @@ from eval import cli
 from eval.config import TOY_BANNER
 from eval.figures.overlay import DIM, NONE, draw_overlay
 from eval.pages import command
-from eval.pages.gallery import (
-    UNDEFINED,
-    cells_of,
-    collect,
-    map_data,
-    page_data,
-    position_of,
-    render,
-    score_maps,
-)
+from eval.pages.gallery import UNDEFINED, cells_of, collect, map_data, page_data, position_of, render, score_maps
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.pipeline.generate import generate
@@ -211,10 +202,7 @@ def test_a_tower_without_class_token_has_all_maps(tmp_path):
 def page_file(gallery, tmp_path_factory):
     file = tmp_path_factory.mktemp("gallery") / "gallery.html"
     hostile = dataclasses.replace(
-        gallery,
-        question=HOSTILE,
-        instruction="<i>short</i>",
-        full=dataclasses.replace(gallery.full, text=HOSTILE),
+        gallery, question=HOSTILE, instruction="<i>short</i>", full=dataclasses.replace(gallery.full, text=HOSTILE)
     )
     file.write_text(render(hostile, "vtr gallery '<x>'"))
     return file

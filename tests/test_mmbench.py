@@ -44,12 +44,7 @@ def test_quirks_of_vlmevalkits_rules(text, letter):
 
 @pytest.mark.parametrize(
     ("text", "letter"),
-    [
-        ("A is what I would say", ""),
-        ("A) is what I would say", "A"),
-        ("It is :D.", "D"),
-        ("cat " * 20, "C"),
-    ],
+    [("A is what I would say", ""), ("A) is what I would say", "A"), ("It is :D.", "D"), ("cat " * 20, "C")],
 )
 def test_quirks_of_lmms_evals_rules(text, letter):
     assert mmbench.infer_lmms(text, TABLE["choices"]) == letter

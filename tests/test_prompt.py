@@ -120,11 +120,7 @@ def straddling_bpe(corpus: Path) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def tokenizers(corpus, llama) -> dict[str, PreTrainedTokenizerFast]:
-    return {
-        "words": make_tokenizer(),
-        "straddling": straddling_bpe(corpus),
-        "llama": llama,
-    }
+    return {"words": make_tokenizer(), "straddling": straddling_bpe(corpus), "llama": llama}
 
 
 def test_llama_ids_are_those_of_sentencepiece(llama, corpus):

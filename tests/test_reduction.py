@@ -66,11 +66,7 @@ def test_reduce_by_the_book(renumber):
     seq = sequence()
     reduction = Reduction(torch.tensor([[1, 3], [0, 2]]), 4)
     out = seq.reduce([Reduced([(0, 0), (1, 0)], reduction)], renumber)
-    expected = [
-        [0, 1, 3, 5, 6, 7, 8],
-        [100, 101, 103, 105, 106],
-        [200, 201, 202, 203, 204, 205],
-    ]
+    expected = [[0, 1, 3, 5, 6, 7, 8], [100, 101, 103, 105, 106], [200, 201, 202, 203, 204, 205]]
     for s, values in enumerate(expected):
         assert real(out, s, out.hidden) == values
         places = [v - 100 * s for v in values]

@@ -81,11 +81,7 @@ def test_edited_code_does_not_return_old_scores(data, tmp_path):
 def test_the_sources_of_a_method_are_its_own_and_the_models(tiny):
     """Editing one method must not invalidate the answers of all others."""
     found = answer_sources(tiny, registry.build("consensusdrop", 4))
-    assert {
-        "consensusdrop/method.py",
-        "llava/model/llava_arch.py",
-        "llava/pipeline/prefill.py",
-    } <= found.keys()
+    assert {"consensusdrop/method.py", "llava/model/llava_arch.py", "llava/pipeline/prefill.py"} <= found.keys()
     assert {"llava/model/checkpoint/load.py", "llava/reduction/merging.py"} <= found.keys(), (
         "imports inside functions count"
     )

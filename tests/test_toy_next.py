@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import (
-    AutoTokenizer,
-    CLIPVisionModel,
-    LlavaNextForConditionalGeneration,
-    LlavaNextImageProcessorPil,
-)
+from transformers import AutoTokenizer, CLIPVisionModel, LlavaNextForConditionalGeneration, LlavaNextImageProcessorPil
 
 from eval import benchmarks
 from eval.config import ROOT

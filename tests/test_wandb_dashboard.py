@@ -153,10 +153,7 @@ def test_every_key_of_a_panel_is_logged(tmp_path):
     run(config, FakeLlava(), Full())
     run(replace(config, output=tmp_path / "b", wandb="offline", table="t"), FakeLlava(), FakeReducer())
     log_table_run("offline", tmp_path / "t", "t", {}, COLUMNS, ROWS, [], POINTS)
-    logged = {
-        "evaluation": read_run(find_runs(tmp_path / "b")[0]),
-        "table": read_run(find_runs(tmp_path / "t")[0]),
-    }
+    logged = {"evaluation": read_run(find_runs(tmp_path / "b")[0]), "table": read_run(find_runs(tmp_path / "t")[0])}
     for panel in PANELS:
         assert {panel.key, panel.x or panel.key} <= logged[panel.job].keys, panel
         assert logged[panel.job].job_type == panel.job

@@ -32,14 +32,7 @@ from llava.errors import UserError
 from toy.clip import MEAN, STD, load_clip
 from toy.data.formats import INSTRUCT_WORDS
 from toy.data.vocabulary import BOS, EOS, NEXT_WORDS, PAD, TOY_WORDS, VIDEO_WORDS, Vocabulary
-from toy.llava import (
-    build_instruct,
-    build_llava,
-    build_next,
-    build_video_llava,
-    instruct_table,
-    load_toy,
-)
+from toy.llava import build_instruct, build_llava, build_next, build_video_llava, instruct_table, load_toy
 
 
 def write_processor_config(config: PretrainedConfig, folder: Path) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PROFILES = ("llava", "lmms")
 # Where questions come from: the official files, or the data set on the hub that lmms-eval reads.
 SOURCES = ("auto", "official", "mirror")
+PARTS: dict[str, Any] = read_yaml(Path(__file__).with_name("parts.yaml"))  # of benchmarks, by their names
 
 
 @dataclass(frozen=True)

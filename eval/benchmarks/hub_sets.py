@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.benchmarks.base import Benchmark, Dataset, Question, listed, no_submission
+from eval.benchmarks.base import PARTS, Benchmark, Dataset, Question, listed, no_submission
 from eval.benchmarks.hub import (
     check_answers,
     letters,
@@ -440,25 +440,8 @@ def macro_average(sums: Array) -> Array:
 FULL = 1000
 FORMULAS = "HME100k"
 
-RECOGNITION = (
-    "Regular Text Recognition",
-    "Irregular Text Recognition",
-    "Artistic Text Recognition",
-    "Handwriting Recognition",
-    "Digit String Recognition",
-    "Non-Semantic Text Recognition",
-)
-
-
-OTHERS = (
-    "Scene Text-centric VQA",
-    "Doc-oriented VQA",
-    "Key Information Extraction",
-    "Handwritten Mathematical Expression Recognition",
-)
-
-
-TYPES = (*RECOGNITION, *OTHERS)
+RECOGNITION: tuple[str, ...] = tuple(PARTS["ocrbench"]["recognition"])
+TYPES: tuple[str, ...] = (*RECOGNITION, *PARTS["ocrbench"]["others"])
 
 # The 94 printable ASCII characters stand in the same order from U+FF01 on; U+3000 is their space.
 HALF_WIDTH = {0xFF01 + offset: 0x21 + offset for offset in range(94)} | {0x3000: 0x20}
@@ -581,11 +564,7 @@ DOCVQA = documents(
     {"val": 5349, "test": 5188},
 )
 INFOVQA = documents(
-    "InfographicVQA",
-    "answer_type",
-    ("image_url",),
-    "infovqa_test_for_submission.json",
-    {"val": 2801, "test": 3288},
+    "InfographicVQA", "answer_type", ("image_url",), "infovqa_test_for_submission.json", {"val": 2801, "test": 3288}
 )
 # Of all answers the longest is the default of LLaVA's scripts, and lmms-eval's where a task sets none.
 MMSTAR = HubSet(
@@ -620,18 +599,13 @@ SETS = {
     "mmstar": {
         "llava": MMSTAR,
         "lmms": replace(
-            MMSTAR,
-            ask=partial(ask_mmstar, True),
-            sample_score=mmstar_lmms_sample_score,
-            finish=average_of_details,
+            MMSTAR, ask=partial(ask_mmstar, True), sample_score=mmstar_lmms_sample_score, finish=average_of_details
         ),
     },
     "ocrbench": {
         "llava": OCRBENCH,
         "lmms": replace(
-            OCRBENCH,
-            ask=partial(ask_ocrbench, True),
-            sample_score=partial(ocrbench_sample_score, fold=True),
+            OCRBENCH, ask=partial(ask_ocrbench, True), sample_score=partial(ocrbench_sample_score, fold=True)
         ),
     },
 }

@@ -239,11 +239,7 @@ def official_ratio(sums: Array) -> float:
 
 
 def evaluate(
-    categories: Mapping[str, str],
-    pairs: Mapping[str, Pair],
-    images: Mapping[str, str],
-    tail: str = "",
-    note: str = "",
+    categories: Mapping[str, str], pairs: Mapping[str, Pair], images: Mapping[str, str], tail: str = "", note: str = ""
 ) -> Score:
     """The model's share of GPT-4's score in percent, over all questions and per category.
 

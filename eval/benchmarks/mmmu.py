@@ -24,16 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks.base import Dataset, Question, listed
-from eval.benchmarks.hub import (
-    by_unique_id,
-    check_answers,
-    letters,
-    open_table,
-    option_lines,
-    ungraded,
-    with_version,
-)
+from eval.benchmarks.base import PARTS, Dataset, Question, listed
+from eval.benchmarks.hub import by_unique_id, check_answers, letters, open_table, option_lines, ungraded, with_version
 from eval.benchmarks.llava_files import LETTER, SHORT
 from eval.benchmarks.media import Inline
 from eval.benchmarks.records import Filled, TypedDict
@@ -49,21 +41,7 @@ EXPECTED = {"validation": 900, "test": 10500}
 PICTURE = re.compile(r"<image \d+>")
 SUBJECT = re.compile(r"[^_]+_(.+)_\d+")
 
-# Domain -> its subjects.
-DOMAINS = {
-    "Art and Design": "Art Art_Theory Design Music",
-    "Business": "Accounting Economics Finance Manage Marketing",
-    "Science": "Biology Chemistry Geography Math Physics",
-    "Health and Medicine": (
-        "Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine Pharmacy Public_Health"
-    ),
-    "Humanities and Social Science": "History Literature Sociology Psychology",
-    "Tech and Engineering": (
-        "Agriculture Architecture_and_Engineering Computer_Science Electronics Energy_and_Power Materials "
-        "Mechanical_Engineering"
-    ),
-}
-DOMAIN_OF = {subject: domain for domain, subjects in DOMAINS.items() for subject in subjects.split()}
+DOMAIN_OF: dict[str, str] = {subject: domain for domain, subjects in PARTS["mmmu"].items() for subject in subjects}
 
 # How a letter may stand in an answer, tried in this order. lmms-eval also takes a letter that ends a
 # word, as in "NASA is".

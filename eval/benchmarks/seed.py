@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eval.answers.jsonl import is_file
-from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed
+from eval.benchmarks.base import PARTS, Contents, Dataset, Question, fingerprint, listed
 from eval.benchmarks.hub import Table, by_unique_id, letters, official_file, open_table, option_lines
 from eval.benchmarks.llava_files import LETTER, Asked, all_asked, json_lines, read_prompts
 from eval.benchmarks.media import Folder, image_name
@@ -52,21 +52,7 @@ class Record(Asked):
     question_type_id: NotRequired[int | None]
 
 
-# Names of the question types, as SEED-Bench.json numbers them; 10 and up are about videos.
-TYPES = {
-    1: "Scene Understanding",
-    2: "Instance Identity",
-    3: "Instance Attributes",
-    4: "Instance Location",
-    5: "Instances Counting",
-    6: "Spatial Relation",
-    7: "Instance Interaction",
-    8: "Visual Reasoning",
-    9: "Text Understanding",
-    10: "Action Recognition",
-    11: "Action Prediction",
-    12: "Procedure Understanding",
-}
+TYPES: dict[int, str] = PARTS["seed"]
 
 
 @dataclass(frozen=True)

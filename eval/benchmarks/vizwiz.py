@@ -17,15 +17,7 @@ from typing import Any
 
 from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed, scored_by
 from eval.benchmarks.hub import official_file, open_table, ungraded
-from eval.benchmarks.llava_files import (
-    VIZ,
-    Answers,
-    most_common,
-    people_said,
-    read_prompts,
-    size,
-    unique,
-)
+from eval.benchmarks.llava_files import VIZ, Answers, most_common, people_said, read_prompts, size, unique
 from eval.benchmarks.media import Folder, image_name
 from eval.benchmarks.records import Filled, Id, NotRequired, TypedDict, check_list
 from eval.metrics import vqa

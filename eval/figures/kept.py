@@ -15,6 +15,7 @@ from eval import benchmarks
 from eval.command import exit_on_user_error
 from eval.config import FULL, ROOT
 from eval.figures.overlay import draw_answer, legend, save_small
+from eval.papers import read_yaml
 from llava.model.builder import load
 from llava.pipeline.generate import generate
 from llava.reduction import registry
@@ -22,7 +23,6 @@ from llava.reduction import registry
 ASSETS = ROOT / "assets"
 COLOURS = {True: "#1a7f37", False: "#b42318"}  # of a right and of a wrong answer
 GAP = 12  # pixels
-Method = tuple[str, str, dict[str, str]]  # caption, name, options
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Figure:
         file: the name of the sheet.
         model, data: folders below ASSETS.
         questions: ids.
-        methods: at `budget`; "full" comes first by itself.
+        methods: caption, name and options, at `budget`; "full" comes first by itself.
         columns: cells in a row.
     """
 
@@ -42,27 +42,13 @@ class Figure:
     data: str
     benchmark: str
     split: str
-    questions: tuple[str, ...]
+    questions: list[str]
     budget: int
-    methods: tuple[Method, ...]
+    methods: list[tuple[str, str, dict[str, str]]]
     columns: int = 1
 
 
-RANKINGS: tuple[Method, ...] = (
-    ("encoder only", "consensusdrop", {"alpha": "1"}),
-    ("question only", "consensusdrop", {"alpha": "0"}),
-    ("consensusdrop", "consensusdrop", {}),
-    ("random", "random", {}),
-)
-TILED: tuple[Method, ...] = tuple((name, name, {}) for name in ("consensusdrop", "globalcom2", "divprune"))
-FRAMES: tuple[Method, ...] = tuple((name, name, {}) for name in ("consensusdrop", "attnmix", "fastervlm"))
-# One natural scene and one dense one, chosen for being easy to read, not for the answers.
-README_QUESTIONS = ("20000019", "20000010")
-FIGURES = (
-    Figure("kept_tokens.png", "tinyllava", "eval", "gqa", "testdev", README_QUESTIONS, 64, RANKINGS, columns=5),
-    Figure("kept_tiles.png", "tinyllava_next", "eval_next", "gqa", "testdev", ("20000000",), 320, TILED),
-    Figure("kept_frames.png", "tinyllava_video", "eval_video", "video_qa", "test", ("test_0",), 136, FRAMES),
-)
+FIGURES = [Figure(**fields) for fields in read_yaml(Path(__file__).with_name("kept.yaml"))]
 
 
 def draw(figure: Figure) -> Image.Image:

@@ -7,6 +7,7 @@ broad the encoder's saliency and the cross-modal one are, and how far they agree
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from eval.findings.summary import (
     sheet,
     write_rows,
 )
+from eval.papers import read_yaml
 from eval.results.statistics import Interval
 from eval.tables.page import COLOURS, MARKERS
 from toy.data.vocabulary import COLOR_NAMES, SHAPES
@@ -68,27 +70,10 @@ def measured(drawn: Collected, exchanged: Collected, backwards: Collected) -> di
 
 # AttnMix.
 
-# Scores that the page compares, with what it calls them.
-SCORES = {
-    "cosine": "text embeddings (AttnMix's text score)",
-    "probe": "static probe (ConsensusDrop)",
-    "encoder": "CLS attention, no text",
-    "last 1": "last token's attention, layer 1",
-    "last 2": "last token's attention, layer 2",
-    "last 4": "last token's attention, layer 4",
-    "question 1": "question's attention, layer 1",
-    "question 2": "question's attention, layer 2",
-    "question 4": "question's attention, layer 4",
-}
+# What the page calls scores, kinds of attention, and measures of a word (the latter in the table, and in the figure).
+NAMES: dict[str, dict[str, Any]] = read_yaml(Path(__file__).with_name("names.yaml"))
+SCORES, KINDS, WORD_TITLES = NAMES["scores"], NAMES["kinds"], NAMES["words"]
 GROUPS = {"colour words": COLOR_NAMES, "shape words": SHAPES}
-# Measure of a word -> its title in the table, and in the figure, where there is less room.
-WORD_TITLES = {
-    "auroc": ("a word that is true of something: its patches against all others", "true word, against all patches"),
-    "among things": ("against those of other things", "true word, against other things"),
-    "absent word": ("control: a word true of nothing, against all others", "word of no thing"),
-    "absent word among things": ("against other things", "word of no thing, other things"),
-    "other word": ("control: a word true of another thing", "word of another thing"),
-}
 
 
 def words(drawn: Collected) -> dict[str, dict[str, Interval]]:
@@ -167,13 +152,6 @@ def draw_alignment(
 
 # VisionDrop.
 
-# The kinds of attention, with what the page calls them; "encoder" is the visual-only score of the first stage.
-KINDS = {
-    "last": "text: last token",
-    "question": "text: question, mean",
-    "visual": "visual only (VisionDrop)",
-    "viewers": "visual only, per viewer",
-}
 PAGE_LAYERS = (1, 2, 4, 6)  # FastV's layer of 32 scaled, and VisionDrop's stages of 8 layers
 # Title, measure and value by chance of each panel of the figure.
 PANELS: tuple[tuple[str, str, float | None], ...] = (

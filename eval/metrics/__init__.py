@@ -2,11 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.papers import read_yaml
+
 Array = NDArray[np.float64]
+WORDS: dict[str, str] = read_yaml(Path(__file__).with_name("words.yaml"))
 
 
 @dataclass(frozen=True)

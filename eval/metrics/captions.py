@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from importlib.metadata import version
 
-from eval.metrics import Score, first_names, ratio_terms
+from eval.metrics import WORDS, Score, first_names, ratio_terms
 from eval.metrics.accuracy import grouped
 from llava.errors import UserError
 
@@ -162,19 +162,7 @@ ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": "''", "&apos;": "'
 # Where words that are two tokens are cut, by the name of their pattern.
 CUTS = {"three": 3, "itis": 2, "more": 4, "you": 2}
 
-# Abbreviations that keep their full stop. Single letters and initials ("u.s.", "p.m.") do so too.
-SHORTENED = """
-    al|cf|co|ct|dr|ft|ga|jr|ky|lt|md|mo|mr|ms|mt|ph|rd|rt|sq|sr|st|va|vs|vt|wm|adj|adm|adv|ala|apr|aug|ave|bhd|cie|col
-    |cos|cpl|dak|dec|det|drs|ens|esq|est|etc|ext|feb|fla|fri|gen|gov|hon|inc|ind|jan|jos|jul|jun|kan|ltd|maj|mar|mfg
-    |mme|mon|mrs|mtg|neb|nev|nov|oct|pfc|plc|pte|pty|pvt|rep|rev|sen|sep|seq|sfc|sgt|spc|ste|sys|tel|thu|tue|wed|wis
-    |wyo|alex|ariz|assn|asst|atty|bldg|blvd|brig|bros|capt|cmdr|colo|conn|corp|dept|elec|govs|insp|intl|invt|kans|mich
-    |minn|mlle|mont|msgr|natl|okla|penn|ppte|ppty|pres|prof|ptes|ptys|reps|sens|sept|supt|tenn|tues|univ|wisc|assoc
-    |attys|bancorp|calif|comdr|messrs|lieut|profs|supts|thurs|treas
-"""
-# These only with a capital letter, as without it they are words.
-STATES = ("Ark", "Az", "Del", "Ill", "La", "Mass", "Miss", "Ore", "Pa", "Tex", "Wash")
-# These only before a number.
-NUMBERED = ("ca", "no", "nos", "op", "pp", "art", "fig", "figs", "prop")
+SHORTENED, STATES, NUMBERED = (WORDS[kind].split() for kind in ("abbreviations", "states", "numbered"))
 
 # Letters and digits of words; fractions and raised digits stand alone although Unicode counts them as word characters.
 ODD = "_½¼¾⅓⅔⅛⅜⅝⅞¹²³"
@@ -183,7 +171,7 @@ CHARACTER = rf"(?:[^\W{ODD}]|[\u0300-\u036f])"
 MARK = "['’`]"
 APOSTROPHE = "['’]"
 END = rf"(?!{CHARACTER})"
-ABBREVIATION = rf"(?:{SHORTENED}|[a-z](?:\.[a-z])*|(?:ph|ed)\.d)\."
+ABBREVIATION = rf"(?:{'|'.join(SHORTENED)}|[a-z](?:\.[a-z])*|(?:ph|ed)\.d)\."
 STATE = rf"(?-i:{'|'.join(state[0] + ''.join(f'[{c}{c.upper()}]' for c in state[1:]) for state in STATES)})\."
 
 # In the order in which they are tried.

@@ -193,6 +193,7 @@ def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
                     value=METHOD,
                     label="Method",
                     info=summaries[METHOD],
+                    allow_custom_value=True,  # a composition
                     elem_id="method",
                 )
                 budget = gr.Slider(
@@ -231,7 +232,7 @@ def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
         if compared:
             blocks.load(partial(shown, compared, model), None, outputs, api_visibility="private")
         method.input(
-            lambda name: gr.update(info=summaries[name]), method, method, queue=False, api_visibility="private"
+            lambda name: gr.update(info=summaries.get(name, "")), method, method, queue=False, api_visibility="private"
         )
         inputs = [image, question, short, method, budget]
         # Not preprocessed: `answer` reads the image's file, so that a damaged one is an error with a sentence. Gradio

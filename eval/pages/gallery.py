@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -37,6 +38,7 @@ from eval.figures.overlay import (
     patches_of,
 )
 from eval.pages import asset, environment, inline_json
+from eval.papers import read_yaml
 from llava.budget import tokens_of
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
@@ -51,42 +53,7 @@ from llava.reduction.token_layout import TokenLayout
 Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True, eq=False)
-class Score:
-    """A score of every visual token.
-
-    Attributes:
-        title: for readers.
-        meaning: what a value is, and for which methods it decides.
-        together: of a tiled image or a video: computed over all tiles or frames at once, else within each.
-    """
-
-    title: str
-    meaning: str
-    together: bool = False
-
-
-SCORES = {
-    "cls": Score(
-        "CLS attention",
-        "attention of the vision tower's class token to the patch, mean over heads; ranks in FasterVLM, and in part in "
-        "ConsensusDrop and AttnMix",
-    ),
-    "question": Score(
-        "question attention",
-        "attention of the question's words to the patch, with the projections of decoder layer 0; the cross-modal "
-        "score of ConsensusDrop",
-    ),
-    "fused": Score(
-        "fused ranking",
-        "ConsensusDrop's fusion of the ranks by CLS attention and by question attention; 1 is first in both",
-    ),
-    "text": Score(
-        "text similarity",
-        "largest share of the patch in a question word's similarity to all patches; the text score of AttnMix",
-        together=True,
-    ),
-}
+SCORES: dict[str, dict[str, Any]] = read_yaml(Path(__file__).with_name("scores.yaml"))
 
 
 def score_maps(model: Llava, sample: Sample) -> dict[str, Floats]:
@@ -100,7 +67,7 @@ def score_maps(model: Llava, sample: Sample) -> dict[str, Floats]:
         probe = Probe(budget=1, retention_ratio=0.9, crops="global" if together else "each")
         _, record = prefill(model, [sample], probe)
         for key, views in probe.found.items():
-            if SCORES[key].together == together:
+            if SCORES[key]["together"] == together:
                 # All in one array: a score of each view, at the indices of the view's tokens.
                 maps[key] = np.full(record.images[0][0].layout.tokens, np.nan, dtype=np.float32)
                 for indices, view in views:
@@ -361,8 +328,8 @@ def map_data(key: str, values: Floats) -> dict[str, Any]:
     steps = np.where(np.isfinite(share), np.clip(share, 0, 1) * (STEPS - 1), UNDEFINED)
     return {
         "key": key,
-        "title": SCORES[key].title,
-        "meaning": SCORES[key].meaning,
+        "title": SCORES[key]["title"],
+        "meaning": SCORES[key]["meaning"],
         "low": low,
         "high": high,
         "most": most,

@@ -15,15 +15,7 @@ from typing import Any
 import jinja2
 
 from eval.pages import asset, environment
-from eval.papers.document import (
-    INSTEAD,
-    MARK,
-    Block,
-    Document,
-    difference_to,
-    ours_text,
-    published_text,
-)
+from eval.papers.document import INSTEAD, MARK, Block, Document, difference_to, ours_text, published_text
 from eval.tables.page import csv_numbers, csv_text, markdown
 
 # -- Markdown -------------------------------------------------------------------------------------------------------

@@ -268,9 +268,7 @@ class TokensNeeded:
 
 
 def tokens_needed(
-    full: SufficientStatistics,
-    by_budget: Mapping[int, SufficientStatistics],
-    share: float = SHARE,
+    full: SufficientStatistics, by_budget: Mapping[int, SufficientStatistics], share: float = SHARE
 ) -> TokensNeeded:
     """The smallest budget from which on the score is shown to be more than `share` of the full model's.
 

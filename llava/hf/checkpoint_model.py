@@ -9,6 +9,7 @@ Where torchvision is missing, a processor is built without its part for videos, 
 Read: transformers 5.23.0, processing_utils.py, models/auto/processing_auto.py, generation/utils.py
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import cached_property
@@ -24,7 +25,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils.import_utils import is_torchvision_available
 
 from llava.errors import MethodError, UserError
-from llava.hf.families import FamilyWrapper, why_not
+from llava.hf.families import FamilyWrapper, kinds_of, why_not
 from llava.hf.models import StockSample
 from llava.hf.reduce import FamilyReduced, require_any
 from llava.model.checkpoint.files import files_of, locate
@@ -84,10 +85,16 @@ class FamilyModel(FamilyWrapper):
         plain = all(weight.dim() < 2 for part in parts for weight in part.parameters(recurse=False))
         return plain and all(hasattr(getattr(layer, "self_attn", None), "q_proj") for layer in self.llm.layers)
 
+    @cached_property
+    def _windows(self) -> list[int]:
+        """The keys that a token attends at most in each layer of the decoder."""
+        window, kinds = getattr(self.llm.config, "sliding_window", None) or 0, kinds_of(self.hf_model.config)
+        return [window if kind == "sliding_attention" else sys.maxsize for kind in kinds]
+
     def prompt(self, sample: Any) -> Prompt:
         if isinstance(sample, StockSample):
             return super().prompt(sample)
-        raise UserError(f"{self.name}, a {self.family.title}, only answers benchmarks and runs in reduce().")
+        raise UserError(f"{self.name} ({self.family.title}) only answers benchmarks and runs in reduce().")
 
     def inputs(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Arguments of the model's forward, prompts padded on the left."""
@@ -112,9 +119,6 @@ class FamilyModel(FamilyWrapper):
         if why := why_not(self.family, self.hf_model.config, reducer):
             raise MethodError(why)
         require_any(self, reducer)
-        for sample in samples:
-            if not sample.images:
-                raise UserError(f"Question {sample.id} has no image; a {self.family.title} is asked about images only.")
         given = self.inputs(samples)
         timer.mark("preprocess")
         length, passes = given["input_ids"].shape[1], [0]
@@ -157,7 +161,8 @@ class FamilyModel(FamilyWrapper):
             answers.append(Answer(sample.id, self.decode(ids).strip(), tuple(ids), account, trace, layouts[row]))
             if self._countable:
                 lengths = tuple(one.lengths[row] for one in reduced.segments for _ in one.layers)
-                record.operations.add("prefill", prefill_flops, self.llm.layers, lengths, self.head)
+                keys = tuple(map(min, lengths, self._windows))
+                record.operations.add("prefill", prefill_flops, self.llm.layers, lengths, self.head, keys)
         spent = timer.seconds
         timing = Timing(**{known.name: spent.get(known.name, 0.0) for known in fields(Timing)})
         room = bytes_of(output.past_key_values)

@@ -25,18 +25,19 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llava.errors import UserError
-from llava.hf.models import ONE_CALL, HFWrapper, inner_of
+from llava.hf.models import ONE_CALL, HFWrapper, device_of, inner_of, takes_mask
 from llava.model.llava_arch import EncodedImage
 from llava.model.multimodal_encoder.clip_encoder import Encoded
 from llava.pipeline.accounting import Timer
 from llava.reduction.ranking import in_float32
 from llava.reduction.reducer import Reducer
-from llava.reduction.scores import WITHOUT_CLS, TowerScore
+from llava.reduction.scores import WITHOUT_CLS, TowerScore, by_block
 from llava.reduction.token_layout import ModelSpec, PatchGrid, Tile, TokenLayout, frames, single
 
 MODALITIES = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -60,6 +61,8 @@ class Family:
         first: position of the first token.
         layers: kinds of decoder layers that its models have, where those of a default configuration are others.
         output: what `get_image_features` gives to the model: its tokens, or what the projector makes tokens of.
+        block: the tower block in place of a method's default, the last but one; None for the one that is projected.
+        since: the first version of transformers whose forward takes any number of visual tokens.
     """
 
     title: str
@@ -75,10 +78,15 @@ class Family:
     first: int = 0
     layers: tuple[str, ...] = ()
     output: str = "pooler_output"
+    block: int | None = None
+    since: tuple[int, int] = 5, 20
 
 
 _QWEN = partial(Family, tower="visual.blocks", runs=True, axes=True, types="mm_token_type_ids")
 FAMILIES: dict[str, Family] = {
+    # Scores are read where the pipeline reads them, see `llava.model.qwen_vl.signal_block`.
+    "Qwen2VLForConditionalGeneration": _QWEN("Qwen2-VL", videos=True, block=-2),
+    "Qwen2_5_VLForConditionalGeneration": _QWEN("Qwen2.5-VL", videos=True, block=-2),
     "Qwen3VLForConditionalGeneration": _QWEN("Qwen3-VL", videos=True),
     "Qwen3VLMoeForConditionalGeneration": _QWEN("Qwen3-VL MoE", videos=True),
     "Qwen3_5ForConditionalGeneration": _QWEN("Qwen3.5", videos=True),
@@ -92,7 +100,7 @@ FAMILIES: dict[str, Family] = {
     "PaliGemmaForConditionalGeneration": Family(
         "PaliGemma", "vision_tower.encoder.layers", types="token_type_ids", first=1
     ),
-    "SmolVLMForConditionalGeneration": Family("SmolVLM2", "vision_model.encoder.layers"),
+    "SmolVLMForConditionalGeneration": Family("SmolVLM2", "vision_model.encoder.layers", since=(5, 21)),
     "Idefics3ForConditionalGeneration": Family("Idefics3", "vision_model.encoder.layers"),
     "Mistral3ForConditionalGeneration": Family("Mistral3", "vision_tower.transformer.layers", breaks=True),
     "Ovis2ForConditionalGeneration": Family("Ovis2", "vision_tower.transformer.encoder.layers"),
@@ -122,14 +130,14 @@ def why_not(family: Family, config: PretrainedConfig, reducer: Reducer) -> str:
         return f"{name} acts on pixels or inside a CLIP tower; {family.title} has a tower of another kind."
     if reducer.needs_text_tower:
         return f"{name} needs a CLIP vision tower and its text half; the tower of {family.title} is no CLIP."
-    text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None)
-    if kinds is None:
-        kinds = ["sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"]
+    kinds = kinds_of(config)
     probed = getattr(reducer, "probe_layer", None)
     probed = "full_attention" if probed is None else kinds[min(probed, len(kinds) - 1)]
     if probed not in ("full_attention", "sliding_attention"):
         return f"{name} probes the attention of a decoder layer that has {said(probed)} in {family.title}."
+    attention = getattr(config.get_text_config(), "_attn_implementation", None) or "sdpa"
+    if "decoder" in acts and not takes_mask(attention):
+        return f"{name} reduces between decoder layers, which needs attn_implementation='sdpa', not {attention!r}."
     if "decoder" in acts:
         other = [said(kind) for kind in sorted({*kinds} - {"full_attention"})]
         if other:
@@ -137,6 +145,13 @@ def why_not(family: Family, config: PretrainedConfig, reducer: Reducer) -> str:
         if family.types == "token_type_ids":
             return f"{name} reads causal attention; prompts of {family.title} are attended in both directions."
     return ""
+
+
+def kinds_of(config: PretrainedConfig) -> list[str]:
+    """What each decoder layer of a model is, in the words of `layer_types`."""
+    text = config.get_text_config()
+    alike = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
+    return getattr(text, "layer_types", None) or [alike] * text.num_hidden_layers
 
 
 def said(kind: str) -> str:
@@ -157,13 +172,14 @@ class FamilyWrapper(HFWrapper):
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None):
         container: Any = model
         inner = inner_of(container)
-        self.hf_model, self.device, self.tokenizer = container, container.device, tokenizer
+        self.hf_model, self.device, self.tokenizer = container, device_of(container), tokenizer
         self.name, self.text_tower = type(container).__name__, None
         self.family = declared(container) or FAMILIES[self.name]
-        if "mm_encoder_outputs" not in inspect.signature(type(container).forward).parameters:
+        if tuple(map(int, transformers.__version__.split(".")[:2])) < self.family.since:
             raise UserError(
-                f"{self.family.title} is reduced from transformers 5.20 on, whose forward takes visual tokens; this is "
-                f"{transformers.__version__}: pip install -U transformers."
+                f"{self.family.title} is reduced from transformers {'.'.join(map(str, self.family.since))} on, whose "
+                f"forward takes any number of visual tokens; this is {transformers.__version__}: pip install -U "
+                "transformers."
             )
         self.axes = self.family.axes
         llm = inner.text_model if hasattr(inner, "text_model") else inner.language_model
@@ -171,7 +187,16 @@ class FamilyWrapper(HFWrapper):
         self.head = container.get_output_embeddings()
         self.projector = inner.multi_modal_projector if self.family.output == "last_hidden_state" else nn.Identity()
         self.blocks: Any = inner.get_submodule(self.family.tower)
-        self.newline = getattr(inner, "image_newline", None)
+        self.whole: Sequence[int] = range(len(self.blocks))  # blocks that attend within whole images
+        self.window = 0
+        vision = container.config.vision_config
+        if hasattr(vision, "fullatt_block_indexes"):  # others within windows of so many tokens by as many
+            self.whole = sorted(vision.fullatt_block_indexes)
+            self.window = vision.window_size // vision.spatial_merge_size // vision.patch_size
+        self.inner, self.newline = inner, None
+        with align_module_device(inner):  # weights that accelerate has offloaded
+            if getattr(inner, "image_newline", None) is not None:
+                self.newline = inner.image_newline.to(self.device)
         self.packed_layout = lru_cache(maxsize=1024)(partial(packed_layout, inner))
         self.encoders = {name: getattr(inner, f"get_{name}_features", None) for name in MODALITIES}
         taken = [inspect.signature(encoder).parameters for encoder in self.encoders.values() if encoder is not None]
@@ -216,7 +241,7 @@ class FamilyWrapper(HFWrapper):
             raise UserError(f"reduce() takes no videos of {family.title}; give the frames as images.")
         wanted = {score: attention_of(self.blocks[self._block(score)]) for score in reducer.tower_scores(family.packed)}
         names = inspect.signature(encoder).parameters
-        with recording(wanted.values()) as seen:
+        with recording(wanted.values()) as seen, align_module_device(self.inner):
             out = encoder(**{key: given[key] for key in names if given.get(key) is not None}, return_dict=True)
         if family.packed:
             return self._packed(given, out.pooler_output, wanted, seen), out
@@ -246,15 +271,25 @@ class FamilyWrapper(HFWrapper):
             if self.family.cls is None and kind in WITHOUT_CLS:
                 kind, stand_in = "received_attention", WITHOUT_CLS[kind]
             values = scores_of(kind, seen[module], self.family.cls, [rows * columns for rows, columns in grids])
+            values = [part.to(self.device) for part in values]
             own = [grouped(part, grid, side, self.family.runs) for part, grid in zip(values, grids, strict=True)]
+            if self.window:
+                shapes = [(rows // side, columns // side) for rows, columns in grids]
+                own = [by_rows(part, *shape, self.window) for part, shape in zip(own, shapes, strict=True)]
             scores[score] = own if stand_in is None else [stand_in(part) for part in own]
         return scores
 
     def _block(self, score: TowerScore) -> int:
-        """The tower block a score is read from; the last but one stands for the one whose output is projected."""
-        index, layer = score.index(len(self.blocks)), getattr(self.hf_model.config, "vision_feature_layer", -1)
+        """The tower block a score is read from; the last but one stands for the one whose output is projected.
+
+        In a tower of windows it is the next that attends within whole images.
+        """
+        depth, layer = len(self.blocks), self.family.block or getattr(self.hf_model.config, "vision_feature_layer", -1)
         layer = layer if isinstance(layer, int) and layer < 0 else -1
-        return index if index >= 0 else min(index + layer + 2, -1)
+        (index,) = by_block((score,), depth)
+        if score.index(depth) < 0:
+            index = min(index + layer + 2, depth - 1)
+        return next((block for block in self.whole if block >= index), self.whole[-1])
 
     def _frames(self, name: str, given: Mapping[str, Any], out: Any) -> list[tuple[int, int, int]]:
         """Of each tile or frame the number of its image or video, and rows and columns of its patches."""
@@ -344,6 +379,13 @@ def grouped(values: Tensor, grid: tuple[int, int], side: int, runs: bool) -> Ten
     return means
 
 
+def by_rows(values: Tensor, rows: int, columns: int, side: int) -> Tensor:
+    """[n, ...] of tokens that stand window by window, of side x side tokens -> in raster order."""
+    row, column = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).T
+    window = row // side * columns + column // side
+    return values[window.argsort(stable=True).argsort().to(values.device)]
+
+
 @lru_cache(maxsize=256)
 def layout_of(count: int, rows: int, columns: int, temporal: bool, breaks: bool) -> TokenLayout:
     """`count` tiles or frames of rows times columns tokens, one after another."""
@@ -387,11 +429,12 @@ def packed_layout(inner: Any, size: tuple[int, int], side: int, alone: bool = Fa
 
 
 # Attention of the tower. Its queries and keys are those that a block hands to its attention kernel, after all norms and
-# rotations; the model's own kernel runs on them.
+# rotations; the model's own kernel runs on them. Keys that methods compare are taken before, as they are projected:
+# turned keys of two alike patches differ by where they stand.
 
 QUERY_ROWS = 256  # whose attention is held at once
 RECORDING = "recorded_attention"  # of ALL_ATTENTION_FUNCTIONS
-Seen = tuple[Tensor, Tensor, Tensor | None, float]  # queries and keys [B, H, P, d], mask, scale
+Seen = tuple[Tensor, Tensor, Tensor, Tensor | None, float]  # queries, keys, projected keys [B, H, P, d], mask, scale
 
 
 def attention_of(block: nn.Module) -> nn.Module:
@@ -404,11 +447,17 @@ def attention_of(block: nn.Module) -> nn.Module:
 def _record(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> Any:
     config = module.config
     scale = options.get("scaling") or query.shape[-1] ** -0.5
-    config.seen.append((query, key, attention_mask, scale))
+    own, config.keys = config.keys.tensor_split([key.shape[2]], 1)  # images and frames may come one by one
+    own = own.unflatten(-1, (key.shape[1], -1)).transpose(1, 2)
+    config.seen.append((query, key, own, attention_mask, scale))
     known = vars(sys.modules[type(module).__module__])  # Llama 4 has a kernel of its own for its tower
     eager = known.get("vision_eager_attention_forward", known["eager_attention_forward"])
-    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(config.kernel, eager)
-    return kernel(module, query, key, value, attention_mask, **options)
+    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(config.own._attn_implementation, eager)
+    module.config = config.own  # which FlashAttention reads again
+    try:
+        return kernel(module, query, key, value, attention_mask, **options)
+    finally:
+        module.config = config
 
 
 ALL_ATTENTION_FUNCTIONS.register(RECORDING, _record)
@@ -418,14 +467,23 @@ ALL_ATTENTION_FUNCTIONS.register(RECORDING, _record)
 def recording(modules: Iterable[Any]) -> Iterator[dict[Any, list[Seen]]]:
     """Attention modules write down what they hand to their kernel; several times where a call has several."""
     seen: dict[Any, list[Seen]] = {module: [] for module in modules}
-    configs = {module: module.config for module in seen}
+    configs, hooks = {module: module.config for module in seen}, []
+
+    def keep(module: Any, layer: nn.Module, args: Any, output: Tensor) -> None:
+        keys = output if hasattr(module, "k_proj") else output.chunk(3, -1)[1]
+        module.config.keys = keys if keys.dim() == 3 else keys[None]
+
     try:
         for module, config in configs.items():
+            projection = module.k_proj if hasattr(module, "k_proj") else module.qkv
+            hooks.append(projection.register_forward_hook(partial(keep, module)))
             module.config = copy.copy(config)
-            module.config.seen, module.config.kernel = seen[module], config._attn_implementation
+            module.config.seen, module.config.own = seen[module], config
             module.config._attn_implementation = RECORDING
         yield seen
     finally:
+        for hook in hooks:
+            hook.remove()
         for module, config in configs.items():
             module.config = config
 
@@ -439,16 +497,21 @@ def scores_of(kind: str, seen: Sequence[Seen], cls: int | None, patches: Sequenc
         patches: of each view, in order.
     """
     parts, skip = [], int(cls is not None)
-    for query, key, mask, scale in seen:
-        query, key = in_float32(query), in_float32(key)
+    for query, key, projected, mask, scale in seen:
+        query, key = in_float32(query), in_float32(projected if kind in ("keys", "whole_keys") else key)
         if cls == -1:
             query, key = query.roll(1, 2), key.roll(1, 2)
         if key.shape[1] != query.shape[1]:
             key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
         allowed = None
-        if mask is not None:  # of padding, or of images side by side
+        if mask is not None and mask.dim() == 2:  # of padding, as FlashAttention takes it
+            allowed = mask.bool()[:, None, None].expand(-1, 1, query.shape[2], -1)
+        elif mask is not None:  # of padding, or of images side by side
             allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
             allowed = allowed.expand(len(query), 1, *mask.shape[2:])
+        elif key.shape[2] == sum(patches) and len(patches) > 1:  # side by side, which FlashAttention sees by positions
+            image = torch.arange(len(patches)).repeat_interleave(torch.tensor(patches)).to(key.device)
+            allowed = (image[:, None] == image)[None, None]
         if kind == "keys":
             values = key.mean(1)
         elif kind == "whole_keys":

@@ -9,20 +9,21 @@ A processor writes the image token once per visual token. The number of visual t
 run of image tokens becomes one placeholder again, also where two images stand side by side. Padding is removed. A
 question is found in its prompt by comparing decoded text.
 
-Read: transformers 5.23.0, processing and modeling of llava, llava_next, video_llava, qwen2_vl and qwen2_5_vl
+Read: transformers 5.23.0, processing and modeling of llava, llava_next and video_llava
 """
 
 import hashlib
 import inspect
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,19 +34,17 @@ from llava.model.checkpoint.config import QWEN, Family, identify
 from llava.model.checkpoint.load import HF_CLASSES, Checkpoint, refuse_feature_layer
 from llava.model.llava_arch import Llava
 from llava.model.llava_next import LlavaNext
-from llava.model.qwen_vl import QwenVL
 from llava.model.video_llava import VideoLlava
-from llava.processing.image import Grid, ImageProcessor, QwenImageProcessor
+from llava.processing.image import ImageProcessor
 from llava.processing.prompt import Prompt, Sample
 from llava.reduction.reducer import Reducer
-from llava.reduction.token_layout import ModelSpec, PatchGrid, TokenLayout, frames, single, spec_of
+from llava.reduction.token_layout import ModelSpec, TokenLayout, frames, single, spec_of
 
-ATTENTION = ("sdpa", "eager")
 ONE_CALL = "take input_ids and pixels from one call of the model's own processor."
 
 PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
 # Arguments with one entry per image, not one row per prompt.
-VISUAL = (*PIXELS, "image_sizes", "image_grid_thw")
+VISUAL = (*PIXELS, "image_sizes", "second_per_grid_ts")
 COPIES = "rows_per_prompt"  # how often `generate` has repeated every prompt, for beams or samples
 
 USED = frozenset(
@@ -55,8 +54,6 @@ USED = frozenset(
         "input_ids",
         "attention_mask",
         "mm_token_type_ids",
-        "video_grid_thw",  # videos are refused with their pixels, see WrappedQwen
-        "second_per_grid_ts",
         "past_key_values",
         "use_cache",
         "logits_to_keep",
@@ -131,14 +128,12 @@ class PreparedImage:
     """One image or video, as the processor returned it.
 
     Attributes:
-        pixels: [C, 3, S, S]; for Qwen-VL [n, patch] flattened patches.
+        pixels: [C, 3, S, S].
         arrangement: its token layout.
-        grid: frames, rows and columns of patches, for Qwen-VL.
     """
 
     pixels: Tensor
     arrangement: TokenLayout
-    grid: Grid | None = None
 
 
 class HFWrapper(Llava):
@@ -219,39 +214,6 @@ class WrappedVideo(HFWrapper, VideoLlava):
         return [self.spec, picture]
 
 
-class WrappedQwen(HFWrapper, QwenVL):
-    """Qwen-VL: patches of images of any shape, one image after another."""
-
-    def ready(self, given: Mapping[str, Any]) -> dict[int, list[PreparedImage]]:
-        if given.get("pixel_values_videos") is not None:
-            raise UserError("reduce() does not support videos in Qwen-VL; give the frames as images.")
-        if given.get("image_grid_thw") is None:
-            raise UserError(f"Qwen-VL needs image_grid_thw beside pixel_values; {ONE_CALL}")
-        # Without mm_token_type_ids transformers gives image tokens the positions of text, which nobody wants.
-        types, ids, token = given.get("mm_token_type_ids"), given["input_ids"], self.hf_model.config.image_token_id
-        if types is None:
-            raise UserError(f"Qwen-VL needs mm_token_type_ids, from which its positions follow; {ONE_CALL}")
-        if types.shape != ids.shape or not torch.equal(types == 1, ids == token):
-            raise UserError(f"mm_token_type_ids must be 1 exactly where input_ids has the image token; {ONE_CALL}")
-        pixels, merge = _pixels(given, 2), self.image_processor.merge
-        grids = [tuple(grid) for grid in torch.as_tensor(given["image_grid_thw"]).tolist()]
-        counts = [frames * rows * columns for frames, rows, columns in grids]
-        if sum(counts) != len(pixels):
-            raise UserError(f"image_grid_thw counts {sum(counts)} patches, got {len(pixels)}; {ONE_CALL}")
-        runs = [single(rows // merge, columns // merge) for _, rows, columns in grids]
-        parts = zip(pixels.split(counts), runs, grids, strict=True)
-        return {token: [PreparedImage(*part) for part in parts]}
-
-    def patches(self, pictures: Sequence[PreparedImage]) -> tuple[Tensor, tuple[Grid, ...]]:
-        grids = tuple(picture.grid for picture in pictures if picture.grid is not None)
-        return torch.cat([picture.pixels for picture in pictures]), grids
-
-    def candidates(self, reducer: Reducer) -> list[ModelSpec]:
-        # Only the processor knows how large images are; the budget is checked for each image when it is encoded.
-        tokens = reducer.budget
-        return [replace(self.spec, visual_tokens=tokens, layout=PatchGrid(1, tokens))]
-
-
 def _pixels(given: Mapping[str, Any], axes: int, name: str = "pixel_values") -> Tensor:
     pixels = given[name]
     if not isinstance(pixels, Tensor) or pixels.dim() != axes:
@@ -264,8 +226,6 @@ WRAPPERS: dict[Family, type[HFWrapper]] = {
     "llava": HFWrapper,
     "llava_next": WrappedNext,
     "video_llava": WrappedVideo,
-    "qwen2_5_vl": WrappedQwen,
-    "qwen2_vl": WrappedQwen,
 }
 
 
@@ -294,20 +254,13 @@ def wrap_model(
     family = family_of(model)
     _refuse_unfit(model, family)
     config, vision = model.config, model.config.vision_config
-    processor: ImageProcessor | QwenImageProcessor
-    if family in QWEN:
-        processor = QwenImageProcessor(
-            patch=vision.patch_size, merge=vision.spatial_merge_size, temporal=vision.temporal_patch_size
-        )
-    else:
-        processor = ImageProcessor(size=vision.image_size, crop=vision.image_size)
     frames_of_video = 0
     if family == "video_llava":
         frames_of_video = max(1, config.video_seq_length // ((vision.image_size // vision.patch_size) ** 2 + 1))
     checkpoint = Checkpoint(
         model=model,
         tokenizer=tokenizer,  # type: ignore[arg-type]  # None where no question is searched for
-        image_processor=processor,
+        image_processor=ImageProcessor(size=vision.image_size, crop=vision.image_size),
         conversation=DEFAULT_MODE,
         name=type(model).__name__,
         layout="transformers",
@@ -318,7 +271,7 @@ def wrap_model(
         frames=frames_of_video,
     )
     conventions: dict[str, Any] = {"reading": "transformers"} if family == "llava_next" else {}
-    return WRAPPERS[family](checkpoint, model.device, **conventions)
+    return WRAPPERS[family](checkpoint, device_of(model), **conventions)
 
 
 def inner_of(model: Any) -> Any:
@@ -329,9 +282,24 @@ def inner_of(model: Any) -> Any:
 def state_of(model: Any) -> tuple[Any, ...]:
     """What a wrapper is built from."""
     inner, config = inner_of(model), model.config
-    parts = (inner, *model.children(), *inner.children(), *inner.parameters(recurse=False))
+    own = [weight for weight in inner.parameters(recurse=False) if not weight.is_meta]  # offloaded ones come and go
+    parts = (inner, *model.children(), *inner.children(), *own)
     features = [getattr(config, name, None) for name in ("vision_feature_layer", "vision_feature_select_strategy")]
-    return (*map(id, parts), model.device, *features, config.get_text_config()._attn_implementation)
+    return (*map(id, parts), device_of(model), *features, config.get_text_config()._attn_implementation)
+
+
+def device_of(model: Any) -> torch.device:
+    """Where text is embedded, and with it prompts are put together, of a model on several devices, too."""
+    embedding = model.get_input_embeddings()
+    hooks = device_hooks(embedding)
+    return torch.device(hooks[0].execution_device if hooks else embedding.weight.device)
+
+
+def device_hooks(module: nn.Module) -> list[AlignDevicesHook]:
+    """The hooks by which accelerate places weights and inputs of a module; [] if it has others, too."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))  # of a SequentialHook
+    return list(hooks) if all(isinstance(one, AlignDevicesHook) for one in hooks) else []
 
 
 def refuse_training(*modules: nn.Module) -> None:
@@ -349,12 +317,18 @@ def _refuse_unfit(model: PreTrainedModel, family: Family) -> None:
         refuse_feature_layer(config, name)
     refuse_training(*model.modules())
     used = model.model.language_model.config._attn_implementation
-    if used not in ATTENTION:
-        raise UserError(f"Load the model with attn_implementation='sdpa' (or 'eager'), got {used!r}.")
-    devices = {weight.device for weight in model.parameters()}
+    if not takes_mask(used):
+        raise UserError(f"Load the model with attn_implementation='sdpa', 'eager' or FlashAttention, got {used!r}.")
+    parts = [part for part in model.modules() if not hasattr(part, "_hf_hook")]
+    devices = {weight.device for part in parts for weight in part.parameters(recurse=False)}
     if len(devices) > 1 or torch.device("meta") in devices:
         places = ", ".join(sorted(map(str, devices)))
-        raise UserError(f"The model must be on one device as a whole, it is on {places}; load it without device_map.")
+        raise UserError(f"The model is on {places}; put it on one device as a whole, or load it with device_map.")
+
+
+def takes_mask(attention: str) -> bool:
+    """Whether `causal_mask` has a mask for this `_attn_implementation`."""
+    return attention in ("sdpa", "eager") or "flash" in attention
 
 
 # Prompts

@@ -1,4 +1,4 @@
-"""`reduce`: patch a Hugging Face LLaVA or Qwen-VL model so that it runs under a method.
+"""`reduce`: patch a Hugging Face LLaVA model so that it runs under a method.
 
     with reduce(model, "visiondrop", budget=64) as reduced:
         output = model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
@@ -9,8 +9,7 @@ cached. A call without pixels runs the model's own forward. `Reduced` says what 
 object, whose class and all other objects stay as they are. The model is restored when the context exits, also after an
 error. What cannot be done on a reduced prompt is refused with a UserError.
 
-Read: transformers 5.23.0, cache_utils.py, generation/utils.py and the models of llava, llava_next, video_llava,
-qwen2_vl, qwen2_5_vl
+Read: transformers 5.23.0, cache_utils.py, generation/utils.py and the models of llava, llava_next, video_llava
 Differs from it: a prefill returns the logits of the last token only; prompts padded on the right give what prompts
 padded on the left give; a prompt is prefilled once for all its beams or samples.
 """
@@ -32,6 +31,7 @@ from llava.hf.models import (
     COPIES,
     HFWrapper,
     by_name,
+    device_hooks,
     has_pixels,
     inner_of,
     refuse_arguments,
@@ -168,11 +168,20 @@ class Reduced:
         ]
         if inner is not model:
             self._overrides.append(Override(inner, "forward", self._forward_inner))
+        # On several devices, a part of the model gives its results where its inputs were, so that methods see one
+        # device. What runs one after another in a list, as decoder layers do, hands on as ever.
+        listed = {part for parts in model.modules() if isinstance(parts, nn.ModuleList) for part in parts}
+        hooks = [hook for part in model.modules() if part not in listed for hook in device_hooks(part)]
+        self._returning = [hook for hook in hooks if not hook.io_same_device]
+        for hook in self._returning:
+            hook.io_same_device = True
         return self
 
     def __exit__(self, *_: object) -> None:
         for override in self._overrides:
             override.restore()
+        for hook in self._returning:
+            hook.io_same_device = False
         if hasattr(self._inner, "rope_deltas"):
             # generate() stores the position offsets of its last prompts on the model; later calls must not use these.
             self._inner.rope_deltas = self._rope_deltas
@@ -279,7 +288,7 @@ class Reduced:
         ids = given["input_ids"]
         llm = self._model.model.language_model
         with torch.inference_mode(), hooks_must_run(self._model, (self._model.model, llm)):
-            token = llm.embed_tokens(ids.to(self._model.device))
+            token = llm.embed_tokens(ids.to(self._runtime.device))
             hidden = step(llm, Prefilled(token, cache, cache.segments, [], 0), token)
         return self._output(hidden, cache)
 
@@ -308,7 +317,8 @@ class Reduced:
         with torch.inference_mode():
             logits = head(llm.norm(hidden))
         # A copy made outside of inference mode can be changed in place, as callers often do with logits.
-        return CausalLMOutputWithPast(logits=logits.clone(), past_key_values=cache)
+        logits = logits.to(self._runtime.device, copy=True)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
 
 # Methods of a module, overridden for a while
@@ -362,7 +372,8 @@ class Override:
 def hooks_must_run(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[None]:
     """Raise UserError at the end of the context if a module that has forward hooks was not called in it.
 
-    A module counts as hooked as well if its `forward` was replaced, as accelerate does.
+    A module counts as hooked as well if its `forward` was replaced. accelerate's hooks for several devices and for
+    offloaded weights do not count: they belong to a module's own weights, and modules with weights are called.
 
     Args:
         model: gives the modules their names in the error.
@@ -392,4 +403,4 @@ def _hooked(module: nn.Module) -> bool:
     replaced = vars(module).get("forward")
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     has_own = any(getattr(hook, "__module__", None) != HARMLESS_HOOKS for hook in hooks)
-    return has_own or (replaced is not None and not isinstance(replaced, Override))
+    return has_own or not (replaced is None or isinstance(replaced, Override) or device_hooks(module))

@@ -4,7 +4,7 @@
         output = model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
     reduced.accounting[0].tokens_per_layer  # visual tokens that entered each decoder layer
 
-LLaVA, LLaVA-NeXT, Video-LLaVA, Qwen2-VL and Qwen2.5-VL run the staged forward that answers benchmarks (patch.py).
+LLaVA, LLaVA-NeXT and Video-LLaVA run the staged forward that answers benchmarks (patch.py).
 
 The families of `llava.hf.families.FAMILIES` run their own forward on shorter prompts (`FamilyReduced`). The method's
 stages before the decoder run on the model's visual tokens as on LLaVA's (llava/pipeline/prefill.py). The stock forward
@@ -17,7 +17,7 @@ Read: transformers 5.23.0, modeling of the families, generation/utils.py, maskin
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,16 +27,15 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.budget import RETENTION_RATIO
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError
-from llava.hf.families import FAMILIES, MODALITIES, Family, FamilyWrapper, declared, flat, why_not
-from llava.hf.models import COPIES, ONE_CALL, HFWrapper, StockSample, family_of, samples, wrap_model
+from llava.hf.families import FAMILIES, MODALITIES, FamilyWrapper, declared, flat, why_not
+from llava.hf.models import COPIES, ONE_CALL, HFWrapper, StockSample, by_name, samples, wrap_model
 from llava.hf.patch import Override, Reduced, ReducedCache
-from llava.model.checkpoint.config import QWEN
 from llava.pipeline import positions
 from llava.pipeline.accounting import Record, Timer
 from llava.pipeline.decoder import Prefilled, Segment, causal_mask, rotary_angles
@@ -87,11 +86,16 @@ def reduce(
     tokens = runtime.visual_tokens
     has_budget = budget is not None or options.get(RETENTION_RATIO)
     reducer = build(method, budget if has_budget else tokens, options, tokens)
+    if (getattr(runtime.hf_model, "_tp_size", None) or 1) > 1:
+        raise UserError(
+            "This model is split by tp_plan, and each rank would rank tokens by its own heads; load it with device_map."
+        )
     if family and (why := why_not(family, config, reducer)):
         raise UserError(why)
-    if reducer.needs_text_tower and family_of(runtime.hf_model) in QWEN:
+    if "tower" in reducer.acts_in and "flash" in runtime.tower.config._attn_implementation:
         raise UserError(
-            f"{method} needs a CLIP vision tower and its text half; the tower of {runtime.name} is no CLIP."
+            f"{method} merges inside the tower, whose attention then takes a mask that FlashAttention does not have; "
+            "load the model with another attn_implementation for its vision_config, as 'sdpa'."
         )
     if reducer.needs_text_tower and (runtime.text_tower is None or questions is None):
         raise UserError(
@@ -131,9 +135,7 @@ STAGED = {"LLaVA": LLAVA, "LLaVA-NeXT": spec_of(LLAVA, stitched((2, 2), (24, 24)
 def support() -> dict[str, dict[str, str]]:
     """Family -> method -> why `reduce` refuses it, "" where it runs; for the models of default configurations."""
     table = {title: {name: _why_staged(name, spec) for name in names()} for title, spec in STAGED.items()}
-    rows = {"Qwen2VLForConditionalGeneration": Family("Qwen2-VL", "")}
-    rows |= {"Qwen2_5_VLForConditionalGeneration": Family("Qwen2.5-VL", ""), **FAMILIES}
-    for container, family in rows.items():
+    for container, family in FAMILIES.items():
         config = getattr(transformers, container).config_class()
         if family.layers:
             config.get_text_config().layer_types = list(family.layers)
@@ -201,6 +203,9 @@ class FamilyReduced(Reduced):
         super().__init__(runtime, reducer, questions)
         self.timer = timer
 
+    # Hooks of layers hold this object; a copy of the model would keep them.
+    __reduce_ex__ = Override.__reduce_ex__
+
     def __enter__(self) -> "FamilyReduced":
         super().__enter__()
         self._running: Running | None = None
@@ -220,6 +225,17 @@ class FamilyReduced(Reduced):
         for hook in self._hooks:
             hook.remove()
 
+    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = super()._forward(original, *args, **kwargs)
+        given, cache = by_name(self._signature, args, kwargs), getattr(output, "past_key_values", None)
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        if ids is not None and type(cache) is DynamicCache and cache.get_seq_length() == ids.shape[1]:
+            # Prompts without images, by the model's own forward.
+            lengths, layers = (torch.ones_like(ids) if mask is None else mask).sum(1).tolist(), self._runtime.llm.layers
+            segment = Segment(range(len(layers)), tuple(lengths), (0,) * len(ids), None, ids[:, :0])
+            self._account(Record([[] for _ in ids], [[] for _ in ids]), [segment], output)
+        return output
+
     def _prefill(self, given: Mapping[str, Any], cache: Any) -> CausalLMOutputWithPast:
         self._check_prefill(given, cache, list(self._model.modules()))
         copies = given.get(COPIES, 1)
@@ -234,12 +250,18 @@ class FamilyReduced(Reduced):
                 )
             finally:
                 self._running = None
-        cache = output.past_key_values
+        cache, segments = output.past_key_values, running.segments
         cache.__class__ = ReducedCache
-        record, segments = running.stages.record, running.segments
         segments[-1].layers = range(segments[-1].layers.start, len(self._runtime.llm.layers))
         cache.segments = segments
-        used, self.kv_bytes = [0] * len(running.rows), 0
+        self._account(running.stages.record, segments, output)
+        if copies > 1:
+            cache.reorder_cache(torch.arange(len(running.rows), device=self._runtime.device).repeat_interleave(copies))
+        return CausalLMOutputWithPast(logits=output.logits.repeat_interleave(copies, 0), past_key_values=cache)
+
+    def _account(self, record: Record, segments: list[Segment], output: Any) -> None:
+        """Count what a forward of whole prompts left in its cache."""
+        cache, used, self.kv_bytes = output.past_key_values, [0] * len(segments[0].lengths), 0
         for one in segments:
             for layer in (cache.layers[index] for index in one.layers):
                 if getattr(layer, "keys", None) is not None:
@@ -251,15 +273,13 @@ class FamilyReduced(Reduced):
         # Decoding moves the masks and positions of segments, and leaves their lengths.
         self.record, self.segments = record, segments
         self.traces = record.steps
-        if copies > 1:
-            cache.reorder_cache(torch.arange(len(running.rows), device=self._runtime.device).repeat_interleave(copies))
-        return CausalLMOutputWithPast(logits=output.logits.repeat_interleave(copies, 0), past_key_values=cache)
 
     def _begin(self, given: Mapping[str, Any], copies: int) -> Running:
         """Encode images, find them in the prompts, and run the method's stages before the decoder."""
         runtime, reducer, family = self._runtime, self.reducer, self._runtime.family
-        ids, mask = given["input_ids"][::copies].to(runtime.device), given.get("attention_mask")
-        mask = torch.ones_like(ids) if mask is None else mask[::copies].to(ids.device)
+        given = {name: part.to(runtime.device) if isinstance(part, Tensor) else part for name, part in given.items()}
+        ids, mask = given["input_ids"][::copies], given.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask[::copies]
         tokens = {name: runtime.token(name) for name in MODALITIES}
         if family.axes:
             self._refuse_axes(given, ids, tokens, copies)
@@ -280,9 +300,7 @@ class FamilyReduced(Reduced):
                 done += stages.images[sample, len(own) - 1].inputs if token == IMAGE_TOKEN_INDEX else 1
             places.append(own)
         sequence = embed(runtime, reducer, prompts, stages.images)
-        types = (
-            None if given.get(family.types) is None else unpadded(given[family.types][::copies].to(ids.device), real)
-        )
+        types = None if given.get(family.types) is None else unpadded(given[family.types][::copies], real)
         running = Running(stages, unpadded(ids, real), types, places, outputs, sequence)
         if family.axes:
             position = unpadded(self._positions(given, ids, mask, copies), real)
@@ -303,11 +321,15 @@ class FamilyReduced(Reduced):
         """Raise UserError without what three axes of positions follow from; the models then take those of text."""
         title, types = self._runtime.family.title, given.get("mm_token_type_ids")
         for name, pixels in MODALITIES.items():
-            if given.get(pixels) is not None and given.get(f"{name}_grid_thw") is None:
+            if given.get(pixels) is None:
+                continue
+            if (grids := given.get(f"{name}_grid_thw")) is None:
                 raise UserError(f"{title} needs {name}_grid_thw beside {pixels}; {ONE_CALL}")
+            if (count := int(grids.prod(-1).sum())) != (got := len(given[pixels])):
+                raise UserError(f"{name}_grid_thw counts {count} patches, got {got}; {ONE_CALL}")
         if types is None:
             raise UserError(f"{title} needs mm_token_type_ids, from which its positions follow; {ONE_CALL}")
-        types = types[::copies].to(ids.device)
+        types = types[::copies]
         if types.shape != ids.shape or any(
             not torch.equal(types == kind, ids == token) for kind, token in enumerate(tokens.values(), 1) if token >= 0
         ):
@@ -380,7 +402,7 @@ class FamilyReduced(Reduced):
             token: of the images or videos that it is of; None for all tokens that entered the decoder, which the stages
                 between its layers reduced.
         """
-        values, done, parts = flat(output), 0, []
+        values, done, parts = flat(output).to(self._runtime.device), 0, []
         for (sample, number), image in running.stages.images.items():
             if token is not None and int(running.rows[sample][running.places[sample][number]]) != token:
                 continue
@@ -409,28 +431,31 @@ class FamilyReduced(Reduced):
         """A decoder layer's arguments: prompts reduced before it, or the mask and positions of its own keys."""
         llm, running = self._runtime.llm, self._running
         hidden = args[0] if args else options["hidden_states"]
-        eager = llm.config._attn_implementation == "eager"
+        attention = llm.config._attn_implementation
         if running is not None:
             entered = running.sequence
             now = replace(entered, hidden=hidden)
             if index in self._stops:
-                keys = options["past_key_values"].layers[index - 1].keys
+                keys = options["past_key_values"].layers[index - 1].keys.to(entered.position.device)
+                now, entered = (replace(one, hidden=one.hidden.to(keys.device)) for one in (now, entered))
                 now = running.stages.reduce_between_layers(now, index, entered, keys)
                 running.segments[-1].layers = range(running.segments[-1].layers.start, index)
                 running.segments.append(self._segment(now, index))
             running.sequence, hidden = now, now.hidden
             if len(running.segments) == 1:
                 return None
-            mask = causal_mask(now.valid(), now.hidden.shape[1], hidden.dtype, eager) if now.padded or eager else None
-            position = now.position
+            mask, position = None, now.position
+            if now.padded or attention == "eager":
+                mask = causal_mask(now.valid(), hidden.shape[1], hidden.dtype, attention)
         else:
             segment = next((one for one in self._continued[1:] if index in one.layers), None)
             if segment is None:
                 return None
             mask, position = None, segment.next_position
             if segment.valid is not None:
-                mask = causal_mask(segment.valid, 1, hidden.dtype, eager)
-        changed = {"attention_mask": mask, "position_embeddings": rotary_angles(llm, hidden, position)}
+                mask = causal_mask(segment.valid, 1, hidden.dtype, attention)
+        angles = rotary_angles(llm, hidden, position.to(hidden.device))
+        changed = {"attention_mask": mask, "position_embeddings": angles}
         if "position_ids" in options:
             changed["position_ids"] = None
         if args:
@@ -441,7 +466,7 @@ class FamilyReduced(Reduced):
         """Add a level of the tower to visual tokens that are fewer than at the first layer."""
         running = self._running
         if running is not None and len(running.segments) > 1:
-            sequence, embeddings = running.sequence, self._shortened(running, None, embeddings)
+            sequence, embeddings = running.sequence, self._shortened(running, None, embeddings).to(hidden.device)
             mask = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
             for row, spans in enumerate(sequence.visual):
                 for start, stop in sequence.padded_spans(spans, (row,) * len(spans)):
@@ -484,7 +509,7 @@ class FamilyReduced(Reduced):
             self._model.forward.original(**self._arguments(running, sequence), use_cache=False)
         except _Left as left:
             hidden: Tensor = left.args[0]
-            return hidden
+            return hidden.to(sequence.hidden.device)
         finally:
             hook.remove()
         raise AssertionError("the forward of this family does not call its decoder's layers")

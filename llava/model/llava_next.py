@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor
 
 from llava.model.llava_arch import Llava
@@ -43,7 +44,8 @@ class LlavaNext(Llava):
             merge or checkpoint.merge or "spatial_unpad",
             force,
         )
-        self.newline: Tensor = self.hf_model.model.image_newline
+        with align_module_device(self.hf_model.model):  # weights that accelerate has offloaded
+            self.newline: Tensor = self.hf_model.model.image_newline.to(device)
 
     @property
     def conventions(self) -> dict[str, Any]:

@@ -138,7 +138,7 @@ class Compiled:
         hidden = entered = sequence.hidden
         batch, length, _ = hidden.shape
         rotary = rotary[0].contiguous(), rotary[1].contiguous()  # a reduced prompt has a part of those of the whole one
-        mask = causal_mask(sequence.valid(), length, hidden.dtype, False) if sequence.padded else None
+        mask = causal_mask(sequence.valid(), length, hidden.dtype, "sdpa") if sequence.padded else None
         for index in layers:
             entered, layer = hidden, llm.layers[index]
             sizes = batch, llm.config.num_key_value_heads, length, layer.self_attn.head_dim

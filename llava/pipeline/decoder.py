@@ -141,15 +141,20 @@ class Prefilled:
         return sum(part.untyped_storage().nbytes() for layer in layers for part in (layer.keys, layer.values))
 
 
-def causal_mask(valid: Tensor, queries: int, dtype: torch.dtype, eager: bool) -> Tensor:
+def causal_mask(valid: Tensor, queries: int, dtype: torch.dtype, attention: str) -> Tensor:
     """[B, 1, queries, keys]: the last `queries` of the keys, each seeing valid keys up to itself.
 
-    Boolean for SDPA, additive for eager attention.
+    Boolean for SDPA, additive for eager attention. FlashAttention, causal by itself, takes `valid` [B, keys].
+
+    Args:
+        attention: `_attn_implementation` of the decoder's configuration.
     """
+    if "flash" in attention:
+        return valid
     keys = valid.shape[1]
     place = torch.arange(keys, device=valid.device)
     allowed = (place[None] <= place[keys - queries :, None])[None, None] & valid[:, None, None, :]
-    if not eager:
+    if attention != "eager":
         return allowed
     return torch.zeros(allowed.shape, dtype=dtype, device=valid.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
@@ -176,16 +181,17 @@ def run_segment(
     The attention mask is None, for the kernel's own causal mask, unless there is padding or attention is eager.
 
     Returns:
-        Hidden states [B, L, D] behind the last of these layers, and as they entered it.
+        Hidden states [B, L, D] behind the last of these layers, and as they entered it; on the device of the prompts,
+        wherever the layers are.
     """
     hidden = entered = sequence.hidden
-    eager, mask = llm.config._attn_implementation == "eager", None
-    if eager or min(sequence.lengths) < hidden.shape[1]:
-        mask = causal_mask(sequence.valid(), hidden.shape[1], hidden.dtype, eager)
+    attention, device, mask = llm.config._attn_implementation, hidden.device, None
+    if attention == "eager" or min(sequence.lengths) < hidden.shape[1]:
+        mask = causal_mask(sequence.valid(), hidden.shape[1], hidden.dtype, attention)
     for index in layers:
         entered = hidden
         hidden = llm.layers[index](entered, attention_mask=mask, position_embeddings=rotary, past_key_values=cache)
-    return hidden, entered
+    return hidden.to(device), entered.to(device)
 
 
 def prefill(
@@ -212,7 +218,7 @@ def prefill(
     segments = []
     for first, last in pairwise((0, *sorted({stage for stage in stages if 0 < stage < depth}), depth)):
         if first and reduce_at is not None:
-            sequence = reduce_at(sequence, first, before, held_by[first - 1].keys)
+            sequence = reduce_at(sequence, first, before, held_by[first - 1].keys.to(sequence.hidden.device))
         if sequence.rotary is not None:
             rotary = sequence.rotary.cos, sequence.rotary.sin
         else:
@@ -254,8 +260,8 @@ def step(llm: Any, state: Prefilled, token: Tensor) -> Tensor:
         if segment.valid is not None:
             segment.valid = valid = F.pad(segment.valid, (0, 1), value=True)
             # The one query is the last key, so it sees all that are real: no causal part is needed.
-            eager = llm.config._attn_implementation == "eager"
-            mask = causal_mask(valid, 1, token.dtype, True) if eager else valid[:, None, None, :]
+            attention = llm.config._attn_implementation
+            mask = valid[:, None, None, :] if attention == "sdpa" else causal_mask(valid, 1, token.dtype, attention)
         for index in segment.layers:
             layer = llm.layers[index]
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=state.cache)

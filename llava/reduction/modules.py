@@ -108,7 +108,13 @@ def layer_flops(layer: DecoderLayer, queries: int, keys: int) -> int:
     return linears + 4 * queries * keys * layer.self_attn.q_proj.out_features
 
 
-def prefill_flops(layers: Sequence[DecoderLayer], lengths: Sequence[int], head: nn.Linear) -> int:
-    """Prefill with `lengths[i]` tokens entering layer i, and the head on the last token."""
-    total = sum(layer_flops(layer, length, length) for layer, length in zip(layers, lengths, strict=True))
+def prefill_flops(
+    layers: Sequence[DecoderLayer], lengths: Sequence[int], head: nn.Linear, keys: Sequence[int] | None = None
+) -> int:
+    """Prefill with `lengths[i]` tokens entering layer i, and the head on the last token.
+
+    Args:
+        keys: that a token attends in each layer; None for all of them.
+    """
+    total = sum(layer_flops(*one) for one in zip(layers, lengths, keys or lengths, strict=True))
     return total + linear_flops(head, 1)

@@ -11,17 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llava.errors import UserError, unknown
 from llava.reduction.merging import Reduction
 from llava.reduction.modules import Decoder, DecoderLayer
-from llava.reduction.ranking import in_float32, made_once
+from llava.reduction.ranking import in_float32
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import ModelSpec, PatchGrid
 
@@ -346,18 +346,15 @@ def at_images(tensor: Tensor, sequence: Sequence, rows: Sequence_[Row], members:
 
 Angles = tuple[Tensor, ...]  # cosines and sines of tokens, [B, T, d] each, as a layer takes them
 PROBE = "queries_and_keys"  # of ALL_ATTENTION_FUNCTIONS
-# Projections, by which part of the attention they are of, and where a configuration counts their heads.
-PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
-HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads", "v_proj": "num_key_value_heads"}
-
-
-class _Reached(Exception):
-    """The call of a layer's attention kernel, with the queries and keys that it got."""
+# The projections of an attention, by which part of it they make.
+PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
+# In place of its output a kernel gives back what it got.
+ALL_ATTENTION_FUNCTIONS.register(PROBE, lambda module, query, key, value, *_, **options: (value, (query, key)))
 
 
 @dataclass
 class _Configuration:
-    """A layer's configuration, with `_hand_over` as its kernel."""
+    """A layer's configuration, with PROBE as its kernel."""
 
     own: Any
     _attn_implementation: ClassVar[str] = PROBE
@@ -366,11 +363,32 @@ class _Configuration:
         return getattr(self.own, name)
 
 
-def _hand_over(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **options: Any) -> NoReturn:
-    raise _Reached(query, key)
+@dataclass
+class _Known:
+    """Zeros or ones in place of a tensor that is not needed: no operation runs on them.
 
+    A product with ones and a sum with zeros are the other tensor; all else that is computed of them is themselves. In
+    place of a module they are its output.
+    """
 
-ALL_ATTENTION_FUNCTIONS.register(PROBE, _hand_over)
+    ones: bool
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    __call__ = __getattr__ = __getitem__ = __neg__ = lambda self, *_, **__: self
+    __mul__ = __rmul__ = lambda self, other: other if self.ones else self
+    __add__ = __radd__ = lambda self, other: self if self.ones or not isinstance(other, Tensor) else other
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What a function of torch makes of them, beside tensors."""
+        given = args[0] if isinstance(args[0], tuple | list) else args
+        known = next(one for one in given if isinstance(one, cls))
+        if func.__name__ in ("mul", "add"):
+            other = args[known is args[0]]
+            return known * other if func.__name__ == "mul" else known + other
+        return (known,) * args[1] if func.__name__ == "chunk" else known
 
 
 def angles_of(llm: Decoder, sequence: Sequence, layer: int) -> Angles:
@@ -385,17 +403,10 @@ def angles_of(llm: Decoder, sequence: Sequence, layer: int) -> Angles:
     return angles
 
 
-@made_once
-def unturned(channels: int, dtype: torch.dtype, device: torch.device) -> Angles:
-    """Angles [1, 1, d] that do not turn a token."""
-    one = torch.ones(1, 1, channels, dtype=dtype, device=device)
-    return one, torch.zeros_like(one)
-
-
 def heads_of(layer: DecoderLayer, part: str, normed: Tensor, angles: Angles | None = None) -> Tensor:
     """Queries or keys [B, H, L, d] float32 of a decoder layer, of the heads of all ranks.
 
-    The layer's own forward runs up to the call of its attention kernel, on the projection that is asked for alone.
+    The layer's own forward runs, with the projection that is asked for alone and without a kernel.
 
     Args:
         part: "query" or "key".
@@ -406,30 +417,24 @@ def heads_of(layer: DecoderLayer, part: str, normed: Tensor, angles: Angles | No
         UserError: the layer does not call a kernel through transformers' attention interface.
     """
     attention = layer.self_attn
-    one, zero = unturned(attention.head_dim, normed.dtype, normed.device)
+    zeros, ones = (_Known(one, (1, 1, attention.head_dim), normed.dtype, normed.device) for one in (False, True))
     modules: dict[str, Any] = dict(attention._modules)
-    left_out: dict[str, Any] = {}
-    for name, heads in HEADS.items():
-        if name != PROJECTIONS[part] and name in modules:
-            # One head of zeros in place of a projection that is not asked for.
-            width = modules.pop(name).out_features // getattr(attention.config, heads)
-            left_out[name] = lambda rows, width=width: zero[..., :1].expand(*rows.shape[:-1], width)
+    names = [name for name in PROJECTIONS.values() if name != PROJECTIONS[part]]
+    left_out = {name: zeros for name in names if modules.pop(name, None) is not None}
     # A module with the same weights, so that the model itself is not changed.
     probe = object.__new__(type(attention))
     vars(probe).update(vars(attention), config=_Configuration(attention.config), _modules=modules, **left_out)
-    try:
-        # Without the hooks of the module itself, which would wait for its end.
-        type(attention).forward(probe, normed, position_embeddings=angles or (one, zero), attention_mask=None)
-    except _Reached as reached:
-        query, key = reached.args
-        heads = query if part == "query" else key
-        gather = getattr(attention, "gather", None)
-        whole: Tensor = heads if gather is None else gather(heads, 1)
-        return whole.float()
-    raise UserError(
-        f"{type(attention).__name__} does not call its kernel through transformers' attention interface, so its "
-        "queries and keys cannot be read. Choose a method that reads no attention of the decoder."
-    )
+    # Without the hooks of the module itself, which would wait for an output.
+    _, seen = type(attention).forward(probe, normed, position_embeddings=angles or (ones, zeros), attention_mask=None)
+    heads = seen[part == "key"] if isinstance(seen, tuple) else None
+    if not isinstance(heads, Tensor):
+        raise UserError(
+            f"{type(attention).__name__} does not call its kernel through transformers' attention interface, so its "
+            "queries and keys cannot be read. Choose a method that reads no attention of the decoder."
+        )
+    gather = getattr(attention, "gather", None)
+    whole: Tensor = heads if gather is None else gather(heads, 1)
+    return whole if whole.dtype == torch.float32 else whole.float()
 
 
 def attention_rows(

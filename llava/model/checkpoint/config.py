@@ -86,11 +86,7 @@ LANGUAGEBIND_NAMES = ("LanguageBind/LanguageBind_Image", "LanguageBind/LanguageB
 LANGUAGEBIND = {**CLIP_L_336, "image_size": 224, "hidden_act": "gelu"}
 
 # Field of config.json -> module of the HF model. The shards repeat the module's name: model.<module>.<module>.
-TOWER_MODULES = {
-    "mm_vision_tower": "vision_tower",
-    "mm_image_tower": "image_tower",
-    "mm_video_tower": "video_tower",
-}
+TOWER_MODULES = {"mm_vision_tower": "vision_tower", "mm_image_tower": "image_tower", "mm_video_tower": "video_tower"}
 # Names of weights -> names in the HF model of transformers 5, for the original layout, the files of the hub and Qwen's.
 _TOWER = r"(vision_tower|image_tower|video_tower)"
 ORIGINAL_KEYS = (
@@ -250,10 +246,7 @@ def hf_tower_key(key: str, module: str = "vision_tower") -> str | None:
 
 
 def to_transformers_config(
-    config: Mapping[str, Any],
-    vision_config: Mapping[str, Any],
-    kind: Kind = LLAVA,
-    frames: int = FRAMES,
+    config: Mapping[str, Any], vision_config: Mapping[str, Any], kind: Kind = LLAVA, frames: int = FRAMES
 ) -> dict[str, Any]:
     """Return the fields of a LlavaConfig, LlavaNextConfig or VideoLlavaConfig.
 

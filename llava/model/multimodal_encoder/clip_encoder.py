@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from einops import rearrange
 from torch import Tensor
 
@@ -58,12 +59,15 @@ def patch_grid(tower: Any) -> tuple[int, int]:
 
 
 def run_blocks(tower: Any, hidden: Tensor, places: Sequence[int]) -> list[Tensor]:
-    """Hidden states [B, n, D] behind the first k blocks, for each k in `places`, which ascend; 0 is the input."""
-    states, done = [], 0
+    """Hidden states [B, n, D] behind the first k blocks, for each k in `places`, which ascend; 0 is the input.
+
+    They are on the device of the input, wherever the blocks are.
+    """
+    states, done, device = [], 0, hidden.device
     for place in places:
         for block in tower.encoder.layers[done:place]:
             hidden = block(hidden, None)
-        states.append(hidden)
+        states.append(hidden.to(device))
         done = place
     return states
 
@@ -153,7 +157,7 @@ class TowerMerger:
             if index in self.blocks or merged is not None:
                 hidden, merged = self.run_block(block, index, hidden, merged)
             else:
-                hidden = block(hidden, None)
+                hidden = block(hidden, None).to(hidden.device)
             tokens.append((before, hidden.shape[1]))
         if merged is not None:  # without token 0, which is CLS and stays alone
             assignment, weight = merged.explicit()
@@ -198,9 +202,13 @@ def _embed_coarse(tower: Any, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
     size = (grid[0] * patch, grid[1] * patch)
     small = F.interpolate(pixels.float(), size=size, mode="bicubic", antialias=True).to(pixels.dtype)
     patches = rearrange(embeddings.patch_embedding(small), "b d rows columns -> b (rows columns) d")
-    table = embeddings.position_embedding.weight
+    # Weights that accelerate has offloaded are there inside the contexts.
+    with align_module_device(embeddings), align_module_device(embeddings.position_embedding):
+        own, table = (
+            part.to(patches.device) for part in (embeddings.class_embedding, embeddings.position_embedding.weight)
+        )
     square = rearrange(table[1:].float(), "(rows columns) d -> 1 d rows columns", rows=patch_grid(tower)[0])
     resized = F.interpolate(square, size=grid, mode="bicubic", align_corners=False, antialias=True)
     positions = rearrange(resized[0], "d rows columns -> (rows columns) d").to(table.dtype)
-    cls = (embeddings.class_embedding + table[0]).expand(len(patches), 1, -1)
+    cls = (own + table[0]).expand(len(patches), 1, -1)
     return torch.cat([cls, patches + positions], dim=1)

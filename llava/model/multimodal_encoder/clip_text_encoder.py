@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPConfig, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
 
@@ -136,7 +137,9 @@ class ClipText(nn.Module):
         CLIP was trained this way for the CLS token of the last block only; patches need not be similar to their text.
         """
         (norm,) = self._post_layernorm
-        normed = F.layer_norm(features.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
+        with align_module_device(norm):  # weights that accelerate has offloaded
+            weight, bias = (part.to(features.device, torch.float32) for part in (norm.weight, norm.bias))
+        normed = F.layer_norm(features.float(), norm.normalized_shape, weight, bias, norm.eps)
         return self.visual_projection(normed), linear_flops(self.visual_projection, normed[..., 0].numel())
 
 
