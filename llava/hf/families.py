@@ -187,12 +187,7 @@ class FamilyWrapper(HFWrapper):
         self.head = container.get_output_embeddings()
         self.projector = inner.multi_modal_projector if self.family.output == "last_hidden_state" else nn.Identity()
         self.blocks: Any = inner.get_submodule(self.family.tower)
-        self.whole: Sequence[int] = range(len(self.blocks))  # blocks that attend within whole images
-        self.window = 0
-        vision = container.config.vision_config
-        if hasattr(vision, "fullatt_block_indexes"):  # others within windows of so many tokens by as many
-            self.whole = sorted(vision.fullatt_block_indexes)
-            self.window = vision.window_size // vision.spatial_merge_size // vision.patch_size
+        self._set_windows(container.config.vision_config)
         self.inner, self.newline = inner, None
         with align_module_device(inner):  # weights that accelerate has offloaded
             if getattr(inner, "image_newline", None) is not None:
@@ -202,6 +197,14 @@ class FamilyWrapper(HFWrapper):
         taken = [inspect.signature(encoder).parameters for encoder in self.encoders.values() if encoder is not None]
         self.per_image = self.per_image.union(*taken) - {"kwargs"}
         self.used = self.used | self.per_image | {self.family.types}
+
+    def _set_windows(self, vision: Any) -> None:
+        """Note which tower blocks attend within whole images, and the edge of a window of the others, in tokens."""
+        self.whole: Sequence[int] = range(len(self.blocks))
+        self.window = 0
+        if hasattr(vision, "fullatt_block_indexes"):
+            self.whole = sorted(vision.fullatt_block_indexes)
+            self.window = vision.window_size // vision.spatial_merge_size // vision.patch_size
 
     @cached_property
     def spec(self) -> ModelSpec:

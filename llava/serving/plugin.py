@@ -7,6 +7,7 @@ Official code read: vLLM 0.32.0, model_executor/models (llava, llava_next, qwen2
 v1/worker/gpu_model_runner.py, multimodal/processing and registry
 """
 
+import importlib
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
@@ -24,6 +25,8 @@ from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
+from vllm.platforms import current_platform
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from llava.errors import UserError
 from llava.reduction.token_layout import TokenLayout
@@ -104,7 +107,7 @@ class Reduced:
             )
 
     def attentions(self) -> list[Any]:
-        """Of each tower block, the module that gets queries, keys and values."""
+        """Of each tower block, the module that projects queries and keys and hands them to its `attn`."""
         raise NotImplementedError
 
     @cached_property
@@ -122,7 +125,7 @@ class ClipModel(Reduced):
     )
 
     def attentions(self) -> list[Any]:
-        return [layer.self_attn.attn for layer in self.vision_tower.vision_model.encoder.layers]  # type: ignore[attr-defined]
+        return [layer.self_attn for layer in self.vision_tower.vision_model.encoder.layers]  # type: ignore[attr-defined]
 
 
 @with_short_prompts
@@ -143,6 +146,18 @@ class ReducedLlavaNext(ClipModel, LlavaNextForConditionalGeneration):
         return self.engine_tower.clip_images(list(image_input["pixel_values"]), sizes)
 
 
+def ask_for_positions() -> None:
+    """Have the CPU's runner ask for positions as well: only load_model of the runner for GPUs looks whether it should."""
+    runner = importlib.import_module("vllm.v1.worker.cpu_model_runner").CPUModelRunner
+    gather = GPUModelRunner._gather_mm_embeddings
+
+    def asking(self: Any, *args: Any, **more: Any) -> Any:
+        self.is_multimodal_pruning_enabled = True
+        return gather(self, *args, **more)
+
+    runner._gather_mm_embeddings = asking
+
+
 class QwenModel(Reduced):
     """Positions of an image's tokens come behind their channels, as with vLLM's own pruning of videos."""
 
@@ -152,10 +167,12 @@ class QwenModel(Reduced):
             object.__setattr__(
                 vllm_config.model_config.multimodal_config, "is_multimodal_pruning_enabled", lambda: True
             )
+            if current_platform.is_cpu():
+                ask_for_positions()
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def attentions(self) -> list[Any]:
-        return [block.attn.attn for block in self.visual.blocks]  # type: ignore[attr-defined]
+        return [block.attn for block in self.visual.blocks]  # type: ignore[attr-defined]
 
     def _process_image_input(self, image_input: Any) -> Any:
         whole = super()._process_image_input  # type: ignore[misc]
@@ -224,7 +241,7 @@ class ReducedQwen3(QwenModel, Qwen3VLForConditionalGeneration):
 @with_short_prompts
 class ReducedInternVL(Reduced, InternS1ForConditionalGeneration):
     def attentions(self) -> list[Any]:
-        return [layer.attention.attn for layer in self.vision_tower.encoder.layer]
+        return [layer.attention for layer in self.vision_tower.encoder.layer]
 
     def _process_vision_input(self, image_input: Any) -> Any:
         if self.served is None or image_input["type"] != "pixel_values":

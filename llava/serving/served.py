@@ -247,19 +247,20 @@ class EngineTower(FamilyWrapper):
 
     Args:
         model: the engine's.
-        attentions: of its tower's blocks, the modules that get queries, keys and values.
+        attentions: of its tower's blocks, the modules that project queries and keys and hand them to their `attn`; None
+            for a block that the engine does not build.
     """
 
-    def __init__(self, model: Any, served: Served, attentions: Sequence[nn.Module]):
+    def __init__(self, model: Any, served: Served, attentions: Sequence[Any]):
         weight = next(model.parameters())
         self.hf_model, self.device, self.family, self.served = model, weight.device, served.family, served
         self.spec, self.axes, self.blocks = served.spec, served.family.axes, attentions
+        self._set_windows(model.config.vision_config)
         width = model.config.get_text_config().hidden_size
         layers = [None] * served.spec.layers
         self.llm = SimpleNamespace(embed_tokens=lambda ids: weight.new_empty(len(ids), width), layers=layers)
         self.projector = model.multi_modal_projector if served.family is CLIP else nn.Identity()
         self.newline = getattr(model, "image_newline", None)
-        self.order: Tensor | None = None
 
     def groups(self, picture: EncodedImage) -> tuple[int, int, int]:
         return (1, *picture.encoded.grid)
@@ -346,11 +347,21 @@ class EngineTower(FamilyWrapper):
         """Scores of the method -> what the attention of their blocks is given meanwhile."""
         wanted = {score: self.blocks[self._block(score)] for score in self.served.reducer.tower_scores(tiled)}
         seen: dict[Any, list[Seen]] = {module: [] for module in wanted.values()}
+        projected: dict[Any, Tensor] = {}  # keys before norms and rotation
+        hooks = []
+        for module in seen:
+            parts = dict(module.named_children())
+            name = next(name for name in ("k_proj", "qkv_proj", "qkv") if name in parts)
 
-        def note(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-            seen[module] += handed_over(module, *args, **given)
+            def keep(_: Any, args: Any, output: Any, module: Any = module, name: str = name) -> None:
+                output = output if isinstance(output, Tensor) else output[0]
+                projected[module] = output if name == "k_proj" else output.chunk(3, -1)[1]
 
-        hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in seen]
+            def note(inner: Any, args: tuple[Any, ...], given: dict[str, Any], module: Any = module) -> None:
+                seen[module] += handed_over(inner, projected[module], *args, **given)
+
+            hooks.append(parts[name].register_forward_hook(keep))
+            hooks.append(parts["attn"].register_forward_pre_hook(note, with_kwargs=True))
         try:
             yield {score: seen[module] for score, module in wanted.items()}
         finally:
@@ -359,13 +370,24 @@ class EngineTower(FamilyWrapper):
 
 
 def handed_over(
-    attention: Any, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None = None, **_: Any
+    attention: Any, projected: Tensor, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Any = None, **_: Any
 ) -> list[Seen]:
-    """Queries and keys [B, H, P, d] of a call of an engine's attention for encoders, one after another by `cu_seqlens`."""
-    heads = [(query, attention.num_heads), (key, attention.num_kv_heads)]
-    query, key = (part.reshape(*part.shape[:2], count, -1).transpose(1, 2) for part, count in heads)
-    if cu_seqlens is None:
-        return [(query, key, None, attention.scale)]
-    lengths = cu_seqlens.diff().tolist()
-    pairs = zip(query.split(lengths, 2), key.split(lengths, 2), strict=True)
-    return [(*pair, None, attention.scale) for pair in pairs]
+    """What a call of an engine's attention for encoders is given, image by image where `cu_seqlens` says so.
+
+    Args:
+        attention: the engine's module.
+        projected: keys before norms and rotation, [B, P, H * d] or [P, B, H * d].
+        query, key, value: [B, P, H, d] or [B, P, H * d].
+    """
+    rows, columns = query.shape[:2]
+    parts = [
+        part.reshape(rows, columns, count, -1).transpose(1, 2)
+        for part, count in (
+            (query, attention.num_heads),
+            (key, attention.num_kv_heads),
+            (projected if projected.shape[:2] == (rows, columns) else projected.transpose(0, 1), attention.num_kv_heads),
+        )
+    ]
+    lengths = [columns] if cu_seqlens is None else cu_seqlens.diff().tolist()
+    cut = zip(*(part.split(lengths, 2) for part in parts), strict=True)
+    return [(*triple, None, attention.scale) for triple in cut]
