@@ -9,7 +9,7 @@ v1/worker/gpu_model_runner.py, multimodal/processing and registry
 
 import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
 
@@ -32,13 +32,12 @@ from llava.errors import UserError
 from llava.reduction.token_layout import TokenLayout
 from llava.serving.served import EngineTower, Served, served_by
 
-
 # Prompts
 
 
 def prompt_updates(
     stock: Callable[..., Any], info: Any, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any
-) -> Sequence[Any]:
+) -> Any:
     """A vLLM processor's own updates of prompts, with K image tokens where it writes N."""
     served, updates = served_by(info.get_hf_config()), stock(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
     if served is None:
@@ -50,7 +49,7 @@ def prompt_updates(
         visual = [True] * len(details.full) if details.is_embed is None else details.is_embed(details.full).tolist()
         layout = layout_of_item(served, sum(visual), mm_items, out_mm_kwargs, number)
         if layout.tokens != sum(visual):
-            raise UserError(f"The engine makes {sum(visual)} tokens of an image, its token layout says {layout.tokens}.")
+            raise UserError(f"The engine makes {sum(visual)} tokens of an image, and its layout has {layout.tokens}.")
         room, full = served.kept(layout), []
         for token, is_visual in zip(details.full, visual, strict=True):
             if not is_visual or room > 0:
@@ -147,7 +146,7 @@ class ReducedLlavaNext(ClipModel, LlavaNextForConditionalGeneration):
 
 
 def ask_for_positions() -> None:
-    """Have the CPU's runner ask for positions as well: only load_model of the runner for GPUs looks whether it should."""
+    """Have the CPU's runner ask for positions as well: it loads models by a function that does not look for this."""
     runner = importlib.import_module("vllm.v1.worker.cpu_model_runner").CPUModelRunner
     gather = GPUModelRunner._gather_mm_embeddings
 
@@ -180,7 +179,10 @@ class QwenModel(Reduced):
             return whole(image_input)
         merge = self.served.merge
         grids = [(rows // merge, columns // merge) for _, rows, columns in image_input["image_grid_thw"].tolist()]
-        encode: Callable[[], Tensor] = lambda: torch.cat(whole(image_input))
+
+        def encode() -> Tensor:
+            return torch.cat(whole(image_input))
+
         return tuple(self.engine_tower.merged_images(encode, grids, range(len(grids))))
 
     def _postprocess_image_embeds_evs(self, image_embeds_split: Any, image_input: Any) -> Any:
@@ -188,7 +190,7 @@ class QwenModel(Reduced):
             return super()._postprocess_image_embeds_evs(image_embeds_split, image_input)  # type: ignore[misc]
         return image_embeds_split
 
-    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> Any:
         """[3, L] positions; those of image tokens are set when the tower has run, see recompute_mrope_positions."""
         if self.served is None:
             return super().get_mrope_input_positions(input_tokens, mm_features)  # type: ignore[misc]
@@ -208,7 +210,7 @@ class QwenModel(Reduced):
 
     def recompute_mrope_positions(
         self, input_ids: Any, multimodal_embeddings: Any, mrope_positions: Tensor, num_computed_tokens: int
-    ) -> tuple[list[Tensor], Tensor, int]:
+    ) -> Any:
         """Move the positions of an image's tokens from its start to the places of those that were kept."""
         if self.served is None:
             return super().recompute_mrope_positions(  # type: ignore[misc]
@@ -248,5 +250,9 @@ class ReducedInternVL(Reduced, InternS1ForConditionalGeneration):
             return super()._process_vision_input(image_input)
         counts, side = [int(count) for count in image_input["num_patches"]], self.served.side
         owners = [number for number, count in enumerate(counts) for _ in range(count)]
-        encode: Callable[[], Tensor] = lambda: torch.cat(super(ReducedInternVL, self)._process_vision_input(image_input))
+        whole = super()._process_vision_input
+
+        def encode() -> Tensor:
+            return torch.cat(whole(image_input))
+
         return tuple(self.engine_tower.merged_images(encode, [(side, side)] * len(owners), owners))

@@ -93,7 +93,7 @@ def why_not_anywhere(reducer: Reducer) -> str:
     if "decoder" in reducer.acts_in:
         return (
             f"{reducer.name} reduces between decoder layers, where vLLM has one length for all layers; serve a method "
-            'that acts before the decoder, such as consensusdrop or divprune, or answer with scripts/eval (engine "own").'
+            'that acts before the decoder, such as consensusdrop or divprune, or use scripts/eval (engine "own").'
         )
     return ""
 
@@ -166,7 +166,7 @@ def served_by(config: Any) -> Served | None:
     """The method that a model's configuration or the environment names; None for none.
 
     Args:
-        config: of the model, as the engine holds it; with `--hf-overrides '{"vtr": {"method": ..., "budget": ...}}'` its
+        config: of the model, as the engine holds it; with `--hf-overrides '{"vtr": {"method": ...}}'` its
             attribute `vtr` says so. Else VTR_METHOD and VTR_BUDGET do.
 
     Raises:
@@ -206,8 +206,8 @@ def _served(settings: str, architecture: str, written: str) -> Served:
         built = layer % (blocks + 1) if isinstance(layer, int) else 0
         if not built or config["vision_feature_select_strategy"] != "default":
             raise UserError(
-                "The plug-in serves LLaVA with the patches of one tower layer: vision_feature_layer must be one number, "
-                "vision_feature_select_strategy 'default'."
+                "The plug-in serves LLaVA with the patches of one tower layer: vision_feature_layer must be one "
+                "number, vision_feature_select_strategy 'default'."
             )
         spec = ModelSpec(side * side, layers, PatchGrid(side, side), blocks)
         if architecture.startswith("LlavaNext"):
@@ -273,9 +273,8 @@ class EngineTower(FamilyWrapper):
                 positions have three axes, three channels follow: frame, row and column from the image's start.
         """
         reducer = self.served.reducer
-        samples = [
-            StockSample(str(number), "", image=(image,), prompt=ONLY_IMAGE) for number, image in enumerate(images)
-        ]  # type: ignore[arg-type]
+        asked: list[Any] = list(images)
+        samples = [StockSample(str(number), "", image=(one,), prompt=ONLY_IMAGE) for number, one in enumerate(asked)]
         stages = Stages(self, reducer, samples, Record([[] for _ in images], [[] for _ in images]), Timer(self.device))
         stages.encode_images()
         sequence = embed(self, reducer, [ONLY_IMAGE] * len(images), stages.images)
@@ -334,7 +333,8 @@ class EngineTower(FamilyWrapper):
         side = self.served.merge
         patches = [(rows * side, columns * side) for rows, columns in grids]
         scores = self._scores_of_tokens({score: score for score in seen}, seen, patches, side)
-        views, beside = [[] for _ in {*owners}], [[] for _ in {*owners}]
+        views: list[list[EncodedImage]] = [[] for _ in {*owners}]
+        beside: list[list[Tensor]] = [[] for _ in {*owners}]
         for i, (own, grid, owner) in enumerate(zip(tokens.split(counts), grids, owners, strict=True)):
             layout = layout_of(1, *grid, False, False)
             encoded = Encoded(own[None, :, :width], {score: values[i][None] for score, values in scores.items()}, grid)
@@ -380,12 +380,16 @@ def handed_over(
         query, key, value: [B, P, H, d] or [B, P, H * d].
     """
     rows, columns = query.shape[:2]
+    projected = projected if projected.shape[:2] == (rows, columns) else projected.transpose(0, 1)
     parts = [
         part.reshape(rows, columns, count, -1).transpose(1, 2)
         for part, count in (
             (query, attention.num_heads),
             (key, attention.num_kv_heads),
-            (projected if projected.shape[:2] == (rows, columns) else projected.transpose(0, 1), attention.num_kv_heads),
+            (
+                projected if projected.shape[:2] == (rows, columns) else projected.transpose(0, 1),
+                attention.num_kv_heads,
+            ),
         )
     ]
     lengths = [columns] if cu_seqlens is None else cu_seqlens.diff().tolist()
