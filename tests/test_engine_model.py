@@ -67,7 +67,8 @@ class FakeLLM:
 @pytest.fixture
 def vllm(monkeypatch):
     """The fake; `engines` are those that were started."""
-    fake = SimpleNamespace(__version__="0.1", engines=[], SamplingParams=SimpleNamespace)
+    fake = SimpleNamespace(__version__="0.1", engines=[], SamplingParams=SimpleNamespace, registered={})
+    fake.ModelRegistry = SimpleNamespace(register_model=fake.registered.__setitem__)
 
     def start(**given):
         fake.engines.append(FakeLLM(**given))
@@ -105,6 +106,7 @@ def test_answers_and_accounting_are_those_of_the_pipeline(vllm, tiny, tiny_path,
     expected, found = (generate(one, samples(), reducer, 6) for one in (tiny, model))
     assert model.engine.settings == {"name": "vLLM", "version": "0.1", "route": route}
     (engine,) = vllm.engines
+    assert "LlavaForConditionalGeneration" in vllm.registered, "an older egg-info can hide the entry point"
     assert ("hf_overrides" in engine.given) == (route == "pixels")
     assert ("enable_prompt_embeds" in engine.given) == (route == "embeds")
     assert model.llm.layers[-1].__class__.__name__ == "Identity", "the decoder is there twice"

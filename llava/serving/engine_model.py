@@ -34,6 +34,7 @@ from llava.processing.prompt import Sample
 from llava.reduction.budget import plan_image
 from llava.reduction.reducer import Reducer
 from llava.reduction.token_layout import single
+from llava.serving import register
 from llava.serving.client import EMBEDS, PIXELS, refuse_embeds, until_decoder
 from llava.serving.served import served_by, why_not_anywhere
 
@@ -54,9 +55,11 @@ def import_vllm() -> Any:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        return importlib.import_module("vllm")
+        vllm = importlib.import_module("vllm")
     except ImportError as error:
         raise UserError(f"--engine vllm cannot import vLLM ({' '.join(str(error).split())}): {SETUP}.") from error
+    register()  # the entry point is not seen where an older *.egg-info lies in the working folder
+    return vllm
 
 
 def engine_arguments(reducer: Reducer, directory: Path) -> tuple[str, dict[str, Any]]:
