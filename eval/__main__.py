@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if place is not None and config.engine != "own":
         raise UserError(
-            f"--engine {config.engine} runs in one process, not on {place.describe()}; choose one by GPUS=0,"
+            f"--engine {config.engine} runs in one process, not on {place.describe()}; choose one by GPUS=0."
         )
     if place is not None:  # the same command on every rank
         data, _ = read_questions(config)

@@ -48,9 +48,7 @@ def parser(command: str, description: str) -> Parser:
     p.add_argument("--image", type=Path, help="of one question")
     p.add_argument("--question", help="one question")
     p.add_argument("--questions", type=Path, metavar="FILE", help="a question with an image on each line")
-    p.add_argument(
-        "--model", type=value(path_name), default=os.environ.get("MODEL") or DEFAULT_MODEL, help="checkpoint"
-    )
+    p.add_argument("--model", type=value(path_name), default=default_model(), help="checkpoint")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the embeddings")
     p.add_argument("--device", default="auto", help="torch device")
     return p

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
+from eval.config import DEFAULT_MODEL
 from llava.errors import UserError
 from llava.reduction.registry import build
 from llava.reduction.token_layout import single
-from llava.serving.served import handed_over
+from llava.serving.served import handed_over, served_by
 from tests.stock_families import make
 
 STOCK = {"LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration", "InternS1ForConditionalGeneration"}
@@ -142,3 +144,10 @@ def test_queries_and_keys_are_cut_image_by_image(first: str) -> None:
         assert mask is None and scale == 0.5
         for part, wanted in ((own, query), (keys, key), (before, projected)):
             assert torch.equal(part, wanted[:, cut].transpose(1, 2))
+
+
+def test_an_engine_refuses_gaps_between_positions_of_llava() -> None:
+    config = AutoConfig.from_pretrained(DEFAULT_MODEL)
+    config.vtr = {"method": "divprune", "budget": 64, "options": {"positions": "original"}}
+    with pytest.raises(UserError, match="numbers a prompt without gaps; divprune"):
+        served_by(config)

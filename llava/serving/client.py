@@ -39,7 +39,7 @@ from llava.reduction.reducer import Reducer
 from llava.reduction.registry import build
 from llava.reduction.token_layout import ModelSpec
 from llava.serving import MODELS
-from llava.serving.served import CLIP, served_by, why_not_anywhere
+from llava.serving.served import CLIP, refuse_gaps, served_by, why_not_anywhere
 
 PIXELS, EMBEDS = "pixels", "embeds"
 # Where a checkpoint may keep a chat template of its own.
@@ -80,7 +80,7 @@ def route(method: str, budget: str | None, source: str | Path) -> tuple[str, lis
         if whole.family is not CLIP:
             reason = str(inside).partition("; send ")[0].rstrip(".")
             raise UserError(f"{reason}; prompt embeddings are made of LLaVA's prompts alone.") from None
-        refuse_embeds(reducer)
+        refuse_gaps(reducer)
         return EMBEDS, [*arguments, "--enable-prompt-embeds", "--limit-mm-per-prompt", '{"image": 0}']
     arguments += ["--hf-overrides", json.dumps({"vtr": config.vtr})]
     stored = (read_json(directory / name) for name in TEMPLATE_FIELDS if (directory / name).is_file())
@@ -101,14 +101,6 @@ def configured(method: str, budget: str | None, spec: ModelSpec) -> Reducer:
         raise UserError(why)
     require(reducer, spec)
     return reducer
-
-
-def refuse_embeds(reducer: Reducer) -> None:
-    """Raise UserError where a method's prompts are not numbered 0, 1, 2, ..., as an engine numbers them."""
-    if reducer.positions != "renumber" and reducer.name != "full":
-        raise UserError(
-            f"An engine numbers a prompt without gaps; {reducer.name}.positions={reducer.positions} does not."
-        )
 
 
 def served_name(source: str | Path) -> str:
@@ -170,7 +162,7 @@ def prompt_embeddings(model: Llava, samples: Sequence[Sample], reducer: Reducer)
     Args:
         samples: with or without images.
     """
-    refuse_embeds(reducer)
+    refuse_gaps(reducer)
     sequence, _ = until_decoder(model, samples, reducer, Timer(model.device))
     return [row[-length:].cpu() for row, length in zip(sequence.hidden, sequence.lengths, strict=True)]
 

@@ -35,8 +35,8 @@ from llava.reduction.budget import plan_image
 from llava.reduction.reducer import Reducer
 from llava.reduction.token_layout import single
 from llava.serving import register
-from llava.serving.client import EMBEDS, PIXELS, refuse_embeds, until_decoder
-from llava.serving.served import served_by, why_not_anywhere
+from llava.serving.client import EMBEDS, PIXELS, until_decoder
+from llava.serving.served import refuse_gaps, served_by, why_not_anywhere
 
 if TYPE_CHECKING:
     import llava.serving.plugin  # noqa: F401  # the engine imports it: answers depend on it (eval/answers/source_hash.py)
@@ -76,7 +76,7 @@ def engine_arguments(reducer: Reducer, directory: Path) -> tuple[str, dict[str, 
             f"--engine vllm takes {' and '.join(CLASSES)} in transformers' layout, and {directory.name} is "
             f"{', '.join(architectures)}; use --engine own, or serve it by scripts/serve.sh."
         )
-    refuse_embeds(reducer)
+    refuse_gaps(reducer)
     embeds = {"enable_prompt_embeds": True, "limit_mm_per_prompt": {"image": 0}}
     if PIXEL_CLASS not in architectures or any(option.name.split("__")[-1] == "seed" for option in fields(reducer)):
         return EMBEDS, embeds

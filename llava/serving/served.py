@@ -118,6 +118,14 @@ def why_not_pixels(reducer: Reducer, tower_blocks: int = 0, built: int = 0) -> s
     return why and f"{name} {why}; send prompt embeddings instead: bash scripts/serve.sh {name} chooses that route."
 
 
+def refuse_gaps(reducer: Reducer) -> None:
+    """Raise UserError where a method's prompts are not numbered 0, 1, 2, ..., as an engine numbers them."""
+    if reducer.positions != "renumber" and reducer.name != "full":
+        raise UserError(
+            f"An engine numbers a prompt without gaps; {reducer.name}.positions={reducer.positions} does not."
+        )
+
+
 # The method of an engine
 
 
@@ -232,6 +240,8 @@ def _served(settings: str, architecture: str, written: str) -> Served:
     reducer = build(method, spec.visual_tokens if budget is None else budget, options, spec.visual_tokens)
     if why := why_not_pixels(reducer, blocks, built):
         raise UserError(why)
+    if not family.axes:
+        refuse_gaps(reducer)
     require(
         reducer,
         spec if family is CLIP else replace(spec, visual_tokens=reducer.budget, layout=PatchGrid(1, reducer.budget)),
@@ -381,17 +391,9 @@ def handed_over(
     """
     rows, columns = query.shape[:2]
     projected = projected if projected.shape[:2] == (rows, columns) else projected.transpose(0, 1)
-    parts = [
-        part.reshape(rows, columns, count, -1).transpose(1, 2)
-        for part, count in (
-            (query, attention.num_heads),
-            (key, attention.num_kv_heads),
-            (
-                projected if projected.shape[:2] == (rows, columns) else projected.transpose(0, 1),
-                attention.num_kv_heads,
-            ),
-        )
-    ]
+    heads = attention.num_heads, attention.num_kv_heads, attention.num_kv_heads
+    given = zip((query, key, projected), heads, strict=True)
+    parts = [part.reshape(rows, columns, count, -1).transpose(1, 2) for part, count in given]
     lengths = [columns] if cu_seqlens is None else cu_seqlens.diff().tolist()
     cut = zip(*(part.split(lengths, 2) for part in parts), strict=True)
     return [(*triple, None, attention.scale) for triple in cut]
