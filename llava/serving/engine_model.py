@@ -158,7 +158,7 @@ class Engine:
             skip_special_tokens=False,
             logprobs=0,
         )
-        outputs = llm.generate(asked, sampling, use_tqdm=False)
+        self.outputs = outputs = llm.generate(asked, sampling, use_tqdm=False)
         timer.mark("decode")
         written, lengths = [], []
         for sample, given, visible, output in zip(samples, asked, visual, outputs, strict=True):
