@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,9 @@ import torch
 from eval.__main__ import main
 from eval.answers.jsonl import read_json, read_jsonl
 from eval.config import DEFAULT_MODEL, ROOT, RunConfig, build_reducer
+from eval.efficiency import serving
+from eval.efficiency.measure import Measurements
+from eval.efficiency.shapes import narrow
 from eval.run import load_model, run
 from llava.errors import MethodError, UserError
 from llava.model.builder import load
@@ -26,6 +30,11 @@ from llava.serving.client import until_decoder
 from tests.conftest import samples
 
 
+class Steps(SimpleNamespace):
+    def step(self):
+        return []
+
+
 class FakeLLM:
     """Greedy answers, one prompt after the other; `method` stands for the plug-in."""
 
@@ -34,14 +43,22 @@ class FakeLLM:
         self.model = load(given["model"], device="cpu")
         settings = given.get("hf_overrides", {}).get("vtr")
         self.method = settings and build(settings["method"], settings["budget"], settings["options"])
-        cache = SimpleNamespace(block_size=16)
-        self.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache))
+        cache, self.free = SimpleNamespace(block_size=16, num_gpu_blocks=100), 100
+        pool = SimpleNamespace(get_num_free_blocks=lambda: self.free)
+        core: object = SimpleNamespace(block_pool=pool)
+        for name in ("kv_cache_manager", "scheduler", "engine_core", "engine_core"):
+            core = SimpleNamespace(**{name: core})
+        self.llm_engine = Steps(vllm_config=SimpleNamespace(cache_config=cache), **vars(core))
 
     def generate(self, prompts, sampling, use_tqdm):
         if self.stop_at == len(self.asked):
             raise KeyboardInterrupt
         self.asked.append(prompts)
-        return [self.one(prompt, sampling) for prompt in prompts]
+        made = [self.one(prompt, sampling) for prompt in prompts]
+        self.free -= sum(-(-(len(one.prompt_token_ids) + sampling.max_tokens) // 16) for one in made)
+        self.llm_engine.step()
+        self.free = 100
+        return made
 
     def one(self, prompt, sampling):
         if (hidden := prompt.get("prompt_embeds")) is None:
@@ -61,7 +78,8 @@ class FakeLLM:
                 break
             last = decoder.step(llm, state, llm.embed_tokens(torch.tensor([[ids[-1]]])))
         made = SimpleNamespace(token_ids=ids, cumulative_logprob=-1.0)
-        return SimpleNamespace(outputs=[made], prompt_token_ids=[0] * length)
+        metrics = SimpleNamespace(first_token_ts=time.monotonic())
+        return SimpleNamespace(outputs=[made], prompt_token_ids=[0] * length, metrics=metrics)
 
 
 @pytest.fixture
@@ -188,6 +206,41 @@ def test_faults_of_the_engine_end_the_run(vllm, tiny_path, monkeypatch):
     monkeypatch.setattr(vllm, "LLM", lambda **_: 1 / 0)
     with pytest.raises(MethodError, match="vLLM does not start: division by zero"):
         generate(load_model(config(model=tiny_path)), samples(), reducer, 2)
+
+
+def test_the_benchmark_asks_every_engine_in_turns_about_new_images(vllm, tmp_path, capsys):
+    serving.save_random(narrow("llava-1.5-7b", 64, 2, 3, 56), tmp_path / "model", "float32")
+    kept = tmp_path / "kept.jsonl"
+    words = ["--model", str(tmp_path / "model"), "--budget", "4", "--at-once", "1,2", "--repeats", "1"]
+    words += ["--measurements", str(kept), "--device", "cpu"]
+    assert serving.main(words) == 0
+    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 2 | vLLM")]
+    assert [(row[2], row[-2], row[-1]) for row in table] == [
+        (name, "3", "4 |") for name in ("divprune", "consensusdrop")
+    ]
+    embeds, *pixels = sorted(vllm.engines, key=lambda one: "hf_overrides" in one.given)
+    assert [len(one.asked) for one in (embeds, *pixels)] == [8, 4, 4], "one engine takes embeddings of both methods"
+    assert all(serving.ENGINE.items() <= one.given.items() for one in vllm.engines)
+    asked = [one["multi_modal_data"]["image"][0] for engine in pixels for batch in engine.asked for one in batch]
+    assert len({image.tobytes() for image in asked}) == len(asked) == 12
+    lines = kept.read_text().splitlines(keepends=True)
+    kept.write_text("".join(lines[:-1]))
+    assert serving.main(words) == 0 and len(vllm.engines[-1].asked) == 2, "a warm-up, and what was missing"
+    assert serving.main(words) == 0 and len(vllm.engines) == 4, "nothing was missing"
+
+
+def test_the_benchmark_divides_times_of_the_same_round(monkeypatch):
+    settings = {"model": "m", "budget": 4, "dtype": "float32", "threads": 1, "device": "cpu", "hardware": "h"}
+    kept = Measurements(None, settings | {"versions": {}})
+    for number, slow in ((0, 100.0), (1, 1.0), (2, 3.0)):
+        for way, method in serving.PAIRS:
+            more = {} if way == "own" else {"blocks": 2.0, "block": 16, "cache": 9}
+            for name, seconds in (("full", 4.0), (method, 1.0 if way == "own" else 2.0)):
+                kept.add(number, f"{way} {name}", 8, {"seconds": slow * seconds, "ttft": seconds / 8, **more})
+    own, pixels = serving.page(kept, [8], 2).splitlines()[4:6]
+    assert own.split(" | ")[3:6] == ["4", "1", "4.00 (4.00 to 4.00)"], "the warm-up counts"
+    assert pixels.split(" | ")[3:7] == ["2", "1", "2.00 (2.00 to 2.00)", "0.50 (0.50 to 0.50)"]
+    assert pixels.split(" | ")[7:9] == ["250", "500"]
 
 
 @pytest.mark.slow

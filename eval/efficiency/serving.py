@@ -76,7 +76,7 @@ def save_random(shape: Mapping[str, Any], folder: Path, dtype: str) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "generation_config.json"):
         shutil.copy(toy / name, folder)
     side = vision["image_size"]
-    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    sizes: dict[str, Any] = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     CLIPImageProcessorPil(**sizes).save_pretrained(folder)
 
 
@@ -96,10 +96,12 @@ def askers(model: Llava, directory: Path, budget: int, dtype: str, largest: int)
             found |= {f"{way} {name}": partial(ask_own, model, one) for name, one in reducers.items()}
             continue
         engine = Engine(model, reducers[method], directory, dtype, largest)
-        engine.arguments |= ENGINE
+        # On a GPU three engines and the model share the memory.
+        given = ENGINE if model.device.type == "cpu" else {**ENGINE, "gpu_memory_utilization": 0.2}
+        engine.arguments |= given
         if way == PIXELS:
             whole = Engine(model, reducers[FULL], directory, dtype, largest)
-            whole.arguments |= ENGINE
+            whole.arguments |= given
         else:  # one engine, which knows of no method
             _ = engine.llm
             whole = copy.copy(engine)
@@ -150,6 +152,16 @@ def blocks_in_use(llm: Any) -> Iterator[list[int]]:
 
 def measure(args: argparse.Namespace, directory: Path, kept: Measurements) -> None:
     """Every way and method in turns at every number of requests; the warm-up and every second round in reverse."""
+    names = dict.fromkeys(f"{way} {name}" for way, method in PAIRS for name in (FULL, method))
+    turns = [
+        (number, name, size)
+        for size in args.at_once
+        for number in range(args.repeats + 1)
+        for name in (names if number % 2 else reversed(names))
+        if (number, name, size) not in kept.rows
+    ]
+    if not turns:
+        return
     model = load(directory, args.dtype, args.device)
     ask = askers(model, directory, args.budget, args.dtype, max(args.at_once))
     seeds, warm = itertools.count(), set[tuple[str, int]]()
@@ -157,16 +169,7 @@ def measure(args: argparse.Namespace, directory: Path, kept: Measurements) -> No
     def samples(size: int) -> list[Sample]:
         return [Sample(f"s{seed}", QUESTION, SUFFIX, noise(seed)) for seed in itertools.islice(seeds, size)]
 
-    turns = [
-        (number, name, size)
-        for size in args.at_once
-        for number in range(args.repeats + 1)
-        for name in (ask if number % 2 else reversed(ask))
-    ]
-    for turn in tqdm(turns, unit="turn", disable=None):
-        number, name, size = turn
-        if turn in kept.rows:
-            continue
+    for number, name, size in tqdm(turns, unit="turn", disable=None):
         if number and (name, size) not in warm:  # goes on from a file
             ask[name](samples(size))
         kept.add(number, name, size, ask[name](samples(size)))

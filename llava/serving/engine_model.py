@@ -133,8 +133,7 @@ class Engine:
                     load_format="safetensors",
                     max_num_seqs=self.batch_size,
                     seed=0,
-                    **given,
-                    **self.arguments,
+                    **(given | self.arguments),
                 )
         except Exception as error:
             raise MethodError(f"vLLM does not start: {' '.join(str(error).split())[:600]}") from error
