@@ -171,9 +171,16 @@ def test_no_server_is_one_sentence():
 @pytest.mark.process
 def test_the_script_refuses_before_it_makes_an_environment(tmp_path):
     given = os.environ | {"VLLM_VENV": str(tmp_path / "none")}
-    refused = (["fastv", "64"], "between decoder layers", 1), (["nosuch", "64"], "Unknown method", 1), ([], "Usage", 8)
-    for words, why, lines in refused:
-        command = ["bash", str(Path(ROOT) / "scripts" / "serve.sh"), *words]
-        done = subprocess.run(command, env=given, capture_output=True, text=True)
+    toy, video = "", str(ROOT / "assets" / "tinyllava_video")
+    refused = (
+        (toy, "fastv 64", "between decoder layers", 1),
+        (toy, "nosuch 64", "Unknown method", 1),
+        (toy, "divprune 9999", "must be 1 to 576", 1),
+        (video, "divprune 64", "is VideoLlavaForConditionalGeneration", 1),
+        (toy, "", "Usage", 8),
+    )
+    for model, words, why, lines in refused:
+        command = ["bash", str(Path(ROOT) / "scripts" / "serve.sh"), *words.split()]
+        done = subprocess.run(command, env=given | {"MODEL": model}, capture_output=True, text=True)
         assert done.returncode == 2 and why in done.stderr and done.stderr.count("\n") == lines, done.stderr
     assert not (tmp_path / "none").exists()
