@@ -73,9 +73,10 @@ def test_prompts_as_embeddings(tmp_path, monkeypatch, capsys):
     asked, file = questions(tmp_path)[:4], tmp_path / "q.jsonl"
     lines = [{"question_id": one.id, "image": f"{one.image_ids[0]}.png", "text": one.message} for one in asked]
     file.write_text("\n".join(map(json.dumps, lines)))
-    with served(tmp_path / "log", "consensusdrop", "64") as url:
+    options = ("--set", "probe=contextual", "--set", "probe_layer=2")
+    with served(tmp_path / "log", "consensusdrop", "64", *options) as url:
         monkeypatch.setenv("KEY", "secret")
-        given = ["consensusdrop", "32,64", "--questions", str(file), "--device", "cpu", "--url", url]
+        given = ["consensusdrop", "32,64", "--questions", str(file), "--device", "cpu", "--url", url, *options]
         assert serving.main(given) == 0
         with pytest.raises(UserError, match=r"refused with 401: .* Set KEY to the server's key") as told:
             Server(url, "wrong").check("tinyllava")
@@ -85,17 +86,24 @@ def test_prompts_as_embeddings(tmp_path, monkeypatch, capsys):
         found[line["budget"], line["question_id"]] = line["text"]
     model = load(DEFAULT_MODEL, device="cpu")
     for budget in (32, 64):
-        expected = generate(model, asked, build("consensusdrop", budget)).answers
+        expected = generate(
+            model, asked, build("consensusdrop", budget, {"probe": "contextual", "probe_layer": 2})
+        ).answers
         assert [found[str(budget), one.id] for one in asked] == [one.text for one in expected]
 
 
 def test_images_that_share_blocks(tmp_path):
     """One image asked twice, with two other questions, and its first question with another image."""
-    several, model, reducer = questions(tmp_path), load(DEFAULT_MODEL, device="cpu"), build("divprune", 64)
+    several, model, reducer = (
+        questions(tmp_path),
+        load(DEFAULT_MODEL, device="cpu"),
+        build("visionzip", 64, {"contextual": 0.5}),
+    )
     first, other = several[0], next(one for one in several if one.image_ids != several[0].image_ids)
     moved = Sample("moved", first.question, first.suffix, other.image, other.image_ids)
     cached = []
-    with served(tmp_path / "log", "divprune", "64", "--block-size", "32", "--enable-prompt-tokens-details") as url:
+    words = "visionzip 64 --block-size 32 --set contextual=0.5 --enable-prompt-tokens-details"
+    with served(tmp_path / "log", *words.split()) as url:
         ask = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", timeout=120).chat.completions.create
         for sample in (first, first, *several[1:3], moved):
             image = base64.b64encode((tmp_path / f"{sample.image_ids[0]}.png").read_bytes()).decode()
