@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,11 +48,8 @@ WIDE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     "name, method", [("qwen2_5_vl", "visionzip"), ("qwen3_vl", "vispruner"), ("internvl3", "visionzip")]
 )
-def test_the_real_engine_gives_log_probabilities_of_reduce(tmp_path, monkeypatch, name, method):
+def test_the_real_engine_gives_log_probabilities_of_reduce(tmp_path, vllm_python, monkeypatch, name, method):
     """Also where a prompt begins with blocks of one before it, whose border lies inside an image."""
-    python = Path(os.environ.get("VLLM_VENV") or ROOT / ".venv-vllm") / "bin" / "python"
-    if not python.exists():
-        pytest.skip("no environment with vLLM: source scripts/serve_setup.sh makes .venv-vllm")
     for key, value in WIDE[name].items():
         monkeypatch.setitem(MODELS[name][1]["text_config"], key, value)
     _, tokens, _, *settings = SAVED["qwen3_vl"]
@@ -86,11 +82,9 @@ def test_the_real_engine_gives_log_probabilities_of_reduce(tmp_path, monkeypatch
     given["vtr"] = {"method": method, "budget": 9, "options": options}
     (tmp_path / "ask.py").write_text(ENGINE)
     variables = os.environ | {"PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1", **ENVIRONMENT}
-    command = [python, tmp_path / "ask.py", json.dumps(given)]
+    command = [vllm_python, tmp_path / "ask.py", json.dumps(given)]
     out = subprocess.run(command, env=variables, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     found = [json.loads(line.split(" ", 1)[1]) for line in out.stdout.splitlines() if line.startswith("FOUND")]
-    for ours, (theirs, cached, _) in zip(expected, found, strict=True):
-        print("MOST", float((torch.tensor(theirs) - ours[:, : len(theirs[0])]).abs().max()), cached)
     for ours, (theirs, cached, ids) in zip(expected, found, strict=True):
         torch.testing.assert_close(torch.tensor(theirs), ours[:, : len(theirs[0])], rtol=0, atol=5e-5)
         assert not cached or ids[cached - 1] == ids[cached] == slot

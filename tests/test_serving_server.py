@@ -28,15 +28,12 @@ from llava.processing.prompt import Sample
 from llava.reduction.registry import build
 from llava.serving.client import Server
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("vllm_python")]
 
 
 @contextmanager
 def served(log: Path, *words: str) -> Iterator[str]:
     """The address of a server of scripts/serve.sh whose key is "secret"; it ends with the block."""
-    python = Path(os.environ.get("VLLM_VENV") or ROOT / ".venv-vllm") / "bin" / "python"
-    if not python.exists():
-        pytest.skip("no environment with vLLM: source scripts/serve_setup.sh makes .venv-vllm")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -70,7 +67,7 @@ def questions(folder: Path) -> list[Sample]:
 
 
 def test_prompts_as_embeddings(tmp_path, monkeypatch, capsys):
-    asked, file = questions(tmp_path)[:4], tmp_path / "q.jsonl"
+    asked, file = questions(tmp_path), tmp_path / "q.jsonl"
     lines = [{"question_id": one.id, "image": f"{one.image_ids[0]}.png", "text": one.message} for one in asked]
     file.write_text("\n".join(map(json.dumps, lines)))
     options = ("--set", "probe=contextual", "--set", "probe_layer=2")
@@ -81,29 +78,24 @@ def test_prompts_as_embeddings(tmp_path, monkeypatch, capsys):
         with pytest.raises(UserError, match=r"refused with 401: .* Set KEY to the server's key") as told:
             Server(url, "wrong").check("tinyllava")
     assert "\n" not in str(told.value) and "secret" not in (tmp_path / "log").read_text()
-    found = {}
-    for line in map(json.loads, capsys.readouterr().out.splitlines()):
-        found[line["budget"], line["question_id"]] = line["text"]
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found = {(line["budget"], line["question_id"]): line["text"] for line in lines}
     model = load(DEFAULT_MODEL, device="cpu")
     for budget in (32, 64):
-        expected = generate(
-            model, asked, build("consensusdrop", budget, {"probe": "contextual", "probe_layer": 2})
-        ).answers
+        reducer = build("consensusdrop", budget, {"probe": "contextual", "probe_layer": 2})
+        expected = generate(model, asked, reducer).answers
         assert [found[str(budget), one.id] for one in asked] == [one.text for one in expected]
 
 
-def test_images_that_share_blocks(tmp_path):
+@pytest.mark.parametrize("method, options", [("divprune", {}), ("visionzip", {"contextual": "0.5"})])
+def test_images_that_share_blocks(tmp_path, method, options):
     """One image asked twice, with two other questions, and its first question with another image."""
-    several, model, reducer = (
-        questions(tmp_path),
-        load(DEFAULT_MODEL, device="cpu"),
-        build("visionzip", 64, {"contextual": 0.5}),
-    )
+    several, model, reducer = questions(tmp_path), load(DEFAULT_MODEL, device="cpu"), build(method, 64, options)
     first, other = several[0], next(one for one in several if one.image_ids != several[0].image_ids)
     moved = Sample("moved", first.question, first.suffix, other.image, other.image_ids)
     cached = []
-    words = "visionzip 64 --block-size 32 --set contextual=0.5 --enable-prompt-tokens-details"
-    with served(tmp_path / "log", *words.split()) as url:
+    words = ("--block-size", "32", *(f"--set={name}={value}" for name, value in options.items()))
+    with served(tmp_path / "log", method, "64", *words, "--enable-prompt-tokens-details") as url:
         ask = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", timeout=120).chat.completions.create
         for sample in (first, first, *several[1:3], moved):
             image = base64.b64encode((tmp_path / f"{sample.image_ids[0]}.png").read_bytes()).decode()
