@@ -6,7 +6,7 @@
 
 A file of questions has a line {"question_id": ..., "image": ..., "text": ...} for each, as LLaVA's have; images lie
 beside it. KEY in the environment is the server's key. `python -m eval.serving METHOD BUDGET`, for scripts/serve.sh,
-prints the route of a method and the engine's arguments.
+prints the route of a method and the engine's arguments. All take --set KEY=VALUE, an option of the method.
 """
 
 import argparse
@@ -24,13 +24,14 @@ from torch import Tensor
 from eval.answers.jsonl import read_jsonl, write_bytes
 from eval.benchmarks.llava_files import split_suffix
 from eval.command import Parser, exit_on_user_error, make_parser, value
-from eval.config import DEFAULT_MODEL, count, path_name
+from eval.config import DEFAULT_MODEL, count, options_by_method, path_name
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
 from llava.processing.image import open_image
 from llava.processing.prompt import Sample
 from llava.reduction.registry import build
 from llava.serving.client import Server, configured, load_front, prompt_embeddings, route
+from llava.serving.served import refuse_gaps
 
 BATCH = 8  # prompts that are embedded at once
 
@@ -39,12 +40,21 @@ def default_model() -> str:
     return os.environ.get("MODEL") or DEFAULT_MODEL
 
 
+def add_method(p: Parser) -> None:
+    p.add_argument("method", help="one that acts before the decoder; see vtr show methods")
+    p.add_argument("budget", nargs="?", help="visual tokens per image or their ratio, or several by commas")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="option of the method")
+
+
+def options(args: argparse.Namespace) -> dict[str, str]:
+    return options_by_method([args.method], args.set)[args.method]
+
+
 def parser(command: str, description: str) -> Parser:
     p = make_parser(command, description)
     if command == "eval.serving export":
         p.add_argument("file", type=Path, metavar="FILE.safetensors")
-    p.add_argument("method", help="one that acts before the decoder; see vtr show methods")
-    p.add_argument("budget", nargs="?", help="visual tokens per image or their ratio, or several by commas")
+    add_method(p)
     p.add_argument("--image", type=Path, help="of one question")
     p.add_argument("--question", help="one question")
     p.add_argument("--questions", type=Path, metavar="FILE", help="a question with an image on each line")
@@ -71,10 +81,18 @@ def asked(args: argparse.Namespace) -> list[Sample]:
     return samples
 
 
+def front(args: argparse.Namespace) -> Llava:
+    """The model of what is asked; mistakes are told before it is loaded."""
+    asked(args)
+    reducer = build(args.method, 1, options(args))
+    refuse_gaps(reducer)
+    return load_front(args.model, reducer, args.dtype, args.device)
+
+
 def prompts(args: argparse.Namespace, model: Llava) -> Iterator[tuple[dict[str, str], Tensor]]:
     """What is asked, in words, and its [L, H] embeddings, of every question at every budget."""
-    reducers = [configured(args.method, budget, model.spec) for budget in (args.budget or "").split(",") if budget]
-    reducers = reducers or [configured(args.method, None, model.spec)]
+    budgets: list[str | None] = [budget for budget in (args.budget or "").split(",") if budget] or [None]
+    reducers = [configured(args.method, budget, model.spec, options(args)) for budget in budgets]
     samples = asked(args)
     for start in range(0, len(samples), BATCH):
         batch = [
@@ -84,6 +102,8 @@ def prompts(args: argparse.Namespace, model: Llava) -> Iterator[tuple[dict[str, 
         for reducer in reducers:
             for sample, own in zip(batch, prompt_embeddings(model, batch, reducer), strict=True):
                 asked_for = {"method": args.method, "budget": str(reducer.budget), "image": sample.image_ids[0]}
+                if args.set:
+                    asked_for["set"] = " ".join(args.set)
                 yield {"question_id": sample.id, "question": sample.message, **asked_for}, own
 
 
@@ -95,8 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--max-new-tokens", type=value(count), default=128, help="longest answer")
     p.add_argument("--concurrent", type=value(count), default=8, help="requests at once")
     args = p.parse_args(arguments)
-    asked(args)  # mistakes are told before a model is loaded
-    model = load_front(args.model, build(args.method, 1), args.dtype, args.device)
+    model = front(args)
     server, ends = Server(args.url, os.environ.get("KEY", "")), sorted(model.end_ids)
     server.check(model.name)
 
@@ -121,8 +140,7 @@ def export_command(arguments: Sequence[str] | None = None) -> int:
     args = parser("eval.serving export", "Write prompts as embeddings to a safetensors file.").parse_args(arguments)
     if args.file.suffix != ".safetensors":
         raise UserError(f"The file to write should end in .safetensors, got {args.file}.")
-    asked(args)
-    model = load_front(args.model, build(args.method, 1), args.dtype, args.device)
+    model = front(args)
     lines, tensors = [], {}
     for number, (words, embeddings) in enumerate(prompts(args, model)):
         tensors[str(number)] = embeddings.clone()
@@ -137,10 +155,9 @@ def export_command(arguments: Sequence[str] | None = None) -> int:
 def route_command(arguments: Sequence[str] | None = None) -> int:
     """For scripts/serve.sh: a line with the route, then one for each argument of the engine; returns the exit code."""
     p = make_parser("eval.serving", "The route of a method, and the engine's arguments.")
-    p.add_argument("method")
-    p.add_argument("budget", nargs="?")
+    add_method(p)
     args = p.parse_args(arguments)
-    way, found = route(args.method, args.budget, default_model())
+    way, found = route(args.method, args.budget, default_model(), options(args))
     print(way, *found, sep="\n")
     return 0
 

@@ -1,19 +1,30 @@
 #!/usr/bin/env bash
 # Serves a checkpoint with a method by vLLM, as an OpenAI-compatible server on this machine (docs/models/serving.md).
-# Usage: bash scripts/serve.sh METHOD [BUDGET] [further arguments of vLLM]
+# Usage: bash scripts/serve.sh METHOD [BUDGET] [--set KEY=VALUE ...] [further arguments of vLLM]   # --set: options of the method
 # From the environment: MODEL, a checkpoint (none: the toy); PORT (8000) and HOST (127.0.0.1); KEY, which a client must
 # give (none: one is made); VLLM_VENV and VLLM, see scripts/serve_setup.sh.
 # A method that does not read the question runs inside the engine, and clients send images. For one that reads it, clients
 # send prompts as embeddings (vtr serve-client). What no engine can serve ends here with a reason.
 #   bash scripts/serve.sh divprune 64
+#   bash scripts/serve.sh visionzip 64 --set contextual=0.2
 #   MODEL=llava-hf/llava-1.5-7b-hf bash scripts/serve.sh consensusdrop 64 --dtype bfloat16
 set -euo pipefail
-case "${1:-}" in "" | -h | --help) sed -n '2,9p' "${BASH_SOURCE[0]}" | cut -c3- >&2; [ -n "${1:-}" ] || exit 2; exit 0 ;; esac
+case "${1:-}" in "" | -h | --help) sed -n '2,10p' "${BASH_SOURCE[0]}" | cut -c3- >&2; [ -n "${1:-}" ] || exit 2; exit 0 ;; esac
 if [ -n "${MODEL:-}" ] && [ -d "$MODEL" ]; then MODEL=$(cd "$MODEL" && pwd) && export MODEL; fi
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 method=("$1")
 shift
 if [[ $# -gt 0 && $1 != -* ]]; then method+=("$1") && shift; fi
+further=() # arguments of vLLM
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --set) method+=("${@:1:2}") && shift ;; # without a value, the next line says so
+    --set=*) method+=("$1") ;;
+    *) further+=("$1") ;;
+  esac
+  shift || true
+done
+set -- "${further[@]}"
 found=$(python -m eval.serving "${method[@]}") || exit $?
 mapfile -t arguments <<< "$found"
 route=${arguments[0]} url=http://${HOST:-127.0.0.1}:${PORT:-8000}

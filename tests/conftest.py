@@ -1,7 +1,9 @@
 """Shared fixtures: a tiny random LLaVA on disk, loaded the way a user loads a real one, and a clock."""
 
 import gc
+import os
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from eval.config import ROOT
 from llava.model.builder import load
 from llava.model.llava_arch import Llava
 from llava.pipeline import accounting
@@ -66,6 +69,15 @@ def samples(count: int = 5, text_only: tuple[int, ...] = (3,)) -> list[Sample]:
         )
         for i in range(count)
     ]
+
+
+@pytest.fixture
+def vllm_python() -> Path:
+    """Python of the environment that scripts/serve_setup.sh makes; without one, the test is skipped."""
+    python = Path(os.environ.get("VLLM_VENV") or ROOT / ".venv-vllm") / "bin" / "python"
+    if not python.exists():
+        pytest.skip("no environment with vLLM: source scripts/serve_setup.sh makes .venv-vllm")
+    return python
 
 
 @pytest.fixture

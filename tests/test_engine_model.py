@@ -245,13 +245,10 @@ def test_the_benchmark_divides_times_of_the_same_round(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method, route", [("divprune", "pixels"), ("consensusdrop", "embeds")])
-def test_the_real_engine_answers_as_the_pipeline(tmp_path, method, route):
-    python = Path(os.environ.get("VLLM_VENV") or ROOT / ".venv-vllm") / "bin" / "python"
-    if not python.exists():
-        pytest.skip("no environment with vLLM: source scripts/serve_setup.sh makes .venv-vllm")
+def test_the_real_engine_answers_as_the_pipeline(tmp_path, vllm_python, method, route):
     words = ["--method", method, "--budget", "64", "--limit", "40", "--output", str(tmp_path / "o"), "--engine", "vllm"]
     given = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "WANDB_MODE": "disabled"}
-    subprocess.run([python, "-m", "eval", *words, "--wandb", "disabled"], cwd=ROOT, env=given, check=True)
+    subprocess.run([vllm_python, "-m", "eval", *words, "--wandb", "disabled"], cwd=ROOT, env=given, check=True)
     assert read_json(tmp_path / "o" / "limit40" / "result.json")["settings"]["engine"]["route"] == route
     run(config(method, budget=64, limit=40, engine="own", output=tmp_path / "own"))
     assert stored(tmp_path / "o") == stored(tmp_path / "own")

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import re
 import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +20,7 @@ from eval.config import DEFAULT_MODEL, ROOT
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.pipeline.prefill import prefill
+from llava.processing.prompt import Sample
 from llava.reduction.registry import build, names
 from llava.serving import client
 from tests.conftest import picture, samples
@@ -40,17 +42,27 @@ def test_every_method_has_a_route_or_a_reason(method):
 
 
 @pytest.mark.parametrize(
-    "method, budget, model, why",
+    "asked, model, why",
     [
-        ("divprun", "64", "tinyllava", "Did you mean 'divprune'"),
-        ("divprune", "577", "tinyllava", "must be 1 to 576"),
-        ("divprune", None, "tinyllava", "needs a budget"),
-        ("divprune", "64", "tinyllava_video", "is VideoLlavaForConditionalGeneration"),
+        ("divprun 64", "tinyllava", "Did you mean 'divprune'"),
+        ("divprune 577", "tinyllava", "must be 1 to 576"),
+        ("divprune", "tinyllava", "needs a budget"),
+        ("divprune 64", "tinyllava_video", "is VideoLlavaForConditionalGeneration"),
+        ("visionzip 64 --set contextal=0.2", "tinyllava", "Did you mean 'contextual'"),
+        ("consensusdrop 64 --set positions=original", "tinyllava", "numbers a prompt without gaps"),
     ],
 )
-def test_what_no_engine_can_serve_is_one_sentence(method, budget, model, why):
-    with pytest.raises(UserError, match=why):
-        client.route(method, budget, ROOT / "assets" / model)
+def test_what_no_engine_can_serve_is_one_sentence(asked, model, why, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MODEL", str(ROOT / "assets" / model))
+    assert serving.route_command(asked.split()) == 2
+    assert re.search(f"{why}.*\n$", capsys.readouterr().err)
+
+
+def test_options_go_to_the_engine(capsys):
+    assert serving.route_command(["visionzip", "64", "--set", "contextual=0.2"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    settings = json.loads(told[told.index("--hf-overrides") + 1])["vtr"]
+    assert settings == {"method": "visionzip", "budget": "64", "options": {"contextual": "0.2"}}
 
 
 def test_a_chat_request_has_the_ids_of_a_benchmark_prompt(tiny):
@@ -126,7 +138,9 @@ def server():
     web.server_close()
 
 
-def test_the_client_sends_several_budgets_and_export_writes_them(server, tiny_path, tmp_path, monkeypatch, capsys):
+def test_the_client_sends_several_budgets_and_export_writes_them(
+    server, tiny, tiny_path, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("KEY", "secret")
     lines = []
     for number in range(3):
@@ -145,6 +159,16 @@ def test_the_client_sends_several_budgets_and_export_writes_them(server, tiny_pa
     sent = {tuple(one.shape): one for one, _, _ in server.seen}
     assert len(told) == len(written) == 6 and told[0]["model"] == "tiny-llava"
     assert {tuple(one.shape) for one in written.values()} == sent.keys()
+    words = ["--set", "probe=contextual", "--set", "consensusdrop.probe_layer=2"]
+    assert serving.export_command([str(tmp_path / "p.safetensors"), *given, *words]) == 0
+    asked = [Sample(str(number), "where is it", image=picture(number)) for number in range(3)]
+    for probe, same in (("contextual", True), ("static", False)):
+        reducer = build("consensusdrop", 4, {"probe": probe, "probe_layer": 2})
+        own, *_ = client.prompt_embeddings(tiny, asked, reducer)
+        assert torch.equal(load_file(tmp_path / "p.safetensors")["0"], own) == same
+    assert json.loads((tmp_path / "p.jsonl").read_text().splitlines()[0])["set"].startswith("probe=contextual")
+    assert serving.export_command([str(tmp_path / "p.safetensors"), *given, "--set", "positions=original"]) == 2
+    assert "without gaps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -171,9 +195,17 @@ def test_no_server_is_one_sentence():
 @pytest.mark.process
 def test_the_script_refuses_before_it_makes_an_environment(tmp_path):
     given = os.environ | {"VLLM_VENV": str(tmp_path / "none")}
-    refused = (["fastv", "64"], "between decoder layers", 1), (["nosuch", "64"], "Unknown method", 1), ([], "Usage", 8)
-    for words, why, lines in refused:
-        command = ["bash", str(Path(ROOT) / "scripts" / "serve.sh"), *words]
-        done = subprocess.run(command, env=given, capture_output=True, text=True)
+    toy, video = "", str(ROOT / "assets" / "tinyllava_video")
+    refused = (
+        (toy, "fastv 64", "between decoder layers", 1),
+        (toy, "nosuch 64", "Unknown method", 1),
+        (toy, "divprune 9999", "must be 1 to 576", 1),
+        (video, "divprune 64", "is VideoLlavaForConditionalGeneration", 1),
+        (toy, "visionzip 64 --dtype float32 --set contextal=0.2", "Did you mean 'contextual'", 1),
+        (toy, "", "Usage", 9),
+    )
+    for model, words, why, lines in refused:
+        command = ["bash", str(Path(ROOT) / "scripts" / "serve.sh"), *words.split()]
+        done = subprocess.run(command, env=given | {"MODEL": model}, capture_output=True, text=True)
         assert done.returncode == 2 and why in done.stderr and done.stderr.count("\n") == lines, done.stderr
     assert not (tmp_path / "none").exists()

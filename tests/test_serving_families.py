@@ -3,7 +3,7 @@
 import json
 import os
 import subprocess
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +11,11 @@ import torch
 from PIL import Image
 
 from eval.config import ROOT
+from llava.hf.checkpoint_model import read_processor
 from llava.hf.reduce import reduce
-from llava.model.builder import load
-from llava.processing.prompt import Sample
 from llava.serving.engine_model import ENVIRONMENT
-from tests.family_checkpoints import save_family
-from tests.stock_families import MODELS, turned
+from tests.family_checkpoints import SAVED, save_family
+from tests.stock_families import AXES, MODELS, turned
 
 MEAN = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28], "rescale_factor": 1 / 255}
 ENGINE = """
@@ -28,52 +27,65 @@ if __name__ == "__main__":
     register()
     given = json.loads(sys.argv[1])
     more = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "max_logprobs": 400, "block_size": 32}
-    engine = LLM(model=given["model"], hf_overrides={"vtr": given["vtr"]}, enable_prefix_caching=False, **more)
-    asked = [
-        {"prompt_token_ids": ids, "multi_modal_data": {"image": Image.open(path).convert("RGB")}}
-        for ids, path in given["asked"]
-    ]
-    answers = engine.generate(asked, SamplingParams(temperature=0, max_tokens=1, logprobs=-1), use_tqdm=False)
-    found = [answer.outputs[0].logprobs[0] for answer in answers]
-    print("FOUND", json.dumps([[one[token].logprob for token in range(len(one))] for one in found]))
+    engine = LLM(model=given["model"], hf_overrides={"vtr": given["vtr"]}, enable_prefix_caching=True, **more)
+    sampling = SamplingParams(temperature=0, max_tokens=3, logprobs=-1, ignore_eos=True)
+    for ids, paths in given["asked"]:  # one after the other: each finds the blocks of those before
+        images = [Image.open(path).convert("RGB") for path in paths]
+        asked = {"prompt_token_ids": ids, "multi_modal_data": {"image": images}}
+        (answer,) = engine.generate([asked], sampling, use_tqdm=False)
+        steps = [[step[token].logprob for token in range(len(step))] for step in answer.outputs[0].logprobs]
+        print("FOUND", json.dumps([steps, answer.num_cached_tokens, answer.prompt_token_ids]))
 """
+# Of the text part, what the engine's kernels need: heads of 32 channels.
+WIDE: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {"num_attention_heads": 2, "rope_parameters": AXES["rope_parameters"] | {"mrope_section": [8, 4, 4]}},
+    "qwen3_vl": {"head_dim": 32} | turned(8, 4, 4),
+    "internvl3": {"head_dim": 32, "hidden_size": 128},
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, method", [("qwen3_vl", "vispruner"), ("internvl3", "visionzip")])
-def test_first_tokens_on_the_real_engine_are_those_of_reduce(tmp_path, monkeypatch, name, method):
-    python = Path(os.environ.get("VLLM_VENV") or ROOT / ".venv-vllm") / "bin" / "python"
-    if not python.exists():
-        pytest.skip("no environment with vLLM: source scripts/serve_setup.sh makes .venv-vllm")
-    qwen, text = name == "qwen3_vl", MODELS[name][1]["text_config"]
-    wide = {"head_dim": 32} | (turned(8, 4, 4) if qwen else {"hidden_size": 128})  # the engine's kernels need 32
-    for key, value in wide.items():
-        monkeypatch.setitem(text, key, value)
-    save_family(name, tmp_path / "model")
-    stored = tmp_path / "model" / "preprocessor_config.json"
+@pytest.mark.parametrize(
+    "name, method", [("qwen2_5_vl", "visionzip"), ("qwen3_vl", "vispruner"), ("internvl3", "visionzip")]
+)
+def test_the_real_engine_gives_log_probabilities_of_reduce(tmp_path, vllm_python, monkeypatch, name, method):
+    """Also where a prompt begins with blocks of one before it, whose border lies inside an image."""
+    for key, value in WIDE[name].items():
+        monkeypatch.setitem(MODELS[name][1]["text_config"], key, value)
+    _, tokens, _, *settings = SAVED["qwen3_vl"]
+    monkeypatch.setitem(SAVED, "qwen2_5_vl", (SAVED["qwen3_vl"][0], tokens, "Qwen2_5_VLProcessor", *settings))
+    model = save_family(name, tmp_path / "model")
+    qwen, stored = name != "internvl3", tmp_path / "model" / "preprocessor_config.json"
     if qwen:  # the engine normalises pixels by this file alone
         stored.write_text(json.dumps(json.loads(stored.read_text()) | MEAN))
-    model = load(tmp_path / "model", device="cpu")
+    processor = read_processor(tmp_path / "model", type(model))
     options = {"positions": "original"} if qwen else {}
-    slot, draw, asked, expected = model.token("image"), np.random.default_rng(0), [], []
-    for number, size in enumerate([(112, 112), (84, 140)] if qwen else [(112, 112), (112, 224)]):  # nothing is resized
-        path = tmp_path / f"{number}.png"
-        Image.fromarray(draw.integers(0, 255, (size[1], size[0], 3), np.uint8)).save(path)
-        given = model.inputs([Sample("0", "what color is it", image=Image.open(path))])
-        with reduce(model.hf_model, method, 8, **options):
-            expected.append(model.hf_model(**given).logits[0, -1].log_softmax(-1))
+    slot, draw, paths, asked, expected = model.config.image_token_id, np.random.default_rng(0), [], [], []
+    for number, size in enumerate([(112, 112), (84, 140) if qwen else (112, 224), (112, 112), (112, 112)]):
+        paths.append(str(tmp_path / f"{number}.png"))  # none is resized
+        Image.fromarray(draw.integers(0, 255, (size[1], size[0], 3), np.uint8)).save(paths[-1])
+    same, changed = paths[:3], [*paths[:2], paths[3]]
+    for words, own in (("what color", same), ("what color", same), ("where", same), ("what color", changed)):
+        turn = [*({"type": "image"} for _ in own), {"type": "text", "text": f"{words} is it"}]
+        text = processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True)
+        given = processor(text=[text], images=[list(map(Image.open, own))], return_tensors="pt")
+        with reduce(model, method, 9, **options):
+            more = {"eos_token_id": -1, "output_logits": True, "return_dict_in_generate": True}
+            steps = model.generate(**given, max_new_tokens=3, **more).logits
+        expected.append(torch.cat(steps).log_softmax(-1))
         ids = given["input_ids"][0].tolist()
         short = [token for before, token in zip([-1, *ids], ids, strict=False) if token != slot or before != slot]
         # Of InternVL3's image the engine writes the tokens around it itself.
         around = () if qwen else {short[short.index(slot) - 1], short[short.index(slot) + 1]}
-        asked.append(([token for token in short if token not in around], str(path)))
-    words = {"model": str(tmp_path / "model"), "asked": asked}
-    words["vtr"] = {"method": method, "budget": 8, "options": options}
+        asked.append(([token for token in short if token not in around], own))
+    given = {"model": str(tmp_path / "model"), "asked": asked}
+    given["vtr"] = {"method": method, "budget": 9, "options": options}
     (tmp_path / "ask.py").write_text(ENGINE)
     variables = os.environ | {"PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1", **ENVIRONMENT}
-    out = subprocess.run(
-        [python, tmp_path / "ask.py", json.dumps(words)], env=variables, cwd=tmp_path, stdout=subprocess.PIPE, text=True
-    )
-    found = json.loads(next(line for line in out.stdout.splitlines() if line.startswith("FOUND")).split(" ", 1)[1])
-    for ours, theirs in zip(expected, found, strict=True):
-        torch.testing.assert_close(torch.tensor(theirs), ours[: len(theirs)], rtol=0, atol=5e-5)
+    command = [vllm_python, tmp_path / "ask.py", json.dumps(given)]
+    out = subprocess.run(command, env=variables, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    found = [json.loads(line.split(" ", 1)[1]) for line in out.stdout.splitlines() if line.startswith("FOUND")]
+    for ours, (theirs, cached, ids) in zip(expected, found, strict=True):
+        torch.testing.assert_close(torch.tensor(theirs), ours[:, : len(theirs[0])], rtol=0, atol=5e-5)
+        assert not cached or ids[cached - 1] == ids[cached] == slot
+    assert [cached for _, cached, _ in found] == [0, 32, 32, 0]

@@ -50,12 +50,15 @@ TEMPLATE_FIELDS = ("tokenizer_config.json", "processor_config.json")
 # The route
 
 
-def route(method: str, budget: str | None, source: str | Path) -> tuple[str, list[str]]:
+def route(
+    method: str, budget: str | None, source: str | Path, options: dict[str, str] | None = None
+) -> tuple[str, list[str]]:
     """PIXELS or EMBEDS, and the engine's arguments for it.
 
     Args:
         budget: visual tokens per image, or their ratio; None for `full`.
         source: folder or hub id of the checkpoint.
+        options: of the method, as text.
 
     Raises:
         UserError: no engine can serve the method, the budget or the checkpoint.
@@ -71,9 +74,9 @@ def route(method: str, budget: str | None, source: str | Path) -> tuple[str, lis
     config.vtr = {"method": "full"}
     whole = served_by(config)
     assert whole is not None
-    reducer = configured(method, budget, replace(whole.spec, has_text_tower=True))
+    reducer = configured(method, budget, replace(whole.spec, has_text_tower=True), options)
     arguments = ["--model", str(source), "--served-model-name", served_name(source)]
-    config.vtr = {"method": method, "budget": budget}
+    config.vtr = {"method": method, "budget": budget} | ({"options": options} if options else {})
     try:
         served_by(config)
     except UserError as inside:
@@ -92,11 +95,11 @@ def route(method: str, budget: str | None, source: str | Path) -> tuple[str, lis
     return PIXELS, arguments
 
 
-def configured(method: str, budget: str | None, spec: ModelSpec) -> Reducer:
+def configured(method: str, budget: str | None, spec: ModelSpec, options: dict[str, str] | None = None) -> Reducer:
     """A method at a budget, for a model; UserError where they do not go together or no engine serves the method."""
     if budget is None and method != "full":
         raise UserError(f"{method} needs a budget: visual tokens per image (64), or their ratio (1/9).")
-    reducer = build(method, spec.visual_tokens if budget is None else budget, {}, spec.visual_tokens)
+    reducer = build(method, spec.visual_tokens if budget is None else budget, options, spec.visual_tokens)
     if why := why_not_anywhere(reducer):
         raise UserError(why)
     require(reducer, spec)

@@ -1,0 +1,115 @@
+"""scripts/serve.sh with the real engine, asked over HTTP on both routes; prompts share blocks of keys and values."""
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+
+from eval import serving
+from eval.command import open_dataset
+from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.errors import UserError
+from llava.model.builder import load
+from llava.pipeline.generate import generate
+from llava.pipeline.prefill import prefill
+from llava.processing.prompt import Sample
+from llava.reduction.registry import build
+from llava.serving.client import Server
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("vllm_python")]
+
+
+@contextmanager
+def served(log: Path, *words: str) -> Iterator[str]:
+    """The address of a server of scripts/serve.sh whose key is "secret"; it ends with the block."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = os.environ | {"PORT": str(port), "KEY": "secret", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    command = ["bash", str(ROOT / "scripts" / "serve.sh"), *words, "--dtype", "float32"]
+    with log.open("w") as out:
+        server = subprocess.Popen(command, env=given, stdout=out, stderr=out, start_new_session=True)
+    try:
+        last = time.monotonic() + 400
+        while True:
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                break
+            assert server.poll() is None and time.monotonic() < last, log.read_text()[-6000:]
+            time.sleep(1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.killpg(server.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                server.wait(20)
+
+
+def questions(folder: Path) -> list[Sample]:
+    """The first of the toy's GQA; writes their images, as NAME.png."""
+    data = open_dataset("gqa", str(DEFAULT_DATA), None, None, "official")
+    asked = [data.sample(one) for one in data.questions[:12]]
+    for one in asked:
+        one.images[0].save(folder / f"{one.image_ids[0]}.png")
+    return asked
+
+
+def test_prompts_as_embeddings(tmp_path, monkeypatch, capsys):
+    asked, file = questions(tmp_path), tmp_path / "q.jsonl"
+    lines = [{"question_id": one.id, "image": f"{one.image_ids[0]}.png", "text": one.message} for one in asked]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    options = ("--set", "probe=contextual", "--set", "probe_layer=2")
+    with served(tmp_path / "log", "consensusdrop", "64", *options) as url:
+        monkeypatch.setenv("KEY", "secret")
+        given = ["consensusdrop", "32,64", "--questions", str(file), "--device", "cpu", "--url", url, *options]
+        assert serving.main(given) == 0
+        with pytest.raises(UserError, match=r"refused with 401: .* Set KEY to the server's key") as told:
+            Server(url, "wrong").check("tinyllava")
+    assert "\n" not in str(told.value) and "secret" not in (tmp_path / "log").read_text()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found = {(line["budget"], line["question_id"]): line["text"] for line in lines}
+    model = load(DEFAULT_MODEL, device="cpu")
+    for budget in (32, 64):
+        reducer = build("consensusdrop", budget, {"probe": "contextual", "probe_layer": 2})
+        expected = generate(model, asked, reducer).answers
+        assert [found[str(budget), one.id] for one in asked] == [one.text for one in expected]
+
+
+@pytest.mark.parametrize("method, options", [("divprune", {}), ("visionzip", {"contextual": "0.5"})])
+def test_images_that_share_blocks(tmp_path, method, options):
+    """One image asked twice, with two other questions, and its first question with another image."""
+    several, model, reducer = questions(tmp_path), load(DEFAULT_MODEL, device="cpu"), build(method, 64, options)
+    first, other = several[0], next(one for one in several if one.image_ids != several[0].image_ids)
+    moved = Sample("moved", first.question, first.suffix, other.image, other.image_ids)
+    cached = []
+    words = ("--block-size", "32", *(f"--set={name}={value}" for name, value in options.items()))
+    with served(tmp_path / "log", method, "64", *words, "--enable-prompt-tokens-details") as url:
+        ask = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", timeout=120).chat.completions.create
+        for sample in (first, first, *several[1:3], moved):
+            image = base64.b64encode((tmp_path / f"{sample.image_ids[0]}.png").read_bytes()).decode()
+            picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}}
+            turn = {"role": "user", "content": [picture, {"type": "text", "text": sample.message}]}
+            more = {"logprobs": True, "top_logprobs": 5, "max_tokens": 32, "temperature": 0}
+            answer = ask(model="tinyllava", messages=[turn], **more)
+            (choice,), usage = answer.choices, answer.usage
+            (expected,) = generate(model, [sample], reducer).answers
+            assert choice.message.content.strip() == expected.text
+            assert usage.prompt_tokens == expected.accounting.tokens_per_layer[0] + len(model.prompt(sample).ids) - 1
+            best = torch.tensor([one.logprob for one in choice.logprobs.content[0].top_logprobs])
+            whole = model.logits(prefill(model, [sample], reducer)[0].hidden).flatten().log_softmax(-1)
+            torch.testing.assert_close(best, whole.topk(5).values, rtol=0, atol=5e-5)
+            cached.append(usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0)
+    start = model.prompt(first).ids.index(IMAGE_TOKEN_INDEX)
+    assert cached[0] == 0 and min(cached[1:4]) > start >= cached[4], cached
