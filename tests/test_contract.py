@@ -274,12 +274,6 @@ def test_a_class_that_was_not_registered_is_one_sentence():
         registry.register(type("Bare", (Scorer,), {}))
 
 
-def test_a_tower_block_that_does_not_exist_is_refused_before_the_run(tiny):
-    """It was an error of every question: the tower has 3 blocks."""
-    with pytest.raises(UserError, match="consensusdrop reads tower block -4, but the tower has 3 blocks"):
-        registry.build("consensusdrop", 8, {"block": "-4"}).check(tiny.spec)
-
-
 def test_a_class_token_that_is_asked_for_and_missing_is_refused(tiny):
     spec = dataclasses.replace(tiny.spec, has_cls=False)
     with pytest.raises(UserError, match="cls_token keeps the CLS token, and this tower has none"):
