@@ -21,7 +21,6 @@ from eval import run as job_module
 from eval.benchmarks.llava_files import LETTER, SHORT, VIZ, split_suffix
 from eval.command import STOPS, Terminated, exit_on_user_error
 from eval.config import RunConfig, options_by_method, pairs
-from eval.efficiency.oracle import reducers_of
 from eval.results import cost, report
 from eval.run import Interrupted, run
 from llava.budget import count_or_ratio
@@ -292,13 +291,6 @@ def test_options_are_read_with_and_without_the_method_in_front():
             options_by_method(["m", "n"], [wrong])
     with pytest.raises(UserError, match="is for method 'k', but this run is of 'm, n'"):
         options_by_method(["m", "n"], ["k.a=1"])
-
-
-@pytest.mark.parametrize("setting", ["alpha=0.25", "consensusdrop.alpha=0.25"])
-def test_latency_reads_options_as_eval_does(tiny, setting):
-    """`--set METHOD.KEY=VALUE` of eval was "Unknown option" in latency."""
-    reducers = reducers_of(["consensusdrop"], 4, options_by_method(["consensusdrop"], [setting]), tiny)
-    assert list(reducers) == ["consensusdrop"] and reducers["consensusdrop"].alpha == 0.25
 
 
 @pytest.mark.parametrize("device", ["foo", "", "meta", "mps", "cuda:99", "cpu:x"])
