@@ -340,13 +340,6 @@ def test_vscan_planted_patches_are_kept():
     assert set(local) | set(corner) <= kept and len(kept) == 33
 
 
-def test_vscan_a_patch_is_not_chosen_twice():
-    """Both blocks look at the same patches: the second half must go to others."""
-    loud = torch.rand(1, 576)
-    state = scored(1, {SHALLOW: loud, DEEP: loud})
-    assert len(set(VScan(budget=64).prompt(state).kept[0].tolist())) == 96
-
-
 def test_vscan_windows_of_grids_that_do_not_divide():
     window, count = windows(PatchGrid(4, 5), 3)
     assert window.view(4, 5).tolist() == [[0, 0, 0, 1, 1]] * 3 + [[2, 2, 2, 3, 3]] and count == 4
