@@ -20,6 +20,14 @@ def write_lines(path: Path, rows: Iterable[Any]) -> Path:
     return path
 
 
+def edit_line(path: Path, number: int, **changes: Any) -> None:
+    """Change fields of one line (counted from 1); None removes a field."""
+    lines = path.read_text().splitlines()
+    row = {**json.loads(lines[number - 1]), **changes}
+    lines[number - 1] = json.dumps({key: value for key, value in row.items() if value is not None})
+    path.write_text("\n".join(lines) + "\n")
+
+
 def write_json(path: Path, content: Any) -> Path:
     """A JSON document, or JSON lines where the name says so."""
     if path.suffix == ".jsonl":
@@ -68,8 +76,9 @@ def write_hub(data: Path, name: str, split: str, rows: Sequence[Mapping[str, Any
     return data
 
 
-def load(name: str, data: Path, profile: str | None = None, split: str = "test", source: str = "auto") -> Any:
-    return benchmarks.get(name).load(data, split, profile, source)
+def load(name: str, data: Path, profile: str | None = None, split: str | None = None, source: str = "auto") -> Any:
+    benchmark = benchmarks.get(name)
+    return benchmark.load(data, benchmarks.check_split(benchmark, split), profile, source)
 
 
 def right_answers(data: Any, *wrong: str) -> dict[str, str]:

@@ -4,7 +4,7 @@ Configurations are the defaults, every choice of every option, and the ends of e
 values around the default). A failure says method, options, question, step and indices.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import Field, replace
 from functools import cache
@@ -49,10 +49,12 @@ def values_of(known: Field) -> list[Any]:
     return [value for value in dict.fromkeys(found) if value not in (None, default)]
 
 
-def accepted(cls: type[Reducer], options: dict[str, Any], model: Llava, count: int = 1) -> list[Reducer]:
+def accepted(
+    cls: type[Reducer], options: dict[str, Any], model: Llava, count: int = 1, budgets: Sequence[int] = BUDGETS
+) -> list[Reducer]:
     """The method with these options at the first budgets below all tokens that it accepts; [] where it accepts none."""
     found: list[Reducer] = []
-    for budget in (budget for budget in BUDGETS if budget < model.visual_tokens):
+    for budget in (budget for budget in budgets if budget < model.visual_tokens):
         try:
             reducer = cls(budget=budget, **options)
             require(reducer, model.spec)

@@ -1,4 +1,7 @@
-"""AttnMix: the mixture and the release against plain loops, planted answers, and a test per fault of the release."""
+"""AttnMix: the mixture and the release against plain loops, planted answers, and a test per fault of the release.
+
+That batches of any prompts are as good as single ones, B6, is asked of every method by tests/test_every_method.py.
+"""
 
 import dataclasses
 import math
@@ -20,13 +23,11 @@ from attnmix.method import (
 )
 from llava.errors import UserError
 from llava.pipeline.positions import Piece
-from llava.pipeline.prefill import prefill
 from llava.pipeline.sequence import assemble
 from llava.reduction import registry
 from llava.reduction.reducer import PromptState
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import ModelSpec, PatchGrid
-from tests.conftest import samples
 from tests.parity.harness import FOLDER, parity_model, recording, run_case
 
 LLAVA = ModelSpec(576, 32, PatchGrid(24, 24), 24)
@@ -375,18 +376,6 @@ def test_b5_only_the_release_rounds_the_budget(budget, crops, count):
     assert AttnMix(budget=budget, official=True).tokens_per_layer(spec) == (count,) * 32
     assert AttnMix(budget=budget).tokens_per_layer(spec) == (budget,) * 32
     assert {144: 36, 58: 14, 28: 7}.get(count, count // 4) == forced_count(count, 0.25)
-
-
-def test_b6_b8_a_batch_of_any_prompts_is_as_good_as_one(tiny):
-    """The release takes one image behind exactly 35 (or 10) tokens, and stops at names that it does not know."""
-    batch = samples()
-    reducer = registry.build("attnmix", 7, {"official": "true"})
-    _, together = prefill(tiny, batch, reducer)
-    for i, sample in enumerate(batch):
-        _, alone = prefill(tiny, [sample], reducer)
-        for a, b in zip(together.steps[i], alone.steps[0], strict=True):
-            assert a.reduction.kept.tolist() == b.reduction.kept.tolist()
-            assert a.reduction.kept.shape == (1, 6)
 
 
 def test_split_is_that_of_the_release(monkeypatch):

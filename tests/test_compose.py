@@ -13,8 +13,7 @@ from llava.errors import UserError
 from llava.model.builder import load
 from llava.pipeline import decoder
 from llava.pipeline.accounting import Record, Timer
-from llava.pipeline.generate import generate
-from llava.pipeline.prefill import Stages, embed, prefill
+from llava.pipeline.prefill import Stages, embed
 from llava.pipeline.sequence import Reduced
 from llava.processing.prompt import Sample
 from llava.processing.video import Video
@@ -138,17 +137,6 @@ def test_tiles_and_frames_share_what_the_first_method_leaves(name, tiled):
             assert abs(entering - (layout.tokens * own) ** 0.5) <= 1 and abs(audit.mean - own) <= 0.5
             oracle = contract.run(model, [sample], oracle_of(reducer, model.spec))[1][0]
             assert oracle.tokens_per_layer == audit.tokens_per_layer
-
-
-def test_answers_and_bytes(tiny):
-    """Texts of a batch are those of single questions; the cache holds what the plan says."""
-    reducer, batch = registry.build("consensusdrop+sparsevlm", 4), samples(3, text_only=())
-    together = generate(tiny, batch, reducer, max_new_tokens=4)
-    alone = [generate(tiny, [sample], reducer, max_new_tokens=4).answers[0] for sample in batch]
-    assert [one.text for one in together.answers] == [one.text for one in alone]
-    state, record = prefill(tiny, batch[:1], reducer)
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in state.cache.layers)
-    assert record.accounting(state)[0].kv_bytes == held
 
 
 @pytest.mark.parametrize(

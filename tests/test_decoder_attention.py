@@ -28,10 +28,7 @@ DECODERS = {
     "mistral": {"sliding_window": 6},
     "qwen2_5_vl_text": {"rope_parameters": AXES | {"mrope_section": [2, 3, 3]}},
     "qwen3": {"head_dim": 24},
-    "qwen3_vl_text": {
-        "head_dim": 16,
-        "rope_parameters": AXES | {"mrope_section": [4, 2, 2], "mrope_interleaved": True},
-    },
+    "qwen3_vl_text": {"head_dim": 16, "rope_parameters": INTERLEAVED},
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 6},
     "gemma3_text": {"head_dim": 96, "query_pre_attn_scalar": 16, "sliding_window": 6, "sliding_window_pattern": 2},
     "cohere2": {"sliding_window": 6, "sliding_window_pattern": 2},

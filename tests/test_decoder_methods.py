@@ -136,8 +136,6 @@ def test_pyramiddrop_the_published_schedule_has_a_mean_of_270():
     """PyramidDrop issues 10 and 27 ask for schedules of 192, 128 and 64 tokens; only this one is published."""
     planned = PyramidDrop(budget=270, schedule="paper").tokens_per_layer(LLAVA_15)
     assert planned == (576,) * 8 + (288,) * 8 + (144,) * 8 + (72,) * 8 and sum(planned) == 32 * 270
-    with pytest.raises(UserError, match=r"schedule=paper has a mean of 270 .* ask for a budget of 270"):
-        PyramidDrop(budget=192, schedule="paper").check(LLAVA_15)
 
 
 def test_pyramiddrop_the_third_partys_128_is_rounded_down():
@@ -340,13 +338,6 @@ def test_vscan_planted_patches_are_kept():
     state = scored(1, {SHALLOW: shallow, DEEP: deep})
     kept = set(VScan(budget=22).prompt(state).kept[0].tolist())  # 33 in the first stage: 16 + 17
     assert set(local) | set(corner) <= kept and len(kept) == 33
-
-
-def test_vscan_a_patch_is_not_chosen_twice():
-    """Both blocks look at the same patches: the second half must go to others."""
-    loud = torch.rand(1, 576)
-    state = scored(1, {SHALLOW: loud, DEEP: loud})
-    assert len(set(VScan(budget=64).prompt(state).kept[0].tolist())) == 96
 
 
 def test_vscan_windows_of_grids_that_do_not_divide():

@@ -15,13 +15,12 @@ import pytest
 from PIL import Image
 
 from eval import __main__ as cli
-from eval import benchmarks, score
 from eval import cli as vtr
 from eval import run as job_module
+from eval import score
 from eval.benchmarks.llava_files import LETTER, SHORT, VIZ, split_suffix
 from eval.command import STOPS, Terminated, exit_on_user_error
 from eval.config import RunConfig, options_by_method, pairs
-from eval.efficiency.oracle import reducers_of
 from eval.results import cost, report
 from eval.run import Interrupted, run
 from llava.budget import count_or_ratio
@@ -31,6 +30,7 @@ from llava.pipeline.generate import generate
 from llava.processing.prompt import Sample
 from llava.processing.video import Video
 from llava.reduction import registry
+from tests.benchmark_files import edit_line, load
 from tests.eval_fakes import FakeLlava, FakeReducer, fake_text, write_gqa
 from tests.tiny_checkpoints_families import make_tiny_next, save_next_transformers, save_qwen_transformers
 
@@ -294,13 +294,6 @@ def test_options_are_read_with_and_without_the_method_in_front():
         options_by_method(["m", "n"], ["k.a=1"])
 
 
-@pytest.mark.parametrize("setting", ["alpha=0.25", "consensusdrop.alpha=0.25"])
-def test_latency_reads_options_as_eval_does(tiny, setting):
-    """`--set METHOD.KEY=VALUE` of eval was "Unknown option" in latency."""
-    reducers = reducers_of(["consensusdrop"], 4, options_by_method(["consensusdrop"], [setting]), tiny)
-    assert list(reducers) == ["consensusdrop"] and reducers["consensusdrop"].alpha == 0.25
-
-
 @pytest.mark.parametrize("device", ["foo", "", "meta", "mps", "cuda:99", "cpu:x"])
 def test_a_device_that_is_not_there_ends_in_a_sentence(data, tmp_path, capsys, device):
     """`--device foo`, `meta`, `mps` and an empty name ended in tracebacks, some after the weights were read."""
@@ -370,10 +363,6 @@ def test_scoring_prints_the_official_numbers(vectors, tmp_path, capsys, name):
 # -- GQA's files -----------------------------------------------------------------------------------------------------
 
 
-def load(data: Path, split: str = "testdev"):
-    return benchmarks.get("gqa").load(data, split)
-
-
 def jsonl(data: Path) -> Path:
     return data / "gqa" / "llava_gqa_testdev_balanced.jsonl"
 
@@ -381,7 +370,7 @@ def jsonl(data: Path) -> Path:
 def test_questions_come_in_the_order_of_llavas_file_with_the_suffix_apart(data):
     lines = jsonl(data).read_text().splitlines()
     jsonl(data).write_text("\n".join(reversed(lines)) + "\n")
-    dataset = load(data)
+    dataset = load("gqa", data)
     first = dataset.questions[0]
     assert [q.id for q in dataset.questions] == [str(1039 - n) for n in range(40)]
     assert (first.question, first.suffix, first.image) == ("Is thing 39 there?", SHORT, "n4.jpg")
@@ -391,17 +380,9 @@ def test_questions_come_in_the_order_of_llavas_file_with_the_suffix_apart(data):
 
 
 def test_without_llavas_file_the_official_one_is_asked(data):
-    expected = load(data).questions
+    expected = load("gqa", data).questions
     jsonl(data).unlink()
-    assert load(data).questions == expected
-
-
-def edit(path: Path, number: int, **changes) -> None:
-    """Change fields of one line (counted from 1); None removes a field."""
-    lines = path.read_text().splitlines()
-    row = {**json.loads(lines[number - 1]), **changes}
-    lines[number - 1] = json.dumps({key: value for key, value in row.items() if value is not None})
-    path.write_text("\n".join(lines) + "\n")
+    assert load("gqa", data).questions == expected
 
 
 @pytest.mark.parametrize(
@@ -418,16 +399,16 @@ def edit(path: Path, number: int, **changes) -> None:
     ],
 )
 def test_lines_that_are_wrong(data, changes, sentence):
-    edit(jsonl(data), 7, **changes)
+    edit_line(jsonl(data), 7, **changes)
     with pytest.raises(UserError, match=sentence):
-        load(data)
+        load("gqa", data)
 
 
 def test_a_question_left_out_is_named(data):
     lines = jsonl(data).read_text().splitlines()
     jsonl(data).write_text("\n".join(lines[:-2]))
     with pytest.raises(UserError, match=r"lacks 2 of the questions in .*, the first is 1038"):
-        load(data)
+        load("gqa", data)
 
 
 def test_missing_images_are_counted_before_the_run(main, data, tmp_path):

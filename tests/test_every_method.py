@@ -157,7 +157,10 @@ def test_full_budget_changes_nothing(name, tiny):
 
 
 def test_a_second_image_is_reduced_on_its_own(name, tiny):
-    """Two images in one prompt: each meets the budget, and the first one's features do not depend on the second."""
+    """Two images in one prompt: each meets the budget, and the first one's features do not depend on the second.
+
+    VisionDrop's release leaves the second one at what its encoder stage gave.
+    """
     reducer = reducing(name, tiny)
     planned = reducer.tokens_per_layer(tiny.spec)
     both = dataclasses.replace(samples(1)[0], image=(picture(0), picture(5)))
@@ -211,7 +214,7 @@ def test_fused_and_eager_main_path_select_the_same(name, tiny):
 def test_every_option_books_its_operations(name, tiny):
     """One sample and plain kernels, so that every product is a matmul that torch's counter sees."""
     for options in contract.configurations(registry.method(name)):
-        for reducer in contract.accepted(registry.method(name), options, tiny):
+        for reducer in contract.accepted(registry.method(name), options, tiny) or [registry.build(name, ALL)]:
             with eager_attention(tiny), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 logits, _, record = run(tiny, samples(1), reducer)
                 logits.argmax(-1)
@@ -280,12 +283,14 @@ REFUSED = [  # method, budget and options; decoder layers of a model of 576 toke
     ("attnmix 8 temperature=0", 32, "temperature must be above 0"),
     ("attnmix 8 official=true text=instruction", 32, "takes text=after"),
     ("attnmix 8 official=true mix=half", 32, "in no release"),
+    ("consensusdorp 8", 32, "Did you mean 'consensusdrop'"),
     ("consensusdrop 8 alpha=half", 32, "alpha must be a number"),
     ("consensusdrop 8 probe_layer=2.5", 32, "whole number"),
     ("consensusdrop 8 rope=maybe", 32, "true or false"),
     ("consensusdrop 8 fusion=borda", 32, "must be one of"),
     ("consensusdrop 8 fuson=rank", 32, "Did you mean 'fusion'"),
     ("consensusdrop 8 query=last", 32, "query=last needs consensusdrop.probe=contextual"),
+    ("consensusdrop 8 block=-25", 32, "consensusdrop reads tower block -25, but the tower has 24 blocks"),
     ("consensusdrop 8 probe=contextual", 32, "needs a probe_layer of at least 1"),
     ("consensusdrop 8 probe_layer=4", 4, "probe_layer must be below 4"),
     ("consensusdrop 8 merged_share=1", 32, "merged_share must be at least 0 and below 1"),
@@ -305,6 +310,7 @@ REFUSED = [  # method, budget and options; decoder layers of a model of 576 toke
     ("pyramiddrop 192 schedule=paper", 32, "schedule=paper has a mean of 270 .* ask for a budget of 270"),
     ("sparsevlm 50", 32, "all 576 enter the first 3 of 32 layers.*schedule=kept"),
     ("sparsevlm 100 schedule=release", 32, "has the budgets 192, 128, 96, 64, got 100"),
+    ("sparsevlm 300", 1, "do not fit into 1 decoder layers"),
     ("sparsevlm 300", 3, "do not fit into 3 decoder layers"),
     ("visiondrop 64 official=true order=raster keep_cls=false", 32, "leave out keep_cls, order"),
     ("visiondrop 64 official=true merge=none", 32, "leave out merge"),
@@ -327,8 +333,3 @@ def test_what_a_method_cannot_do_is_refused_in_one_sentence(asked, layers, sente
 
 def test_every_method_can_be_imported():
     assert not registry.BROKEN
-
-
-def test_unknown_method_is_refused_with_a_suggestion():
-    with pytest.raises(UserError, match="Did you mean 'consensusdrop'"):
-        registry.build("consensusdorp", 8)

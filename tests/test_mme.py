@@ -13,7 +13,7 @@ from eval.benchmarks.llava_files import SHORT
 from eval.benchmarks.mme import PLEASE, Item
 from eval.results import report
 from llava.errors import UserError
-from tests.benchmark_files import cell, load, right_answers, scored, write_hub, write_lines
+from tests.benchmark_files import cell, edit_line, load, right_answers, scored, write_hub, write_lines
 
 VECTORS = Path(__file__).parent / "data" / "mme"
 # Of the fourteen, one with its pictures in images/ and one with everything in one folder, and one of cognition.
@@ -234,10 +234,10 @@ def test_the_mirror_is_read_without_official_files(tmp_path, profile):
         ),
         (lambda folder: write_file(folder / RELEASE / "count/0001.txt", "no tab\n"), "a question, a tab and Yes or No"),
         (
-            lambda folder: edit_first(folder, question_id="cout/1.jpg"),
+            lambda folder: edit_line(folder / "llava_mme.jsonl", 1, question_id="cout/1.jpg"),
             "line 1 'cout/1.jpg'|'cout'. Did you mean 'count'",
         ),
-        (lambda folder: edit_first(folder, image="/etc/passwd"), "not inside the image folder"),
+        (lambda folder: edit_line(folder / "llava_mme.jsonl", 1, image="/etc/passwd"), "not inside the image folder"),
     ],
 )
 def test_bad_files_are_named(data, broken, message):
@@ -247,9 +247,3 @@ def test_bad_files_are_named(data, broken, message):
 
 
 RELEASE = "MME_Benchmark_release_version"
-
-
-def edit_first(folder: Path, **changes) -> None:
-    path = folder / "llava_mme.jsonl"
-    first, *rest = path.read_text().splitlines()
-    write_file(path, "\n".join([json.dumps({**json.loads(first), **changes}), *rest]) + "\n")

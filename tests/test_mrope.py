@@ -1,13 +1,10 @@
-"""Positions on three axes: the rule "renumber" against its definition, and rows of attention with Qwen's angles."""
+"""Positions on three axes: the rule "renumber" against its definition."""
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from llava.pipeline import positions as mrope
-from llava.pipeline.decoder import rotary_angles
 from llava.pipeline.positions import Piece
-from llava.reduction.states import attention_rows, heads_of
 
 PROMPTS = [
     [7],
@@ -24,23 +21,6 @@ def positions(prompts):
     text, image = (lambda part: Piece(empty, part)), (lambda part: Piece(empty, 0, image=True, groups=part))
     pieces = [[text(part) if isinstance(part, int) else image(part) for part in parts] for parts in prompts]
     return mrope.original(pieces, axes=True)
-
-
-@pytest.fixture(scope="module")
-def model():
-    text = {
-        "vocab_size": 50,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 2, 1]},
-    }
-    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
-    torch.manual_seed(0)
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
-    return Qwen2_5_VLModel._from_config(config, attn_implementation="eager").eval()
 
 
 def spans(parts):
@@ -126,18 +106,3 @@ def test_pictures_side_by_side():
     assert place[0, 4:].tolist() == [[2, 2, 2], [2, 2, 3], [4, 4, 4]]
     thin = mrope.keep(place, torch.tensor([[3, 5, 6]]))
     assert mrope.renumber(thin, [3], [[(0, 1), (1, 2)]])[0].tolist() == [[0] * 3, [1] * 3, [2] * 3]
-
-
-def test_rows_of_the_decoders_attention_equal_its_own_maps(model):
-    """The scores of llava.reduction run over Qwen's layers unchanged, given these angles: same rotation, same rows."""
-    llm, place = model.language_model, positions([PROMPTS[2]])
-    hidden = torch.randn(1, place.shape[1], 32)
-    with torch.inference_mode():
-        expected = llm(inputs_embeds=hidden, position_ids=place.permute(2, 0, 1), output_attentions=True).attentions[0]
-        rotary = rotary_angles(llm, hidden, place)
-        layer, rows = llm.layers[0], [4, 20, -1]
-        unseen = torch.ones(expected.shape[-2:], dtype=torch.bool).triu(1)[rows][None, None]
-        normed = layer.input_layernorm(hidden)
-        keys = heads_of(layer, "key", normed, rotary)
-        found = attention_rows(layer, normed[:, rows], keys, unseen, tuple(part[:, rows] for part in rotary))
-    torch.testing.assert_close(found, expected[:, :, rows], atol=1e-6, rtol=1e-5)

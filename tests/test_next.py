@@ -14,13 +14,14 @@ from llava.reduction.budget import planned, require
 from llava.reduction.reducer import options_of
 from llava.reduction.token_layout import spec_of
 from tests.conftest import QUESTIONS, picture
-from tests.contract import COMPOSED
+from tests.contract import COMPOSED, accepted, run
 from tests.tiny_checkpoints import save_text_tower
 from tests.tiny_checkpoints_families import make_tiny_next, save_next_transformers
 from tests.watch import watched
 
 # Tiles of 56 pixels: one above the other, side by side, two by two; with and without padding.
 SIZES = ((60, 110), (120, 50), (112, 112), (70, 112))
+BUDGETS = (30, 20)
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +43,6 @@ def batch(sizes=SIZES) -> list[Sample]:
     return [*rows, Sample("text", QUESTIONS[3])]
 
 
-def run(model, samples, reducer):
-    state, record = prefill(model, samples, reducer)
-    return model.logits(state.hidden), record.accounting(state), record
-
-
-def accepted(name: str, model, budgets=(30, 20)):
-    for budget in budgets:
-        reducer = registry.build(name, budget)
-        try:
-            require(reducer, model.spec)
-        except UserError:
-            continue
-        yield reducer
-
-
 @pytest.fixture(params=[*(name for name in registry.names() if name != "full"), *COMPOSED])
 def name(request) -> str:
     return request.param
@@ -68,7 +54,7 @@ def test_every_method_meets_its_budget_over_crops(name, model):
         with pytest.raises(UserError, match="merge=spatial"):
             run(model, batch(), registry.build(name, 20))
         return
-    reducers = list(accepted(name, model))
+    reducers = accepted(registry.method(name), {}, model, 2, BUDGETS)
     assert reducers
     for reducer in reducers:
         _, audits, _ = run(model, batch(), reducer)
@@ -85,10 +71,10 @@ def test_every_method_meets_its_budget_over_crops(name, model):
 
 
 def test_every_method_takes_batches_as_single_pictures(name, model):
-    reducer = next(accepted(name, model), None)
-    if reducer is None or (name in ("tome", "downsample") and model.anyres.merge != "spatial"):
+    reducers = accepted(registry.method(name), {}, model, 1, BUDGETS)
+    if not reducers or (name in ("tome", "downsample") and model.anyres.merge != "spatial"):
         return
-    samples = batch()
+    samples, (reducer,) = batch(), reducers
     logits, audits, record = run(model, samples, reducer)
     for i, sample in enumerate(samples):
         alone, (audit,), single = run(model, [sample], reducer)

@@ -11,7 +11,7 @@ from eval.benchmarks import pope
 from eval.benchmarks.llava_files import SHORT
 from eval.benchmarks.pope import Item
 from llava.errors import UserError
-from tests.benchmark_files import cell, load, right_answers, scored, write_hub, write_lines
+from tests.benchmark_files import cell, edit_line, load, right_answers, scored, write_hub, write_lines
 
 VECTORS = Path(__file__).parent / "data" / "pope"
 OFFSETS = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
@@ -199,6 +199,7 @@ def test_the_mirror_is_read_without_official_files(tmp_path, profile):
     assert scored(dataset, answers(dataset)).values["f1"] == 100
 
 
+ASKED = "llava_pope_test.jsonl"
 LABEL = {"question_id": 1, "image": "a.jpg", "text": "Is there a dog in the image?", "label": "yes"}
 
 
@@ -210,21 +211,18 @@ LABEL = {"question_id": 1, "image": "a.jpg", "text": "Is there a dog in the imag
             lambda pope: write_lines(pope / "coco" / "coco_pope_random.json", [{**LABEL, "label": "ja"}]),
             "line 1 should have 'yes' or 'no' as label, got 'ja'",
         ),
-        (lambda pope: edit_first(pope, category="randon"), "line 1 should have 'random', .* as category, got 'randon'"),
-        (lambda pope: edit_first(pope, image="../x.jpg"), "not inside the image folder"),
-        (lambda pope: edit_first(pope, question_id=2), "line 2 asks question 2 a second time"),
+        (
+            lambda pope: edit_line(pope / ASKED, 1, category="randon"),
+            "line 1 should have 'random', .* as category, got 'randon'",
+        ),
+        (lambda pope: edit_line(pope / ASKED, 1, image="../x.jpg"), "not inside the image folder"),
+        (lambda pope: edit_line(pope / ASKED, 1, question_id=2), "line 2 asks question 2 a second time"),
     ],
 )
 def test_bad_files_are_named(data, broken, message):
     broken(data / "pope")
     with pytest.raises(UserError, match=message):
         load("pope", data)
-
-
-def edit_first(folder: Path, **changes) -> None:
-    path = folder / "llava_pope_test.jsonl"
-    first, *rest = lines(path)
-    write_lines(path, [{**first, **changes}, *rest])
 
 
 @pytest.mark.parametrize("text", ["", "banana", "yesterday"])

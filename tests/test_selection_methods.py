@@ -20,7 +20,7 @@ from tests.conftest import samples
 from tests.drawn_pictures import state_with
 from tests.parity import model as recipe
 from tests.parity.harness import FOLDER, parity_model, recording
-from tests.test_greedy import volume_by_the_book
+from tests.test_greedy import removed_by_the_book, volume_by_the_book
 
 CLS = TowerScore("cls_attention")
 QUESTIONS = ("is there a star ?", "what color is the cat ?", "where is it")
@@ -99,20 +99,11 @@ def drawn(seed: int, images: int, tokens: int, channels: int = 6) -> tuple[torch
 
 def pruned_by_the_book(features: torch.Tensor, attention: torch.Tensor, budget: int, important: float) -> list[int]:
     """One image, plain loops."""
-    scores = attention.tolist()
-    unit = (features.double() / features.double().norm(dim=-1, keepdim=True)).tolist()
-    cosine = lambda i, j: sum(a * b for a, b in zip(unit[i], unit[j], strict=True))  # noqa: E731
-    line = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    line = sorted(range(len(attention)), key=lambda i: (-attention[i].item(), i))
     first = int(budget * important)
-    kept, line = line[:first], line[first:]
-    if first == budget:
-        return sorted(kept)
-    while len(line) > budget - first:
-        even, odd = line[::2], line[1::2]
-        even.sort(key=lambda i: -max(cosine(i, j) for j in odd))
-        del even[: min(8, len(line) - (budget - first))]
-        line = even + odd
-    return sorted(kept + line)
+    unit = F.normalize(features[line[first:]].double(), dim=-1)
+    left = removed_by_the_book((unit @ unit.T).tolist(), budget - first) if budget > first else []
+    return sorted(line[:first] + [line[first + place] for place in left])
 
 
 @pytest.mark.parametrize(

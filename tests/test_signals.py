@@ -1,11 +1,8 @@
-"""Scores of the tower and rows of the decoder's attention against transformers' own maps, and counted operations."""
+"""Scores of the tower and rows of the decoder's attention against transformers' own maps."""
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from llava.errors import UserError
 from llava.model.multimodal_encoder.clip_encoder import encode
 from llava.pipeline.decoder import step
 from llava.pipeline.prefill import prefill
@@ -104,24 +101,6 @@ def test_contextual_rows_equal_the_models_own_attention(eager, layer):
             weights, mask = seen[rows]
             assert expected.shape[1] == (weights.shape[2] if mask is None else int(mask[i].sum()))
             torch.testing.assert_close(weights[i, :, : expected.shape[1]], expected, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("budget", [4, 9])
-@pytest.mark.parametrize("method", registry.names())
-def test_flops_equal_what_torch_counts(eager, method, budget):
-    """One sample, so that every product is a matmul that torch's counter sees.
-
-    For it attention is eager, and CLIP's text tower runs the plain kernel.
-    """
-    reducer = registry.build(method, budget)
-    try:
-        reducer.check(eager.spec)
-    except UserError:
-        return  # a budget that this method's structure cannot meet on so small a model
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        state, record = prefill(eager, samples(1), reducer)
-        eager.logits(state.hidden).argmax(-1)
-    assert counter.get_total_flops() == record.operations.total
 
 
 # DecoderState.attention.

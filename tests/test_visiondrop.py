@@ -18,7 +18,7 @@ from llava.reduction.scores import TowerScore
 from llava.reduction.states import EncoderState
 from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests.attention_maps import eager_attention
-from tests.conftest import picture, samples
+from tests.conftest import samples
 from visiondrop.method import (
     AttentionInputs,
     VisionDrop,
@@ -219,16 +219,6 @@ def test_decoding_in_a_batch_equals_decoding_alone(tiny, positions):
     together = decode(batch)
     for i, sample in enumerate(batch):
         torch.testing.assert_close(together[i], decode([sample])[0], atol=1e-4, rtol=0)
-
-
-def test_every_image_of_a_prompt_is_reduced(tiny):
-    """The release reduces the first image alone and leaves the second at what the encoder stage gave."""
-    both = dataclasses.replace(samples(1)[0], image=(picture(0), picture(5)))
-    reducer = VisionDrop(budget=6, official=True)
-    state, record = prefill(tiny, [both], reducer)
-    assert record.accounting(state)[0].tokens_per_layer == (18, 14, 10, 6)
-    places = [step.place for step in record.steps[0]]
-    assert places.count("layer 3") == places.count("layer 3 #2") == 1
 
 
 def test_caches_keep_what_entered_each_layer(tiny):

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from eval import benchmarks
 from eval.answers.reading import read_answers
 from eval.benchmarks.llava_files import SHORT, VIZ
 from eval.metrics import vqa
 from eval.metrics.accuracy import mean_score
 from eval.score import score_file
 from llava.errors import UserError
-from tests.benchmark_files import cell, write_hub, write_json, write_picture
+from tests.benchmark_files import cell, load, write_hub, write_json, write_picture
 
 VECTORS = Path(__file__).parent / "data" / "vqa"
 YES = ["yes"] * 10
@@ -21,11 +20,6 @@ COKE = ["coke"] * 2 + ["pepsi"] * 8
 
 def with_pictures(rows: list[dict]) -> list[dict]:
     return [row | {"image": cell("blue")} for row in rows]
-
-
-def load(name: str, data: Path, split: str | None = None, profile: str = "llava", source: str = "auto"):
-    benchmark = benchmarks.get(name)
-    return benchmark.load(data, benchmarks.check_split(benchmark, split), profile, source)
 
 
 def scored(data, texts: dict[str, str]):
@@ -165,7 +159,7 @@ def test_vqav2_lists_of_two_versions_are_refused(vqav2):
 
 
 def test_vqav2_val_is_the_official_toolkit_behind_the_answer_processor(vqav2, answers, predictions):
-    data = load("vqav2", vqav2, "val")
+    data = load("vqav2", vqav2, split="val")
     assert data.questions[1].images == ("COCO_val2014_000000000001.jpg",) and data.questions[1].answer == "yes"
     record = score_file(VECTORS / "results.json", data)
     uploaded = {name: vqa.process(text) for name, text in predictions.items()}
@@ -182,7 +176,7 @@ def test_vqav2_from_the_mirror(tmp_path):
     row = {"question_id": 7, "question": "Is it red?", "answers": people, "answer_type": "yes/no"}
     write_hub(tmp_path, "lmms-lab/VQAv2", "validation", with_pictures([row]))
     for profile, limit in (("llava", 128), ("lmms", 16)):
-        data = load("vqav2", tmp_path, "val", profile)
+        data = load("vqav2", tmp_path, profile, "val")
         data.check_images(data.questions)
         assert data.sample(data.questions[0]).image.getpixel((0, 0)) == (0, 0, 255)
         assert data.questions[0].message == f"Is it red?\n{SHORT}" and data.max_new_tokens == limit
@@ -318,7 +312,7 @@ def test_vizwiz_test_is_for_the_server(vizwiz):
 
 
 def test_vizwiz_val_is_scored_here(vizwiz, tmp_path):
-    data = load("vizwiz", vizwiz, "val")
+    data = load("vizwiz", vizwiz, split="val")
     assert [q.message for q in data.questions] == [f"What is this?\n{VIZ}", f"Is it on\n{VIZ}"]
     upload = data.submission({"VizWiz_val_00000000": "The coke", "VizWiz_val_00000001": "Yes."})
     record = score_file(write_json(tmp_path / "upload.json", upload["answers_upload.json"]), data)
@@ -333,7 +327,7 @@ def test_vizwiz_from_the_mirror(tmp_path):
     rows = [{"question_id": "VizWiz_val_00000000", "question": "what IS this?", "answers": people, "category": "other"}]
     write_hub(tmp_path, "lmms-lab/VizWiz-VQA", "val", with_pictures(rows))
     for profile, limit, accuracy in (("lmms", 1024, 100), ("llava", 128, 0)):
-        data = load("vizwiz", tmp_path, "val", profile)
+        data = load("vizwiz", tmp_path, profile, "val")
         data.check_images(data.questions)
         assert data.questions[0].message == f"What is this?\n{VIZ}" and data.max_new_tokens == limit
         score = scored(data, {"VizWiz_val_00000000": "A can."})

@@ -9,18 +9,18 @@ eval/papers/claims.yaml.
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
 from eval.command import exit_on_user_error, make_parser
 from eval.config import FULL, ROOT
 from eval.efficiency.counts import Computed, computed
 from eval.efficiency.shapes import noise_batches, random_llava, reading_of
-from eval.papers import read_yaml
+from eval.papers import Part, read_yaml
 from eval.papers.published import Trust
 from eval.tables.page import insert, left_aligned, markdown
 from llava.reduction import registry
@@ -39,27 +39,23 @@ QUANTITIES: dict[Quantity, tuple[str, Callable[[Computed, Computed], float]]] = 
 }
 
 
-class Check(BaseModel):
+class Check(Part):
     """What is counted to answer a claim."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     shape: str
     method: str
     budget: int
     quantity: Quantity
-    options: dict[str, str] = {}
+    options: Mapping[str, str] = {}
 
 
-class Claim(BaseModel):
+class Claim(Part):
     """One published claim.
 
     Attributes:
         published: the number as printed; None where none is known.
         ours: what was measured, where it is no count.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: str
     claim: str

@@ -1,14 +1,21 @@
 """Tables of the papers: declarative specs (scripts/<paper>/*.yaml), published values, one runner, several formats.
 
-Here is the one reader of all YAML files of the project.
+Here are the one reader of all YAML files of the project and the base of what is read.
 """
 
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict
 
 from llava.errors import UserError
+
+
+class Part(BaseModel):
+    """A part of a YAML file: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class UniqueKeys(yaml.SafeLoader):

@@ -12,12 +12,11 @@ from math import ceil
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from eval.efficiency.estimate import Estimate, Rates, Workload
 from eval.efficiency.memory import GIB, QuestionShape, layout_of
 from eval.efficiency.shapes import official
-from eval.papers import read_yaml
+from eval.papers import Part, read_yaml
 from eval.papers.runs import Line, Where, columns_of, lines_of
 from eval.papers.spec import Table
 from eval.sweep import reducer_of
@@ -54,13 +53,7 @@ GPUS = (
 )
 
 
-class Entry(BaseModel):
-    """A part of `downloads.yaml`: unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Checkpoint(Entry):
+class Checkpoint(Part):
     """A repository of the hub: decimal gigabytes, what says so, and further repositories that it needs.
 
     `shapes` is its name in eval/efficiency/shapes.py; "" for what is no LLaVA.
@@ -72,7 +65,7 @@ class Checkpoint(Entry):
     also: tuple[str, ...] = ()
 
 
-class Load(Entry):
+class Load(Part):
     """A benchmark: size of its data and of its questions. See the comments of `downloads.yaml`."""
 
     questions: int
@@ -83,7 +76,7 @@ class Load(Entry):
     mirror: float | None
 
 
-class Downloads(Entry):
+class Downloads(Part):
     checkpoints: dict[str, Checkpoint]
     benchmarks: dict[str, Load]
 

@@ -12,10 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, StrictFloat, ValidationError, model_validator
+from pydantic import StrictFloat, ValidationError, model_validator
 
 from eval.config import FULL
-from eval.papers import read_yaml
+from eval.papers import Part, read_yaml
 from llava.errors import UserError, unknown
 
 FOLDER = Path(__file__).parent / "published"
@@ -91,7 +91,7 @@ class Value:
         return ""
 
 
-class Source(BaseModel):
+class Source(Part):
     """Where rows come from.
 
     Attributes:
@@ -102,8 +102,6 @@ class Source(BaseModel):
             percent of the full model's, "sums" for the sum of a row's scores in percent of the full model's, with MME
             divided by 20. None where the average is over benchmarks that are not all here.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str
     where: str
@@ -127,10 +125,8 @@ class Source(BaseModel):
         return "" if self.split == "usual" else "a split that the source does not name"
 
 
-class Row(BaseModel):
+class Row(Part):
     """One method at one budget in one source. `kind`, `trust` and `note` take the place of the source's."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     method: str
     tokens: int | str
@@ -167,7 +163,7 @@ class Row(BaseModel):
         return self.disputed.get(column) if isinstance(self.disputed, dict) else self.disputed
 
 
-class Published(BaseModel):
+class Published(Part):
     """The published scores of one model: a file.
 
     Attributes:
@@ -176,8 +172,6 @@ class Published(BaseModel):
         rows: in the order of the file.
         name: of the file, such as "llava15_7b".
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
     sources: dict[str, Source]

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from eval import benchmarks
 from eval.config import FULL, ROOT
-from eval.papers import read_yaml
+from eval.papers import Part, read_yaml
 from eval.papers.published import Convention
 from llava.budget import count_or_ratio
 from llava.errors import UserError, suggestion
@@ -40,12 +40,6 @@ def budget_text(value: str | int) -> str | int:
 
 
 Budget = Annotated[int | str, AfterValidator(budget_text)]
-
-
-class Part(BaseModel):
-    """A part of a spec: unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Place(Part):
