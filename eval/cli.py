@@ -59,6 +59,7 @@ GROUPS = {
         "tables paper": Command(TABLE, "one table of a paper (scripts/<paper>/): run, check, write"),
         "findings": Command("eval.findings.command", "analyses of attnmix, visiondrop or consensusdrop on toy scenes"),
         "bench latency": Command("eval.efficiency.latency", "time, memory and operations of methods beside full"),
+        "bench serving": Command("eval.efficiency.serving", "vLLM under a method beside full and our decoder"),
         "bench growth": Command("eval.efficiency.growth", "how time and memory grow with visual tokens"),
         "bench peers": Command("eval.efficiency.peers", "this repository and another code in turns, and ratios"),
         "bench precision": Command("eval.efficiency.precision", "tokens kept in half precision beside float32"),

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # vLLM under a method: requests per second, time to first token and KV blocks at a budget and of full, at 1, 8 and 32 requests at once,
 # beside this package's decoder; the toy model, then two decoder layers of LLaVA-1.5-7B's shapes (docs/models/serving.md).
-# About half an hour on two cores, 12 GB of memory. Interrupted, it goes on where it was: every turn is kept in
+# About 25 minutes of two idle cores, 12 GB of memory. Interrupted, it goes on where it was: every turn is kept in
 # results/bench/serving-MODEL-BUDGET.jsonl (delete it to start anew).
 # Usage: bash scripts/bench/serving.sh [BUDGET, default 64] [further arguments of python -m eval.efficiency.serving]
 set -euo pipefail
