@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 PIXEL_CLASS = "LlavaForConditionalGeneration"
 CLASSES = (PIXEL_CLASS, "LlavaNextForConditionalGeneration")
 SIZES = ("budget", "retention_ratio")
-SETUP = "scripts/serve_setup.sh makes its environment, and ENGINE=vllm bash scripts/eval/BENCHMARK.sh runs in it"
+SETUP = "scripts/serve_setup.sh makes its environment; ENGINE=vllm bash scripts/eval/BENCHMARK.sh runs in it"
 # Before vLLM is imported. In one process, a kill leaves no engine behind.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 ENVIRONMENT |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
@@ -57,7 +57,7 @@ def import_vllm() -> Any:
     try:
         vllm = importlib.import_module("vllm")
     except ImportError as error:
-        raise UserError(f"--engine vllm cannot import vLLM ({' '.join(str(error).split())}): {SETUP}.") from error
+        raise UserError(f"vLLM cannot be imported ({' '.join(str(error).split())}): {SETUP}.") from error
     register()  # the entry point is not seen where an older *.egg-info lies in the working folder
     return vllm
 
