@@ -227,6 +227,11 @@ def test_the_benchmark_asks_every_engine_in_turns_about_new_images(vllm, tmp_pat
     kept.write_text("".join(lines[:-1]))
     assert serving.main(words) == 0 and len(vllm.engines[-1].asked) == 2, "a warm-up, and what was missing"
     assert serving.main(words) == 0 and len(vllm.engines) == 4, "nothing was missing"
+    capsys.readouterr()
+    wrong = {"--budget 99": "must be 1 to 16", "--model assets/tinyllava_next": "give --model a LLaVA-1.5"}
+    for number, (more, why) in enumerate(wrong.items()):
+        other = ["--measurements", str(tmp_path / str(number))]
+        assert serving.main([*words, *more.split(), *other]) == 2 and why in capsys.readouterr().err
 
 
 def test_the_benchmark_divides_times_of_the_same_round(monkeypatch):

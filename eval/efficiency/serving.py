@@ -35,6 +35,7 @@ from eval.efficiency.measure import Measurements, over_rounds
 from eval.efficiency.shapes import QUESTION, SHAPES, SUFFIX, hf_model, noise
 from eval.results.report import hardware
 from eval.results.statistics import plural
+from llava.errors import UserError
 from llava.model.builder import DTYPES, device_of, load
 from llava.model.checkpoint.config import CLIP_L_336
 from llava.model.checkpoint.files import locate
@@ -43,6 +44,7 @@ from llava.pipeline.accounting import Timer
 from llava.pipeline.generate import generate
 from llava.processing.json_files import read_json
 from llava.processing.prompt import Sample
+from llava.reduction.budget import require
 from llava.reduction.reducer import Reducer
 from llava.reduction.registry import build
 from llava.serving.client import EMBEDS, PIXELS
@@ -88,14 +90,20 @@ def askers(model: Llava, directory: Path, budget: int, dtype: str, largest: int)
 
     Args:
         largest: requests at once.
+
+    Raises:
+        UserError: the budget or the model is not one that all of them take.
     """
     found: dict[str, Ask] = {}
     for way, method in PAIRS:
         reducers = {FULL: build(FULL, model.visual_tokens), method: build(method, budget)}
+        require(reducers[method], model.spec)
         if way == OWN:
             found |= {f"{way} {name}": partial(ask_own, model, one) for name, one in reducers.items()}
             continue
         engine = Engine(model, reducers[method], directory, dtype, largest)
+        if engine.route != way:
+            raise UserError(f"{method} goes by {engine.route} on {model.name}; give --model a LLaVA-1.5.")
         # On a GPU three engines and the model share the memory.
         given = ENGINE if model.device.type == "cpu" else {**ENGINE, "gpu_memory_utilization": 0.2}
         engine.arguments |= given
