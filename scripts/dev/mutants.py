@@ -126,9 +126,9 @@ def draw(root: Path, seed: int, redraw: set[int]) -> list[Mutant]:
 
 
 def fast_tests(copy: Path, file: str) -> str | None:
-    """The first of the fast tests that fails, or None; those that name the module are asked before the others."""
+    """The first of the fast tests that fails, or None; those that import the module are asked before the others."""
     package, _, module = file.removesuffix(".py").replace("/", ".").rpartition(".")
-    names = f"{package}.{module}", f"{package} import {module}", module
+    names = f"{package}.{module}", f"{package} import {module}"
     tests = sorted((copy / "tests").rglob("test_*.py"))
     near = [str(test) for test in tests if any(name in test.read_text(encoding="utf-8") for name in names)]
     for chosen in filter(None, (near, [str(copy / "tests")])):
