@@ -18,13 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
+    PROCESSOR_MAPPING,
     CLIPImageProcessorPil,
     GenerationConfig,
     LlavaForConditionalGeneration,
     LlavaNextImageProcessorPil,
     PretrainedConfig,
 )
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from eval.command import exit_on_user_error
 from eval.config import DEFAULT_MODEL
@@ -41,7 +41,7 @@ def write_processor_config(config: PretrainedConfig, folder: Path) -> None:
         "image_token": "<image>",
         "num_additional_image_tokens": 1,  # the class token, which the strategy "default" takes off again
         "patch_size": config.vision_config.patch_size,
-        "processor_class": PROCESSOR_MAPPING_NAMES[config.model_type],
+        "processor_class": PROCESSOR_MAPPING[type(config)].__name__,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
     }
     if config.model_type == "video_llava":

@@ -36,6 +36,7 @@ from llava.reduction.budget import planned
 from llava.reduction.modules import layer_flops, linear_flops, prefill_flops, projector_flops, tower_flops
 from llava.reduction.reducer import Reducer
 from llava.reduction.token_layout import TokenLayout, frames, single, spec_of
+from llava.transformers_names import CACHE_NAMES, cache_of, refuse_others
 
 # Bytes of a weight of a quantised linear layer: the values, and their scales (bitsandbytes: a float32 per output row;
 # NF4 with a byte per 64 values and a float32 per 256 of these bytes).
@@ -316,11 +317,13 @@ def _ask(model: Llava, reducer: Reducer, samples: Sequence[Sample]) -> Activatio
 def repeat(layer: Any) -> None:
     """Let a decoder layer put keys and values into the cache and compute nothing, as its equals before it did."""
 
-    def forward(hidden: Tensor, past_key_values: Any = None, **_: Any) -> Tensor:
-        if past_key_values is not None:
+    def forward(hidden: Tensor, **given: Any) -> Tensor:
+        refuse_others(given, ("attention_mask", "position_embeddings", *CACHE_NAMES), "layer that repeats another")
+        cache = cache_of(given)
+        if cache is not None:
             width, channels = layer.self_attn.k_proj.weight.shape[0], layer.self_attn.head_dim
             shape = (len(hidden), width // channels, hidden.shape[1], channels)
-            past_key_values.update(hidden.new_empty(shape), hidden.new_empty(shape), layer.self_attn.layer_idx)
+            cache.update(hidden.new_empty(shape), hidden.new_empty(shape), layer.self_attn.layer_idx)
         return hidden
 
     layer.forward = forward

@@ -65,6 +65,7 @@ from llava.pipeline.accounting import Timer
 from llava.processing.prompt import Sample
 from llava.reduction.budget import planned
 from llava.reduction.reducer import Reducer
+from llava.transformers_names import kernel_of
 
 EQUAL = ("layers", "distinct_layers", "dtype", "threads")  # of all workers that say these of themselves
 Calls = Callable[[int], dict[str, Callable[[], float]]]  # number of a measurement -> name -> what is timed
@@ -285,7 +286,7 @@ def dense(hf: Any, ids: Tensor, pixels: Tensor, **options: Any) -> Any:
 
 def attentive(hf: Any, ids: Tensor, pixels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """[1]: the first token of `generate`, and the attention maps of all decoder layers, [1, H, L, L] each."""
-    before = hf.config._attn_implementation
+    before = kernel_of(hf.config)
     hf.set_attn_implementation("eager")
     try:
         output = dense(hf, ids, pixels, output_attentions=True, return_dict_in_generate=True)

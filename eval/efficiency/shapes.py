@@ -9,16 +9,13 @@ import copy
 from collections.abc import Callable, Mapping
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPTextConfig, LlamaModel, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.initialization import no_init_weights
-from transformers.modeling_utils import local_torch_dtype
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from eval.papers import read_yaml
 from llava.model.builder import DTYPES, FAMILIES, parse
@@ -32,6 +29,7 @@ from llava.model.video_llava import VideoLlava
 from llava.processing.image import ImageProcessor, QwenImageProcessor
 from llava.processing.prompt import Sample
 from llava.processing.video import FRAMES, Video
+from llava.transformers_names import local_torch_dtype, no_init_weights, set_kernel
 
 # Name -> family, and fields of the two parts of config.json, "text" and "vision" (that of LLaVA-1.5 if left out).
 SHAPES: dict[str, dict[str, Any]] = read_yaml(Path(__file__).with_name("shapes.yaml"))["models"]
@@ -165,7 +163,7 @@ def hf_model(
     if family == "llava_next":  # the library's resolutions are of tiles of 336 pixels
         side = config.vision_config.image_size
         config.image_grid_pinpoints = [[side * a, side * b] for a, b in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
-    config._attn_implementation = "sdpa"
+    set_kernel(config, "sdpa")
     build, extra = hf_class(family, FRAMES if family == "video_llava" else None)
     with no_init_weights(), local_torch_dtype(dtype), torch.device(device):
         made: PreTrainedModel = build(config, *extra)
@@ -202,7 +200,7 @@ def share_layers(llm: LlamaModel, layers: int) -> None:
     """Add layers to a decoder that share the weights of its layers, each with its own index."""
     own = len(llm.layers)
     for index in range(own, layers):
-        source = cast(LlamaDecoderLayer, llm.layers[index % own])
+        source: Any = llm.layers[index % own]
         # What is in the memo is shared, everything else is copied. A copied configuration would keep its attention
         # kernel when the model is given another.
         memo: dict[int, Any] = {id(weight): weight for weight in source.parameters()}

@@ -20,9 +20,13 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor
-from transformers import AutoProcessor, GenerationConfig, PreTrainedModel
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils.import_utils import is_torchvision_available
+from transformers import (
+    PROCESSOR_MAPPING,
+    AutoProcessor,
+    GenerationConfig,
+    PreTrainedModel,
+    is_torchvision_available,
+)
 
 from llava.errors import MethodError, UserError
 from llava.hf.families import FamilyWrapper, kinds_of, why_not
@@ -34,6 +38,7 @@ from llava.processing.prompt import Prompt, Sample
 from llava.reduction.modules import prefill_flops
 from llava.reduction.reducer import Reducer
 from llava.reduction.token_layout import ModelSpec, PatchGrid
+from llava.transformers_names import cache_of
 
 SIZE = 1024  # pixels along the edges of the image whose visual tokens stand for those of the largest
 
@@ -165,7 +170,7 @@ class FamilyModel(FamilyWrapper):
                 record.operations.add("prefill", prefill_flops, self.llm.layers, lengths, self.head, keys)
         spent = timer.seconds
         timing = Timing(**{known.name: spent.get(known.name, 0.0) for known in fields(Timing)})
-        room = bytes_of(output.past_key_values)
+        room = bytes_of(cache_of(output))
         images = sum(len(sample.images) for sample in samples)
         return Batch(
             tuple(answers), timing, reduced.kv_bytes, record.operations, passes[0] - 1, images, kv_bytes_with_room=room

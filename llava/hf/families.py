@@ -27,8 +27,7 @@ import torch
 import transformers
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from llava.errors import UserError
 from llava.hf.models import ONE_CALL, HFWrapper, device_of, inner_of, takes_mask
@@ -39,6 +38,7 @@ from llava.reduction.ranking import in_float32
 from llava.reduction.reducer import Reducer
 from llava.reduction.scores import WITHOUT_CLS, TowerScore, by_block
 from llava.reduction.token_layout import ModelSpec, PatchGrid, Tile, TokenLayout, frames, single
+from llava.transformers_names import ALL_ATTENTION_FUNCTIONS, kernel_of, set_kernel
 
 MODALITIES = {"image": "pixel_values", "video": "pixel_values_videos"}
 
@@ -135,7 +135,7 @@ def why_not(family: Family, config: PretrainedConfig, reducer: Reducer) -> str:
     probed = "full_attention" if probed is None else kinds[min(probed, len(kinds) - 1)]
     if probed not in ("full_attention", "sliding_attention"):
         return f"{name} probes the attention of a decoder layer that has {said(probed)} in {family.title}."
-    attention = getattr(config.get_text_config(), "_attn_implementation", None) or "sdpa"
+    attention = kernel_of(config.get_text_config()) or "sdpa"
     if "decoder" in acts and not takes_mask(attention):
         return f"{name} reduces between decoder layers, which needs attn_implementation='sdpa', not {attention!r}."
     if "decoder" in acts:
@@ -436,7 +436,7 @@ def packed_layout(inner: Any, size: tuple[int, int], side: int, alone: bool = Fa
 # turned keys of two alike patches differ by where they stand.
 
 QUERY_ROWS = 256  # whose attention is held at once
-RECORDING = "recorded_attention"  # of ALL_ATTENTION_FUNCTIONS
+RECORDING = "recorded_attention"  # of transformers' attention kernels
 Seen = tuple[Tensor, Tensor, Tensor, Tensor | None, float]  # queries, keys, projected keys [B, H, P, d], mask, scale
 
 
@@ -455,7 +455,7 @@ def _record(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
     config.seen.append((query, key, own, attention_mask, scale))
     known = vars(sys.modules[type(module).__module__])  # Llama 4 has a kernel of its own for its tower
     eager = known.get("vision_eager_attention_forward", known["eager_attention_forward"])
-    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(config.own._attn_implementation, eager)
+    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(kernel_of(config.own), eager)
     module.config = config.own  # which FlashAttention reads again
     try:
         return kernel(module, query, key, value, attention_mask, **options)
@@ -463,7 +463,7 @@ def _record(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
         module.config = config
 
 
-ALL_ATTENTION_FUNCTIONS.register(RECORDING, _record)
+AttentionInterface.register(RECORDING, _record)
 
 
 @contextmanager
@@ -482,7 +482,7 @@ def recording(modules: Iterable[Any]) -> Iterator[dict[Any, list[Seen]]]:
             hooks.append(projection.register_forward_hook(partial(keep, module)))
             module.config = copy.copy(config)
             module.config.seen, module.config.own = seen[module], config
-            module.config._attn_implementation = RECORDING
+            set_kernel(module.config, RECORDING)
         yield seen
     finally:
         for hook in hooks:

@@ -39,6 +39,7 @@ from llava.processing.image import ImageProcessor
 from llava.processing.prompt import Prompt, Sample
 from llava.reduction.reducer import Reducer
 from llava.reduction.token_layout import ModelSpec, TokenLayout, frames, single, spec_of
+from llava.transformers_names import CACHE_NAMES, HOOK, kernel_of
 
 ONE_CALL = "take input_ids and pixels from one call of the model's own processor."
 
@@ -54,7 +55,7 @@ USED = frozenset(
         "input_ids",
         "attention_mask",
         "mm_token_type_ids",
-        "past_key_values",
+        *CACHE_NAMES,
         "use_cache",
         "logits_to_keep",
         "return_dict",
@@ -285,7 +286,7 @@ def state_of(model: Any) -> tuple[Any, ...]:
     own = [weight for weight in inner.parameters(recurse=False) if not weight.is_meta]  # offloaded ones come and go
     parts = (inner, *model.children(), *inner.children(), *own)
     features = [getattr(config, name, None) for name in ("vision_feature_layer", "vision_feature_select_strategy")]
-    return (*map(id, parts), device_of(model), *features, config.get_text_config()._attn_implementation)
+    return (*map(id, parts), device_of(model), *features, kernel_of(config.get_text_config()))
 
 
 def device_of(model: Any) -> torch.device:
@@ -297,7 +298,7 @@ def device_of(model: Any) -> torch.device:
 
 def device_hooks(module: nn.Module) -> list[AlignDevicesHook]:
     """The hooks by which accelerate places weights and inputs of a module; [] if it has others, too."""
-    hook = getattr(module, "_hf_hook", None)
+    hook = getattr(module, HOOK, None)
     hooks = getattr(hook, "hooks", (hook,))  # of a SequentialHook
     return list(hooks) if all(isinstance(one, AlignDevicesHook) for one in hooks) else []
 
@@ -316,10 +317,10 @@ def _refuse_unfit(model: PreTrainedModel, family: Family) -> None:
     if family not in QWEN:
         refuse_feature_layer(config, name)
     refuse_training(*model.modules())
-    used = model.model.language_model.config._attn_implementation
+    used = kernel_of(model.model.language_model.config)
     if not takes_mask(used):
         raise UserError(f"Load the model with attn_implementation='sdpa', 'eager' or FlashAttention, got {used!r}.")
-    parts = [part for part in model.modules() if not hasattr(part, "_hf_hook")]
+    parts = [part for part in model.modules() if not hasattr(part, HOOK)]
     devices = {weight.device for part in parts for weight in part.parameters(recurse=False)}
     if len(devices) > 1 or torch.device("meta") in devices:
         places = ", ".join(sorted(map(str, devices)))
@@ -327,7 +328,7 @@ def _refuse_unfit(model: PreTrainedModel, family: Family) -> None:
 
 
 def takes_mask(attention: str) -> bool:
-    """Whether `causal_mask` has a mask for this `_attn_implementation`."""
+    """Whether `causal_mask` has a mask for this attention kernel."""
     return attention in ("sdpa", "eager") or "flash" in attention
 
 

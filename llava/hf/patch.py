@@ -24,7 +24,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.errors import UserError
 from llava.hf.models import (
@@ -45,10 +44,19 @@ from llava.pipeline.decoder import Prefilled, Segment, step
 from llava.pipeline.prefill import prefill
 from llava.reduction.merging import Trace
 from llava.reduction.reducer import Reducer
+from llava.transformers_names import (
+    CACHE,
+    CANDIDATES,
+    CAPTURING,
+    EXPAND,
+    PREPARE_POSITIONS,
+    CausalLMOutputWithPast,
+    cache_of,
+    output_of,
+    require_methods,
+)
 
 MISSING = object()
-# transformers leaves its own hooks on a model after a call with output_hidden_states; they do nothing in other calls.
-HARMLESS_HOOKS = "transformers.utils.output_capturing"
 
 
 # The cache
@@ -155,6 +163,7 @@ class Reduced:
         inner = inner_of(model)
         if isinstance(model.forward, Override) or isinstance(inner.forward, Override):
             raise UserError("This model is being reduced already; leave the other `with reduce(...)` block first.")
+        require_methods(model, EXPAND, PREPARE_POSITIONS, CANDIDATES)
         self._thread = threading.get_ident()
         self._inner, self._rope_deltas = inner, getattr(inner, "rope_deltas", None)
         self._signature, self._inner_signature = map(inspect.signature, (model.forward, inner.forward))
@@ -162,9 +171,9 @@ class Reduced:
         shown = [known for name, known in self._signature.parameters.items() if name != "mm_encoder_outputs"]
         self._overrides = [
             Override(model, "forward", self._forward, self._signature.replace(parameters=shown)),
-            Override(model, "_expand_inputs_for_generation", self._expand),
-            Override(model, "_prepare_position_ids_for_generation", self._prepare_position_ids),
-            Override(model, "_get_candidate_generator", self._candidate_generator),
+            Override(model, EXPAND, self._expand),
+            Override(model, PREPARE_POSITIONS, self._prepare_position_ids),
+            Override(model, CANDIDATES, self._candidate_generator),
         ]
         if inner is not model:
             self._overrides.append(Override(inner, "forward", self._forward_inner))
@@ -190,7 +199,7 @@ class Reduced:
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = by_name(self._signature, args, kwargs)
-        cache = given.get("past_key_values")
+        cache = cache_of(given)
         continued = cache if isinstance(cache, ReducedCache) and cache.get_seq_length() else None
         if continued is None and not has_pixels(given) and not given.get("mm_encoder_outputs"):
             return original(*args, **kwargs)
@@ -278,7 +287,7 @@ class Reduced:
         if cache is not None and (not isinstance(cache, DynamicCache) or cache.offloading or cache.get_seq_length()):
             raise UserError(
                 "A prompt with images is reduced from its beginning, into a cache of its own; give the whole prompt, "
-                f"and leave out cache_implementation and past_key_values (got a {type(cache).__name__})."
+                f"and leave out cache_implementation and {CACHE} (got a {type(cache).__name__})."
             )
         refuse_training(*modules)
 
@@ -298,7 +307,7 @@ class Reduced:
         if has_pixels(given) or ids is None or ids.shape[1] != 1:
             raise UserError(
                 "After a reduced prompt, input_ids must be one token per prompt and without images; for another turn "
-                "give the whole conversation and all its images, without past_key_values."
+                f"give the whole conversation and all its images, without {CACHE}."
             )
         rows = len(cache.segments[0].next_position)  # beams and samples among them
         if len(ids) != rows:
@@ -318,7 +327,7 @@ class Reduced:
             logits = head(llm.norm(hidden))
         # A copy made outside of inference mode can be changed in place, as callers often do with logits.
         logits = logits.to(self._runtime.device, copy=True)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        return output_of(logits, cache)
 
 
 # Methods of a module, overridden for a while
@@ -402,5 +411,5 @@ def hooks_must_run(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[N
 def _hooked(module: nn.Module) -> bool:
     replaced = vars(module).get("forward")
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    has_own = any(getattr(hook, "__module__", None) != HARMLESS_HOOKS for hook in hooks)
+    has_own = any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks)
     return has_own or not (replaced is None or isinstance(replaced, Override) or device_hooks(module))

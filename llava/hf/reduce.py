@@ -28,7 +28,6 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.budget import RETENTION_RATIO
 from llava.constants import IMAGE_TOKEN_INDEX
@@ -45,6 +44,7 @@ from llava.reduction.budget import require
 from llava.reduction.reducer import Reducer
 from llava.reduction.registry import build, names
 from llava.reduction.token_layout import ModelSpec, PatchGrid, spec_of, stitched
+from llava.transformers_names import CACHE, DEEPSTACK, CausalLMOutputWithPast, cache_of, kernel_of, output_of, ranks_of
 
 
 def reduce(
@@ -86,13 +86,13 @@ def reduce(
     tokens = runtime.visual_tokens
     has_budget = budget is not None or options.get(RETENTION_RATIO)
     reducer = build(method, budget if has_budget else tokens, options, tokens)
-    if (getattr(runtime.hf_model, "_tp_size", None) or 1) > 1:
+    if ranks_of(runtime.hf_model) > 1:
         raise UserError(
             "This model is split by tp_plan, and each rank would rank tokens by its own heads; load it with device_map."
         )
     if family and (why := why_not(family, config, reducer)):
         raise UserError(why)
-    if "tower" in reducer.acts_in and "flash" in runtime.tower.config._attn_implementation:
+    if "tower" in reducer.acts_in and "flash" in kernel_of(runtime.tower.config):
         raise UserError(
             f"{method} merges inside the tower, whose attention then takes a mask that FlashAttention does not have; "
             "load the model with another attn_implementation for its vision_config, as 'sdpa'."
@@ -216,8 +216,8 @@ class FamilyReduced(Reduced):
             layer.register_forward_pre_hook(partial(self._before_layer, index), with_kwargs=True)
             for index, layer in enumerate(llm.layers if self._stops else ())
         ]
-        if self._stops and hasattr(llm, "_deepstack_process"):
-            self._overrides.append(Override(llm, "_deepstack_process", self._deepstack))
+        if self._stops and hasattr(llm, DEEPSTACK):
+            self._overrides.append(Override(llm, DEEPSTACK, self._deepstack))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -227,7 +227,7 @@ class FamilyReduced(Reduced):
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = super()._forward(original, *args, **kwargs)
-        given, cache = by_name(self._signature, args, kwargs), getattr(output, "past_key_values", None)
+        given, cache = by_name(self._signature, args, kwargs), cache_of(output)
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         if ids is not None and type(cache) is DynamicCache and cache.get_seq_length() == ids.shape[1]:
             # Prompts without images, by the model's own forward.
@@ -246,22 +246,22 @@ class FamilyReduced(Reduced):
             try:
                 arguments = self._arguments(running, running.sequence)
                 output = self._model.forward.original(
-                    **arguments, past_key_values=cache, use_cache=True, logits_to_keep=1, return_dict=True
+                    **arguments, **{CACHE: cache}, use_cache=True, logits_to_keep=1, return_dict=True
                 )
             finally:
                 self._running = None
-        cache, segments = output.past_key_values, running.segments
+        cache, segments = cache_of(output), running.segments
         cache.__class__ = ReducedCache
         segments[-1].layers = range(segments[-1].layers.start, len(self._runtime.llm.layers))
         cache.segments = segments
         self._account(running.stages.record, segments, output)
         if copies > 1:
             cache.reorder_cache(torch.arange(len(running.rows), device=self._runtime.device).repeat_interleave(copies))
-        return CausalLMOutputWithPast(logits=output.logits.repeat_interleave(copies, 0), past_key_values=cache)
+        return output_of(output.logits.repeat_interleave(copies, 0), cache)
 
     def _account(self, record: Record, segments: list[Segment], output: Any) -> None:
         """Count what a forward of whole prompts left in its cache."""
-        cache, used, self.kv_bytes = output.past_key_values, [0] * len(segments[0].lengths), 0
+        cache, used, self.kv_bytes = cache_of(output), [0] * len(segments[0].lengths), 0
         for one in segments:
             for layer in (cache.layers[index] for index in one.layers):
                 if getattr(layer, "keys", None) is not None:
@@ -431,12 +431,12 @@ class FamilyReduced(Reduced):
         """A decoder layer's arguments: prompts reduced before it, or the mask and positions of its own keys."""
         llm, running = self._runtime.llm, self._running
         hidden = args[0] if args else options["hidden_states"]
-        attention = llm.config._attn_implementation
+        attention = kernel_of(llm.config)
         if running is not None:
             entered = running.sequence
             now = replace(entered, hidden=hidden)
             if index in self._stops:
-                keys = options["past_key_values"].layers[index - 1].keys.to(entered.position.device)
+                keys = cache_of(options).layers[index - 1].keys.to(entered.position.device)
                 now, entered = (replace(one, hidden=one.hidden.to(keys.device)) for one in (now, entered))
                 now = running.stages.reduce_between_layers(now, index, entered, keys)
                 running.segments[-1].layers = range(running.segments[-1].layers.start, index)
@@ -488,15 +488,15 @@ class FamilyReduced(Reduced):
                 input_ids=given["input_ids"].to(self._runtime.device),
                 attention_mask=None if first.valid is None else first.valid.long(),
                 position_ids=self._place(first.next_position),
-                past_key_values=cache,
                 use_cache=True,
                 return_dict=True,
+                **{CACHE: cache},
             )
         finally:
             cache.running, self._continued = False, []
         for segment in cache.segments:
             segment.next_position = segment.next_position + 1
-        return CausalLMOutputWithPast(logits=output.logits, past_key_values=cache)
+        return output_of(output.logits, cache)
 
     def _run_layers(self, running: Running, llm: Any, sequence: Prompts, count: int) -> Tensor:
         """[B, L, D] after the first decoder layers, by the stock forward, which is left there."""

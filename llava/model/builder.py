@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT_CLASSES
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    CLIPImageProcessorPil,
+    PreTrainedTokenizerBase,
+)
 
 from llava.errors import UserError, unknown
 from llava.model.checkpoint.files import locate
@@ -104,7 +108,7 @@ def load(
     place, source = device_of(device), source or TOY_MODEL
     raw = read_json(locate(source, "checkpoint", weights=False) / "config.json")
     kind = str(raw.get("model_type"))
-    if kind not in FAMILIES and (container := IMAGE_TEXT_CLASSES.get(kind)) is not None:
+    if kind not in FAMILIES and kind in CONFIG_MAPPING:
         # Here, because the modules of llava.model import nothing of the pipeline when they are loaded.
         from llava.hf.checkpoint_model import load_family
         from llava.hf.families import FAMILIES as DECLARED
@@ -112,6 +116,7 @@ def load(
         others = {"--text-tower": text_tower, "--quantization": quantization, "--zero": zero, **conventions}
         others["quantization_config (in its config.json)"] = raw.get("quantization_config")
         others["--tensor-parallel"] = tensor_parallel if tensor_parallel > 1 else None
+        container = getattr(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(CONFIG_MAPPING[kind], None), "__name__", None)
         if container in DECLARED:
             if refused := [name for name, value in others.items() if value is not None]:
                 raise UserError(f"{', '.join(refused)} cannot be used with {source}, a {kind}; leave it out.")

@@ -23,14 +23,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from llava.transformers_names import (
+    ALL_ATTENTION_FUNCTIONS,
+    CACHE_NAMES,
+    cache_of,
+    eager_attention_forward,
+    kernel_of,
+    refuse_others,
+)
 
 # Classes of these families are alike; Gemma's norm, for one, adds 1 to its weight.
 NORMS, ATTENTIONS = (
     {f"{family}{kind}" for family in ("Llama", "Mistral", "Qwen2", "Qwen2VL", "Qwen2_5_VL")}
     for kind in ("RMSNorm", "Attention")
 )
+# What a layer gives to its attention besides: the cache, and what changes nothing with the kernels of loaded models.
+GIVEN = frozenset({*CACHE_NAMES, "position_ids", "use_cache"})
 
 
 def fuse(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -57,25 +66,29 @@ def attend(
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None = None,
-    past_key_values: Any = None,
-    **_: Any,
+    **given: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """`forward` of a decoder layer's attention, [B, L, D] -> [B, L, D] and, if it is eager, its weights [B, H, L, W].
 
     Args:
         position_embeddings: cosine and sine, [B, L, d] each.
         attention_mask: [B, 1, L, W], for the kernel.
-        past_key_values: a cache with `update`; None for no earlier tokens.
+        given: the cache by the name that the installed transformers has for it; no cache for no earlier tokens.
+
+    Raises:
+        UserError: there is another argument, which the layer's own attention may use.
     """
+    refuse_others(given, GIVEN, "fused attention")
     projections = self.q_proj, self.k_proj, self.v_proj
     query, key, value = (part(hidden_states).unflatten(-1, (-1, self.head_dim)) for part in projections)
     cos, sin = (angle.unsqueeze(2) for angle in position_embeddings)
     halves = sin.chunk(2, -1)
     query, key = (rotated(heads, cos, *halves).transpose(1, 2) for heads in (query, key))
     value = value.transpose(1, 2)
-    if past_key_values is not None:
-        key, value = past_key_values.update(key, value, self.layer_idx)
-    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+    cache = cache_of(given)
+    if cache is not None:
+        key, value = cache.update(key, value, self.layer_idx)
+    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(kernel_of(self.config), eager_attention_forward)
     out, weights = kernel(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling)
     return self.o_proj(out.flatten(2)), weights
 

@@ -58,6 +58,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llava.errors import UserError
+from llava.transformers_names import set_kernel
 
 OFFLOADS = ("none", "cpu")
 # Projections cut by their input, after which the ranks add their parts; all others are cut by their output.
@@ -304,7 +305,7 @@ def mapped_model(
         config.dtype = dtype
         for part in config.sub_configs:
             getattr(config, part).dtype = dtype
-        config._attn_implementation = "sdpa"
+        set_kernel(config, "sdpa")
         config.name_or_path = None  # as in a model loaded from a state dict
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)

@@ -18,13 +18,13 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
-from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
 from llava.processing.prompt import Prompt, Sample, build_prompt
 from llava.processing.video import FRAMES, LanguageBindImageProcessor, Video, VideoProcessor
 from llava.reduction.token_layout import ModelSpec, TokenLayout, frames, spec_of
+from llava.transformers_names import CLIPAttention, CLIPEncoderLayer
 
 
 class VideoLlava(Llava):

@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from llava.errors import UserError
 from llava.pipeline.decoder import Prefilled, causal_mask, rotary_angles
 from llava.pipeline.sequence import Sequence
+from llava.transformers_names import CACHE, kernel_of
 
 Backend = str | Callable[..., Any]  # of torch.compile
 LIMIT = 64  # what is compiled of one part: with padding or without, for one sample or several, for new sizes
@@ -102,7 +103,7 @@ def layer_on_tokens(
 ) -> Tensor:
     """One decoder layer, [B, n, D] -> [B, n, D]; the n keys and values are written behind the `past` ones."""
     cache = Columns(keys, values, past)
-    after: Tensor = layer(hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache)
+    after: Tensor = layer(hidden, attention_mask=mask, position_embeddings=rotary, **{CACHE: cache})
     return after
 
 
@@ -187,7 +188,7 @@ def compile_model(model: Any, backend: Backend = "inductor") -> Compiled:
     llm = model.llm
     if model.answers is not None:
         raise UserError(f"--compile compiles LLaVA's stages, and {model.name} runs its own forward; leave it out.")
-    if llm.config._attn_implementation == "eager":
+    if kernel_of(llm.config) == "eager":
         raise UserError("--compile needs attention by the kernel (sdpa), but this model is set to eager.")
     if getattr(llm, "ranks", 1) > 1 or any(hasattr(weight, "ds_id") for weight in llm.parameters()):
         raise UserError("--compile needs the decoder whole on one device; leave --tensor-parallel and --zero out.")

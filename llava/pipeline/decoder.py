@@ -17,11 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, DynamicLayer
 
 from llava.pipeline import positions
 from llava.pipeline.sequence import Rotary, Sequence, on_device
+from llava.transformers_names import CACHE, kernel_of
 
 BLOCK = 32  # columns of space that are added at once
 # cuDNN's attention, which torch prefers on the newest GPUs, plans anew for every size and stride. A growing cache has
@@ -147,7 +147,7 @@ def causal_mask(valid: Tensor, queries: int, dtype: torch.dtype, attention: str)
     Boolean for SDPA, additive for eager attention. FlashAttention, causal by itself, takes `valid` [B, keys].
 
     Args:
-        attention: `_attn_implementation` of the decoder's configuration.
+        attention: the kernel of the decoder's configuration.
     """
     if "flash" in attention:
         return valid
@@ -185,12 +185,12 @@ def run_segment(
         wherever the layers are.
     """
     hidden = entered = sequence.hidden
-    attention, device, mask = llm.config._attn_implementation, hidden.device, None
+    attention, device, mask = kernel_of(llm.config), hidden.device, None
     if attention == "eager" or min(sequence.lengths) < hidden.shape[1]:
         mask = causal_mask(sequence.valid(), hidden.shape[1], hidden.dtype, attention)
     for index in layers:
         entered = hidden
-        hidden = llm.layers[index](entered, attention_mask=mask, position_embeddings=rotary, past_key_values=cache)
+        hidden = llm.layers[index](entered, attention_mask=mask, position_embeddings=rotary, **{CACHE: cache})
     return hidden.to(device), entered.to(device)
 
 
@@ -260,10 +260,10 @@ def step(llm: Any, state: Prefilled, token: Tensor) -> Tensor:
         if segment.valid is not None:
             segment.valid = valid = F.pad(segment.valid, (0, 1), value=True)
             # The one query is the last key, so it sees all that are real: no causal part is needed.
-            attention = llm.config._attn_implementation
+            attention = kernel_of(llm.config)
             mask = valid[:, None, None, :] if attention == "sdpa" else causal_mask(valid, 1, token.dtype, attention)
         for index in segment.layers:
             layer = llm.layers[index]
-            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=state.cache)
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, **{CACHE: state.cache})
         segment.next_position = segment.next_position + 1
     return hidden

@@ -35,11 +35,11 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, PretrainedConfig, Qwen2VLImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from llava.errors import UserError, unknown
 from llava.processing.json_files import Schema, checked, read_json, shortened
 from llava.reduction.token_layout import TokenLayout, stitched
+from llava.transformers_names import smart_resize
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

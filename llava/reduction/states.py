@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface
 
 from llava.errors import UserError, unknown
 from llava.reduction.merging import Reduction
@@ -24,6 +24,7 @@ from llava.reduction.modules import Decoder, DecoderLayer
 from llava.reduction.ranking import in_float32
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import ModelSpec, PatchGrid
+from llava.transformers_names import KERNEL
 
 if TYPE_CHECKING:
     from llava.pipeline.positions import Span
@@ -345,11 +346,11 @@ def at_images(tensor: Tensor, sequence: Sequence, rows: Sequence_[Row], members:
 # kernel: after the norms of heads and the rotation that its family has, whichever kernel that is.
 
 Angles = tuple[Tensor, ...]  # cosines and sines of tokens, [B, T, d] each, as a layer takes them
-PROBE = "queries_and_keys"  # of ALL_ATTENTION_FUNCTIONS
+PROBE = "queries_and_keys"  # of transformers' attention kernels
 # The projections of an attention, by which part of it they make.
 PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
 # In place of its output a kernel gives back what it got.
-ALL_ATTENTION_FUNCTIONS.register(PROBE, lambda module, query, key, value, *_, **options: (value, (query, key)))
+AttentionInterface.register(PROBE, lambda module, query, key, value, *_, **options: (value, (query, key)))
 
 
 @dataclass
@@ -357,10 +358,9 @@ class _Configuration:
     """A layer's configuration, with PROBE as its kernel."""
 
     own: Any
-    _attn_implementation: ClassVar[str] = PROBE
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.own, name)
+        return PROBE if name == KERNEL else getattr(self.own, name)
 
 
 @dataclass

@@ -42,7 +42,6 @@ from transformers import (
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
 )
-from transformers.initialization import no_init_weights
 
 from llava.errors import UserError, unknown
 from llava.model.checkpoint.config import (
@@ -73,6 +72,7 @@ from llava.processing.image import ImageProcessor, QwenImageProcessor, read_imag
 from llava.processing.json_files import checked, read_json
 from llava.processing.prompt import read_tokenizer
 from llava.processing.video import FRAMES
+from llava.transformers_names import no_init_weights, set_kernel
 
 HF_CLASSES: dict[Family, type[PreTrainedModel]] = {
     "llava": LlavaForConditionalGeneration,
@@ -440,7 +440,7 @@ def hf_class(family: Family, frames: int | None) -> tuple[type[PreTrainedModel],
 
 def empty_model(config: PretrainedConfig, kind: Kind, frames: int | None = None) -> PreTrainedModel:
     """The HF model of a configuration on the meta device; for `frames` see `hf_class`."""
-    config._attn_implementation = "sdpa"
+    set_kernel(config, "sdpa")
     build, extra = hf_class(kind.family, frames)
     with torch.device("meta"), no_init_weights():
         model: PreTrainedModel = build(config, *extra)

@@ -27,6 +27,7 @@ from llava.model.checkpoint.files import listed, locate, read_weights
 from llava.processing.json_files import read_json
 from llava.reduction.modules import linear_flops
 from llava.reduction.states import NEGATED
+from llava.transformers_names import set_kernel
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 PARTS = ("text_model.", "text_projection.", "visual_projection.")
@@ -55,7 +56,7 @@ class ClipText(nn.Module):
         end: int,
     ):
         super().__init__()
-        config._attn_implementation = "sdpa"
+        set_kernel(config, "sdpa")
         self.text_model = CLIPTextModel(config)
         common: Any = config.projection_dim
         self.text_projection = nn.Linear(config.hidden_size, common, bias=False)

@@ -1,0 +1,103 @@
+"""What this project needs of transformers that another version may call otherwise, or no longer have.
+
+Whatever transformers exports at its top level is public and is imported where it is used. All the rest stands here, so
+that a release that renames something is answered in one file; tests/test_versions.py says what is gone. A name that has
+changed already is told by what the installed version has, not by its number: 5.24 calls the cache of a call and of its
+output `cache`, those before it `past_key_values`.
+
+Read: transformers 5.20.0 to 5.24.0, modeling_outputs.py, configuration_utils.py, generation/utils.py, models/llama
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from llava.errors import UserError
+from llava.versions import advice, note_untested
+
+# Before the imports below, one of which may fail in a version that nobody has tried.
+note_untested("torch", torch.__version__)
+note_untested("transformers", transformers.__version__)
+
+from transformers.initialization import no_init_weights
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, local_torch_dtype
+from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
+from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.utils import output_capturing
+
+# The cache of keys and values, as an argument of models and layers and in their outputs.
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)})
+
+# Methods that `llava.hf` overrides: of every model that generates, and of Qwen3-VL's decoder.
+EXPAND = "_expand_inputs_for_generation"
+PREPARE_POSITIONS = "_prepare_position_ids_for_generation"
+CANDIDATES = "_get_candidate_generator"
+DEEPSTACK = "_deepstack_process"
+
+KERNEL = "_attn_implementation"  # of a configuration: the name of its attention kernel
+HOOK = "_hf_hook"  # of a module: accelerate's
+# The module whose hooks stay on a model after a call with output_hidden_states; they do nothing in other calls.
+CAPTURING = output_capturing.__name__
+
+
+def cache_of(given: Any) -> Any:
+    """The cache among arguments by name, or of an output; None where there is none."""
+    if not isinstance(given, Mapping):  # the output is a tuple
+        return None
+    return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+
+
+def output_of(logits: Tensor, cache: Any) -> CausalLMOutputWithPast:
+    """What a model's forward returns."""
+    held: dict[str, Any] = {CACHE: cache}
+    return CausalLMOutputWithPast(logits=logits, **held)
+
+
+def refuse_others(given: Mapping[str, Any], known: Collection[str], function: str) -> None:
+    """Raise UserError for an argument that a function in place of one of transformers' own does not know.
+
+    Without this, a renamed argument would be ignored: the fused attention would compute without its cache.
+
+    Args:
+        given: arguments by name; None counts as not given.
+        known: those that the function uses, and those that change nothing in what it computes.
+        function: what it does, for the sentence.
+    """
+    if others := sorted(name for name, value in given.items() if value is not None and name not in known):
+        raise UserError(
+            f"The {function} of this package does not know {', '.join(others)}, which transformers "
+            f"{transformers.__version__} gives to it; {advice('transformers')}."
+        )
+
+
+def require_methods(owner: Any, *names: str) -> None:
+    """Raise UserError if an object has not all the methods that are to be overridden."""
+    if missing := [name for name in names if not hasattr(owner, name)]:
+        raise UserError(
+            f"{type(owner).__name__} has no {', '.join(missing)} in transformers {transformers.__version__}, which "
+            f"reduce() overrides; {advice('transformers')}."
+        )
+
+
+def kernel_of(config: Any) -> str:
+    """The attention kernel of a configuration: "sdpa", "eager" or another of ALL_ATTENTION_FUNCTIONS."""
+    kernel: str = getattr(config, KERNEL)
+    return kernel
+
+
+def set_kernel(config: Any, kernel: str) -> None:
+    """Choose the attention kernel of a configuration and its parts."""
+    setattr(config, KERNEL, kernel)
+
+
+def ranks_of(model: Any) -> int:
+    """Over how many ranks transformers has split a model (tp_plan)."""
+    ranks: int | None = getattr(model, "_tp_size", None)
+    return ranks or 1

@@ -1,0 +1,31 @@
+"""Versions of Python, torch and transformers that the project was tried with: the one place where they stand.
+
+`scripts/dev/versions.sh` and the note below read them; pyproject.toml, the README and docs/cluster.md say the same, see
+tests/test_versions.py. This module imports nothing that has to be installed.
+"""
+
+import warnings
+
+# The lowest and the highest minor version.
+TESTED = {"python": ("3.11", "3.12"), "torch": ("2.11", "2.13"), "transformers": ("5.20", "5.24")}
+
+
+def note_untested(package: str, version: str) -> None:
+    """Warn where the installed version of a package is none of those tested; it is used all the same."""
+    lowest, highest = TESTED[package]
+    if not minor(lowest) <= minor(version) <= minor(highest):
+        warnings.warn(
+            f"{package} {lowest} to {highest} were tested, {version} is installed; should a call fail or a result look "
+            f"wrong, {advice(package)}.",
+            stacklevel=2,
+        )
+
+
+def advice(package: str) -> str:
+    """How to get a tested version, to follow "; " in a sentence."""
+    return f"install a version that was tested (pip install '{package}~={TESTED[package][1]}.0')"
+
+
+def minor(version: str) -> tuple[int, ...]:
+    """What versions are compared by, (5, 24) of "5.24.0"."""
+    return tuple(int(part) for part in version.split(".")[:2])
