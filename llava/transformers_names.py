@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor
 
 from llava.errors import UserError
-from llava.versions import advice, note_untested
+from llava.versions import TESTED, advice, note_untested
 
 # Before the imports below, one of which may fail in a version that nobody has tried.
 note_untested("torch", torch.__version__)
@@ -43,6 +43,7 @@ DEEPSTACK = "_deepstack_process"
 
 KERNEL = "_attn_implementation"  # of a configuration: the name of its attention kernel
 HOOK = "_hf_hook"  # of a module: accelerate's
+RANKS = "_tp_size"  # of a model: over how many ranks transformers has split it
 # The module whose hooks stay on a model after a call with output_hidden_states; they do nothing in other calls.
 CAPTURING = output_capturing.__name__
 
@@ -60,20 +61,22 @@ def output_of(logits: Tensor, cache: Any) -> CausalLMOutputWithPast:
     return CausalLMOutputWithPast(logits=logits, **held)
 
 
-def refuse_others(given: Mapping[str, Any], known: Collection[str], function: str) -> None:
-    """Raise UserError for an argument that a function in place of one of transformers' own does not know.
+def refuse_others(given: Mapping[str, Any], known: Collection[str], whose: str, caller: str = "transformers") -> None:
+    """Raise UserError for an argument that a replaced function, or a hook, does not know.
 
-    Without this, a renamed argument would be ignored: the fused attention would compute without its cache.
+    Without this, an argument with a new name would be ignored: the fused attention decoded without its cache.
 
     Args:
         given: arguments by name; None counts as not given.
-        known: those that the function uses, and those that change nothing in what it computes.
-        function: what it does, for the sentence.
+        known: those that are used, and those that change nothing in what is computed.
+        whose: the function, for the sentence.
+        caller: the library that calls it.
     """
     if others := sorted(name for name, value in given.items() if value is not None and name not in known):
         raise UserError(
-            f"The {function} of this package does not know {', '.join(others)}, which transformers "
-            f"{transformers.__version__} gives to it; {advice('transformers')}."
+            f"The {whose} of this package does not know {', '.join(others)}, which the installed {caller} gives to it; "
+            + (advice(caller) if caller in TESTED else f"install the {caller} that pyproject.toml names")
+            + "."
         )
 
 
@@ -99,5 +102,5 @@ def set_kernel(config: Any, kernel: str) -> None:
 
 def ranks_of(model: Any) -> int:
     """Over how many ranks transformers has split a model (tp_plan)."""
-    ranks: int | None = getattr(model, "_tp_size", None)
+    ranks: int | None = getattr(model, RANKS, None)
     return ranks or 1

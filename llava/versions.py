@@ -1,4 +1,4 @@
-"""Versions of Python, torch and transformers that the project was tried with: the one place where they stand.
+"""Versions of Python and of libraries that the project was tried with: the one place where they stand.
 
 `scripts/dev/versions.sh` and the note below read them; pyproject.toml, the README and docs/cluster.md say the same, see
 tests/test_versions.py. This module imports nothing that has to be installed.

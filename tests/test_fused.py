@@ -1,6 +1,7 @@
 """Fused norms and attention: as few kernels as stated, the numbers of transformers' modules, nobody else's model."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from transformers import DynamicCache
 
 from eval.efficiency.counts import Call, OperationCounter
 from eval.efficiency.shapes import random_llava
+from llava.errors import UserError
 from llava.model.builder import load
-from llava.model.fused import ATTENTIONS, NORMS, fuse
+from llava.model.fused import ATTENTIONS, GIVEN, NORMS, attend, fuse
 from llava.pipeline.decoder import PreallocatedLayer, rotary_angles
+from llava.transformers_names import CACHE
 from tests import stock_inputs
 
 CUDA = torch.device("cuda")  # says what to replace; nothing is moved
@@ -38,7 +41,7 @@ def layers_on(llm, *lengths: int, dtype=torch.float32, padded: bool = False) -> 
         for layer in llm.layers:
             counter = OperationCounter()
             with counter:
-                hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache)
+                hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, **{CACHE: cache})
             counter.mark("layer")
             if layer is llm.layers[0]:
                 calls.append([call for call in counter.calls if call.name != "detach_"])  # of transformers' masks
@@ -76,6 +79,22 @@ def test_fused_layers_compute_what_transformers_layers_do(family, padded):
     for one in (llm, shared):
         found = layers_on(one, 9, 1, 1, padded=padded)[0]
         assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+@torch.inference_mode()
+def test_the_fused_attention_uses_or_refuses_what_a_layer_gives_to_it():
+    """transformers 5.24 renamed the cache's argument: it was ignored, and a decoded token attended to itself alone."""
+    llm = copy.deepcopy(stock_inputs.shared("llava").model.model.language_model)
+    fuse(llm, torch.float32, CUDA)
+    layer, hidden = llm.layers[0], torch.ones(1, 3, llm.config.hidden_size)
+    own = inspect.signature(type(layer.self_attn).forward).parameters
+    assert CACHE in own and {*own} <= {*inspect.signature(attend).parameters, *GIVEN, "kwargs"}
+    cache, rotary = DynamicCache(), rotary_angles(llm, hidden, torch.arange(3)[None])
+    layer(hidden, position_embeddings=rotary, **{CACHE: cache})
+    assert cache.get_seq_length() == 3
+    layer(hidden, position_embeddings=rotary, cache_of_next_year=None)
+    with pytest.raises(UserError, match="cache_of_next_year"):
+        layer(hidden, position_embeddings=rotary, cache_of_next_year=cache)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

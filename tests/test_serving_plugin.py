@@ -144,6 +144,9 @@ def test_queries_and_keys_are_cut_image_by_image(first: str) -> None:
         assert mask is None and scale == 0.5
         for part, wanted in ((own, query), (keys, key), (before, projected)):
             assert torch.equal(part, wanted[:, cut].transpose(1, 2))
+    handed_over(attention, flat, query, key, key, max_seqlen=torch.tensor(10), sequence_lengths=None)
+    with pytest.raises(UserError, match="sequence_lengths"):  # in place of cu_seqlens: two images were one
+        handed_over(attention, flat, query, key, key, sequence_lengths=torch.tensor([4, 6]))
 
 
 def test_an_engine_refuses_gaps_between_positions_of_llava() -> None:

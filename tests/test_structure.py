@@ -163,14 +163,6 @@ def test_the_pinned_version_satisfies_pyproject(needed):
     assert needed.specifier.contains(version), f"{pin} in requirements.txt, {needed} in pyproject.toml"
 
 
-def test_the_lowest_versions_are_those_that_the_script_tries():
-    script = (ROOT / "scripts" / "dev" / "versions.sh").read_text()
-    tried = dict(re.findall(r"(\w+)=\$\{\d:-([\w.]+)\}", script))
-    lowest = {needed.name: min(str(part) for part in needed.specifier if part.operator == ">=") for needed in INSTALLED}
-    assert tried.pop("python") == "python" + PROJECT["project"]["requires-python"].removeprefix(">=")
-    assert len(tried) == 2 and all(lowest[name] == f">={version}" for name, version in tried.items())
-
-
 def test_the_repository_stays_small():
     """It travels to GPU machines; for those that take 64 MiB scripts/bench/sparse.txt leaves the toys' data out."""
     if not (ROOT / ".git").exists():

@@ -39,6 +39,7 @@ from llava.reduction.reducer import Reducer
 from llava.reduction.scores import WITHOUT_CLS, TowerScore, by_block
 from llava.reduction.token_layout import ModelSpec, PatchGrid, Tile, TokenLayout, frames, single
 from llava.transformers_names import ALL_ATTENTION_FUNCTIONS, kernel_of, set_kernel
+from llava.versions import advice
 
 MODALITIES = {"image": "pixel_values", "video": "pixel_values_videos"}
 
@@ -62,7 +63,7 @@ class Family:
         layers: kinds of decoder layers that its models have, where those of a default configuration are others.
         output: what `get_image_features` gives to the model: its tokens, or what the projector makes tokens of.
         block: the tower block in place of a method's default, the last but one; None for the one that is projected.
-        since: the first version of transformers whose forward takes any number of visual tokens.
+        needs: a method of the inner model without which its forward takes no number of visual tokens but the usual.
     """
 
     title: str
@@ -79,7 +80,7 @@ class Family:
     layers: tuple[str, ...] = ()
     output: str = "pooler_output"
     block: int | None = None
-    since: tuple[int, int] = 5, 20
+    needs: str = ""
 
 
 _QWEN = partial(Family, tower="visual.blocks", runs=True, axes=True, types="mm_token_type_ids")
@@ -100,7 +101,7 @@ FAMILIES: dict[str, Family] = {
     "PaliGemmaForConditionalGeneration": Family(
         "PaliGemma", "vision_tower.encoder.layers", types="token_type_ids", first=1
     ),
-    "SmolVLMForConditionalGeneration": Family("SmolVLM2", "vision_model.encoder.layers", since=(5, 21)),
+    "SmolVLMForConditionalGeneration": Family("SmolVLM2", "vision_model.encoder.layers", needs="get_placeholder_mask"),
     "Idefics3ForConditionalGeneration": Family("Idefics3", "vision_model.encoder.layers"),
     "Mistral3ForConditionalGeneration": Family("Mistral3", "vision_tower.transformer.layers", breaks=True),
     "Ovis2ForConditionalGeneration": Family("Ovis2", "vision_tower.transformer.encoder.layers"),
@@ -175,11 +176,11 @@ class FamilyWrapper(HFWrapper):
         self.hf_model, self.device, self.tokenizer = container, device_of(container), tokenizer
         self.name, self.text_tower = type(container).__name__, None
         self.family = declared(container) or FAMILIES[self.name]
-        if tuple(map(int, transformers.__version__.split(".")[:2])) < self.family.since:
+        takes_tokens = "mm_encoder_outputs" in inspect.signature(container.forward).parameters
+        if not takes_tokens or not hasattr(inner, self.family.needs or "forward"):
             raise UserError(
-                f"{self.family.title} is reduced from transformers {'.'.join(map(str, self.family.since))} on, whose "
-                f"forward takes any number of visual tokens; this is {transformers.__version__}: pip install -U "
-                "transformers."
+                f"{self.family.title} cannot be reduced with transformers {transformers.__version__}, whose forward "
+                f"takes all visual tokens of an image; {advice('transformers')}."
             )
         self.axes = self.family.axes
         llm = inner.text_model if hasattr(inner, "text_model") else inner.language_model

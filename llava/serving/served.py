@@ -42,6 +42,7 @@ from llava.reduction.scores import TowerScore
 from llava.reduction.states import PromptState
 from llava.reduction.token_layout import ModelSpec, PatchGrid, TokenLayout, single, spec_of
 from llava.serving import MODELS
+from llava.transformers_names import refuse_others
 
 SETTINGS = ("method", "budget", "options")  # of --hf-overrides '{"vtr": {...}}'
 CLIP = Family("LLaVA", "vision_tower.vision_model.encoder.layers", cls=0)
@@ -380,7 +381,7 @@ class EngineTower(FamilyWrapper):
 
 
 def handed_over(
-    attention: Any, projected: Tensor, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Any = None, **_: Any
+    attention: Any, projected: Tensor, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Any = None, **others: Any
 ) -> list[Seen]:
     """What a call of an engine's attention for encoders is given, image by image where `cu_seqlens` says so.
 
@@ -388,7 +389,11 @@ def handed_over(
         attention: the engine's module.
         projected: keys before norms and rotation, [B, P, H * d] or [P, B, H * d].
         query, key, value: [B, P, H, d] or [B, P, H * d].
+
+    Raises:
+        UserError: there is another argument, which may say where images begin.
     """
+    refuse_others(others, ("max_seqlen",), "hook of a vision tower's attention", "vLLM")
     rows, columns = query.shape[:2]
     projected = projected if projected.shape[:2] == (rows, columns) else projected.transpose(0, 1)
     heads = attention.num_heads, attention.num_kv_heads, attention.num_kv_heads
