@@ -10,6 +10,8 @@ import torch
 import transformers as hf
 from torch import Tensor
 
+from llava.versions import minor
+
 if "mm_encoder_outputs" not in signature(hf.Gemma3ForConditionalGeneration.forward).parameters:
     pytest.skip("the families need an argument for visual tokens", allow_module_level=True)
 IMAGE, VIDEO, BREAK = 7, 8, 9
@@ -153,8 +155,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 # 5.20's SmolVLM divides image tokens into groups of its patch size.
-OLD = tuple(map(int, hf.__version__.split(".")[:2])) < (5, 21)
-NAMES = tuple(name for name in MODELS if name != "smolvlm" or not OLD)
+VERSION = minor(hf.__version__)
+OLD = VERSION < (5, 21)
+# Llama 4 fails in transformers 5.24 itself, see docs/models/families.md.
+BROKEN = {"smolvlm"} if OLD else {"llama4"} if VERSION == (5, 24) else set()
+NAMES = tuple(name for name in MODELS if name not in BROKEN)
 QWEN_LIKE, PACKED = NAMES[:6], ("onevision", "next_video")
 
 

@@ -172,7 +172,7 @@ def test_transformers_without_an_argument_for_visual_tokens_is_refused(monkeypat
     if name == "gemma3":
         monkeypatch.setattr(type(tiny(name)), "forward", lambda self, input_ids: None)
     else:
-        monkeypatch.delattr(type(tiny(name).model), "get_placeholder_mask")
+        monkeypatch.delattr(type(tiny(name).model), "get_placeholder_mask", raising=False)
     title = families.declared(tiny(name)).title
     with pytest.raises(UserError, match=rf"^{title} cannot be reduced .* {re.escape(transformers.__version__)}"):
         reduce(tiny(name), "full")
