@@ -17,3 +17,8 @@ def refuse_other_llava() -> None:
 
 
 refuse_other_llava()
+
+# As early as can be, and after it is known whose llava this is.
+from eval.answers.source_hash import record_imports  # noqa: E402
+
+record_imports()

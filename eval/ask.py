@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from eval import tracking
+from eval.answers.source_hash import check_sources
 from eval.answers.store import AnswerFiles, answer_id, result_folder, settings_hash
 from eval.benchmarks.base import Dataset, Question
 from eval.config import RunConfig, device_name
@@ -46,6 +47,8 @@ HELD_BYTES = 256 << 20  # of images that were read, beside those of the batches 
 ERRORS_IN_A_ROW = 16
 # Batches of which the time to first token is measured; no number is printed of fewer.
 TIMED, FEWEST_TIMED = 12, 10
+# At least, from one look at code and weights on the disk to the next.
+CHECK_SECONDS = 10
 MICRO = 1_000_000  # the counters that ranks share hold whole numbers
 
 
@@ -76,6 +79,13 @@ class Job:
     def results(self) -> Path:
         """Folder of the result and the submission files."""
         return result_folder(self.output, len(self.planned), len(self.data.questions))
+
+    def check_unchanged(self) -> None:
+        """Raise UserError if code or files of the model are no longer what this process imported and read."""
+        known = {**self.settings["code"], **self.settings["method_code"]}
+        check_sources(self.model, getattr(self.model, "engine", None), self.reducer, known=known)
+        if check_files := getattr(self.model, "check_files", None):
+            check_files()
 
     def credits(self, questions: Sequence[Question], texts: Sequence[str]) -> list[float]:
         """What each answer is worth; nothing where the benchmark has no sample score for a single answer."""
@@ -253,7 +263,7 @@ class ReadAhead:
 
     def _load(self, name: str) -> LoadedImage:
         pictures, model = self._job.data.pictures, self._job.model
-        image, digest = pictures.open(name), pictures.digest(name)
+        image, digest = pictures.read(name)
         if not getattr(model, "takes_views", False) or model.remembers(digest):
             return LoadedImage(image, digest, None, 0.0)
         start = time.perf_counter()
@@ -475,11 +485,14 @@ def ask(job: Job, sink: AnswerFiles | None, pending: Sequence[Question], progres
     """
     settings = settings_hash(job.settings)
     conditions = measured_under(job) | {"run": job.started, "rank": rank.number}
-    limit, failures = BatchLimit(), Failures(sink)
+    limit, failures, next_check = BatchLimit(), Failures(sink), 0.0
     order = asking_order(job.planned, pending, job.model)
     with ReadAhead(job) as images:
         for questions, batch in images.batches(claimed(order, job.config.batch_size, rank)):
             rank.report(ASKING, [question.id for question in questions])
+            if time.monotonic() >= next_check:
+                job.check_unchanged()
+                next_check = time.monotonic() + CHECK_SECONDS
             for outcome in outcomes(job, batch, limit, divide=rank.size == 1):
                 if isinstance(outcome, Failure):
                     failures.add(outcome)

@@ -11,7 +11,8 @@ from typing import Any
 from eval import benchmarks, tracking
 from eval.answers.jsonl import read_json, write_file, write_json
 from eval.answers.reuse import check_reuse, images_digest
-from eval.answers.store import AnswerFiles, AnswerStore, Shard, settings_hash
+from eval.answers.source_hash import differences
+from eval.answers.store import AnswerFiles, AnswerStore, Shard
 from eval.ask import Job, Progress, ask, first_token_times, measured_under
 from eval.benchmarks.base import Dataset, Question
 from eval.command import open_dataset
@@ -70,7 +71,7 @@ def prepare(config: RunConfig, model: Any, reducer: Reducer | None) -> Job:
         standard = build_reducer(plain, model.visual_tokens)
     else:
         standard = reducer
-    return Job(
+    job = Job(
         config=config,
         data=data,
         planned=data.questions[: config.limit],
@@ -80,6 +81,8 @@ def prepare(config: RunConfig, model: Any, reducer: Reducer | None) -> Job:
         output=Path(config.output or default_output(config, split, model, reducer, standard)),
         started=datetime.now(UTC).isoformat(),
     )
+    job.check_unchanged()  # since the process started; loading a model takes minutes
+    return job
 
 
 def load_model(config: RunConfig) -> CachingLlava:
@@ -165,6 +168,7 @@ def run(
             if measured:
                 ttft = first_token_times(job, rank)
             rank.report(SCORING)
+            job.check_unchanged()
             files = job.data.submission(texts(job, store))
             result = summarise(job, store, throughput, ttft)
             result |= {"config": flat, "submission": list(files)}
@@ -205,7 +209,7 @@ def answer_questions(job: Job, store: AnswerStore, tracker: tracking.Tracker, ra
         "before": len(done),
         "planned": len(job.planned),
         "started": job.started,
-        "settings": settings_hash(job.settings),
+        "settings": job.settings,
         "pending": wanted,
     }
     rank.put("run", plan)
@@ -258,10 +262,14 @@ def follow_first_rank(job: Job, rank: Rank) -> None:
     """
     rank.report(WAITING)
     plan = rank.get("run")
-    if plan["settings"] != settings_hash(job.settings) or plan["planned"] != len(job.planned):
+    changes = differences(plan["settings"], job.settings, between=" there, here")
+    if plan["planned"] != len(job.planned):
+        changes.append(f"questions: {plan['planned']:,} there and {len(job.planned):,} here")
+    if changes:
         raise UserError(
-            f"Rank {rank.number} on {socket.gethostname()} reads other questions or another model than the first rank; "
-            "all machines must see the same files."
+            f"Rank {rank.number} on {socket.gethostname()} has other code, questions or files of the model than the "
+            f"first rank ({'; '.join(changes)}); all ranks must see the same files, and code must not be edited while "
+            "they start. Run the same command again."
         )
     job = dataclasses.replace(job, started=plan["started"])
     pending = [job.planned[place] for place in plan["pending"]]

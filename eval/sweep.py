@@ -87,6 +87,7 @@ def run_all(configs: Sequence[RunConfig]) -> bool:
         model.cache_bytes = CACHE_BYTES
         model.expect([job.reducer for job, _ in own])
         for job, finished in own:
+            job.check_unchanged()  # ranks import the code later than this process does
             if place is None and not finished:
                 with contextlib.redirect_stdout(io.StringIO()):
                     run(job.config, model=model)

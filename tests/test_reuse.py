@@ -3,22 +3,29 @@
 import importlib.util
 import json
 import os
+import py_compile
 import shutil
+import subprocess
 import sys
 import textwrap
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import eval.ask
 from eval import run as run_module
+from eval.answers import source_hash
 from eval.answers.source_hash import answer_sources, read_source
+from eval.benchmarks.media import Folder
 from eval.config import DEFAULT_MODEL, RunConfig
 from eval.run import run
 from llava.errors import UserError
+from llava.file_state import file_state
 from llava.model.checkpoint import files as checkpoint_files
 from llava.reduction import registry
 from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
@@ -78,6 +85,112 @@ def test_edited_code_does_not_return_old_scores(data, tmp_path):
         run(config(data, tmp_path / "o"), FakeLlava(), method_from(path, METHOD.format(sign="")))
 
 
+def test_code_that_is_edited_during_a_run_ends_it(data, tmp_path):
+    """The run went on with the old code, and its result was taken for that of the new one."""
+    path, source = tmp_path / "mine.py", METHOD.format(sign="")
+    method = method_from(path, source)
+
+    def edit(batch: int) -> None:
+        path.write_text(METHOD.format(sign="-"))
+
+    with pytest.raises(UserError, match=r"mine\.py"):
+        run(config(data, tmp_path / "o"), FakeLlava(edit), method)
+    assert len(lines_of(tmp_path / "o")) == 40 and not (tmp_path / "o" / "result.json").exists()
+    # The edit is undone, or changed a comment only: the answers are those of this code.
+    path.write_text(f"{source}# A comment.\n")
+    model = FakeLlava()
+    assert run(config(data, tmp_path / "o"), model, method)["asked"] == 40 and model.asked == []
+
+
+def test_an_edit_ends_a_run_that_asks_for_long(data, tmp_path, monkeypatch):
+    """Only the end of a run looking for edits would waste hours: batches look, too."""
+    monkeypatch.setattr(eval.ask, "CHECK_SECONDS", 0)
+    method = method_from(tmp_path / "mine.py", METHOD.format(sign=""))
+    model = FakeLlava(lambda batch: batch == 2 and (tmp_path / "mine.py").write_text("half an ed("))
+    with pytest.raises(UserError, match=r"mine\.py"):
+        run(config(data, tmp_path / "o"), model, method)
+    assert len(model.asked) == len(lines_of(tmp_path / "o")) == 12
+
+
+def test_a_module_is_hashed_as_it_was_imported(tmp_path, monkeypatch):
+    """A .pyc of the same second and size is taken for current: the old code ran, and the hash was of the new file."""
+    path = tmp_path / "own_module.py"
+    path.write_text("VALUE = 1")
+    py_compile.compile(str(path))
+    state = path.stat()
+    path.write_text("VALUE = 2")
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(source_hash, "FOLLOWED", ("own_module",))
+    monkeypatch.setattr(source_hash, "IMPORTED", {})
+    assert importlib.import_module("own_module").VALUE == 2
+    path.write_text("VALUE = 3")
+    assert {path: b"VALUE = 2"} == source_hash.IMPORTED, "not what is on the disk now"
+    del sys.modules["own_module"]
+
+
+EDITED = """
+import eval.run  # the process has begun
+from eval.answers.source_hash import ROOT, answer_sources, check_sources
+from llava.errors import UserError
+from llava.reduction import registry
+registry.load_all()
+def edit(name, text):
+    before = (ROOT / name).read_text()
+    (ROOT / name).write_text(before + text)
+    return before
+def refused(known=None):
+    try:
+        check_sources(method, known=known)
+    except UserError as error:
+        return str(error)
+method = registry.build("divprune", 4)
+known = answer_sources(method)
+assert not any(name.startswith("torch") for name in known), "libraries lie beside it"
+assert refused(known) is None
+before = edit("baselines/divprune.py", "EDITED = True")
+assert answer_sources(method) == known, "what was imported"
+assert "baselines/divprune.py" in refused() and "baselines/divprune.py" in refused(known)
+(ROOT / "baselines/divprune.py").write_text(before)
+assert refused(known) is None
+edit("baselines/fastv.py", "EDITED = True")
+assert refused(known) is None, "the code of another method"
+# Imported by a function, after its file was changed; by the time of the check it is as before.
+before = edit("llava/pipeline/compile.py", "EDITED = True")
+import llava.pipeline.compile
+(ROOT / "llava/pipeline/compile.py").write_text(before)
+assert "llava/pipeline/compile.py" in refused(known)
+print("as expected")
+"""
+
+
+@pytest.mark.process
+def test_edits_of_an_installed_project_are_seen(tmp_path):
+    """Files were hashed when a run was prepared, and imported before: the new code's hash stood by the old answers.
+
+    In site-packages the imports of every library were followed, too.
+    """
+    for package in ("eval", *source_hash.FOLLOWED):
+        shutil.copytree(source_hash.ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "torch").symlink_to(Path(torch.__file__).parent)
+    done = subprocess.run([sys.executable, "-c", EDITED], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "as expected", done.stderr
+
+
+def test_the_packages_that_are_followed_are_those_of_models_and_methods():
+    assert set(source_hash.FOLLOWED) == {"llava", *registry.PACKAGES}
+
+
+def test_a_rank_with_other_code_names_it(data):
+    """Ranks import later than each other: "other questions or another model" did not say that code was edited."""
+    job = run_module.prepare(config(data, data / "o"), FakeLlava(), FakeReducer())
+    other = {**job.settings, "code": job.settings["code"] | {"llava/pipeline/prefill.py": "0"}}
+    plan = {"settings": other, "planned": len(job.planned)}
+    rank = SimpleNamespace(number=1, report=lambda phase: None, get=lambda key: plan)
+    with pytest.raises(UserError, match=r"Rank 1 .*llava/pipeline/prefill\.py"):
+        run_module.follow_first_rank(job, rank)
+
+
 def test_the_sources_of_a_method_are_its_own_and_the_models(tiny):
     """Editing one method must not invalidate the answers of all others."""
     found = answer_sources(tiny, registry.build("consensusdrop", 4))
@@ -101,22 +214,23 @@ def write_project(root: Path, **files: str) -> None:
 def test_imports_are_followed_through_the_project(tmp_path):
     write_project(
         tmp_path,
-        a__one="import b.two as two\nfrom . import near\nfrom .near import f\nimport os, json",
-        a__near="def f(): from c import three",
-        b__two="from b import CONSTANT",
-        c__three="import eval.run",
+        llava__one="import attnmix.two as two\nfrom . import near\nfrom .near import f\nimport os, json, torch",
+        llava__near="def f(): from baselines import three",
+        attnmix__two="from attnmix import CONSTANT",
+        baselines__three="import eval.run",
         eval__run="",
-        unused="",
+        torch="# an installed project lies beside the libraries",
+        llava__unused="",
     )
-    (tmp_path / "b" / "__init__.py").write_text("CONSTANT = 1")
-    waiting, seen = [tmp_path / "a" / "one.py"], set()
+    (tmp_path / "attnmix" / "__init__.py").write_text("CONSTANT = 1")
+    waiting, seen = [tmp_path / "llava" / "one.py"], set()
     while waiting:
         path = waiting.pop()
         if path not in seen:
             seen.add(path)
-            waiting += read_source(path, tmp_path, 0, 0)[1]
+            waiting += read_source(path, tmp_path, path.read_bytes())[1]
     assert {p.relative_to(tmp_path).as_posix() for p in seen} == {
-        "a/one.py", "a/near.py", "b/two.py", "b/__init__.py", "c/three.py"
+        "llava/one.py", "llava/near.py", "attnmix/two.py", "attnmix/__init__.py", "baselines/three.py"
     }  # fmt: skip
 
 
@@ -140,10 +254,8 @@ def test_imports_are_followed_through_the_project(tmp_path):
     ],
 )
 def test_what_counts_as_an_edit(tmp_path, one, two, same):
-    paths = [tmp_path / "one.py", tmp_path / "two.py"]
-    for path, source in zip(paths, (one, two), strict=True):
-        path.write_text(source)
-    assert (read_source(paths[0], tmp_path, 0, 0) == read_source(paths[1], tmp_path, 0, 0)) is same
+    hashes = [read_source(tmp_path / "one.py", tmp_path, source.encode()) for source in (one, two)]
+    assert (hashes[0] == hashes[1]) is same
 
 
 def test_the_result_names_the_commit_of_its_answers(data, tmp_path, monkeypatch):
@@ -205,28 +317,48 @@ def test_another_file_of_the_model_does_not_return_old_scores(tmp_path, change, 
         run(asked)
 
 
+@pytest.mark.parametrize("moment", ["loaded", "asked"])
+def test_a_file_of_the_model_that_changes_under_a_run_ends_it(tmp_path, monkeypatch, moment):
+    """The model was loaded from one content and hashed from another; mapped weights even change while they are used."""
+    folder = shutil.copytree(DEFAULT_MODEL, tmp_path / "tinyllava")
+    home, name = (run_module, "equip") if moment == "loaded" else (eval.ask, "generate")
+    real = getattr(home, name)
+
+    def changing(*arguments, **options):
+        other_mean(folder)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(home, name, changing)
+    asked = RunConfig("consensusdrop", 64, output=tmp_path / "o", limit=2, model=str(folder), wandb="disabled")
+    with pytest.raises(UserError, match=r"preprocessor_config\.json"):
+        run(asked)
+    assert not (tmp_path / "o" / "limit2").exists() or not list((tmp_path / "o" / "limit2").glob("result.json"))
+
+
 def test_the_hash_of_a_large_file_is_remembered(tmp_path, monkeypatch):
     """A file of gigabytes is read once, for as long as its size, times and inode stay; without a cache, each time."""
     monkeypatch.setattr(checkpoint_files, "LARGE", 4)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     real, read = checkpoint_files.read_hash, []
-    monkeypatch.setattr(checkpoint_files, "read_hash", lambda path, *rest: read.append(path.name) or real(path, *rest))
+    monkeypatch.setattr(checkpoint_files, "read_hash", lambda state, *rest: read.append(1) or real(state, *rest))
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"weights")
-    first = checkpoint_files.hashes_of({"a": file})
-    assert checkpoint_files.hashes_of({"a": file}) == first == {"a": sha256(b"weights").hexdigest()[:16]}
+    first = checkpoint_files.hashes_of({"a": file_state(file)})
+    assert checkpoint_files.hashes_of({"a": file_state(file)}) == first == {"a": sha256(b"weights").hexdigest()[:16]}
     assert len(read) == 1
     (entry,) = (tmp_path / "cache" / "visual-token-reduction").iterdir()
     entry.write_text(entry.read_text()[:5])  # its writer was killed
-    assert checkpoint_files.hashes_of({"a": file}) == first and len(read) == 2
+    assert checkpoint_files.hashes_of({"a": file_state(file)}) == first and len(read) == 2
     state = file.stat()
     file.write_bytes(b"WEIGHTS")
     os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
-    assert checkpoint_files.hashes_of({"a": file}) != first and len(read) == 3, "the same size and time of change"
+    assert checkpoint_files.hashes_of({"a": file_state(file)}) != first and len(read) == 3, (
+        "the same size and time of change"
+    )
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     for _ in range(2):
-        checkpoint_files.hashes_of({"a": file})
+        checkpoint_files.hashes_of({"a": file_state(file)})
     assert len(read) == 5
 
 
@@ -243,6 +375,23 @@ def test_changed_pictures_do_not_return_old_scores(data, tmp_path):
     # Questions about the other pictures are not touched by it.
     assert run(config(data, tmp_path / "o", limit=3), model, FakeReducer())["asked"] == 3
     assert model.asked == []
+
+
+def test_a_picture_is_hashed_as_it_was_read(tmp_path, monkeypatch):
+    """It was opened first and hashed after: an answer could stand beside the hash of a picture that was never asked."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    real = Folder.open
+
+    def replaced(self, name):
+        picture = real(self, name)
+        Image.new("RGB", (8, 8), "red").save(tmp_path / name)
+        return picture
+
+    folder = Folder(tmp_path)
+    assert folder.read("a.png")[1] == folder.digest("a.png")
+    monkeypatch.setattr(Folder, "open", replaced)
+    with pytest.raises(UserError, match=r"a\.png"):
+        folder.read("a.png")
 
 
 def test_a_changed_prompt_is_seen(data, tmp_path):

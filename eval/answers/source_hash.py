@@ -4,6 +4,10 @@ A stored answer is only valid for the code that made it. `answer_sources` follow
 of model and method, so that editing one method leaves the stored answers of all others valid. Files are parsed before
 they are hashed: comments, docstrings and formatting do not matter.
 
+The code that makes an answer is the code that this process has imported, whatever is on the disk by then. So the
+content of a file is kept when it is imported (`record_imports`), hashes are of that, and `check_sources` compares them
+with the disk before a run writes anything that would be taken for the work of the new code.
+
 Modules of `eval` are not followed. What they contribute to an answer is its prompt and its images, and the answer
 store compares both for every question. `differences` says in words which settings and files differ.
 """
@@ -11,17 +15,26 @@ store compares both for every question. `differences` says in words which settin
 import ast
 import hashlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
+from types import CodeType, ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
-# The project.
+from llava.errors import UserError
+
+# The project: a checkout, or the folder that its packages are installed into beside those of others.
 ROOT = Path(__file__).resolve().parents[2]
-# Imports from this package are not followed, see above.
-NOT_FOLLOWED = "eval"
+# Packages whose imports are followed: the model and the pipeline, and the methods (llava.reduction.registry.PACKAGES).
+FOLLOWED = ("llava", "baselines", "consensusdrop", "visiondrop", "attnmix")
 # What loads a model, runs it under a method, and remembers the output of its tower; model and method import none of it.
 ENTRIES = ("llava/model/checkpoint/load.py", "llava/pipeline/generate.py", "eval/feature_cache.py")
+# Folders of libraries.
+LIBRARIES = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib"))
 # Settings that are hashes of files, and what these are in words; of so many files the names are said.
 HASHED = {
     "code": "code",
@@ -32,27 +45,101 @@ HASHED = {
 NAMED = 5
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
+# -- what this process runs ------------------------------------------------------------------------------------------
 
-def answer_sources(*objects: Any, root: Path = ROOT) -> dict[str, str]:
+# File -> its content when it was imported.
+IMPORTED: dict[Path, bytes] = {}
+# Class of a module that was imported in another way -> content of its file when it was first asked for.
+FIRST_SEEN: "WeakKeyDictionary[type, bytes]" = WeakKeyDictionary()
+
+
+class RecordingLoader(SourceFileLoader):
+    """Imports a module from its source, and keeps that.
+
+    A .pyc is not used: Python takes one for current if the source has the same size and was changed in the same second,
+    so code and hash could be of different contents. Compiling the hundred modules of a run takes 0.2 seconds.
+    """
+
+    def get_code(self, fullname: str) -> CodeType:
+        path = self.get_filename(fullname)
+        content = IMPORTED[Path(path).resolve()] = self.get_data(path)
+        return self.source_to_code(content, path)
+
+
+class RecordingFinder:
+    """Finds modules that answers depend on as the other finders do, and has them loaded by `RecordingLoader`."""
+
+    @classmethod
+    def find_spec(
+        cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name.partition(".")[0] not in FOLLOWED and f"{name.replace('.', '/')}.py" not in ENTRIES:
+            return None
+        finders = (finder for finder in sys.meta_path if finder is not cls)
+        specs = (finder.find_spec(name, path, target) for finder in finders)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is not None and type(spec.loader) is SourceFileLoader:
+            spec.loader = RecordingLoader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+def record_imports() -> None:
+    """Keep the content of every file that answers depend on when it is imported; of those that are already, now."""
+    if RecordingFinder in sys.meta_path:
+        return
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in FOLLOWED and (file := getattr(module, "__file__", None)):
+            IMPORTED[Path(file).resolve()] = Path(file).read_bytes()
+    sys.meta_path.insert(0, RecordingFinder)
+
+
+# -- hashes of it ----------------------------------------------------------------------------------------------------
+
+
+def answer_sources(*objects: Any, root: Path = ROOT, on_disk: bool = False) -> dict[str, str]:
     """File -> hash of its code, for the classes of `objects` and all project modules that they import.
 
     Args:
         objects: model and method; a composition has the files of its parts, too.
         root: folder of the project. Files outside of it are hashed under their name, and their imports are followed
             into the project.
+        on_disk: of the files as they are now, not of what this process imported.
     """
     found: dict[Path, str] = {}
+    waiting = [root / name for name in ENTRIES]
     classes = [cls for thing in objects for cls in (type(thing), *getattr(thing, "parts", ()))]
-    waiting = [path for cls in classes for path in class_files(cls, root)]
-    waiting += [path for name in ENTRIES if (path := root / name).is_file()]
+    for path, source in (file for cls in classes for file in class_files(cls, root, on_disk)):
+        found[path], imported = read_source(path, root, source)
+        waiting += imported
     while waiting:
         path = waiting.pop()
-        if path in found:
-            continue
-        state = path.stat()
-        found[path], imported = read_source(path, root, state.st_mtime_ns, state.st_size)
-        waiting += imported
+        if path not in found and (content := content_of(path, on_disk)) is not None:
+            found[path], imported = read_source(path, root, content)
+            waiting += imported
     return dict(sorted((file_name(path, root), digest) for path, digest in found.items()))
+
+
+def check_sources(*objects: Any, known: Mapping[str, str] | None = None) -> None:
+    """Raise UserError if code was edited after this process imported it; the error names the files.
+
+    Args:
+        objects: see `answer_sources`.
+        known: what `answer_sources` gave before; modules that were imported since then must not differ from it either.
+    """
+    imported, now = (answer_sources(*objects, on_disk=on_disk) for on_disk in (False, True))
+    changed = [name for other in (imported, now) for name in changed_files(known or imported, other)]
+    if changed:
+        raise UserError(
+            f"Code was edited while this was running: {listed(list(dict.fromkeys(changed)))}. This process still has "
+            "the code from before, so it stops. Nothing is lost: answers that are stored belong to the old code. Undo "
+            "the edit and run the same command to go on; to ask those questions again with the new code, move them "
+            "aside (--restart) or delete their folder."
+        )
+
+
+def listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{', '.join(names[:NAMED])}{more}"
 
 
 def combined(files: Mapping[str, str]) -> str:
@@ -69,16 +156,30 @@ def changed_files(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     ]
 
 
-def class_files(cls: type, root: Path) -> Iterator[Path]:
+def class_files(cls: type, root: Path, on_disk: bool) -> Iterator[tuple[Path, bytes]]:
     """Source files of a class and its bases, as far as they belong to the project or to the user's own code."""
     for base in cls.__mro__:
         try:
-            source = inspect.getsourcefile(base)
+            path = Path(inspect.getsourcefile(base) or "").resolve()
         except (TypeError, OSError):  # built in, or typed at a prompt
             continue
-        path = Path(source or "").resolve()
-        if path.is_file() and (base is cls or path.is_relative_to(root)):
-            yield path
+        is_ours = path.is_relative_to(root) and path.relative_to(root).parts[0] in FOLLOWED
+        is_library = any(path.is_relative_to(folder) for folder in LIBRARIES)
+        if base is not cls and is_library and not is_ours:
+            continue
+        if (content := content_of(path, on_disk)) is not None:
+            of_class = on_disk or path in IMPORTED
+            yield path, content if of_class else FIRST_SEEN.setdefault(base, content)
+
+
+def content_of(path: Path, on_disk: bool) -> bytes | None:
+    """A file as this process imported it; as it is now if it has not, or `on_disk`; None if there is none."""
+    if path in IMPORTED and not on_disk:
+        return IMPORTED[path]
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
 
 
 def file_name(path: Path, root: Path) -> str:
@@ -87,13 +188,12 @@ def file_name(path: Path, root: Path) -> str:
 
 
 @lru_cache(maxsize=4096)
-def read_source(path: Path, root: Path, modified: int, size: int) -> tuple[str, tuple[Path, ...]]:
-    """Hash of a file's code, and the project files that it imports.
-
-    Args:
-        modified, size: of the file; the result is remembered until one of them changes.
-    """
-    tree = ast.parse(path.read_bytes())
+def read_source(path: Path, root: Path, content: bytes) -> tuple[str, tuple[Path, ...]]:
+    """Hash of a file's code, and the project files that it imports; of a file that is no Python, of its bytes."""
+    try:
+        tree = ast.parse(content)
+    except (SyntaxError, ValueError):  # half an edit: it cannot be imported, and must not look like the code before
+        return hashlib.sha256(content).hexdigest()[:12], ()
     imported = tuple(dict.fromkeys(project_files(tree, path, root)))
     digest = hashlib.sha256(canonical(tree).encode("utf-8", "surrogatepass")).hexdigest()[:12]
     return digest, imported
@@ -108,7 +208,7 @@ def canonical(tree: ast.Module) -> str:
 
 
 def project_files(tree: ast.Module, path: Path, root: Path) -> Iterator[Path]:
-    """Project files that are imported anywhere in a module, inside functions as well; `eval` is left out."""
+    """Files of the packages in FOLLOWED that are imported anywhere in a module, inside functions as well."""
     package = path.relative_to(root).parent.parts if path.is_relative_to(root) else ()
     for node in ast.walk(tree):
         names: Iterable[tuple[str, ...]] = ()
@@ -119,8 +219,7 @@ def project_files(tree: ast.Module, path: Path, root: Path) -> Iterator[Path]:
             base = (*above, *(node.module.split(".") if node.module else ()))
             names = [(*base, alias.name) for alias in node.names]
         for parts in names:
-            file = module_file(parts, root)
-            if file is not None and parts[0] != NOT_FOLLOWED:
+            if parts[0] in FOLLOWED and (file := module_file(parts, root)) is not None:
                 yield file
 
 
@@ -131,7 +230,7 @@ def module_file(parts: tuple[str, ...], root: Path) -> Path | None:
             break
         place = root.joinpath(*parts[:length])
         for file in (place.with_suffix(".py"), place / "__init__.py"):
-            if file.is_file():
+            if file in IMPORTED or file.is_file():
                 return file
     return None
 
@@ -152,8 +251,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], between: str = "
     ]
     for key in sorted(hashed):
         if names := changed_files(old[key], new[key]):
-            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-            found.append(f"{HASHED[key]}: {', '.join(names[:NAMED])}{more}")
+            found.append(f"{HASHED[key]}: {listed(names)}")
     return found
 
 

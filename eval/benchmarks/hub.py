@@ -20,6 +20,7 @@ from eval.benchmarks.media import Inline
 from eval.benchmarks.records import Record, check_all, columns_of
 from eval.metrics import Score, first_names
 from llava.errors import UserError
+from llava.file_state import file_state
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,7 @@ def _cache(folder: Path) -> Path:
     """
     import datasets
 
-    files = [path for path in sorted(folder.rglob("*.*")) if path.is_file()]
-    state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    state = [(str(path), *file_state(path)) for path in sorted(folder.rglob("*.*")) if path.is_file()]
     return Path(datasets.config.HF_DATASETS_CACHE) / "local" / hashlib.sha256(repr(state).encode()).hexdigest()[:16]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
 from llava.errors import UserError
+from llava.file_state import FileState, file_state
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -48,6 +49,10 @@ class Pictures(Protocol):
         """Hash of the encoded file: other content, other hash."""
         ...
 
+    def read(self, name: str) -> "tuple[Image.Image | Video, str]":
+        """What `open` gives, and the hash of the very content that it was made of."""
+        ...
+
 
 @dataclass(frozen=True)
 class Files:
@@ -65,10 +70,18 @@ class Files:
     def digest(self, name: str) -> str:
         path = self.root / name
         try:
-            state = path.stat()
-            return file_digest(path, (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino))
+            return file_digest(file_state(path))
         except OSError as error:
             raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+
+    def open(self, name: str) -> "Image.Image | Video":
+        raise NotImplementedError
+
+    def read(self, name: str) -> "tuple[Image.Image | Video, str]":
+        digest, content = self.digest(name), self.open(name)
+        if self.digest(name) != digest:  # not hashed again unless its state is another one
+            raise UserError(f"{self.root / name} changed while it was read; ask its questions again.")
+        return content, digest
 
 
 class Folder(Files):
@@ -119,15 +132,14 @@ class Inline:
     def digest(self, name: str) -> str:
         return hashlib.sha256(self.fetch(name)).hexdigest()[:DIGITS]
 
+    def read(self, name: str) -> "tuple[Image.Image, str]":
+        return self.open(name), self.digest(name)  # nothing changes a table that is open
+
 
 @lru_cache(maxsize=200_000)
-def file_digest(path: Path, state: tuple[int, ...]) -> str:
-    """Hash of a file's content.
-
-    Args:
-        state: size, times and inode of the file; the result is remembered until one of them changes.
-    """
-    with path.open("rb") as file:
+def file_digest(state: FileState) -> str:
+    """Hash of a file's content, remembered for as long as its state is this one."""
+    with state.path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
 
 

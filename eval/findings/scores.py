@@ -30,7 +30,7 @@ from attnmix.method import text_scores
 from consensusdrop.method import pool_attention
 from eval import benchmarks
 from eval.answers.jsonl import read_bytes, read_json
-from eval.answers.source_hash import answer_sources, combined
+from eval.answers.source_hash import answer_sources, check_sources, combined
 from eval.config import DEFAULT_DATA
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
@@ -383,7 +383,8 @@ def collect(model: Llava, condition: str, pictures: Sequence[str], folder: Path)
     data = benchmarks.get("gqa").load(DEFAULT_DATA, "testdev")
     by_id = {question.id: question for question in data.questions}
     asked = [one for name in pictures for one in questions() if one.picture == name]
-    home = folder / f"scores-{digest(model, Observer(budget=model.visual_tokens))}" / condition.replace(" ", "-")
+    observer = Observer(budget=model.visual_tokens)
+    home = folder / f"scores-{digest(model, observer)}" / condition.replace(" ", "-")
     home.mkdir(parents=True, exist_ok=True)
     arrays_of: dict[str, list[Array]] = {}
     for name in tqdm(pictures, desc=condition, unit="picture", file=sys.stderr):
@@ -392,6 +393,7 @@ def collect(model: Llava, condition: str, pictures: Sequence[str], folder: Path)
             own = [one for one in asked if one.picture == name]
             samples = [data.sample(by_id[one.id]) for one in own]
             arrays = measure_picture(model, samples, own, condition)
+            check_sources(model, observer)
             part = file.with_suffix(".part.npz")
             np.savez(part, **arrays)  # type: ignore[arg-type]
             part.replace(file)

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from eval import benchmarks
-from eval.answers.source_hash import answer_sources, combined
+from eval.answers.source_hash import answer_sources, check_sources, combined
 from eval.config import FULL, ROOT, RunConfig, budget_of, plain
 from eval.efficiency.measure import Measurements, measure
 from eval.feature_cache import CachingLlava, without_memory
@@ -192,10 +192,12 @@ def fill_cells(
     configs = [config_of(line, column, where, model) for column in columns for line in runnable]
     kind = device_of(where.device).type
     missing = [config for config in tqdm(configs, desc="look", leave=False) if not is_finished(config, model, kind)]
+    reducers = [reducer_of(line.setting, model.visual_tokens) for line in runnable if line.setting is not None]
     if place is not None and missing:  # one cell too: this process holds its model on the CPU
         fill_on_ranks(missing, {**model.loaded_with, "device": where.device}, SWEEPS, place, go_on=True)
+        check_sources(model, *reducers)  # ranks import the code later than this process does
         return
-    model.expect([reducer_of(line.setting, model.visual_tokens) for line in runnable if line.setting is not None])
+    model.expect(reducers)
     for config in tqdm(missing, desc=what, unit="cell", disable=not missing):
         with contextlib.suppress(UnansweredQuestions):  # the cell is n/a, with the reason
             fill(config, model)
@@ -248,6 +250,7 @@ def times_of(
     if path.is_file() and json.loads(path.read_text().partition("\n")[0]) != settings:
         path.unlink()  # of another model, machine or code
     found = measure(without_memory(model), reducers, lambda turn: [sample], repeats, Measurements(path, settings))
+    check_sources(model, *reducers.values())
     about = (
         f"TTFT: median of {repeats} prefills of one question after a warm-up, methods in turns in one process, "
         f"on {device} ({hardware(device)}), {where.place.dtype}."

@@ -10,7 +10,7 @@ Read: transformers 5.23.0, processing_utils.py, models/auto/processing_auto.py, 
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from llava.errors import MethodError, UserError
+from llava.file_state import FileState
 from llava.hf.families import FamilyWrapper, kinds_of, why_not
 from llava.hf.models import StockSample
 from llava.hf.reduce import FamilyReduced, require_any
@@ -52,12 +53,12 @@ class FamilyModel(FamilyWrapper):
         model: in evaluation mode.
         processor: of the checkpoint.
         name: hub id or folder name.
-        files: the folder that was read.
+        files: what was read, as it was before.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: Any, name: str, files: Path):
+    def __init__(self, model: PreTrainedModel, processor: Any, name: str, files: Mapping[str, FileState]):
         super().__init__(model, processor.tokenizer)
-        self.processor, self.name, self._files = processor, name, files_of(files)
+        self.processor, self.name, self._files = processor, name, files
         self.stop, self.spread, title = None, False, self.family.title
         self.conversation = f"chat template of {title}"
         padding = processor.tokenizer.pad_token_id
@@ -194,6 +195,7 @@ def load_family(source: str | Path, container: str, dtype: torch.dtype, device: 
     """
     name = Path(source).resolve().name if Path(source).is_dir() else str(source)
     folder = locate(source, "checkpoint")
+    files = files_of(folder)
     kind = getattr(transformers, container)
     try:
         processor = read_processor(folder, kind)
@@ -211,7 +213,7 @@ def load_family(source: str | Path, container: str, dtype: torch.dtype, device: 
         raise UserError(f"Cannot load {name}: {' '.join(str(error).split())[:600]}") from error
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"{name} lacks {len(missing)} weights, {missing[0]} among them; fetch it again.")
-    return FamilyModel(model.eval(), processor, name, folder)
+    return FamilyModel(model.eval(), processor, name, files)
 
 
 def read_processor(folder: Path, kind: Any) -> Any:

@@ -53,7 +53,7 @@ class ScriptModel(nn.Module):
         self.reduced = reduce(self.runtime, method, budget, questions=[], tokenizer=checkpoint.tokenizer, **options)
         self.hf_model: Any = checkpoint.model
         own = {"mm_use_im_start_end": False, "image_aspect_ratio": "pad" if family == "llava" else "anyres"}
-        self.config = SimpleNamespace(**own | read_json(checkpoint.files["config.json"]))
+        self.config = SimpleNamespace(**own | read_json(checkpoint.files["config.json"].path))
         if self.config.mm_use_im_start_end:
             raise UserError(
                 f"{checkpoint.name} was trained with <im_start> and <im_end> around images, which is not supported."

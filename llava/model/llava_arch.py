@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.conversation import stop_string
-from llava.model.checkpoint.files import files_of, hashes_of
+from llava.model.checkpoint.files import check_same, hashes_of
 from llava.model.multimodal_encoder.clip_encoder import Encoded, TowerMerger, encode, patch_grid
 from llava.model.multimodal_encoder.clip_text_encoder import load_clip_text
 from llava.processing.prompt import Prompt, Sample, build_prompt
@@ -199,7 +199,16 @@ class Llava:
     @cached_property
     def text_tower_fingerprint(self) -> dict[str, str]:
         """The same for the CLIP text tower; part of a result only for the methods that read it."""
-        return hashes_of(files_of(self.clip.folder))
+        return hashes_of(self.clip.files)
+
+    def check_files(self) -> None:
+        """Raise UserError if a file of the checkpoint has changed since it was read, or one of a text tower in use.
+
+        Weights that need no conversion stay mapped: where their file is written to, they change in the running model.
+        """
+        check_same(self._files, self.fingerprint)
+        if "clip" in vars(self):
+            check_same(self.clip.files, self.text_tower_fingerprint)
 
     @cached_property
     def spec(self) -> ModelSpec:

@@ -2,7 +2,8 @@
 
 Stored answers belong to the hashes: whatever is changed in one of the files, they are not taken for its answers. Every
 byte counts. A file of many gigabytes is read once (1.4 GB/s on one core) and its hash remembered in the user's cache
-folder, for as long as its path, size, times and inode stay the same.
+folder, for as long as its state stays the same (llava/file_state.py). Files are hashed after they were loaded, so their
+state is taken before: a file that changes in between is refused, because nobody could say which content was loaded.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llava.errors import UserError
+from llava.file_state import FileState, file_state
 from llava.processing.json_files import Schema, checked, read_json
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
@@ -140,8 +142,8 @@ def listed(names: Iterable[str]) -> str:
 # Hashes
 
 
-def files_of(folder: Path, prefix: str = "", weights: bool = True) -> dict[str, Path]:
-    """Return the files of a folder that loading may read, by their names in it.
+def files_of(folder: Path, prefix: str = "", weights: bool = True) -> dict[str, FileState]:
+    """Return the files of a folder that loading may read, by their names in it; to be called before it reads them.
 
     Args:
         prefix: put before the names.
@@ -149,50 +151,75 @@ def files_of(folder: Path, prefix: str = "", weights: bool = True) -> dict[str, 
     """
     paths = {path for pattern in READ for path in folder.glob(pattern) if path.is_file()}
     paths |= set(weight_files(folder)) if weights else set()
-    return {f"{prefix}{path.relative_to(folder).as_posix()}": path for path in sorted(paths)}
+    return {f"{prefix}{path.relative_to(folder).as_posix()}": file_state(path) for path in sorted(paths)}
 
 
-def hashes_of(files: Mapping[str, Path]) -> dict[str, str]:
-    """Return name -> hash of the content. After a second, a progress bar shows how far it is."""
+def hashes_of(files: Mapping[str, FileState]) -> dict[str, str]:
+    """Return name -> hash of the content. After a second, a progress bar shows how far it is.
+
+    Raises:
+        UserError: a file cannot be read, or is no longer in the given state.
+    """
     try:
-        total = sum(path.stat().st_size for path in files.values())
+        total = sum(state.size for state in files.values())
         with (
             tqdm(total=total, desc="hash of the model's files", unit="B", unit_scale=True, delay=1, leave=False) as bar,
             ThreadPoolExecutor(THREADS) as pool,
         ):
-            return dict(zip(files, pool.map(lambda path: hash_of(path, bar.update), files.values()), strict=True))
+            return dict(zip(files, pool.map(lambda state: hash_of(state, bar.update), files.values()), strict=True))
     except OSError as error:
         raise UserError(f"Cannot read {error.filename} ({error.strerror}); check its permissions.") from error
 
 
-def hash_of(path: Path, advance: Callable[[int], object]) -> str:
+def check_same(files: Mapping[str, FileState], hashes: Mapping[str, str]) -> None:
+    """Raise UserError if a file has another content than the one with this hash; files of the same state have not."""
+    for name, state in files.items():
+        try:
+            now = file_state(state.path)
+            same = now == state or hash_of(now, lambda _: None) == hashes[name]
+        except OSError:
+            same = False
+        if not same:
+            raise UserError(changed(state.path))
+
+
+def changed(path: Path) -> str:
+    """The sentence about a file that is no longer what was read."""
+    return f"{path} has changed since it was read; run the same command again when the model's files stay as they are."
+
+
+def hash_of(state: FileState, advance: Callable[[int], object]) -> str:
     """Return the hash of a file, from the user's cache folder if it is there.
 
     Args:
         advance: called with the number of bytes that are done.
+
+    Raises:
+        UserError: the file is no longer in this state.
     """
-    state = path.stat()
-    if state.st_size < LARGE:
-        return read_hash(path, advance)
-    known = (str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
+    if state.size < LARGE:
+        return read_hash(state, advance)
+    known = (str(state.path.resolve()), *state[1:])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "visual-token-reduction"
     memory = cache / hashlib.sha256(repr(known).encode()).hexdigest()
     with suppress(OSError):
         if len(remembered := memory.read_text()) == DIGITS:  # shorter where its writer was killed
-            advance(state.st_size)
+            advance(state.size)
             return remembered
-    fresh = read_hash(path, advance)
+    fresh = read_hash(state, advance)
     with suppress(OSError):  # a cache folder that cannot be written to: every process reads the file
         cache.mkdir(parents=True, exist_ok=True)
         memory.write_text(fresh)
     return fresh
 
 
-def read_hash(path: Path, advance: Callable[[int], object]) -> str:
+def read_hash(state: FileState, advance: Callable[[int], object]) -> str:
     """Return the hash of a file's content."""
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
+    with state.path.open("rb", buffering=0) as file:
         while block := file.read(BLOCK):
             digest.update(block)
             advance(len(block))
+    if file_state(state.path) != state:
+        raise UserError(changed(state.path))
     return digest.hexdigest()[:DIGITS]

@@ -44,6 +44,7 @@ from transformers import (
 )
 
 from llava.errors import UserError, unknown
+from llava.file_state import FileState
 from llava.model.checkpoint.config import (
     CLIP_L_336,
     CLIP_L_336_NAME,
@@ -121,7 +122,8 @@ class Checkpoint:
         frames: frames per video; 0 if the model takes no videos here. The class token of every frame is a visual token.
         temporal: the video tower has attention over time.
         spread: the decoder is spread over the ranks of a process group.
-        files: what was read, by names that do not depend on where the folder lies; empty for a model from elsewhere.
+        files: what was read, as it was before, by names that do not depend on where the folder lies; empty for a model
+            from elsewhere.
     """
 
     model: PreTrainedModel
@@ -138,7 +140,7 @@ class Checkpoint:
     frames: int = 0
     temporal: bool = False
     spread: bool = False
-    files: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, FileState] = dataclasses.field(default_factory=dict)
 
 
 def load_checkpoint(
@@ -185,11 +187,7 @@ def load_checkpoint(
         model.model.language_model.layers.extend(nn.Identity() for _ in range(decoder_layers, depth))
     if quantization is not None:
         parts["notes"] += (f"The decoder is quantised to {quantization[0]} bits by bitsandbytes.",)
-    paths = files_of(files.directory)
-    for tower in files.towers:
-        if tower.folder is not None:
-            paths |= files_of(tower.folder, f"{tower.field}/", weights=not tower.inside)
-    return Checkpoint(model=model, spread=parallel is not None, files=paths, **parts)
+    return Checkpoint(model=model, spread=parallel is not None, files=files.read, **parts)
 
 
 def outline_checkpoint(source: str | Path, text_tower: str | Path | None = None) -> Checkpoint:
@@ -223,6 +221,7 @@ class _Tower:
         folder: its folder; None for an official tower that was not downloaded.
         config: a CLIPVisionConfig as a dictionary.
         inside: its weights are in the checkpoint's shards.
+        read: its files, as they were before they were read.
     """
 
     field: str
@@ -230,6 +229,7 @@ class _Tower:
     folder: Path | None
     config: Mapping[str, Any]
     inside: bool
+    read: Mapping[str, FileState] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -243,6 +243,7 @@ class _Files:
         frames: of a video tower with attention over time; None for a tower without.
         towers: of the original layout.
         text_tower: see Checkpoint.
+        read: the files of checkpoint and towers, as they were before they were read.
     """
 
     directory: Path
@@ -253,6 +254,7 @@ class _Files:
     frames: int | None
     towers: tuple[_Tower, ...]
     text_tower: Path | str | None
+    read: Mapping[str, FileState]
 
 
 def _read(source: str | Path, text_tower: str | Path | None, with_weights: bool) -> _Files:
@@ -264,6 +266,7 @@ def _read(source: str | Path, text_tower: str | Path | None, with_weights: bool)
     if text_tower is not None and not Path(text_tower).is_dir() and not HUB_ID.match(str(text_tower)):
         raise UserError(f"There is no CLIP folder {text_tower}; give a folder or a hub id such as owner/name.")
     directory = locate(source, "checkpoint", weights=with_weights)
+    read = files_of(directory, weights=False)
     raw = read_json(directory / "config.json")
     checked(CheckpointConfig, raw, directory / "config.json")
     kind = identify(raw, directory)
@@ -271,6 +274,7 @@ def _read(source: str | Path, text_tower: str | Path | None, with_weights: bool)
         if (stored := part.get("quantization_config")) is not None:
             method = stored.get("quant_method", "an unnamed method")
             raise UserError(f"{directory} is quantised with {method}, which is not supported; take it unquantised.")
+    read = files_of(directory, weights=with_weights) | read  # the configuration was read already
     files = read_weights(directory) if with_weights else {}
     weights = {hf_key(key, kind): tensor for key, tensor in files.items()}
     fields: Mapping[str, Any] = raw
@@ -290,7 +294,10 @@ def _read(source: str | Path, text_tower: str | Path | None, with_weights: bool)
     config = library_config(HF_CLASSES[kind.family].config_class, fields, directory, f"{NAMES[kind.family]} model")
     if kind.family not in QWEN:
         refuse_feature_layer(config, f"{directory}/config.json")
-    return _Files(directory, raw, kind, config, weights, frames, towers, _text_tower(text_tower, directory, towers))
+    clip = _text_tower(text_tower, directory, towers)
+    for tower in towers:
+        read |= tower.read
+    return _Files(directory, raw, kind, config, weights, frames, towers, clip, read)
 
 
 def _tower(directory: Path, field: str, name: str, weights: dict[str, Tensor], with_weights: bool) -> _Tower:
@@ -303,6 +310,7 @@ def _tower(directory: Path, field: str, name: str, weights: dict[str, Tensor], w
     if name in official and not beside and not needed:
         return _Tower(field, name, None, official[name], inside)
     folder = locate(directory / name if beside else name, "vision tower", weights=needed)
+    read = files_of(folder, f"{field}/", weights=needed)
     if needed:
         named = ((hf_tower_key(key, module), tensor) for key, tensor in read_weights(folder).items())
         weights.update((key, tensor) for key, tensor in named if key is not None)
@@ -313,7 +321,7 @@ def _tower(directory: Path, field: str, name: str, weights: dict[str, Tensor], w
     if family != "clip_vision_model":
         raise UserError(f"The vision tower {folder} is a {family}; only CLIP towers are supported.")
     completed = library_config(CLIPVisionConfig, config, folder, "CLIP vision tower").to_dict()
-    return _Tower(field, name, folder, completed, inside)
+    return _Tower(field, name, folder, completed, inside, read)
 
 
 def _text_tower(chosen: str | Path | None, directory: Path, towers: Sequence[_Tower]) -> Path | str | None:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPConfig, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
 
 from llava.errors import UserError
+from llava.file_state import FileState
 from llava.model.checkpoint.config import library_config
-from llava.model.checkpoint.files import listed, locate, read_weights
+from llava.model.checkpoint.files import files_of, listed, locate, read_weights
 from llava.processing.json_files import read_json
 from llava.reduction.modules import linear_flops
 from llava.reduction.states import NEGATED
@@ -64,7 +65,7 @@ class ClipText(nn.Module):
         self._post_layernorm = (post_layernorm,)  # in a tuple: its weights are not part of this module
         self.words, self.begin, self.end = words, begin, end
         self.relevance = NEGATED
-        self.folder = Path()
+        self.files: dict[str, FileState] = {}
         self.length: int = config.max_position_embeddings
 
     def chunks(self, text: str, long: str = "frame") -> list[list[int]]:
@@ -155,6 +156,7 @@ def load_clip_text(
         tokenizer: LLaVA's tokenizer, used if the folder has none and the text tower was trained with it.
     """
     folder = locate(source, "CLIP text tower")
+    files = files_of(folder)
     raw = read_json(folder / "config.json")
     if "text_config" not in raw:
         raise UserError(f"{folder}/config.json describes no text tower (no text_config); give a whole CLIP model.")
@@ -162,7 +164,7 @@ def load_clip_text(
     channels = tower.config.hidden_size
     words, begin, end = _tokens(folder, config, tokenizer)
     clip = ClipText(config, channels, tower.post_layernorm, words, begin, end)
-    clip.folder = folder
+    clip.files = files
     clip.relevance = raw.get("patch_similarity", NEGATED)
     weights = {key: value for key, value in read_weights(folder).items() if key.startswith(PARTS)}
     expected = {key: value.shape for key, value in clip.state_dict().items()}
