@@ -36,6 +36,8 @@ def embedded_model(name: str) -> str:
 
 
 ENGINES = ("own", "vllm")
+# Precisions whose rounding can decide an answer.
+HALF = ("float16", "bfloat16")
 FILLING = 64  # questions at once that keep an engine busy
 DEFAULT_MODEL = embedded_model("tinyllava")
 
@@ -277,7 +279,10 @@ def plain(reducer: "Reducer") -> dict[str, Any]:
 def store_settings(config: RunConfig, split: str, data: Dataset, model: Any, reducer: "Reducer") -> dict[str, Any]:
     """Everything an answer depends on but its images, whose hashes stand beside it.
 
-    Batch size and limit are not here: answers do not depend on them. Nor are labels: they are what scores depend on.
+    The limit is not here: answers do not depend on it. Nor are labels: they are what scores depend on. Nor is the batch
+    size, although answers in half precision depend on it a little: no setting fixes it, because a batch that does not
+    fit into memory is divided, failed questions are asked alone and the last batch takes what is left. A store that
+    holds several says so in its result (eval.results.cost.mixed_batches).
     """
     engine = getattr(model, "engine", None)
     code, whole = answer_sources(model, engine), answer_sources(model, engine, reducer)

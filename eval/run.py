@@ -318,7 +318,8 @@ def summarise(job: Job, store: AnswerStore, throughput: dict[str, Any], ttft: di
     timed = store.timing_of(asked)
     flops = cost.summarise_flops(timed)
     made = report.made_by(store.origins(asked))
-    remarks = [*getattr(job.model, "notes", ()), *made.pop("notes"), *cost.notes(timed), *store.remarks]
+    remarks = [*getattr(job.model, "notes", ()), *made.pop("notes"), *cost.notes(timed)]
+    remarks += [*cost.mixed_batches(timed), *store.remarks]
     if without_cls := job.reducer.without_cls(job.model.spec):
         remarks.append(without_cls)
     if off_budget := job.off_budget(lines):

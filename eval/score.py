@@ -22,7 +22,7 @@ from eval.benchmarks.base import Dataset
 from eval.command import Parser, add_data_flags, exit_on_user_error, make_parser, open_dataset
 from eval.judging.choice import check_judge, score_answers
 from eval.results import statistics
-from eval.results.report import score_lines, scored
+from eval.results.report import circumstances, score_lines, scored
 from llava.errors import UserError
 
 
@@ -53,6 +53,7 @@ def compare(a: Path, b: Path, data: Dataset, partial: bool = False, judge: str =
         raise UserError(f"{a} and {b} have no question in common.")
     total = len(data.questions)
     notes = [f"compared on {len(asked):,} of {total:,} questions"] if len(asked) < total else []
+    notes += circumstances({"A": runs[0].result, "B": runs[1].result})
     scores, facts = zip(
         *(
             score_answers(data, judge, asked, {n: t for n, t in one.texts.items() if n in common}, one.answers)

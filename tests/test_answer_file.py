@@ -270,6 +270,44 @@ def test_runs_that_differ_in_more_than_the_method_are_not_compared(tmp_path, cap
     assert named in capsys.readouterr().err
 
 
+def test_answers_about_other_pictures_are_not_scored(tmp_path, capsys):
+    """Their lines hold the hashes of the pictures, which scoring a file did not read."""
+    data, other = write_gqa(tmp_path / "data"), other_data(tmp_path, "images")
+    words = ["gqa", "--answers", f"{run_in(data, tmp_path / 'a')}/answers.jsonl", "--data"]
+    assert score.main([*words, str(data)]) == 0
+    capsys.readouterr()
+    assert score.main([*words, str(other)]) == 2
+    assert "6 answers about other images" in capsys.readouterr().err
+    assert score.main([*words, str(other), "--partial"]) == 0
+    shown = capsys.readouterr().out
+    assert "GQA testdev, 34 questions" in shown and "6 answers about other images" in shown
+    # Scoring needs no pictures; without them the score says that nobody compared them.
+    (other / "gqa" / "data" / "images" / "n3.jpg").unlink()
+    assert score.main([*words, str(other)]) == 0
+    shown = capsys.readouterr().out
+    assert "40 questions" in shown and "lacks the images of 6 answers" in shown
+
+
+def test_what_can_move_an_answer_and_is_no_setting_is_said(tmp_path, capsys):
+    """Versions of libraries were stored and never compared; half precision answers depend on the batch size."""
+    data = write_gqa(tmp_path / "data")
+    a, b = run_in(data, tmp_path / "a"), run_in(data, tmp_path / "b", 0.7)
+    c = run_in(data, tmp_path / "c", dtype="bfloat16")
+    config = RunConfig("first", 16, data=data, output=tmp_path / "d", dtype="bfloat16", wandb="disabled", batch_size=2)
+    run(config, FakeLlava(), FakeReducer(alpha=0.7))
+    capsys.readouterr()
+    assert score.compare_command([a, b, "--data", str(data)]) == 0
+    assert "note" not in capsys.readouterr().out
+    record = json.loads((tmp_path / "b" / "result.json").read_text())
+    torch, record["versions"]["torch"] = record["versions"]["torch"], "1.0"
+    (tmp_path / "b" / "result.json").write_text(json.dumps(record))
+    assert score.compare_command([a, b, "--data", str(data)]) == 0
+    assert f"versions of torch: {torch} (A); 1.0 (B)" in capsys.readouterr().out
+    assert score.compare_command([c, str(tmp_path / "d"), "--data", str(data)]) == 0
+    shown = capsys.readouterr().out
+    assert "batch sizes" in shown and "8 (A); 2 (B)" in shown
+
+
 def test_changed_labels_are_said_and_scored_anew(tmp_path, capsys):
     """The labels changed after both runs: the stored answers hold, the stored scores do not."""
     data = write_gqa(tmp_path / "data")

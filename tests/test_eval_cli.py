@@ -444,6 +444,14 @@ def test_the_commit_is_this_repositorys_or_unknown(tmp_path):
     git("commit", "-m", "x")
     head = report.commit(tmp_path)
     assert len(head) == 40
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "mine.py").write_text("")
+    assert report.commit(tmp_path) == head, "no code"
+    for package in ("baselines", "eval"):  # a new method's file is never tracked before its first result
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "new.py").write_text("")
+        assert report.commit(tmp_path) == f"{head}+changes"
+        (tmp_path / package / "new.py").unlink()
     (tmp_path / "x").write_text("2")
     assert report.commit(tmp_path) == f"{head}+changes"
     (tmp_path / "copy").mkdir()

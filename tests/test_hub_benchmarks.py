@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -437,6 +438,18 @@ def test_rows_pictures_and_lists_of_them_of_either_owner(tmp_path):
     write_hub(tmp_path, "old/Y", "test", [{"q": "a", "image": [cell(), cell("lime")]}])
     table = open_table(tmp_path, ("new/Y", "old/Y"), None, "test")
     assert table.id == "old/Y" and table.pictures().open("0/image/1").getpixel((0, 0)) == (0, 255, 0)
+
+
+def test_a_table_that_is_changed_in_place_is_read_again(tmp_path):
+    """With the same size and time of modification it was not: a corrected table gave the old score in a new store."""
+    write_hub(tmp_path, "new/X", "test", [{"q": "a"}])
+    (file,) = (tmp_path / "hub").rglob("*.parquet")
+    assert open_table(tmp_path, ("new/X",), None, "test").records(Row) == [{"q": "a"}]
+    state = file.stat()
+    write_hub(tmp_path, "new/X", "test", [{"q": "b"}])
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (state.st_size, state.st_mtime_ns)
+    assert open_table(tmp_path, ("new/X",), None, "test").records(Row) == [{"q": "b"}]
 
 
 def test_missing_copies_columns_and_splits_are_named(tmp_path):

@@ -665,10 +665,22 @@ def test_the_caption_says_which_metric_stands_in_for_the_papers():
     # It is the page's own sentence.
     column = spec.Column(benchmark="mme", title="MME total", metric="total")
     graded = cell(150.0, metric="total")
-    graded.metric, graded.column, graded.no_interval = "perception", column, ""
+    graded.metric, graded.column, graded.no_interval, graded.stored = "perception", column, "", None
     line = runs.Line(None, None, None)
     found = Measured([line], [column], {(0, "mme"): graded})
     assert note in notes_of(blank_document().table, found, ())
+
+
+def test_a_page_says_that_its_cells_were_made_with_other_libraries():
+    """Versions were stored and never compared."""
+    cells = {}
+    for index, version in enumerate(("2.1", "2.1", "2.2")):
+        cells[index, "pope"] = one = cell(80.0)
+        one.line, one.no_interval = runs.Line(None, index, None), ""
+        one.stored = SimpleNamespace(result={"versions": {"torch": version}})
+    found = Measured([one.line for one in cells.values()], [one.column], cells)
+    (note,) = (note for note in notes_of(blank_document().table, found, ()) if "torch" in note)
+    assert "2.1 (full at all, POPE, full at 1, POPE); 2.2 (full at 2, POPE)." in note
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")

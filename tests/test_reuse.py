@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -448,6 +449,18 @@ def test_notes_of_the_loading_reach_the_result(data, tmp_path, capsys):
     assert result["remarks"][0] == model.notes[0]
     assert json.loads((tmp_path / "o" / "result.json").read_text())["remarks"] == result["remarks"]
     assert capsys.readouterr().out.count(model.notes[0]) == 1
+
+
+def test_a_store_of_several_batch_sizes_says_so_in_half_precision(data, tmp_path):
+    """Answers in bfloat16 depend on the batch size, and a store mixed them without a word."""
+    for dtype, said in (("float32", False), ("bfloat16", True)):
+        output = tmp_path / dtype
+        run(config(data, output, limit=8, dtype=dtype), FakeLlava(), FakeReducer())
+        equal = run(config(data, output, limit=10, dtype=dtype), FakeLlava(), FakeReducer())
+        assert not equal["remarks"], "its last batch is smaller, as that of any run"
+        grown = replace(config(data, output, dtype=dtype), batch_size=5)
+        remarks = " ".join(run(grown, FakeLlava(), FakeReducer())["remarks"])
+        assert ("4: 10 answers; 5: 30 answers" in remarks) is said
 
 
 # -- litter --------------------------------------------------------------------------------------------------------

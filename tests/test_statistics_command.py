@@ -113,6 +113,16 @@ def test_methods_with_other_options_are_rows_of_their_own(data, tmp_path, capsys
     assert "are both consensusdrop at 64" in capsys.readouterr().err
 
 
+def test_other_versions_of_libraries_are_said(data, tmp_path, capsys):
+    """Runs with another torch stood side by side without a word."""
+    full, *runs = (
+        write_run(tmp_path / f"m{x}", data, "consensusdrop" if x else "full", 8 + x, versions={"torch": f"2.{x // 2}"})
+        for x in range(3)
+    )
+    run(data, full, *runs)
+    assert f"versions of torch: 2.0 ({full}, {runs[0]}); 2.1 ({runs[1]})" in capsys.readouterr().out
+
+
 def test_a_retention_ratio_counts_as_its_mean_of_tokens(data, tmp_path, capsys):
     full = write_run(tmp_path / "full", data, "full", 576)
     ratio = {"config": {"retention_ratio": 0.11}, "audit": {"mean_tokens_per_layer": 63.7}}

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from eval.answers.jsonl import Row, is_file, parse_json, parse_line, read_bytes, read_json
+from eval.answers.reuse import images_of
 from eval.benchmarks.base import Dataset, Question
 from eval.benchmarks.llava_files import split_suffix
+from eval.benchmarks.media import digest_of
 from eval.metrics import first_names
 from llava.errors import UserError
 
@@ -158,23 +160,47 @@ def join(path: Path, rows: Sequence[Row], data: Dataset, partial: bool = False) 
             f"{counted(len(changed), 'question')} answered more than once in {path}: {first_names(changed)}; "
             "nobody can say which answer counts, so remove all but one."
         )
-    prompt_notes = check_prompts(path, answered, data)
+    notes = check_prompts(path, answered, data)
+    unlike, absent = other_pictures(answered, data)
+    if absent:
+        what = f"{data.pictures.noun} of {counted(absent, 'answer')}"
+        notes.append(f"{data.pictures.where} lacks the {what}, so they were not compared")
     missing = [name for name in known if name not in texts and name not in data.accepts]
     kinds = (
         ("question", "without a prediction", missing),
         ("prediction", "for questions that are not in the question file", foreign),
         ("answer", "given twice in the same words", repeated),
+        ("answer", f"about other {data.pictures.noun} than {data.pictures.where} holds", unlike),
     )
     problems = [f"{counted(len(ids), noun)} {what} ({first_names(ids)})" for noun, what, ids in kinds if ids]
     if problems and not partial:
         raise UserError(
             f"{path} does not fit {title} with its {total:,} questions: {'; '.join(problems)}. Is it another version "
-            "of the data? Score what fits with --partial."
+            "of the data, or another --source? Score what fits with --partial."
         )
-    notes = [*prompt_notes, *(f"the answer file has {problem}: left out" for problem in problems)]
+    texts = {name: text for name, text in texts.items() if name not in unlike}
+    if not texts:
+        raise UserError(f"All answers in {path} are about other {data.pictures.noun} than {data.pictures.where} holds.")
+    notes += [f"the answer file has {problem}: left out" for problem in problems]
     if [name for name in texts if name in known] != [name for name in known if name in texts]:
         notes.append("the answers are not in the order of the question file")
     return Answers(texts, tuple(notes))
+
+
+def other_pictures(answered: Sequence[tuple[Question, Row]], data: Dataset) -> tuple[list[str], int]:
+    """Ids of the questions that were asked about other images than they have now, by the hashes that our lines hold.
+
+    Returns:
+        The ids, and the number of answers whose images are not here to be compared.
+    """
+    unlike, absent = [], 0
+    for question, row in answered:
+        if hashes := images_of(row.fields):
+            if data.pictures.missing(question.images):
+                absent += 1
+            elif digest_of(data.pictures, question.images) != hashes:
+                unlike.append(question.id)
+    return unlike, absent
 
 
 def name_of(

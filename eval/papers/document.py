@@ -14,6 +14,7 @@ from eval.papers.gate import Check, comparable, sentences, values_of
 from eval.papers.published import Published, Value
 from eval.papers.runs import Where, described
 from eval.papers.spec import Budget, Place, Table
+from eval.results.report import circumstances
 from eval.tables.page import interval_text
 
 INSTEAD = "These data do not give the paper's metric"
@@ -320,6 +321,9 @@ def notes_of(table: Table, found: Measured, entries: Sequence[Entry]) -> list[st
     zero = [cell.column.title for cell in full.values() if cell.value == 0]
     if zero:
         notes.append(f"Averages are n/a: full scores 0 on {', '.join(zero)}.")
+    runs = {f"{cell.line.title} at {cell.line.budget or 'all'}, {cell.column.title}": cell.stored for cell in cells}
+    made = circumstances({name: stored.result for name, stored in runs.items() if stored is not None})
+    notes += [f"{note[0].upper()}{note[1:]}." for note in made]
     if other:
         notes.append(f"{INSTEAD}; shown instead: " + "; ".join(sorted(other)) + ".")
     return notes

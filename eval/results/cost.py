@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
+from eval.config import HALF
 from llava.pipeline.accounting import Batch, TokenAccounting
 
 STAGES = ("preprocess", "vision", "selection", "prefill", "decode")
@@ -155,6 +156,28 @@ def summarise_flops(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def conditions(line: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """What a timing was measured under."""
     return tuple((key, line.get(key)) for key in ("device", "hardware", "threads", "batch_size", "dtype"))
+
+
+def mixed_batches(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A remark about answers in half precision that were asked in batches of several sizes; nothing for others.
+
+    Sums are taken in another order in a larger batch, and in half precision their rounding decides one answer of some
+    hundred. The last batch of a run is smaller in every run, so the size that was asked for counts.
+
+    Args:
+        lines: of timing.jsonl.
+    """
+    sizes = Counter[str]()
+    for line in lines:
+        if line.get("dtype") in HALF:
+            sizes[f"{line['batch_size']}{' at most, for lack of memory' * bool(line['notes'])}"] += line["questions"]
+    if len(sizes) < 2:
+        return []
+    parts = "; ".join(f"{size}: {count:,} answers" for size, count in sizes.items())
+    return [
+        f"answers in half precision depend on the batch size, and these were asked with several ({parts}); --restart "
+        "asks all of them with one"
+    ]
 
 
 def notes(lines: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -4,7 +4,7 @@ import dataclasses
 import platform
 import re
 import subprocess
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,14 +12,17 @@ from typing import Any
 
 from eval.answers.jsonl import read_json
 from eval.answers.reuse import joint
+from eval.answers.source_hash import FOLLOWED, listed
 from eval.benchmarks.base import Question
-from eval.config import FULL, ROOT
+from eval.config import FULL, HALF, ROOT
 from eval.metrics import Score
 from eval.results.statistics import LEVEL, interval, terms_of
 from llava.errors import UserError
 
 LOWER_IS_BETTER = {"distribution"}
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pillow", "wandb")
+# Those of them that can change an answer.
+DECIDING = ("torch", "transformers", "tokenizers", "numpy", "pillow")
 PARTIAL = re.compile(r"limit\d+")
 
 
@@ -95,13 +98,18 @@ def full_score(result: Mapping[str, Any], output: Path) -> float | None:
 
 
 def commit(root: Path = ROOT) -> str:
-    """The repository's commit, with "+changes" if tracked files differ from it; "unknown" outside git."""
+    """The repository's commit, with "+changes" if the code is not its code; "unknown" outside git.
+
+    Code has changed if a tracked file differs, or if a package has a file that is not tracked, as that of a new method.
+    """
     top = _git(root, "rev-parse", "--show-toplevel")
     head = _git(root, "rev-parse", "HEAD")
     # A copy without .git inside somebody else's repository must not report that one's commit.
     if not top or not head or Path(top).resolve() != root.resolve():
         return "unknown"
-    return head + ("+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    new = _git(root, "ls-files", "--others", "--exclude-standard", "--", *FOLLOWED, "eval", "toy")
+    return head + ("+changes" if changed or new else "")
 
 
 def _git(root: Path, *arguments: str) -> str:
@@ -151,6 +159,32 @@ def made_by(origins: Sequence[tuple[Mapping[str, Any] | None, int]]) -> dict[str
         "versions": dict(runs[-1]["versions"]) if runs else {},
         "notes": notes,
     }
+
+
+def circumstances(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Sentences about what is no setting of an answer but can move one, where it differs between runs.
+
+    These are versions of libraries and hardware and, in half precision, the number of questions asked at once.
+
+    Args:
+        results: what a reader knows the run by -> content of result.json.
+    """
+    found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name, result in results.items():
+        for library in DECIDING if result.get("versions") else ():
+            found[f"with different versions of {library}"][result["versions"].get(library, "none")].append(name)
+        conditions = (result.get("timing") or {}).get("conditions") or ()
+        if chips := {str(one["hardware"]) for one in conditions}:
+            found["on different hardware"][" and ".join(sorted(chips))].append(name)
+        if sizes := {one["batch_size"] for one in conditions if one["dtype"] in HALF}:
+            size = " and ".join(map(str, sorted(sizes)))
+            found["with different batch sizes, on which answers in half precision depend"][size].append(name)
+    sentences = []
+    for what, names in found.items():
+        if len(names) > 1:
+            parts = (f"{value} ({listed(own)})" for value, own in names.items())
+            sentences.append(f"the runs were made {what}: {'; '.join(parts)}")
+    return sentences
 
 
 def hardware(device: str) -> str:

@@ -20,6 +20,7 @@ from eval.command import add_data_flags, exit_on_user_error, make_parser, open_d
 from eval.config import FULL, shortened
 from eval.judging.choice import check_judge, score_answers
 from eval.metrics import Score, SufficientStatistics
+from eval.results.report import circumstances
 from eval.results.statistics import Interval, interval, p_text, terms_of
 from eval.statistics.answers import accuracy_on, hard_questions, loyalty, plain, sample_scores
 from eval.statistics.relative import LEVEL, SHARE, tokens_needed
@@ -129,6 +130,7 @@ def statistics_of(full: Run, runs: list[Run], data: Dataset, share: float) -> An
         "full": plain_interval(interval(full.terms)),
         "rows": rows,
         "tokens_needed": needed,
+        "notes": circumstances({str(run.folder): run.stored.result for run in (full, *runs)}),
     }
 
 
@@ -166,7 +168,8 @@ def lines(record: Mapping[str, Any]) -> list[str]:
     about = f"{record['title']}, {record['questions']:,} questions, {record['clusters']:,} {record['drawn']}s"
     found = [about, "", markdown(header, table), ""]
     found += [sentence(label, needed) for label, needed in record["tokens_needed"].items()]
-    return found + [f"no interval, {name}: {reason}" for name, reason in withheld(record)]
+    found += [f"no interval, {name}: {reason}" for name, reason in withheld(record)]
+    return found + [f"note: {note}" for note in record["notes"]]
 
 
 def withheld(record: Mapping[str, Any]) -> list[tuple[str, str]]:
