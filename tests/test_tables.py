@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from eval import config as settings_module
+from eval.answers import source_hash
 from eval.answers.reuse import check_table
 from eval.config import RunConfig
 from eval.feature_cache import CachingLlava, bytes_of
@@ -63,7 +64,8 @@ def test_a_finished_setting_is_not_used_for_other_pictures_or_other_code(tiny, t
     assert is_finished(config, model) and not is_finished(replace(config, limit=5), model)
     real = settings_module.answer_sources
     edited = {"llava/pipeline/decoder.py": "edited"}
-    monkeypatch.setattr(settings_module, "answer_sources", lambda *objects: real(*objects) | edited)
+    for module in (settings_module, source_hash):  # as in a process that imported other code
+        monkeypatch.setattr(module, "answer_sources", lambda *objects, **more: real(*objects, **more) | edited)
     assert not is_finished(config, model)
     with pytest.raises(UserError, match=r"under other settings \(code: llava/pipeline/decoder\.py\)"):
         fill(config, model)

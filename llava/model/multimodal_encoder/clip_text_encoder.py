@@ -156,7 +156,7 @@ def load_clip_text(
         tokenizer: LLaVA's tokenizer, used if the folder has none and the text tower was trained with it.
     """
     folder = locate(source, "CLIP text tower")
-    files = files_of(folder)
+    files = files_of(folder, weights=False)
     raw = read_json(folder / "config.json")
     if "text_config" not in raw:
         raise UserError(f"{folder}/config.json describes no text tower (no text_config); give a whole CLIP model.")
@@ -164,7 +164,7 @@ def load_clip_text(
     channels = tower.config.hidden_size
     words, begin, end = _tokens(folder, config, tokenizer)
     clip = ClipText(config, channels, tower.post_layernorm, words, begin, end)
-    clip.files = files
+    clip.files = files_of(folder) | files  # the configuration and the tokenizer were read already
     clip.relevance = raw.get("patch_similarity", NEGATED)
     weights = {key: value for key, value in read_weights(folder).items() if key.startswith(PARTS)}
     expected = {key: value.shape for key, value in clip.state_dict().items()}
