@@ -1,5 +1,8 @@
-"""The one exception that means "the user can fix this"."""
+"""The one exception that means "the user can fix this", and which errors of others mean that memory ran out."""
 
+import errno
+import gc
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -13,6 +16,64 @@ class UserError(ValueError):
 
 class MethodError(UserError):
     """A method broke its contract. It is no fault of a question, so it ends a run at once."""
+
+
+# How errors other than torch's OutOfMemoryError say that memory ran out: the CPU's allocator, the libraries of CUDA and
+# ROCm (cuBLAS and cuDNN allocate beside torch), their runtimes, oneAPI and C++. Statuses with further meanings are left
+# out: CUBLAS_STATUS_NOT_INITIALIZED and CUDNN_STATUS_NOT_SUPPORTED also follow wrong shapes and failed assertions.
+_NO_MEMORY = re.compile(
+    r"out of memory|(can't|cannot) allocate memory|not enough memory|_ALLOC(ATION)?_FAILED\b|"
+    r"Error(MemoryAllocation|OutOfMemory)\b|_OUT_OF_(DEVICE|HOST)_MEMORY\b|std::bad_alloc",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that something did not fit into the memory of the CPU or of an accelerator."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+
+
+def release_memory(error: BaseException) -> None:
+    """Give back what a call that ran out of memory still holds: tensors in the frames of its errors, and cached blocks.
+
+    The errors stay without their tracebacks.
+    """
+    import torch  # not needed for any other error
+
+    behind: BaseException | None = error
+    while behind is not None:
+        behind.__traceback__ = None
+        behind = behind.__cause__ or behind.__context__
+    gc.collect()  # of cycles, in which an autograd graph or a partly made cache may be caught
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+
+
+def how_to_get(name: str, offline: bool, data: bool = False) -> str:
+    """What to do about a repository of the hub that is neither in the hub's cache nor can be fetched; without a stop.
+
+    Args:
+        name: owner/name.
+        offline: the libraries were told to download nothing.
+        data: a data set, not a model.
+    """
+    from huggingface_hub import constants
+
+    command = f"hf download {name}" + (" --repo-type dataset" if data else "")
+    cache = f"the cache {constants.HF_HUB_CACHE} (which HF_HOME chooses)"
+    if offline:
+        return (
+            f"nothing is downloaded, because HF_HUB_OFFLINE or a variable like it is set, and {cache} lacks it: "
+            f"run {command} where there is a network, or set HF_HOME to the folder that has it"
+        )
+    return (
+        f"check the name and the network. Without a network, run {command} elsewhere, copy {cache}, and set HF_HOME to "
+        "the copy and HF_HUB_OFFLINE=1"
+    )
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -20,6 +20,7 @@ from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase, Stoppin
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError, unknown
+from llava.model.checkpoint.files import CACHED, snapshot_of
 from llava.processing.image import as_rgb, best_resolution, cut, on_canvas, open_image, pad_to_square, parse_pinpoints
 from llava.processing.image import resize as resized
 from llava.processing.prompt import tokenize
@@ -28,8 +29,14 @@ select_best_resolution = best_resolution
 
 
 def get_model_name_from_path(model_path: str) -> str:
-    """The last part of a path or hub id; of a checkpoint-NUMBER of a training, its folder's name and this one."""
-    *folders, name = model_path.strip("/").split("/")
+    """The last part of a path or hub id; of a checkpoint-NUMBER of a training, its folder's name and this one.
+
+    Of a folder in the hub's cache it is the model's name, from which scripts choose the conversation, not the commit's.
+    """
+    snapshot = snapshot_of(model_path.rstrip("/"))
+    *folders, name = (snapshot[0] if snapshot else model_path).strip("/").split("/")
+    if name.startswith(CACHED):
+        return name.rpartition("--")[2]
     return f"{folders[-1]}_{name}" if name.startswith("checkpoint-") and folders else name
 
 

@@ -1,6 +1,9 @@
 """Small checkpoints written to disk in every layout, and the damage that tests do to them."""
 
+import hashlib
 import json
+import os
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,6 +84,31 @@ def assert_same_weights(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
     assert dict(ours.named_buffers()).keys() == tables.keys()
     for name, table in ours.named_buffers():
         assert torch.equal(table, tables[name]), name
+
+
+def hub_cache(home: Path, source: Path, kind: str, name: str, commit: str = "0123abc", main: bool = True) -> Path:
+    """Put the files of a folder into a cache of the hub as it lies on disk: links to blobs.
+
+    Args:
+        home: its `hub` folder.
+        kind: "models" or "datasets".
+
+    Returns:
+        The snapshot.
+    """
+    repository = home / f"{kind}--{name.replace('/', '--')}"
+    snapshot = repository / "snapshots" / commit
+    for path in sorted(path for path in source.rglob("*") if path.is_file()):
+        blob = repository / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, blob)
+        link = snapshot / path.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    if main:
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / "main").write_text(commit)
+    return snapshot
 
 
 def edit(path: Path, **changes) -> None:

@@ -5,24 +5,30 @@ Files that are damaged or incomplete, or ask for what is not done, end in one se
 
 import json
 import os
+import pickle
 import shutil
 from fnmatch import fnmatch
 from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import constants
 from torch import nn
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 import llava.model.checkpoint.files
 import llava.model.checkpoint.load
-from llava.model.checkpoint.load import load_checkpoint
+from llava.errors import UserError
+from llava.model.checkpoint.files import folder_of, name_of
+from llava.model.checkpoint.load import load_checkpoint, outline_checkpoint
 from tests.checkpoint_files import (
     SAVERS,
     WORDS,
+    assert_same_weights,
     drop_weights,
     edit,
+    hub_cache,
     layouts_of,
     no_network,  # noqa: F401
     refused,
@@ -41,6 +47,73 @@ def test_a_folder_that_is_not_there_and_a_hub_out_of_reach():
     for source in ("/nowhere/at/all", "nowhere", "a/b/c", "../x"):
         refused(source, f"There is no checkpoint folder {source}; give a folder or a hub id")
     refused("some/model", r"checkpoint 'some/model' is no folder here and could not be fetched .*ConnectionError")
+
+
+def test_without_a_network_the_sentence_names_the_variables_of_the_hub(monkeypatch):
+    """Offline, the advice was to check the network; neither HF_HUB_OFFLINE nor HF_HOME was named."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/large/disk/hub")
+    for offline in (True, False):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        refused("some/model", r"(?=.*HF_HUB_OFFLINE)(?=.*HF_HOME)(?=.*/large/disk/hub).*hf download some/model")
+
+
+def test_a_model_in_the_cache_of_the_hub_is_named_by_its_id(tmp_path, model, monkeypatch):
+    """A snapshot's path named the model by its commit, the cache's own folder was refused, and so was ~."""
+    save_transformers_layout(tmp_path / "plain" / "my-llava", model)
+    snapshot = hub_cache(tmp_path / "hub", tmp_path / "plain" / "my-llava", "models", "owner/llava-v1.5-7b")
+    (tmp_path / "link").symlink_to(snapshot)
+    (tmp_path / "whole").symlink_to(snapshot.parents[1])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "hub")
+    sources = [snapshot, f"{snapshot}/", tmp_path / "link", "~/link", snapshot.parents[1], f"{snapshot.parents[1]}/"]
+    sources += ["~/hub/models--owner--llava-v1.5-7b", tmp_path / "whole", "models--owner--llava-v1.5-7b"]
+    for source in sources:
+        loaded = load_checkpoint(source)
+        assert loaded.name == "owner/llava-v1.5-7b" == outline_checkpoint(source).name, source
+        assert "owner/llava-v1.5-7b at commit 0123abc" in loaded.notes[-1]
+        assert {path.parent.resolve() for path in loaded.files.values()} == {snapshot.resolve()}
+    for source in (tmp_path / "plain" / "my-llava", "~/plain/my-llava/"):
+        assert load_checkpoint(source).name == "my-llava" and not load_checkpoint(source).notes
+
+
+def test_which_snapshot_of_several_is_meant(tmp_path):
+    """Nothing says which one to take where the cache knows no branch main."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text("{}")
+    one, two = (
+        hub_cache(tmp_path / "hub", tmp_path / "source", "models", "owner/name", commit, main=False)
+        for commit in ("aaa", "bbb")
+    )
+    repository = one.parents[1]
+    with pytest.raises(UserError, match=r"has 2 snapshots \(aaa, bbb\)"):
+        folder_of(repository)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("bbb")
+    assert folder_of(repository) == two
+    (repository / "refs" / "main").write_text("ccc")
+    with pytest.raises(UserError, match="main, ccc, is missing"):
+        folder_of(repository)
+    (repository / "refs" / "main").unlink()
+    shutil.rmtree(two)
+    assert folder_of(repository) == one and name_of(repository) == name_of(one) == "owner/name"
+    shutil.rmtree(one)
+    with pytest.raises(UserError, match="has no snapshot"):
+        folder_of(repository)
+
+
+@pytest.mark.parametrize("form", ["{snapshot}", "{snapshot}/", "{repository}", "~/hub/{name}", "../hub/{name}"])
+def test_a_tower_in_the_cache_of_the_hub(tmp_path, model, monkeypatch, form):
+    """A tower's path in config.json may be a folder of the hub's cache, too; the notes name it by its id."""
+    save_original_layout(tmp_path / "checkpoint", model, tower_in_shards=True)
+    snapshot = hub_cache(tmp_path / "hub", tmp_path / "checkpoint" / "clip", "models", "openai/clip")
+    shutil.rmtree(tmp_path / "checkpoint" / "clip")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    repository = snapshot.parents[1]
+    named = form.format(snapshot=snapshot, repository=repository, name=repository.name)
+    edit(tmp_path / "checkpoint" / "config.json", mm_vision_tower=named)
+    loaded = load_checkpoint(tmp_path / "checkpoint")
+    assert any(note.endswith("not from openai/clip.") for note in loaded.notes), loaded.notes
+    assert outline_checkpoint(tmp_path / "checkpoint").image_processor == loaded.image_processor
 
 
 @pytest.mark.parametrize("layout", layouts_of("llava")[:4])
@@ -222,6 +295,44 @@ def test_truncated_weights(tmp_path, model, layout, share):
     weights = next(path for suffix in ("safetensors", "bin") for path in sorted(tmp_path.glob(f"*.{suffix}")))
     os.truncate(weights, int(share * weights.stat().st_size))
     refused(tmp_path, rf"Cannot read the weights in .*{weights.name}; the file is damaged")
+
+
+@pytest.mark.parametrize("layout", ["llava transformers bin", "llava original", "llava_next original bin"])
+def test_weights_in_the_format_before_torch_1_6(tmp_path, layout):
+    """Files of torch.save that are no archive, from torch 1.5 and older, were called damaged."""
+    SAVERS[layout](tmp_path)
+    expected = load_checkpoint(tmp_path)
+    for path in tmp_path.rglob("*.bin"):
+        weights = torch.load(path)
+        path.unlink()  # the expected weights are mapped to it
+        torch.save(weights, path, _use_new_zipfile_serialization=False)
+    assert_same_weights(load_checkpoint(tmp_path).model, expected.model)
+
+
+def test_damage_and_code_in_the_format_before_torch_1_6(tmp_path, model, monkeypatch):
+    """A wrong byte there is an IndexError or KeyError of the reader; code in it is not run either."""
+    save_transformers_layout(tmp_path, model, safetensors=False)
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for size in (5, 20, 400, len(whole) // 2, len(whole) - 3):
+        path.write_bytes(whole[:size])
+        refused(tmp_path, r"Cannot read the weights in .*pytorch_model\.bin; the file is damaged")
+    for content in (b"<html>404</html>", pickle.dumps({"weight": 1})):
+        path.write_bytes(content)
+        refused(tmp_path, r"Cannot read the weights in .*pytorch_model\.bin; the file is damaged")
+    exploit = Exploit()
+    exploit.trace = tmp_path / "ran"
+    torch.save({"weight": exploit}, path, _use_new_zipfile_serialization=False)
+    refused(tmp_path, r"pytorch_model\.bin holds more than weights and was not unpickled")
+    assert not exploit.trace.exists()
+    path.write_bytes(whole)
+
+    def full(*_args, **_options):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "load", full)
+    refused(tmp_path, r"pytorch_model\.bin do not fit into the free memory")
 
 
 class Exploit:

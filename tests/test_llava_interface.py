@@ -142,7 +142,12 @@ def test_the_question_is_the_last_turn_without_its_answer_format(tiny_path):
 
 
 def test_images_and_names():
+    cached = "/c/hub/models--liuhaotian--llava-v1.5-7b"
     names = {"a/llava-v1.5-7b/": "llava-v1.5-7b", "a/b/checkpoint-5": "b_checkpoint-5"}
+    # Scripts choose the conversation by this name; of a snapshot it was the commit.
+    names |= dict.fromkeys(
+        [cached, f"{cached}/", f"{cached}/snapshots/ab12", f"{cached}/snapshots/ab12/"], "llava-v1.5-7b"
+    )
     assert {path: get_model_name_from_path(path) for path in names} == names
     image, file = picture(3, (31, 60)), BytesIO()
     image.save(file, "PNG")

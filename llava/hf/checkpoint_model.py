@@ -33,7 +33,7 @@ from llava.file_state import FileState
 from llava.hf.families import FamilyWrapper, kinds_of, why_not
 from llava.hf.models import StockSample
 from llava.hf.reduce import FamilyReduced, require_any
-from llava.model.checkpoint.files import files_of, locate
+from llava.model.checkpoint.files import about_snapshot, files_of, locate, name_of
 from llava.pipeline.accounting import Answer, Batch, Timer, Timing
 from llava.processing.prompt import Prompt, Sample
 from llava.reduction.modules import prefill_flops
@@ -71,6 +71,7 @@ class FamilyModel(FamilyWrapper):
             f"an image of {SIZE} x {SIZE} pixels.",
             "Operations of its vision tower and projector are not counted"
             + (", nor those of its decoder." if not self._countable else "."),
+            *about_snapshot(files),
         )
 
     @property
@@ -193,8 +194,7 @@ def load_family(source: str | Path, container: str, dtype: torch.dtype, device: 
     Raises:
         UserError: the checkpoint is incomplete, or its processor needs a package that is not installed.
     """
-    name = Path(source).resolve().name if Path(source).is_dir() else str(source)
-    folder = locate(source, "checkpoint")
+    name, folder = name_of(source), locate(source, "checkpoint")
     files = files_of(folder)
     kind = getattr(transformers, container)
     try:

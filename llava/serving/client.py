@@ -26,7 +26,7 @@ from llava.conversation import conversation
 from llava.errors import UserError
 from llava.model.builder import DTYPES, device_of, runtime
 from llava.model.checkpoint.config import default_mode, identify
-from llava.model.checkpoint.files import locate
+from llava.model.checkpoint.files import folder_of, locate, name_of
 from llava.model.checkpoint.load import load_checkpoint
 from llava.model.llava_arch import Llava
 from llava.pipeline.accounting import Record, Timer
@@ -75,7 +75,7 @@ def route(
     whole = served_by(config)
     assert whole is not None
     reducer = configured(method, budget, replace(whole.spec, has_text_tower=True), options)
-    arguments = ["--model", str(source), "--served-model-name", served_name(source)]
+    arguments = ["--model", str(folder_of(source) or source), "--served-model-name", name_of(source)]
     config.vtr = {"method": method, "budget": budget} | ({"options": options} if options else {})
     try:
         served_by(config)
@@ -104,11 +104,6 @@ def configured(method: str, budget: str | None, spec: ModelSpec, options: dict[s
         raise UserError(why)
     require(reducer, spec)
     return reducer
-
-
-def served_name(source: str | Path) -> str:
-    """What a server calls a checkpoint, and `Llava.name` too: its hub id, or the name of its folder."""
-    return Path(source).resolve().name if Path(source).is_dir() else str(source)
 
 
 def chat_template(mode: str) -> str:

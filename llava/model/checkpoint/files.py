@@ -17,19 +17,24 @@ from pickle import UnpicklingError
 from typing import Annotated
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from llava.errors import UserError
+from llava.errors import UserError, how_to_get, is_out_of_memory
 from llava.file_state import FileState, file_state
 from llava.processing.json_files import Schema, checked, read_json
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+CACHED = "models--"  # before owner and name in the hub's cache
 SMALL_FILES = ("*.json", "*.jinja", "merges.txt", "tokenizer.model", "text_tower/*")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order of preference, each also with an index
+
+# How files of torch.save begin: since torch 1.6 an archive, which can be mapped, before that a pickled number.
+ARCHIVE = b"PK\x03\x04"
+PICKLED = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 # Buffers that the modules compute themselves; old checkpoints store them without effect.
 IGNORED_KEYS = (".inv_freq", ".position_ids")
@@ -50,18 +55,74 @@ def locate(source: str | Path, what: str, weights: bool = True) -> Path:
         what: the model in words, for errors.
         weights: False downloads no weights.
     """
-    if Path(source).is_dir():
-        return Path(source)
-    if not HUB_ID.match(str(source)):
+    if (folder := folder_of(source)) is not None:
+        return folder
+    hub_id = str(source).rstrip("/")
+    if not HUB_ID.match(hub_id):
         raise UserError(f"There is no {what} folder {source}; give a folder or a hub id such as owner/name.")
-    directory = _download(str(source), SMALL_FILES, what)
+    directory = _download(hub_id, SMALL_FILES, what)
     for name in WEIGHT_FILES if weights else ():
         index = directory / f"{name}.index.json"
         shards = _index_shards(index) if index.is_file() else [name]
-        directory = _download(str(source), shards, what)
+        directory = _download(hub_id, shards, what)
         if all((directory / shard).is_file() for shard in shards):
             break
     return directory
+
+
+def folder_of(source: str | Path) -> Path | None:
+    """Return the folder of a model that is on this machine; None for anything else, such as a hub id.
+
+    A model's folder in the hub's cache, models--OWNER--NAME, stands for its snapshot: that of the branch main, or the
+    only one.
+
+    Raises:
+        UserError: it is not clear which snapshot is meant.
+    """
+    folder = Path(os.path.expanduser(source))
+    if not folder.is_dir():
+        return None
+    snapshots = folder / "snapshots"
+    if not folder.resolve().name.startswith(CACHED) or not snapshots.is_dir():
+        return folder
+    there = sorted(path.name for path in snapshots.iterdir() if path.is_dir())
+    main = folder / "refs" / "main"
+    commit = main.read_text().strip() if main.is_file() else there[0] if len(there) == 1 else ""
+    if commit not in there:
+        known = f"has {len(there)} snapshots ({listed(there)})" if there else "has no snapshot"
+        wanted = f"that of its branch main, {commit}, is missing" if commit else "no branch main"
+        raise UserError(
+            f"{folder} {known} and {wanted}; give the path of a snapshot, or run hf download {_hub_id(folder)}."
+        )
+    return snapshots / commit
+
+
+def snapshot_of(folder: str | Path) -> tuple[str, str] | None:
+    """Return hub id and commit of a snapshot, .../models--OWNER--NAME/snapshots/COMMIT; None for another folder."""
+    path = Path(folder)
+    repository = path.parent.parent
+    if path.parent.name != "snapshots" or not repository.name.startswith(CACHED):
+        return None
+    return _hub_id(repository), path.name
+
+
+def _hub_id(repository: Path) -> str:
+    return repository.resolve().name.removeprefix(CACHED).replace("--", "/")
+
+
+def name_of(source: str | Path) -> str:
+    """Return what a model is called in results: its hub id, also for the path of a snapshot; else its folder's name."""
+    folder = folder_of(source)
+    if folder is None:
+        return str(source).rstrip("/")
+    snapshot = snapshot_of(folder.resolve())
+    return snapshot[0] if snapshot is not None else folder.resolve().name
+
+
+def about_snapshot(folder: Path) -> tuple[str, ...]:
+    """Return the note that says which snapshot of the hub's cache was read; nothing for another folder."""
+    snapshot = snapshot_of(folder.resolve())
+    return () if snapshot is None else (f"The files are those of {snapshot[0]} at commit {snapshot[1]}.",)
 
 
 def _download(hub_id: str, patterns: Iterable[str], what: str) -> Path:
@@ -71,7 +132,7 @@ def _download(hub_id: str, patterns: Iterable[str], what: str) -> Path:
     except Exception as error:
         raise UserError(
             f"The {what} {hub_id!r} is no folder here and could not be fetched from the Hugging Face hub "
-            f"({type(error).__name__}); check the name and the network, or download it and give its folder."
+            f"({type(error).__name__}): {how_to_get(hub_id, constants.HF_HUB_OFFLINE)}."
         ) from error
 
 
@@ -111,7 +172,10 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """Return all weights of a folder as memory-mapped tensors, by their names in the files."""
+    """Return all weights of a folder by their names in the files.
+
+    They are mapped to the files; those in the format of torch 1.5 and older, which cannot be mapped, are in memory.
+    """
     shards = [_open_weights(path) for path in weight_files(directory)]
     return {key: tensor for shard in shards for key, tensor in shard.items() if not key.endswith(IGNORED_KEYS)}
 
@@ -121,10 +185,18 @@ def _open_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with path.open("rb") as file:
+            head = file.read(32)
+        archived = head.startswith(ARCHIVE)
+        if not archived and PICKLED not in head:
+            raise ValueError("no file of torch.save")
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=archived)
     except UnpicklingError as error:
         raise UserError(f"{path} holds more than weights and was not unpickled; convert it to safetensors.") from error
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
+    # torch reads the format of torch 1.5 without checks: a damaged file fails wherever a wrong byte is first used.
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise UserError(f"The weights in {path} do not fit into the free memory of this machine.") from error
         raise UserError(
             f"Cannot read the weights in {path}; the file is damaged or incomplete, fetch it again."
         ) from error

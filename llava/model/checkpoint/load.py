@@ -65,7 +65,17 @@ from llava.model.checkpoint.config import (
     merge_type,
     to_transformers_config,
 )
-from llava.model.checkpoint.files import HUB_ID, files_of, listed, locate, read_weights
+from llava.model.checkpoint.files import (
+    HUB_ID,
+    about_snapshot,
+    files_of,
+    folder_of,
+    listed,
+    locate,
+    name_of,
+    read_weights,
+    snapshot_of,
+)
 from llava.model.fused import fuse
 from llava.model.parallel import Parallel, check_heads, join_alone, mapped_model, partition, split
 from llava.model.video_llava import LanguageBindVideoTower
@@ -110,7 +120,7 @@ class Checkpoint:
         image_processor: pads to a square, whatever the checkpoint's own configuration says. LLaVA-NeXT applies it to
             every tile; Qwen's keeps the shape of the image.
         conversation: prompt template of images, a name of llava.conversation.MODES; that of videos is "llava_v1".
-        name: hub id or folder name.
+        name: hub id or folder name; see `llava.model.checkpoint.files.name_of`.
         layout: layout of the files.
         text_tower: the CLIP text tower that belongs to the vision tower, if one is known: a folder, or the hub id of a
             whole CLIP. It is not read here; llava.model.multimodal_encoder.clip_text_encoder reads it when a method
@@ -263,7 +273,7 @@ def _read(source: str | Path, text_tower: str | Path | None, with_weights: bool)
     Args:
         with_weights: False downloads and reads none.
     """
-    if text_tower is not None and not Path(text_tower).is_dir() and not HUB_ID.match(str(text_tower)):
+    if text_tower is not None and folder_of(text_tower) is None and not HUB_ID.match(str(text_tower)):
         raise UserError(f"There is no CLIP folder {text_tower}; give a folder or a hub id such as owner/name.")
     directory = locate(source, "checkpoint", weights=with_weights)
     read = files_of(directory, weights=False)
@@ -305,12 +315,14 @@ def _tower(directory: Path, field: str, name: str, weights: dict[str, Tensor], w
     module = TOWER_MODULES[field]
     inside = any(key.startswith(f"model.{module}.") for key in weights)
     official = {CLIP_L_336_NAME: CLIP_L_336, **dict.fromkeys(LANGUAGEBIND_NAMES, LANGUAGEBIND)}
-    beside = (directory / name).is_dir()
+    here = folder_of(directory / Path(name).expanduser())
     needed = with_weights and not inside
-    if name in official and not beside and not needed:
+    if name in official and here is None and not needed:
         return _Tower(field, name, None, official[name], inside)
-    folder = locate(directory / name if beside else name, "vision tower", weights=needed)
+    folder = here or locate(name, "vision tower", weights=needed)
     read = files_of(folder, f"{field}/", weights=needed)
+    if (snapshot := snapshot_of(folder.resolve())) is not None:
+        name = snapshot[0]
     if needed:
         named = ((hf_tower_key(key, module), tensor) for key, tensor in read_weights(folder).items())
         weights.update((key, tensor) for key, tensor in named if key is not None)
@@ -332,7 +344,7 @@ def _text_tower(chosen: str | Path | None, directory: Path, towers: Sequence[_To
         towers: empty for the transformers layout, whose config names no CLIP.
     """
     if chosen is not None:
-        return Path(chosen) if Path(chosen).is_dir() else str(chosen)
+        return folder_of(chosen) or str(chosen)
     if (directory / "text_tower").is_dir():
         return directory / "text_tower"
     if not towers or towers[0].folder is None:
@@ -356,7 +368,7 @@ def _parts(files: _Files, source: str | Path) -> dict[str, Any]:
         "tokenizer": tokenizer,
         "image_processor": processor,
         "conversation": default_mode(files.kind, tokenizer.get_vocab()),
-        "name": files.directory.resolve().name if Path(source).is_dir() else str(source),
+        "name": name_of(source),
         "layout": layout,
         "text_tower": files.text_tower,
         "notes": _notes(files, about_images),
@@ -380,7 +392,7 @@ def _notes(files: _Files, about_images: Sequence[str]) -> tuple[str, ...]:
         if tower.inside:
             module = TOWER_MODULES[tower.field].replace("_", " ")
             notes.append(f"The {module} comes from the checkpoint's own shards, not from {tower.name}.")
-    notes += about_images
+    notes += [*about_images, *about_snapshot(files.directory)]
     window = getattr(config.text_config, "sliding_window", None)
     if window is not None:
         notes.append(
