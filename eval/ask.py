@@ -30,7 +30,7 @@ from eval.config import RunConfig, device_name
 from eval.feature_cache import without_memory
 from eval.parallel.ranks import ASKING, Rank
 from eval.results import cost, report
-from llava.errors import MethodError, UserError
+from llava.errors import MethodError, UserError, is_out_of_memory, release_memory
 from llava.pipeline.accounting import Batch
 from llava.pipeline.generate import generate
 from llava.processing.prompt import Sample
@@ -255,7 +255,7 @@ class ReadAhead:
                     loaded.append(LoadedQuestion(question, sample, " ".join(digests), views, seconds))
                     fresh.difference_update(images)
                 except Exception as error:
-                    loaded.append(Failure(question.id, "image", error))
+                    loaded.append(Failure(question.id, "memory" if is_out_of_memory(error) else "image", error))
             self._evict(needed)
             return loaded
 
@@ -358,16 +358,15 @@ def outcomes(
         else:
             yield Answered(parts, answers)
             continue
-        out_of_memory = isinstance(error, torch.OutOfMemoryError)
-        if out_of_memory:
-            error.with_traceback(None)  # its frames hold the tensors that fill the memory
+        if out_of_memory := is_out_of_memory(error):
             if getattr(job.model, "remembers_features", False):
                 job.model.forget()
-            torch.cuda.empty_cache()
+            release_memory(error)
         if not divide:
+            advice = " Use a smaller --batch-size." if out_of_memory and len(parts) > 1 else ""
             raise UserError(
                 f"Questions {', '.join(sample.id for sample in samples)} failed on a model that several ranks hold "
-                f"({type(error).__name__}: {' '.join(str(error).split())}); everything before them is kept."
+                f"({type(error).__name__}: {' '.join(str(error).split())}); everything before them is kept.{advice}"
             ) from error
         if len(parts) == 1:
             yield Failure(samples[0].id, "memory" if out_of_memory else "error", error)

@@ -1,20 +1,24 @@
 """Questions that cannot be answered: they are recorded with the reason, the rest goes on, and the result says so."""
 
+import errno
 import json
 import os
+import weakref
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from eval import __main__ as command
 from eval import run as job
-from eval.ask import ERRORS_IN_A_ROW, Progress, ask
+from eval.ask import ERRORS_IN_A_ROW, BatchLimit, Progress, ReadAhead, ask, outcomes
+from eval.benchmarks.media import Folder
 from eval.config import RunConfig
 from eval.parallel.ranks import Rank
 from eval.run import run
 from eval.tracking import Tracker
-from llava.errors import UserError
+from llava.errors import UserError, is_out_of_memory, release_memory
 from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
 
 
@@ -40,16 +44,50 @@ class Picky(FakeLlava):
         return super().answer(samples, reducer, max_new_tokens)
 
 
+CUDA_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has")
+# As they come; of those without a class of their own the text is all there is.
+OUT_OF_MEMORY = [
+    CUDA_FULL,
+    torch.OutOfMemoryError(),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`"),
+    torch.AcceleratorError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable"),
+    RuntimeError("HIP out of memory. Tried to allocate 9.00 GiB"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GB, other allocations: 1 MB, max allowed: 18.1 GB)"),
+    RuntimeError("Native API failed. Native API returns: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("unable to mmap 500 bytes from file <x>: Cannot allocate memory (12)"),
+    RuntimeError("std::bad_alloc"),
+    MemoryError(),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+]
+NOT_OF_MEMORY = [
+    RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported"),
+    torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous"),
+    RuntimeError("out of resource: shared memory, Required: 131072, Hardware limit: 101376"),
+    RuntimeError("Expected all tensors to be on the same device"),
+    OSError(errno.ENOSPC, "No space left on device"),
+    KeyError("out of memory"),
+    UserError("The question asks about out of memory errors."),
+]
+
+
 class Small(FakeLlava):
     """Has memory for a few questions at once."""
 
-    def __init__(self, room: int):
+    def __init__(self, room: int, error: Exception = CUDA_FULL):
         super().__init__()
-        self.room = room
+        self.room, self.error, self.tried = room, error, []
 
     def answer(self, samples, reducer, max_new_tokens=128):
+        self.tried.append(len(samples))
         if len(samples) > self.room:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has")
+            raise self.error
         return super().answer(samples, reducer, max_new_tokens)
 
 
@@ -136,6 +174,76 @@ def test_a_batch_that_does_not_fit_into_memory_is_divided(tmp_path, data, room):
     ]
     lines = [json.loads(line) for line in (tmp_path / "o" / "timing.jsonl").read_text().splitlines()]
     assert max(line["questions"] for line in lines) <= room and sum(line["questions"] for line in lines) == 40
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=repr)
+def test_every_kind_of_full_memory_makes_later_batches_smaller(tmp_path, data, error):
+    """Only torch's own exception did: with cuBLAS's, every batch failed first and was asked again one by one."""
+    model = Small(5, error)
+    result = run(config(tmp_path, data), model, FakeReducer())
+    assert result["asked"] == 40 and result["failed"] == []
+    assert [size for size in model.tried if size > 5] == [8] and max(model.tried[1:]) == 4
+    assert [note for note in result["remarks"] if note.startswith("A batch of 8 questions did not fit into memory")]
+
+
+@pytest.mark.parametrize("error", NOT_OF_MEMORY, ids=repr)
+def test_other_errors_are_not_taken_for_full_memory(tmp_path, data, error):
+    """A failed assertion on the device must not pass for a batch that was too large."""
+    assert not is_out_of_memory(error)
+    result = run(config(tmp_path, data), Picky("1009", error=error), FakeReducer())
+    (line,) = failures(tmp_path)
+    assert line["question_id"] == "1009" and line["kind"] == "error" and result["asked"] == 39
+    assert not any("did not fit" in remark for remark in result["remarks"])
+
+
+@pytest.mark.parametrize("ask_for", [lambda: torch.empty(2**50, dtype=torch.uint8), lambda: np.empty(2**60, np.uint8)])
+def test_what_this_machine_says_when_its_memory_is_full(ask_for):
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        ask_for()
+    assert is_out_of_memory(caught.value)
+
+
+def test_a_batch_that_did_not_fit_leaves_no_tensor_behind():
+    """The frames of the error held the tensors; those of the error in whose handling it was raised still did."""
+    held = []
+
+    def full(message: str) -> None:
+        tensor = torch.zeros(1)
+        tensor.cycle = SimpleNamespace(tensor=tensor)
+        held.append(weakref.ref(tensor))
+        raise RuntimeError(message)
+
+    try:
+        try:
+            full("no kernel")
+        except RuntimeError:
+            full("CUDA out of memory")
+    except RuntimeError as raised:
+        error = raised
+    assert all(one() is not None for one in held)
+    release_memory(error)
+    assert all(one() is None for one in held)
+
+
+def test_an_image_that_does_not_fit_into_memory_is_not_called_unreadable(tmp_path, data, monkeypatch):
+    """It was recorded as a damaged file."""
+
+    def full(folder, name):
+        raise MemoryError
+
+    monkeypatch.setattr(Folder, "open", full)
+    with pytest.raises(MemoryError):
+        run(config(tmp_path, data, limit=3), FakeLlava(), FakeReducer())
+    assert not (tmp_path / "o" / "failures.jsonl").exists()
+
+
+def test_ranks_that_hold_one_model_say_that_a_smaller_batch_may_fit(tmp_path, data):
+    """They cannot divide a batch, and the error did not say what to do."""
+    one = job.prepare(config(tmp_path, data, limit=4), Small(2), FakeReducer())
+    with ReadAhead(one) as images:
+        (batch,) = (batch for _, batch in images.batches(iter([one.planned])))
+        with pytest.raises(UserError, match="--batch-size"):
+            list(outcomes(one, batch, BatchLimit(), divide=False))
 
 
 def test_a_single_question_that_does_not_fit_fails(tmp_path, data):

@@ -137,6 +137,31 @@ def test_a_method_reads_the_question_alone(saved, name):
             assert torch.equal(ours.reduction.kept, theirs.reduction.kept)
 
 
+@pytest.mark.parametrize("method", ["consensusdrop", "fastv"])
+def test_after_full_memory_a_family_answers_as_before(saved, method):
+    """Hooks and replaced configurations of the tower and the decoder must not outlive a batch that did not fit."""
+    _, _, model = saved("internvl3")
+    parts = [model.blocks[0], model.llm.layers[0], model.llm.layers[-1]]
+    expected = [answer.token_ids for answer in ask(model, method=method, budget="1/2").answers]
+
+    def state():
+        modules = list(model.hf_model.modules())
+        hooks = [len(one._forward_hooks) + len(one._forward_pre_hooks) for one in modules]
+        return hooks, [id(getattr(one, "config", None)) for one in modules], [sorted(vars(one)) for one in modules]
+
+    def full(*args, **kwargs):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    before = state()
+    for part in parts:
+        part.forward = full
+        with pytest.raises(RuntimeError, match="CUBLAS"):
+            ask(model, method=method, budget="1/2")
+        del part.forward
+        assert state() == before
+    assert [answer.token_ids for answer in ask(model, method=method, budget="1/2").answers] == expected
+
+
 def test_a_run_says_what_was_run_and_what_was_not_counted(saved, tmp_path, capsys):
     folder, _, model = saved("internvl3")
     flags = ["--data", str(write_gqa(tmp_path, count=5)), "--wandb", "disabled", "--device", "cpu"]

@@ -78,12 +78,14 @@ def test_methods_take_turns_and_every_turn_asks_its_own_question(tiny, monkeypat
     assert found["uniform"].ttfts == (1.0, 1.0), "without the warm-up"
 
 
-def test_a_batch_that_does_not_fit_is_said_and_not_tried_again(tiny, monkeypatch, tmp_path):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")])
+def test_a_batch_that_does_not_fit_is_said_and_not_tried_again(tiny, monkeypatch, tmp_path, error):
+    """That cuBLAS found no memory ended the table."""
     tried = []
 
     def too_large(model, reducer, batch, lengths, clock):
         tried.append(reducer.name)
-        raise torch.OutOfMemoryError
+        raise error
 
     monkeypatch.setattr(measuring, "once", too_large)
     reducers, path = {"full": registry.build("full", 16)}, tmp_path / "kept.jsonl"

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from eval.efficiency.counts import Counts, OperationCounter, first_token
 from eval.results.report import commit
-from llava.errors import UserError
+from llava.errors import UserError, is_out_of_memory, release_memory
 from llava.model.llava_arch import Llava
 from llava.pipeline.accounting import Timer
 from llava.pipeline.generate import generate
@@ -196,9 +196,10 @@ def measure(
                 once(model, reducers[name], ask(number), lengths, CLOCKS[clock])
             with watched as counter:
                 row = once(model, reducers[name], ask(number), lengths, CLOCKS[clock])
-        except torch.OutOfMemoryError as error:
-            error.with_traceback(None)  # its frames hold the tensors that fill the memory
-            torch.cuda.empty_cache()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            release_memory(error)
             row = {}
             too_large.add(name)
         if row and counter is not None:

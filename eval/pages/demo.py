@@ -20,7 +20,7 @@ from eval.config import DEFAULT_DATA, FULL, TOY_BANNER, is_toy
 from eval.figures.overlay import draw_answer
 from eval.pages import asset, environment
 from eval.results.report import hardware
-from llava.errors import UserError
+from llava.errors import UserError, is_out_of_memory, release_memory
 from llava.model.llava_arch import Llava
 from llava.pipeline.accounting import Answer
 from llava.pipeline.generate import generate
@@ -104,10 +104,13 @@ def answer_beside_full(
         for _ in range(repeats):
             for measured, reducer in zip(times, reducers, strict=True):
                 measured.append(1000 * generate(model, [sample], reducer, max_new_tokens=1).timing.ttft)
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        release_memory(error)
         raise UserError(
-            "The question does not fit into the accelerator's memory; take a smaller image, or start the demo with "
-            "a smaller model or --dtype float16."
+            f"The question does not fit into the memory of {model.device}; take a smaller image, or start the demo "
+            "with a smaller model or --dtype float16."
         ) from error
     sides = []
     for reducer, batch, measured in zip(reducers, batches, times, strict=True):
