@@ -19,7 +19,7 @@ from typing import Any
 
 from eval import benchmarks
 from eval.benchmarks.base import Benchmark, Need
-from eval.benchmarks.hub import local_copy
+from eval.benchmarks.hub import cached_copies, local_copy
 from eval.command import exit_on_user_error, make_parser
 from eval.config import DEFAULT_DATA, ROOT
 from llava.errors import UserError, unknown
@@ -130,6 +130,8 @@ def check_folder(data: Path, benchmark: Benchmark) -> Finding:
         return read(data, benchmark, "official", lost)
     if copy is not None:
         return read(data, benchmark, "mirror", lost if there else [], copy[0])
+    if not benchmark.needs and (cached := cached_copies(benchmark.mirror)):
+        return read(data, benchmark, "auto", [], f"{cached[0][0]} in the hub's cache")
     if there:
         return Finding(benchmark.name, INCOMPLETE, "official", tuple(lost), benchmark.licence)
     return Finding(benchmark.name, ABSENT, "", (where_to_get(benchmark),), benchmark.licence)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 
 from eval.config import ROOT
@@ -22,6 +23,11 @@ from tests.tiny_checkpoints import save_transformers_layout
 # A shell that starts the tests in the background ignores Ctrl-C for them and for every process that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure() -> None:
+    """What the cache of the hub on this machine happens to hold is nothing to the tests, nor to their processes."""
+    os.environ["HF_HUB_CACHE"] = constants.HF_HUB_CACHE = str(ROOT / "no-hub-cache")
 
 
 def pytest_collection_finish() -> None:

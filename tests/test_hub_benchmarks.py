@@ -3,6 +3,9 @@
 import io
 import json
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import datasets
 import openpyxl
 import pytest
+from huggingface_hub import constants
 
 from eval import benchmarks
 from eval.benchmarks import hub_sets, mmmu
@@ -17,9 +21,12 @@ from eval.benchmarks.base import Dataset
 from eval.benchmarks.hub import open_table
 from eval.benchmarks.llava_files import LETTER, SHORT
 from eval.benchmarks.records import NotRequired, TypedDict
+from eval.config import DEFAULT_DATA, ROOT
 from eval.metrics import accuracy
+from eval.show import ABSENT, COMPLETE, check_folder
 from llava.errors import UserError
 from tests.benchmark_files import cell, write_hub
+from tests.checkpoint_files import hub_cache
 
 VECTORS = Path(__file__).parent / "data"
 ANLS = json.loads((VECTORS / "anls" / "table.json").read_text())
@@ -460,6 +467,161 @@ def test_missing_copies_columns_and_splits_are_named(tmp_path):
         open_table(tmp_path, ("new/X",), None, "test").records(Answered)
     with pytest.raises(UserError, match="Cannot read split val of"):
         open_table(tmp_path, ("new/X",), None, "val")
+
+
+# -- copies in the hub's cache ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache of the hub that is empty, and no network."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub-cache"
+
+
+def rows(*questions: str) -> list[dict]:
+    return [{"q": question, "image": cell()} for question in questions]
+
+
+@pytest.mark.parametrize("source", ["auto", "mirror"])
+def test_a_snapshot_in_the_cache_of_the_hub_is_found_offline(tmp_path, cache, source):
+    """`load_dataset` alone does not look there without a network, so a set that `hf download` had fetched was lost."""
+    written = write_hub(tmp_path / "w", "old/X", "test", rows("a", "b")) / "hub" / "old" / "X"
+    snapshot = hub_cache(cache, written, "datasets", "old/X")
+    table = open_table(tmp_path, ("new/X", "old/X"), None, "test", source)
+    assert (
+        table.id == "old/X" and table.where == str(snapshot) and [row["q"] for row in table.records(Row)] == ["a", "b"]
+    )
+    assert table.pictures().open("1/image").size
+    # Another commit is another table.
+    shutil.rmtree(written)
+    write_hub(tmp_path / "w", "old/X", "test", rows("c"))
+    hub_cache(cache, written, "datasets", "old/X", commit="4567def")
+    assert open_table(tmp_path, ("new/X", "old/X"), None, "test", source).records(Row) == [{"q": "c"}]
+    # A copy that was put below DATA comes first.
+    write_hub(tmp_path, "new/X", "test", rows("d", "e", "f"))
+    assert open_table(tmp_path, ("new/X", "old/X"), None, "test", source).id == "new/X"
+
+
+def test_what_is_not_in_the_cache_is_told_with_the_variables_that_say_so(tmp_path, cache):
+    """Offline, the error named neither HF_HUB_OFFLINE nor HF_HOME."""
+    for source in ("auto", "mirror"):
+        with pytest.raises(UserError) as caught:
+            open_table(tmp_path, ("new/X", "old/X"), None, "test", source)
+        assert all(name in str(caught.value) for name in ("HF_HOME", str(cache), "hf download new/X")), source
+    assert "HF_HUB_OFFLINE" in str(caught.value)
+
+
+HALVES = {"test-00000-of-00002": ("a", "b"), "test-00001-of-00002": ("c",), "val-00000-of-00001": ("d",)}
+PAGE = """---
+configs:
+- config_name: first
+  data_files:
+  - {split: train, path: first/train-*}
+- config_name: default
+  data_files:
+  - {split: test, path: data/test-*}
+  - {split: val, path: data/val-*}
+%s---
+"""
+SIZES = """dataset_info:
+  config_name: default
+  features: [{name: q, dtype: string}]
+  splits: [{name: test, num_bytes: 9, num_examples: 3}, {name: val, num_bytes: 9, num_examples: 1}]
+"""
+
+
+def tables(folder, *files: str, page: str = "") -> Path:
+    """A data set of some of the files of HALVES."""
+    (folder / "data").mkdir(parents=True)
+    for name in files:
+        datasets.Dataset.from_list([{"q": q} for q in HALVES[name]]).to_parquet(folder / "data" / f"{name}.parquet")
+    if page:
+        (folder / "README.md").write_text(page)
+    return folder
+
+
+@pytest.mark.parametrize("page", ["", PAGE % "", PAGE % SIZES], ids=["no page", "files", "files and sizes"])
+def test_a_snapshot_of_some_splits_gives_those_that_it_has(tmp_path, cache, page):
+    """`datasets` refuses a folder that lacks a split or a configuration that its page lists."""
+    both = [name for name in HALVES if name.startswith("test")]
+    hub_cache(cache, tables(tmp_path / "w", *both, page=page), "datasets", "me/set")
+    config = "default" if page else None
+    assert [row["q"] for row in open_table(tmp_path, ("me/set",), config, "test").records(Row)] == ["a", "b", "c"]
+    with pytest.raises(UserError, match=r"split val of .*hf download me/set --repo-type dataset fetches"):
+        open_table(tmp_path, ("me/set",), config, "val")
+    # The other owner's copy has it.
+    other = tables(tmp_path / "o", "val-00000-of-00001", page=page)
+    hub_cache(cache, other, "datasets", "you/set")
+    assert open_table(tmp_path, ("me/set", "you/set"), config, "val").id == "you/set"
+
+
+def test_a_split_that_is_smaller_than_its_page_says_is_refused(tmp_path, cache):
+    """Read alone, a split is compared with nothing by `datasets`."""
+    folder = tables(tmp_path / "w", "test-00001-of-00002", page=PAGE % SIZES)
+    (folder / "data" / "test-00001-of-00002.parquet").rename(folder / "data" / "test-0.parquet")
+    hub_cache(cache, folder, "datasets", "me/set")
+    with pytest.raises(UserError, match="Cannot read"):
+        open_table(tmp_path, ("me/set",), "default", "test")
+
+
+@pytest.mark.parametrize("page", ["", PAGE % ""], ids=["no page", "files"])
+@pytest.mark.parametrize("damage", ["part", "blob"])
+def test_a_copy_that_lacks_a_part_of_a_table_is_refused(tmp_path, cache, page, damage):
+    """Of an interrupted download, the parts that were there were read as the whole table: 2 of 3 rows, and no word."""
+    snapshot = hub_cache(cache, tables(tmp_path / "w", *HALVES, page=page), "datasets", "me/set")
+    lost = snapshot / "data" / "test-00001-of-00002.parquet"
+    (lost if damage == "part" else lost.resolve()).unlink()
+    config = "default" if page else None
+    incomplete = r"incomplete.* data/test-00001-of-00002\.parquet\. hf download me/set --repo-type dataset"
+    with pytest.raises(UserError, match=rf"{incomplete} fetches"):
+        open_table(tmp_path, ("me/set",), config, "test")
+    (tmp_path / "hub" / "me").mkdir(parents=True)
+    (tmp_path / "hub" / "me" / "set").symlink_to(snapshot)
+    with pytest.raises(UserError, match=rf"{incomplete} --local-dir .* fetches"):
+        open_table(tmp_path, ("me/set",), config, "test")
+
+
+def test_official_files_are_not_replaced_by_the_cache_unasked(tmp_path, cache):
+    """With --source mirror it serves POPE; without, the error says that it could."""
+    pope = benchmarks.get("pope")
+    for name in pope.mirror:
+        folder = DEFAULT_DATA / "hub" / name
+        if folder.is_dir():
+            hub_cache(cache, folder, "datasets", name)
+    with pytest.raises(UserError, match="from the hub's cache with --source mirror"):
+        pope.load(tmp_path, "test")
+    loaded = pope.load(tmp_path, "test", source="mirror")
+    assert loaded.questions == pope.load(DEFAULT_DATA, "test", source="mirror").questions
+    loaded.sample(loaded.questions[0])
+
+
+def test_check_data_shows_a_set_that_is_in_the_cache(tmp_path, cache):
+    """Of sets that exist on the hub alone, which a run reads from there."""
+    folder = DEFAULT_DATA / "hub" / "Lin-Chen" / "MMStar"
+    assert check_folder(tmp_path, benchmarks.get("mmstar")).state == ABSENT
+    hub_cache(cache, folder, "datasets", "Lin-Chen/MMStar")
+    found = check_folder(tmp_path, benchmarks.get("mmstar"))
+    assert found.state == COMPLETE and found.source.startswith("Lin-Chen/MMStar")
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("cache_name", ["HF_HOME", "HF_HUB_CACHE"])
+@pytest.mark.parametrize("offline", ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_the_variables_of_the_hub_are_those_that_count(tmp_path, cache_name, offline):
+    home = tmp_path / "home"
+    hub_cache(home / "hub", tables(tmp_path / "w", "val-00000-of-00001"), "datasets", "me/set")
+    names = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+    environment = {key: value for key, value in os.environ.items() if key not in names}
+    environment |= {cache_name: str(home if cache_name == "HF_HOME" else home / "hub"), offline: "1"}
+    environment["HF_DATASETS_CACHE"] = str(tmp_path / "arrow")
+    program = (
+        "from pathlib import Path; from eval.benchmarks.hub import open_table\n"
+        "print(len(open_table(Path('none'), ('me/set',), None, 'val', 'mirror')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "1", done.stderr
 
 
 OFFICIAL = [name for name in benchmarks.names() if benchmarks.get(name).needs and benchmarks.get(name).mirror]

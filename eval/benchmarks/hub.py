@@ -1,6 +1,10 @@
-"""Data sets of the hub as lmms-eval reads them: a local copy below DATA/hub, or the hub itself when asked for.
+"""Data sets of the hub as lmms-eval reads them: a local copy, or the hub itself when asked for.
 
     DATA/hub/lmms-lab/POPE/...   as `hf download lmms-lab/POPE --repo-type dataset --local-dir DATA/hub/lmms-lab/POPE`
+    the hub's cache              as `hf download lmms-lab/POPE --repo-type dataset`; HF_HOME says where it is
+
+A copy below DATA/hub comes first, then the snapshot of the branch main in the cache. A set that also exists as official
+files is read from the cache with `--source mirror` only, since nobody has put it into DATA.
 
 The sets moved from one owner to another in 2026; copies under either name are found. Nothing of a data set is
 executed: its tables are read by the `datasets` library, its images as bytes.
@@ -8,8 +12,10 @@ executed: its tables are read by the `datasets` library, its images as bytes.
 
 import hashlib
 import json
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +25,11 @@ from eval.benchmarks.base import Contents, Question, Reference
 from eval.benchmarks.media import Inline
 from eval.benchmarks.records import Record, check_all, columns_of
 from eval.metrics import Score, first_names
-from llava.errors import UserError
+from llava.errors import UserError, how_to_get
 from llava.file_state import file_state
+
+# A part of a table: number and count of the parts. Some names end with a hash.
+PART = re.compile(r"(?P<table>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\b")
 
 
 @dataclass(frozen=True)
@@ -118,50 +127,131 @@ def local_copy(data: Path, ids: Iterable[str]) -> tuple[str, Path] | None:
     return next(((name, data / "hub" / name) for name in ids if (data / "hub" / name).is_dir()), None)
 
 
+def cached_copies(ids: Iterable[str]) -> list[tuple[str, Path]]:
+    """Those of `ids` that have a snapshot of their branch main in the hub's cache. Nothing is downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    found = []
+    for name in ids:
+        with suppress(LocalEntryNotFoundError):
+            found.append((name, Path(snapshot_download(name, repo_type="dataset", local_files_only=True))))
+    return found
+
+
 def open_table(data: Path, ids: Sequence[str], config: str | None, split: str, source: str = "auto") -> Table:
-    """A split of a data set, from DATA/hub or from the hub itself.
+    """A split of a data set, from DATA/hub, from the hub's cache, or from the hub itself.
 
     Args:
         ids: repositories, the newest owner first.
         source: of eval.benchmarks.base.SOURCES; the hub is asked only when one was named. For sets that exist on the
             hub only, "official" and "mirror" are the same.
     """
+    from huggingface_hub import constants
+
     copy = local_copy(data, ids)
-    if copy is None and source == "auto":
+    places: list[tuple[str, Path | None]] = [copy] if copy is not None else [*cached_copies(ids)]
+    if not places and source == "auto":
         raise UserError(
-            f"No copy of {' or '.join(ids)} below {data / 'hub'}; download it there "
+            f"No copy of {' or '.join(ids)} below {data / 'hub'} or in the hub's cache {constants.HF_HUB_CACHE} (which "
+            "HF_HOME chooses); download it there "
             f"(hf download {ids[0]} --repo-type dataset --local-dir {data / 'hub' / ids[0]}), "
             "or let --source mirror read it from the hub."
         )
-    failures = []
-    for name, folder in [copy] if copy is not None else [(name, None) for name in ids]:
+    if copy is None and source != "auto":
+        places += [(name, None) for name in ids]
+    failures: list[UserError] = []
+    for name, folder in places:
         try:
             table = _open(name, folder, config, split)
         except UserError as error:
-            failures.append(str(error))
+            failures.append(error)
             continue
         if not len(table):
             raise UserError(f"Split {split} of {table.where} has no rows; fetch the data set again.")
         return table
-    raise UserError(" ".join(failures))
+    sentences = [str(error) for error in failures]
+    if any(isinstance(error.__cause__, (ConnectionError, FileNotFoundError)) for error in failures) and copy is None:
+        import datasets
+
+        advice = how_to_get(ids[0], constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE, data=True)
+        sentences.append(f"{advice[0].upper()}{advice[1:]}.")
+    raise UserError(" ".join(sentences))
 
 
 def _open(name: str, folder: Path | None, config: str | None, split: str) -> Table:
     import datasets
 
+    fetch_again = ""
     if folder is not None:
+        place = "" if folder.parent.name == "snapshots" else f" --local-dir {folder}"  # the cache, or DATA/hub
+        fetch_again = f"hf download {name} --repo-type dataset{place} fetches all of it."
         datasets.disable_progress_bars()  # of the library's own copy of a table, which says nothing to a user here
+        if lost := missing_files(folder):
+            raise UserError(
+                f"The copy of {name} in {folder} is incomplete, it lacks {len(lost):,} of its files: "
+                f"{first_names(lost)}. {fetch_again}"
+            )
     where = str(folder) if folder is not None else f"hub data set {name}"
+    cache = None if folder is None else str(_cache(folder))
     try:
-        rows = datasets.load_dataset(
-            where if folder is not None else name, config, split=split, cache_dir=folder and str(_cache(folder))
-        )
+        rows = datasets.load_dataset(where if folder is not None else name, config, split=split, cache_dir=cache)
     # The library's errors for a wrong split, configuration, schema and network have no common base.
     except Exception as error:
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        what = f"configuration {config}, split {split}" if config else f"split {split}"
-        raise UserError(f"Cannot read {what} of {where} ({line}).") from error
+        rows = None if folder is None else _split_alone(folder, config, split, cache)
+        if rows is None:
+            line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            what = f"configuration {config}, split {split}" if config else f"split {split}"
+            raise UserError(f"Cannot read {what} of {where} ({line}). {fetch_again}".rstrip()) from error
     return Table(name, where, undecoded(rows))
+
+
+def missing_files(folder: Path) -> list[str]:
+    """Files that a local copy should have: what links in it lead to, and the other parts of tables.
+
+    Of a download that was interrupted, `datasets` reads the parts that are there, as a smaller table.
+    """
+    lost: list[str] = []
+    parts: dict[tuple[str, str, int], set[int]] = defaultdict(set)
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if any(one.startswith(".") for one in name.parts):  # the hub's notes on its downloads
+            continue
+        if path.is_symlink() and not path.exists():
+            lost.append(str(name))
+        if (part := PART.match(name.name)) is not None:
+            parts[str(name.with_name(part["table"])), name.suffix, int(part["count"])].add(int(part["number"]))
+    for (table, suffix, count), there in parts.items():
+        lost += [f"{table}-{number:05d}-of-{count:05d}{suffix}" for number in range(count) if number not in there]
+    return sorted(lost)
+
+
+def _split_alone(folder: Path, config: str | None, split: str, cache: str | None) -> Any:
+    """A split whose files a local copy has although it lacks others that its README.md lists, or None.
+
+    `datasets` reads all splits of a configuration, and looks at the files of the first configuration, before it gives
+    one; copies of the hub's cache often hold just what was used.
+    """
+    import datasets
+    from huggingface_hub import DatasetCard
+
+    try:
+        card = DatasetCard.load(folder / "README.md").data.to_dict()
+        named = {one["config_name"]: one for one in card["configs"]}
+        chosen = config or next((name for name, one in named.items() if one.get("default")), "default")
+        (files,) = [one["path"] for one in named[chosen]["data_files"] if one["split"] == split]
+        rows = datasets.load_dataset(str(folder), chosen, data_files={split: files}, split=split, cache_dir=cache)
+        infos = card.get("dataset_info") or []
+        infos = [infos] if isinstance(infos, dict) else infos
+        sizes = {
+            (info.get("config_name", "default"), one["name"]): one["num_examples"]
+            for info in infos
+            for one in info.get("splits") or ()
+        }
+    # A README.md of any other form, and whatever the library raises.
+    except Exception:
+        return None
+    return rows if sizes.get((chosen, split), len(rows)) == len(rows) else None
 
 
 def _cache(folder: Path) -> Path:
@@ -206,12 +296,13 @@ def official_file(
     if source == "auto" and local_copy(data, mirror) is not None:
         return None
     folder = files[0].relative_to(data).parts[0]
+    hub = "the hub's cache" if source == "auto" and cached_copies(mirror) else "the hub"
     raise UserError(
         f"No {title} questions at {' or '.join(map(str, files))}"
         + (f" (it is in {origin})" if origin else "")
         + (f" and no copy of {' or '.join(mirror)} below {data / 'hub'}" if source == "auto" else "")
         + f"; --data should be the folder that holds {folder}/"
-        + ("." if source == "official" else ", or read them from the hub with --source mirror.")
+        + ("." if source == "official" else f", or read them from {hub} with --source mirror.")
     )
 
 
