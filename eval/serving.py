@@ -96,7 +96,7 @@ def prompts(args: argparse.Namespace, model: Llava) -> Iterator[tuple[dict[str, 
     samples = asked(args)
     for start in range(0, len(samples), BATCH):
         batch = [
-            Sample(one.id, one.question, one.suffix, open_image(one.image_ids[0]), one.image_ids)
+            Sample(one.id, one.question, one.suffix, open_image(one.image_ids[0], upright=True), one.image_ids)
             for one in samples[start : start + BATCH]
         ]
         for reducer in reducers:

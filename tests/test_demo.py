@@ -11,8 +11,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
+from eval import serving
 from eval.config import DEFAULT_MODEL, ROOT, TOY_BANNER
 from eval.pages import command
 from eval.pages import demo as demo_page
@@ -75,6 +76,32 @@ def test_times_are_taken_in_turns_after_both_have_answered(tiny, monkeypatch):
 def test_mistakes_are_one_sentence(tiny, question, method, budget, expected):
     with pytest.raises(UserError, match=expected):
         answer_beside_full(tiny, picture(1), question, method, budget)
+
+
+@pytest.fixture
+def phone_picture(tmp_path) -> Path:
+    """60 x 44 pixels for a person, stored on its side."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    picture(1).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "phone.jpg", exif=exif)
+    return tmp_path / "phone.jpg"
+
+
+def test_demo_gallery_and_client_show_a_phone_picture_as_a_person_sees_it(tiny, tmp_path, phone_picture, monkeypatch):
+    """All of them asked about a picture on its side."""
+    compared = demo_page.answer(tiny, str(phone_picture), "a?", True, "random", 8)
+    assert compared.full.overlay.width > compared.full.overlay.height
+    assert command.sample_of(str(phone_picture), "a?", "").image.size == (60, 44)
+    seen = []
+
+    def embeddings(model, batch, reducer):
+        seen.extend(sample.image.size for sample in batch)
+        return [torch.zeros(2, 3) for _ in batch]
+
+    monkeypatch.setattr(serving, "prompt_embeddings", embeddings)
+    monkeypatch.setattr(serving, "load_front", lambda *_: tiny)
+    flags = ["consensusdrop", "8", "--image", str(phone_picture), "--question", "a?", "--model", DEFAULT_MODEL]
+    assert serving.export_command([str(tmp_path / "prompts.safetensors"), *flags]) == 0 and seen == [(60, 44)]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")])

@@ -6,6 +6,7 @@ slowly. Resizing is that of Pillow up to 12.3 by definition, whatever Pillow is 
 
 import io
 import json
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +15,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, ExifTags, Image, ImageDraw
 from transformers import LlavaNextImageProcessorPil, Qwen2VLImageProcessorPil
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
+from eval.benchmarks.media import Folder
 from llava.errors import UserError
 from llava.processing.image import (
     CLIP_MEAN,
@@ -213,6 +215,91 @@ def test_open_image_ignores_exif_rotation(tmp_path):
     exif[0x0112] = 6  # orientation: rotate by 90 degrees
     noise(9, 7).save(tmp_path / "a.jpg", exif=exif)
     assert open_image(tmp_path / "a.jpg").size == (9, 7)
+
+
+# What the standard says of each orientation: where the stored picture's first row and column are in the upright one.
+STORED = {
+    1: lambda upright: upright,
+    2: lambda upright: upright[:, ::-1],
+    3: lambda upright: upright[::-1, ::-1],
+    4: lambda upright: upright[::-1],
+    5: lambda upright: upright.swapaxes(0, 1),
+    6: lambda upright: upright[:, ::-1].swapaxes(0, 1),
+    7: lambda upright: upright[::-1, ::-1].swapaxes(0, 1),
+    8: lambda upright: upright[::-1].swapaxes(0, 1),
+}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "WEBP", "TIFF"])
+def test_a_phone_picture_is_turned_upright_for_people(tmp_path, orientation, kind):
+    """It was read as the sensor lies: "is the red circle above the blue square?" was asked of a picture on its side."""
+    upright = Image.new("RGB", (96, 64), "white")
+    draw = ImageDraw.Draw(upright)
+    draw.ellipse((8, 4, 36, 28), fill="red")
+    draw.rectangle((40, 40, 80, 60), fill="blue")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = tmp_path / "photo"
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](np.asarray(upright))))
+    stored.save(path, kind, exif=exif, **({"quality": 95} if kind in ("JPEG", "MPO") else {"lossless": True}))
+    seen = open_image(path, upright=True)
+    assert seen.size == upright.size and np.abs(np.asarray(seen).astype(int) - np.asarray(upright)).mean() < 3
+    if kind != "TIFF":  # which Pillow itself turns, for the official scripts too
+        assert open_image(path).size == stored.size == Folder(tmp_path).open("photo").size
+
+
+ODD = {  # other entries of the EXIF data: a resolution that is text, and a negative width
+    "text": (0x011A, 2, 4, b"abc\0"),
+    "negative": (0x0100, 9, 1, struct.pack("<i", -5)),
+    "beyond the end": (0x010F, 2, 4000, struct.pack("<I", 90_000)),
+}
+
+
+@pytest.mark.parametrize("entry", ODD.values(), ids=ODD)
+def test_odd_exif_data_do_not_hinder_the_turn(entry):
+    """ImageOps.exif_transpose fails on the first two, since it writes all entries anew."""
+    entries = [(0x0112, 3, 1, struct.pack("<HH", 6, 0)), entry]
+    directory = b"".join(struct.pack("<HHI", *known[:3]) + known[3] for known in entries)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + directory + struct.pack("<I", 0)
+    file = io.BytesIO()
+    noise(9, 7).save(file, "JPEG", exif=exif)
+    assert open_image(file, upright=True).size == (7, 9) and open_image(file).size == (9, 7)
+    file = io.BytesIO()
+    noise(9, 7).save(file, "JPEG", exif=b"Exif\0\0no tags at all")
+    assert open_image(file, upright=True).size == (9, 7)
+
+
+def kinds_of_files() -> Iterator[tuple[str, Image.Image, dict]]:
+    """Files that users have: format, image, options of saving."""
+    clear = noise(30, 20).quantize(16)
+    yield "PNG", clear, {"transparency": 3}
+    yield "PNG", noise(30, 20).convert("RGBA"), {}
+    yield "PNG", noise(30, 20).convert("LA"), {}
+    yield "GIF", clear, {"transparency": 3}
+    yield "JPEG", noise(30, 20).convert("CMYK"), {"quality": 95}
+    for kind in ("GIF", "WEBP", "PNG", "TIFF"):
+        yield kind, noise(30, 20), {"save_all": True, "append_images": [noise(30, 20, 1), noise(30, 20, 2)]}
+
+
+@pytest.mark.parametrize(("kind", "image", "options"), list(kinds_of_files()))
+@pytest.mark.parametrize("upright", [False, True])
+def test_one_rule_for_all_kinds_of_files(kind, image, options, upright):
+    """Colours as Pillow makes RGB of them, transparency left out, and of an animation the first frame."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    expected = np.asarray(Image.open(file).convert("RGB"))
+    assert np.array_equal(np.asarray(open_image(file, upright=upright)), expected)
+    if kind == "PNG":
+        assert np.array_equal(expected, np.asarray(image.convert("RGB")))
+
+
+def test_a_picture_of_400_million_pixels_is_refused(tmp_path):
+    """Its file has 50 kB."""
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "wall.png")
+    for upright in (False, True):
+        with pytest.raises(UserError, match=r"wall\.png is too large .*make it smaller"):
+            open_image(tmp_path / "wall.png", upright=upright)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "bmp", "webp"])

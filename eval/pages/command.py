@@ -100,7 +100,8 @@ def sample_of(path: str, question: str, instruction: str) -> "Sample":
     from llava.processing.video import read_video
 
     is_video = Path(path).suffix.lower() in VIDEO_FILES
-    return Sample("gallery", question, instruction, read_video(path) if is_video else open_image(path))
+    image = read_video(path) if is_video else open_image(path, upright=True)
+    return Sample("gallery", question, instruction, image)
 
 
 def toy_sample(model: "Llava") -> "Sample":

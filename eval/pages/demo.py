@@ -276,7 +276,7 @@ def answer(model: Llava, path: str | None, question: str, short: bool, method: s
     """
     if path is None:
         raise UserError("There is no image; drop one, or choose an example.")
-    image = open_image(path, Path(path).name)
+    image = open_image(path, Path(path).name, upright=True)
     return answer_beside_full(model, image, question, method, int(budget), short)
 
 

@@ -31,7 +31,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, PretrainedConfig, Qwen2VLImageProcessorPil
@@ -57,6 +57,17 @@ BICUBIC = 3  # of PIL.Image.Resampling
 MAX_SIDE = 65_535  # pixels, the longest that JPEG can hold
 
 
+# How an image of each EXIF orientation is turned upright; 1 is upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 Size = tuple[int, int]
 Grid = tuple[int, int, int]  # frames, rows and columns of patches
 Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
@@ -73,12 +84,15 @@ def resize(image: Image.Image, size: Size) -> Image.Image:
     return wide.resize(size, Image.Resampling.BICUBIC)
 
 
-def open_image(path: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
-    """Read a whole image file as RGB. EXIF rotation is ignored, as in the official benchmark scripts.
+def open_image(path: str | Path | BinaryIO, name: str | None = None, upright: bool = False) -> Image.Image:
+    """Read a whole image file as RGB, of an animation the first frame; for modes see `as_rgb`.
 
     Args:
         path: or the file's bytes as an open file.
         name: how errors call the image; its path if left out.
+        upright: turn the image as its EXIF data say, as for a person who looks at it. Phones store pictures as the
+            sensor lies. The official benchmark scripts do not turn them, so benchmarks do not either. Pillow itself
+            turns TIFF files, always.
 
     Raises:
         UserError: there is no such file, it is damaged, or it has none of FORMATS; or its values have no known range.
@@ -86,7 +100,10 @@ def open_image(path: str | Path | BinaryIO, name: str | None = None) -> Image.Im
     name = name or str(path)
     try:
         with Image.open(path, formats=FORMATS) as image:
-            return _in_8_bits(image, f"The image {name}")
+            rgb = _in_8_bits(image, f"The image {name}")
+            # Not ImageOps.exif_transpose, which writes the other EXIF data anew and fails where they are odd.
+            turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1)) if upright else None
+            return rgb if turn is None else rgb.transpose(turn)
     except UserError:
         raise
     except UnidentifiedImageError as error:
@@ -109,7 +126,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """Convert an image to RGB as Pillow does, which is what the official scripts do; grey of 16 bits is scaled to 8.
 
     CMYK is converted without a profile, an alpha channel is dropped (hidden colours become visible). EXIF rotation
-    stays ignored.
+    stays ignored: see `open_image` for files.
 
     Raises:
         UserError: a side has no pixel or more than MAX_SIDE, or values have no known range.
