@@ -350,6 +350,11 @@ def test_the_hash_of_a_large_file_is_remembered(tmp_path, monkeypatch):
     (entry,) = (tmp_path / "cache" / "visual-token-reduction").iterdir()
     entry.write_text(entry.read_text()[:5])  # its writer was killed
     assert checkpoint_files.hashes_of({"a": file_state(file)}) == first and len(read) == 2
+    for damaged in (b"\xff" * 16, bytes(16), b"0123456789ABCDEF", b"0123456789abcde\n"):  # believed, or a traceback
+        entry.write_bytes(damaged)
+        read.clear()
+        assert checkpoint_files.hashes_of({"a": file_state(file)}) == first and len(read) == 1
+    read.append("again")
     state = file.stat()
     file.write_bytes(b"WEIGHTS")
     os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))

@@ -274,8 +274,9 @@ def hash_of(state: FileState, advance: Callable[[int], object]) -> str:
     known = (str(state.path.resolve()), *state[1:])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "visual-token-reduction"
     memory = cache / hashlib.sha256(repr(known).encode()).hexdigest()
-    with suppress(OSError):
-        if len(remembered := memory.read_text()) == DIGITS:  # shorter where its writer was killed
+    with suppress(OSError, UnicodeDecodeError):
+        # Shorter where its writer was killed, and something else where a disk has failed.
+        if re.fullmatch(rf"[0-9a-f]{{{DIGITS}}}", remembered := memory.read_text()):
             advance(state.size)
             return remembered
     fresh = read_hash(state, advance)
