@@ -2,9 +2,10 @@
 
 Questions are asked window by window of the benchmark's order, inside a window by the length of their text: a batch of
 equal lengths has no padding, so it needs no mask and attention runs its fastest kernel. The order depends neither on
-the batch size nor on the number of ranks nor on what was answered before, so equal runs write equal files. A window is
-small enough for its images to be remembered (eval/feature_cache.py). Images are read and preprocessed in threads while
-the model answers the batch before. What cannot be answered is a Failure, which leaves the other questions alone.
+the batch size nor on the number of ranks nor on what was answered before. At its end a run puts the answers into the
+benchmark's order, so equal runs write equal files, whatever happened in between. A window is small enough for its
+images to be remembered (eval/feature_cache.py). Images are read and preprocessed in threads while the model answers the
+batch before. What cannot be answered is a Failure, which leaves the other questions alone.
 """
 
 import sys

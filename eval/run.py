@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from eval import benchmarks, tracking
-from eval.answers.jsonl import read_json, write_file, write_json
-from eval.answers.reuse import check_reuse, images_digest
+from eval.answers.jsonl import make_folder, write_file, write_json
+from eval.answers.reuse import RESULT, check_reuse, images_digest, read_result
 from eval.answers.source_hash import differences
-from eval.answers.store import AnswerFiles, AnswerStore, Shard
+from eval.answers.store import TIMING, AnswerFiles, AnswerStore, Shard
 from eval.ask import Job, Progress, ask, first_token_times, measured_under
 from eval.benchmarks.base import Dataset, Question
 from eval.command import open_dataset
@@ -157,7 +157,7 @@ def run(
     known = [question.id for question in job.data.questions]
     with AnswerStore(job.output, job.settings, known, config.restart, process_of(job, rank)) as store:
         check_reuse(job.data, job.planned, store.answers, job.output)
-        job.results.mkdir(exist_ok=True)
+        make_folder(job.results)
         flat = flat_config(config, job.settings, job.data, job.reducer)
         tracker = tracking.start_evaluation(config, job.results, job.settings, flat)
         finished = False
@@ -169,12 +169,14 @@ def run(
                 ttft = first_token_times(job, rank)
             rank.report(SCORING)
             job.check_unchanged()
+            # Each is on the disk before the next is written, and the result, which says that all is there, comes last.
+            store.put_in_order()
             files = job.data.submission(texts(job, store))
             result = summarise(job, store, throughput, ttft)
             result |= {"config": flat, "submission": list(files)}
-            write_json(job.results / "result.json", result)
             for name, content in files.items():
                 write_file(job.results / name, content)
+            write_json(job.results / RESULT, result)
             tracker.finish(result, lambda: sample_table(job, store))
             finished = True
         except KeyboardInterrupt as stop:
@@ -187,7 +189,7 @@ def run(
             tracker.close(failed=not finished)
     remarks = [f"note: {remark}" for remark in result["remarks"]]
     lines = [*report.score_lines(result), *remarks, *report.cost_lines(result), *report.failed_lines(result)]
-    print("\n".join([*lines, f"result: {job.results / 'result.json'}", result["sentence"]]), flush=True)
+    print("\n".join([*lines, f"result: {job.results / RESULT}", result["sentence"]]), flush=True)
     return result
 
 
@@ -286,7 +288,7 @@ def follow_first_rank(job: Job, rank: Rank) -> None:
 def former_times(job: Job) -> dict[str, Any] | None:
     """The times to first token of the result that is there, if they were measured under the conditions of this run."""
     with suppress(UserError, KeyError, TypeError):  # no result yet, or a damaged one
-        former: dict[str, Any] = read_json(job.results / "result.json")
+        former = read_result(job.results)
         return former["timing"]["ttft"] if former["conditions"] == measured_under(job) else None
     return None
 
@@ -315,10 +317,10 @@ def summarise(job: Job, store: AnswerStore, throughput: dict[str, Any], ttft: di
     lines = [store.answers[name] for name in asked]
     audits = [line["metadata"]["audit"] for line in lines]
     score, judged = score_answers(job.data, job.config.judge, asked, texts(job, store), job.output / "answers.jsonl")
-    timed = store.timing_of(asked)
+    timed = cost.checked(store.timing_of(asked), job.output / TIMING)
     flops = cost.summarise_flops(timed)
     made = report.made_by(store.origins(asked))
-    remarks = [*getattr(job.model, "notes", ()), *made.pop("notes"), *cost.notes(timed)]
+    remarks = [*getattr(job.model, "notes", ()), *made.pop("notes"), *cost.notes(timed, len(asked))]
     remarks += [*cost.mixed_batches(timed), *store.remarks]
     if without_cls := job.reducer.without_cls(job.model.spec):
         remarks.append(without_cls)

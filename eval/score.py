@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from eval import benchmarks
-from eval.answers.jsonl import read_json, write_json
+from eval.answers.jsonl import write_json
 from eval.answers.reading import read_answers
-from eval.answers.reuse import OF_THE_SCORE, RESULT, check_images, joint_differences, read_stored, results_folder
+from eval.answers.reuse import OF_THE_SCORE, check_images, joint_differences, read_result, read_stored, results_folder
 from eval.benchmarks.base import Dataset
 from eval.command import Parser, add_data_flags, exit_on_user_error, make_parser, open_dataset
 from eval.judging.choice import check_judge, score_answers
@@ -136,7 +136,7 @@ def compare_command(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("a", type=Path, help="output folder of a run")
     p.add_argument("b", type=Path, help="output folder of another run")
     args = p.parse_args(arguments)
-    first, second = (read_json(results_folder(path) / RESULT) for path in (args.a, args.b))
+    first, second = (read_result(results_folder(path)) for path in (args.a, args.b))
     if found := joint_differences(first, second, OF_THE_SCORE):
         raise UserError(f"{args.a} and {args.b} cannot be compared: they differ in {'; '.join(found)}.")
     settings, facts = first["settings"], first["facts"]

@@ -19,9 +19,10 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from eval.answers.jsonl import read_json, read_jsonl, write_json
-from eval.answers.reuse import check_reuse
+from eval.answers.jsonl import is_file, make_folder, read_json, write_json
+from eval.answers.reuse import RESULT, check_reuse, own_lines, read_result
 from eval.answers.source_hash import differences
+from eval.answers.store import ANSWERS, UNLOCKED
 from eval.ask import Job
 from eval.benchmarks.base import Dataset
 from eval.command import exit_on_user_error, open_dataset
@@ -91,7 +92,7 @@ def run_all(configs: Sequence[RunConfig]) -> bool:
             if place is None and not finished:
                 with contextlib.redirect_stdout(io.StringIO()):
                     run(job.config, model=model)
-            result = read_json(job.results / "result.json")
+            result = read_result(job.results)
             print("\n".join([*report.failed_lines(result), result["sentence"]]), flush=True)
             complete = complete and not result["failed"]
     return complete
@@ -154,7 +155,7 @@ def fill_on_ranks(
     Raises:
         SystemExit: a rank did not finish; the sentence is printed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     file = folder / f"sweep-{os.getpid()}.json"
     runs = [dataclasses.asdict(config) for config in configs]
     plain = json.loads(json.dumps({"model": dict(loaded_with), "go_on": go_on, "runs": runs}, default=str))
@@ -210,11 +211,17 @@ def is_finished(config: RunConfig, model: Llava, device: str | None = None) -> b
 
 
 def is_complete(job: Job, device: str | None = None) -> bool:
-    """The same of a run whose inputs are read."""
-    folder, path = job.output, job.results / "result.json"
-    if job.config.restart or not path.is_file():
+    """The same of a run whose inputs are read.
+
+    A result alone proves nothing: its answers or its submission may be lost, or it may be damaged itself. Then the run
+    is made again, which asks what has no answer and writes everything anew.
+    """
+    if job.config.restart or not is_file(job.results / RESULT):
         return False
-    result = json.loads(path.read_text())
+    try:
+        result = read_result(job.results)
+    except UserError:
+        return False
     if result.get("config", {}).get("judge", "auto") != job.config.judge:
         return False
     expected = job.settings | ({"device": device} if device else {})
@@ -222,9 +229,13 @@ def is_complete(job: Job, device: str | None = None) -> bool:
         return False
     if result.get("labels") != job.data.fingerprint:  # a run then asks nothing and scores anew
         return False
-    answers = {row["question_id"]: row for _, row in read_jsonl(folder / "answers.jsonl")}
-    check_reuse(job.data, job.planned, answers, folder)
-    return True
+    if any(UNLOCKED in remark for remark in result.get("remarks", ())):  # perhaps there are locks now
+        return False
+    if "submission" not in result or not all(is_file(job.results / name) for name in result["submission"]):
+        return False
+    answers, foreign = own_lines(job.output / ANSWERS, result["settings"], (one.id for one in job.planned))
+    check_reuse(job.data, job.planned, answers, job.output)
+    return len(answers) == len(job.planned) and not foreign
 
 
 def reducer_of(setting: Setting, tokens: int) -> Reducer:

@@ -17,7 +17,9 @@ from eval.answers import store as store_module
 from eval.answers.jsonl import DurableLines, write_json
 from eval.answers.store import Shard, answer_id, settings_hash
 from eval.config import ROOT, RunConfig
+from eval.results import report
 from eval.run import run
+from eval.tracking import numbers_of
 from llava.errors import UserError
 from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
 from tests.shard_worker import KNOWN, SETTINGS, describe, line, open_store
@@ -137,7 +139,7 @@ def test_full_disk_leaves_a_valid_store(tmp_path, monkeypatch):
 
 def test_an_unwritable_folder_is_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="Cannot write to the output folder"):
+    with pytest.raises(UserError, match="Cannot make the folder"):
         open_store(tmp_path / "file" / "below")
 
 
@@ -242,7 +244,63 @@ def test_the_second_of_two_runs_names_host_and_process_of_the_first(tmp_path):
             open_store(tmp_path)
 
 
-@pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+@pytest.mark.parametrize("code", ["EIO", "ENOSPC", "EROFS"])
+def test_a_lock_that_fails_is_no_file_system_without_locks(tmp_path, monkeypatch, code):
+    """A passing error left the folder open to a second run, and the result said for good that there are no locks."""
+
+    def fail(*_):
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(UserError, match=f"{tmp_path}.*{os.strerror(getattr(errno, code))}"):
+        open_store(tmp_path)
+
+
+def test_two_processes_that_no_lock_keeps_apart_tear_no_line(tmp_path, monkeypatch):
+    """Each wrote to where its own lines ended, over those of the other: the next run refused timing.jsonl."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with open_store(tmp_path, "a") as one, open_store(tmp_path, "b") as two:
+        for number in range(0, 8, 2):
+            for store, room in ((one, "x" * number), (two, "")):
+                store.add([line(f"q00{number}"), line(f"q00{number + 1}")], {"device": room})
+        for store in (one, two):
+            store.put_in_order()
+    monkeypatch.undo()
+    assert len(rows(tmp_path / "timing.jsonl")) == 8
+    with open_store(tmp_path) as store:
+        assert list(store.answers) == KNOWN[:8] and len(store.timing_of(KNOWN[:8])) == 4
+        store.put_in_order()
+    assert [row["question_id"] for row in rows(tmp_path / "answers.jsonl")] == KNOWN[:8]
+
+
+def test_a_write_that_fails_takes_no_line_of_another_process(tmp_path, monkeypatch):
+    """The file was cut where this process thought that it ends."""
+    one, two = DurableLines(tmp_path / "x.jsonl"), DurableLines(tmp_path / "x.jsonl")
+    one.append([line("q000")])
+    two.append([line("q001")])
+    real = os.write
+
+    def half(descriptor: int, data) -> int:
+        if len(data) < 40:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, bytes(data)[:-30])
+
+    monkeypatch.setattr(os, "write", half)
+    with pytest.raises(UserError, match="No space left"):
+        one.append([line("q002")])
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "fsync", lambda _: half(0, b""))
+    one.append([line("q003")], sync=False)
+    with pytest.raises(UserError, match="No space left"):
+        one.sync()
+    assert [row["question_id"] for row in rows(tmp_path / "x.jsonl")] == ["q000", "q001", "q003"]
+
+
+@pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "ENOTSUP"])
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, code):
     """The store went on without a word. Temporary files stay: nobody knows whose they are."""
 
@@ -315,6 +373,59 @@ def test_a_sync_that_fails_is_a_sentence_and_keeps_what_was_synced(tmp_path, mon
     assert [row["question_id"] for row in DurableLines(tmp_path / "x.jsonl").rows] == ["q000", "q002"]
 
 
+def test_a_file_that_cannot_be_closed_is_a_sentence(tmp_path, monkeypatch):
+    """Network file systems report errors there, too: it was a traceback, and of a rank "failed: OSError"."""
+    store, real = open_store(tmp_path), os.close
+
+    def fail(descriptor: int) -> None:
+        real(descriptor)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "close", fail)
+    with pytest.raises(UserError, match=r"\.jsonl: Input/output error"):
+        store.close()
+    monkeypatch.undo()
+    with open_store(tmp_path):
+        pass
+
+
+def test_what_a_killed_process_was_writing_is_deleted_by_the_next(tmp_path):
+    """`vtr score --json OUT` left `.OUT.PROCESS` beside its file after a kill, one more each time."""
+    path, mine = tmp_path / "out[1].json", tmp_path / ".out[1].json.backup"
+    for number in (1, 4194305):
+        (tmp_path / f".out[1].json.{number}").write_text("half")
+    mine.write_text("the user's own")
+    with open(tmp_path / ".out[1].json.1") as other:  # a process that is still writing, perhaps on another machine
+        fcntl.flock(other, fcntl.LOCK_EX)
+        write_json(path, {"a": 1})
+        assert {entry.name for entry in tmp_path.iterdir()} == {path.name, mine.name, ".out[1].json.1"}
+    write_json(path, {"a": 2})
+    assert {entry.name for entry in tmp_path.iterdir()} == {path.name, mine.name}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("timing.jsonl", {"question_ids": 5}),
+        ("timing.jsonl", {"question_ids": [["q001"]]}),
+        ("timing.jsonl", {"questions": "1"}),
+        ("timing.jsonl", {"run": ["a"]}),
+        ("runs.jsonl", {"versions": "2.0"}),
+        ("runs.jsonl", {"commit": None}),
+    ],
+)
+@pytest.mark.parametrize("where", [".", "shards/a-rank0"])
+def test_lines_about_batches_and_processes_that_are_damaged_are_named(tmp_path, name, change, where):
+    """They were a traceback, wherever their content was used."""
+    with open_store(tmp_path) as store, Shard(tmp_path, "a", 0, describe("a")) as shard:
+        store.add([line("q001")], {})
+        shard.add([line("q002")], {})
+    path = tmp_path / where / name
+    path.write_text("".join(json.dumps(row | change) + "\n" for row in rows(path)))
+    with pytest.raises(UserError, match=f"{name} line 1 needs .*{next(iter(change))}"):
+        open_store(tmp_path)
+
+
 # -- whole runs ----------------------------------------------------------------------------------------------------
 
 
@@ -380,3 +491,101 @@ def test_changed_questions_are_other_settings(tmp_path):
     jsonl.write_text(jsonl.read_text().replace("Is thing 30", "Was thing 30"))
     with pytest.raises(UserError, match="other settings \\(questions: "):
         run(config(data, tmp_path / "o"), FakeLlava(), FakeReducer())
+
+
+def test_answers_stand_in_the_order_of_the_benchmark_once_a_run_has_ended(tmp_path):
+    """In one process they stood in the order of asking, under ranks in that of the benchmark, and after a failure or
+    a larger limit in another one again: equal runs wrote other files."""
+
+    class Tokens(FakeLlava):
+        """Asks the longer texts last."""
+
+        @staticmethod
+        def tokenizer(texts, add_special_tokens):
+            return SimpleNamespace(input_ids=[[0] * (int(text.split()[2]) % 7) for text in texts])
+
+    data, names = write_gqa(tmp_path / "data"), [str(1000 + number) for number in range(40)]
+    model = Tokens()
+    run(config(data, tmp_path / "whole"), model, FakeReducer())
+    assert model.asked != names
+    for limit in (10, 23, None):
+        run(config(data, tmp_path / "grown", limit=limit), Tokens(), FakeReducer())
+    whole, grown = (tmp_path / folder / "answers.jsonl" for folder in ("whole", "grown"))
+    assert [row["question_id"] for row in rows(whole)] == names and grown.read_bytes() == whole.read_bytes()
+
+
+def test_a_result_folder_that_cannot_be_made_is_a_sentence(tmp_path):
+    """It was a traceback."""
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "limit10").write_text("")
+    with pytest.raises(UserError, match="limit10: File exists"):
+        run(config(write_gqa(tmp_path / "data"), tmp_path / "o", limit=10), FakeLlava(), FakeReducer())
+
+
+@pytest.mark.parametrize("value", [[1.0], "0.1", None, float("nan")])
+def test_a_time_that_is_no_number_is_named(tmp_path, value):
+    """A list in timing.jsonl was a traceback."""
+    data, path = write_gqa(tmp_path / "data"), tmp_path / "o" / "timing.jsonl"
+    run(config(data, tmp_path / "o"), FakeLlava(), FakeReducer())
+    path.write_text("".join(json.dumps(row | {"prefill": value}) + "\n" for row in rows(path)[:1]))
+    with pytest.raises(UserError, match=r"question 1000 in .*timing\.jsonl .*prefill"):
+        run(config(data, tmp_path / "o"), FakeLlava(), FakeReducer())
+
+
+@pytest.mark.parametrize("how", ["sync", "torn"])
+def test_means_over_fewer_questions_than_were_asked_say_so(tmp_path, monkeypatch, capsys, how):
+    """Operations and times were means over what a failed sync or a torn line had left, without a word."""
+    data, path, real = write_gqa(tmp_path / "data"), tmp_path / "o" / "timing.jsonl", os.fsync
+
+    def fail(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(descriptor)
+
+    def stop_failing(batch: int) -> None:
+        monkeypatch.setattr(os, "fsync", fail if batch else real)  # the first batch is synced
+
+    if how == "sync":
+        with pytest.raises(UserError, match=r"timing\.jsonl: Input/output error"):
+            run(config(data, tmp_path / "o"), FakeLlava(stop_failing), FakeReducer())
+        monkeypatch.undo()
+        counted = 4
+    else:
+        run(config(data, tmp_path / "o"), FakeLlava(), FakeReducer())
+        path.write_bytes(path.read_bytes()[:-30])
+        counted = 36
+    capsys.readouterr()
+    model = FakeLlava()
+    result = run(config(data, tmp_path / "o"), model, FakeReducer())
+    assert model.asked == [] and result["asked"] == 40 and result["audit"]["samples"] == 40
+    assert result["flops"]["questions"] == result["timing"]["questions"] == counted
+    assert any(f"{counted} of 40 questions" in remark for remark in result["remarks"])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in printed if "GFLOP" in line and f"{counted} of 40 questions" in line]
+    assert report.operations_of(result) is None and "flops/per_question" not in numbers_of(result)
+
+
+def test_no_mean_over_all_questions_says_anything(tmp_path, capsys):
+    result = run(config(write_gqa(tmp_path / "data"), tmp_path / "o"), FakeLlava(), FakeReducer())
+    assert result["remarks"] == [] and " of 40 questions" not in capsys.readouterr().out
+    assert report.operations_of(result) == result["flops"]["per_question"] == numbers_of(result)["flops/per_question"]
+
+
+@pytest.mark.parametrize("lost", ["submission", "result"])
+def test_submission_and_result_are_written_after_what_they_are_made_of(tmp_path, monkeypatch, lost):
+    """The result was written first: after a failure in between it counted as complete, without answers or file."""
+    data, synced = write_gqa(tmp_path / "data"), []
+    name = {"submission": "predictions.json", "result": "result.json"}[lost]
+    real = os.replace
+
+    def look(source, target):
+        if Path(target).name == name:
+            synced.extend(path.name for path in (tmp_path / "o").iterdir())
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", look)
+    with pytest.raises(UserError, match=rf"{name}: Input/output error"):
+        run(config(data, tmp_path / "o"), FakeLlava(), FakeReducer())
+    assert "result.json" not in synced and ("predictions.json" in synced) == (lost == "result")
+    assert len(rows(tmp_path / "o" / "answers.jsonl")) == 40

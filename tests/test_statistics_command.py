@@ -7,6 +7,7 @@ import pytest
 
 from eval import benchmarks, cli
 from eval.answers.store import answer_id, settings_hash
+from eval.score import compare_command
 from eval.statistics.command import main, read_run
 from llava.errors import UserError
 from tests.eval_fakes import write_gqa
@@ -51,6 +52,7 @@ def write_run(folder, data, method, budget, wrong=(), limit=None, images=(), **c
         "partial": limit is not None,
         "limit": limit,
         "main": "accuracy",
+        "metrics": {},
         "failed": [],
         "facts": dict(found.facts),
         "settings": settings,
@@ -88,6 +90,23 @@ def test_the_table_has_every_statistic_of_every_run(data, tmp_path, capsys):
     assert printed.startswith("GQA testdev, 40 questions, 5 images\n")
     assert "| full |  | 97.5 [" in printed and "| n/a | n/a |" in printed and "n=19 |" in printed
     assert "consensusdrop needs more than 64 tokens to keep 99 % of full (one-sided test at 5 %" in printed
+
+
+def test_a_torn_last_line_and_a_damaged_result_are_no_traceback(data, tmp_path, capsys):
+    """A line that a killed process had begun stopped the comparison of runs that had every answer."""
+    full, method = (write_run(tmp_path / name, data, name, 64) for name in ("full", "consensusdrop"))
+    with open(tmp_path / "full" / "answers.jsonl", "ab") as file:
+        file.write(b'{"question_id": "1000", "te')
+    run(data, full, method)
+    result = json.loads((tmp_path / "full" / "result.json").read_text())
+    for damaged in ([], None, {}, result | {"asked": "40"}, result | {"settings": []}, result | {"metrics": 3}):
+        for content in (json.dumps(damaged), json.dumps(damaged)[:-1]):
+            (tmp_path / "full" / "result.json").write_text(content)
+            capsys.readouterr()
+            run(data, full, method, code=2)
+            assert "full/result.json" in capsys.readouterr().err
+            assert compare_command([full, method, "--data", str(data)]) == 2
+            assert "full/result.json" in capsys.readouterr().err
 
 
 def test_the_first_questions_of_a_run_are_read_from_its_limit_folder(data, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -73,6 +74,76 @@ def test_a_finished_setting_is_not_used_for_other_pictures_or_other_code(tiny, t
     picture(9, (32, 32)).save(data / "gqa" / "data" / "images" / "n1.jpg")
     with pytest.raises(UserError, match=r"holds 2 answers to other images"):
         is_finished(config, model)
+
+
+def cut_answers(folder):
+    path = folder / "answers.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:2]))
+
+
+def tear_answers(folder):
+    path = folder / "answers.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def answers_of_another_store(folder):
+    path = folder / "answers.jsonl"
+    lines = map(json.loads, path.read_text().splitlines())
+    path.write_text("".join(json.dumps(line | {"answer_id": "x" * 22}) + "\n" for line in lines))
+
+
+def result_without_locks(folder):
+    result = json.loads((folder / "result.json").read_text())
+    remark = f"the file system of {folder} has no locks (No locks available): a second run would not have been noticed"
+    (folder / "result.json").write_text(json.dumps(result | {"remarks": [remark]}))
+
+
+LOSSES = {
+    "answers": cut_answers,
+    "the end of the last answer": tear_answers,
+    "the file of answers": lambda folder: (folder / "answers.jsonl").unlink(),
+    "submission": lambda folder: (folder / "predictions.json").unlink(),
+    "result": lambda folder: (folder / "result.json").unlink(),
+    "locks": result_without_locks,
+    **{
+        f"result: {text[:12]!r}": lambda folder, text=text: (folder / "result.json").write_bytes(text)
+        for text in (b"", b'{"asked": 6', bytes(300), b"\xff", b"[]", b"{}", b'{"asked": "6"}', b"null")
+    },
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_sweep_writes_again_what_a_finished_run_has_lost(tiny, tmp_path, loss):
+    """It believed the result alone, every time: answers and submission stayed lost, a damaged result was a traceback,
+    and the remark of a moment without locks stayed for good."""
+    data, model = write_gqa(tmp_path / "data", count=6, images=2), CachingLlava(tiny)
+    config = cell(model, data, tmp_path / "out")
+    fill(config, model)
+    folder = Path(config.output)
+    files = ("answers.jsonl", "settings.json", "predictions.json")
+    before = [(folder / name).read_bytes() for name in files]
+    first = json.loads((folder / "result.json").read_text())
+    assert is_finished(config, model)
+    LOSSES[loss](folder)
+    assert not is_finished(config, model)
+    fill(config, model)
+    assert is_finished(config, model) and [(folder / name).read_bytes() for name in files] == before
+    again = json.loads((folder / "result.json").read_text())
+    assert all(again[key] == first[key] for key in ("metrics", "asked", "audit", "settings", "labels", "submission"))
+    # A batch of which some answers were asked again has no time.
+    assert again["timing"]["questions"] == 6 or "of 6 questions" in again["remarks"].pop()
+    assert again["remarks"] == []
+
+
+def test_a_sweep_leaves_the_answers_of_another_store_alone(tiny, tmp_path):
+    """They counted as those of the run."""
+    data, model = write_gqa(tmp_path / "data", count=6, images=2), CachingLlava(tiny)
+    config = cell(model, data, tmp_path / "out")
+    fill(config, model)
+    answers_of_another_store(Path(config.output))
+    assert not is_finished(config, model)
+    with pytest.raises(UserError, match="answers of another store"):
+        fill(config, model)
 
 
 def test_remembered_features_stay_within_their_memory(tiny):
@@ -153,7 +224,8 @@ def test_runs_of_other_model_files_or_pictures_are_not_put_in_one_table(tmp_path
 
     def folder(name, method, images="same", model_files="new"):
         settings = {"method": method, "model_files": model_files}
-        result = {"settings": settings, "labels": "l", "images": images, "asked": 3, "main": "accuracy", "facts": {}}
+        result = {"settings": settings, "labels": "l", "images": images, "asked": 3, "main": "accuracy"}
+        result |= {"facts": {}, "metrics": {}}
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_text(json.dumps(result))
         return tmp_path / name

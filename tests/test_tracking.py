@@ -151,6 +151,36 @@ def test_a_continued_run_continues_its_wandb_run(tmp_path, capsys):
     assert len({read_run(folder).name for folder in find_runs(tmp_path / "out")}) == 2
 
 
+def test_a_run_that_dies_while_wandb_starts_keeps_its_id(tmp_path, monkeypatch):
+    """The id was written after W&B had the run: a process that died in between left it a second one."""
+    import wandb
+
+    real, started = wandb.init, []
+
+    def die(**arguments):
+        started.append(arguments["id"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(wandb, "init", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(tmp_path, wandb="offline"), FakeLlava(), FakeReducer())
+    monkeypatch.setattr(wandb, "init", real)
+    run(config(tmp_path, wandb="offline"), FakeLlava(), FakeReducer())
+    assert [read_run(folder).name for folder in find_runs(tmp_path / "out")] == started
+
+
+@pytest.mark.parametrize("content", [b"\xff" * 12, bytes(12), b"two words\n", b""])
+def test_a_damaged_id_is_replaced(tmp_path, capsys, content):
+    """A binary file in its place ended the logging, and `vtr wandb sync` with a traceback."""
+    (tmp_path / "out" / "replaced-1").mkdir(parents=True)
+    for folder in (tmp_path / "out", tmp_path / "out" / "replaced-1"):
+        (folder / "wandb_id").write_bytes(content)
+    run(config(tmp_path, wandb="offline"), FakeLlava(), FakeReducer())
+    (found,) = find_runs(tmp_path / "out")
+    assert read_run(found).name == (tmp_path / "out" / "wandb_id").read_text().strip()
+    assert sync.main([str(tmp_path / "out"), "--dry-run"]) == 0 and ": 1 to upload" in capsys.readouterr().out
+
+
 def test_percent_of_full_needs_the_same_settings(tmp_path):
     def result(method, score, **changes):
         settings = {"method": method, "dtype": "float32", "config": {}} | changes

@@ -4,6 +4,8 @@
 """
 
 import contextlib
+import fcntl
+import glob
 import json
 import os
 import re
@@ -164,7 +166,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_file(path: Path, content: Any) -> None:
     """Replace `path`: bytes and text as they are, everything else as JSON. Its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     if isinstance(content, bytes):
         write_bytes(path, content)
     elif isinstance(content, str):
@@ -174,18 +176,63 @@ def write_file(path: Path, content: Any) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` in one step: a reader, or a crash, sees the old file or the new one, never half of it."""
+    """Replace `path` in one step: a reader, or a crash, sees the old file or the new one, never half of it.
+
+    Raises:
+        UserError: the disk is full or fails.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
+        remove_abandoned(path)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            with contextlib.suppress(OSError):  # without locks, only `remove_abandoned` is lost
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            write_all(descriptor, content)
+            os.fsync(descriptor)
+            os.replace(temporary, path)
+        finally:
+            os.close(descriptor)
+    except BaseException as error:  # Ctrl-C, too
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise UserError(f"Cannot write {path}: {error.strerror}.") from error
     sync_folder(path.parent)
+
+
+def write_all(descriptor: int, content: bytes) -> None:
+    """Write all of `content`, of which a single call of the system may take only a part."""
+    left = memoryview(content)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def remove_abandoned(path: Path) -> None:
+    """Delete the temporary files of processes that were killed in `write_bytes(path, ...)`.
+
+    A process locks its temporary file, so that what is unlocked belongs to nobody, on whatever machine it was written.
+    """
+    for other in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if other.name.removeprefix(f".{path.name}.").isdecimal():
+            with contextlib.suppress(OSError), open(other, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                other.unlink()
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; it may be there already.
+
+    Raises:
+        UserError: the disk fails, or something else has the name.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"Cannot make the folder {folder}: {reason}.") from error
+    sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -201,7 +248,9 @@ def sync_folder(folder: Path) -> None:
 class DurableLines:
     """An append-only JSON-lines file in which every line that was ever acknowledged stays readable.
 
-    A process can only die in the middle of the last line, so opening cuts that line and nothing else.
+    A process can only die in the middle of the last line, so opening cuts that line and nothing else. Lines go to the
+    end of the file, wherever that is: two processes that write to one file, because their file system has no locks to
+    keep the second one out, do not write over each other's lines.
 
     Attributes:
         rows: every line there is, in file order.
@@ -211,9 +260,11 @@ class DurableLines:
         """Open or create the file."""
         self.path = path
         self.rows: list[dict[str, Any]] = []
-        self._end = self._synced = 0
+        # Where the file ends, and how far and how many lines of it a power failure cannot take any more.
+        self._end = self._synced = self._synced_rows = 0
+        self._shared = False  # another process was seen to write here
         try:
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
             raise UserError(f"Cannot open {self.path}: {error.strerror}.") from error
         try:
@@ -231,7 +282,7 @@ class DurableLines:
             self._end += len(line)
             if row is not None:
                 self.rows.append(row)
-        self._synced = self._end
+        self._synced, self._synced_rows = self._end, len(self.rows)
         if self._end < os.fstat(self._descriptor).st_size:
             self._cut(self._end)
         if unfinished is not None:
@@ -254,49 +305,68 @@ class DurableLines:
         """
         rows = list(rows)
         data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        start = self._end
         try:
-            os.lseek(self._descriptor, self._end, os.SEEK_SET)
-            left = memoryview(data)
-            while left:
-                left = left[os.write(self._descriptor, left) :]
+            start = os.fstat(self._descriptor).st_size
+            write_all(self._descriptor, data)
         except BaseException as error:  # Ctrl-C between two writes, too
-            self._cut(self._end)
+            with contextlib.suppress(OSError):
+                if data.startswith(os.pread(self._descriptor, len(data) + 1, start)):  # else it is another process's
+                    self._cut(start)
             if not isinstance(error, OSError):
                 raise
             raise UserError(
                 f"Cannot write {self.path}: {error.strerror}; everything before this batch is kept, "
                 "so make room and run the same command again."
             ) from error
-        self._end += len(data)
+        self._shared |= start != self._end
+        self._end = start + len(data)
         self.rows += rows
         if sync:
             self.sync()
 
     def sync(self) -> None:
-        """Return when every line would survive a power failure."""
+        """Return when every line would survive a power failure.
+
+        Raises:
+            UserError: the disk is full or fails; the lines since the last sync are gone.
+        """
         if self._synced == self._end or self._descriptor < 0:
             return
         try:
             os.fsync(self._descriptor)
         except OSError as error:
             # What the file system still holds of the lines after the last sync is unknown.
-            self._cut(self._synced)
+            with contextlib.suppress(OSError):
+                if not self._shared and os.fstat(self._descriptor).st_size == self._end:
+                    self._cut(self._synced)
             self._end = self._synced
+            del self.rows[self._synced_rows :]
             raise UserError(
                 f"Cannot write {self.path}: {error.strerror}; the lines since the last sync are lost and everything "
                 "before them is kept, so make room and run the same command again."
             ) from error
-        self._synced = self._end
+        self._synced, self._synced_rows = self._end, len(self.rows)
 
     def _cut(self, end: int) -> None:
         with contextlib.suppress(OSError):  # if this fails too, the next start cuts the torn line
             os.ftruncate(self._descriptor, end)
 
     def close(self) -> None:
-        """Sync and close; further calls do nothing."""
-        if self._descriptor >= 0:
+        """Sync and close; further calls do nothing.
+
+        Raises:
+            UserError: the disk is full or fails.
+        """
+        if self._descriptor < 0:
+            return
+        try:
+            self.sync()
+        finally:
+            descriptor, self._descriptor = self._descriptor, -1
             try:
-                self.sync()
-            finally:
-                os.close(self._descriptor)
-                self._descriptor = -1
+                os.close(descriptor)
+            except OSError as error:
+                raise UserError(
+                    f"Cannot close {self.path}: {error.strerror}; run the same command again, which asks what is lost."
+                ) from error

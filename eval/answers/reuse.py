@@ -10,7 +10,8 @@ An answer belongs to what gave it, and a score to the labels beside:
 
 Every line's `answer_id` is a hash of the settings and the question, so lines of another store are seen. The store
 itself compares the settings (eval.answers.store). Whatever scores stored answers anew reads them with `read_stored`;
-whatever puts two runs side by side asks `joint_differences` first.
+whatever puts two runs side by side asks `joint_differences` first. A result is only believed together with what it was
+made of: `read_result` and `own_lines` are how runs, sweeps, tables and comparisons read a store that nobody has open.
 """
 
 import hashlib
@@ -19,11 +20,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eval.answers.jsonl import is_file, read_json, read_jsonl
+from eval.answers.jsonl import is_file, read_appended, read_json
 from eval.answers.source_hash import differences
-from eval.answers.store import ADVICE, ANSWERS, answer_id, settings_hash
+from eval.answers.store import ADVICE, ANSWERS, answer_id, check_line, settings_hash
 from eval.benchmarks.base import Dataset, Question
 from eval.benchmarks.media import digest_of
+from eval.benchmarks.records import NotRequired, Number, TypedDict, check
 from eval.metrics import first_names
 from llava.errors import UserError
 
@@ -34,6 +36,58 @@ OF_THE_METHOD = ("method", "config", "seed", "text_tower", "method_code")
 UNEXPECTED = ("device", "code", "method_code")
 # What two runs may differ in whose answers are scored anew on the questions they share.
 OF_THE_SCORE = ("asked", "images", "main", "facts")
+
+
+class Result(TypedDict):
+    """What every reader of a result.json relies on. More is in it."""
+
+    settings: dict[str, Any]
+    asked: int
+    main: str
+    metrics: dict[str, Number | None]
+    facts: NotRequired[dict[str, Any]]
+    config: NotRequired[dict[str, Any]]
+    failed: NotRequired[list[dict[str, Any]]]
+    submission: NotRequired[list[str]]
+    remarks: NotRequired[list[str]]
+    limit: NotRequired[int | None]
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """result.json of a finished run.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    path = folder / RESULT
+    try:
+        return dict(check(Result, read_json(path), str(path)))
+    except UserError as error:
+        if not is_file(path):
+            raise
+        raise UserError(f"{error} Run its command again, which asks what has no answer and writes it anew.") from error
+
+
+def own_lines(path: Path, settings: Mapping[str, Any], wanted: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+    """The answers of a store to some questions, without a last line that a killed process has left torn.
+
+    Args:
+        settings: those of the store.
+        wanted: ids of questions.
+
+    Returns:
+        Question id -> line of answers.jsonl, and the ids of wanted questions whose line is of another store.
+
+    Raises:
+        UserError: another line than the last is damaged.
+    """
+    hashed, known = settings_hash(settings), frozenset(wanted)
+    lines = {}
+    for number, _, row in read_appended(path):
+        if row is not None and row.get("question_id") in known:
+            check_line(row, path, number)
+            lines[row["question_id"]] = row
+    return lines, [name for name, row in lines.items() if row.get("answer_id") != answer_id(hashed, name)]
 
 
 def check_reuse(data: Dataset, questions: Iterable[Question], answers: Mapping[str, Any], folder: Path) -> None:
@@ -125,7 +179,7 @@ def read_stored(
             has other settings, or its lines are not its own.
     """
     place = results_folder(folder)
-    result = read_json(place / RESULT)
+    result = read_result(place)
     answers = place / ANSWERS if is_file(place / ANSWERS) else place.parent / ANSWERS
     if result.get("failed") and not partial:
         raise UserError(
@@ -144,11 +198,10 @@ def read_stored(
         raise UserError(f"{folder} holds answers made under other settings ({'; '.join(changes)}).")
     asked = [question.id for question in data.questions[: result["limit"]]]
     failed = {line["question_id"] for line in result.get("failed", ())}
-    hashed, known = settings_hash(settings), frozenset(asked)
-    lines = {row["question_id"]: row for _, row in read_jsonl(answers) if row["question_id"] in known}
+    lines, foreign = own_lines(answers, settings, asked)
     if missing := [name for name in asked if name not in lines and name not in failed]:
         raise UserError(f"{answers} lacks {len(missing):,} of {len(asked):,} answers, the first to {missing[0]}.")
-    if foreign := [name for name, row in lines.items() if row.get("answer_id") != answer_id(hashed, name)]:
+    if foreign:
         names = first_names(foreign, 3)
         raise UserError(f"{answers} holds {len(foreign):,} answers of another run (questions {names}).")
     texts = {name: lines[name]["text"] for name in asked if name in lines}
@@ -210,11 +263,11 @@ def check_table(folders: Sequence[Path], model_files: Any = None) -> None:
         folders: of their result.json, that of `full` first.
         model_files: fingerprint of the model that the table is of; None where none is loaded.
     """
-    full = read_json(folders[0] / RESULT)
+    full = read_result(folders[0])
     if model_files not in (None, full["settings"].get("model_files")):
         raise UserError(f"{folders[0]} holds answers of other files of the model; ask the questions again (--restart).")
     for folder in folders[1:]:
-        if changes := joint_differences(full, read_json(folder / RESULT)):
+        if changes := joint_differences(full, read_result(folder)):
             raise UserError(
                 f"{folder} and {folders[0]} differ in {'; '.join(changes)}; ask the questions of both again."
             )

@@ -1,13 +1,15 @@
 """The answer store: one folder per run, one line per answer, safe against kill -9, two writers and a full disk.
 
-    answers.jsonl    one line per question, in LLaVA's fields, with a hash of the question's images
+    answers.jsonl    one line per question, in LLaVA's fields, with a hash of the question's images; in the order in
+                     which they were answered, and in that of the benchmark once a result is written
     timing.jsonl     one line per batch: its questions, its process, seconds, FLOPs and the conditions of measurement
     runs.jsonl       one line per process that wrote: commit, library versions
     failures.jsonl   one line per failed try to answer a question, with the reason; only if there was one
     conflicts.jsonl  different answers of a second rank to a question; only if there was one
     settings.json    what the answers depend on, with hashes of the model's files and of every source file; a run with
                      others is refused
-    result.json      the result of all questions, beside the benchmark's submission files
+    result.json      the result of all questions, beside the benchmark's submission files; written after them, so a
+                     result without one of them, or without one of its answers, has lost it (eval.answers.reuse)
     limit50/         the result and the submission files of a run with --limit 50
     replaced-1/      what --restart moved aside
     lock             host and process that took the folder last; the lock ends with the process, the file stays
@@ -34,6 +36,7 @@ questions, and growing the limit continues it.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -47,7 +50,17 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
-from eval.answers.jsonl import DurableLines, is_file, read_appended, read_json, read_jsonl, sync_folder, write_json
+from eval.answers.jsonl import (
+    DurableLines,
+    is_file,
+    make_folder,
+    read_appended,
+    read_json,
+    read_jsonl,
+    sync_folder,
+    write_bytes,
+    write_json,
+)
 from eval.answers.source_hash import differences
 from llava.errors import UserError
 
@@ -66,10 +79,22 @@ SYNC_SECONDS = 10
 FILES = (
     "result.json", "predictions.json", SHARDS, FAILURES, CONFLICTS, TIMING, RUNS, ANSWERS, "settings.json", "wandb_id",
 )  # fmt: skip
+# How a file system says that it has no locks. Any other error of a lock may pass.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+UNLOCKED = "has no locks"
 # Files that `eval.answers.jsonl.write_bytes` had not renamed yet when its process (the number) was killed.
 UNFINISHED = re.compile(r"\..+\.\w+\.\d+")
 
 Row = dict[str, Any]
+
+# What the lines of a file need so that they can be put together, and the name of their process where there is one.
+FORMS: dict[str, dict[str, type]] = {
+    ANSWERS: {"question_id": str, "text": str},
+    FAILURES: {"question_id": str, "reason": str},
+    TIMING: {"questions": int, "question_ids": list},
+    RUNS: {"commit": str, "versions": dict},
+}
+PROCESS: dict[str, type] = {"run": str, "rank": int}
 
 
 def settings_hash(settings: Mapping[str, Any]) -> str:
@@ -84,6 +109,18 @@ def answer_id(settings: str, question_id: str) -> str:
         settings: their hash.
     """
     return hashlib.sha256(f"{settings} {question_id}".encode()).hexdigest()[:22]
+
+
+def check_line(row: Row, path: Path, number: int) -> None:
+    """Raise UserError unless a line has what the file of that name holds, in its type."""
+    form = FORMS[path.name]
+    wrong = [key for key, kind in form.items() if not isinstance(row.get(key), kind)]
+    wrong += [key for key, kind in PROCESS.items() if not isinstance(row.get(key), kind | None)]
+    if not wrong and not all(isinstance(name, str) for name in row.get("question_ids", ())):
+        wrong = ["question_ids"]
+    if wrong:
+        got = f"{wrong[0]} is {row[wrong[0]]!r:.80}" if wrong[0] in row else f"there is no {wrong[0]}"
+        raise UserError(f"{path} line {number} needs {' and '.join(form)}: {got}.")
 
 
 def result_folder(output: Path, asked: int, available: int) -> Path:
@@ -128,9 +165,13 @@ class AnswerFiles:
         for name, rows in lines.items():
             self._open(name).append(rows, sync=False)
         if time.monotonic() >= self._next_sync:
-            for file in self._files.values():
-                file.sync()
+            self.sync()
             self._next_sync = time.monotonic() + SYNC_SECONDS
+
+    def sync(self) -> None:
+        """Return when every line would survive a power failure; UserError if the disk is full or fails."""
+        for file in self._files.values():
+            file.sync()
 
     def add(self, answers: Sequence[Row], timing: Mapping[str, Any]) -> None:
         """Write one batch; on return it survives the end of this process.
@@ -188,14 +229,10 @@ class Shard(AnswerFiles):
             UserError: the folder cannot be written to.
         """
         folder = store_folder / SHARDS / f"{world}-rank{rank}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"Cannot make the folder {folder}: {error.strerror}.") from error
+        make_folder(folder)
         super().__init__(folder, {**process, "rank": rank})
         self._open(ANSWERS)
         sync_folder(folder)
-        sync_folder(store_folder / SHARDS)
 
     def _write(self, lines: Mapping[str, Iterable[Row]]) -> None:
         if self._open(ANSWERS).unlinked:
@@ -213,7 +250,7 @@ class AnswerStore(AnswerFiles):
     """The answers of one run, open for writing by this process alone.
 
     Attributes:
-        answers: question id -> line, in the order they were written.
+        answers: question id -> line, in the order of the file.
         failures: question id -> line of the latest failure, of the questions without an answer.
     """
 
@@ -264,9 +301,12 @@ class AnswerStore(AnswerFiles):
             self._open(name)
         for number, row in enumerate(self._open(ANSWERS).rows, start=1):
             name = self._check(row, self.folder / ANSWERS, number)
-            if name in self.answers:
+            # Two processes that no lock kept apart give the same answer twice.
+            if self.answers.setdefault(name, row) != row:
                 raise UserError(f"{self.folder / ANSWERS} line {number} answers question {name} a second time.")
-            self.answers[name] = row
+        for name in (TIMING, RUNS):
+            for number, row in enumerate(self._open(name).rows, start=1):
+                self._check(row, self.folder / name, number)
         if is_file(self.folder / FAILURES):
             for number, row in enumerate(self._open(FAILURES).rows, start=1):
                 name = self._check(row, self.folder / FAILURES, number)
@@ -274,15 +314,12 @@ class AnswerStore(AnswerFiles):
                     self.failures[name] = row
 
     def _check(self, row: Row, path: Path, number: int) -> str:
-        """The question of a line; UserError if the line does not belong to this benchmark."""
-        name, answers = row.get("question_id"), path.name == ANSWERS
-        problem = None
-        if not isinstance(name, str) or not isinstance(row.get("text" if answers else "reason"), str):
-            problem = f"needs question_id and {'text' if answers else 'reason'}, both strings"
-        elif name not in self._known:
-            problem = f"{'answers' if answers else 'is about'} question {name}, which this benchmark does not have"
-        if problem is not None:
-            raise UserError(f"{path} line {number} {problem}.")
+        """The question of a line, if it is about one; UserError if the line does not belong to this benchmark."""
+        check_line(row, path, number)
+        name = row.get("question_id")
+        if "question_id" in FORMS[path.name] and name not in self._known:
+            what = "answers" if path.name == ANSWERS else "is about"
+            raise UserError(f"{path} line {number} {what} question {name}, which this benchmark does not have.")
         return str(name)
 
     def _agree(self) -> None:
@@ -332,6 +369,7 @@ class AnswerStore(AnswerFiles):
         lines: dict[str, list[Row]] = {name: [] for name in (ANSWERS, TIMING, RUNS, FAILURES, CONFLICTS)}
         merged = [shard for shard in shard_folders(self.folder) if self._take(shard, taken, lines)]
         if not merged:
+            delete_shards(self.folder, ())  # their folder, if it is empty
             return 0
         in_order = sorted(taken.values(), key=lambda row: self._known[row["question_id"]])  # whoever answered them
         lines |= {ANSWERS: in_order, MERGED_SHARDS: [{"shard": shard.name} for shard in merged]}
@@ -376,10 +414,16 @@ class AnswerStore(AnswerFiles):
                 mine.add(name)
             elif (self.answers.get(name) or taken[name])["text"] != row["text"]:
                 lines[CONFLICTS].append(row)
-        for _, _, row in read_appended(shard / TIMING):
-            if row and (ids := [name for name in row["question_ids"] if name in mine]):
+        for number, _, row in read_appended(shard / TIMING):
+            if row is None:
+                continue
+            self._check(row, shard / TIMING, number)
+            if ids := [name for name in row["question_ids"] if name in mine]:
                 lines[TIMING].append(row | {"question_ids": ids})
-        lines[RUNS] += [row for _, _, row in read_appended(shard / RUNS) if row and mine]
+        for number, _, row in read_appended(shard / RUNS):
+            if row is not None and mine:
+                self._check(row, shard / RUNS, number)
+                lines[RUNS].append(row)
         for number, _, row in read_appended(shard / FAILURES):
             if row is not None:
                 self._check(row, shard / FAILURES, number)
@@ -424,13 +468,33 @@ class AnswerStore(AnswerFiles):
         self.failures |= {line["question_id"]: line for line in lines}
         return lines
 
+    def put_in_order(self) -> None:
+        """Sync, with the answers in the order of the benchmark, each once, whoever gave them and when.
+
+        What is made of the answers can be written then. In a folder without a lock another process may be writing to
+        the file, so its lines stay as they are.
+
+        Raises:
+            UserError: the disk is full or fails; no answer is lost that was not lost before.
+        """
+        self.sync()
+        if self._lock is None or ANSWERS not in self._files:  # put in order, and nothing was added since
+            return
+        rows = sorted(self.answers.values(), key=lambda row: self._known[row["question_id"]])
+        if rows == self._files[ANSWERS].rows:
+            return
+        self._files.pop(ANSWERS).close()
+        write_bytes(self.folder / ANSWERS, b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+        self.answers = {row["question_id"]: row for row in rows}
+
     def close(self) -> None:
         """Sync and close the files and give the folder back; further calls do nothing."""
         try:
             super().close()
         finally:
             if self._lock is not None:
-                self._lock.release()
+                with contextlib.suppress(OSError):  # the lock ends with this process
+                    self._lock.release()
                 self._lock = None
 
 
@@ -533,23 +597,23 @@ def lock_folder(folder: Path) -> tuple[FileLock | None, str | None]:
         UserError: another process holds the folder, or it cannot be written to.
     """
     path = folder / "lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"Cannot write to the output folder {folder}: {reason}.") from error
+    make_folder(folder)
     # No fallback to a lock by the existence of a file: a process that is killed would leave the folder locked.
     lock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
     try:
+        path.touch()
         lock.acquire()
     except Timeout as error:
-        text = path.read_text(errors="replace").strip()
+        text = ""
+        with contextlib.suppress(OSError):
+            text = path.read_text(errors="replace").strip()
         owner = f" ({text})" if text else ""
         raise UserError(f"{folder} is in use by another run{owner}; wait for it or choose another --output.") from error
     except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise UserError(f"Cannot write to the output folder {folder}: {error.strerror}.") from error
         return None, (
-            f"the file system of {folder} has no locks ({error.strerror}): a second run that writes to this folder at "
+            f"the file system of {folder} {UNLOCKED} ({error.strerror}): a second run that writes to this folder at "
             "the same time would not have been noticed"
         )
     with contextlib.suppress(OSError):  # the name only helps to read the message above

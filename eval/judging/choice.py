@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from eval.answers.jsonl import DurableLines, read_jsonl
+from eval.answers.jsonl import DurableLines, read_appended
 from eval.benchmarks.base import Dataset
 from eval.judging import Judging, Request, Verdict
 from eval.judging.judges import Endpoint, configured, endpoint
@@ -168,7 +168,7 @@ def _judged(
 def _from_disk(judging: Judging, path: Path, asked: Sequence[str], texts: Mapping[str, str]) -> Scored:
     """Verdicts in our format or in that of the official script."""
     is_lines = path.is_file() and path.suffix == ".jsonl"
-    first = next((row for _, row in read_jsonl(path)), {}) if is_lines else {}
+    first = next((row for _, _, row in read_appended(path) if row), {}) if is_lines else {}
     if all(name in first for name in FIELDS):
         lines = lines_of(read_verdicts(path), judging.requests(asked, texts))
         _check_cover(path, asked, lines, "about these answers")
@@ -240,8 +240,8 @@ def by_request(path: Path, rows: Iterable[Line]) -> Found:
 
 
 def read_verdicts(path: Path) -> Found:
-    """Verdicts of a file that nobody is writing to."""
-    return by_request(path, (row for _, row in read_jsonl(path)))
+    """Verdicts of a file that nobody is writing to, without a last one that a killed process has left torn."""
+    return by_request(path, (row for _, _, row in read_appended(path) if row))
 
 
 def lines_of(found: Found, requests: Iterable[Request]) -> dict[str, Line]:

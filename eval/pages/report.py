@@ -25,7 +25,7 @@ from eval.benchmarks.records import NotRequired, Number, TypedDict, check
 from eval.command import exit_on_user_error, make_parser, value
 from eval.config import FULL, TOY_BANNER, changed_options, is_toy, path_name
 from eval.pages import asset, environment, inline_json
-from eval.results.report import interval_of
+from eval.results.report import interval_of, operations_of
 from llava.errors import UserError
 
 RESULT = "result.json"
@@ -169,7 +169,7 @@ def row_of(result: Mapping[str, Any], folder: Path) -> Row:
     interval = interval_of(result) or {}
     ttft, batch, timed = time_of(result)
     available = result.get("available", result["asked"])
-    flops = (result.get("flops") or {}).get("per_question")  # earlier versions counted something else
+    flops = operations_of(result)
     return Row(
         method=result["method"],
         options=", ".join(changed_options(result["method"], settings.get("config", {}))),

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eval.answers.jsonl import read_json
-from eval.answers.reuse import RESULT, Stored, check_images, check_joint, read_stored
+from eval.answers.reuse import RESULT, Stored, check_images, check_joint, read_result, read_stored
 from eval.answers.store import result_folder
 from eval.benchmarks.media import digest_of
 from eval.config import ROOT, RunConfig, build_reducer, store_settings
@@ -43,6 +42,7 @@ class Cell:
         other_judge: "" or, of a judged score, that another model graded it than the published ones.
         stored: the run; None for a cell that was not read from one.
         no_interval: why there is none.
+        no_flops: of how many questions operations were counted, where that is not all and `flops` is withheld.
         command: asks these questions alone.
     """
 
@@ -71,6 +71,7 @@ class Cell:
     other_judge: str = ""
     stored: Stored | None = field(default=None, repr=False, compare=False)
     no_interval: str = field(default="", compare=False)
+    no_flops: str = field(default="", compare=False)
 
     @property
     def run(self) -> str:
@@ -103,7 +104,7 @@ def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell | 
     place = result_folder(folder, len(asked), len(data.questions))
     if not (place / RESULT).is_file():
         raise UserError(f"{folder} holds no result of {len(asked):,} questions; run the table without --render first.")
-    result = read_json(place / RESULT)
+    result = read_result(place)
     if failed := result.get("failed"):
         return (
             f"{line.title} at {line.budget} on {column.title}: {len(failed):,} of {len(asked):,} questions failed, the "
@@ -123,7 +124,7 @@ def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell | 
     metric, value = metric_of(column, result, {result["main"], *score.other_terms})
     terms = score.other_terms[metric] if metric in score.other_terms else terms_of(score, images)
     found = result["confidence"].get(metric, {"low": None, "high": None, "method": f"{metric} has none"})
-    audit = result["audit"]
+    audit, counted, flops = result["audit"], result["flops"]["per_question"], report.operations_of(result)
     return Cell(
         line,
         column,
@@ -137,7 +138,7 @@ def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell | 
         audit["mean_tokens_per_layer"],
         audit["merged_tokens"],
         audit["kv_bytes_per_sample"],
-        result["flops"]["per_question"],
+        flops,
         folder,
         command_of(line, column, where, config),
         result["commit"] or "",
@@ -150,6 +151,7 @@ def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell | 
         other_judge({**result["facts"], **judge_facts}.get("judge", {})),
         stored.judged(judge_facts),
         found["method"].removeprefix("n/a: ") if found["low"] is None else "",
+        f"{result['timing']['questions']:,} of {len(asked):,} questions" if flops != counted else "",
     )
 
 

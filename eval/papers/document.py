@@ -315,6 +315,12 @@ def notes_of(table: Table, found: Measured, entries: Sequence[Entry]) -> list[st
         for cell in cells
         if cell.column.metric and cell.metric != cell.column.metric
     }
+    notes += [
+        f"n/a: operations of {cell.line.title} at {cell.line.budget} on {cell.column.title}, "
+        f"counted for {cell.no_flops}."
+        for cell in cells
+        if cell.no_flops
+    ]
     withheld = {f"{cell.column.title}: {cell.no_interval.partition(';')[0]}" for cell in cells if cell.no_interval}
     notes += [f"No interval, [n/a], on {one}." for one in sorted(withheld)]
     full = found.row(0)

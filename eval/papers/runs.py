@@ -247,8 +247,12 @@ def times_of(
         "code": combined(answer_sources(model, *reducers.values())),
         "methods": {name: plain(reducer) for name, reducer in reducers.items()},
     }
-    if path.is_file() and json.loads(path.read_text().partition("\n")[0]) != settings:
-        path.unlink()  # of another model, machine or code
+    try:
+        usable = json.loads(path.read_text().partition("\n")[0]) == settings
+    except (FileNotFoundError, ValueError):  # ValueError: its writer was killed in the first line
+        usable = False
+    if not usable:  # of another model, machine or code
+        path.unlink(missing_ok=True)
     found = measure(without_memory(model), reducers, lambda turn: [sample], repeats, Measurements(path, settings))
     check_sources(model, *reducers.values())
     about = (

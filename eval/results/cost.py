@@ -2,14 +2,40 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from eval.benchmarks.records import NotRequired, Number, TypedDict, check
 from eval.config import HALF
+from llava.errors import UserError
 from llava.pipeline.accounting import Batch, TokenAccounting
 
 STAGES = ("preprocess", "vision", "selection", "prefill", "decode")
 PARTS = ("tower", "projector", "selection", "prefill")
+
+
+class Line(TypedDict):
+    """A line of timing.jsonl, as far as numbers are made of it."""
+
+    questions: int
+    images: int
+    preprocess: Number
+    vision: Number
+    selection: Number
+    prefill: Number
+    decode: Number
+    decode_steps: Number
+    kv_bytes: Number
+    kv_bytes_with_room: Number
+    flops: Number
+    flops_alone: dict[str, Number]
+    notes: list[str]
+    device: NotRequired[str]
+    hardware: NotRequired[str]
+    threads: NotRequired[int]
+    batch_size: NotRequired[int]
+    dtype: NotRequired[str]
 
 
 def audit_record(audit: TokenAccounting) -> dict[str, Any]:
@@ -38,6 +64,16 @@ def timing_record(batch: Batch, conditions: Mapping[str, Any]) -> dict[str, Any]
         "notes": [],  # what a limit of memory remarks
         **conditions,
     }
+
+
+def checked(lines: Sequence[Mapping[str, Any]], path: Path) -> Sequence[Mapping[str, Any]]:
+    """The same lines of `path`; UserError if one of them holds something else than `timing_record` writes."""
+    for line in lines:
+        try:
+            check(Line, line, f"The line of question {line['question_ids'][0]} in {path}")
+        except UserError as error:
+            raise UserError(f"{error} Delete the line, without which the answers count as before.") from error
+    return lines
 
 
 def summarise_audit(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -136,15 +172,16 @@ def summarise_flops(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     of different lengths together.
 
     Returns:
-        tower_per_image, language_model_per_question (projector, selection and prefill), by_part (per question),
-        per_question (everything) and as_batched_per_question; None without lines, and for sums of which a part is not
-        counted in this model.
+        questions (that these lines are about), tower_per_image, language_model_per_question (projector, selection and
+        prefill), by_part (per question), per_question (everything) and as_batched_per_question; None without lines, and
+        for sums of which a part is not counted in this model.
     """
     count, images = (sum(line[key] for line in lines) for key in ("questions", "images"))
     parts = {part: sum(line["flops_alone"].get(part, 0) for line in lines) for part in PARTS}
     whole, counted = sum(parts.values()), {part for line in lines for part in line["flops_alone"]}
     decoder, tower = "prefill" in counted, "tower" in counted or not images
     return {
+        "questions": count,
         "tower_per_image": parts["tower"] / images if images and tower else None,
         "language_model_per_question": (whole - parts["tower"]) / count if decoder else None,
         "by_part": {part: amount / count for part, amount in parts.items()} if lines else None,
@@ -180,6 +217,16 @@ def mixed_batches(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def notes(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Every distinct remark, in order of first appearance."""
-    return list(dict.fromkeys(note for line in lines for note in line["notes"]))
+def notes(lines: Sequence[Mapping[str, Any]], asked: int) -> list[str]:
+    """Every distinct remark, in order of first appearance, and whether questions are missing from the means.
+
+    Args:
+        asked: questions with an answer. Lines of some are missing where a disk has failed, or a batch was torn.
+    """
+    found = list(dict.fromkeys(note for line in lines for note in line["notes"]))
+    if (timed := sum(line["questions"] for line in lines)) < asked:
+        found.append(
+            f"operations, times and the cache held while answering are means over {timed:,} of {asked:,} questions: "
+            "timing.jsonl has lost the batches of the others, whose answers are kept and count"
+        )
+    return found

@@ -10,8 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from eval.answers.jsonl import read_json
-from eval.answers.reuse import joint
+from eval.answers.reuse import joint, read_result
 from eval.answers.source_hash import FOLLOWED, listed
 from eval.benchmarks.base import Question
 from eval.config import FULL, HALF, ROOT
@@ -86,12 +85,22 @@ def full_score(result: Mapping[str, Any], output: Path) -> float | None:
     # Folders of `full` usually say so; a sweep has hundreds of others.
     for path in sorted(found, key=lambda path: (not path.relative_to(run.parent).parts[0].startswith(FULL), path)):
         try:
-            other = read_json(path)
+            other = read_result(path.parent)
         except UserError:
             continue  # a damaged file is an error of the run that it belongs to
         if other.get("method") == FULL and joint(other) == joint(result):
             return main_score(other)
     return None
+
+
+def operations_of(result: Mapping[str, Any]) -> float | None:
+    """Operations per question, to be shown beside those of other runs; None where they are not of every question.
+
+    Questions differ in length, so a mean over fewer of them is another number.
+    """
+    whole = (result.get("timing") or {}).get("questions", result["asked"]) == result["asked"]
+    found: float | None = (result.get("flops") or {}).get("per_question")
+    return found if whole else None
 
 
 # -- what made the answers ------------------------------------------------------------------------------------------
@@ -229,10 +238,12 @@ def cost_lines(result: Mapping[str, Any]) -> list[str]:
     layers = ", ".join(number(tokens) for tokens in audit["entering_per_layer"])
     held, room = short(audit["kv_bytes_per_sample"] / 1e6, 100), timing["kv_bytes_with_room"]
     with_room = f", {short(room / 1e6, 100)} MB held while answering (padding, room for new tokens)" if room else ""
+    timed = "" if timing["questions"] == result["asked"] else of_some(timing["questions"], result["asked"])
     lines = [
         f"visual tokens entering each layer: {layers} (mean {audit['mean_tokens_per_layer']:.1f}, "
-        f"{audit['merged_tokens']:.1f} of them merged, {number(audit['visual_tokens_before'])} before reduction)",
-        f"key/value cache: {held} MB per question{with_room}",
+        f"{audit['merged_tokens']:.1f} of them merged, {number(audit['visual_tokens_before'])} before reduction)"
+        f"{pictured(audit)}",
+        f"key/value cache: {held} MB per question{pictured(audit)}{with_room}",
         *time_lines(timing),
     ]
     asked = result["throughput"]
@@ -244,8 +255,19 @@ def cost_lines(result: Mapping[str, Any]) -> list[str]:
     if flops["language_model_per_question"] is not None:
         tower = flops["tower_per_image"]
         vision = "" if tower is None else f"vision tower: {tower / 1e9:.2f} GFLOP per image; "
-        lines.append(f"{vision}{flops['language_model_per_question'] / 1e9:.2f} GFLOP per question after the tower")
+        decoder = f"{flops['language_model_per_question'] / 1e9:.2f} GFLOP per question after the tower"
+        lines.append(f"{vision}{decoder}{timed}")
     return lines
+
+
+def pictured(audit: Mapping[str, Any]) -> str:
+    """Of how many questions the means of an audit are, where some have no picture."""
+    total = audit["samples"]
+    return of_some(total - audit["without_picture"], total, " with a picture") if audit["without_picture"] else ""
+
+
+def of_some(some: int, total: int, which: str = "") -> str:
+    return f", over the {some:,} of {total:,} questions{which}"
 
 
 def failed_lines(result: Mapping[str, Any], shown: int = 5) -> list[str]:
@@ -302,8 +324,8 @@ def sentence(result: Mapping[str, Any]) -> str:
     off = f" where {result['off_budget']['planned']:.1f} are planned" if result.get("off_budget") else ""
     return (
         f"{result['method']} at {result['budget']} of {result['visual_tokens']} visual tokens: {score} "
-        f"on {asked} {result['title']} questions{failed}; {audit['mean_tokens_per_layer']:.1f} tokens per layer{off}, "
-        f"KV {short(audit['kv_bytes_per_sample'] / 1e6, 100)} MB, TTFT {wait}{by}."
+        f"on {asked} {result['title']} questions{failed}; {audit['mean_tokens_per_layer']:.1f} tokens per layer{off}"
+        f"{pictured(audit)}, KV {short(audit['kv_bytes_per_sample'] / 1e6, 100)} MB, TTFT {wait}{by}."
     )
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.answers.jsonl import read_json, write_json
-from eval.answers.reuse import RESULT, Stored, check_joint, read_stored, results_folder
+from eval.answers.jsonl import write_json
+from eval.answers.reuse import Stored, check_joint, read_result, read_stored, results_folder
 from eval.benchmarks.base import Dataset
 from eval.command import add_data_flags, exit_on_user_error, make_parser, open_dataset, value
 from eval.config import FULL, shortened
@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     p.add_argument("--json", metavar="OUT", help="also write the numbers to this file")
     args = p.parse_args(arguments)
-    result = read_json(results_folder(args.full) / RESULT)
+    result = read_result(results_folder(args.full))
     settings, profile = result["settings"], args.profile or result["facts"].get("profile")
     data = open_dataset(settings["benchmark"], args.data, args.split or settings["split"], profile, args.source)
     full = read_run(args.full, data, args.judge)

@@ -7,7 +7,6 @@ Writes between markers of docs/evaluation.md, and docs/tables/embedded_benchmark
 """
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from eval import benchmarks
-from eval.answers.reuse import check_table
+from eval.answers.jsonl import is_file
+from eval.answers.reuse import RESULT, check_table, read_result
 from eval.benchmarks.base import Benchmark, Need
 from eval.command import exit_on_user_error
 from eval.config import ROOT
@@ -60,10 +60,9 @@ def need_file(need: Need) -> str:
 
 
 def result_of(folder: Path) -> dict[str, Any]:
-    if not (folder / "result.json").is_file():
+    if not is_file(folder / RESULT):
         raise UserError(f"{folder} holds no result; run `bash scripts/tables/embedded_benchmarks.sh` first.")
-    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    return result
+    return read_result(folder)
 
 
 def score_rows(results: Path) -> list[list[str]]:

@@ -8,6 +8,7 @@ A folder's W&B run has a fixed id, kept in its file `wandb_id`: continuing the f
 
 import netrc
 import os
+import re
 import secrets
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
+from eval.answers.jsonl import write_bytes
 from eval.answers.source_hash import HASHED, combined, flatten
 from eval.config import RunConfig, changed_fields, changed_options
 from eval.results import report
@@ -28,6 +30,7 @@ PROJECT = "visual-token-reduction"
 # W&B's own server: its address since wandb 0.31, and the one under which older logins stored their key.
 HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")
 ID_FILE = "wandb_id"
+IDENTITY = re.compile(r"[!-~]{1,128}")  # one word
 TAG_LENGTH = 64  # W&B refuses longer ones
 GROUP_LENGTH = NAME_LENGTH = 128
 
@@ -136,17 +139,26 @@ def start(
         "tags": list(dict.fromkeys(str(tag)[:TAG_LENGTH] for tag in tags if tag is not None)),
         "config": dict(settings),
     }
+    known = known_id(output / id_file)
+    identity = known or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(6)
     for attempt in dict.fromkeys((mode, "offline")):
         try:
-            file = output / id_file
-            known = file.read_text().strip() if file.is_file() else ""
-            identity = known or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(6)
+            # Before W&B knows the run: a process that is killed in between would leave it a second one.
+            write_bytes(output / id_file, f"{identity}\n".encode())
             run = open_run(wandb, attempt, output, identity, about)
-            file.write_text(f"{identity}\n")
             return Tracker(wandb, run, output, resumed=bool(known))
         except Exception as error:
             print(f"W&B {attempt} failed ({one_line(error)}).", file=sys.stderr)
     return Tracker()
+
+
+def known_id(file: Path) -> str:
+    """The id that an earlier process has written to a file; "" where there is none, or something that is no id."""
+    try:
+        text = file.read_bytes().decode("ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return text if IDENTITY.fullmatch(text) else ""
 
 
 def keep_below(output: Path) -> None:
@@ -232,6 +244,8 @@ def numbers_of(result: Mapping[str, Any]) -> dict[str, float]:
     for part in throughput["ranks"]:
         numbers[f"throughput/rank {part['rank']}/questions_per_second"] = part["questions_per_second"]
     numbers["failed"] = len(result["failed"])
+    if report.operations_of(result) is None:  # of fewer questions than other runs
+        numbers.pop("flops/per_question", None)
     for layer, tokens in enumerate(result["audit"]["entering_per_layer"]):
         numbers[f"audit/entering/layer {layer}"] = tokens
     return numbers

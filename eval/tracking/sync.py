@@ -18,7 +18,7 @@ from pathlib import Path
 
 from eval.command import exit_on_user_error, make_parser, value
 from eval.config import path_name
-from eval.tracking import has_key
+from eval.tracking import has_key, known_id
 from llava.errors import UserError
 
 REPLACED = re.compile(r"replaced-\d+")
@@ -51,7 +51,7 @@ class OfflineRun:
         if any(is_locked(folder / "lock") for folder in (output, output.parent)):
             return RUNNING
         aside = any(REPLACED.fullmatch(name) for part in self.parts for name in part.parts)
-        aside |= any(file.read_text().strip() == self.name for file in output.glob("replaced-*/wandb_id*"))
+        aside |= any(known_id(file) == self.name for file in output.glob("replaced-*/wandb_id*"))
         return RESTARTED if aside else None
 
 
