@@ -5,13 +5,15 @@ python -m tests.fake_evaluation FLAGS    FAULT holds a JSON object, read here an
     rank      the rank that the fault is for; every one if left out
     pause     seconds that a batch takes, on every rank
     broken    ids of questions that raise an error, on every rank
-    call      die by SIGKILL in the system call of that number (from 0) that changes a file ...
-    during    ... counted from here: "open" (opening the store), "merge" or "result"
+    call      die by SIGKILL in the system call of that number (from 0) that changes a file of the store ...
+    during    ... counted from here: "open" (opening the store), "shard" (opening one), "merge" or "result"
+    error     ... or, with this name, raise an OSError there and go on: "EIO"
     hang      stop for ever in "load", "merge" or the questions with these ids
     locked    die by SIGKILL at the question with this id, while it holds the lock of progress bars
     disk      bytes that a file may have; more is an error, as on a full disk
 """
 
+import errno
 import functools
 import json
 import os
@@ -20,6 +22,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -27,10 +30,10 @@ from tqdm import tqdm
 import eval.run
 from eval import __main__ as command
 from eval import run
-from eval.answers.store import AnswerStore
+from eval.answers.store import AnswerStore, Shard
 from eval.parallel import launch, ranks
 from tests.eval_fakes import FakeLlava
-from tests.shard_worker import kill_before_call
+from tests.shard_worker import disturb_call
 
 EVERYWHERE = ("pause", "broken")
 
@@ -67,9 +70,12 @@ def main(words: Sequence[str]) -> int:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["disk"], fault["disk"]))
     if "call" in fault or fault.get("hang") == "merge":
-        holder, name = {"open": (AnswerStore, "__init__"), "result": (eval.run, "write_json")}.get(
-            fault.get("during"), (AnswerStore, "merge")
-        )
+        holder, name = {
+            "open": (AnswerStore, "__init__"),
+            "shard": (Shard, "__init__"),
+            "result": (eval.run, "write_json"),
+        }.get(fault.get("during"), (AnswerStore, "merge"))
+        fault["below"] = words[words.index("--output") + 1]
         setattr(holder, name, first(fault, getattr(holder, name)))
     return command.main(words)
 
@@ -92,7 +98,8 @@ def first(fault: dict[str, Any], real: Callable) -> Callable:
         if fault.get("during", "merge") != "merge" or (arguments[0].folder / "shards").exists():
             if "call" not in fault:
                 time.sleep(1000)
-            kill_before_call(fault["call"])
+            number = getattr(errno, fault["error"]) if "error" in fault else None
+            disturb_call(fault["call"], number, Path(fault["below"]))
         return real(*arguments, **options)
 
     return called

@@ -29,35 +29,58 @@ def open_store(folder: Path, world: str = "single", **options) -> AnswerStore:
     return AnswerStore(folder, options.pop("settings", SETTINGS), KNOWN, process=describe(world), **options)
 
 
-def kill_before_call(number: int) -> None:
+# What changes a file or makes it durable. Files are opened for reading, and never written to, by other functions.
+CALLS = ("open", "write", "fsync", "close", "replace", "unlink", "ftruncate", "mkdir", "rmdir")
+
+
+def disturb_call(number: int, error: int | None = None, below: Path | None = None) -> None:
     """Let this process die by SIGKILL in its system call of that number that changes a file, from 0.
 
     Of a write, half is done first: it counts as two calls.
+
+    Args:
+        error: raise OSError with this number in its place, and go on.
+        below: count only the calls for files of this folder.
     """
     calls = itertools.count()
+    here = str(below.resolve()) if below is not None else ""
 
-    def dying(real: Callable) -> Callable:
+    def path_of(target: object, folder: int | None) -> str:
+        if isinstance(target, int):
+            return os.readlink(f"/proc/self/fd/{target}")
+        return os.path.abspath(target) if folder is None else f"{path_of(folder, None)}/{os.fspath(target)}"
+
+    def disturb() -> None:
+        if error is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError(error, os.strerror(error))
+
+    def disturbed(real: Callable) -> Callable:
         def call(*arguments, **options):
+            if here and not path_of(arguments[0], options.get("dir_fd")).startswith(here):
+                return real(*arguments, **options)
             if next(calls) == number:
-                os.kill(os.getpid(), signal.SIGKILL)
+                if real is close:
+                    real(*arguments)  # a file is closed, whatever the call says
+                disturb()
             if real is write and next(calls) == number:
                 real(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
-                os.kill(os.getpid(), signal.SIGKILL)
+                disturb()
             return real(*arguments, **options)
 
         return call
 
-    write = os.write
-    for name in ("write", "fsync", "replace", "unlink", "ftruncate", "rmdir", "open"):
-        setattr(os, name, dying(getattr(os, name)))
-    shutil.copyfile = dying(shutil.copyfile)
+    write, close = os.write, os.close
+    for name in CALLS:
+        setattr(os, name, disturbed(getattr(os, name)))
+    shutil.copyfile = disturbed(shutil.copyfile)
 
 
 def die_in_merge(folder: Path, number: int) -> bool:
     """Open a store with shards in a process of its own that dies in call `number`; whether it did."""
     child = os.fork()
     if child == 0:
-        kill_before_call(number)
+        disturb_call(number)
         with open_store(folder, "opened"):
             pass
         os._exit(0)
