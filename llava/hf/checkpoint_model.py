@@ -71,7 +71,7 @@ class FamilyModel(FamilyWrapper):
             f"an image of {SIZE} x {SIZE} pixels.",
             "Operations of its vision tower and projector are not counted"
             + (", nor those of its decoder." if not self._countable else "."),
-            *about_snapshot(files),
+            *about_snapshot(files["config.json"].path.parent),
         )
 
     @property
