@@ -71,7 +71,7 @@ def test_a_model_in_the_cache_of_the_hub_is_named_by_its_id(tmp_path, model, mon
         loaded = load_checkpoint(source)
         assert loaded.name == "owner/llava-v1.5-7b" == outline_checkpoint(source).name, source
         assert "owner/llava-v1.5-7b at commit 0123abc" in loaded.notes[-1]
-        assert {path.parent.resolve() for path in loaded.files.values()} == {snapshot.resolve()}
+        assert {state.path.parent.resolve() for state in loaded.files.values()} == {snapshot.resolve()}
     for source in (tmp_path / "plain" / "my-llava", "~/plain/my-llava/"):
         assert load_checkpoint(source).name == "my-llava" and not load_checkpoint(source).notes
 
