@@ -90,12 +90,12 @@ def comparison_lines(record: Mapping[str, Any]) -> list[str]:
     unit = f" {record['unit']}" if record["unit"] else ""
     verdict = "significant at 5 %" if record["p"] <= 1 - statistics.LEVEL else "not significant at 5 %"
     low, high = record["low"], record["high"]
-    sure = record["note"] if low is None else f"{low:+.2f} to {high:+.2f}"
+    sure = record["note"] if low is None else " to ".join(statistics.rounded(end, 2, "+") for end in (low, high))
     return [
         f"{record['title']}, {record['main']} over {record['questions']:,} questions",
         f"A  {record['a']:.2f}{unit}",
         f"B  {record['b']:.2f}{unit}",
-        f"A - B  {record['difference']:+.2f} (95 % CI {sure})",
+        f"A - B  {statistics.rounded(record['difference'], 2, '+')} (95 % CI {sure})",
         f"p  {statistics.p_text(record['p'])}, paired permutation test by {record['drawn']}: {verdict}",
         *(f"note: {note}" for note in record["notes"]),
     ]

@@ -20,7 +20,7 @@ from eval import ask, benchmarks, sweep
 from eval.answers.jsonl import read_json
 from eval.config import ROOT, TOY_BANNER, is_toy
 from eval.papers import figure, gate, render, runs, spec, table
-from eval.papers.cells import Measured, command_of, other_judge
+from eval.papers.cells import Measured, command_of, other_judge, shown
 from eval.papers.document import Block, Document, Entry, difference_to, notes_of, places, published_text
 from eval.papers.expense import expense
 from eval.papers.gate import comparable
@@ -398,12 +398,15 @@ def test_an_overview_has_methods_by_budgets_claims_all_pairs_and_costs_and_write
     assert re.search(r"^\| fastv \| \d+\.\d \[n/a\] \| \d+\.\d \[n/a\] ‡ \|$", overview, re.MULTILINE)
     assert re.search(r"^\| two beat one \| [+-]\d+\.\d \[.*\] (open|holds|fails) \| ", text, re.MULTILINE)
     assert re.search(r"^\| 8 tokens \| \d of 3 \| .*consensusdrop", text, re.MULTILINE)
+    assert re.search(r"^\| 4 tokens \| \d of 1 \| ", text, re.MULTILINE)
+    assert re.search(r"^\| fastv ‡ .*\|  \|$", text, re.MULTILINE)
     assert text.index("## Costs at 8 tokens") < text.index("## Costs at 4 tokens")
     pairs = list(csv.DictReader((tmp_path / "out" / "small_pairs.csv").open()))
     assert [(row["budget"], row["a"], row["b"]) for row in pairs[:2]] == [
         ("8", "fastv", "consensusdrop"), ("8", "fastv", "one score"),
     ]  # fmt: skip
-    assert len(pairs) == 6 and (tmp_path / "out" / "small.png").is_file()
+    # At 4 fastv counts its budget otherwise, and is compared with no other row.
+    assert len(pairs) == 4 and (tmp_path / "out" / "small.png").is_file()
     page = (tmp_path / "page.md").read_text()
     assert overview.strip() in page and "| beats / loses to |" in page and page.startswith("before\n<!-- begin")
 
@@ -500,20 +503,20 @@ def test_the_gate_accepts_any_source_within_its_tolerance():
         ({"split": "unknown"}, "of a split that the source does not name"),
         ({"convention": "lmms-eval"}, "another convention (asked and scored by lmms-eval)"),
         ({"kind": "ours"}, "a user's own number"),
-        ({"trust": "low", "kind": "secondary"}, "every source has low trust"),
+        ({"trust": "low", "kind": "secondary"}, "a source of low trust"),
     ],
 )
 def test_the_gate_and_differences_use_only_values_like_ours(changes, why):
-    """SQA 66.8, which its own file disputes, MMBench's test split and TextVQA without OCR tokens passed the gate."""
+    """SQA 66.8, which its own file disputes, MMBench's test split and TextVQA without OCR tokens passed the gate, and
+    differences were to sources whose trust is too low for the gate."""
     lone = known(a=(50.0, dict(changes)))
     (one,) = gate.check([cell(50.0)], lone, PLACE)
     assert one.nearest is None and one.why.startswith(why)
-    values = known(a=(50.0, dict(changes)), b=(60.0, {"trust": "low", "kind": "secondary"})).full("pope")
+    values = known(a=(50.0, dict(changes)), b=(60.0, {"kind": "secondary"})).full("pope")
     entry = Entry(cell(50.0), values, "square")
     shown = published_text(values, "square")
     assert "50 [a]" in shown and "60 [b]" in shown, "what is not compared with is shown"
-    if "low" not in changes.values():
-        assert difference_to(entry) == "-10.0 to 60 [b]" and re.search(r"50 \[a\][?≠]", shown)
+    assert difference_to(entry) == "-10.0 to 60 [b]" and re.search(r"50 \[a\][?≠]", shown)
 
 
 def test_a_row_that_is_not_the_release_or_counts_another_budget_is_not_compared():
@@ -666,12 +669,16 @@ def test_the_latex_file_has_intervals_and_significance_marks_if_asked():
 
 
 def test_the_caption_says_which_metric_stands_in_for_the_papers():
-    """A few questions give MME's perception; the column "MME total" of the file showed it without a word."""
-    note = "These data do not give the paper's metric; shown instead: MME total: perception."
+    """A few questions give MME's perception; the column "MME total" of the file showed it without a word, and later
+    under its old head."""
+    note = "These data do not give the paper's metric; shown instead: MME perception (not total)."
     text = render.latex_file(dataclasses.replace(blank_document(), notes=["Another note.", note]))
     assert note in text and "Another note" not in text
     # It is the page's own sentence.
-    column = spec.Column(benchmark="mme", title="MME total", metric="total")
+    total = spec.Column(benchmark="mme", title="MME total", metric="total")
+    column = shown(total, "perception")
+    assert column.title == "MME perception" and shown(total, "total") is total
+    assert shown(total.model_copy(update={"title": "MME"}), "perception").title == "MME (perception)"
     graded = cell(150.0, metric="total")
     graded.metric, graded.column, graded.no_interval, graded.stored = "perception", column, "", None
     line = runs.Line(None, None, None)

@@ -153,7 +153,7 @@ def test_a_users_own_source_changes_nothing_but_what_is_shown(tmp_path, monkeypa
 
 
 SOURCE = {
-    "a": {"title": "A", "where": "there", "kind": "copied", "trust": "low", "convention": "square", "split": "usual"}
+    "a": {"title": "A", "where": "there", "kind": "copied", "trust": "medium", "convention": "square", "split": "usual"}
 }
 ROW = {"method": "fastv", "tokens": 64, "source": "a", "gqa": 50.0}
 

@@ -219,6 +219,53 @@ def test_the_critical_value_lies_between_significant_and_not():
     assert Exchanges(rows, rows, accuracy, accuracy)._critical(known, 0.05) == 2
 
 
+@pytest.mark.parametrize(
+    ("count", "lost", "reason"),
+    [
+        (12, range(1), "n/a: 12 images, an interval needs 20"),
+        (40, range(2), "n/a: fewer than 3 of 40 images decide the spread"),
+        (40, range(0), "n/a: the difference is the same for every image"),
+        (40, range(8), ""),
+    ],
+)
+def test_a_difference_has_an_interval_where_a_score_has_one(count, lost, reason):
+    """12 images gave "+8.3 [-79.9, +96.6]" beside scores whose own intervals were withheld."""
+    images = {f"{image}-{i}": str(image) for image in range(count) for i in range(2)}
+    a = dict.fromkeys(images, 1.0)
+    b = {name: float(int(image) not in lost) for name, image in images.items()}
+    found = compared(a, b, images)
+    assert found.note == reason and (found.low is None) == bool(reason)
+    assert found.difference == pytest.approx(100 * len(lost) / count) and 0 < found.p <= 1
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (90.25, "90.3"), (93.75, "93.8"), (0.05, "0.1"), (-0.25, "-0.3"), (100 * 361 / 400, "90.3"), (90.2499, "90.2"),
+        (0.0, "0.0"), (-0.0, "0.0"), (99.95, "100.0"), (1862.45, "1862.5"),
+    ],
+)  # fmt: skip
+def test_exact_ties_are_rounded_away_from_zero(value, text):
+    """90.25 was printed as 90.2 and 93.75 as 93.8: ties followed the binary form of the number."""
+    assert statistics.rounded(value) == text and statistics.rounded(np.float64(value)) == text
+    signed = statistics.rounded(value, sign="+")
+    assert signed == (text if text[0] == "-" else f"+{text}")
+    assert statistics.rounded(value / 10, 2) == statistics.rounded(value / 10 + 1e-12, 2)
+
+
+def test_tables_round_by_one_rule():
+    from eval.papers.document import number, places
+    from eval.tables.page import csv_numbers, difference_text, interval_text, score_text
+
+    assert score_text(statistics.Interval(90.25, 80.25, 93.65)) == "90.3 [80.3, 93.7]"
+    assert difference_text(statistics.Comparison(-0.25, -2.25, 0.25, 1)) == "-0.3 [-2.3, +0.3]"
+    assert interval_text(0.25, 0.35) == "[0.3, 0.4]" and csv_numbers(12.125, None, -0.125) == ["12.13", "", "-0.13"]
+    assert (number(90.25), number(150.5, whole=True), number(50.0, whole=True)) == ("90.3", "151", "50")
+    # Places are shared by what prints alike.
+    assert places([90.25, 90.3, 90.2]) == (frozenset({0, 1}), frozenset({2}))
+    assert places([1510.4, 1509.6, 1508.0], whole=True) == (frozenset({0, 1}), frozenset({2}))
+
+
 def test_paired_comparison_refuses_other_questions():
     with pytest.raises(UserError, match="no questions were scored"):
         interval(accuracy_terms({}, {}))

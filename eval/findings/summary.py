@@ -15,7 +15,6 @@ from eval.results.statistics import Comparison, Interval, compare, interval
 from eval.tables.page import COLOURS, MARKERS, write_csv
 
 DOCS = ROOT / "docs"
-RESAMPLES = 2000  # enough for two digits of an interval's ends
 
 Cell = Interval | Comparison
 Cells = Mapping[str, Cell]
@@ -41,7 +40,7 @@ def difference(a: Values, b: Values, groups: Mapping[str, str], scale: float = 1
     """Mean of a minus mean of b over the names that both have, paired, with its 95 % interval."""
     both = a.keys() & b.keys()
     first, second = (terms({name: values[name] for name in both}, groups, scale) for values in (a, b))
-    return compare(first, second, RESAMPLES)
+    return compare(first, second)
 
 
 def position_bias(drawn: Collected, counterpart: Collected, score: str, measure: str = "late") -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The cells of a table, read from the results of finished runs."""
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -32,7 +33,9 @@ class Cell:
     Attributes:
         value: the column's metric, in percent or points.
         low, high: 95 % interval of `value`; None where there is none.
+        column: as the paper has it; its title names the metric that is shown where these data do not give the paper's.
         metric: name of the metric that `value` is; the benchmark's main one where the column's is missing here.
+        whole: points of a column in which scores are above 100, as MME's, are printed as whole numbers.
         tokens: visual tokens that entered a decoder layer, mean over layers and samples.
         merged: how many of them stand for several.
         kv_bytes, flops: per question.
@@ -52,7 +55,7 @@ class Cell:
     low: float | None
     high: float | None
     metric: str
-    points: bool
+    whole: bool
     questions: int
     available: int
     tokens: float
@@ -127,7 +130,7 @@ def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell | 
     audit, counted, flops = result["audit"], result["flops"]["per_question"], report.operations_of(result)
     return Cell(
         line,
-        column,
+        shown(column, metric),
         value,
         found["low"],
         found["high"],
@@ -180,6 +183,15 @@ def metric_of(column: Column, result: Mapping[str, Any], known: Collection[str])
     if metrics[name] is None:
         raise UserError(f"{column.benchmark} gives no score here: {'; '.join(result['notes'])}.")
     return name, float(metrics[name])
+
+
+def shown(column: Column, metric: str) -> Column:
+    """The column under the name of the metric that it shows: "MME total" becomes "MME perception"."""
+    if not column.metric or metric == column.metric:
+        return column
+    named = column.metric in column.title
+    title = column.title.replace(column.metric, metric) if named else f"{column.title} ({metric})"
+    return column.model_copy(update={"title": title})
 
 
 def command_of(line: Line, column: Column, where: Where, config: RunConfig) -> str:
@@ -268,4 +280,7 @@ def read_cells(lines: Sequence[Line], columns: Sequence[Column], where: Where, m
                         check_joint(other.stored, found.stored)
     if lost := [column.title for column in columns if (0, column.benchmark) not in cells]:
         raise UserError(f"The unreduced model has no result on {', '.join(lost)}: {'; '.join(failed)}.")
-    return Measured(lines, columns, cells, failed)
+    # A column is of whole numbers or of decimals: 150 does not stand above 50.0.
+    large = {name for (_, name), cell in cells.items() if cell.whole and cell.value > 100}
+    cells = {key: dataclasses.replace(cell, whole=key[1] in large) for key, cell in cells.items()}
+    return Measured(lines, [cells[0, column.benchmark].column for column in columns], cells, failed)

@@ -15,6 +15,7 @@ from eval.papers.published import Published, Value
 from eval.papers.runs import Where, described
 from eval.papers.spec import Budget, Place, Table
 from eval.results.report import circumstances
+from eval.results.statistics import rounded
 from eval.tables.page import interval_text
 
 INSTEAD = "These data do not give the paper's metric"
@@ -74,17 +75,17 @@ def difference_to(entry: Entry) -> str:
     """The difference and what it is to: "+0.3 to 61.9 [RESTORE, Table 1]"."""
     if entry.compared is None or entry.difference is None:
         return "n/a"
-    return f"{entry.difference:+.1f} to {entry.compared.value:g} [{entry.compared.title}]"
+    return f"{rounded(entry.difference, sign='+')} to {entry.compared.value:g} [{entry.compared.title}]"
 
 
 def ours_text(cell: Cell) -> str:
     """The score with its interval: "76.9 [75.2, 78.6]"."""
-    return f"{number(cell.value, cell.points)} {interval_text(cell.low, cell.high)}"
+    return f"{number(cell.value, cell.whole)} {interval_text(cell.low, cell.high)}"
 
 
-def number(value: float, points: bool = False) -> str:
-    """One decimal for percent; points are whole from 100 on, as MME's are printed."""
-    return f"{value:.0f}" if points and abs(value) >= 100 else f"{value:.1f}"
+def number(value: float, whole: bool = False) -> str:
+    """One decimal, or none where the column has whole numbers."""
+    return rounded(value, 0 if whole else 1)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Block:
         title: "192 tokens"; "" for the unreduced model.
         rows: (name of the method, a value per column and the average last; None where there is none).
         best, second: per column, the rows to print bold and underlined.
-        points: per column, whether its values are points and not percent.
+        whole: per column, whether its values are printed as whole numbers (`Cell.whole`).
         intervals: per row and column, the 95 % interval as text; "" where there is none.
         clear: (row, column) of the scores that differ significantly from the paper's method at the same budget.
     """
@@ -104,14 +105,14 @@ class Block:
     rows: Sequence[tuple[str, Sequence[float | None]]]
     best: Sequence[frozenset[int]]
     second: Sequence[frozenset[int]]
-    points: Sequence[bool]
+    whole: Sequence[bool]
     intervals: Sequence[Sequence[str]] = ()
     clear: frozenset[tuple[int, int]] = frozenset()
 
     def text(self, row: int, column: int) -> str:
         """A value as every format prints it."""
         value = self.rows[row][1][column]
-        return "n/a" if value is None else number(value, self.points[column])
+        return "n/a" if value is None else number(value, self.whole[column])
 
     def style(self, row: int, column: int) -> str:
         """ "best", "second" or ""."""
@@ -150,7 +151,8 @@ def block(
     ]
     nothing = [None] * (len(names) + 1)
     ranked = [nothing if found.lines[i].by_kept else values for i, (_, values) in zip(indices, rows, strict=True)]
-    ranks = [places([values[column] for values in ranked]) for column in range(len(nothing))]
+    whole = [*(found.cells[0, name].whole for name in names), False]
+    ranks = [places([values[column] for values in ranked], whole[column]) for column in range(len(nothing))]
     if len(indices) == 1:
         ranks = [(frozenset(), frozenset())] * len(nothing)
     return Block(
@@ -158,7 +160,7 @@ def block(
         rows,
         [first for first, _ in ranks],
         [second for _, second in ranks],
-        [*(found.cells[0, name].points for name in names), False],
+        whole,
         [[row[n].interval if n in row else "" for n in names] for row in cells],
         frozenset(
             (row, place)
@@ -174,9 +176,9 @@ def budget_title(budget: Budget) -> str:
     return f"{budget} tokens" if isinstance(budget, int) else f"{budget} of the tokens"
 
 
-def places(values: Sequence[float | None]) -> tuple[frozenset[int], frozenset[int]]:
+def places(values: Sequence[float | None], whole: bool = False) -> tuple[frozenset[int], frozenset[int]]:
     """Rows with the best value and with the second-best; values that print alike share a place."""
-    printed = [None if value is None else round(value, 1) for value in values]
+    printed = [None if value is None else float(number(value, whole)) for value in values]
     order = [*sorted({value for value in printed if value is not None}, reverse=True), math.nan, math.nan]
     best, second = (frozenset(i for i, value in enumerate(printed) if value == wanted) for wanted in order[:2])
     return best, second
@@ -311,7 +313,7 @@ def notes_of(table: Table, found: Measured, entries: Sequence[Entry]) -> list[st
     notes += [f"Cannot run: {reason}" for reason in described(found.lines)]
     notes += [f"n/a: {reason.rstrip('.')}." for reason in found.failed]
     other = {
-        f"{cell.column.title}: {cell.metric}"
+        f"{cell.column.title} (not {cell.column.metric})"
         for cell in cells
         if cell.column.metric and cell.metric != cell.column.metric
     }

@@ -10,6 +10,7 @@ from eval.papers.cells import Cell
 from eval.papers.published import WORDS, Published, Value
 from eval.papers.runs import Line
 from eval.papers.spec import Place
+from eval.results.statistics import rounded
 
 CAUSES: Mapping[str, str] = WORDS["causes"]
 EVERYWHERE: Sequence[str] = WORDS["everywhere"]
@@ -43,22 +44,19 @@ class Check:
         if self.nearest is None:
             return f"not compared: {self.why}"
         passed = "passed" if self.passed else "failed"
-        return f"{passed}: {self.difference:+.1f} to {self.nearest.value:g} ({self.nearest.title})"
+        return f"{passed}: {rounded(self.difference, sign='+')} to {self.nearest.value:g} ({self.nearest.title})"
 
 
 def check(cells: Sequence[Cell], published: Published, place: Place) -> list[Check]:
     """Compare the unreduced model with the published baselines.
 
     A check passes if the value is within the column's tolerance of one source: sources differ among themselves. Only
-    sources that are like ours count (`comparable`), and none of low trust.
+    sources that are like ours count (`comparable`).
     """
     found = []
     for cell in cells:
         values = published.values("full", place.tokens, cell.column.published) if cell.column.published else []
-        trusted = [value for value in values if value.trust != "low"]
-        likes, why = comparable(cell, trusted or values, place.convention)
-        if likes and not trusted:
-            likes, why = [], "every source has low trust"
+        likes, why = comparable(cell, values, place.convention)
         found.append(Check(cell, min(likes, key=lambda value: abs(cell.value - value.value), default=None), why))
     return found
 
@@ -66,7 +64,7 @@ def check(cells: Sequence[Cell], published: Published, place: Place) -> list[Che
 def sentences(checks: Sequence[Check]) -> list[str]:
     """What the gate found, one line per benchmark that failed, with the likely causes."""
     return [
-        f"{one.cell.column.title}: the unreduced model has {one.cell.value:.1f}, the nearest published value is "
+        f"{one.cell.column.title}: the unreduced model has {rounded(one.cell.value)}, the nearest published value is "
         f"{one.nearest.value:g} ({one.nearest.title}); that is outside the tolerance of {one.cell.column.tolerance:g}. "
         f"Look at: {'; '.join(filter(None, (CAUSES.get(one.cell.column.benchmark), *EVERYWHERE)))}."
         for one in checks
@@ -75,7 +73,8 @@ def sentences(checks: Sequence[Check]) -> list[str]:
 
 
 def comparable(cell: Cell, values: Sequence[Value], convention: str) -> tuple[list[Value], str]:
-    """The published values that are like ours: same split, metric, judge, budget, variant and convention, not disputed.
+    """The published values that are like ours: same split, metric, judge, budget, variant and convention, neither
+    disputed nor of low trust. The gate and the column of differences both take these.
 
     Returns:
         (values, "") or ([], why none is).

@@ -88,6 +88,8 @@ class Value:
             return f"of {self.split}" + (f", ours of {SPLITS[self.column]}" if self.column in SPLITS else "")
         if self.convention != convention:
             return f"another convention ({CONVENTIONS[self.convention]})"
+        if self.trust == "low":
+            return "a source of low trust"
         return ""
 
 

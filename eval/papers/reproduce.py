@@ -98,7 +98,7 @@ def cause_table(columns: Sequence[Column], source: Published | None, convention:
     rows = []
     for column in columns:
         known = source.full(column.published) if source and column.published and not column.published_split else []
-        values = [one.value for one in known if one.trust != "low" and not one.obstacle(convention)]
+        values = [one.value for one in known if not one.obstacle(convention)]
         ends = [number(value, column.published) for value in (min(values), max(values))] if values else []
         spread = " to ".join(dict.fromkeys(ends)) or "n/a"
         rows.append([column.title, spread, f"{column.tolerance:g}", CAUSES.get(column.benchmark, "")])

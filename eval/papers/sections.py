@@ -8,7 +8,6 @@ from eval.papers.runs import Time
 from eval.papers.spec import Budget, Row, Table
 from eval.results.statistics import (
     LEVEL,
-    RESAMPLES,
     Comparison,
     Interval,
     accuracy_terms,
@@ -16,6 +15,7 @@ from eval.results.statistics import (
     compare,
     holm,
     interval,
+    rounded,
 )
 from eval.statistics.answers import hard_questions, same_answers
 from eval.statistics.relative import Scores, relative_mean, tokens_needed
@@ -64,12 +64,13 @@ def costs(found: Measured, times: Times, scored: bool = False, lines: Iterable[i
         cell, full = found.first(index), found.first(0)
         if cell is None or full is None:
             continue
-        row = [label(found, index), str(found.lines[index].budget or "all"), f"{cell.tokens:.1f}"]
-        row += [f"{cell.kv_bytes / 1e6:.2f}", f"{full.kv_bytes / cell.kv_bytes:.2f}x"]
+        row = [label(found, index), str(found.lines[index].budget or "all"), rounded(cell.tokens)]
+        row += [rounded(cell.kv_bytes / 1e6, 2), f"{rounded(full.kv_bytes / cell.kv_bytes, 2)}x"]
         flops = (cell.flops or 0.0, full.flops or 0.0)
-        row += [f"{flops[0] / 1e9:.2f}", f"{flops[1] / flops[0]:.2f}x"] if all(flops) else ["n/a", "n/a"]
+        row += [rounded(flops[0] / 1e9, 2), f"{rounded(flops[1] / flops[0], 2)}x"] if all(flops) else ["n/a", "n/a"]
         time, base = times.get(index), times.get(0)
-        row += [f"{1000 * time.ttft:.1f}", f"{base.ttft / time.ttft:.2f}x"] if time and base else ["n/a", "n/a"]
+        faster = [rounded(1000 * time.ttft), f"{rounded(base.ttft / time.ttft, 2)}x"] if time and base else []
+        row += faster or ["n/a", "n/a"]
         rows.append([*row, *(ours_text(cell) for cell in found.row(index).values())] if scored else row)
     about = (
         f"Of {found.columns[0].title}: tokens that entered a layer (mean over layers), key/value cache, and operations "
@@ -86,7 +87,19 @@ def mark_text(found: Measured) -> str:
     return f" {MARK} {MARK_TEXT}." if any(line.by_kept for line in found.lines) else ""
 
 
+def left_out(found: Measured) -> str:
+    """That a section has no rows that count their budget otherwise, where there are such rows."""
+    return f" Rows marked {MARK} are left out." if any(line.by_kept for line in found.lines) else ""
+
+
 # -- statistics of a score table --------------------------------------------------------------------------------------
+
+
+def difference(one: Cell | None, other: Cell | None) -> Comparison | None:
+    """One cell minus another of its benchmark; None where one is missing or counts its budget otherwise."""
+    if one is None or other is None or one.line.by_kept or other.line.by_kept:
+        return None
+    return compare(one.terms, other.terms)
 
 
 def releases(found: Measured) -> Section:
@@ -100,12 +113,14 @@ def releases(found: Measured) -> Section:
         ours, theirs = found.row(index), found.row(release)
         if line.row is None or line.row.runs_release or release == index or not ours or not theirs:
             continue
+        if line.by_kept or found.lines[release].by_kept:
+            continue
         both = [(ours.get(column.benchmark), theirs.get(column.benchmark)) for column in found.columns]
-        texts = [difference_text(compare(one.terms, other.terms)) if one and other else "n/a" for one, other in both]
+        texts = [difference_text(one) if (one := difference(*cells)) else "n/a" for cells in both]
         rows.append([label(found, index), found.lines[release].title, str(line.budget), *texts])
     about = (
         "Our variant minus the release at the same budget, paired, with 95 % intervals, not corrected for their number."
-    )
+    ) + left_out(found)
     header = ["variant", "release", "budget", *(column.title for column in found.columns)]
     return Section("Variants against their releases", about, header, rows)
 
@@ -119,8 +134,11 @@ def aggregates(found: Measured) -> Section:
         if index == 0 or not row:
             continue
         pairs = {name: (cell.terms, full[name].terms) for name, cell in row.items()}
+        # A row that counts its budget otherwise has more tokens than the downsampled image of that budget.
         same_budget = (
-            i for i, one in enumerate(found.lines) if one.budget == line.budget and one.method == "downsample"
+            i
+            for i, one in enumerate(found.lines)
+            if one.budget == line.budget and one.method == "downsample" and not line.by_kept
         )
         control = found.row(next(same_budget, -1))
         rows.append(
@@ -143,8 +161,7 @@ def aggregates(found: Measured) -> Section:
 
 
 def relative_text(pairs: Scores, count: int) -> str:
-    """An average with its interval, or why there is none: a benchmark is missing, or full scores 0 on a resample, as a
-    few questions can make it."""
+    """An average with its interval, or why there is none: a benchmark is missing, or full scores 0 there."""
     if len(pairs) < count:
         return f"n/a: a result on {count - len(pairs)} of {count} benchmarks is missing"
     try:
@@ -184,7 +201,7 @@ def needed(found: Measured) -> Section:
     """The smallest budget of each method at which 99 % of full are shown, for each benchmark."""
     by_method: dict[str, dict[int, int]] = {}
     for index, line in enumerate(found.lines):
-        if index and found.row(index):
+        if index and found.row(index) and not line.by_kept:
             cell = next(iter(found.row(index).values()))
             by_method.setdefault(line.title, {})[round(cell.tokens)] = index
     rows = [
@@ -194,7 +211,7 @@ def needed(found: Measured) -> Section:
     about = (
         "The smallest measured number of tokens from which on a one-sided non-inferiority test at 5 % shows more than "
         "99 % of the unreduced score. Small sets show it for few methods. Definition: docs/statistics.md."
-    )
+    ) + left_out(found)
     return Section("Tokens needed for 99 % of full", about, ["method", *(c.title for c in found.columns)], rows)
 
 
@@ -203,7 +220,7 @@ def needed_text(found: Measured, budgets: Mapping[int, int], benchmark: str) -> 
     try:
         cells = {budget: found.cells.get((index, benchmark)) for budget, index in budgets.items()}
         known = {budget: cell.terms for budget, cell in cells.items() if cell is not None}
-        return tokens_needed(full, known).text.replace("more than", ">")
+        return tokens_needed(full, known, bounds=False).text.replace("more than", ">")
     except UserError:
         return "n/a"
 
@@ -222,7 +239,7 @@ def against(table: Table, found: Measured, clear: Clear) -> Section:
         f"{title} minus each method at the same budget, paired permutation tests by image on every benchmark. p-values "
         "are corrected by Holm over the benchmarks of one row, not over the rows. Listed are the differences that are "
         "significant at 5 %."
-    )
+    ) + left_out(found)
     header = ["method", "budget", f"{title} better on", "worse on", "significant differences [95 % interval]"]
     return Section(f"{title} against each method", about, header, rows)
 
@@ -245,7 +262,7 @@ def clear_differences(table: Table, found: Measured) -> Clear:
 def significant(ours: Mapping[str, Cell], other: Mapping[str, Cell]) -> dict[str, Comparison]:
     """Benchmark -> ours minus other, where a paired test finds a difference, corrected by Holm over the benchmarks."""
     names = [name for name in ours if name in other]
-    found = [compare(ours[name].terms, other[name].terms, RESAMPLES // 2) for name in names]
+    found = [compare(ours[name].terms, other[name].terms) for name in names]
     corrected = holm([one.p for one in found])
     return {name: one for name, one, p in zip(names, found, corrected, strict=True) if p <= 1 - LEVEL}
 
@@ -271,27 +288,26 @@ def ablation(table: Table, found: Measured) -> Section:
     heads = [f"{column.title}, {budget} tokens" for budget, column in places]
     header = ["choice", *(text for head in heads for text in (head, "against the default [95 % CI]"))]
     about = "One choice at a time around the method's defaults; differences are paired over images."
-    return Section("One choice at a time", about, header, rows)
+    return Section("One choice at a time", about + mark_text(found), header, rows)
 
 
 def compared(cell: Cell | None, default: Cell | None) -> list[str]:
     """A score, and its difference to the defaults."""
     if cell is None:
         return ["n/a", "cannot run"]
-    text = number(cell.value, cell.points)
-    if default is None:
-        return [text, "n/a"]
-    if cell.line.setting == default.line.setting:
+    text = number(cell.value, cell.whole) + f" {MARK}" * cell.line.by_kept
+    if default is not None and cell.line.setting == default.line.setting:
         return [f"**{text}**", "default"]
-    return [text, difference_text(compare(cell.terms, default.terms))]
+    found = difference(cell, default)
+    return [text, difference_text(found) if found else "n/a"]
 
 
 def pairs_of(found: Measured) -> Pairs:
-    """Every two lines of a budget, compared on the one benchmark of an overview."""
+    """Every two lines of a budget on the one benchmark of an overview; none that counts its budget otherwise."""
     by_budget: dict[Budget, dict[int, Cell]] = {}
     for index, line in enumerate(found.lines):
         cell = found.first(index)
-        if line.budget is not None and cell is not None:
+        if line.budget is not None and cell is not None and not line.by_kept:
             by_budget.setdefault(line.budget, {})[index] = cell
     return {budget: all_pairs({i: cell.terms for i, cell in cells.items()}) for budget, cells in by_budget.items()}
 
@@ -342,16 +358,16 @@ def claims(table: Table, found: Measured) -> Section:
     ]
     about = (
         f"{table.ours} minus the row that a claim is about, paired over images [95 % interval]: a claim holds or fails "
-        "where the interval leaves out 0, and stays open elsewhere."
+        "where the paired permutation test is significant at 5 %, and stays open elsewhere."
     )
     return Section("Claims", about, ["claim", *(f"{budget} tokens" for budget in table.budgets)], rows)
 
 
 def claim_text(ours: Cell | None, other: Cell | None) -> str:
     """A difference with the verdict on "better": holds, fails or open."""
-    if ours is None or other is None:
+    found = difference(ours, other)
+    if found is None:
         return "n/a"
-    found = compare(ours.terms, other.terms)
     verdict = "open" if found.p > 1 - LEVEL else "holds" if found.difference > 0 else "fails"
     return f"{difference_text(found)} {verdict}"
 
@@ -361,13 +377,17 @@ def significance(found: Measured, pairs: Pairs) -> Section:
     rows = []
     for budget, compared in pairs.items():
         clear = sum(one.p <= 1 - LEVEL for one in compared.values())
-        best = [index for index in lines_at(found, budget) if not standing(index, compared)[1]]
+        best = [
+            index
+            for index in lines_at(found, budget)
+            if not (found.lines[index].by_kept or standing(index, compared)[1])
+        ]
         names = ", ".join(found.lines[index].title for index in best)
         rows.append([f"{budget} tokens", f"{clear} of {len(compared)}", names])
     about = (
         "Paired permutation tests by image at 5 %, two-sided, corrected by Holm over all pairs of methods at a budget. "
         "The last column has the methods that none is significantly better than."
-    )
+    ) + left_out(found)
     return Section("Significance", about, ["budget", "pairs that differ", "best methods"], rows)
 
 
@@ -381,7 +401,10 @@ def costs_at(found: Measured, times: Times, budget: Budget, pairs: Pairs) -> Sec
     """Costs and scores of one budget, the highest score first, with how many methods each beats and loses to."""
     lines = lines_at(found, budget)
     section = costs(found, times, scored=True, lines=[0, *lines])
-    places = [standing(index, pairs[budget]) for index in lines]
-    verdicts = ["", *(f"{beats} / {lost}" + " **top**" * (not lost) for beats, lost in places)]
+    verdicts = [""]
+    for index in lines:
+        beats, lost = standing(index, pairs.get(budget, {}))
+        verdict = f"{beats} / {lost}" + " **top**" * (not lost)
+        verdicts.append("" if found.lines[index].by_kept else verdict)
     rows = [[*row, verdict] for row, verdict in zip(section.rows, verdicts, strict=True)]
     return Section(f"Costs at {budget} tokens", section.about, [*section.columns, "beats / loses to"], rows)

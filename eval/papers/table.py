@@ -185,7 +185,10 @@ def write(document: "Document", folder: Path, tex_intervals: bool = False) -> li
     folder.mkdir(parents=True, exist_ok=True)
     table = document.table
     picture, paths = folder / f"{table.name}.png", []
-    scores = f"{table.columns[0].title}, %" if table.kind == "overview" else "mean over benchmarks, % of full"
+    scores = "mean over benchmarks, % of full"
+    if table.kind == "overview":
+        cell = document.entries[0].cell
+        scores = cell.column.title + ("" if cell.whole else ", %")
     if table.kind in ("scores", "overview"):
         has_picture = figure.draw(picture, document.points, document.title, document.ours, scores)
         paths += [picture] if has_picture else []

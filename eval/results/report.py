@@ -15,7 +15,7 @@ from eval.answers.source_hash import FOLLOWED, listed
 from eval.benchmarks.base import Question
 from eval.config import FULL, HALF, ROOT
 from eval.metrics import Score
-from eval.results.statistics import LEVEL, interval, terms_of
+from eval.results.statistics import LEVEL, interval, rounded, terms_of
 from llava.errors import UserError
 
 LOWER_IS_BETTER = {"distribution"}
@@ -310,7 +310,7 @@ def sentence(result: Mapping[str, Any]) -> str:
     score = "answers written, no score"
     if (value := result["metrics"].get(main)) is not None:
         sure = f" (95 % CI {ends(ci, 1)})" if ci else ""
-        score = f"{value:.1f}{'' if main in result['points'] else ' %'} {main.replace('_', ' ')}{sure}"
+        score = f"{rounded(value)}{'' if main in result['points'] else ' %'} {main.replace('_', ' ')}{sure}"
     asked = f"{result['asked']:,}"
     if result["partial"]:
         asked = f"the first {asked} of {result['available']:,}"
@@ -333,7 +333,7 @@ def ends(found: Mapping[str, Any], digits: int) -> str:
     """An interval's two ends, or why there is none."""
     if found["low"] is None:
         return str(found["method"])
-    return f"{found['low']:.{digits}f} to {found['high']:.{digits}f}"
+    return f"{rounded(found['low'], digits)} to {rounded(found['high'], digits)}"
 
 
 def number(value: float) -> str:

@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import ROUND_HALF_UP, Decimal
 from typing import TypeVar
 
 import numpy as np
@@ -21,6 +22,8 @@ from eval.metrics import Array, Score, SufficientStatistics, ratio_terms
 from llava.errors import UserError
 
 LEVEL = 0.95
+# Draws of every test, wherever it is printed. A p-value is then at least 1 / 10,001, and Holm's correction multiplies
+# it by the number of comparisons, so that differences can be significant in families of up to 500 comparisons.
 RESAMPLES = 10_000
 # No interval covers what it promises with fewer clusters, or with fewer that decide the spread (docs/statistics.md).
 FEWEST_CLUSTERS, FEWEST_DECIDING = 20, 3
@@ -56,7 +59,8 @@ class Comparison:
     """Score a minus score b over the same units.
 
     Attributes:
-        low, high: 95 % confidence interval; it holds 0 exactly if `p` is above 0.05. None where there is none.
+        low, high: 95 % confidence interval; it holds 0 exactly if `p` is above 0.05. None where the clusters cannot
+            tell how far the difference may be off, by the rule of `interval`.
         p: two-sided p-value of a paired permutation test of "no difference".
         note: why there is no interval, or "".
     """
@@ -143,17 +147,24 @@ def compare(a: SufficientStatistics, b: SufficientStatistics, resamples: int = R
     least as far from zero as the observed value; the interval is the difference plus or minus its standard error times
     the critical value of the same test. Hence the interval excludes 0 exactly if p is at most 0.05.
 
-    Up to 13 clusters all exchanges are enumerated, above that `resamples` of them are drawn.
+    Up to 13 clusters all exchanges are enumerated, above that `resamples` of them are drawn. The p-value holds for any
+    number of clusters. There is no interval for the same reasons as for a score: no spread, fewer than FEWEST_CLUSTERS
+    clusters, or fewer than FEWEST_DECIDING that decide the spread.
     """
     if a.names != b.names or a.clusters != b.clusters:
         raise UserError("Both answer sets must cover the same questions in the same version of the data.")
-    exchanges = Exchanges(summed_by_cluster(a), summed_by_cluster(b), a.value, b.value)
+    rows = summed_by_cluster(a), summed_by_cluster(b)
+    exchanges = Exchanges(*rows, a.value, b.value)
+    shares = rows[0] @ slope(a.value, rows[0].sum(0)) - rows[1] @ slope(b.value, rows[1].sum(0))
     p, critical = exchanges.test(1 - LEVEL, resamples, DRAWS_AT_ONCE, seed)
     difference, error = exchanges.difference, exchanges.standard_error
+    units = f"{exchanges.clusters} {plural(a.unit, exchanges.clusters)}"
     if error == 0:
         note = f"n/a: the difference is the same for every {a.unit}"
-    elif not np.isfinite(critical * error):
-        note = f"n/a: {exchanges.clusters} {plural(a.unit, exchanges.clusters)} cannot show a difference"
+    elif exchanges.clusters < FEWEST_CLUSTERS:
+        note = f"n/a: {units}, an interval needs {FEWEST_CLUSTERS}"
+    elif deciding(shares - shares.mean()) < FEWEST_DECIDING:
+        note = f"n/a: fewer than {FEWEST_DECIDING} of {units} decide the spread"
     else:
         # 0 + removes the sign of a zero.
         low, high = (0.0 + round(difference + side * critical * error, 9) for side in (-1, 1))
@@ -196,6 +207,16 @@ def plural(unit: str, count: int = 2) -> str:
     return unit if count == 1 else f"{unit}s"
 
 
+def rounded(value: float, digits: int = 1, sign: str = "") -> str:
+    """A number as every table and sentence prints it; 90.25 is "90.3", and "+90.3" with the sign "+".
+
+    Exact ties go away from zero. Python's own formatting follows the binary form of the number, so that 90.25 is
+    "90.2" and 93.75 is "93.8". Ties are common: a score of 400 questions is a multiple of 0.25.
+    """
+    exact = Decimal(repr(round(float(value), 9) + 0.0))  # 90.24999999999999 is a tie too; + 0.0 takes the sign of -0.0
+    return f"{exact.quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP):{sign}f}"
+
+
 def p_text(p: float) -> str:
     """ "0.0341", or "< 0.0001": a share of drawn exchanges is never "0.0000"."""
     return "< 0.0001" if p < 0.0001 else f"{p:.4f}"
@@ -212,8 +233,7 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def all_pairs(
-    scores: Mapping[Name, SufficientStatistics],
-    resamples: int = 5 * RESAMPLES,  # the smallest p must stay small when it is multiplied by the number of pairs
+    scores: Mapping[Name, SufficientStatistics], resamples: int = RESAMPLES
 ) -> dict[tuple[Name, Name], Comparison]:
     """`compare` of every score with every other on the same questions; p-values corrected by Holm over all pairs.
 

@@ -21,7 +21,7 @@ from eval.config import FULL, shortened
 from eval.judging.choice import check_judge, score_answers
 from eval.metrics import Score, SufficientStatistics
 from eval.results.report import circumstances
-from eval.results.statistics import Interval, interval, p_text, terms_of
+from eval.results.statistics import Interval, interval, p_text, rounded, terms_of
 from eval.statistics.answers import accuracy_on, hard_questions, loyalty, plain, sample_scores
 from eval.statistics.relative import LEVEL, SHARE, tokens_needed
 from eval.tables.page import markdown, score_text
@@ -162,7 +162,7 @@ def lines(record: Mapping[str, Any]) -> list[str]:
     header = ["method", "budget", f"{record['main'].replace('_', ' ')}{unit}", "of full (bound)", *COLUMNS.values()]
     table = [["full", "", cell(record["full"]), "100.0", *[""] * len(COLUMNS)]]
     for row in record["rows"]:
-        bound = f"{row['test']['of_full']:.1f} (≥ {row['test']['low']:.1f})"
+        bound = f"{rounded(row['test']['of_full'])} (≥ {rounded(row['test']['low'])})"
         known = (cell(row[name], row.get(f"in_{name}")) for name in COLUMNS)
         table.append([row["method"], f"{row['budget']:,}", cell(row["score"]), bound, *known])
     about = f"{record['title']}, {record['questions']:,} questions, {record['clusters']:,} {record['drawn']}s"

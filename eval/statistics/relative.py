@@ -14,10 +14,10 @@ Budgets are tested from the largest to the smallest, each at the same level, and
 sequence (fixed-sequence testing). The probability that a budget below the share is named is then at most the level,
 without a correction for the number of budgets.
 
-**Averages over benchmarks.** The mean of a method's relative scores with its interval, by resampling within each task
-as Agarwal et al. do (2021, "Deep reinforcement learning at the edge of the statistical precipice", the library
-rliable). Here a task is a benchmark and the resampled units are its clusters; a benchmark is never resampled itself.
-The interval covers the questions, not the choice of benchmarks.
+**Averages over benchmarks.** The mean of a method's relative scores with its interval. As Agarwal et al. do (2021,
+"Deep reinforcement learning at the edge of the statistical precipice"), every benchmark is a stratum of its own, in
+which its clusters vary; the benchmarks themselves are fixed. The interval covers the questions, not the choice of
+benchmarks. The standard error is that of the delta method, which needs no random numbers.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,6 +33,7 @@ from eval.results.statistics import (
     DRAWS_AT_ONCE,
     FEWEST_CLUSTERS,
     FEWEST_DECIDING,
+    NO_SPREAD,
     RESAMPLES,
     Interval,
     deciding,
@@ -49,7 +50,6 @@ TIE = 1e-9
 STEEPEST = 1e4
 # Precision of the lower bound, as a share.
 PRECISION = 1e-4
-AVERAGE_RESAMPLES = 2_000
 
 Scores = Mapping[str, tuple[SufficientStatistics, SufficientStatistics]]
 
@@ -237,13 +237,13 @@ class BudgetTest:
 
     Attributes:
         of_full: score in percent of that of the full model.
-        low: one-sided lower bound of `of_full` in percent, at the level of the test.
+        low: one-sided lower bound of `of_full` in percent, at the level of the test; None if it was not asked for.
         p: of "at most the share", for this budget alone.
         passed: whether `p` is at most the level here and at all larger measured budgets.
     """
 
     of_full: float
-    low: float
+    low: float | None
     p: float
     passed: bool
 
@@ -268,7 +268,10 @@ class TokensNeeded:
 
 
 def tokens_needed(
-    full: SufficientStatistics, by_budget: Mapping[int, SufficientStatistics], share: float = SHARE
+    full: SufficientStatistics,
+    by_budget: Mapping[int, SufficientStatistics],
+    share: float = SHARE,
+    bounds: bool = True,
 ) -> TokensNeeded:
     """The smallest budget from which on the score is shown to be more than `share` of the full model's.
 
@@ -276,6 +279,7 @@ def tokens_needed(
 
     Args:
         by_budget: visual tokens -> the method's score on the same questions.
+        bounds: also find the lower bounds, which takes ten times as long as the tests.
 
     Raises:
         UserError: no budget, other questions, or a full model that scores 0.
@@ -294,8 +298,8 @@ def tokens_needed(
             raise UserError(f"The full model scores {of_full:g} on these questions; a share of that says nothing.")
         p = p_value(pairs, share)
         going_on = going_on and p <= LEVEL
-        low = lower_bound(pairs, LEVEL, share if p <= LEVEL else None)
-        tests[budget] = BudgetTest(100 * of_method / of_full, 100 * low, p, going_on)
+        low = 100 * lower_bound(pairs, LEVEL, share if p <= LEVEL else None) if bounds else None
+        tests[budget] = BudgetTest(100 * of_method / of_full, low, p, going_on)
         tokens = budget if going_on else tokens
     return TokensNeeded(tokens, share, tests)
 
@@ -306,10 +310,11 @@ def tokens_needed(
 def relative_mean(scores: Scores) -> Interval:
     """Mean of method / full over benchmarks in percent, the average of the papers' tables, with its 95 % interval.
 
-    Its spread is that of a bootstrap over clusters, each benchmark by itself. Of n clusters n - 1 are drawn, so that
-    the spread is that of the mean (Rao and Wu 1988). Quantile and degrees of freedom are those of
-    `eval.results.statistics.interval`, and so are the reasons for no interval: few clusters in a benchmark, or few that
-    decide the spread. (The percentiles of the draws cover 78 % with few of them.)
+    The variances of the relative scores are added, as benchmarks share no question. Each is that of the delta method:
+    near its sums a ratio is linear, and a cluster's share in method / full is (m - method / full x f) / full, where m
+    and f are the cluster's shares in the two scores. Quantile and degrees of freedom are those of
+    `eval.results.statistics.interval`, and so are the reasons for no interval: few clusters in a benchmark, no spread,
+    or few clusters that decide it.
 
     Args:
         scores: benchmark -> (method, full model) on the same questions.
@@ -319,7 +324,6 @@ def relative_mean(scores: Scores) -> Interval:
     """
     if not scores:
         raise UserError("An average over benchmarks needs at least one benchmark.")
-    streams = np.random.default_rng(0).spawn(len(scores))
     by_name = {name: pair(*scores[name]) for name in sorted(scores)}  # the order given changes nothing
     observed = [relative(name, *pairs.scores(pairs.counts)) for name, pairs in by_name.items()]
     mean = float(np.mean(observed))
@@ -327,32 +331,30 @@ def relative_mean(scores: Scores) -> Interval:
         if pairs.clusters < FEWEST_CLUSTERS:
             units = f"{pairs.clusters} {plural(pairs.of_method.unit, pairs.clusters)}"
             return Interval(mean, None, None, f"n/a: {name} has {units}, an interval needs {FEWEST_CLUSTERS}")
-    drawn = []
-    for (name, pairs), random in zip(by_name.items(), streams, strict=True):
-        draws = pairs.draws(pairs.counts / pairs.clusters, pairs.clusters - 1, AVERAGE_RESAMPLES, random)
-        drawn.append(np.concatenate([relative(name, *found) for found in draws]))
-    values = np.mean(drawn, axis=0)
-    if np.ptp(values) <= 1e-9 * max(1.0, abs(mean)):
-        return Interval(mean, None, None, "n/a: all resamples give the same number")
-    shares = [
-        influences(pairs, float(value) / 100) / pairs.scores(pairs.counts)[1]
-        for pairs, value in zip(by_name.values(), observed, strict=True)
-    ]
+    shares, variance = [], 0.0
+    for pairs, value in zip(by_name.values(), observed, strict=True):
+        # In percent of the mean over the benchmarks.
+        share = 100 * influences(pairs, value / 100) / float(pairs.scores(pairs.counts)[1]) / len(by_name)
+        shares.append(share)
+        variance += float(pairs.counts @ share**2) * pairs.clusters / (pairs.clusters - 1)
+    error = variance**0.5
+    if error <= NO_SPREAD * max(1.0, abs(mean)):
+        return Interval(mean, None, None, "n/a: every cluster keeps the same share of full")
     counts = np.concatenate([pairs.counts for pairs in by_name.values()])
     few = deciding(np.concatenate(shares), counts)
     if few < FEWEST_DECIDING:
         reason = f"n/a: fewer than {FEWEST_DECIDING} of {counts.sum():,.0f} clusters decide the spread"
         return Interval(mean, None, None, reason)
     freedom = 2 / max(1 / few - 1 / counts.sum(), 1e-12)
-    half = float(stats.t.ppf((1 + statistics.LEVEL) / 2, freedom) * values.std())
+    half = float(stats.t.ppf((1 + statistics.LEVEL) / 2, freedom)) * error
     return Interval(mean, mean - half, mean + half, "Student")
 
 
-def relative(benchmark: str, method: Array, full: Array) -> Array:
+def relative(benchmark: str, method: Array, full: Array) -> float:
     """100 x method / full; UserError where full is 0, which happens to sets of a few questions."""
-    if (np.asarray(full) <= 0).any():
+    if full <= 0:
         raise UserError(
-            f"{benchmark}: the full model scores 0 on these questions or on a resample of them, so that there is no "
-            "relative score; leave this benchmark out."
+            f"{benchmark}: the full model scores 0 on these questions, so that there is no relative score; leave this "
+            "benchmark out."
         )
-    return 100 * method / full
+    return float(100 * method / full)

@@ -20,6 +20,7 @@ from eval.benchmarks.base import Benchmark, Need
 from eval.command import exit_on_user_error
 from eval.config import ROOT
 from eval.results.report import interval_of
+from eval.results.statistics import rounded
 from eval.tables.page import insert, interval_text, markdown, write_csv
 from llava.errors import UserError
 
@@ -90,7 +91,7 @@ def number(result: dict[str, Any]) -> str:
     value, found = result["metrics"][result["main"]], interval_of(result)
     if value is None or found is None:
         return "graded by its server"
-    return f"{value:.1f} {interval_text(found['low'], found['high'])}"
+    return f"{rounded(value)} {interval_text(found['low'], found['high'])}"
 
 
 @exit_on_user_error

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval.results.statistics import Comparison, Interval
+from eval.results.statistics import Comparison, Interval, rounded
 from llava.errors import UserError
 
 # Okabe-Ito colours, readable with every kind of colour vision.
@@ -29,22 +29,22 @@ def interval_text(low: float | None, high: float | None, signed: bool = False) -
     """The ends of an interval for a table cell: "[80.1, 83.2]", or "[n/a]"."""
     if low is None or high is None:
         return "[n/a]"
-    return f"[{low:+.1f}, {high:+.1f}]" if signed else f"[{low:.1f}, {high:.1f}]"
+    return f"[{', '.join(rounded(end, sign='+' * signed) for end in (low, high))}]"
 
 
 def score_text(found: Interval) -> str:
     """A score with its interval: "81.6 [80.1, 83.2]"."""
-    return f"{found.mean:.1f} {interval_text(found.low, found.high)}"
+    return f"{rounded(found.mean)} {interval_text(found.low, found.high)}"
 
 
 def difference_text(found: Comparison) -> str:
     """A difference with its interval: "+1.2 [-0.3, +2.7]"."""
-    return f"{found.difference:+.1f} {interval_text(found.low, found.high, signed=True)}"
+    return f"{rounded(found.difference, sign='+')} {interval_text(found.low, found.high, signed=True)}"
 
 
 def csv_numbers(*values: float | None) -> list[str]:
     """Two decimals; empty for what does not exist."""
-    return ["" if value is None else f"{value:.2f}" for value in values]
+    return ["" if value is None else rounded(value, 2) for value in values]
 
 
 def csv_text(text: str) -> str:

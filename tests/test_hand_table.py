@@ -1,0 +1,451 @@
+"""Every section of a paper's table, and the four files that hold it, beside numbers that were computed apart.
+
+tests/data/hand_table has the answers, which were written by hand, and what follows from them by the definitions of
+docs/statistics.md. A wrong sign, value, row or column anywhere between the answers and the page is seen here.
+"""
+
+import csv
+import io
+import json
+import re
+from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from eval import score
+from eval.benchmarks import mme, pope
+from eval.config import ROOT
+from eval.metrics.accuracy import mean_score, normalise
+from eval.papers import gate, published, render, spec, table
+from eval.papers.cells import Cell, Measured
+from eval.papers.document import blocks, difference_to, entries, published_text
+from eval.papers.published import Published
+from eval.papers.runs import Line, Time, Where
+from eval.papers.sections import clear_differences, pair_rows, pairs_of, sections_of
+from eval.papers.spec import read_yaml
+from eval.results.statistics import compare, holm, interval, terms_of
+from eval.statistics.answers import plain
+from eval.statistics.command import main as stats_command
+from eval.statistics.relative import p_value, pair
+from eval.sweep import Setting
+from tests.test_statistics_command import write_run
+
+FOLDER = ROOT / "tests" / "data" / "hand_table"
+BY_KEPT = ("FastV", 64)
+
+
+@cache
+def data(name: str):
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def key(line: Line) -> str:
+    return f"{line.title}@{line.budget or ''}"
+
+
+def scored(benchmark: str, texts: dict[str, str]):
+    """The benchmark's own score of some answers, and its own form of an answer."""
+    asked = {name: data("labels")[benchmark][name] for name in texts}
+    if benchmark == "gqa":
+        answers = {name: one["answer"] for name, one in asked.items()}
+        return mean_score(answers, texts, lambda text, answer: normalise(text) == answer), normalise
+    if benchmark == "pope":
+        items = {name: pope.Item("random", one["image"], one["answer"]) for name, one in asked.items()}
+        return pope.official_score(items, texts), pope.parse
+    items = {name: mme.Item(one["task"], one["image"], "", "", one["answer"]) for name, one in asked.items()}
+    return mme.evaluate(items, texts), plain
+
+
+@cache
+def made(kind: str = "scores", only: str = "", ours: str = "consensusdrop"):
+    """(table, cells, seconds to the first token by line) from the answers; on one benchmark if named."""
+    found = spec.read(FOLDER / "table.yaml")
+    columns = tuple(column for column in found.columns if only in ("", column.benchmark))
+    found = found.model_copy(update={"kind": kind, "columns": columns, "ours": ours})
+    lines = [Line(None, None, Setting("full", None))]
+    for budget in found.budgets:
+        for row in found.rows:
+            by_kept = (row.title, budget) == BY_KEPT
+            lines.append(Line(row, budget, Setting(row.method, budget, dict(row.options)), by_kept))
+    cells = {}
+    for index, line in enumerate(lines):
+        for column in columns:
+            texts = data("answers")[line.title][str(line.budget or "")].get(column.benchmark)
+            if texts is None:
+                continue
+            result, normal = scored(column.benchmark, texts)
+            clusters = {name: data("labels")[column.benchmark][name]["image"] for name in texts}
+            terms, cost = terms_of(result, clusters), data("costs")[key(line)]
+            sure = interval(terms)
+            cells[index, column.benchmark] = Cell(
+                line=line,
+                column=column,
+                value=float(result.values[result.main]),
+                low=sure.low,
+                high=sure.high,
+                metric=result.main,
+                whole=column.benchmark == "mme",
+                questions=len(texts),
+                available=len(texts),
+                tokens=cost["tokens"],
+                merged=cost["merged"],
+                kv_bytes=cost["kv_bytes"],
+                flops=cost["flops"],
+                folder=Path("run"),
+                command=f"bash <{line.title}>",
+                commit="c0ffee",
+                finished="",
+                terms=terms,
+                normalise=normal,
+                texts=texts,
+                credits=result.correct,
+                clusters=clusters,
+            )
+    times = {index: Time(data("costs")[key(line)]["ttft"], "TTFT.") for index, line in enumerate(lines)}
+    return found, Measured(lines, columns, cells), times
+
+
+@cache
+def pairs(only: str):
+    return pairs_of(made("overview", only)[1])
+
+
+@cache
+def sources() -> Published:
+    return Published.model_validate({"name": "by hand", **read_yaml(FOLDER / "published.yaml")})
+
+
+@cache
+def document():
+    """The table of scores with everything that its files say, beside published values."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(published, "load", lambda name: sources())
+        found, measured, times = made()
+        found = found.model_copy(update={"published": "by hand"})
+        checks = gate.check(list(measured.row(0).values()), sources(), found.real)
+        return table.document_of(found, Where(found.real, False, FOLDER), measured, checks, times, "bash x.sh")
+
+
+def found_sections(kind: str, only: str = "", ours: str = "consensusdrop") -> dict[str, list[list[str]]]:
+    """Title -> rows of every section of a table without a wide one."""
+    found, measured, times = made(kind, only, ours)
+    compared = pairs(only) if kind == "overview" else {}
+    return {one.title: [list(row) for row in one.rows] for one in sections_of(found, measured, times, {}, compared)}
+
+
+# -- values -------------------------------------------------------------------------------------------------------
+
+
+def test_scores_intervals_and_averages():
+    """Averages over rows in which a benchmark is missing went unseen by the fast tests."""
+    _, found, _ = made()
+    for (index, benchmark), cell in found.cells.items():
+        wanted = data("expected")["score"][f"{key(found.lines[index])}@{benchmark}"]
+        assert [cell.value, cell.low, cell.high] == pytest.approx([wanted[name] for name in ("value", "low", "high")])
+    averages = {key(line): found.of_full(index) for index, line in enumerate(found.lines)}
+    assert averages == {name: value and pytest.approx(value) for name, value in data("expected")["average"].items()}
+
+
+def test_every_section_of_a_table_of_scores():
+    """A difference with the wrong sign, or groups exchanged, went unseen by the fast tests; differences and averages
+    were drawn 5,000 and 2,000 times where the page said 10,000."""
+    assert {one.title: [list(row) for row in one.rows] for one in document().sections} == data("expected")["sections"]
+
+
+def test_p_values_of_differences_and_of_99_percent():
+    """Tables round them to "significant" or not, which hides a wrong number of draws or a wrong family of tests."""
+    _, found, _ = made()
+    index = {(line.title, str(line.budget)): place for place, line in enumerate(found.lines)}
+    families = {}
+    for name, wanted in data("expected")["p"].items():
+        test, title, budget, benchmark = name.split("@")
+        terms, full = (found.cells[place, benchmark].terms for place in (index[title, budget], 0))
+        if test == "99 %":
+            assert p_value(pair(terms, full), 0.99) == pytest.approx(wanted, abs=1e-12), name
+        elif test == "ours":
+            p = compare(found.cells[index["ConsensusDrop", budget], benchmark].terms, terms).p
+            assert p == pytest.approx(wanted, abs=1e-12), name
+            families.setdefault((title, budget), {})[benchmark] = p
+    for (title, budget), values in families.items():
+        for benchmark, p in zip(values, holm(list(values.values())), strict=True):
+            assert p == pytest.approx(data("expected")["p"][f"holm@{title}@{budget}@{benchmark}"]), (title, budget)
+
+
+@pytest.mark.parametrize("benchmark", ["gqa", "mme"])
+def test_every_section_of_an_overview_and_its_file_of_pairs(benchmark):
+    """Rows marked ‡ won and lost against others ("14 / 4") under a sentence that compares them with none; pairs were
+    drawn 50,000 times where the page said 10,000."""
+    assert found_sections("overview", benchmark) == data("expected")["overview"][benchmark]
+    _, found, _ = made("overview", benchmark)
+    assert pair_rows(found, pairs(benchmark)) == data("expected")["pairs"][benchmark]
+
+
+def test_every_difference_of_an_ablation_and_the_scores_beside_costs():
+    assert found_sections("ablation", ours="visiondrop")["One choice at a time"] == data("expected")["ablation"]
+    costs = [row for row in found_sections("efficiency")["Costs"] if len(row) == 12]
+    assert costs == data("expected")["scored costs"]
+
+
+def test_the_gate_and_the_differences_compare_with_the_same_sources():
+    """A source of low trust was not compared by the gate and was the reference of a difference."""
+    assert {one.cell.column.benchmark: one.verdict for one in document().checks} == data("expected")["gate"]
+    assert [one.passed for one in document().checks] == [False, True, True]
+    assert len(gate.sentences(document().checks)) == 1
+    found, measured, _ = made()
+    for entry in entries(measured, sources(), found.real):
+        wanted = data("expected")["published"].get(f"{key(entry.cell.line)}@{entry.cell.column.benchmark}")
+        said = [published_text(entry.published, entry.convention), difference_to(entry)]
+        assert said == (wanted[:2] if wanted else ["n/a", "n/a"])
+        assert (entry.compared.source if entry.compared else "") == (wanted[3] if wanted else "")
+
+
+def test_points_of_the_figure():
+    _, found, times = made()
+    points = table.points_of(document().table, found, times)
+    for line, point in zip(found.lines, points, strict=True):
+        cost, average = data("costs")[key(line)], data("expected")["average"][key(line)]
+        assert (point["method"], point["budget"], point["tokens"]) == (line.title, line.budget, cost["tokens"])
+        assert (point["ttft_ms"], point["score"]) == pytest.approx((1000 * cost["ttft"], average))
+
+
+# -- the files ------------------------------------------------------------------------------------------------------
+
+
+def expected_wide(style: dict[str, str]) -> list[list[str]]:
+    """The rows of the wide table without their budgets: "best: 87.5" in the style of a format."""
+    rows = [row for block in data("expected")["wide"].values() for row in block]
+    return [[rows_name, *(styled(cell, style) for cell in cells)] for rows_name, *cells in rows]
+
+
+def styled(cell: str, style: dict[str, str]) -> str:
+    name, _, value = cell.rpartition(": ")
+    return style[name].format(value)
+
+
+def markdown_rows(text: str) -> list[list[str]]:
+    """The cells of the tables of a page, headers and rules left out."""
+    rows = []
+    for part in re.findall(r"^\|.*\n\|---.*\n((?:\|.*\n)*)", text, re.MULTILINE):
+        for line in part.splitlines():
+            cells = re.split(r"(?<!\\)\|", line)[1:-1]
+            rows.append([cell.strip().replace(r"\|", "|") for cell in cells])
+    return rows
+
+
+def test_markdown_has_every_value_in_its_row_and_column():
+    page = render.markdown_page(document())
+    top, *parts = page.split("\n## ")
+    rows = [row for row in markdown_rows(top + "\n") if not row[0].startswith("***")]
+    assert rows == expected_wide({"best": "**{}**", "second": "<u>{}</u>", "": "{}"})
+    assert "| method | GQA | POPE | MME perception | average |" in top
+    for title, wanted in data("expected")["sections"].items():
+        (part,) = [part for part in parts if part.startswith(title)]
+        assert markdown_rows(part + "\n") == wanted, title
+    for benchmark, verdict in data("expected")["gate"].items():
+        assert f"* {'MME perception' if benchmark == 'mme' else benchmark.upper()} {verdict}\n" in top
+
+
+def test_csv_has_every_number():
+    rows = list(csv.DictReader(io.StringIO(render.csv_file(document()))))
+    found, expected = made()[1], data("expected")
+    cells = [(found.lines[i], column.benchmark) for i in range(len(found.lines)) for column in found.columns]
+    cells = [(line, name) for line, name in cells if f"{key(line)}@{name}" in expected["score"]]
+    for row, (line, benchmark) in zip(rows, cells, strict=True):
+        wanted, cost = expected["score"][f"{key(line)}@{benchmark}"], data("costs")[key(line)]
+        # A name that begins with = would be a formula.
+        assert row["method"] == ("'" * line.title.startswith("=")) + line.title
+        assert (row["budget"], row["benchmark"]) == (str(line.budget or ""), benchmark)
+        assert row["counts_kept_tokens"] == ("true" if (line.title, line.budget) == BY_KEPT else "false")
+        for name in ("value", "low", "high"):
+            said = row["score" if name == "value" else name]
+            assert said == "" if wanted[name] is None else float(said) == pytest.approx(wanted[name], abs=0.00501)
+        assert row["gate"] == expected["gate"][benchmark]
+        told = expected["published"].get(f"{key(line)}@{benchmark}", ["", "", "", ""])
+        assert (row["difference"], row["compared_with"]) == tuple(told[2:])
+        assert row["published"].split(";") == re.findall(r"([\d.]+) \[", told[0]) or row["published"] == told[0] == ""
+        assert (float(row["tokens_per_layer"]), float(row["kv_bytes"])) == (cost["tokens"], cost["kv_bytes"])
+        assert row["flops"] == ("" if cost["flops"] is None else f"{cost['flops']:.0f}")
+
+
+UNESCAPED = {
+    r"$<$": "<", r"$>$": ">", r"$|$": "|", r"\&": "&", r"\_": "_", r"\{": "{", r"\}": "}", r"\%": "%",
+    r"$^\ddagger$": "‡",
+}  # fmt: skip
+
+
+def latex_rows(text: str) -> list[list[str]]:
+    """The cells of the body, unescaped: letters of LaTeX stand nowhere but in their escapes."""
+    rows = []
+    for line in re.findall(r"^(.*) \\\\$", text.partition(r"\midrule")[2], re.MULTILINE):
+        if "multicolumn" in line:
+            continue
+        cells = re.split(r"(?<!\\) ?& ", line)
+        for written, letter in UNESCAPED.items():
+            cells = [cell.replace(written, letter) for cell in cells]
+        rows.append([cell.strip() for cell in cells])
+    return rows
+
+
+def test_latex_has_every_value_in_its_row_and_column():
+    rows = latex_rows(render.latex_file(document()))
+    style = {"best": r"\textbf{{{}}}", "second": r"\underline{{{}}}", "": "{}"}
+    wanted = [
+        [name, *(styled(cell, style) for cell in cells), styled(average.replace("n/a", "--"), style)]
+        for name, *cells, average in (row for block in data("expected")["wide"].values() for row in block)
+    ]
+    plain_rows = [[cell.replace("%", "") if place else cell for place, cell in enumerate(row)] for row in rows]
+    assert plain_rows == [[cell.replace("n/a", "--") for cell in row] for row in wanted]
+    assert all(row[-1].rstrip("}").endswith("%") or row[-1] == "--" for row in rows)
+    with_intervals = latex_rows(render.latex_file(document(), intervals=True))
+    _, found, _ = made()
+    for line, row in zip(found.lines, with_intervals, strict=True):
+        for cell, column in zip(row[1:], found.columns, strict=False):
+            score = data("expected")["score"].get(f"{key(line)}@{column.benchmark}")
+            ends = [float(end) for end in re.findall(r"-?\d+\.\d", cell.partition("scriptsize")[2])]
+            known = score is not None and score["low"] is not None
+            assert ends == (pytest.approx([score["low"], score["high"]], abs=0.0501) if known else [])
+    marked = {(row[0], place) for row in with_intervals for place, cell in enumerate(row) if r"$^\ast$" in cell}
+    listed = data("expected")["sections"]["ConsensusDrop against each method"]
+    titles = ["GQA", "POPE", "MME perception"]
+    assert marked == {(row[0], 1 + titles.index(title)) for row in listed for title in titles if title in row[4]}
+
+
+class Cells(HTMLParser):
+    """The tables of a page: rows of (text, class of the cell)."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tables: list[list[list[tuple[str, str]]]] = []
+        self.in_cell = False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.in_cell = self.in_cell or tag == "td"
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag == "td":
+            self.tables[-1][-1].append(("", dict(attributes).get("class", "") or ""))
+        elif tag in ("b", "i", "chance"):
+            raise AssertionError(f"<{tag}> of a name is a tag of the page")
+
+    def handle_endtag(self, tag):
+        self.in_cell = self.in_cell and tag != "td"
+
+    def handle_data(self, text):
+        if self.in_cell:
+            said, style = self.tables[-1][-1].pop()
+            self.tables[-1][-1].append((said + text, style))
+
+
+def test_html_has_every_value_in_its_row_and_column_and_escapes_names():
+    """Names with letters of HTML went unescaped unseen by the fast tests."""
+    wide, *others, cells = Cells(render.html_page(document())).tables
+    rows = [row for row in wide if len(row) > 1]
+    said = [[row[0][0], *(f"{style}: {text}" if style else text for text, style in row[1:])] for row in rows]
+    assert said == [row for block in data("expected")["wide"].values() for row in block]
+    for part, wanted in zip(others, data("expected")["sections"].values(), strict=True):
+        assert [[text for text, _ in row] for row in part if row] == wanted
+    found, expected = made()[1], data("expected")
+    by_line = {(line.title, str(line.budget or "all")): key(line) for line in found.lines}
+    assert len(cells) == 1 + len(expected["score"])
+    for row in (row for row in cells if row):
+        name, budget, title, sources, ours, difference, tokens, merged, command, *_ = (text for text, _ in row)
+        benchmark = {"GQA": "gqa", "POPE": "pope", "MME perception": "mme"}[title]
+        line = by_line[name, budget]
+        told = expected["published"].get(f"{line}@{benchmark}", ["n/a", "n/a"])
+        assert [sources, difference] == told[:2] and command == f"bash <{name}>"
+        value = expected["score"][f"{line}@{benchmark}"]["value"]
+        assert float(ours.partition(" ")[0]) == pytest.approx(value, abs=0.501 if benchmark == "mme" else 0.0501)
+        cost = data("costs")[line]
+        assert (float(tokens), float(merged)) == (cost["tokens"], cost["merged"])
+
+
+def test_the_files_of_an_overview_and_of_an_ablation(tmp_path, monkeypatch):
+    """The first section is the LaTeX table of kinds without a wide one, and an overview has a file of pairs."""
+    monkeypatch.setattr("eval.papers.figure.draw", lambda *given: False)
+    for kind, only, ours in (("overview", "gqa", "consensusdrop"), ("ablation", "", "visiondrop")):
+        found, measured, times = made(kind, only, ours)
+        monkeypatch.setattr("eval.papers.sections.pairs_of", lambda measured: pairs("gqa"))
+        where = Where(found.real, True, FOLDER)
+        whole = table.document_of(found, where, measured, [], times, "bash x.sh")
+        table.write(whole, tmp_path / kind)
+        rows = latex_rows((tmp_path / kind / "table.tex").read_text())
+        wanted = data("expected")[kind]["gqa"]["Overview"] if only else data("expected")[kind]
+        assert rows == [[re.sub(r"^\*\*(.*)\*\*$", r"\\textbf{\1}", cell) for cell in row] for row in wanted]
+    rows = list(csv.reader((tmp_path / "overview" / "table_pairs.csv").open()))
+    assert rows == [["budget", "a", "b", "a_minus_b", "low", "high", "p_holm"], *data("expected")["pairs"]["gqa"]]
+    assert not (tmp_path / "ablation" / "table_pairs.csv").exists()
+
+
+def test_blocks_rank_no_row_that_counts_its_budget_otherwise():
+    """FastV ‡ has the highest score of every column of its block."""
+    found, measured, _ = made()
+    block = blocks(measured, clear_differences(found, measured))[2]
+    place = [name for name, _ in block.rows].index("FastV ‡ (128)")
+    assert all(place not in rows for rows in (*block.best, *block.second))
+    assert not {column for row, column in block.clear if row == place}
+
+
+# -- `vtr compare` and `vtr stats` ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stores(tmp_path):
+    """The answers to gqa as folders of finished runs, and the data that they were asked about."""
+    gqa = tmp_path / "data" / "gqa"
+    (gqa / "data" / "images").mkdir(parents=True)
+    records, lines = {}, []
+    for name, one in data("labels")["gqa"].items():
+        records[name] = {
+            "question": f"What colour is {name}?",
+            "answer": one["answer"],
+            "imageId": one["image"],
+            "isBalanced": True,
+            "types": {"structural": "query", "semantic": "obj", "detailed": "x"},
+            "semantic": [{"operation": "select", "argument": "thing (1)"}],
+            "groups": {"global": None},
+            "entailed": [],
+        }
+        text = f"{records[name]['question']}\nAnswer the question using a single word or phrase."
+        lines.append({"question_id": name, "image": f"{one['image']}.jpg", "text": text, "category": "default"})
+    (gqa / "data" / "testdev_balanced_questions.json").write_text(json.dumps(records))
+    (gqa / "llava_gqa_testdev_balanced.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def store(title: str, budget: str, method: str, **options) -> str:
+        texts = data("answers")[title][budget]["gqa"]
+        settings = {"config": {"budget": int(budget or 576), **options}}
+        folder = tmp_path / f"{method}-{budget}-{len(title)}"
+        return write_run(folder, gqa.parent, method, int(budget or 576), texts=texts, settings=settings)
+
+    return gqa.parent, store
+
+
+def test_compare_has_the_sign_and_the_numbers_of_a_minus_b(stores, tmp_path):
+    where, store = stores
+    a, b = store("ConsensusDrop", "64", "consensusdrop"), store("VisionDrop", "64", "visiondrop", official=True)
+    out = tmp_path / "out.json"
+    assert score.compare_command([a, b, "--data", str(where), "--json", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert {name: record[name] for name in data("expected")["compare"]} == pytest.approx(data("expected")["compare"])
+
+
+def test_stats_has_the_numbers_of_every_group(stores, tmp_path):
+    """Groups A and B, and answers where full is right and where it is wrong, were exchanged unseen."""
+    where, store = stores
+    runs = [store("full", "", "full"), store("VisionDrop", "64", "visiondrop", official=True)]
+    runs.append(store("VisionDrop, mean merge", "64", "visiondrop", official=False))
+    runs.append(store("Downsample", "64", "downsample"))
+    out = tmp_path / "out.json"
+    assert stats_command([*runs, "--data", str(where), "--json", str(out)]) == 0
+    record = json.loads(out.read_text())
+    rows = {row["method"]: row for row in record["rows"]}
+    for title, official in (("VisionDrop", True), ("VisionDrop, mean merge", False)):
+        row, wanted = rows[f"visiondrop official={official}"], data("expected")["stats"][title]
+        for name in ("score", "loyalty", "loyalty_right", "loyalty_wrong", "group_a"):
+            assert [row[name][part] for part in ("mean", "low", "high")] == pytest.approx(wanted[name]), name
+        assert (row["in_group_a"], row["in_group_b"]) == (wanted["in_group_a"], wanted["in_group_b"])
+        assert (row["test"]["of_full"], row["test"]["p"]) == pytest.approx((wanted["of_full"], wanted["p"]))
