@@ -36,6 +36,19 @@ def failure(name: str, reason: str = "the image cannot be read", kind: str = "im
 # -- one store -----------------------------------------------------------------------------------------------------
 
 
+def test_opening_a_store_deletes_temporary_files_of_its_own_and_of_no_other_run(tmp_path):
+    """That files of other runs were deleted went unseen by the fast tests."""
+    own = [tmp_path / ".result.json.ab12.7", tmp_path / "submission" / ".answers.json.ab12.7"]
+    own.append(tmp_path / "limit5" / "submission" / ".answers.json.ab12.7")
+    kept = [tmp_path / "other" / ".result.json.ab12.7", tmp_path / "notes.txt", tmp_path / ".hidden"]
+    kept += [tmp_path / "limit5" / "result.json", tmp_path / "submission" / "answers.json", tmp_path / "other" / "lock"]
+    for path in (*own, *kept):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    open_store(tmp_path).close()
+    assert not [path for path in own if path.exists()] and all(path.exists() for path in kept)
+
+
 def test_answers_come_back_in_order(tmp_path):
     with open_store(tmp_path) as store:
         store.add([line("q003", "a\u2028b\n"), line("q001")], {})

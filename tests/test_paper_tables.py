@@ -27,6 +27,7 @@ from eval.papers.gate import comparable
 from eval.papers.published import Published, Source, load
 from eval.papers.published import Row as PublishedRow
 from eval.papers.sections import needed_text, pooled_loyalty, relative_text
+from eval.parallel import placement
 from eval.results.statistics import accuracy_terms
 from eval.tables.page import csv_text
 from llava.errors import UserError
@@ -270,24 +271,38 @@ def test_a_table_is_not_rendered_from_answers_that_are_not_of_today(made, monkey
         picture.write_bytes(right)
 
 
-@pytest.mark.table
-def test_times_of_another_picture_or_model_are_measured_anew(made, tiny, tmp_path):
+def test_times_of_another_picture_or_model_are_measured_anew(tiny, tmp_path):
     """Only the question's id was compared: times of another data folder, picture or checkpoint were kept."""
-    folder, words = made
-    args = table.parser().parse_args(words)
-    found = spec.read(Path(words[0]))
-    where, column, path = table.where_of(found, args), found.columns[0], tmp_path / "times.jsonl"
+    data, column = write_gqa(tmp_path / "data", count=2, images=1), spec.Column(benchmark="gqa", title="GQA")
     lines = [runs.Line(None, None, sweep.Setting("full", None))]
-    runs.times_of(lines, column, where, tiny, 1, path)
-    first = path.read_text()
-    runs.times_of(lines, column, where, tiny, 1, path)
-    assert path.read_text() == first
-    data = tmp_path / "data"
-    shutil.copytree(folder / "data", data)
-    for picture in (data / "gqa").rglob("*.jpg"):
+    where, path, other = runs.Where(PLACE, False, data), tmp_path / "a.times.jsonl", tmp_path / "b.times.jsonl"
+    other.write_text("{}\n")
+    first = runs.times_of(lines, column, where, tiny, 1, path)
+    kept = path.read_text()
+    assert first[0].ttft > 0 and runs.times_of(lines, column, where, tiny, 1, path) == first
+    assert path.read_text() == kept, "nothing is measured twice"
+    shutil.copytree(data, tmp_path / "copy")
+    for picture in (tmp_path / "copy" / "gqa").rglob("*.jpg"):
         Image.new("RGB", (64, 64), "red").save(picture)
-    runs.times_of(lines, column, dataclasses.replace(where, data=data), tiny, 1, path)
-    assert path.read_text() != first
+    runs.times_of(lines, column, dataclasses.replace(where, data=tmp_path / "copy"), tiny, 1, path)
+    assert path.read_text() != kept and len(path.read_text().splitlines()) == len(kept.splitlines())
+    assert other.read_text() == "{}\n", "another table's times stay"
+
+
+def test_the_list_for_the_ranks_is_deleted_and_no_other_one(monkeypatch, tmp_path):
+    """Two tables may spread their cells at once, each with a list of its own in one folder."""
+    other, seen = tmp_path / "sweep-1.json", []
+    other.write_text("{}")
+
+    def launch(module, words, *rest):
+        seen.append(read_json(Path(words[0])))
+        return 3
+
+    monkeypatch.setattr(sweep, "launch", launch)
+    monkeypatch.setenv("RANKS", "2")
+    with pytest.raises(SystemExit):
+        sweep.fill_on_ranks([sweep.RunConfig("full", None, "gqa")], {"path": "m"}, tmp_path, placement.here())
+    assert [len(one["runs"]) for one in seen] == [1] and list(tmp_path.iterdir()) == [other]
 
 
 @pytest.mark.table
