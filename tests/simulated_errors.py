@@ -1,6 +1,6 @@
 """How often intervals cover and tests err in simulated answer files: the tables of docs/statistics.md.
 
-python -m tests.simulated_errors {intervals,differences,shares} [TRIALS]      (scripts/bench/coverage.sh runs all three)
+python -m tests.simulated_errors {intervals,differences,averages,shares} [TRIALS]   (scripts/bench/coverage.sh runs all)
 """
 
 import sys
@@ -14,7 +14,7 @@ from eval.results.statistics import compare, interval
 from eval.statistics import relative
 from eval.tables.page import markdown
 
-# -- intervals of a score and of a difference ------------------------------------------------------------------------
+# -- intervals of a score, a difference and an average ----------------------------------------------------------------
 
 CLUSTERS, RIGHT = (10, 20, 30, 100), (0.6, 0.9, 0.99)
 # Questions per image, and the correlation of their answers within it.
@@ -58,11 +58,11 @@ def f1(sums):
     return 200 * divide(sums[..., 0], sums[..., 1] + sums[..., 2])
 
 
-def f1_terms(said, actual) -> SufficientStatistics:
-    """F1, no mean of anything, of yes/no answers [questions], four to an image: (true positives, predicted, actual)."""
+def f1_terms(said, actual, per: int = 4) -> SufficientStatistics:
+    """F1, no mean of anything, of yes/no answers [questions], `per` to an image: (true positives, predicted, actual)."""
     names = tuple(map(str, range(len(said))))
     sums = np.stack([actual & said, said, actual], 1).astype(float)
-    return SufficientStatistics("question", names, tuple(str(i // 4) for i in range(len(said))), sums, f1)
+    return SufficientStatistics("question", names, tuple(str(i // per) for i in range(len(said))), sums, f1)
 
 
 def chance(random, clusters: int, p: float, together: float):
@@ -97,6 +97,15 @@ def of_difference(random, clusters: int, per: int, right: float, together: float
     """The interval of one simulated difference, and the true value."""
     method, full = simulated(random, clusters, per, right, GAINED, together, KEPT)
     return compare(terms(method), terms(full), resamples=999), 100 * right * (KEPT - 1)
+
+
+def of_average(random, clusters: int, per: int, right: float, together: float):
+    """The interval of one simulated average over an accuracy and an F1, and the true value."""
+    scores = {"accuracy": tuple(map(terms, simulated(random, clusters, per, right, GAINED, together, KEPT)))}
+    actual = np.arange(clusters * per) % 2 == 0
+    both = simulated(random, clusters, per, right, GAINED, together, KEPT)
+    scores["f1"] = tuple(f1_terms(np.where(one.ravel(), actual, ~actual), actual, per) for one in both)
+    return relative.relative_mean(scores), 100 * KEPT
 
 
 def coverage(draw, setting, trials: int, seed: int = 5) -> tuple[float, float, float]:
@@ -161,6 +170,7 @@ def shares(trials: int) -> str:
 TABLES = {
     "intervals": (partial(coverages, of_score), 10_000),
     "differences": (partial(coverages, of_difference), 1000),
+    "averages": (partial(coverages, of_average), 1000),
     "shares": (shares, 2000),
 }
 

@@ -1,5 +1,6 @@
 """The Markdown pages: links lead somewhere, tables are whole, commands and files exist, and README's examples run."""
 
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +10,7 @@ from PIL import Image
 
 from eval import cli
 from eval.config import ROOT
+from eval.pages import inline_json
 from eval.tables import methods
 from llava.reduction import registry
 
@@ -23,6 +25,13 @@ PAGES = sorted(
         *(ROOT / ".github").glob("*.md"),
     }
 )
+
+
+def test_json_inside_an_html_page_cannot_end_its_script():
+    """The pages' own tests need a browser, so that a missing escape went unseen by the fast ones."""
+    content = {"question": "</script><script>&<!--"}
+    text = inline_json(json.dumps(content))
+    assert not set("<>&") & set(text) and json.loads(text) == content
 
 
 @pytest.fixture(params=PAGES, ids=lambda path: str(path.relative_to(ROOT)))
