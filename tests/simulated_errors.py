@@ -59,7 +59,7 @@ def f1(sums):
 
 
 def f1_terms(said, actual, per: int = 4) -> SufficientStatistics:
-    """F1, no mean of anything, of yes/no answers [questions], `per` to an image: (true positives, predicted, actual)."""
+    """F1, no mean of anything, of yes/no answers [questions], `per` to an image: (true positives, said yes, actual)."""
     names = tuple(map(str, range(len(said))))
     sums = np.stack([actual & said, said, actual], 1).astype(float)
     return SufficientStatistics("question", names, tuple(str(i // per) for i in range(len(said))), sums, f1)

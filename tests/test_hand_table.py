@@ -5,6 +5,7 @@ docs/statistics.md. A wrong sign, value, row or column anywhere between the answ
 """
 
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -18,9 +19,9 @@ from eval import score
 from eval.benchmarks import mme, pope
 from eval.config import ROOT
 from eval.metrics.accuracy import mean_score, normalise
-from eval.papers import gate, published, render, spec, table
+from eval.papers import cells, gate, published, render, spec, table
 from eval.papers.cells import Cell, Measured
-from eval.papers.document import blocks, difference_to, entries, published_text
+from eval.papers.document import blocks, difference_to, entries, ours_text, published_text
 from eval.papers.published import Published
 from eval.papers.runs import Line, Time, Where
 from eval.papers.sections import clear_differences, pair_rows, pairs_of, sections_of
@@ -34,6 +35,7 @@ from tests.test_statistics_command import write_run
 
 FOLDER = ROOT / "tests" / "data" / "hand_table"
 BY_KEPT = ("FastV", 64)
+PLACE = spec.Place(model="m")
 
 
 @cache
@@ -69,7 +71,7 @@ def made(kind: str = "scores", only: str = "", ours: str = "consensusdrop"):
         for row in found.rows:
             by_kept = (row.title, budget) == BY_KEPT
             lines.append(Line(row, budget, Setting(row.method, budget, dict(row.options)), by_kept))
-    cells = {}
+    known = {}
     for index, line in enumerate(lines):
         for column in columns:
             texts = data("answers")[line.title][str(line.budget or "")].get(column.benchmark)
@@ -79,7 +81,7 @@ def made(kind: str = "scores", only: str = "", ours: str = "consensusdrop"):
             clusters = {name: data("labels")[column.benchmark][name]["image"] for name in texts}
             terms, cost = terms_of(result, clusters), data("costs")[key(line)]
             sure = interval(terms)
-            cells[index, column.benchmark] = Cell(
+            known[index, column.benchmark] = Cell(
                 line=line,
                 column=column,
                 value=float(result.values[result.main]),
@@ -104,7 +106,7 @@ def made(kind: str = "scores", only: str = "", ours: str = "consensusdrop"):
                 clusters=clusters,
             )
     times = {index: Time(data("costs")[key(line)]["ttft"], "TTFT.") for index, line in enumerate(lines)}
-    return found, Measured(lines, columns, cells), times
+    return found, Measured(lines, columns, known), times
 
 
 @cache
@@ -388,6 +390,18 @@ def test_blocks_rank_no_row_that_counts_its_budget_otherwise():
     place = [name for name, _ in block.rows].index("FastV ‡ (128)")
     assert all(place not in rows for rows in (*block.best, *block.second))
     assert not {column for row, column in block.clear if row == place}
+
+
+@pytest.mark.parametrize(("scores", "texts"), [((150.0, 50.0), ("150", "50")), ((100.0, 50.0), ("100.0", "50.0"))])
+def test_a_column_of_points_has_whole_numbers_or_decimals(monkeypatch, scores, texts):
+    """Points were whole from 100 on, so that 150 stood above 50.0 in one column."""
+    _, found, _ = made()
+    lines, columns = found.lines[:2], [column for column in found.columns if column.benchmark == "mme"]
+    given = [dataclasses.replace(found.cells[i, "mme"], value=value, whole=True) for i, value in enumerate(scores)]
+    monkeypatch.setattr(cells, "read_cell", lambda line, *rest: given[lines.index(line)])
+    read = cells.read_cells(lines, columns, Where(PLACE, False, FOLDER), None)
+    assert [block.text(0, 0) for block in blocks(read, {})] == list(texts)
+    assert [ours_text(read.first(index)).partition(" ")[0] for index in (0, 1)] == list(texts)
 
 
 # -- `vtr compare` and `vtr stats` ------------------------------------------------------------------------------------

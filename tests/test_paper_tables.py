@@ -20,7 +20,7 @@ from eval import ask, benchmarks, sweep
 from eval.answers.jsonl import read_json
 from eval.config import ROOT, TOY_BANNER, is_toy
 from eval.papers import figure, gate, render, runs, spec, table
-from eval.papers.cells import Measured, command_of, other_judge, shown
+from eval.papers.cells import Measured, command_of, other_judge, read_cells, shown
 from eval.papers.document import Block, Document, Entry, difference_to, notes_of, places, published_text
 from eval.papers.expense import expense
 from eval.papers.gate import comparable
@@ -269,6 +269,32 @@ def test_a_table_is_not_rendered_from_answers_that_are_not_of_today(made, monkey
         assert "were asked about other images (" in capsys.readouterr().err
     finally:
         picture.write_bytes(right)
+
+
+def test_a_cell_has_every_number_of_its_run_in_its_place(tiny_path, monkeypatch, tmp_path):
+    """A cell takes twenty values of a result by their position; no fast test saw two of them exchanged."""
+    monkeypatch.setattr(runs, "SWEEPS", tmp_path / "sweep")
+    data, column = write_gqa(tmp_path / "data", count=6, images=2), spec.Column(benchmark="gqa", title="GQA")
+    where = runs.Where(PLACE.model_copy(update={"model": str(tiny_path)}), False, data, limit=4)
+    model = runs.open_model(where, None)
+    lines = [runs.Line(None, None, sweep.Setting("full", None))]
+    lines.append(runs.line_of(spec.Row(method="consensusdrop", label="Ours"), 8, model))
+    runs.fill_cells(lines, [column], where, model, None, "cells")
+    found = read_cells(lines, [column], where, model)
+    for index, tokens in enumerate((16, 8)):
+        cell = found.first(index)
+        (path,) = cell.folder.rglob("result.json")
+        result = read_json(path)
+        assert cell.line is lines[index] and cell.column is column and not cell.whole
+        assert (cell.value, cell.metric) == (result["metrics"]["accuracy"], "accuracy")
+        assert (cell.low, cell.high) == (None, None) and cell.no_interval.startswith("2 images")
+        assert (cell.questions, cell.available) == (4, 6) and len(cell.texts) == len(cell.credits) == 4
+        assert cell.tokens == result["audit"]["mean_tokens_per_layer"] == tokens
+        assert cell.merged == result["audit"]["merged_tokens"] and (cell.merged > 0) == bool(index)
+        assert cell.kv_bytes == result["audit"]["kv_bytes_per_sample"]
+        assert cell.flops == result["flops"]["per_question"] > cell.kv_bytes
+        assert (cell.commit, cell.finished) == (result["commit"] or "", result["finished"])
+        assert set(cell.clusters.values()) == {"n0.jpg", "n1.jpg"} and "--limit 4" in cell.command
 
 
 def test_times_of_another_picture_or_model_are_measured_anew(tiny, tmp_path):
