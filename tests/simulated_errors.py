@@ -3,6 +3,7 @@
 python -m tests.simulated_errors {intervals,differences,averages,shares} [TRIALS]   (scripts/bench/coverage.sh runs all)
 """
 
+import math
 import sys
 from functools import partial
 
@@ -10,9 +11,10 @@ import numpy as np
 from scipy import stats
 
 from eval.metrics import SufficientStatistics, divide
-from eval.results.statistics import compare, interval
+from eval.results.statistics import Interval, compare, interval
 from eval.statistics import relative
 from eval.tables.page import markdown
+from llava.errors import UserError
 
 # -- intervals of a score, a difference and an average ----------------------------------------------------------------
 
@@ -105,7 +107,10 @@ def of_average(random, clusters: int, per: int, right: float, together: float):
     actual = np.arange(clusters * per) % 2 == 0
     both = simulated(random, clusters, per, right, GAINED, together, KEPT)
     scores["f1"] = tuple(f1_terms(np.where(one.ravel(), actual, ~actual), actual, per) for one in both)
-    return relative.relative_mean(scores), 100 * KEPT
+    try:
+        return relative.relative_mean(scores), 100 * KEPT
+    except UserError:  # full scores 0, which happens with ten questions
+        return Interval(math.nan, None, None), 100 * KEPT
 
 
 def coverage(draw, setting, trials: int, seed: int = 5) -> tuple[float, float, float]:

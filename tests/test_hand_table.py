@@ -284,6 +284,10 @@ def latex_rows(text: str) -> list[list[str]]:
         if "multicolumn" in line:
             continue
         cells = re.split(r"(?<!\\) ?& ", line)
+        name = cells[0].removeprefix(r"\textbf{")
+        for written in UNESCAPED:
+            name = name.replace(written, "")
+        assert not set(name) & set("<>|&_{%‡$"), name
         for written, letter in UNESCAPED.items():
             cells = [cell.replace(written, letter) for cell in cells]
         rows.append([cell.strip() for cell in cells])
