@@ -61,7 +61,7 @@ def entries(found: Measured, published: Published | None, place: Place) -> list[
 
 
 def published_text(values: Sequence[Value] | None, convention: str) -> str:
-    """Every source of a cell: "76.9 [1], 76.8 [2]?"; "?" marks what is disputed, "≠" what is not like ours."""
+    """Every source of a cell: "76.9 [1], 76.8 [2]?"; "?" marks what is disputed, "≠" what else is not compared."""
     if values is None:
         return ""
 
@@ -301,7 +301,8 @@ def notes_of(table: Table, found: Measured, entries: Sequence[Entry]) -> list[st
     if has_published:
         notes.append(
             "A difference is to the most trusted published number that is like ours: same split, metric, budget and "
-            "convention, and of the code that the row runs. ? marks what is disputed, ≠ what is not like ours."
+            "convention, and of the code that the row runs. ? marks what is disputed, ≠ what is not like ours or of "
+            "low trust."
         )
     unlike = {
         f"{value.title}: {why}"
