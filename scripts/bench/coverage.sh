@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Coverage of intervals and errors of tests in simulated answer files: the tables of docs/statistics.md. About twelve minutes of one core.
+# Coverage of intervals and errors of tests in simulated answer files: the tables of docs/statistics.md. About fifteen minutes of one core.
 # Usage: bash scripts/bench/coverage.sh [TRIALS]
 set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,3p' "${BASH_SOURCE[0]}" | cut -c3-; exit 0 ;; esac
