@@ -175,6 +175,7 @@ class AttnMix(Reducer):
         acts="before decoder layer 0",
         score="cosine to word embeddings, and CLS attention, block −2",
         needs="CLS token",
+        reads=("cls_attention -2", "tokens", "question"),
         paper="AdaFV / AdaV, 2501.09532",
         url="https://arxiv.org/abs/2501.09532",
         code="JiayiV/AdaV@58d1f8d",

@@ -46,6 +46,8 @@ class CDPruner(Reducer):
         acts="before decoder layer 0",
         score="greedy determinant of the cosine kernel, scaled by (negated) CLIP similarity to the question",
         needs="CLIP text tower",
+        reads=("features", "tokens", "question"),
+        similarity="tokens",
         paper="CDPruner, NeurIPS 2025",
         url="https://arxiv.org/abs/2506.10967",
         code="Theia-4869/CDPruner@9541616",

@@ -50,7 +50,9 @@ class Random(Reducer):
     """Seeded by the sample's id, so the draw does not depend on batch, order or process."""
 
     summary: ClassVar[str] = "tokens drawn at random, seeded per question"
-    metadata: ClassVar[MethodMetadata] = MethodMetadata(acts="before decoder layer 0", score="a seed per question")
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(
+        acts="before decoder layer 0", score="a seed per question", reads=("order",)
+    )
     seed: int = option(0, "seed of the draw")
 
     def prompt(self, state: PromptState) -> Reduction:
@@ -84,7 +86,9 @@ class Uniform(Reducer):
     """The same indices in every image."""
 
     summary: ClassVar[str] = "an even grid of tokens"
-    metadata: ClassVar[MethodMetadata] = MethodMetadata(acts="before decoder layer 0", score="an even grid")
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(
+        acts="before decoder layer 0", score="an even grid", reads=("grid", "order")
+    )
 
     crops: str = option("each", "the budget over tiles: even, or by the base image's attention", ("each", "thumbnail"))
 

@@ -84,6 +84,8 @@ class Dart(OneStage):
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="before decoder layer 2 of 32",
         score="least cosine similarity to 4 image and 4 text pivots of the largest keys",
+        reads=("tokens", "keys", "question"),
+        similarity="tokens",
         paper="DART, 2502.11494",
         url="https://arxiv.org/abs/2502.11494",
         code="ModelTC/LightCompress@9701d03",

@@ -21,6 +21,8 @@ class DivPrune(Reducer):
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="before decoder layer 0",
         score="largest cosine distance of projected tokens to the nearest chosen one",
+        reads=("tokens",),
+        similarity="tokens",
         paper="DivPrune, 2503.02175",
         url="https://arxiv.org/abs/2503.02175",
         code="vbdi/divprune@799e2d9",

@@ -24,6 +24,7 @@ class FasterVLM(Scorer):
         acts="after the tower",
         score="CLS attention, block −2",
         needs="CLS token",
+        reads=("cls_attention -2",),
         paper="FasterVLM, 2412.01818v1",
         url="https://arxiv.org/abs/2412.01818v1",
         code="Theia-4869/FasterVLM@f5d5f12",

@@ -24,6 +24,7 @@ class FastV(OneStage):
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="before decoder layer 2 of 32",
         score="attention of the last prompt token in the layer before",
+        reads=("attention", "question"),
         paper="FastV, 2403.06764",
         url="https://arxiv.org/abs/2403.06764",
         code="pkunlp-icler/FastV@d165972",

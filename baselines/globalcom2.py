@@ -93,6 +93,7 @@ class GlobalCom2(Reducer):
         acts="after the tower",
         score="CLS logits before the softmax, block −1, of a tile and of the base image at the same place",
         needs="CLS token",
+        reads=("cls_logits -1",),
         paper="GlobalCom², 2501.05179",
         url="https://arxiv.org/abs/2501.05179",
         code="xuyang-liu16/GlobalCom2@96b2d00",

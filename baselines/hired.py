@@ -85,6 +85,7 @@ class HiRED(Scorer):
         acts="after the tower",
         score="CLS attention, block −2; tiles by that of block 0 in the base image",
         needs="CLS token",
+        reads=("cls_attention -2",),
         paper="HiRED, 2408.10945",
         url="https://arxiv.org/abs/2408.10945",
         code="hasanar1f/HiRED@502d6dd",

@@ -125,6 +125,7 @@ class HoloV(Reducer):
         acts="before decoder layer 0",
         score="CLS attention, block −2, and variance of cosines, inside chunks",
         needs="CLS token",
+        reads=("cls_attention -2", "tokens", "order"),
         paper="HoloV, 2510.02912",
         url="https://arxiv.org/abs/2510.02912",
         code="obananas/HoloV@1d2e65e",

@@ -104,6 +104,9 @@ class PruMerge(Reducer):
         rest="the 32 nearest keys added to each kept token by attention; all others averaged into one token",
         order="raster, the token for the others last",
         needs="CLS token",
+        reads=("fused_cls_attention -1", "whole_keys -1"),
+        similarity="keys",
+        weights="score",
         paper="LLaVA-PruMerge, 2403.15388",
         url="https://arxiv.org/abs/2403.15388",
         code="42Shawn/LLaVA-PruMerge@097c041",
@@ -209,7 +212,9 @@ class PruMergePlus(PruMerge):
 
     summary: ClassVar[str] = "PruMerge with tokens spread over the image"
     metadata: ClassVar[MethodMetadata] = replace(
-        PruMerge.metadata, score="CLS attention, block −1, heads taken as one; three quarters spread evenly"
+        PruMerge.metadata,
+        score="CLS attention, block −1, heads taken as one; three quarters spread evenly",
+        reads=(*PruMerge.metadata.reads, "order"),
     )
 
     known_deviations: ClassVar[dict[str, str]] = {

@@ -33,6 +33,7 @@ class PyramidDrop(Staged):
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="before decoder layers 2, 10 and 20 of 32",
         score="attention of the last prompt token in the next layer",
+        reads=("attention", "question"),
         paper="PyramidDrop, 2410.17247",
         url="https://arxiv.org/abs/2410.17247",
         code="Cooperx521/PyramidDrop@6444f30",

@@ -30,6 +30,8 @@ class Scope(Reducer):
         acts="after the tower",
         score="gain in cosine coverage × CLS attention, block −2",
         needs="CLS token",
+        reads=("cls_attention -2", "features"),
+        similarity="features",
         paper="SCOPE, 2510.24214",
         url="https://arxiv.org/abs/2510.24214",
         code="kinredon/SCOPE@6bf7306",

@@ -34,6 +34,8 @@ class VisPruner(Reducer):
         acts="after the tower",
         score="half by CLS attention, block −2, half by removing the closest cosines of features",
         needs="CLS token",
+        reads=("cls_attention -2", "features"),
+        similarity="features",
         paper="VisPruner, 2412.01818",
         url="https://arxiv.org/abs/2412.01818",
         code="Theia-4869/VisPruner@aefa01a",

@@ -188,6 +188,9 @@ class ConsensusDrop(Reducer):
         score="CLS attention and question attention, as ranks",
         rest="merged by encoder keys into half of the budget",
         needs="CLS token",
+        reads=("cls_attention -2", "keys -2", "attention", "question"),
+        similarity="keys",
+        weights="score",
         paper="ConsensusDrop, 2602.00946 (reconstruction)",
         url="https://arxiv.org/abs/2602.00946",
     )

@@ -11,6 +11,7 @@ import torch
 
 from eval import ask
 from llava.errors import MethodError, UserError
+from llava.model.builder import load
 from llava.pipeline.prefill import prefill
 from llava.reduction import (
     EncoderState,
@@ -19,14 +20,18 @@ from llava.reduction import (
     Reduction,
     Scorer,
     TowerScore,
+    gather_tokens,
     keep_top,
     option,
+    others,
+    places,
     reducer,
     registry,
 )
 from llava.reduction.budget import require
-from tests import contract, test_every_method
+from tests import contract, observed, test_every_method
 from tests.conftest import samples
+from tests.tiny_checkpoints import make_tiny_llava, save_transformers_layout
 
 RECEIVED = TowerScore("received_attention")
 
@@ -119,6 +124,217 @@ def test_the_contract_sees_a_reversed_ranking(tiny, monkeypatch):
             continue
         with pytest.raises(AssertionError, match="planted 8: 0% of the tokens with the highest signals are kept"):
             test_every_method.test_what_signals_point_at_is_kept("planted", tiny)
+
+
+# A new method that does what it says, and one mistake at a time in it.
+
+CLS, KEYS = TowerScore("cls_attention"), TowerScore("keys")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merges(Reducer):
+    """Keeps half of the budget by CLS attention, and merges the rest into the other half by keys."""
+
+    name: ClassVar[str] = "merges"
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(
+        acts="after the tower",
+        score="CLS attention, block −2",
+        rest="averaged by its attention into the target with the most similar key",
+        reads=("cls_attention -2", "keys -2"),
+        similarity="keys",
+        weights="score",
+    )
+
+    def scores(self) -> tuple[TowerScore, ...]:
+        return CLS, KEYS
+
+    def encoder(self, state: EncoderState) -> Reduction:
+        score = state.scores[self.scores()[0]]
+        kept = keep_top(self.precision(score), self.budget)
+        target = torch.zeros_like(score, dtype=torch.int64).scatter(1, kept, places(*kept.shape, kept.device))
+        rest, vectors = others(kept, score.shape[1]), self.vectors(state)
+        unit = vectors / vectors.norm(dim=-1, keepdim=True)
+        home = self.home(gather_tokens(unit, rest) @ gather_tokens(unit, kept).mT)
+        target = self.target(target.scatter(1, rest, home))
+        share = self.share(score)
+        sums = torch.zeros_like(kept, dtype=torch.float32).scatter_add(1, target, share)
+        return Reduction(kept, score.shape[1], target, share / sums.gather(1, target), drops=False)
+
+    def precision(self, score):
+        return score
+
+    def vectors(self, state):
+        return state.scores[KEYS]
+
+    def home(self, cosine):
+        return cosine.argmax(-1)
+
+    def target(self, target):
+        return target
+
+    def share(self, score):
+        return score
+
+
+class OtherBlock(Merges):
+    def scores(self):
+        return TowerScore("cls_attention", -1), KEYS
+
+
+class OtherKind(Merges):
+    def scores(self):
+        return RECEIVED, KEYS
+
+
+class LeastSimilar(Merges):
+    def home(self, cosine):
+        return cosine.argmin(-1)
+
+
+class Half(Merges):
+    def precision(self, score):
+        return score.half()
+
+
+class Features(Merges):
+    def vectors(self, state):
+        return state.features
+
+
+class ShiftedWeights(Merges):
+    def share(self, score):
+        return score.roll(1, 1)
+
+
+class ShiftedTargets(Merges):
+    def target(self, target):
+        return (target + 1) % self.budget
+
+
+class ActsElsewhere(Merges):
+    metadata = dataclasses.replace(Merges.metadata, acts="before decoder layer 0")
+
+
+class SaysThatItDrops(Merges):
+    metadata = dataclasses.replace(Merges.metadata, rest="dropped", score="CLS attention and keys, block −2")
+
+
+class SaysThatItReadsTheQuestion(Merges):
+    metadata = dataclasses.replace(Merges.metadata, reads=(*Merges.metadata.reads, "question"))
+
+
+class SaysAMean(Merges):
+    metadata = dataclasses.replace(Merges.metadata, weights="mean")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reinserts(Reducer):
+    """Keeps half of the budget by CLS attention; the others are the least similar to these."""
+
+    name: ClassVar[str] = "reinserts"
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(
+        acts="after the tower",
+        score="CLS attention, block −2, then the least similar features",
+        reads=("cls_attention -2", "features"),
+        similarity="features",
+    )
+
+    def scores(self) -> tuple[TowerScore, ...]:
+        return (CLS,)
+
+    def encoder(self, state: EncoderState) -> Reduction:
+        kept = keep_top(state.scores[CLS], self.budget // 2)
+        rest, vectors = others(kept, state.features.shape[1]), self.vectors(state)
+        unit = vectors / vectors.norm(dim=-1, keepdim=True)
+        alike = (gather_tokens(unit, rest) @ gather_tokens(unit, kept).mT).amax(-1)
+        again = rest.gather(1, keep_top(self.different(alike), self.budget - kept.shape[1]))
+        return Reduction(torch.cat([kept, again], 1).sort(1).values, state.features.shape[1])
+
+    def vectors(self, state):
+        return state.features.float()
+
+    def different(self, alike):
+        return -alike
+
+
+class ReinsertsTheMostSimilar(Reinserts):
+    def different(self, alike):
+        return alike
+
+
+class ComparesInTheModelsPrecision(Reinserts):
+    def vectors(self, state):
+        return state.features
+
+
+@dataclass(frozen=True, kw_only=True)
+class Middle(Scorer):
+    """Ranks by CLS attention and nearness to the middle of the image."""
+
+    name: ClassVar[str] = "middle"
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(
+        acts="after the tower", score="CLS attention, block −2", reads=("cls_attention -2", "grid")
+    )
+
+    def scores(self) -> tuple[TowerScore, ...]:
+        return (CLS,)
+
+    def score(self, state):
+        return state.scores[CLS] - 0.3 * self.coordinates(state).square().sum(-1)
+
+    def coordinates(self, state):
+        return state.coordinates()
+
+
+class WidthOf24(Middle):
+    def coordinates(self, state):
+        token = torch.arange(state.layout.tokens)
+        return torch.stack([token // 24, token % 24], 1) / 11.5 - 1
+
+
+class WidthOf24ForColumns(Middle):
+    def coordinates(self, state):
+        token = torch.arange(state.layout.tokens)
+        return torch.stack([token // state.layout.columns / state.layout.rows * 2, token % 24 / 11.5], 1) - 1
+
+
+MISTAKES = {
+    OtherBlock: r"reads states \['cls_attention -2'|asks for \['cls_attention -1'|names blocks \[22\] of 24",
+    OtherKind: "scores\\(\\) asks for|names blocks",
+    LeastSimilar: "merges tokens into a target that is less like them than the others",
+    Half: "computes in half precision",
+    Features: "depends on features, which metadata.reads does not name",
+    ShiftedWeights: "but metadata.weights says 'score'",
+    ShiftedTargets: "depends on order, which metadata.reads does not name",
+    ActsElsewhere: r"says 'before decoder layer 0', but tokens are reduced in \['encoder'\]",
+    SaysThatItDrops: "metadata.rest says 'dropped', but tokens are merged",
+    SaysThatItReadsTheQuestion: "names question, and nothing that is kept or merged depends on it",
+    SaysAMean: "but metadata.weights says 'mean'",
+    ReinsertsTheMostSimilar: "tokens that encoder keeps are more alike as tokens drawn at random",
+    ComparesInTheModelsPrecision: "keeps other tokens where the model's features are float16",
+    WidthOf24: "depends on order|names grid, and nothing",
+    WidthOf24ForColumns: "depends on order",
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """64 visual tokens and 8 decoder layers."""
+    path = tmp_path_factory.mktemp("wide")
+    save_transformers_layout(path, make_tiny_llava(num_hidden_layers=8, image=112))
+    return load(path, device="cpu")
+
+
+@pytest.mark.parametrize("cls", [Merges, Reinserts, Middle])
+def test_a_method_that_does_what_its_metadata_says_passes(cls, wide):
+    observed.check(cls, wide)
+
+
+@pytest.mark.parametrize("cls", MISTAKES)
+def test_the_contract_sees_a_mistake_that_metadata_contradicts(cls, wide):
+    """Each of these passed all tests, of a new method or of one that was there."""
+    with pytest.raises(AssertionError, match=MISTAKES[cls]):
+        observed.check(cls, wide)
 
 
 def made(kept, **fields):

@@ -19,7 +19,7 @@ from llava.reduction import registry
 from llava.reduction.budget import require
 from llava.reduction.reducer import Reducer
 from llava.reduction.token_layout import ModelSpec, PatchGrid
-from tests import contract
+from tests import contract, observed
 from tests.attention_maps import eager_attention
 from tests.conftest import QUESTIONS, picture, samples
 from tests.contract import run
@@ -110,6 +110,12 @@ def test_every_option_changes_something(name, tiny, others):
         f"{name}: no value of {', '.join(found)} changes an answer; use the option, or say in known_deviations under "
         "'unused OPTION' why it has no effect here"
     )
+
+
+@pytest.mark.parametrize("name", [name for name in registry.names() if name != "full"])
+def test_the_metadata_says_what_the_method_does(name, others):
+    """Mistakes planted in a new method passed, such as another block than stated or the least similar as a target."""
+    observed.check(registry.method(name), others["wide"][0])
 
 
 def test_what_signals_point_at_is_kept(name, tiny):

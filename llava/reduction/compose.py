@@ -132,10 +132,12 @@ def composition(first: type[Reducer], second: type[Reducer]) -> type[Composed]:
             elif kind.startswith("unused "):
                 kind = f"unused {_field_name(kind.removeprefix('unused '), part, part is first)}"
             deviations[kind] = reason
-    about = {
+    about: dict[str, Any] = {
         known.name: "; ".join(dict.fromkeys(filter(None, (getattr(part.metadata, known.name) for part in parts))))
         for known in fields(MethodMetadata)
+        if known.name != "reads"
     }
+    about["reads"] = tuple(dict.fromkeys(word for part in parts for word in part.metadata.reads))
     made: type[Composed] = make_dataclass(
         f"{first.__name__}Then{second.__name__}",
         options,

@@ -63,6 +63,14 @@ class MethodMetadata:
         paper: title and identifier, "" for a control.
         url: address of the paper.
         code: owner/name@commit of the official code that was read, "" where there is none.
+        reads: all that the kept and merged tokens depend on, by default: tower scores as kind and block
+            ("cls_attention -2"), "features", "tokens" and "keys" (vectors of the tower, of the decoder and of the
+            block or layer where the method acts), "attention" (of the decoder), "question", "grid" (rows and columns)
+            and "order" (a token's number in raster order).
+        similarity: the vectors whose cosine says which tokens are merged, or which are too alike to keep both:
+            "keys", "features" or "tokens"; "none" for a method that merges by something else.
+        weights: of the tokens that are merged into one: "mean" (equal), "score" (by the method's first tower score) or
+            "size" (by the patches that each stands for).
     """
 
     acts: str
@@ -73,6 +81,9 @@ class MethodMetadata:
     paper: str = ""
     url: str = ""
     code: str = ""
+    reads: tuple[str, ...] = ()
+    similarity: str = ""
+    weights: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -187,6 +187,7 @@ def describe(*chosen: str) -> list[dict[str, Any]]:
         ]
         known_sources = {
             "paper": "; ".join(f"{about.paper} {about.url}" for about in sources if about.paper),
+            "reads": ", ".join(cls.metadata.reads),
             "without a CLS token": WITHOUT_CLS_RULE if any("CLS" in about.needs for about in sources) else "",
             "official code read": cls.metadata.code,
             "differs from the release": " ".join(differences),
