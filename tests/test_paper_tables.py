@@ -78,7 +78,12 @@ def written(tmp_path: Path, **changes) -> Path:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"colums": []}, "colums: Extra inputs are not permitted"),
+        ({"colums": []}, "Unknown key 'colums'. Did you mean 'columns'"),
+        ({"published": "llava15_7"}, "Unknown model with published scores 'llava15_7'. Did you mean 'llava15_7b'"),
+        ({"rows": [{"method": "fastv", "published": "hallusse"}]}, "Unknown method of published values 'hallusse'"),
+        ({"columns": [{"benchmark": "gqa", "title": "a", "published": "gqua"}]}, "published: .* Did you mean 'gqa'"),
+        ({"columns": [{"benchmark": "gqa", "title": "a", "split": "vall"}]}, "Unknown split of gqa 'vall'"),
+        ({"toy": {"model": "m", "bach_size": 4}}, "toy: Unknown key 'bach_size'. Did you mean 'batch_size'"),
         ({"rows": [{"method": "fastvv"}]}, r"rows\.0\.method: Unknown method 'fastvv'\. Did you mean 'fastv'\?"),
         ({"rows": [{"method": "fastv", "options": {"layr": "2"}}]}, "layr"),
         ({"rows": [{"method": "full"}]}, "full is always the first row"),
@@ -101,6 +106,18 @@ def test_a_wrong_spec_is_one_sentence(tmp_path, changes, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         spec.read(written(tmp_path, **changes))
     assert "small.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_folder_of_an_own_paper_is_checked_as_the_others(tmp_path, monkeypatch):
+    """A folder beside those of this project's papers was listed nowhere and checked by nothing."""
+    own = tmp_path / "scripts" / "mypaper"
+    own.mkdir(parents=True)
+    written(own)
+    monkeypatch.setattr(spec, "SCRIPTS", tmp_path / "scripts")
+    assert [spec.short(path) for path in spec.paths()] == ["mypaper/small"]
+    assert spec.read(spec.find("mypaper/small")).columns[0].benchmark == "gqa"
+    with pytest.raises(UserError, match="Did you mean 'small'"):
+        spec.read(spec.find("mypaper/smal"))
 
 
 def let_full_be_right(model, data: Path) -> None:

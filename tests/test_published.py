@@ -161,7 +161,12 @@ ROW = {"method": "fastv", "tokens": 64, "source": "a", "gqa": 50.0}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rows": [{**ROW, "gqq": 1.0}]}, "gqq"),
+        ({"rows": [{**ROW, "gqq": 1.0}]}, "Unknown key or column 'gqq'. Did you mean 'gqa'? Available: activitynet_qa"),
+        ({"rows": [ROW, {**ROW, "gqa": 601.0}]}, "row 2, fastv at 64 tokens of a: gqa must be 0 to 100, got 601"),
+        ({"rows": [{**ROW, "mme": 2001.0}]}, "row 1, fastv at 64 tokens of a: mme must be 0 to 2000, got 2001"),
+        ({"rows": [{**ROW, "gqa": float("nan")}]}, "gqa must be 0 to 100, got nan"),
+        ({"rows": [{**ROW, "method": "maxmi"}]}, "Unknown method of row 1 'maxmi'"),
+        ({"rows": [{**ROW, "method": "fastvv"}]}, "Did you mean 'fastv'"),
         ({"rows": [{**ROW, "source": "b"}]}, "which is not listed"),
         ({"rows": [ROW, ROW]}, "two rows of fastv at 64 tokens"),
         ({"rows": [{**ROW, "gqa": "50"}]}, "should be a valid number"),

@@ -167,7 +167,7 @@ def _named(sample, index):
     return replace(sample, image_ids=(f"p{index}",), image=picture(index))
 
 
-@pytest.mark.parametrize("method", spec.PAPERS)
+@pytest.mark.parametrize("method", ["consensusdrop", "visiondrop", "attnmix"])
 def test_every_alternative_of_the_ablation_is_a_valid_setting(method):
     rows = spec.read(spec.find(f"{method}/ablation")).rows
     for title in {row.group for row in rows if row.group}:

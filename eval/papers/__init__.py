@@ -7,15 +7,31 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from llava.errors import UserError
+from llava.errors import UserError, unknown
 
 
 class Part(BaseModel):
-    """A part of a YAML file: unknown keys are errors."""
+    """A part of a YAML file: unknown keys are errors that name the nearest known one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def known_keys(cls, data: Any) -> Any:
+        for key in data if isinstance(data, dict) else ():
+            if key not in cls.model_fields:
+                raise unknown("key", str(key), cls.model_fields)
+        return data
+
+
+def first_problem(error: ValidationError) -> str:
+    """The place of the first problem in a file, and what is wrong there; a sentence."""
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    said = first["msg"].removeprefix("Value error, ").rstrip(".")
+    return f"{place}: {said}." if place else f"{said}."
 
 
 class UniqueKeys(yaml.SafeLoader):

@@ -5,6 +5,7 @@ The numbers are in `published/<model>.yaml`. A row is one method at one budget i
 only if it is like ours in every respect (`Value.obstacle`); all others are shown and no more.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,8 +16,9 @@ from typing import Any, Literal
 from pydantic import StrictFloat, ValidationError, model_validator
 
 from eval.config import FULL
-from eval.papers import Part, read_yaml
+from eval.papers import Part, first_problem, read_yaml
 from llava.errors import UserError, unknown
+from llava.reduction import registry
 
 FOLDER = Path(__file__).parent / "published"
 
@@ -30,6 +32,8 @@ POINTS = ("mme", "mme_sum")
 AVERAGE = "average"
 EFFICIENCY = ("tflops", "latency_ms", "speedup")
 COLUMNS = (*BENCHMARKS, AVERAGE, *EFFICIENCY)
+# Least and most; percent where nothing is said.
+RANGES = {"mme": (0, 2000), "mme_sum": (0, 2800), AVERAGE: (0, 200), **dict.fromkeys(EFFICIENCY, (0, math.inf))}
 
 # Rows without a method of this repository.
 OTHER_METHODS = ("fitprune", "fsr", "trio", "trio-no-ve", "duet-vlm", "idpruner", "twigvlm", "text_only")
@@ -144,6 +148,9 @@ class Row(Part):
     def gather(cls, data: dict[str, Any]) -> dict[str, Any]:
         """Put the columns, which stand beside the other keys in the file, into `scores`."""
         rest = {key: value for key, value in data.items() if key not in COLUMNS}
+        for key in rest:
+            if key not in cls.model_fields or key == "scores":
+                raise unknown("key or column", str(key), (*COLUMNS, *(set(cls.model_fields) - {"scores"})))
         return rest | {"scores": {key: data[key] for key in COLUMNS if key in data}}
 
     @model_validator(mode="after")
@@ -182,8 +189,17 @@ class Published(Part):
 
     @model_validator(mode="after")
     def check(self) -> "Published":
-        seen = set()
-        for row in self.rows:
+        seen, methods = set(), (*registry.names(), *OTHER_METHODS)
+        for number, row in enumerate(self.rows, 1):
+            if row.method not in methods:
+                raise unknown(f"method of row {number}", row.method, methods)
+            for column, value in row.scores.items():
+                least, most = RANGES.get(column, (0, 100))
+                if not least <= value <= most:
+                    raise ValueError(
+                        f"row {number}, {row.method} at {row.tokens} tokens of {row.source}: {column} must be {least} "
+                        f"to {most}, got {value:g}"
+                    )
             if row.source not in self.sources:
                 raise ValueError(f"a row of {row.method} names the source {row.source}, which is not listed")
             if (key := (row.method, row.share, row.source)) in seen:
@@ -250,7 +266,7 @@ def load(model: str) -> Published:
         content = read_yaml(path)
         return Published.model_validate({"name": model, **content} if isinstance(content, dict) else content)
     except ValidationError as error:
-        raise UserError(f"{path} is not a file of published scores: {' '.join(str(error).split())}.") from None
+        raise UserError(f"{path} is not a file of published scores: {first_problem(error)}") from None
 
 
 def models() -> list[str]:

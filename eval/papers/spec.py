@@ -11,16 +11,15 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from eval import benchmarks
 from eval.config import FULL, ROOT
-from eval.papers import Part, read_yaml
+from eval.papers import Part, first_problem, published, read_yaml
 from eval.papers.published import Convention
 from llava.budget import count_or_ratio
-from llava.errors import UserError, suggestion
+from llava.errors import UserError, suggestion, unknown
 from llava.reduction import registry
 from llava.reduction.reducer import options_of
 
 SCRIPTS = ROOT / "scripts"
-PAPERS = ("consensusdrop", "visiondrop", "attnmix")
-FOLDERS = (*PAPERS, "tables")
+LISTS = SCRIPTS / "lists"
 
 
 def known_benchmark(name: str) -> str:
@@ -30,6 +29,20 @@ def known_benchmark(name: str) -> str:
 
 def known_method(name: str) -> str:
     registry.method(name)
+    return name
+
+
+def published_method(name: str) -> str:
+    """ "none", "", a method, or a name that published rows have and no method here."""
+    known = ("none", *registry.names(), *published.OTHER_METHODS)
+    if name and name not in known:
+        raise unknown("method of published values", name, known)
+    return name
+
+
+def published_column(name: str) -> str:
+    if name and name not in published.COLUMNS:
+        raise unknown("column of published values", name, published.COLUMNS)
     return name
 
 
@@ -83,10 +96,15 @@ class Column(Part):
     benchmark: Annotated[str, AfterValidator(known_benchmark)]
     title: str
     metric: str = ""
-    published: str = ""
+    published: Annotated[str, AfterValidator(published_column)] = ""
     tolerance: float = 0.5
     split: str = ""
     published_split: str = ""
+
+    @model_validator(mode="after")
+    def check(self) -> "Column":
+        benchmarks.check_split(benchmarks.get(self.benchmark), self.split or None)
+        return self
 
 
 class Row(Part):
@@ -103,7 +121,7 @@ class Row(Part):
     method: Annotated[str, AfterValidator(known_method)]
     label: str = ""
     options: Mapping[str, str] = Field(default_factory=dict)
-    published: str = ""
+    published: Annotated[str, AfterValidator(published_method)] = ""
     group: str = ""
     claim: str = ""
 
@@ -160,7 +178,9 @@ class Table(Part):
 
     @model_validator(mode="after")
     def check(self) -> "Table":
-        """Options and names that only make sense together."""
+        """Options and names that only make sense together, and the published values of the model."""
+        if self.published:
+            published.load(self.published)
         names = [column.benchmark + column.split for column in self.columns]
         if len(set(names)) < len(names):
             raise ValueError("a benchmark is listed twice under columns")
@@ -207,9 +227,7 @@ def read(path: Path) -> Table:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the table"
-        raise UserError(f"{path}: {place}: {first['msg'].removeprefix('Value error, ')}.") from None
+        raise UserError(f"{path}: {first_problem(error)}") from None
 
 
 def resolved(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -235,7 +253,7 @@ def resolved(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def read_list(key: str, name: str, folder: Path) -> list[Any]:
     """The entries of a list's file."""
-    places = [folder / name, SCRIPTS / "lists" / Path(name).name]
+    places = [folder / name, LISTS / Path(name).name]
     file = next((place for place in places if place.suffix == ".yaml" and place.is_file()), None)
     if file is None:
         raise UserError(f"{key} names {name}, which is no .yaml file beside the table's nor in scripts/lists.")
@@ -264,8 +282,8 @@ def rows_of_factors(method: str, factors: Any) -> list[dict[str, Any]]:
 
 
 def paths() -> list[Path]:
-    """The specs of all tables."""
-    return sorted(path for folder in FOLDERS for path in (SCRIPTS / folder).glob("*.yaml"))
+    """The specs of all tables: those of this repository's papers, and of any folder that a user adds beside them."""
+    return sorted(path for path in SCRIPTS.glob("*/*.yaml") if path.parent != LISTS)
 
 
 def short(path: Path) -> str:
