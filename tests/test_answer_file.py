@@ -11,6 +11,7 @@ from PIL import Image
 
 from eval import score
 from eval.answers.reading import read_answers
+from eval.answers.reuse import check_images
 from eval.benchmarks.base import Dataset, Question
 from eval.benchmarks.media import Folder
 from eval.config import RunConfig
@@ -246,6 +247,50 @@ def test_command_compares_two_runs(tmp_path, capsys):
     assert "p  1.0000, paired permutation test by image: not significant at 5 %" in text
     assert score.compare_command([str(tmp_path), a]) == 2
     assert f"{tmp_path} has no result.json; give the output folder of a finished run." in capsys.readouterr().err
+
+
+class Fails(FakeLlava):
+    """Cannot answer some questions."""
+
+    def __init__(self, *numbers: int):
+        super().__init__()
+        self.lost = {str(1000 + number) for number in numbers}
+
+    def answer(self, samples, reducer, max_new_tokens=128):
+        if self.lost & {sample.id for sample in samples}:
+            raise RuntimeError("no such colour")
+        return super().answer(samples, reducer, max_new_tokens)
+
+
+def test_images_of_which_one_run_has_no_answer_are_left_out_of_both(tmp_path, capsys):
+    """A has no answer about the first of seven images, B none to question 1: 33 questions about six images are left.
+
+    The even ones are right in A, 17 of 33, and none is in B. All six images speak for A: 2 of 2^6 exchanges.
+    """
+    data, out = write_gqa(tmp_path / "data", images=7), tmp_path / "out.json"
+    a = run_in(data, tmp_path / "a", model=Fails(*range(0, 40, 7)))
+    b = run_in(data, tmp_path / "b", 0.7, Fails(1))
+    path = tmp_path / "b" / "answers.jsonl"
+    wrong = [json.loads(line) | {"text": "wrong"} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in wrong))
+    assert score.compare_command([a, b, "--data", str(data)]) == 2
+    assert "6 questions have no answer" in capsys.readouterr().err
+    for folders, sign in (((a, b), 1), ((b, a), -1)):
+        assert score.compare_command([*folders, "--data", str(data), "--partial", "--json", str(out)]) == 0
+        record = json.loads(out.read_text())
+        assert record["questions"] == 33 and record["notes"] == ["compared on 33 of 40 questions"]
+        assert record["difference"] == pytest.approx(sign * 100 * 17 / 33) and record["p"] == 2 / 2**6
+        assert sorted((record["a"], record["b"])) == [0, pytest.approx(100 * 17 / 33)]
+
+
+def test_images_are_compared_where_both_have_them():
+    """An image that only one run was asked about, or whose hash an old run does not hold, is no difference."""
+    one = {"x": "1", "y": "2", "old": None, "z": "4"}
+    check_images(one, {"x": "1", "other": "9", "old": "3"}, "A and B")
+    check_images({}, one, "A and B")
+    for changed in ("x", "y", "z"):
+        with pytest.raises(UserError, match=rf"A and B were asked about other images \(1 questions: {changed}\)"):
+            check_images(one, one | {changed: "9"}, "A and B")
 
 
 @pytest.mark.parametrize(

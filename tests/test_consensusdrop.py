@@ -217,6 +217,56 @@ def test_sharp_heads_are_those_of_low_entropy():
     torch.testing.assert_close(pool_attention(torch.cat([flat, sharp], 1), rows, "sharp", "mean")[0], sharp[0, 0, 0])
 
 
+# Two images, five heads, two text rows, two visual tokens; of the first image the second row is padding.
+HEADS = [
+    [
+        [[0.5, 0.5], [1, 0]],
+        [[0.9, 0.1], [0.5, 0.5]],
+        [[0.2, 0.8], [0.5, 0.5]],
+        [[0.6, 0.4], [1, 0]],
+        [[0.5, 0.5], [1, 0]],
+    ],
+    [
+        [[0.5, 0.5], [0.5, 0.5]],
+        [[1, 0], [0, 1]],
+        [[0.9, 0.1], [0.5, 0.5]],
+        [[0.8, 0.2], [0.2, 0.8]],
+        [[0.5, 0.5], [0.5, 0.5]],
+    ],
+]
+
+
+@pytest.mark.parametrize(
+    ("pooling", "expected"),
+    [("mean", [[0.55, 0.45], [0.5, 0.5]]), ("max", [[0.55, 0.45], [0.9, 0.9]])],
+)
+def test_sharp_heads_by_hand(pooling, expected):
+    """Two of five heads are taken, by the entropy of the rows that exist; all heads, or all rows, passed.
+
+    Entropies of the first image: 0.69, 0.33, 0.50, 0.67, 0.69; the padding would put its heads 0, 3 and 4 first. Means
+    over the rows of the second: 0.69, 0, 0.51, 0.50, 0.69.
+    """
+    rows = torch.tensor([[True, False], [True, True]])
+    found = pool_attention(torch.tensor(HEADS), rows, "sharp", pooling)
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+@pytest.mark.parametrize(("budget", "merged"), [(5, 2), (6, 3), (7, 4), (9, 4), (11, 6)])
+def test_half_of_an_odd_budget_is_rounded_to_even(budget, merged, tiny):
+    """Merged tokens take half of the budget: of 5, 7, 9 and 11 it is 2.5, 3.5, 4.5 and 5.5."""
+    _, record = prefill(tiny, samples(1), ConsensusDrop(budget=budget, order="appended", alpha=1.0))
+    (step,) = record.steps[0]
+    assert step.reduction.kept.shape == (1, budget) and step.reduction.appended == merged
+
+
+@pytest.mark.parametrize(("keep", "expected"), [(3, [0, 3, 4]), (5, [0, 1, 2, 3, 4])])
+def test_cross_first_rounds_its_part_of_an_odd_number_to_even(keep, expected):
+    """With alpha 0.5 the question chooses 2 of 3 tokens and 2 of 5; the encoder chooses the others."""
+    v, c = torch.tensor([[6.0, 5, 4, 3, 2, 1]]), torch.tensor([[1.0, 2, 3, 5, 6, 4]])
+    score = fuse(v, c, "cross_first", keep, alpha=0.5, cross_top=0)
+    assert keep_top(score, keep).tolist() == [expected]
+
+
 def planted_state(v, c_values):
     state = PromptState(
         features=torch.zeros(1, 16, 4), scores={}, layout=PatchGrid(4, 4), ids=("s",), tokens=torch.randn(1, 16, 8)

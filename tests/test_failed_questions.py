@@ -11,14 +11,16 @@ import pytest
 import torch
 
 from eval import __main__ as command
+from eval import ask as asking
 from eval import run as job
-from eval.ask import ERRORS_IN_A_ROW, BatchLimit, Progress, ReadAhead, ask, outcomes
+from eval.ask import ERRORS_IN_A_ROW, BatchLimit, Failure, LoadedQuestion, Progress, ReadAhead, ask, outcomes
 from eval.benchmarks.media import Folder
 from eval.config import RunConfig
 from eval.parallel.ranks import Rank
 from eval.run import run
 from eval.tracking import Tracker
 from llava.errors import UserError, is_out_of_memory, release_memory
+from llava.processing.prompt import Sample
 from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
 
 
@@ -127,6 +129,27 @@ def test_a_corrupt_image_fails_its_own_questions_only(tmp_path, data):
     assert lost == {str(1000 + number) for number in range(3, 40, 7)} and result["asked"] == 40 - len(lost)
     assert {line["kind"] for line in failures(tmp_path)} == {"image"}
     assert all("n3.jpg" in line["reason"] for line in failures(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("size", "room", "parts"), [(2, 9, [2, 2, 1]), (None, 9, [5]), (None, 2, [2, 2, 1]), (4, 1, [1] * 5)]
+)
+def test_of_a_batch_that_is_asked_in_parts_no_question_is_left_over(size, room, parts, monkeypatch):
+    """A batch goes to the model in parts of at most what fits; each question has one answer, in order."""
+    model = Small(room)
+
+    def generate(model, samples, reducer, **options):
+        return model.answer(samples, reducer)
+
+    monkeypatch.setattr(asking, "generate", generate)
+    ready = [LoadedQuestion(None, Sample(f"q{number}", "?"), "") for number in range(5)]
+    lost = Failure("lost", "image", UserError("no image"))
+    limit = BatchLimit(size)
+    running = SimpleNamespace(model=model, reducer=FakeReducer(), max_new_tokens=4)
+    failed, *answered = outcomes(running, [*ready[:2], lost, *ready[2:]], limit)
+    assert failed is lost and [len(one.parts) for one in answered] == parts
+    assert [part.sample.id for one in answered for part in one.parts] == [f"q{number}" for number in range(5)]
+    assert [answer.id for one in answered for answer in one.batch.answers] == [f"q{number}" for number in range(5)]
 
 
 def test_retrying_asks_no_other_question(tmp_path, data):

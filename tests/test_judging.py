@@ -11,7 +11,7 @@ from eval.answers.jsonl import read_jsonl
 from eval.benchmarks.base import Dataset, Question
 from eval.benchmarks.media import Folder
 from eval.judging import Judging, Request, choice
-from eval.judging.choice import Store, ask, check_judge, line, lines_of, score_answers
+from eval.judging.choice import Store, ask, check_judge, line, lines_of, read_verdicts, score_answers
 from eval.judging.judges import Endpoint, configured, endpoint
 from eval.metrics import Score
 from llava.errors import UserError
@@ -213,6 +213,26 @@ def test_a_changed_answer_is_judged_again(server, tmp_path):
     run(at(server), judging(), tmp_path)
     lines = run(at(server, workers=4), judging(), tmp_path, TEXTS | {"b": "5"})
     assert len(server.calls) == 4 and lines["b"]["verdict"] == {"n": 5}
+
+
+def test_of_two_verdicts_about_one_answer_the_last_counts(tmp_path):
+    """A verdict that was asked for again, or mended by hand, stands behind the first in the file."""
+    how, path = judging(), tmp_path / "judgements-judge-0613.jsonl"
+    requests = how.requests(ASKED, TEXTS)
+    with closing(Store(path)) as store:
+        for request, number in [*((one, 1) for one in requests), (requests[-1], 5), (requests[0], 3)]:
+            store.append(line(request, {"n": number}, str(number), "judge-0613", 1, failed=False))
+        assert [one["verdict"]["n"] for one in lines_of(store.found, requests).values()] == [3, 1, 5]
+    with closing(Store(path)) as store:
+        assert [one["verdict"]["n"] for one in lines_of(store.found, requests).values()] == [3, 1, 5]
+    assert score(how, "auto", tmp_path)[0].values == {"points": 9} == score(how, str(path), tmp_path)[0].values
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 8])
+def test_the_last_verdict_is_kept_however_many_are_asked_for_at_once(server, tmp_path, workers):
+    lines = run(at(server, workers=workers), judging(), tmp_path)
+    assert list(lines) == list(ASKED) and len(server.calls) == len(ASKED)
+    assert len(read_verdicts(tmp_path / "judgements-judge.jsonl")) == len(ASKED)
 
 
 def test_the_endpoint_comes_from_the_environment():

@@ -80,6 +80,22 @@ def test_text_goes_on_behind_the_longest_axis():
     assert positions([[1, (4, 1, 2), 1]])[0, -1].tolist() == [5, 5, 5]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ([[0, 0, 0], [1, 1, 1], [1, 1, 2], [1, 2, 1], [1, 2, 2], [3, 3, 3]], 4),  # text is last
+        ([[0, 0, 0], [1, 1, 1], [1, 1, 2], [1, 1, 3], [1, 2, 1]], 4),  # an image is last; its width counts
+        ([[0, 0, 0], [5, 1, 1], [2, 1, 2]], 6),  # the frames of a film; its last token is of an earlier frame
+    ],
+)
+def test_the_first_new_token_stands_behind_the_largest_number(tokens, expected):
+    """By hand: the largest number of any token on any axis, and one; a shorter prompt beside it has its own."""
+    other = [[0, 0, 0]] * (len(tokens) - 1) + [[2, 9, 2]]
+    found = mrope.next_position(torch.tensor([tokens, other]))
+    assert found.tolist() == [[[expected] * 3], [[10] * 3]]
+    assert mrope.next_position(torch.tensor([[0, 0, 1, 2], [0, 1, 2, 7]])).tolist() == [[3], [8]]
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.6, 1.0])
 def test_renumbering_equals_the_definition(share, seed):

@@ -1,6 +1,7 @@
 """Reductions as data, the sequence they are applied to, and stages in the decoder, against plain loops."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,13 +9,14 @@ import torch
 from baselines._staged import largest_within, proportional
 from llava.errors import MethodError
 from llava.pipeline import sequence as columns
+from llava.pipeline.accounting import Applied, Record, SeenImage
 from llava.pipeline.positions import Piece
 from llava.pipeline.sequence import Reduced, Sequence, assemble
 from llava.reduction import PatchGrid, Reduction, keep_top, registry, split
 from llava.reduction.budget import scaled_layers, tokens_by_layer
 from llava.reduction.ranking import made_once
 from llava.reduction.reducer import by_images
-from llava.reduction.token_layout import CLS
+from llava.reduction.token_layout import CLS, single
 
 
 def test_keep_top_finds_planted_tokens_and_of_equal_ones_those_with_the_lower_index():
@@ -58,6 +60,36 @@ def sequence(counts=(4, 4, 0), texts=(5, 3, 6), slots=(2, 1, None)):
 
 def real(seq, sample, tensor):
     return tensor[sample, seq.padding(sample) :].flatten().tolist()
+
+
+def test_a_span_that_begins_right_behind_an_image_moves_with_it():
+    """Text, image, question: "after the image" includes the token at its end. So does the text between two images."""
+    line = torch.arange(12.0)[:, None]
+    pieces = [Piece(line[:2], 2), Piece(line[2:6], 4, image=True), Piece(line[6:9], 3)]
+    two = [*pieces[:2], Piece(line[6:7], 1), Piece(line[7:11], 4, image=True), Piece(line[11:], 1)]
+    seq = assemble([pieces, two], [(3, 5), (3, 4)], [(3, 6), (5, 6)])
+    assert seq.question == ((6, 8), (6, 7)) and seq.instruction == ((6, 9), (11, 12))
+    kept = Reduction(torch.tensor([[1, 3]]), 4)
+    out = seq.reduce([Reduced([image], kept) for image in ((0, 0), (1, 0), (1, 1))], True)
+    assert out.visual == (((2, 4),), ((2, 4), (5, 7)))
+    assert out.question == ((4, 6), (4, 5)) and out.instruction == ((4, 7), (7, 8)) and out.after == ((4, 7), (7, 8))
+    spans = zip(out.question, out.after, strict=True)
+    held = [[real(out, s, out.hidden)[start:stop] for start, stop in own] for s, own in enumerate(spans)]
+    assert held == [[[6, 7], [6, 7, 8]], [[6], [11]]]
+
+
+def test_merged_tokens_are_counted_of_every_image():
+    """Of the second image, which is the second row of one reduction, and of a third with a reduction of its own."""
+    target = torch.tensor([[0, 0, 1, 1], [0, 0, -1, 1]])
+    first = Reduction(torch.tensor([[0, 2], [0, 3]]), 4, target, torch.full((2, 4), 0.5))
+    third = Reduction(torch.tensor([[1]]), 4, torch.zeros(1, 4, dtype=torch.int64), torch.full((1, 4), 0.25))
+    assert first.merged_count().tolist() == [2, 1]
+    applied = [Applied("prompt", 0, first, 0), Applied("prompt", 1, first, 1), Applied("prompt", 2, third, 0)]
+    record = Record([[SeenImage(single(2, 2), 4, None)] * 3], [applied])
+    prefilled = SimpleNamespace(segments=[SimpleNamespace(visual=[5], layers=[0, 1])], kv_bytes=[0])
+    (found,) = record.accounting(prefilled)
+    assert (found.merged, found.images, found.visual_tokens, found.tokens_per_layer) == (2 + 1 + 1, 3, 12, (5, 5))
+    assert [step.place for step in record.steps[0]] == ["prompt", "prompt #2", "prompt #3"]
 
 
 @pytest.mark.parametrize("renumber", [False, True])
