@@ -66,8 +66,8 @@ GROUPS = {
         "bench selfcheck": Command("eval.efficiency.selfcheck", "a device beside the CPU, before it is timed"),
         "bench claims": Command("eval.efficiency.claims", "published claims of speed beside ours"),
     },
-    "Add something: a method or a benchmark": {
-        "new": Command("eval.new", "write its files: vtr new method NAME, vtr new benchmark NAME", ("new",)),
+    "Add something: a method, a benchmark, a table or a model family": {
+        "new": Command("eval.new", "write its files: vtr new method NAME, benchmark, table or family", ("new",)),
         "check": Command("eval.new", "run every test that can fail for it: vtr check method NAME", ("check",)),
     },
     "Maintainers: pages of the documentation and measurements of this code": {

@@ -1,9 +1,11 @@
-"""Write the files of a new method or benchmark, and check one.
+"""Write the files of a new method, benchmark, table or model family, and check one.
 
     vtr new method NAME            # a complete method that passes its tests: edit it from there
-    vtr check method NAME --write  # generate what belongs to it (golden indices, limit, pages), then run its tests
+    vtr check method NAME --write  # its tests; where they pass, what belongs to it (golden indices, limit, pages)
     vtr check method NAME          # every test that can fail for it
     vtr new benchmark NAME         # reader, script, toy set and test; check as above
+    vtr new table PAPER/NAME       # specification and script of a table; check also takes a PATH.yaml anywhere
+    vtr new family CLASS           # a row of llava/hf/families.py and a tiny model, for a class of transformers
 
 The files stand in eval/templates/, those of a kind in one text, each below a line "==== PATH".
 """
@@ -14,31 +16,60 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+import torch
+import transformers
+
 from eval import benchmarks
 from eval.command import exit_on_user_error, make_parser
 from eval.config import ROOT
-from llava.errors import UserError
+from eval.papers import spec
+from llava.errors import UserError, suggestion, unknown
+from llava.hf.families import FAMILIES as FAMILY_ROWS
 from llava.reduction import registry
 
+CONTAINER = "ForConditionalGeneration"
 TOY_SETS = ROOT / "assets" / "eval" / "README.md"
-# Kind -> what writes the generated files that a new name belongs to.
+# Kind -> what writes the data that its tests read, and, where these pass, the generated files that name it.
+DATA_WRITERS = {"benchmark": ("-m toy.benchmarks --output assets/eval --only {}",)}
 WRITERS = {
     "method": ("-m tests.golden {}", "-m eval.cli tables methods"),
-    "benchmark": ("-m toy.benchmarks --output assets/eval --only {}", "-m eval.cli tables benchmarks pages"),
+    "benchmark": ("-m eval.cli tables benchmarks pages",),
+    "family": ("-m eval.cli tables methods",),
 }
-# Kind -> tests over all of its names, and those that look at the pages and at the whole repository.
+# Kind -> tests over all of its names, and those that read generated files or the whole repository.
 FAMILIES = ("selection_methods", "merging_methods", "decoder_methods", "tile_methods")
 OVER_ALL = {
-    "method": ("every_method", "next", "golden", "oracle", "dispatched", *FAMILIES),
-    "benchmark": ("every_benchmark", "benchmark_pages"),
+    "method": ("every_method", "next", *FAMILIES),
+    "benchmark": ("every_benchmark",),
+    "family": ("stock_families", "family_pipeline", "serving_families"),
+    "table": ("paper_tables",),
 }
-WHOLE = {"method": ("structure", "readme"), "benchmark": ("benchmark_pages", "structure", "readme", "toy_benchmarks")}
-EXAMPLE = {"method": "bash scripts/eval/gqa.sh {} 64 --limit 100", "benchmark": "bash scripts/eval/{}.sh full"}
+GENERATED = {
+    "method": ("golden", "dispatched", "structure"),
+    "benchmark": ("benchmark_pages", "structure", "toy_benchmarks"),
+    "family": ("structure",),
+}
+EXAMPLE = {
+    "method": "bash scripts/eval/gqa.sh {} 64 --limit 100",
+    "benchmark": "bash scripts/eval/{}.sh full",
+    "table": "bash scripts/{}.sh --limit 20",
+    "family": "vtr show models",
+}
+WHOLE = ("structure", "benchmark_pages", "toy_benchmarks")  # files of GENERATED that are about no name alone
+KINDS = tuple(EXAMPLE)
+ROW_OF_FAMILY = ROOT / "llava" / "hf" / "families.py", "}\n\n\ndef declared("
+TINY_FAMILY = ROOT / "tests" / "stock_families.py", "}\n# 5.20's SmolVLM"
 
 
 def known(kind: str) -> list[str]:
     """The names that there are."""
-    return registry.names() if kind == "method" else benchmarks.names()
+    if kind == "family":
+        return [name.removesuffix(CONTAINER) for name in FAMILY_ROWS]
+    return {"method": registry.names, "benchmark": benchmarks.names, "table": table_names}[kind]()
+
+
+def table_names() -> list[str]:
+    return [spec.short(path) for path in spec.paths()]
 
 
 def new(kind: str, name: str) -> list[str]:
@@ -48,14 +79,20 @@ def new(kind: str, name: str) -> list[str]:
         Their paths in the repository.
 
     Raises:
-        UserError: the name is no identifier in lower case, or taken.
+        UserError: the name is no identifier in lower case, or taken; for a family, transformers has no such class.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
-        raise UserError(
-            f"A {kind}'s name has lower-case letters, digits and _, and starts with a letter; got {name!r}."
-        )
-    text = (ROOT / "eval" / "templates" / f"{kind}.txt").read_text().replace("template_name", name)
-    text = text.replace("TemplateName", name.title().replace("_", ""))
+    if kind == "family":
+        return new_family(name.removesuffix(CONTAINER))
+    paper, slash, own = name.rpartition("/")
+    if bool(slash) != (kind == "table"):
+        raise UserError(f"A {kind}'s name is {'PAPER/NAME' if kind == 'table' else 'one word'}, got {name!r}.")
+    for part in (paper, own) if slash else (own,):
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", part) or keyword.iskeyword(part):
+            raise UserError(
+                f"A {kind}'s name has lower-case letters, digits and _, and starts with a letter; got {part!r}."
+            )
+    text = (ROOT / "eval" / "templates" / f"{kind}.txt").read_text().replace("template_name", own)
+    text = text.replace("template_paper", paper).replace("TemplateName", own.title().replace("_", ""))
     _, *parts = re.split(r"^==== (.+)\n", text, flags=re.MULTILINE)
     files = dict(zip(parts[::2], parts[1::2], strict=True))
     taken = [path for path in files if (ROOT / path).exists()]
@@ -63,6 +100,7 @@ def new(kind: str, name: str) -> list[str]:
         where = f" ({', '.join(taken)})" if taken else ""
         raise UserError(f"The name {name} is taken{where}; choose another, or edit what is there.")
     for path, content in files.items():
+        (ROOT / path).parent.mkdir(exist_ok=True)
         (ROOT / path).write_text(content)
         (ROOT / path).chmod(0o755 if path.endswith(".sh") else 0o644)
     if kind == "benchmark":  # the list of toy sets, in front of the mirrors
@@ -71,30 +109,84 @@ def new(kind: str, name: str) -> list[str]:
     return list(files)
 
 
-def selection(kind: str, name: str) -> list[str]:
-    """Arguments of pytest: the tests that can fail for one name."""
-    stems = dict.fromkeys([*OVER_ALL[kind], *WHOLE[kind], name])
-    files = [path for stem in stems if (path := ROOT / "tests" / f"test_{stem}.py").is_file()]
-    whole = " or ".join(f"test_{stem}.py" for stem in (*WHOLE[kind], name))
-    return [*(str(path.relative_to(ROOT)) for path in files), "-k", f"{name} or {whole}"]
+def new_family(name: str) -> list[str]:
+    """Add a row to the declared families and one to their tiny models, with the tower's path where it can be found."""
+    if name in known("family"):
+        raise UserError(f"The family {name} is declared already, in {ROW_OF_FAMILY[0].relative_to(ROOT)}.")
+    container = getattr(transformers, f"{name}{CONTAINER}", None)
+    if container is None:
+        there = [one.removesuffix(CONTAINER) for one in dir(transformers) if one.endswith(CONTAINER)]
+        raise UserError(f"transformers {transformers.__version__} has no {name}{CONTAINER}.{suggestion(name, there)}")
+    with torch.device("meta"):
+        inner = container(container.config_class()).model
+    lists = [path for path, part in inner.named_modules() if isinstance(part, torch.nn.ModuleList)]
+    tower = next((path for path in lists if "vis" in path or "image" in path), "vision_tower.encoder.layers")
+    rows = (
+        (*ROW_OF_FAMILY, f'    "{name}{CONTAINER}": Family("{name}", "{tower}"),\n'),
+        (
+            *TINY_FAMILY,
+            f'    "{name.lower()}": ("{name}", {{"vision_config": SIGLIP, "text_config": text("llama"), **LAST}}),\n',
+        ),
+    )
+    for path, end, row in rows:
+        path.write_text(path.read_text().replace(end, row + end, 1))
+    return [f"a row of {path.relative_to(ROOT)}" for path, _, _ in rows]
+
+
+def tests_of(kind: str, name: str, stems: Sequence[str]) -> list[str]:
+    """Arguments of pytest: of these files the tests that can fail for a name; [] where there is none."""
+    files = [f"tests/test_{stem}.py" for stem in stems if (ROOT / "tests" / f"test_{stem}.py").is_file()]
+    # The identifiers of tests of families are the names of their tiny models.
+    names = tiny_names(name) if kind == "family" else [name]
+    whole = [f"test_{stem}.py" for stem in (*WHOLE, name) if stem in stems]
+    return [*files, "-k", " or ".join([*names, *whole])] if files else []
+
+
+def tiny_names(family: str) -> list[str]:
+    """Names of the family's tiny models in tests/stock_families.py."""
+    return re.findall(rf'"(\w+)": \(\s*"{family}",', TINY_FAMILY[0].read_text())
+
+
+def run(*commands: Sequence[str], quiet: bool = False) -> int:
+    """Run Python with these arguments one after another, until one fails; returns the exit code."""
+    for command in commands:
+        if not quiet:
+            print("+ python", *command, flush=True)
+        if code := subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
+            return code
+    return 0
 
 
 def check(kind: str, name: str, write: bool) -> int:
-    """Generate what belongs to a name if asked to, and run its tests; returns the exit code."""
-    if name not in known(kind):
+    """Run the tests of a name: its own first, then those over all names; returns the exit code of the first that fail.
+
+    Generated files (golden indices, pages) are written, if asked to, only behind these, and their tests come last.
+    """
+    if kind == "table":
+        table = spec.read(spec.find(name))  # also one outside of this repository, to which no tests belong
+        print(f"{name}: {len(table.rows)} rows, {len(table.columns)} columns, {len(table.budgets)} budgets are valid.")
+        name = table.identity
+        if name not in known(kind):
+            return 0
+    elif kind == "family":
+        name = name.removesuffix(CONTAINER)
+        if name not in known(kind):
+            raise unknown("declared family", name, known(kind))
+    elif name not in known(kind):
         (registry.method if kind == "method" else benchmarks.get)(name)  # the sentence for it
         raise UserError(f"{name} is a composition; check its parts: {name.replace('+', ', ')}.")
-    commands = [["python", *command.format(name).split()] for command in WRITERS[kind] if write]
-    for command in commands:
-        print("+", *command, flush=True)
-        if code := subprocess.run([sys.executable, *command[1:]], cwd=ROOT).returncode:
-            return code
-    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *selection(kind, name)]
-    code = subprocess.run([sys.executable, *tests], cwd=ROOT).returncode
-    if code:
+    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors")
+    selected = [tests_of(kind, name, stems) for stems in ([name], OVER_ALL[kind], GENERATED.get(kind, ()))]
+    *first, last = ([*pytest, *tests] if tests else [] for tests in selected)
+    writers = [command.format(name).split() for command in WRITERS.get(kind, ()) if write]
+    data = [command.format(name).split() for command in DATA_WRITERS.get(kind, ()) if write]
+    code = (
+        run(*data) or run(*filter(None, first), quiet=True) or run(*writers) or run(*filter(None, [last]), quiet=True)
+    )
+    if code and kind in WRITERS and not write:
         print(
             f"Missing or old golden rows, limits and pages are written by `vtr check {kind} {name} --write`, that is: "
-            + "; ".join(f"python {command.format(name)}" for command in WRITERS[kind]),
+            + "; ".join(f"python {command.format(name)}" for command in (*DATA_WRITERS.get(kind, ()), *WRITERS[kind])),
             file=sys.stderr,
         )
     return code
@@ -105,15 +197,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = make_parser("eval.new", __doc__)
     parser.add_argument("step", choices=("new", "check"))
-    parser.add_argument("kind", choices=tuple(WRITERS))
+    parser.add_argument("kind", choices=KINDS)
     parser.add_argument("name")
-    parser.add_argument("--write", action="store_true", help="check: first write its generated rows and pages anew")
+    parser.add_argument("--write", action="store_true", help="check: write its generated rows and pages anew")
     args = parser.parse_args(arguments)
     if args.step == "check":
         return check(args.kind, args.name, args.write)
-    written = new(args.kind, args.name)
+    written, write = new(args.kind, args.name), " --write" * (args.kind in WRITERS)
     print(f"Wrote {', '.join(written)}. Make them yours, then:")
-    print(f"  vtr check {args.kind} {args.name} --write\n  {EXAMPLE[args.kind].format(args.name)}")
+    print(f"  vtr check {args.kind} {args.name}{write}\n  {EXAMPLE[args.kind].format(args.name)}")
     return 0
 
 

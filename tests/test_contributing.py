@@ -6,9 +6,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from eval import new
 from eval.config import ROOT
 from eval.new import main
 
@@ -34,10 +36,10 @@ def copy(tmp_path) -> Path:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("section", ["A new method", "A new benchmark"])
+@pytest.mark.parametrize("section", ["A new method", "A new benchmark", "A new table", "A new model family"])
 def test_every_printed_command_succeeds(section, copy):
     """The method was green in the contract; the next printed command ended with three failures."""
-    assert len(commands(section)) >= 3
+    assert len(commands(section)) >= 2
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "VENV": sys.prefix,
@@ -60,8 +62,51 @@ def test_what_is_written_passes_the_style(copy):
 
 
 @pytest.mark.parametrize(
+    ("failing", "ran"),
+    [
+        ("none", ["trim", "every_method", "write", "write", "golden"]),
+        ("trim", ["trim"]),
+        ("every_method", ["trim", "every_method"]),
+        ("write", ["trim", "every_method", "write"]),
+    ],
+)
+def test_a_methods_own_test_comes_first_and_nothing_is_written_before_the_others_pass(failing, ran, monkeypatch):
+    """Golden rows of a wrong method were written first, and its own test came last, behind those of all methods."""
+    seen = []
+
+    def subprocess_run(command, cwd):
+        marks = ("test_trim.py", "test_every_method.py", "test_golden.py")
+        mark = next((mark for mark in marks if f"tests/{mark}" in command), "write")
+        seen.append(mark.removeprefix("test_").removesuffix(".py"))
+        assert mark == "write" or "--continue-on-collection-errors" in command
+        return SimpleNamespace(returncode=int(seen[-1] == failing))
+
+    monkeypatch.setattr(new.subprocess, "run", subprocess_run)
+    monkeypatch.setattr(new, "tests_of", lambda kind, name, stems: [f"tests/test_{stem}.py" for stem in stems])
+    assert new.check("method", "trim", write=True) == int(failing != "none")
+    assert seen == ran
+
+
+def test_a_table_anywhere_is_checked(tmp_path, capsys):
+    path = tmp_path / "own.yaml"
+    text = (ROOT / "scripts" / "attnmix" / "llava15_7b.yaml").read_text()
+    path.write_text(text)
+    assert new.main(["check", "table", str(path)]) == 0 and "budgets are valid" in capsys.readouterr().out
+    path.write_text(text.replace("published: llava15_7b", "published: llava15_7"))
+    assert new.main(["check", "table", str(path)]) == 2 and "Did you mean 'llava15_7b'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["new", "table", "first"], "A table's name is PAPER/NAME, got 'first'"),
+        (["new", "table", "attnmix/llava15_7b"], r"is taken \(scripts/attnmix/llava15_7b.yaml"),
+        (["new", "table", "../x/first"], "has lower-case letters, digits and _"),
+        (["new", "method", "own/first"], "A method's name is one word"),
+        (["new", "family", "Gemma3"], "The family Gemma3 is declared already"),
+        (["new", "family", "Cohere2Vison"], "Did you mean 'Cohere2Vision'"),
+        (["check", "family", "Gemma"], "Did you mean 'Gemma3'"),
+        (["check", "table", "attnmix/llava15_7"], "Did you mean 'llava15_7b'"),
         (["new", "method", "holov"], r"The name holov is taken \(baselines/holov.py, tests/test_holov.py\)"),
         (["new", "method", "Mine"], "has lower-case letters, digits and _"),
         (["new", "benchmark", "import"], "has lower-case letters, digits and _"),
