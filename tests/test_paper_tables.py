@@ -521,6 +521,7 @@ def cell(value: float, questions: int = 100, available: int = 100, line: runs.Li
         questions=questions,
         available=available,
         other_judge="",
+        no_flops="",
         metric=column.metric or "f1",
         line=line or runs.Line(None, None, None),
     )
