@@ -238,12 +238,6 @@ class AttnMix(Reducer):
 
     def _text_scores(self, state: PromptState) -> Tensor:
         rows = "after" if self.official else self.text
-        for name, (start, stop) in zip(state.ids, state.spans(rows), strict=True):
-            if start == stop:
-                raise UserError(
-                    f"attnmix compares the image with the {rows} of sample {name!r}, which is empty; "
-                    "set attnmix.text=after to take the whole text after the image."
-                )
         return text_scores(*state.text(rows), state.tokens, self.temperature, state.matmul)
 
     def _text_count(self, text: Tensor, saliency: Tensor) -> Tensor:

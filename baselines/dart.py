@@ -114,13 +114,15 @@ class Dart(OneStage):
     def _pivots(self, state: DecoderState, images: int) -> tuple[Tensor, Tensor]:
         """Image pivots [B, images] among the visual tokens; all pivots [B, images + 4] as columns of the sequence."""
         sequence = state.sequence
-        shortest = min(stop - start for start, stop in sequence.after)
+        pairs = zip(sequence.after, sequence.question, strict=True)
+        spans = [after if after[1] - after[0] >= PIVOTS else question for after, question in pairs]
+        shortest = min(stop - start for start, stop in spans)
         if shortest < PIVOTS:
             raise UserError(
                 f"dart takes {PIVOTS} pivots from the text after the image; a prompt has {shortest} tokens."
             )
         size = state.keys.float().abs().sum((1, 3))  # [B, L], L1 norm over all heads
-        words, exists = sequence.row_index(sequence.after)
+        words, exists = sequence.row_index(spans)
         visual, _ = sequence.row_index(sequence.images)
         text = highest(size.gather(1, words).masked_fill(~exists, -torch.inf), PIVOTS)
         image = highest(size.gather(1, visual), images)

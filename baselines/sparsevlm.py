@@ -31,6 +31,7 @@ from llava.reduction import (
     option,
     others,
     register,
+    seeing_spans,
 )
 
 
@@ -205,7 +206,7 @@ class SparseVLM(Staged):
 
     def _raters(self, state: DecoderState) -> Tensor:
         start = state.start
-        index, exists = start.row_index(start.after)
+        index, exists = start.row_index(seeing_spans(start, "after"))
         words, visual = gather_tokens(start.hidden, index).float(), start.take(start.hidden, start.images).float()
         return text_raters(state.matmul(visual, words.transpose(1, 2)), exists)
 
@@ -216,7 +217,7 @@ def rotary_scores(state: DecoderState) -> Tensor:
     At positions p and r the score is 2 sum(cos p cos r + sin p sin r) over frequencies, which falls with distance.
     """
     entered = state.entered
-    index, _ = entered.row_index(entered.after)
+    index, _ = entered.row_index(seeing_spans(entered, "after"))
     cos, sin = angles_of(state.llm, entered, state.layer - 1)
     angles = torch.cat([cos, sin], -1).float()
     visual = entered.take(angles, entered.images)

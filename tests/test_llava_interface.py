@@ -135,6 +135,9 @@ def test_the_question_is_the_last_turn_without_its_answer_format(tiny_path):
         (prompt_of(f"<image>\n{QUESTIONS[0]}\n{SHORT}", None), QUESTIONS[0]),
         (prompt_of(f"<image>\n{QUESTIONS[0]}", "a dog", QUESTIONS[1], None), QUESTIONS[1]),
         (f"USER: <image> {QUESTIONS[2]}", QUESTIONS[2]),  # no template
+        # A question before its image was none, and all prompts of its batch then lost theirs.
+        (prompt_of(f"{QUESTIONS[0]}\n{SHORT} <image>", None), QUESTIONS[0]),
+        (prompt_of(QUESTIONS[0], "a dog", f"{QUESTIONS[1]} <image>", None), QUESTIONS[1]),
         (prompt_of("<image>\n", None), ""),
     ):
         known = tokenizer.decode(tokenizer(question, add_special_tokens=False).input_ids)  # one of its words is not

@@ -194,6 +194,49 @@ def test_a_method_that_needs_the_text_tower(tmp_path):
         reduce(case.model, "cdpruner", 5)
 
 
+@pytest.mark.parametrize("method", registry.names())
+def test_a_prompt_may_end_with_its_image_or_be_it(method, tmp_path):
+    """Methods that read text took the column behind the last one, and the whole batch ended in an IndexError.
+
+    A prompt of images alone ended in an error of the embedding under every method.
+    """
+    case, options = shared("llava"), {}
+    budget = {"full": 16, "pyramiddrop": 10}.get(method, 12)
+    usual, question = "USER: <image> where is the tree? ASSISTANT:", "is there a small cat?"
+    if registry.method(method).needs_text_tower:
+        save_text_tower(tmp_path, case.model)
+        make_tokenizer().save_pretrained(tmp_path)
+        options = {"tokenizer": case.tokenizer, "text_tower": tmp_path}
+
+    def run(*texts):
+        inputs = case.prepare(texts, [picture(len(text)) for text in texts])
+        if options:
+            options["questions"] = [question if text.startswith("USER: is") else "where is the tree?" for text in texts]
+        with reduce(case.model, method, budget, **options) as reduced:
+            ids = case.generate(inputs)
+        assert all(one.images == 1 and (method == "full" or one.mean < 16) for one in reduced.accounting)
+        return ids, reduced.traces
+
+    both, alone, other = run(usual, f"USER: {question} <image>"), run(f"USER: {question} <image>"), run(usual)
+    assert torch.equal(both[0][0], other[0][0]) and torch.equal(both[0][1], alone[0][0])
+    if method == "sparsevlm":  # text before the image sees nothing of it: equal scores, the first tokens
+        kept = alone[1][0][0].reduction.kept[0].tolist()
+        assert kept[:8] != list(range(8))
+    if options:
+        return
+    inputs = case.prepare(["<image>"], [picture(0)])
+    begun = inputs["input_ids"]
+    for ids in (begun, begun[begun == case.model.config.image_token_id][None]):
+        inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        with reduce(case.model, method, budget) as reduced:
+            if method in ("attnmix", "consensusdrop", "dart"):
+                with pytest.raises(UserError):
+                    case.generate(inputs)
+            else:
+                assert case.generate(inputs).shape == (1, 8)
+                assert method == "full" or reduced.accounting[0].mean < 16
+
+
 def test_a_sliding_window_holds_as_far_as_it_reaches():
     case = stock("next")
     for window, fits in ((80, True), (70, False)):

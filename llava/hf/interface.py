@@ -11,6 +11,7 @@ Differs from it: an image without a place in the prompts is an error, and so is 
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -156,15 +157,22 @@ class ScriptModel(nn.Module):
         return ids
 
     def _question(self, prompt: Sequence[int]) -> str:
-        """The last turn after the last image of a prompt, without its template and answer format."""
-        behind = prompt[::-1].index(IMAGE_TOKEN_INDEX) if IMAGE_TOKEN_INDEX in prompt else len(prompt)
-        text: str = self.runtime.tokenizer.decode(list(prompt[len(prompt) - behind :]))
+        """The last turn after the last image of a prompt, without its template and answer format.
+
+        If nothing is asked after the image, the text before it, back to the beginning of its turn.
+        """
+        places = [place for place, token in enumerate(prompt) if token == IMAGE_TOKEN_INDEX]
+        pieces = [prompt[before + 1 : stop] for before, stop in pairwise((-1, *places, len(prompt)))]
+        texts: list[str] = [self.runtime.tokenizer.decode(list(piece)) for piece in reversed(pieces)]
         for template in MODES.values():
-            if found := re.search(rf"{spaced(template.assistant)}\s*$", text):
-                turns = re.split(spaced(template.stop + template.user), text[: found.start()])
+            if found := re.search(rf"{spaced(template.assistant)}\s*$", texts[0]):
+                texts[0] = re.split(spaced(template.stop + template.user), texts[0][: found.start()])[-1]
+                # A turn that begins before an image may be the first one, behind the system's text.
+                texts[1:] = [re.split(spaced(template.user), text)[-1] for text in texts[1:]]
                 formats = "|".join(map(spaced, ANSWER_FORMATS))
-                return re.sub(rf"({formats})\s*$", "", turns[-1]).strip()
-        return text.strip()
+                texts = [re.sub(rf"({formats})\s*$", "", text) for text in texts]
+                break
+        return next(filter(None, map(str.strip, texts)), "")
 
 
 def spaced(text: str) -> str:

@@ -17,7 +17,7 @@ import inspect
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,15 @@ def refuse_arguments(given: Mapping[str, Any], config: PretrainedConfig, used: f
         raise UserError(f"{name} has no effect on a reduced prompt; leave it out.")
 
 
+def refuse_embeddings(given: Mapping[str, Any]) -> None:
+    """Raise UserError for embeddings without pixels: images that are merged into them would keep all their tokens."""
+    if given.get("inputs_embeds") is not None and not has_pixels(given):
+        raise UserError(
+            "inputs_embeds cannot be used here: they do not show where images are, all of whose tokens would be "
+            "computed. Give input_ids, with the pixels if there are images."
+        )
+
+
 def refuse_prefill_arguments(given: Mapping[str, Any]) -> None:
     """Raise UserError if a prompt with images cannot be prefilled from these arguments."""
     if given.get("input_ids") is None:
@@ -149,6 +158,16 @@ class HFWrapper(Llava):
 
     used: frozenset[str] = USED
     per_image: frozenset[str] = frozenset(VISUAL)
+
+    @cached_property
+    def marks(self) -> frozenset[int]:
+        """Token ids that are no text, as far as is known: what begins or ends prompts and images, and placeholders."""
+        config = self.hf_model.config.to_dict()
+        parts = (config, *(part for part in config.values() if isinstance(part, dict)))
+        named = [part[name] for part in parts for name in part if str(name).endswith(("_token_id", "_token_index"))]
+        ids = [one for value in named for one in (value if isinstance(value, list) else [value])]
+        special = [] if self.tokenizer is None else self.tokenizer.all_special_ids
+        return frozenset(one for one in (*ids, *special) if one is not None)
 
     def prompt(self, sample: Any) -> Prompt:
         prompt: Prompt = sample.prompt
@@ -217,9 +236,9 @@ class WrappedVideo(HFWrapper, VideoLlava):
 
 def _pixels(given: Mapping[str, Any], axes: int, name: str = "pixel_values") -> Tensor:
     pixels = given[name]
-    if not isinstance(pixels, Tensor) or pixels.dim() != axes:
+    if not isinstance(pixels, Tensor) or pixels.dim() != axes or not pixels.numel():
         given_as = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
-        raise UserError(f"{name} must be a tensor with {axes} axes here, got {given_as}; {ONE_CALL}")
+        raise UserError(f"{name} must be a tensor with {axes} axes and no axis of 0 here, got {given_as}; {ONE_CALL}")
     return pixels
 
 
@@ -349,6 +368,7 @@ def samples(
     ready: Mapping[int, Sequence[Any]],
     questions: Sequence[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    marks: frozenset[int] = frozenset(),
 ) -> list[StockSample]:
     """One sample per row of a batch.
 
@@ -356,9 +376,10 @@ def samples(
         ids: [B, L].
         mask: [B, L], 0 in the padding, on either side; None for no padding.
         ready: images of the whole batch in order, with their `arrangement`, by the id of their placeholder token.
-        questions: the question of every row without template, for methods that read it; without `questions`, all text
-            after the last image is the question.
+        questions: the question of every row without template, for methods that read it; without `questions`, it is
+            the text that `text_span` finds.
         tokenizer: needed with `questions`.
+        marks: ids that are no text.
 
     Raises:
         UserError: prompts and images do not fit, or a question is not in its prompt.
@@ -381,14 +402,29 @@ def samples(
         question = "" if questions is None else questions[number]
         if questions is not None and tokenizer is not None and pictures:
             span = question_span(row, question, tokenizer)
-        else:  # all text after the last image; everything without one
-            behind = row[::-1].index(IMAGE_TOKEN_INDEX) if IMAGE_TOKEN_INDEX in row else len(row)
-            span = len(row) - behind, len(row)
+        else:
+            span = text_span(row, marks)
         # The name depends only on the prompt, so that random choices do not change with the batch.
         name = hashlib.blake2b(str(row).encode(), digest_size=8).hexdigest()
         prompt = Prompt(tuple(row), question=span, instruction=span, text="")
         stock.append(StockSample(name, question, image=tuple(pictures) or None, prompt=prompt))
     return stock
+
+
+def text_span(ids: Sequence[int], marks: frozenset[int] = frozenset()) -> tuple[int, int]:
+    """[start, stop) of all text after the last image; of the text before it if none follows, and so on backwards.
+
+    It is the whole prompt without an image, and empty where the prompt is images alone.
+
+    Args:
+        ids: with IMAGE_TOKEN_INDEX in place of images.
+        marks: ids that are no text if they stand alone, such as the end of an image.
+    """
+    images = [place for place, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX]
+    for before, stop in reversed([*pairwise((-1, *images, len(ids)))]):
+        if not images or not marks.issuperset(ids[before + 1 : stop]):
+            return before + 1, stop
+    return len(ids), len(ids)
 
 
 def question_span(ids: Sequence[int], question: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:

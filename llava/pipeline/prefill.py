@@ -106,7 +106,8 @@ def embed(model: Llava, reducer: Reducer, prompts: list[Prompt], images: dict[Ro
             else:
                 texts[-1][-1].append(token)
     # All texts at once: one copy to the device and one lookup.
-    line = torch.tensor([token for runs in texts for run in runs for token in run]).to(model.device, non_blocking=True)
+    ids = torch.tensor([token for runs in texts for run in runs for token in run], dtype=torch.long)
+    line = ids.to(model.device, non_blocking=True)
     embedded = iter(model.llm.embed_tokens(line).split([len(run) for runs in texts for run in runs]))
     # Numbered anew, text and visual tokens follow one another without gaps. Otherwise text after an image keeps the
     # position ids that it would have with every visual token present.

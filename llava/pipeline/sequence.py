@@ -59,7 +59,8 @@ class Sequence:
         visual: spans of visual tokens of each sample, one per image in order; () for a text-only prompt.
         question: span of the last question's tokens.
         instruction: the same with the answer-format suffix.
-        after: span of all text after the last image; the whole prompt if it is text only.
+        after: span of all text after the last image; the question's where the prompt ends with its image, and the
+            whole prompt if it is text only.
         contiguous: every prompt has the positions 0, 1, 2, ... as `positions.contiguous` makes them.
         rotary: cosines and sines of the decoder's layers at these positions, once they are computed.
     """
@@ -284,10 +285,11 @@ def assemble(
             length += len(piece.tokens)
         lengths.append(length)
         visual.append(tuple(span for span, _ in images))
-        after.append((visual[-1][-1][1] if images else 0, length))
         for target, (start, stop) in zip(moved, spans, strict=True):
             ahead = sum(end - begin - 1 for (begin, end), index in images if index < start)
             target.append((start + ahead, stop + ahead))
+        behind = images[-1][0][1] if images else 0
+        after.append((behind, length) if behind < length else moved[0][-1])
     width, first = max(lengths), prompts[0][0].tokens
     line: list[Tensor] = []
     for pieces, length in zip(prompts, lengths, strict=True):
@@ -324,9 +326,12 @@ def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 @made_once
 def columns_of(spans: tuple[Span, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """[n, T] int64 columns of spans, the last one again behind a shorter span, and a mask of those that exist."""
+    """[n, T] int64 columns of spans, the last one again behind a shorter span, and a mask of those that exist.
+
+    An empty span has the column before it, which exists where the span stands behind the last one.
+    """
     longest = max(1, max(stop - start for start, stop in spans))
-    index = [[start + min(i, max(stop - start - 1, 0)) for i in range(longest)] for start, stop in spans]
+    index = [[max(0, min(start + i, stop - 1)) for i in range(longest)] for start, stop in spans]
     mask = [[i < stop - start for i in range(longest)] for start, stop in spans]
     return torch.tensor(index).to(device, non_blocking=True), torch.tensor(mask).to(device, non_blocking=True)
 

@@ -49,5 +49,6 @@ from llava.reduction.states import (
     attention_flops,
     attention_rows,
     heads_of,
+    seeing_spans,
 )
 from llava.reduction.token_layout import ModelSpec, PatchGrid, TokenLayout

@@ -156,8 +156,19 @@ class PromptState(EncoderState):
     run_layers: Callable[[int], Tensor] = None  # type: ignore[assignment]
 
     def spans(self, rows: str) -> list[Span]:
-        """The span of text tokens in the prompt of each image; see `text`."""
-        return text_spans(self.sequence, rows, self.rows)
+        """The span of text tokens in the prompt of each image; see `text`.
+
+        Raises:
+            UserError: a prompt has none, as one of images alone.
+        """
+        spans = text_spans(self.sequence, rows, self.rows)
+        for name, (start, stop) in zip(self.ids, spans, strict=True):
+            if start == stop:
+                raise UserError(
+                    f"This method compares images with text, and the {rows} of sample {name!r} is empty; give the "
+                    "prompt a question, choose other text by an option of the method, or take a method that reads none."
+                )
+        return spans
 
     def text(self, rows: str) -> tuple[Tensor, Tensor]:
         """Embeddings of text tokens.
@@ -187,7 +198,7 @@ class PromptState(EncoderState):
         """
         sequence, block = self.sequence, self.llm.layers[layer]
         hidden = self.run_layers(layer) if contextual else sequence.hidden
-        spans, samples = text_spans(sequence, rows, self.rows), tuple(sample for sample, _ in self.rows) or None
+        spans, samples = self.spans(rows), tuple(sample for sample, _ in self.rows) or None
         alike = len({stop - start for start, stop in spans}) == 1 and spans[0][0] < spans[0][1]
         mask = None if alike else sequence.row_index(spans, samples)[1]
         if not self.rows:
@@ -268,7 +279,7 @@ class DecoderState(State):
         """Causal attention of some rows of a decoder layer to the visual tokens.
 
         Args:
-            rows: one of TEXT_ROWS, or one span per prompt in `sequence`'s coordinates.
+            rows: one of TEXT_ROWS as `seeing_spans` finds them, or one span per prompt in `sequence`'s coordinates.
             at: "next" for layer `layer` on the current hidden states, "previous" for the layer before it, which has
                 already run (its keys are read from the cache).
             rotary: False leaves out rotary embedding; only with "next".
@@ -280,13 +291,13 @@ class DecoderState(State):
         seen = self.attention_inputs(rows, at, rotary)
         layer = self.llm.layers[self.layer - (at == "previous")]
         weights = attention_rows(layer, seen.rows, seen.keys, seen.unseen, seen.angles)
-        spans = text_spans(self.sequence, rows) if isinstance(rows, str) else rows
+        spans = seeing_spans(self.sequence, rows) if isinstance(rows, str) else rows
         return seen.at_visual(weights), self.sequence.row_index(spans)[1]
 
     def attention_inputs(self, rows: str | list[Span], at: str = "next", rotary: bool = True) -> AttentionInputs:
         """What `attention` is computed from, with the same arguments; its operations are counted in `flops`."""
         sequence, source = self.sequence, self.sequence if at == "next" else self.entered
-        spans = text_spans(sequence, rows) if isinstance(rows, str) else rows
+        spans = seeing_spans(sequence, rows) if isinstance(rows, str) else rows
         index = self.layer - (at == "previous")
         layer, columns = self.llm.layers[index], sequence.padded_spans(spans)
         visual = columns if rows == "visual" else sequence.padded_spans(text_spans(sequence, "visual"))
@@ -328,6 +339,16 @@ def text_spans(sequence: Sequence, name: str, images: Sequence_[Row] = ()) -> li
     else:
         spans = list(getattr(sequence, name))
     return [spans[sample] for sample, _ in images] if images else spans
+
+
+def seeing_spans(sequence: Sequence, name: str) -> list[Span]:
+    """Spans of `text_spans` whose rows see the image, for prompts with one image each as in `DecoderState`.
+
+    Text before an image attends to nothing of it. In a prompt whose text all stands before its image, the prompt's last
+    token, which sees the whole image, takes the place of the text.
+    """
+    spans = zip(text_spans(sequence, name), sequence.images, sequence.lengths, strict=True)
+    return [(start, stop) if stop > image else (length - 1, length) for (start, stop), (image, _), length in spans]
 
 
 def at_images(tensor: Tensor, sequence: Sequence, rows: Sequence_[Row], members: Tensor | None) -> Tensor:
