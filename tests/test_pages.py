@@ -120,6 +120,17 @@ def test_the_reduce_example_runs_on_the_toy_model(capsys):
     assert answer.strip().lower() in ("yes", "no")
 
 
+def test_the_streaming_example_runs_on_the_toy_model(capsys):
+    """The usual thread inside the block printed a refusal, and the loop over its streamer waited for ever."""
+    names, hub = {"image": Image.open(IMAGE)}, "llava-hf/llava-1.5-7b-hf"
+    exec(block("from llava import reduce").replace(hub, str(TOY)), names)
+    whole = names["processor"].decode(names["output"][0], skip_special_tokens=True).rpartition("ASSISTANT:")[2]
+    capsys.readouterr()
+    exec(block("TextIteratorStreamer"), names)
+    assert capsys.readouterr().out.split() == whole.split() and whole.split()
+    assert names["reduced"].accounting[0].mean == 64
+
+
 def test_methods_and_benchmarks_are_counted():
     """A new one left both numbers, and the list of methods, as they were."""
     text = (ROOT / "README.md").read_text()

@@ -1,6 +1,7 @@
 """The contract of `reduce` for every family of `llava.hf.families`, on tiny random models."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ from llava import reduce
 from llava.errors import UserError
 from llava.hf import families
 from llava.hf.families import FAMILIES, Family, FamilyWrapper, packed_layout
-from llava.hf.models import wrap_model
+from llava.hf.models import inner_of, wrap_model
 from llava.reduction import registry
 from tests.stock_families import IMAGE, MODELS, NAMES, OLD, PACKED, QWEN_LIKE, VIDEO, call, count, tiny
-from tests.stock_inputs import shared
+from tests.stock_inputs import TEXTS, shared
 
 STEPS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 LOGITS = {"return_dict_in_generate": True, "output_logits": True}
@@ -101,6 +102,61 @@ def test_batches_and_decoding(name):
                     filler = int(key == "attention_mask")
                     longer[key] = F.pad(own[key], (0, STEPS["max_new_tokens"] - 1), value=filler)
             torch.testing.assert_close(last(model, longer), alone.logits[-1], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "llava", "next", "video"])
+def test_counts_belong_to_the_last_call(name):
+    """Embeddings ran with all tokens under the counts of the call before; a text kept those of the last image."""
+    model = tiny(name) if name in NAMES else shared(name).model
+    inputs = call(name) if name in NAMES else shared(name).batch(TEXTS[1:2])
+    text = {"input_ids": torch.tensor([[1, 21, 22]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    with torch.no_grad(), reduce(model, "uniform", 8) as reduced:
+
+        def counts():
+            return reduced.accounting, reduced.traces, reduced.kv_bytes
+
+        cache = model(**inputs).past_key_values
+        first = counts()
+        assert first[0][0].mean == 8 and len(first[1][0]) == 1 and first[2] >= first[0][0].kv_bytes > 0
+        for run in (model, partial(model.generate, max_new_tokens=3)):
+            run(**text)
+            (account,), traces, size = counts()
+            assert account.tokens_per_layer == (0,) * 4 and account.visual_tokens == 0 and account.kv_bytes == size
+            assert traces == [()] and 0 < size < first[2]
+        # A token that continues a prompt brings its counts back.
+        model(input_ids=text["input_ids"][:, :1], past_key_values=cache)
+        assert counts() == first
+        for run in (model, partial(model.generate, max_new_tokens=3)):
+            model(**inputs)
+            with pytest.raises(UserError, match="inputs_embeds"):
+                run(inputs_embeds=embeddings, attention_mask=inputs["attention_mask"])
+            assert counts() == ([], [], 0)
+        with pytest.raises(UserError, match="inputs_embeds"):
+            inner_of(model)(inputs_embeds=embeddings)
+
+
+@pytest.mark.parametrize("method", ["consensusdrop", "attnmix", "sparsevlm"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prompt_ends_with_its_image(name, method):
+    """It took its whole batch into an IndexError. The other prompts keep their logits."""
+    if not fits(name, method):
+        pytest.skip("not of this family")
+    model, inputs = tiny(name), call(name, (1, 1))
+    ids, kept = inputs["input_ids"].clone(), budget(method, count(name))
+    row = ids[0]
+    text = row[(row > 9) | (row == 1)]
+    ids[0] = torch.cat([row[row == 0], text, row[(row < 10) & (row > 1)]])
+
+    def logits(ids):
+        moved = {key: (ids == IMAGE).to(value.dtype) for key, value in inputs.items() if "token_type" in key}
+        with reduce(model, method, kept) as reduced:
+            found = last(model, {**inputs, **moved, "input_ids": ids, "attention_mask": (ids != 0).long()})
+        return found, reduced.traces
+
+    usual, (found, traces) = logits(inputs["input_ids"])[0], logits(ids)
+    torch.testing.assert_close(found[1], usual[1], atol=2e-5, rtol=0)
+    assert found[0].isfinite().all() and len(traces[0]) == len(traces[1])
 
 
 @pytest.mark.slow

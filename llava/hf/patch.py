@@ -19,6 +19,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NoReturn
 
 import torch
@@ -34,12 +35,13 @@ from llava.hf.models import (
     has_pixels,
     inner_of,
     refuse_arguments,
+    refuse_embeddings,
     refuse_prefill_arguments,
     refuse_training,
     samples,
     state_of,
 )
-from llava.pipeline.accounting import TokenAccounting
+from llava.pipeline.accounting import Record, TokenAccounting
 from llava.pipeline.decoder import Prefilled, Segment, step
 from llava.pipeline.prefill import prefill
 from llava.reduction.merging import Trace
@@ -57,6 +59,9 @@ from llava.transformers_names import (
 )
 
 MISSING = object()
+# The blocks that this thread or task has entered. What is started with a copy of its context has entered them, too.
+ENTERED: ContextVar[frozenset[object]] = ContextVar("ENTERED", default=frozenset())
+COUNTS = "counts_of_reduced_prompts"  # of a cache: accounting, traces and kv_bytes of the prompts that it holds
 
 
 # The cache
@@ -138,21 +143,32 @@ class Reduced:
         model._prepare_position_ids_for_generation: gives none for prompts with pixels, so that position ids that
             arrive in forward are the caller's own, which are refused.
         model._get_candidate_generator: refuses assisted decoding of prompts with pixels.
+        model.generate: ends its streamer after an error, so that a loop over the streamer ends, too.
 
-    The context belongs to the thread that entered it; in another thread, calls with pixels are refused. To stream from
-    a thread, enter the context inside the function that the thread runs.
+    The block belongs to the thread or asyncio task that entered it; in others, calls with pixels are refused, because
+    they may mean the plain model. To stream, start the thread with a copy of the context, which belongs to the block:
+    `Thread(target=copy_context().run, args=(model.generate,), kwargs=dict(**inputs, streamer=streamer))`.
+    `asyncio.to_thread` copies it by itself. An error of a streaming thread is raised where the block is left.
+
+    What is counted belongs to the prompts of the last call: of those that it began, or that are in the cache that it
+    continued. All of it is empty or 0 where these were not counted, as after a call that was refused. A prompt without
+    images has no visual tokens in any layer.
 
     Attributes:
         reducer: the method.
         questions: may be replaced before a call with other prompts.
-        accounting: one per prompt of the last prefill.
+        accounting: one per prompt.
         traces: the reductions that were applied to each of these prompts, in order.
+        kv_bytes: bytes of all keys and values after the prefill, with padding.
+        record, segments: of the last prefill.
     """
 
     def __init__(self, runtime: HFWrapper, reducer: Reducer, questions: Sequence[str] | None = None):
         self.reducer, self.questions = reducer, questions
         self.accounting: list[TokenAccounting] = []
         self.traces: list[Trace] = []
+        self.kv_bytes = 0
+        self.record, self.segments = Record([], []), list[Segment]()
         # Any: the modules of the model are found by attributes that PreTrainedModel does not declare.
         self._model: Any = runtime.hf_model
         self._runtime, self._state = runtime, state_of(self._model)
@@ -164,7 +180,8 @@ class Reduced:
         if isinstance(model.forward, Override) or isinstance(inner.forward, Override):
             raise UserError("This model is being reduced already; leave the other `with reduce(...)` block first.")
         require_methods(model, EXPAND, PREPARE_POSITIONS, CANDIDATES)
-        self._thread = threading.get_ident()
+        self._key, self._thread = object(), threading.get_ident()
+        self._unseen: Exception | None = None
         self._inner, self._rope_deltas = inner, getattr(inner, "rope_deltas", None)
         self._signature, self._inner_signature = map(inspect.signature, (model.forward, inner.forward))
         # generate() encodes images itself if forward takes "mm_encoder_outputs"; methods need the pixels.
@@ -174,6 +191,7 @@ class Reduced:
             Override(model, EXPAND, self._expand),
             Override(model, PREPARE_POSITIONS, self._prepare_position_ids),
             Override(model, CANDIDATES, self._candidate_generator),
+            Override(model, "generate", self._generate),
         ]
         if inner is not model:
             self._overrides.append(Override(inner, "forward", self._forward_inner))
@@ -184,9 +202,11 @@ class Reduced:
         self._returning = [hook for hook in hooks if not hook.io_same_device]
         for hook in self._returning:
             hook.io_same_device = True
+        ENTERED.set(ENTERED.get() | {self._key})
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
+        ENTERED.set(ENTERED.get() - {self._key})
         for override in self._overrides:
             override.restore()
         for hook in self._returning:
@@ -194,30 +214,49 @@ class Reduced:
         if hasattr(self._inner, "rope_deltas"):
             # generate() stores the position offsets of its last prompts on the model; later calls must not use these.
             self._inner.rope_deltas = self._rope_deltas
+        if self._unseen is not None and error[:1] in ((), (None,)):
+            raise self._unseen
 
     # What runs in place of the model's own methods
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = by_name(self._signature, args, kwargs)
-        cache = cache_of(given)
+        cache, owned = cache_of(given), self._key in ENTERED.get()
         continued = cache if isinstance(cache, ReducedCache) and cache.get_seq_length() else None
+        if owned:
+            self._recall(cache)
         if continued is None and not has_pixels(given) and not given.get("mm_encoder_outputs"):
-            return original(*args, **kwargs)
-        if threading.get_ident() != self._thread:
+            if not owned:
+                return original(*args, **kwargs)
+            refuse_embeddings(given)
+            output = original(*args, **kwargs)
+            self._count_text(given, output)
+            return output
+        if not owned:
             raise UserError(
-                "Another thread reduces this model: enter `with reduce(...)` in the thread that calls the model, and "
-                "give each thread a model of its own (copy.deepcopy before the block)."
+                "Another thread or task reduces this model. To stream inside its block, start the thread with "
+                "threading.Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=...); for "
+                "other calls enter `with reduce(...)` in the thread that calls the model, and give each thread a model "
+                "of its own (copy.deepcopy before the block)."
             )
         refuse_training(self._model)
         refuse_arguments(given, self._model.config, self._runtime.used)
-        output = self._prefill(given, cache) if continued is None else self._continue(given, continued)
+        if continued is None:
+            # Without what torch.compile made of parts of the model: methods read values and intermediate results.
+            with torch.compiler.set_stance("force_eager"):
+                output = self._prefill(given, cache)
+        else:
+            output = self._continue(given, continued)
         as_dict = given.get("return_dict")
         if as_dict is None:
             as_dict = getattr(self._model.config, "return_dict", True)
         return output if as_dict else output.to_tuple()
 
     def _forward_inner(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if has_pixels(by_name(self._inner_signature, args, kwargs)):
+        given = by_name(self._inner_signature, args, kwargs)
+        if self._key in ENTERED.get():
+            refuse_embeddings(given)
+        if has_pixels(given):
             raise UserError(
                 f"Inside `with reduce(...)`, call the {type(self._model).__name__} itself: its inner `.model` gives "
                 "hidden states of every token, which a reduced prompt does not have."
@@ -256,6 +295,47 @@ class Reduced:
             )
         return original(*args, **kwargs)
 
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = by_name(inspect.signature(original), args, kwargs)
+        try:
+            if self._key in ENTERED.get():
+                self._recall(None)
+                refuse_embeddings(given)
+            return original(*args, **kwargs)
+        except Exception as error:
+            streamer = given.get("streamer")
+            if streamer is not None:
+                # A loop over it in the block's thread would wait for ever, and that thread sees no error.
+                if threading.get_ident() != self._thread:
+                    self._unseen = error
+                streamer.end()
+            raise
+
+    # What is counted
+
+    def _recall(self, cache: Any) -> None:
+        """Show the counts of the prompts that a cache holds; none for a new one."""
+        self.accounting, self.traces, self.kv_bytes = getattr(cache, COUNTS, ([], [], 0))
+
+    def _count(self, record: Record, state: Prefilled) -> None:
+        """Count what a prefill computed; the numbers stay with its cache."""
+        self.accounting, self.traces, self.kv_bytes = record.accounting(state), record.steps, state.kv_bytes_held
+        # Decoding moves the masks and positions of segments, and leaves their lengths.
+        self.record, self.segments = record, state.segments
+        setattr(state.cache, COUNTS, (self.accounting, self.traces, self.kv_bytes))
+
+    def _count_text(self, given: Mapping[str, Any], output: Any) -> None:
+        """Count prompts without images, which the model's own forward ran, if it left them in a cache as a whole."""
+        ids, mask, cache = given.get("input_ids"), given.get("attention_mask"), cache_of(output)
+        if ids is None or type(cache) is not DynamicCache or cache.get_seq_length() != ids.shape[1]:
+            return
+        mask = torch.ones_like(ids) if mask is None else mask
+        if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+            return
+        lengths, layers = mask.sum(1).tolist(), self._runtime.llm.layers
+        segment = Segment(range(len(layers)), tuple(lengths), (0,) * len(ids), None, ids[:, :0])
+        self._count(Record([[] for _ in ids], [[] for _ in ids]), held_by(output.logits, cache, [segment]))
+
     # The staged forward
 
     def _prefill(self, given: Mapping[str, Any], cache: Any) -> CausalLMOutputWithPast:
@@ -270,15 +350,15 @@ class Reduced:
         runtime, copies = self._runtime, given.get(COPIES, 1)
         ids, mask = given["input_ids"][::copies], given.get("attention_mask")
         mask = None if mask is None else mask[::copies]
-        batch = samples(ids, mask, runtime.ready(given), self.questions, runtime.tokenizer)
+        batch = samples(ids, mask, runtime.ready(given), self.questions, runtime.tokenizer, runtime.marks)
         with hooks_must_run(self._model, modules):
             state, record = prefill(runtime, batch, self.reducer)
             held = ReducedCache.holding(state, cache)
             if copies > 1:
                 held.batch_repeat_interleave(copies)
             output = self._output(state.hidden.repeat_interleave(copies, 0), held)
-        self.accounting = record.accounting(state)
-        self.traces = record.steps
+        state.cache = held
+        self._count(record, state)
         return output
 
     def _check_prefill(self, given: Mapping[str, Any], cache: Any, modules: Sequence[nn.Module]) -> None:
@@ -330,6 +410,19 @@ class Reduced:
         return output_of(logits, cache)
 
 
+def held_by(hidden: Tensor, cache: Any, segments: list[Segment]) -> Prefilled:
+    """The state after a model's own forward of whole prompts, whose cache may lack keys and values in some layers."""
+    used, held = [0] * len(segments[0].lengths), 0
+    for one in segments:
+        for layer in (cache.layers[index] for index in one.layers):
+            if getattr(layer, "keys", None) is not None:
+                total, length = layer.keys.nbytes + layer.values.nbytes, layer.keys.shape[-2]
+                held += total
+                token = total // (len(used) * length)
+                used = [own + min(count, length) * token for own, count in zip(used, one.lengths, strict=True)]
+    return Prefilled(hidden, cache, segments, used, held)
+
+
 # Methods of a module, overridden for a while
 
 
@@ -338,6 +431,7 @@ class Override:
 
     A deep copy or a pickle of the module is refused meanwhile: the copy would keep the override, which runs the weights
     of the original. A shallow copy shares the modules; what it keeps of the override has no effect after `restore`.
+    torch.compile does not look into it: what runs in place of the method reads values on the host.
 
     Args:
         owner: the module.
@@ -361,6 +455,7 @@ class Override:
         self._attribute = vars(owner).get(name, MISSING)
         setattr(owner, name, self)
 
+    @torch.compiler.disable(reason="A model inside `with reduce(...)` is not compiled as a whole.")  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active:
             return self.original(*args, **kwargs)

@@ -17,7 +17,7 @@ Read: transformers 5.23.0, modeling of the families, generation/utils.py, maskin
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,17 +27,17 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llava.budget import RETENTION_RATIO
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError
 from llava.hf.families import FAMILIES, MODALITIES, FamilyWrapper, declared, flat, why_not
-from llava.hf.models import COPIES, ONE_CALL, HFWrapper, StockSample, by_name, samples, wrap_model
-from llava.hf.patch import Override, Reduced, ReducedCache
+from llava.hf.models import COPIES, ONE_CALL, HFWrapper, StockSample, samples, wrap_model
+from llava.hf.patch import Override, Reduced, ReducedCache, held_by
 from llava.pipeline import positions
 from llava.pipeline.accounting import Record, Timer
-from llava.pipeline.decoder import Prefilled, Segment, causal_mask, rotary_angles
+from llava.pipeline.decoder import Segment, causal_mask, rotary_angles
 from llava.pipeline.prefill import Stages, embed
 from llava.pipeline.sequence import Sequence as Prompts
 from llava.reduction.budget import require
@@ -66,7 +66,9 @@ def reduce(
         budget: visual tokens per image or video, mean over decoder layers, or the ratio of each image's tokens to keep
             ("1/9", 0.111). Only `full` and methods whose images decide how many tokens stay need none.
         questions: the question of each prompt of the calls inside, without template, for methods that read it. Without
-            `questions`, all text after the last image is taken for the question, template included.
+            `questions`, all text after the last image is taken for the question, template included; where none
+            follows, the text before that image. A chat template that puts the question first leaves only its own words
+            after the image, so give `questions` there. Methods that read the question refuse a prompt of images alone.
         tokenizer: the model's tokenizer or processor, needed with `questions`.
         text_tower: folder or hub id of the CLIP that the vision tower comes from, for methods that need its text half.
         options: of the method, as `official=True`.
@@ -74,6 +76,7 @@ def reduce(
     Raises:
         UserError: the model, the method, an option or the budget is not supported, or there is no budget.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if questions is not None and (isinstance(questions, str) or tokenizer is None):
         raise UserError("`questions` is a list with one string per prompt, and needs `tokenizer` (or the processor).")
@@ -185,13 +188,9 @@ class FamilyReduced(Reduced):
 
     Attributes:
         timer: of the stages up to the decoder's end; of each call its own if None.
-        record, segments, kv_bytes: of the last prefill; bytes of all keys and values, with padding.
     """
 
     _runtime: FamilyWrapper
-    record: Record
-    segments: list[Segment]
-    kv_bytes: int
 
     def __init__(
         self,
@@ -221,20 +220,9 @@ class FamilyReduced(Reduced):
         return self
 
     def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
         for hook in self._hooks:
             hook.remove()
-
-    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        output = super()._forward(original, *args, **kwargs)
-        given, cache = by_name(self._signature, args, kwargs), cache_of(output)
-        ids, mask = given.get("input_ids"), given.get("attention_mask")
-        if ids is not None and type(cache) is DynamicCache and cache.get_seq_length() == ids.shape[1]:
-            # Prompts without images, by the model's own forward.
-            lengths, layers = (torch.ones_like(ids) if mask is None else mask).sum(1).tolist(), self._runtime.llm.layers
-            segment = Segment(range(len(layers)), tuple(lengths), (0,) * len(ids), None, ids[:, :0])
-            self._account(Record([[] for _ in ids], [[] for _ in ids]), [segment], output)
-        return output
+        super().__exit__(*error)
 
     def _prefill(self, given: Mapping[str, Any], cache: Any) -> CausalLMOutputWithPast:
         self._check_prefill(given, cache, list(self._model.modules()))
@@ -254,25 +242,10 @@ class FamilyReduced(Reduced):
         cache.__class__ = ReducedCache
         segments[-1].layers = range(segments[-1].layers.start, len(self._runtime.llm.layers))
         cache.segments = segments
-        self._account(running.stages.record, segments, output)
+        self._count(running.stages.record, held_by(output.logits, cache, segments))
         if copies > 1:
             cache.reorder_cache(torch.arange(len(running.rows), device=self._runtime.device).repeat_interleave(copies))
         return output_of(output.logits.repeat_interleave(copies, 0), cache)
-
-    def _account(self, record: Record, segments: list[Segment], output: Any) -> None:
-        """Count what a forward of whole prompts left in its cache."""
-        cache, used, self.kv_bytes = cache_of(output), [0] * len(segments[0].lengths), 0
-        for one in segments:
-            for layer in (cache.layers[index] for index in one.layers):
-                if getattr(layer, "keys", None) is not None:
-                    self.kv_bytes += layer.keys.nbytes + layer.values.nbytes
-                    token = (layer.keys.nbytes + layer.values.nbytes) // (len(used) * layer.keys.shape[-2])
-                    kept = [min(length, layer.keys.shape[-2]) for length in one.lengths]
-                    used = [total + length * token for total, length in zip(used, kept, strict=True)]
-        self.accounting = record.accounting(Prefilled(output.logits, cache, segments, used, self.kv_bytes))
-        # Decoding moves the masks and positions of segments, and leaves their lengths.
-        self.record, self.segments = record, segments
-        self.traces = record.steps
 
     def _begin(self, given: Mapping[str, Any], copies: int) -> Running:
         """Encode images, find them in the prompts, and run the method's stages before the decoder."""
@@ -288,7 +261,7 @@ class FamilyReduced(Reduced):
             if given.get(pixels) is not None:
                 views, outputs[name] = runtime.views_of(name, given, reducer)
                 ready[tokens[name]], filled = runtime.pictures(name, views, filled, tokens[name])
-        batch: list[StockSample] = samples(filled, mask, ready, self.questions, runtime.tokenizer)
+        batch: list[StockSample] = samples(filled, mask, ready, self.questions, runtime.tokenizer, runtime.marks)
         prompts, real = [runtime.prompt(sample) for sample in batch], mask.bool()
         stages = Stages(runtime, reducer, batch, Record([[] for _ in batch], [[] for _ in batch]), timer)
         stages.encode_images()
@@ -427,6 +400,7 @@ class FamilyReduced(Reduced):
         following = positions.next_position(sequence.position)
         return Segment(range(first, len(self._runtime.llm.layers)), sequence.lengths, counts, valid, following)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the layer itself may be compiled
     def _before_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """A decoder layer's arguments: prompts reduced before it, or the mask and positions of its own keys."""
         llm, running = self._runtime.llm, self._running
