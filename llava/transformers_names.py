@@ -23,6 +23,7 @@ from llava.versions import TESTED, advice, note_untested
 note_untested("torch", torch.__version__)
 note_untested("transformers", transformers.__version__)
 
+from transformers.activations import ACT2FN
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, local_torch_dtype

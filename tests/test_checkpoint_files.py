@@ -406,6 +406,9 @@ def test_a_tower_that_is_not_clip(tmp_path, model):
         (save_original_layout, {"mm_projector_type": "linear"}, "'linear' is not supported: .* two linear layers"),
         (save_original_layout, {"hidden_size": ..., "vocab_size": ...}, r"config\.json lacks hidden_size, vocab_size"),
         (save_original_layout, {"mm_vision_tower": 3}, "impossible values: mm_vision_tower"),
+        # A KeyError named the activation, not its place.
+        (save_transformers_layout, {"projector_hidden_act": "gelo"}, "projector_hidden_act in .*Did you mean 'gelu'"),
+        (save_original_layout, {"hidden_act": "silo"}, "hidden_act in .*Did you mean 'silu'"),
         (save_original_layout, {"num_hidden_layers": "4"}, "describes no LLaVA model: .*num_hidden_layers"),
         (save_original_layout, {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "no LLaVA model: .*rope_par"),
     ],
@@ -414,6 +417,21 @@ def test_values_without_a_meaning_are_refused(tmp_path, model, save, changes, se
     save(tmp_path, model)
     edit(tmp_path / "config.json", **changes)
     refused(tmp_path, sentence)
+
+
+@pytest.mark.parametrize("save", [save_original_layout, save_transformers_layout])
+def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows(tmp_path, model, save):
+    """It loaded, and the first question with such a word ended in an IndexError. Padding may have an id above."""
+    save(tmp_path, model)
+    config = json.loads((tmp_path / "config.json").read_text())
+    rows, path = config.get("text_config", config)["vocab_size"], tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    words = content["model"]["vocab"]
+    words["unheard-of"] = rows
+    path.write_text(json.dumps(content))
+    refused(tmp_path, f"ids up to {rows} .'unheard-of'.*{rows} rows")
+    edit(tmp_path / "tokenizer_config.json", pad_token="unheard-of")
+    assert load_checkpoint(tmp_path).vocabulary <= rows
 
 
 def test_weights_of_the_right_dtype_need_no_memory(tmp_path, model, monkeypatch):

@@ -96,7 +96,9 @@ def test_accelerators_are_not_counted_where_they_do_not_matter():
         (4, {"GPUS": "0,4"}, "GPUS=0,4 names accelerator 4, but this machine has 4, from 0"),
         (4, {"GPUS": "1,1"}, "GPUS=1,1 names an accelerator twice"),
         (4, {"GPUS": ","}, "GPUS=, names no accelerator"),
-        (0, {"RANKS": "many"}, "RANKS should be a whole number, 1 or more, got 'many'"),
+        (0, {"RANKS": "many"}, "RANKS should be a whole number, 1 to 1024, got 'many'"),
+        # A tuple of so many numbers was made: a MemoryError.
+        (0, {"RANKS": "999999999999"}, "RANKS should be a whole number, 1 to 1024, got '999999999999'"),
         (2, {"RANKS": "3"}, "RANKS=3, but this machine has 2 accelerators.*--device cpu"),
         (4, {"RANKS": "2", "GPUS": "2"}, "RANKS and GPUS are both set; leave one out"),
         (4, {"GPUS": "1", "HOSTFILE": "h"}, "GPUS and HOSTFILE are both set; leave one out"),
@@ -155,6 +157,7 @@ def test_a_hostfile_is_read_as_deepspeed_and_mpi_read_it(tmp_path):
         ("node1 slots=2 max=4", "line 1 should look like"),
         ("[fd00::2 slots=2", "line 1 should look like"),
         ("node1 slots=2\n\nnode1 slots=2", "line 3 names node1 a second time"),
+        ("node1 slots=999999999999", "line 1: slots should be a whole number, 1 to 1024"),
         ("# nothing\n", "names no machine; lines look like"),
     ],
 )

@@ -21,6 +21,7 @@ from llava.errors import UserError
 
 VARIABLES = ("RANKS", "GPUS", "HOSTFILE")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+MOST_RANKS = 1024  # of one machine
 Device = int | str  # an index, or the name of a GPU or of a part of one
 HOST_LINE = re.compile(r"(\[)?(?P<host>[\w:][\w.:-]*)(?(1)\])\s+slots\s*=\s*(?P<slots>\d+)(\s+max_slots\s*=\s*\d+)?")
 
@@ -103,7 +104,7 @@ def detect(
         return replace(read_hostfile(Path(environment["HOSTFILE"]), size), processor=device == "cpu")
     if named == "RANKS":
         there = 0 if device == "cpu" else accelerators()
-        count = whole_number("RANKS", environment["RANKS"])
+        count = whole_number("RANKS", environment["RANKS"], maximum=MOST_RANKS)
         if there and count > there:
             raise UserError(
                 f"RANKS={count}, but this machine has {there} accelerators, one for each rank; set RANKS to at most "
@@ -191,9 +192,10 @@ def read_hostfile(path: Path, size: int = 1) -> Placement:
         found = HOST_LINE.fullmatch(text)
         if found is None or found["slots"] == "0":
             raise UserError(f"{path} line {number} should look like 'node1 slots=8', got {text!r}.")
+        slots = whole_number(f"{path} line {number}: slots", found["slots"], maximum=MOST_RANKS)
         if found["host"] in hosts:
             raise UserError(f"{path} line {number} names {found['host']} a second time.")
-        hosts[found["host"]] = tuple(range(int(found["slots"])))
+        hosts[found["host"]] = tuple(range(slots))
     if not hosts:
         raise UserError(f"{path} names no machine; lines look like 'node1 slots=8'.")
     return Placement(tuple(hosts.items()), size, "hostfile")

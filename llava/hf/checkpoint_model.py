@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from PIL import Image
 from torch import Tensor
@@ -33,8 +34,11 @@ from llava.file_state import FileState
 from llava.hf.families import FamilyWrapper, kinds_of, why_not
 from llava.hf.models import StockSample
 from llava.hf.reduce import FamilyReduced, require_any
+from llava.model.checkpoint.config import refuse_activations
 from llava.model.checkpoint.files import about_snapshot, files_of, locate, name_of
+from llava.model.checkpoint.load import real_vocabulary, refuse_long_vocabulary
 from llava.pipeline.accounting import Answer, Batch, Timer, Timing
+from llava.processing.json_files import read_json
 from llava.processing.prompt import Prompt, Sample
 from llava.reduction.modules import prefill_flops
 from llava.reduction.reducer import Reducer
@@ -61,6 +65,9 @@ class FamilyModel(FamilyWrapper):
         self.processor, self.name, self._files = processor, name, files
         self.stop, self.spread, title = None, False, self.family.title
         self.conversation = f"chat template of {title}"
+        rows = self.head.out_features
+        refuse_long_vocabulary(processor.tokenizer, rows, name)
+        self.vocabulary = real_vocabulary(processor.tokenizer, rows, self.token("image"), self.token("video"))
         padding = processor.tokenizer.pad_token_id
         padding = min(self.end_ids) if padding is None else padding
         model.generation_config = GenerationConfig(eos_token_id=sorted(self.end_ids), pad_token_id=padding)
@@ -130,14 +137,16 @@ class FamilyModel(FamilyWrapper):
         timer.mark("preprocess")
         length, passes = given["input_ids"].shape[1], [0]
 
-        def finite(ids: Tensor, scores: Tensor) -> Tensor:
-            for sample, sound in zip(samples, scores.sum(-1).isfinite().tolist(), strict=True):
+        def answerable(ids: Tensor, scores: Tensor) -> Tensor:
+            """Scores of tokens, which must be finite; the rows of the head that no token has are never chosen."""
+            known = scores[:, : self.vocabulary]
+            for sample, sound in zip(samples, known.sum(-1).isfinite().tolist(), strict=True):
                 if not sound:
                     raise UserError(
                         f"The logits for question {sample.id} are not finite: check the weights of {self.name}, or use "
                         "another --dtype."
                     )
-            return scores
+            return F.pad(known, (0, scores.shape[1] - self.vocabulary), value=-torch.inf)
 
         def watch(ids: Tensor, scores: Any, **more: Any) -> Tensor:
             if not passes[0]:
@@ -152,7 +161,7 @@ class FamilyModel(FamilyWrapper):
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 eos_token_id=ends,
-                logits_processor=[finite],
+                logits_processor=[answerable],
                 stopping_criteria=[watch],
                 return_dict_in_generate=True,
             )
@@ -197,6 +206,7 @@ def load_family(source: str | Path, container: str, dtype: torch.dtype, device: 
     name, folder = name_of(source), locate(source, "checkpoint")
     files = files_of(folder)
     kind = getattr(transformers, container)
+    refuse_activations(read_json(folder / "config.json"), folder)
     try:
         processor = read_processor(folder, kind)
         if not processor.chat_template:

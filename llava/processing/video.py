@@ -38,10 +38,14 @@ class Video:
     """The frames of a video that the model takes; used in a Sample in the place of an image.
 
     Attributes:
-        frames: in temporal order, all of one size.
+        frames: in temporal order, all of one size, at least one.
     """
 
     frames: tuple[Image.Image, ...]
+
+    def __post_init__(self) -> None:
+        if not self.frames:
+            raise UserError("A video needs at least one frame, got none; leave it out or decode it again.")
 
 
 def frame_indices(count: int, frames: int = FRAMES) -> list[int]:

@@ -25,10 +25,11 @@ from huggingface_hub.errors import StrictDataclassError
 from pydantic import PositiveInt
 from transformers import LlamaConfig, PretrainedConfig
 
-from llava.errors import UserError
+from llava.errors import UserError, unknown
 from llava.processing.image import MERGES
 from llava.processing.json_files import Schema
 from llava.processing.video import FRAMES
+from llava.transformers_names import ACT2FN
 
 Family = Literal["llava", "llava_next", "video_llava", "qwen2_5_vl", "qwen2_vl"]
 CheckpointLayout = Literal["transformers", "original"]
@@ -220,9 +221,20 @@ def library_config(build: Any, fields: Mapping[str, Any], directory: Path, what:
         UserError: transformers refuses the fields.
     """
     try:
-        return build.from_dict(dict(fields))
+        config = build.from_dict(dict(fields))
     except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{directory}/config.json describes no {what}: {' '.join(str(error).split())}") from error
+    refuse_activations(config.to_dict(), directory)
+    return config
+
+
+def refuse_activations(fields: Mapping[str, Any], directory: Path) -> None:
+    """Raise UserError for an activation that transformers does not know, in a configuration or one inside it."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            refuse_activations(value, directory)
+        elif str(name).endswith(("hidden_act", "hidden_activation")) and isinstance(value, str) and value not in ACT2FN:
+            raise unknown(f"{name} in {directory}/config.json", value, ACT2FN)
 
 
 # Names of weights

@@ -43,6 +43,7 @@ from transformers import (
     VideoLlavaForConditionalGeneration,
 )
 
+from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import UserError, unknown
 from llava.file_state import FileState
 from llava.model.checkpoint.config import (
@@ -361,6 +362,9 @@ def _parts(files: _Files, source: str | Path) -> dict[str, Any]:
     images = files.towers[0].folder if files.towers else files.directory
     processor, about_images = read_image_processor(images, config.vision_config, qwen=family in QWEN)
     tokenizer = read_tokenizer(files.directory, config)
+    rows = config.text_config.vocab_size
+    # The original layout has no row for images, which the translated configuration adds.
+    refuse_long_vocabulary(tokenizer, files.raw["vocab_size"] if layout == "original" else rows, source)
     merge = None
     if family == "llava_next":
         merge = merge_type(files.raw) if layout == "original" else "spatial_unpad"
@@ -372,9 +376,7 @@ def _parts(files: _Files, source: str | Path) -> dict[str, Any]:
         "layout": layout,
         "text_tower": files.text_tower,
         "notes": _notes(files, about_images),
-        "vocabulary": real_vocabulary(
-            tokenizer, config.text_config.vocab_size, config.image_token_id, getattr(config, "video_token_id", None)
-        ),
+        "vocabulary": real_vocabulary(tokenizer, rows, config.image_token_id, getattr(config, "video_token_id", None)),
         "family": family,
         "merge": merge,
         "frames": (files.frames or FRAMES) if family == "video_llava" else 0,
@@ -409,6 +411,20 @@ def _notes(files: _Files, about_images: Sequence[str]) -> tuple[str, ...]:
         if activation != trained:
             notes.append(f"The towers use the activation {activation}; LanguageBind's were trained with {trained}.")
     return tuple(notes)
+
+
+def refuse_long_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, source: str | Path) -> None:
+    """Raise UserError for a tokenizer with ids above the embedding's `rows`, which a question might contain.
+
+    Nothing is looked up for placeholders of images and videos, nor for padding.
+    """
+    unread = (DEFAULT_IMAGE_TOKEN, "<video>", tokenizer.pad_token)
+    above = {n: token for token, n in tokenizer.get_vocab().items() if n >= rows and token not in unread}
+    if extra := sorted(above):
+        raise UserError(
+            f"The tokenizer of {source} has ids up to {extra[-1]} ({above[extra[-1]]!r}), but the embedding has "
+            f"{rows} rows, 0 to {rows - 1}: they do not belong together; take the tokenizer files of this checkpoint."
+        )
 
 
 def real_vocabulary(
