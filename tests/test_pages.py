@@ -122,8 +122,8 @@ def test_the_reduce_example_runs_on_the_toy_model(capsys):
 
 def test_the_streaming_example_runs_on_the_toy_model(capsys):
     """The usual thread inside the block printed a refusal, and the loop over its streamer waited for ever."""
-    names, hub = {"image": Image.open(IMAGE)}, "llava-hf/llava-1.5-7b-hf"
-    exec(block("from llava import reduce").replace(hub, str(TOY)), names)
+    names, code = {}, block("from llava import reduce").replace("dog.jpg", str(IMAGE))
+    exec(code.replace("llava-hf/llava-1.5-7b-hf", str(TOY)), names)
     whole = names["processor"].decode(names["output"][0], skip_special_tokens=True).rpartition("ASSISTANT:")[2]
     capsys.readouterr()
     exec(block("TextIteratorStreamer"), names)

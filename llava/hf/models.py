@@ -114,8 +114,8 @@ def refuse_arguments(given: Mapping[str, Any], config: PretrainedConfig, used: f
 
 
 def refuse_embeddings(given: Mapping[str, Any]) -> None:
-    """Raise UserError for embeddings without pixels: images that are merged into them would keep all their tokens."""
-    if given.get("inputs_embeds") is not None and not has_pixels(given):
+    """Raise UserError for embeddings: images that are merged into them would keep all their tokens."""
+    if given.get("inputs_embeds") is not None:
         raise UserError(
             "inputs_embeds cannot be used here: they do not show where images are, all of whose tokens would be "
             "computed. Give input_ids, with the pixels if there are images."
