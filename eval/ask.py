@@ -31,6 +31,7 @@ from eval.config import RunConfig, device_name
 from eval.feature_cache import without_memory
 from eval.parallel.ranks import ASKING, Rank
 from eval.results import cost, report
+from llava.budget import budget_text
 from llava.errors import MethodError, UserError, is_out_of_memory, release_memory
 from llava.pipeline.accounting import Batch
 from llava.pipeline.generate import generate
@@ -39,8 +40,6 @@ from llava.reduction.reducer import Reducer
 
 T = TypeVar("T")
 
-# What a method may be off its budget if it does not document its own rounding, in tokens per layer.
-ROUNDING = 0.5
 WINDOW = 256  # questions
 READERS = 4  # threads that read images
 HELD_BYTES = 256 << 20  # of images that were read, beside those of the batches under way
@@ -92,11 +91,6 @@ class Job:
         """What each answer is worth; nothing where the benchmark has no sample score for a single answer."""
         judge = self.data.sample_score
         return [] if judge is None else [judge(q, text) for q, text in zip(questions, texts, strict=True)]
-
-    def off_budget(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-        """See `eval.results.cost.off_budget`; `lines` are of answers.jsonl."""
-        audits = [line["metadata"]["audit"] for line in lines]
-        return cost.off_budget(audits, getattr(self.reducer, "rounding", ROUNDING))
 
 
 def measured_under(job: Job) -> dict[str, Any]:
@@ -397,7 +391,7 @@ class Progress:
         self.bar = tqdm(
             total=len(job.planned),
             initial=before,
-            desc=f"{job.reducer.name} {job.reducer.budget}",
+            desc=f"{job.reducer.name} {budget_text(job.reducer.budget, job.reducer.retention_ratio)}",
             unit="question",
             mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs no line per batch
             disable=not rank.first,
@@ -504,7 +498,8 @@ def ask(job: Job, sink: AnswerFiles | None, pending: Sequence[Question], progres
                     record["notes"] += limit.notes
                     sink.add(lines, record)
                 # Said after the first batch, as the result says it after the last: that may be hours later.
-                if progress.answered == 0 and (off := job.off_budget(lines)):
+                audits = [line["metadata"]["audit"] for line in lines]
+                if progress.answered == 0 and (off := cost.off_budget(audits, job.reducer, planned_only=True)):
                     print(f"Warning, first batch: {off['remark']}", file=sys.stderr)
                 progress.add(outcome)
                 failures.release()

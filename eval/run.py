@@ -324,7 +324,7 @@ def summarise(job: Job, store: AnswerStore, throughput: dict[str, Any], ttft: di
     remarks += [*cost.mixed_batches(timed), *store.remarks]
     if without_cls := job.reducer.without_cls(job.model.spec):
         remarks.append(without_cls)
-    if off_budget := job.off_budget(lines):
+    if off_budget := cost.off_budget(audits, job.reducer):
         remarks.append(off_budget["remark"])
     result = {
         "title": job.data.title,
@@ -339,6 +339,7 @@ def summarise(job: Job, store: AnswerStore, throughput: dict[str, Any], ttft: di
         **report.scored(score, answered),
         "audit": cost.summarise_audit(audits),
         "off_budget": off_budget,
+        "counts_otherwise": job.reducer.deviates("uncounted") or None,
         "timing": cost.summarise_timing(timed, job.started) | {"ttft": ttft},
         "throughput": throughput,
         "flops": flops,

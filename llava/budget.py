@@ -1,6 +1,7 @@
 """How a budget is written: as a number of visual tokens, or as a ratio of each image's."""
 
 import re
+from fractions import Fraction
 
 RETENTION_RATIO = "retention_ratio"
 COUNT = re.compile(r"[0-9]{1,9}")
@@ -31,6 +32,14 @@ def count_or_ratio(budget: object) -> int | float:
         "should be a whole number of visual tokens, 1 or more (64), or a ratio of each image's, above 0 and up to 1 "
         f"(1/9 or 0.111), got {budget!r:.42}"
     )
+
+
+def budget_text(budget: int | None, ratio: float | None = None) -> str:
+    """A budget as a person writes it: "64", or with a ratio of each image's tokens "1/9" or "0.35"."""
+    if not ratio:
+        return str(budget)
+    short, simple = f"{ratio:.6g}", Fraction(ratio).limit_denominator(1000)
+    return str(simple) if float(short) != ratio and float(simple) == ratio else short
 
 
 def tokens_of(ratio: float, visual_tokens: int) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from eval.results import cost
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
 from llava.pipeline import prefill as stages
@@ -136,6 +137,11 @@ def check(reducer: Reducer, model: Llava, batch: list[Sample]) -> None:
         mean = sum(planned) / len(planned)
         assert abs(mean - reducer.budget) <= reducer.rounding, f"{label(reducer)}: plans {planned}, a mean of {mean:g}"
     alone = [run(model, [sample], reducer) for sample in batch]
+    records = [cost.audit_record(audit) for _, (audit,), _ in alone]
+    off = cost.off_budget(records, reducer)
+    mean = cost.summarise_audit(records)["mean_tokens_per_layer"]
+    missed = planned is None and abs(mean - min(reducer.budget, model.visual_tokens)) > reducer.rounding
+    assert bool(off) == missed, f"{label(reducer)}: {mean:g} tokens per layer, a result says of its budget: {off}"
     for size in SIZES:
         logits, audits, record = run(model, batch[:size], reducer)
         for i, steps in enumerate(record.steps):

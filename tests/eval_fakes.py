@@ -32,9 +32,14 @@ class FakeReducer:
     budget: int = 16
     alpha: float = 0.5
     name = "first"
+    rounding = 0.5
+    retention_ratio = 0.0
 
     def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...]:
         return (self.budget,) * spec.layers
+
+    def deviates(self, kind: str) -> str:
+        return ""
 
     def without_cls(self, spec: ModelSpec) -> str:
         return ""
@@ -49,9 +54,14 @@ class FakeLlava:
     visual_tokens = 64
     device = "cpu"
 
-    def __init__(self, before_answer: Callable[[int], None] = lambda number: None, mean_error: int = 0):
+    def __init__(
+        self,
+        before_answer: Callable[[int], None] = lambda number: None,
+        mean_error: int = 0,
+        planned: bool = True,
+    ):
         self.before_answer = before_answer
-        self.mean_error = mean_error
+        self.mean_error, self.planned = mean_error, planned
         self.batches = 0
         self.asked: list[str] = []
 
@@ -68,9 +78,9 @@ class FakeLlava:
         answers = []
         for sample in samples:
             step = Step("prompt", Reduction(torch.arange(kept)[None], self.visual_tokens))
-            audit = TokenAccounting(
-                (kept,) * LAYERS, self.visual_tokens, merged=0, kv_bytes=1000 * kept, planned=float(reducer.budget)
-            )
+            budget = float(reducer.budget)
+            plan = budget if self.planned else None
+            audit = TokenAccounting((kept,) * LAYERS, self.visual_tokens, 0, 1000 * kept, 1, plan, asked=budget)
             runs = (single(8, 8),) * len(sample.images)
             answers.append(Answer(sample.id, fake_text(sample.id), (1,), audit, (step,), runs))
         count = len(samples)

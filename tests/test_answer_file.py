@@ -293,6 +293,16 @@ def test_images_are_compared_where_both_have_them():
             check_images(one, one | {changed: "9"}, "A and B")
 
 
+def test_a_run_off_its_budget_is_named_where_it_is_compared(tmp_path, capsys):
+    """A score at 21 tokens stood beside one at 16 as if both had kept 16."""
+    data = write_gqa(tmp_path / "data")
+    a = run_in(data, tmp_path / "a")
+    b = run_in(data, tmp_path / "b", 0.7, FakeLlava(mean_error=5, planned=False))
+    assert score.compare_command([a, b, "--data", str(data)]) == 0
+    text = capsys.readouterr().out
+    assert "note: B is off its budget: 21.00 visual tokens" in text and "note: A" not in text
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from eval.command import STOPS, Terminated, exit_on_user_error
 from eval.config import RunConfig, options_by_method, pairs
 from eval.results import cost, report
 from eval.run import Interrupted, run
-from llava.budget import count_or_ratio
+from llava.budget import budget_text, count_or_ratio
 from llava.errors import UserError
 from llava.model.builder import parse
 from llava.pipeline.generate import generate
@@ -110,6 +111,7 @@ def test_answers_are_in_llavas_fields(main, data, tmp_path):
                 "entering": [16, 16, 16],
                 "mean": 16,
                 "planned": 16,
+                "asked": 16,
                 "visual_tokens": 64,
                 "merged": 0,
                 "kv_bytes": 16000,
@@ -122,14 +124,47 @@ def test_answers_are_in_llavas_fields(main, data, tmp_path):
 
 
 def test_questions_without_a_picture_neither_water_the_audit_down_nor_hide_a_deviation():
-    seen = {"visual_tokens": 64, "mean": 20.0, "planned": 16.0, "entering": [20, 20], "merged": 0, "kv_bytes": 10}
-    unseen = {"visual_tokens": 0, "mean": 0.0, "planned": 0.0, "entering": [0, 0], "merged": 0, "kv_bytes": 2}
+    seen = record(20.0, entering=[20, 20], merged=0, kv_bytes=10)
+    unseen = record(0.0, asked=0.0, planned=0.0, visual_tokens=0, entering=[0, 0], merged=0, kv_bytes=2)
     summary = cost.summarise_audit([seen, unseen, unseen])
     assert summary["mean_tokens_per_layer"] == 20 and summary["samples"] == 3 and summary["without_picture"] == 2
-    off = cost.off_budget([seen, unseen, unseen, unseen], rounding=1.5)
-    assert (off["counted"], off["planned"]) == (20, 16) and "because of 1 of 1 samples" in off["remark"]
-    assert cost.off_budget([seen, unseen], rounding=4) is None and cost.off_budget([unseen], rounding=0.5) is None
+    off = cost.off_budget([seen, unseen, unseen, unseen], Mine(rounding=1.5))
+    assert (off["counted"], off["asked"], off["questions"]) == (20, 16, 1)
+    assert cost.off_budget([seen, unseen], Mine(rounding=4)) is None
+    assert cost.off_budget([unseen], Mine()) is None
     assert cost.summarise_audit([unseen])["mean_tokens_per_layer"] == 0
+
+
+def record(mean: float, asked: float = 16.0, planned: float | None = None, visual_tokens: int = 64, **more) -> dict:
+    """An audit."""
+    return {"mean": mean, "asked": asked, "planned": planned, "visual_tokens": visual_tokens, **more}
+
+
+class Mine:
+    """What a method says of its counting."""
+
+    def __init__(self, rounding: float = 0.5, otherwise: str = ""):
+        self.rounding, self.otherwise = rounding, otherwise
+
+    def deviates(self, kind: str) -> str:
+        return self.otherwise
+
+
+@pytest.mark.parametrize(
+    ("records", "otherwise", "asked"),
+    [
+        ([record(24.0), record(8.0)], "", None),  # more of one image, less of another: the mean is the budget
+        ([record(30.0), record(30.5)], "", 16),  # there was no plan to compare it with
+        ([record(30.0, planned=30.0)] * 2, "", 16),  # nor did a plan excuse it that is no budget
+        ([record(30.0, planned=30.0)] * 2, "as papers do", None),
+        ([record(33.0, planned=30.0)] * 2, "as papers do", 30),
+        ([record(16.0), record(9.0, asked=9.0, visual_tokens=9)], "", None),  # an image of fewer tokens than the budget
+    ],
+)
+def test_the_mean_over_the_questions_is_compared_with_the_budget(records, otherwise, asked):
+    """A method whose images decide how many tokens stay printed "64 ... 121.2 tokens per layer" without a word."""
+    off = cost.off_budget(records, Mine(otherwise=otherwise))
+    assert (off and off["asked"]) == asked
 
 
 def test_options_and_other_precision_get_folders_of_their_own(main, tmp_path):
@@ -207,17 +242,49 @@ def test_wrong_flags(main, tmp_path, arguments, sentence):
     assert not (tmp_path / "results").exists()
 
 
-def test_a_mean_off_the_budget_is_said_and_loses_nothing(data, tmp_path, capsys):
-    """It ended the run without a result after all questions were answered, be it for one picture in sixty."""
-    config = RunConfig("first", 16, data=data, output=tmp_path / "o", wandb="disabled")
-    result = run(config, FakeLlava(mean_error=1), FakeReducer())
-    assert (result["off_budget"]["counted"], result["off_budget"]["planned"]) == (17, 16)
-    assert json.loads((tmp_path / "o" / "result.json").read_text())["off_budget"] == result["off_budget"]
+@pytest.mark.parametrize("planned", [True, False])
+def test_a_mean_off_the_budget_is_said_and_loses_nothing(data, tmp_path, capsys, planned):
+    """It ended the run without a result after all questions were answered, be it for one picture in sixty; and without
+    a plan, where images decide how many tokens stay, nothing was said."""
+    config = RunConfig("first", 16, data=data, output=tmp_path / "o", wandb="disabled", limit=30)
+    result = run(config, FakeLlava(mean_error=1, planned=planned), FakeReducer())
+    assert (result["off_budget"]["counted"], result["off_budget"]["asked"]) == (17, 16)
+    assert result["off_budget"]["questions"] == 30 and result["audit"]["asked_tokens_per_layer"] == 16
+    found = json.loads((tmp_path / "o" / "limit30" / "result.json").read_text())
+    assert found["off_budget"] == result["off_budget"]
     printed = capsys.readouterr()
-    assert "17.0 tokens per layer where 16.0 are planned" in printed.out.splitlines()[-1]
-    assert "note: The audit counts 17.00 visual tokens per layer on average where 16.00 are planned" in printed.out
-    # Said at once, as the last batch may be hours away.
-    assert "Warning, first batch: The audit counts 17.00" in printed.err
+    last = printed.out.splitlines()[-1]
+    assert "17.0 tokens per layer where 16.0 were asked for (mean over 30 questions)" in last
+    assert f"note: {result['off_budget']['remark']}" in printed.out
+    # Said at once, as the last batch may be hours away; the mean of a few images says nothing where they decide.
+    assert ("Warning, first batch: 17.00 visual tokens" in printed.err) == planned
+
+
+def test_a_count_of_its_own_is_said_and_is_no_mistake(data, tmp_path, capsys):
+    """The budget of a paper's own counting is another number than the mean; the sentence showed both as if equal."""
+
+    class Otherwise(FakeReducer):
+        def deviates(self, kind: str) -> str:
+            return "layers before the drop are not counted" if kind == "uncounted" else ""
+
+    class Counting(FakeLlava):
+        def answer(self, samples, reducer, max_new_tokens=128):
+            batch = super().answer(samples, reducer, max_new_tokens)
+            answers = [replace(one, accounting=replace(one.accounting, planned=20.0)) for one in batch.answers]
+            return replace(batch, answers=tuple(answers))
+
+    config = RunConfig("first", 16, data=data, output=tmp_path / "o", wandb="disabled")
+    result = run(config, Counting(mean_error=4), Otherwise())
+    assert result["off_budget"] is None and not result["remarks"]
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "20.0 tokens per layer where 16.0 were asked for (layers before the drop are not counted), KV" in last
+
+
+def test_a_ratio_is_said_as_a_ratio(main, tmp_path):
+    """For a model whose images differ the sentence named the ratio of the largest image as its budget."""
+    code, out, _ = main("--method", "uniform", "--budget", "1/4", "--output", "o")
+    assert code == 0 and out.splitlines()[-1].startswith("uniform at 0.25 of each image's visual tokens: ")
+    assert budget_text(1820, 1 / 9) == "1/9" and budget_text(64, 0.35) == "0.35" and budget_text(64) == "64"
 
 
 def test_a_documented_rounding_is_accepted(data, tmp_path):

@@ -84,9 +84,9 @@ def test_toy_models_and_missed_budgets_are_marked(real, tmp_path):
     write(tmp_path / "b", off, "random", 608, 50.0, model="tinyllava_next")
     found = report.collect(tmp_path)
     assert report.banner(found.rows) == f"{TOY_BANNER} Here: tinyllava_next."
-    assert report.banner([row for row in found.rows if row.planned]) == TOY_BANNER
+    assert report.banner([row for row in found.rows if row.asked]) == TOY_BANNER
     text = report.page(found, tmp_path, tmp_path / "report.html", "vtr report")
-    assert text.count(TOY_BANNER) == 1 and text.count("planned 640.0") == 1
+    assert text.count(TOY_BANNER) == 1 and text.count("asked 640.0") == 1
 
 
 def test_percent_of_full_is_that_of_the_run(real, tmp_path):

@@ -143,6 +143,14 @@ def test_other_versions_of_libraries_are_said(data, tmp_path, capsys):
     assert f"versions of torch: 2.0 ({full}, {runs[0]}); 2.1 ({runs[1]})" in capsys.readouterr().out
 
 
+def test_a_run_off_its_budget_is_named(data, tmp_path, capsys):
+    """A method needed "64 tokens" that had kept 121."""
+    full = write_run(tmp_path / "full", data, "full", 576)
+    m = write_run(tmp_path / "m", data, "consensusdrop", 64, off_budget={"remark": "121.20 where 64.00 were asked."})
+    run(data, full, m)
+    assert f"note: {m} is off its budget: 121.20 where 64.00" in capsys.readouterr().out
+
+
 def test_a_retention_ratio_counts_as_its_mean_of_tokens(data, tmp_path, capsys):
     full = write_run(tmp_path / "full", data, "full", 576)
     ratio = {"config": {"retention_ratio": 0.11}, "audit": {"mean_tokens_per_layer": 63.7}}

@@ -68,6 +68,16 @@ def test_offline_run_reads_back_whole(whole):
     assert (logged.job_type, logged.group) == ("evaluation", "gqa-testdev")
 
 
+@pytest.mark.parametrize("error", [0, 10])
+def test_a_run_off_its_budget_has_a_tag(tmp_path, error):
+    """It looked like every other run at this budget."""
+    result = run(config(tmp_path, wandb="auto"), FakeLlava(mean_error=error, planned=False), FakeReducer())
+    (logged,) = map(read_run, find_runs(tmp_path / "out"))
+    assert ("off budget" in logged.tags) == bool(error)
+    assert logged.summary["off_budget"] == (result["off_budget"]["remark"] if error else "")
+    assert logged.summary["audit/asked_tokens_per_layer"] == 16
+
+
 def test_final_numbers_are_a_summary_and_no_charts(whole):
     """Fifty final numbers were logged as history, which W&B draws as fifty charts of one point."""
     charts = {key for row in whole[2].history for key in row if not key.startswith("_")}

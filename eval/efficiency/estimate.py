@@ -28,6 +28,7 @@ from eval.feature_cache import RUN_BYTES, can_remember
 from eval.parallel.placement import Placement
 from eval.results.report import hardware
 from eval.run import read_questions
+from llava.budget import budget_text
 from llava.errors import UserError
 from llava.model.builder import DTYPES, device_of, runtime
 from llava.model.checkpoint.files import locate
@@ -245,6 +246,8 @@ class Estimate:
         budget, full = self.reducer.budget, self.model.visual_tokens
         unreduced = registry.build(FULL, full)
         kept = f"all {full}" if budget >= full else f"{budget} of {full}"
+        if self.reducer.retention_ratio:
+            kept = f"{budget_text(budget, self.reducer.retention_ratio)} of each image's"
         lines.append(
             f"KV cache {size_text(self.kv_bytes)} for {len(self.batch)} questions at {kept} visual tokens and "
             f"{self.max_new_tokens} new tokens (full: {size_text(self.kv(unreduced, self.max_new_tokens - 1))})"

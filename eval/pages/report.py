@@ -77,7 +77,7 @@ class Row:
         low, high: the ends of the 95 % confidence interval.
         percent: main score in percent of that of `full` on the same questions under the same settings.
         tokens: visual tokens per layer, mean over layers and samples.
-        planned: what `tokens` should be, where it is something else.
+        asked: what `tokens` should be, where it is something else.
         ttft: median milliseconds of a batch of `batch` questions.
         timed: what the time was measured under; results are compared in time only where it is the same.
         kv: megabytes of key/value cache per question.
@@ -112,7 +112,7 @@ class Row:
     date: str
     folder: str
     task: str
-    planned: float | None = None
+    asked: float | None = None
     percent: float | None = None
     group: int = 0
 
@@ -169,6 +169,7 @@ def row_of(result: Mapping[str, Any], folder: Path) -> Row:
     interval = interval_of(result) or {}
     ttft, batch, timed = time_of(result)
     available = result.get("available", result["asked"])
+    off = result.get("off_budget") or {}
     flops = operations_of(result)
     return Row(
         method=result["method"],
@@ -196,7 +197,7 @@ def row_of(result: Mapping[str, Any], folder: Path) -> Row:
         date=result.get("finished", ""),
         folder=str(folder),
         task=json.dumps(joint(result), sort_keys=True),
-        planned=(result.get("off_budget") or {}).get("planned"),
+        asked=off.get("asked", off.get("planned")),  # "planned" in results of earlier versions
     )
 
 

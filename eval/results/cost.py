@@ -10,6 +10,7 @@ from eval.benchmarks.records import NotRequired, Number, TypedDict, check
 from eval.config import HALF
 from llava.errors import UserError
 from llava.pipeline.accounting import Batch, TokenAccounting
+from llava.reduction.reducer import Reducer
 
 STAGES = ("preprocess", "vision", "selection", "prefill", "decode")
 PARTS = ("tower", "projector", "selection", "prefill")
@@ -44,6 +45,7 @@ def audit_record(audit: TokenAccounting) -> dict[str, Any]:
         "entering": list(audit.tokens_per_layer),
         "mean": audit.mean,
         "planned": audit.planned,
+        "asked": audit.asked,
         "visual_tokens": audit.visual_tokens,
         "merged": audit.merged,
         "kv_bytes": audit.kv_bytes,
@@ -86,32 +88,48 @@ def summarise_audit(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "visual_tokens_before": fmean(record["visual_tokens"] for record in records),
         "entering_per_layer": [fmean(record["entering"][layer] for record in records) for layer in range(depth)],
         "mean_tokens_per_layer": fmean(record["mean"] for record in records),
+        "asked_tokens_per_layer": fmean(record["asked"] for record in records),
         "merged_tokens": fmean(record["merged"] for record in records),
         "kv_bytes_per_sample": fmean(record["kv_bytes"] for record in records),
     }
 
 
-def off_budget(records: Sequence[Mapping[str, Any]], rounding: float) -> dict[str, Any] | None:
-    """An audited mean that is not the planned one: both means and a remark; None where they agree.
+def off_budget(
+    records: Sequence[Mapping[str, Any]], reducer: Reducer, planned_only: bool = False
+) -> dict[str, Any] | None:
+    """A mean over questions that is not the budget that was asked for; None where they agree.
+
+    The two agree within the method's `rounding`. The budget of an image with fewer tokens is all of these. A method
+    that adapts to the image may keep more of one and less of another, as long as the mean is the budget.
 
     Args:
-        records: audits; samples whose images decide how many tokens stay have no plan and are left out.
-        rounding: how far the method may be off by its own documentation.
+        records: audits.
+        reducer: the method. Where it says that it counts otherwise (known_deviations, "uncounted"), its plan is what
+            was asked for.
+        planned_only: leave out images of which the method has no plan: the mean of a few says nothing.
+
+    Returns:
+        asked, counted, questions, and the remark that says so.
     """
     # Questions without an image have nothing to keep: they would only water a deviation down.
-    bound = [record for record in records if record["planned"] is not None and record["visual_tokens"]]
+    bound = [record for record in records if record["visual_tokens"]]
+    bound = [record for record in bound if not planned_only or record["planned"] is not None]
     if not bound:
         return None
-    counted, planned = (fmean(record[name] for record in bound) for name in ("mean", "planned"))
-    if abs(counted - planned) <= rounding:
+    otherwise = bool(reducer.deviates("uncounted"))
+    targets = [record["planned" if otherwise and record["planned"] is not None else "asked"] for record in bound]
+    counted, asked = fmean(record["mean"] for record in bound), fmean(targets)
+    if abs(counted - asked) <= reducer.rounding:
         return None
-    differing = sum(abs(record["mean"] - record["planned"]) > rounding for record in bound)
-    remark = (
-        f"The audit counts {counted:.2f} visual tokens per layer on average where {planned:.2f} are planned "
-        f"(tolerance {rounding:g}), because of {differing:,} of {len(bound):,} samples; a score is one at "
-        f"{counted:.2f} tokens."
+    differing = sum(
+        abs(record["mean"] - target) > reducer.rounding for record, target in zip(bound, targets, strict=True)
     )
-    return {"planned": planned, "counted": counted, "remark": remark}
+    remark = (
+        f"{counted:.2f} visual tokens entered a decoder layer on average over {len(bound):,} "
+        f"question{'' if len(bound) == 1 else 's'}, where the budget asks for {asked:.2f} (tolerance "
+        f"{reducer.rounding:g}); {differing:,} of them differ. The score is one at {counted:.2f} tokens."
+    )
+    return {"asked": asked, "counted": counted, "questions": len(bound), "remark": remark}
 
 
 def summarise_timing(lines: Sequence[Mapping[str, Any]], this_run: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from eval.benchmarks.base import Question
 from eval.config import FULL, HALF, ROOT
 from eval.metrics import Score
 from eval.results.statistics import LEVEL, interval, rounded, terms_of
+from llava.budget import RETENTION_RATIO, budget_text
 from llava.errors import UserError
 
 LOWER_IS_BETTER = {"distribution"}
@@ -173,7 +174,8 @@ def made_by(origins: Sequence[tuple[Mapping[str, Any] | None, int]]) -> dict[str
 def circumstances(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Sentences about what is no setting of an answer but can move one, where it differs between runs.
 
-    These are versions of libraries and hardware and, in half precision, the number of questions asked at once.
+    These are versions of libraries and hardware and, in half precision, the number of questions asked at once. A run
+    whose mean of visual tokens is not its budget is named, too.
 
     Args:
         results: what a reader knows the run by -> content of result.json.
@@ -193,7 +195,8 @@ def circumstances(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if len(names) > 1:
             parts = (f"{value} ({listed(own)})" for value, own in names.items())
             sentences.append(f"the runs were made {what}: {'; '.join(parts)}")
-    return sentences
+    off = ((name, result.get("off_budget")) for name, result in results.items())
+    return sentences + [f"{name} is off its budget: {one['remark']}" for name, one in off if one]
 
 
 def hardware(device: str) -> str:
@@ -318,15 +321,29 @@ def sentence(result: Mapping[str, Any]) -> str:
     if first is not None:
         batches = f"median of {first['batches']} batches"
         wait = f"{short(first['median_ms'], 10)} ms for {batch_text(first['questions'])} ({batches})"
-    engine = result.get("settings", {}).get("engine")
+    engine = result["settings"].get("engine")
     by = f", by {engine['name']} {engine['version']}" if engine else ""
     failed = f" ({len(result['failed']):,} more failed)" if result.get("failed") else ""
-    off = f" where {result['off_budget']['planned']:.1f} are planned" if result.get("off_budget") else ""
+    ratio = result["settings"]["config"].get(RETENTION_RATIO)
+    total = "each image's" if ratio else result["visual_tokens"]
+    tokens = f"{audit['mean_tokens_per_layer']:.1f} tokens per layer{off_text(result)}"
     return (
-        f"{result['method']} at {result['budget']} of {result['visual_tokens']} visual tokens: {score} "
-        f"on {asked} {result['title']} questions{failed}; {audit['mean_tokens_per_layer']:.1f} tokens per layer{off}"
+        f"{result['method']} at {budget_text(result['budget'], ratio)} of {total} visual tokens: {score} "
+        f"on {asked} {result['title']} questions{failed}; {tokens}"
         f"{pictured(audit)}, KV {short(audit['kv_bytes_per_sample'] / 1e6, 100)} MB, TTFT {wait}{by}."
     )
+
+
+def off_text(result: Mapping[str, Any]) -> str:
+    """What the sentence says of a mean that is not the budget; "" where it is."""
+    audit = result["audit"]
+    if off := result["off_budget"]:
+        over = f"{off['questions']:,} question{'' if off['questions'] == 1 else 's'}"
+        return f" where {off['asked']:.1f} were asked for (mean over {over})"
+    asked = audit["asked_tokens_per_layer"]
+    if (reason := result["counts_otherwise"]) and f"{asked:.1f}" != f"{audit['mean_tokens_per_layer']:.1f}":
+        return f" where {asked:.1f} were asked for ({reason})"
+    return ""
 
 
 def ends(found: Mapping[str, Any], digits: int) -> str:

@@ -21,6 +21,7 @@ from eval.answers.jsonl import write_bytes
 from eval.answers.source_hash import HASHED, combined, flatten
 from eval.config import RunConfig, changed_fields, changed_options
 from eval.results import report
+from llava.budget import RETENTION_RATIO, budget_text
 
 if TYPE_CHECKING:
     from llava.pipeline.accounting import Answer, Batch
@@ -85,7 +86,7 @@ def start_evaluation(
     about = flat(settings) | {name: value for name, value in resolved.items() if name != "options"}
     about |= {"checkpoint": str(config.model), "table": config.table}
     tags = [about.get(key) for key in ("benchmark", "split", "model", "method", "profile")]
-    tags += [f"budget {about.get('budget')}", config.table]
+    tags += [f"budget {budget_text(about.get('budget'), about.get(RETENTION_RATIO))}", config.table]
     differing = changed_options(settings["method"], settings["config"])
     differing += [f"{name}={value}" for name, value in flatten(changed_fields(config)).items()]
     return start(
@@ -202,6 +203,7 @@ def open_run(wandb: Any, mode: str, output: Path, identity: str, about: Mapping[
 # -- settings and numbers ------------------------------------------------------------------------------------------
 
 HEADLINE = ("score", "percent_of_full", "metric", "questions", "tokens_per_layer", "kv_bytes_per_question")
+OFF_BUDGET = "off budget"  # tag of a run whose mean of visual tokens is not its budget
 SETTINGS = ("device", "dtype", "batch_size")  # conditions of the timing that are settings as well
 
 
@@ -347,7 +349,10 @@ class Tracker:
             numbers_of(result)
             | {name: value for name, value in short.items() if value is not None}
             | {"sentence": result["sentence"], "commit": result["commit"]}
+            | {"off_budget": result["off_budget"]["remark"] if result["off_budget"] else ""}
         )
+        tags = [tag for tag in run.tags or () if tag != OFF_BUDGET]  # it may be of fewer questions
+        run.tags = (*tags, OFF_BUDGET) if result["off_budget"] else tuple(tags)
         conditions = {key: value for key, value in result["conditions"].items() if key not in SETTINGS}
         run.config.update({"versions": result["versions"], **conditions}, allow_val_change=True)
 

@@ -113,14 +113,16 @@ class TokenAccounting:
         kv_bytes: bytes of this sample's keys and values in the cache after prefill, padding left out.
         planned: mean visual tokens per layer and image that the method plans for these images at its budget; None if
             that depends on the image.
+        asked: visual tokens per image that the budget asks for, at most those that the images have.
     """
 
     tokens_per_layer: tuple[int, ...]
     visual_tokens: int
     merged: int
     kv_bytes: int
-    images: int = 1
-    planned: float | None = None
+    images: int
+    planned: float | None
+    asked: float
 
     @property
     def mean(self) -> float:
@@ -146,11 +148,13 @@ class SeenImage:
         layout: of its visual tokens before any reduction.
         inputs: how many these are for the method.
         planned: those planned to enter each layer; None if that depends on the image.
+        asked: those that the budget asks for, as a mean over layers.
     """
 
     layout: TokenLayout
     inputs: int
     planned: tuple[int, ...] | None
+    asked: int
 
 
 @dataclass
@@ -189,7 +193,9 @@ class Record:
             last = {a.number: step.reduction for a, step in zip(applied, steps, strict=True)}
             merged = sum(int(one.merged_count()[0]) for one in last.values())
             inputs = sum(image.inputs for image in images)
-            accounts.append(TokenAccounting(entering, inputs, merged, prefilled.kv_bytes[sample], count, planned))
+            asked = sum(image.asked for image in images) / count
+            held = prefilled.kv_bytes[sample]
+            accounts.append(TokenAccounting(entering, inputs, merged, held, count, planned, asked))
         return accounts
 
 

@@ -170,7 +170,7 @@ class Stages:
             name = name if number == 0 else f"{name}#{number + 1}"
             method = self.reducer.for_picture(plan.spec) if self.reducer.retention_ratio else self.reducer
             image = self.images[row] = BatchImage(name, one, plan, method, inputs)
-            record.images[sample].append(SeenImage(one.full, inputs, plan.tokens))
+            record.images[sample].append(SeenImage(one.full, inputs, plan.tokens, plan.asked))
             if one.step is not None:
                 self._apply(row, image, *one.step)
         reduced: dict[Row, Features] = {}

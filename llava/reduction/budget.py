@@ -82,11 +82,13 @@ class ImagePlan:
         spec: the model with the tokens and tiles of one of these images.
         fits: an image with tiles or newline tokens has no more tokens than its budget, and is not reduced.
         tokens: visual tokens that are planned to enter each layer; None if that depends on the image.
+        asked: visual tokens that the budget asks for, as a mean over layers; see `asked_of`.
     """
 
     spec: ModelSpec
     fits: bool
     tokens: tuple[int, ...] | None
+    asked: int
 
 
 @lru_cache(maxsize=1024)
@@ -96,7 +98,20 @@ def plan_image(reducer: Reducer, model: ModelSpec, arrangement: TokenLayout) -> 
     It holds for every instance with the same options, so it never holds the instance.
     """
     spec = spec_of(model, arrangement)
-    return ImagePlan(spec, fits_budget(reducer, spec), planned(reducer, spec))
+    return ImagePlan(spec, fits_budget(reducer, spec), planned(reducer, spec), asked_of(reducer, spec))
+
+
+def asked_of(reducer: Reducer, spec: ModelSpec) -> int:
+    """Visual tokens of one image that the budget asks for, whatever the method plans.
+
+    This is the number, or the ratio of this image's tokens, and at most what the image has. A method that chooses
+    among patches never has class tokens to keep, and newline tokens only with newlines=keep.
+    """
+    own = reducer.for_picture(spec)
+    most = spec.visual_tokens
+    if chooses_patches(own) and not fits_budget(own, spec):
+        most = spec.patches + (spec.newlines if own.newlines == "keep" else 0)
+    return min(own.budget, most)
 
 
 def planned(reducer: Reducer, spec: ModelSpec) -> tuple[int, ...] | None:

@@ -149,14 +149,14 @@ class Reducer:
                 limits = f"at least {least}" if most is None else f"between {least} and {most}"
                 raise UserError(f"{self.name}.{known.name} must be {limits}, got {value:g}.")
 
-    def deviates(self, kind: str) -> bool:
-        """Whether `known_deviations` excuses the method, at these options."""
-        for key in self.known_deviations:
+    def deviates(self, kind: str) -> str:
+        """The reason for which `known_deviations` excuses the method at these options; "" where it does not."""
+        for key, reason in self.known_deviations.items():
             name, _, condition = key.partition(" with ")
             option_, _, value = condition.partition("=")
             if name == kind and (not condition or str(getattr(self, option_)).lower() == value):
-                return True
-        return False
+                return reason
+        return ""
 
     @property
     def keep_cls(self) -> bool:

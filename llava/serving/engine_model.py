@@ -220,7 +220,8 @@ class Engine:
             ids = [slot if token < 0 else token for token in model.prompt(sample).ids]
             asked.append({"prompt_token_ids": ids} | ({"multi_modal_data": {"image": images}} if images else {}))
         timer.mark("preprocess")
-        seen = [[SeenImage(layout, whole.tokens, planned) for _ in sample.images] for sample in samples]
+        image = SeenImage(layout, whole.tokens, planned, plan.asked)
+        seen = [[image] * len(sample.images) for sample in samples]
         return asked, Record(seen, [[] for _ in samples]), [planned[0] * len(sample.images) for sample in samples]
 
     def _embeds(self, samples: Sequence[Sample], timer: Timer) -> tuple[list[dict[str, Any]], Record, list[int]]:

@@ -13,12 +13,12 @@ from typing import Any, NoReturn
 from PIL import Image
 from tqdm import tqdm
 
-from eval.ask import ROUNDING
 from eval.benchmarks.llava_files import split_suffix
 from eval.config import build_reducer
 from eval.lmms_plugin import configuration
 from eval.results.cost import audit_record, off_budget, summarise_audit
 from eval.run import load_model
+from llava.budget import budget_text
 from llava.errors import UserError
 from llava.pipeline.generate import generate
 from llava.processing.image import as_rgb
@@ -74,7 +74,8 @@ class LlavaReduced(lmms):
         for place, request in enumerate(requests):
             _, settings, _, _, task, _ = request.args
             by_length[max_new_tokens(settings, task)].append(place)
-        with tqdm(total=len(requests), desc=f"{self.reducer.name} {self.reducer.budget}", unit="question") as bar:
+        budget = budget_text(self.reducer.budget, self.reducer.retention_ratio)
+        with tqdm(total=len(requests), desc=f"{self.reducer.name} {budget}", unit="question") as bar:
             for length, places in by_length.items():
                 for start in range(0, len(places), self.batch_size):
                     chunk = places[start : start + self.batch_size]
@@ -86,10 +87,10 @@ class LlavaReduced(lmms):
                     audits += [audit_record(answer.accounting) for answer in batch.answers]
                     bar.update(len(chunk))
         if audits:
-            if off := off_budget(audits, getattr(self.reducer, "rounding", ROUNDING)):
+            if off := off_budget(audits, self.reducer):
                 print(f"Warning: {off['remark']}", file=sys.stderr)
             mean = summarise_audit(audits)["mean_tokens_per_layer"]
-            print(f"{self.reducer.name} at {self.reducer.budget}: {mean:.1f} visual tokens per layer.")
+            print(f"{self.reducer.name} at {budget}: {mean:.1f} visual tokens per layer.")
         return texts
 
     def sample(self, request: Any) -> Sample:
