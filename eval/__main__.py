@@ -116,7 +116,8 @@ def names(text: str) -> list[str]:
 
 def sizes(text: str) -> list[int | float]:
     """Budgets between commas, each once."""
-    return list(dict.fromkeys(map(count_or_ratio, names(text))))
+    found = map(count_or_ratio, names(text))
+    return list({repr(one): one for one in found}.values())  # 1 is a count, and 1.0 a ratio, though they are equal
 
 
 @exit_on_user_error

@@ -10,7 +10,7 @@ from typing import Any
 
 from eval import benchmarks, tracking
 from eval.answers.jsonl import make_folder, write_file, write_json
-from eval.answers.reuse import RESULT, check_reuse, images_digest, read_result
+from eval.answers.reuse import RESULT, check_reuse, images_digest, images_of, read_result
 from eval.answers.source_hash import differences
 from eval.answers.store import TIMING, AnswerFiles, AnswerStore, Shard
 from eval.ask import Job, Progress, ask, first_token_times, measured_under
@@ -336,7 +336,7 @@ def summarise(job: Job, store: AnswerStore, throughput: dict[str, Any], ttft: di
         "failed": failed,
         "available": len(job.data.questions),
         "partial": len(job.planned) < len(job.data.questions),
-        **report.scored(score, answered),
+        **report.scored(score, answered, job.data.labels({line["question_id"]: images_of(line) for line in lines})),
         "audit": cost.summarise_audit(audits),
         "off_budget": off_budget,
         "counts_otherwise": job.reducer.deviates("uncounted") or None,

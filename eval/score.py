@@ -32,7 +32,7 @@ def score_file(path: Path, data: Dataset, partial: bool = False, judge: str = "a
     answers = read_answers(path, data, partial)
     asked = [question for question in data.questions if question.id in answers.texts]
     score, judged = score_answers(data, judge, [question.id for question in asked], answers.texts, path)
-    record = scored(score, asked)
+    record = scored(score, asked, data.labels())
     record["notes"] += answers.notes
     return {"title": data.title, "facts": {**data.facts, **judged}, "available": len(data.questions), **record}
 
@@ -69,8 +69,8 @@ def compare(a: Path, b: Path, data: Dataset, partial: bool = False, judge: str =
         raise UserError(f"A was judged by {judges[0]} and B by {judges[1]}; score both with the same --judge.")
     if any(score.values.get(metric) is None for score in scores):
         raise UserError(f"{data.title} has no score to compare here: {'; '.join(scores[0].notes)}.")
-    images = {question.id: question.image for question in data.questions}
-    a_terms, b_terms = (statistics.terms_of(score, images) for score in scores)
+    labels = data.labels(runs[0].images)
+    a_terms, b_terms = (statistics.terms_of(score, labels) for score in scores)
     found = statistics.compare(a_terms, b_terms)
     return {
         "title": data.title,

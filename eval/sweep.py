@@ -34,7 +34,7 @@ from eval.parallel.placement import Placement
 from eval.parallel.ranks import Control, Rank
 from eval.results import report
 from eval.run import equip, load_model, prepare, read_questions, run
-from llava.budget import RETENTION_RATIO
+from llava.budget import RETENTION_RATIO, budget_text
 from llava.errors import UserError
 from llava.model.builder import device_of, load
 from llava.model.llava_arch import Llava
@@ -112,8 +112,8 @@ def check_all(configs: Sequence[RunConfig], check: Callable[[RunConfig], Checked
         try:
             found.append(check(config))
         except UserError as error:
-            size = config.budget or config.retention_ratio
-            at = f" at {size:.6g}" if size and config.method != FULL else ""
+            size = budget_text(config.budget, config.retention_ratio)
+            at = f" at {size}" if config.method != FULL else ""
             refused.append(f"{config.benchmark}, {config.method}{at}: {error}")
     if refused:
         raise UserError("\n".join(["Nothing was run, because this cannot be:", *refused]))

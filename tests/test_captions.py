@@ -104,7 +104,7 @@ def test_flickr30k_from_the_mirror(tmp_path, no_java):
     assert data.facts["images"] == 3 and data.facts["references"] == 6
     assert data.facts["source"] == "lmms-lab/flickr30k" and data.facts["caption scorer"]
     texts = {"70": "a dog runs", "71": "a dog runs", "72": "a car"}
-    record = scored(data.score(list(texts), texts), data.questions)
+    record = scored(data.score(list(texts), texts), data.questions, data.labels())
     assert record["confidence"]["cider"]["unit"] == "image" and record["questions"] == 3
     assert any("3 scored images" in note for note in record["notes"])
     assert data.submission(texts)["flickr30k_test_results.json"][0] == {"image_id": 70, "caption": "a dog runs"}

@@ -280,6 +280,12 @@ def test_a_count_of_its_own_is_said_and_is_no_mistake(data, tmp_path, capsys):
     assert "20.0 tokens per layer where 16.0 were asked for (layers before the drop are not counted), KV" in last
 
 
+def test_a_count_and_a_ratio_are_two_budgets():
+    """1 and 1.0 are equal, so "1,1.0" ran one token alone."""
+    found = cli.sizes("1,1.0,1/9,64,64")
+    assert [repr(one) for one in found] == ["1", "1.0", repr(1 / 9), "64"]
+
+
 def test_a_ratio_is_said_as_a_ratio(main, tmp_path):
     """For a model whose images differ the sentence named the ratio of the largest image as its budget."""
     code, out, _ = main("--method", "uniform", "--budget", "1/4", "--output", "o")

@@ -135,8 +135,16 @@ def test_pictures_stay_in_the_file_until_they_are_opened(data):
     dataset.check_images(dataset.questions)
     colours = [dataset.sample(question).image.getpixel((0, 0)) for question in dataset.questions]
     assert colours == [(255, 0, 0), (0, 0, 255), (255, 0, 0), (0, 0, 255)]
-    assert [question.images for question in dataset.questions] == [("7",), ("8",), ("1000007",), ("8",)]
-    assert dataset.pictures.fetch("1000007") == png("red", 40)
+    assert [question.images for question in dataset.questions] == [("7",), ("8",), ("7",), ("8",)]
+    assert dataset.pictures.fetch("7") == png("red", 40)
+
+
+def test_a_row_may_name_a_row_whose_image_is_that_of_an_earlier_one(data, monkeypatch):
+    red, place = rows()[0]["image"], {"A": "hill", "B": "lake", "answer": "A", "question": "Which?"}
+    table = [place | {"index": "7", "image": red}, place | {"index": "8", "image": red}]
+    monkeypatch.setattr(f"{__name__}.rows", lambda answers=True: [*table, place | {"index": "1000008", "image": "8"}])
+    write_tsv(data / "mmbench" / "mmbench_dev_20230712.tsv")
+    assert [question.images for question in load(data).questions] == [("7",)] * 3
 
 
 def test_lmms_evals_wording(data):

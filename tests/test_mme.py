@@ -144,7 +144,7 @@ def test_the_total_has_an_interval_and_terms_of_its_own():
     found = scores_of({t: [(generator.random() < 0.7, generator.random() < 0.5) for _ in range(12)] for t in tasks})
     terms = found.other_terms["total"]
     assert terms.value(terms.sums.sum(0)) == pytest.approx(found.values["total"]) != found.values["perception"]
-    known = report.confidence(found, [])
+    known = report.confidence(found, {})
     assert known["total"]["mean"] == pytest.approx(found.values["total"])
     assert known["total"]["low"] < known["total"]["mean"] < known["total"]["high"]
     assert known["perception"]["mean"] == pytest.approx(found.values["perception"])

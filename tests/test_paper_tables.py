@@ -815,6 +815,15 @@ def test_loyalty_takes_the_benchmarks_own_form_of_an_answer():
     assert pooled_loyalty({"mme": answered("Yes.")}, {"mme": answered("yes, it is")}).mean == 100
 
 
+def test_loyalty_leaves_questions_without_an_image_out():
+    """No method changes their answers: ScienceQA's loyalty was 82.5 where it was 65.0 over those with an image."""
+
+    def answered(text):
+        return SimpleNamespace(texts={"q": text, "prose": "A"}, normalise=str, clusters={"q": "i"})
+
+    assert pooled_loyalty({"scienceqa": answered("B")}, {"scienceqa": answered("C")}).mean == 0
+
+
 # -- a table of one's own -------------------------------------------------------------------------------------
 
 

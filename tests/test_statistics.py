@@ -109,8 +109,9 @@ def test_the_report_prints_the_interval_of_the_unit_that_was_drawn():
 
     credits = {str(i): float(i // 2 < 15) for i in range(50)}
     questions = [Question(name, "", "", (f"{int(name) // 2}.jpg",), "") for name in credits]
-    record = scored(Score({"accuracy": 60.0}, {}, credits), questions)
-    by_image = interval(accuracy_terms(credits, {q.id: q.image for q in questions}))
+    labels = {question.id: question.image for question in questions}
+    record = scored(Score({"accuracy": 60.0}, {}, credits), questions, labels)
+    by_image = interval(accuracy_terms(credits, labels))
     found = record["confidence"]["accuracy"]
     assert (found["low"], found["high"], found["unit"]) == (by_image.low, by_image.high, "image")
     assert f"accuracy, 95 % CI by image: {by_image.low:.2f} to {by_image.high:.2f}" in score_lines(record)

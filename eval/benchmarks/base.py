@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from eval.answers.jsonl import Row, read_bytes
-from eval.benchmarks.media import Pictures
+from eval.benchmarks.media import Pictures, first_of_content
 from eval.metrics import Score
 from eval.metrics.accuracy import mean_score
 from eval.papers import read_yaml
@@ -150,6 +150,25 @@ class Dataset:
         """Hash of what is asked, which an answer belongs to: ids and texts of all questions, without the labels."""
         text = json.dumps([(one.id, one.question, one.suffix) for one in self.questions])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def labels(self, digests: Mapping[str, str | None] | None = None) -> dict[str, str]:
+        """What answers about the same image share, by question id and by name of the image.
+
+        It is the first name that stands for the image's content, because one image may have several names: rows of a
+        table with their own bytes, or copies of a file. A question without an image is one of its own.
+
+        Args:
+            digests: question id -> hashes of its images (eval.benchmarks.media.digest_of), as the answer store holds
+                them. Without, the images are read as far as they are there.
+        """
+        shown = {one.id: one.images[0] for one in self.questions if one.images}
+        if digests is None:
+            same = first_of_content(self.pictures, shown.values())
+        else:
+            first: dict[str, str] = {}
+            known = {name: (digests.get(name) or image).split()[0] for name, image in shown.items()}
+            same = {image: first.setdefault(known[name], image) for name, image in shown.items()}
+        return same | {one.id: one.about or same.get(one.image, one.image) for one in self.questions}
 
     def check_images(self, questions: Iterable[Question]) -> None:
         """Fail before the run starts, not at question 9,000."""

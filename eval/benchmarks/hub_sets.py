@@ -495,6 +495,11 @@ def ocrbench_sample_score(text: str, item: TextItem, fold: bool) -> float:
     return float(any(plain(answer) in said for answer in item.answers))
 
 
+def points_of(questions: int) -> Callable[[Array], Array]:
+    """Points if as many questions were asked: images that are drawn anew have more questions or fewer."""
+    return lambda sums: divide(questions * sums[..., 0], sums[..., 1])
+
+
 def counted_points(score: Score, kinds: Kinds) -> Score:
     """Points over all questions that were asked, of the recognition types together, and per type."""
     points: dict[str, list[float]] = {kind: [] for kind in TYPES}
@@ -508,7 +513,7 @@ def counted_points(score: Score, kinds: Kinds) -> Score:
         notes.append(
             f"score counts {len(score.correct):,} questions, published scores are out of {FULL:,}: compare accuracy"
         )
-    names, sums = tuple(score.correct), np.array([[value] for value in score.correct.values()])
+    names, sums = tuple(score.correct), np.array([(value, 1.0) for value in score.correct.values()])
     return replace(
         score,
         values=values,
@@ -516,7 +521,7 @@ def counted_points(score: Score, kinds: Kinds) -> Score:
         notes=tuple(notes),
         main="score",
         points=frozenset({"score", "text_recognition", "type"}),
-        terms=SufficientStatistics("question", names, names, sums, lambda sums: sums[..., 0], most=len(names)),
+        terms=SufficientStatistics("question", names, names, sums, points_of(len(names)), most=len(names)),
     )
 
 

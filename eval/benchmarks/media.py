@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -150,6 +151,25 @@ def digest_of(pictures: Pictures, names: Iterable[str]) -> str:
     hundredths of the time that decoding it takes.
     """
     return " ".join(pictures.digest(name) for name in names)
+
+
+def first_of_content(pictures: Pictures, names: Iterable[str]) -> dict[str, str]:
+    """Name of an image -> the first of `names` that has the same content; its own name if it is not there.
+
+    Equal content has equal size, so only files of which several have the same size are read. Videos are not read at
+    all: their files have one name each, and are large.
+    """
+    names = list(dict.fromkeys(names))
+    absent = set(pictures.missing(names))
+    there = [name for name in names if name not in absent]
+    if isinstance(pictures, Files):
+        sizes = {name: (pictures.root / name).stat().st_size for name in there}
+        count = Counter(sizes.values())
+        there = [name for name in there if count[sizes[name]] > 1]
+    first: dict[str, str] = {}
+    known = there if pictures.noun == "images" else ()
+    same = {name: first.setdefault(pictures.digest(name), name) for name in known}
+    return {name: same.get(name, name) for name in names}
 
 
 def image_name(name: str, where: str) -> str:

@@ -211,6 +211,7 @@ def read_tsv(path: Path) -> Rows:
         raise UserError(f"{path} has no column {', '.join(lost)}; it should be one of MMBench's .tsv files.")
     rows: dict[str, Row] = {}
     encoded: dict[str, str] = {}
+    first_row: dict[str, str] = {}  # by image: many rows show the same one, most with bytes of their own
     for number, values in enumerate(cells.itertuples(index=False, name=None), start=1):
         where, there = f"{path} row {number}", sum(isinstance(cell, str) for cell in values)
         if there != len(columns):
@@ -222,13 +223,17 @@ def read_tsv(path: Path) -> Rows:
         if name in rows:
             raise UserError(f"{where} has the index {name}, which an earlier row has too.")
         if len(picture) > SHORTEST_PICTURE:
-            encoded[name], picture = picture, name
+            first = first_row.setdefault(picture, name)
+            encoded[first], picture = picture, first
         rows[name] = row | {"index": name, "picture": picture}
     if not rows:
         raise UserError(f"{path} has no rows.")
     for name, row in rows.items():
+        shown = str(row["picture"])
+        if shown not in encoded:  # the index of a row, whose image may be that of an earlier one
+            row["picture"] = rows.get(shown, {}).get("picture")
         if row["picture"] not in encoded:
-            raise UserError(f"Row {name} in {path} shows the image of row {row['picture']!r}, which has none.")
+            raise UserError(f"Row {name} in {path} shows the image of row {shown!r}, which has none.")
 
     def fetch(name: str) -> bytes:
         try:

@@ -41,7 +41,8 @@ class Cell:
         kv_bytes, flops: per question.
         terms: sums by unit that `value` follows from, for averages and tests.
         normalise: the benchmark's own form of an answer, for loyalty.
-        texts, credits, clusters: question id -> answer, sample score (empty where single answers have none), image.
+        texts, credits: question id -> answer, sample score (empty where single answers have none).
+        clusters: question id -> image, of the questions that have one.
         other_judge: "" or, of a judged score, that another model graded it than the published ones.
         stored: the run; None for a cell that was not read from one.
         no_interval: why there is none.
@@ -122,10 +123,10 @@ def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell | 
     texts = stored.texts
     score, judge_facts = score_answers(data, config.judge, asked, texts, stored.answers)
     # As it is scored now: verdicts may have come, or gone, since the result was written.
-    result |= report.scored(score, data.questions[: where.limit])
-    images = {question.id: question.image for question in data.questions}
+    labels = data.labels(stored.images)
+    result |= report.scored(score, data.questions[: where.limit], labels)
     metric, value = metric_of(column, result, {result["main"], *score.other_terms})
-    terms = score.other_terms[metric] if metric in score.other_terms else terms_of(score, images)
+    terms = terms_of(score, labels, metric)
     found = result["confidence"].get(metric, {"low": None, "high": None, "method": f"{metric} has none"})
     audit, counted, flops = result["audit"], result["flops"]["per_question"], report.operations_of(result)
     return Cell(
@@ -150,7 +151,7 @@ def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell | 
         data.normalise or plain,
         texts,
         sample_scores(score, texts, data) or {},
-        {name: images[name] for name in asked},
+        {one.id: labels[one.id] for one in data.questions[: where.limit] if one.images},
         other_judge({**result["facts"], **judge_facts}.get("judge", {})),
         stored.judged(judge_facts),
         found["method"].removeprefix("n/a: ") if found["low"] is None else "",

@@ -171,11 +171,12 @@ def relative_text(pairs: Scores, count: int) -> str:
 
 
 def pooled_loyalty(row: Mapping[str, Cell], full: Mapping[str, Cell]) -> Interval:
-    """Over all questions of all benchmarks; images of different benchmarks are different units."""
+    """Over all questions of all benchmarks that show an image; images of different benchmarks are different units."""
     same = {
         f"{name} {key}": value
         for name, cell in row.items()
         for key, value in same_answers(cell.texts, full[name].texts, cell.normalise).items()
+        if key in cell.clusters
     }
     return interval(accuracy_terms(same, clusters_of(row)))
 
@@ -191,7 +192,7 @@ def hard_text(row: Mapping[str, Cell], full: Mapping[str, Cell], control: Mappin
     for name, cell in row.items():
         if name in control and cell.credits and full[name].credits and control[name].credits:
             hard = hard_questions(full[name].credits, control[name].credits)["group_a"]
-            credits |= {f"{name} {key}": cell.credits[key] for key in hard}
+            credits |= {f"{name} {key}": cell.credits[key] for key in hard if key in cell.clusters}
     if not credits:
         return "n/a"
     return f"{score_text(interval(accuracy_terms(credits, clusters_of(row))))} of {len(credits):,}"

@@ -26,14 +26,18 @@ DECIDING = ("torch", "transformers", "tokenizers", "numpy", "pillow")
 PARTIAL = re.compile(r"limit\d+")
 
 
-def scored(score: Score, questions: Iterable[Question]) -> dict[str, Any]:
-    """The score in JSON types, with the 95 % confidence intervals of its main number and of `other_terms`."""
+def scored(score: Score, questions: Iterable[Question], labels: Mapping[str, str]) -> dict[str, Any]:
+    """The score in JSON types, with the 95 % confidence intervals of its main number and of `other_terms`.
+
+    Args:
+        labels: of eval.benchmarks.base.Dataset.labels.
+    """
     return {
         "questions": len(score.correct) or len(list(questions)),
         "main": score.main,
         "metrics": score.values,
         "points": sorted(score.points),
-        "confidence": {"level": LEVEL, **confidence(score, questions)},
+        "confidence": {"level": LEVEL, **confidence(score, labels)},
         "groups": {
             name: {group: {"percent": share, "questions": count} for group, (share, count) in table.items()}
             for name, table in score.groups.items()
@@ -42,15 +46,12 @@ def scored(score: Score, questions: Iterable[Question]) -> dict[str, Any]:
     }
 
 
-def confidence(score: Score, questions: Iterable[Question]) -> dict[str, Any]:
+def confidence(score: Score, labels: Mapping[str, str]) -> dict[str, Any]:
     """Intervals by number, and the unit that was resampled; nothing where there is no number."""
     if score.values.get(score.main) is None:
         return {}
-    main = terms_of(score, {question.id: question.image for question in questions})
-    return {
-        name: {**dataclasses.asdict(interval(terms)), "unit": terms.unit}
-        for name, terms in {score.main: main, **score.other_terms}.items()
-    }
+    drawn = {name: terms_of(score, labels, name) for name in (score.main, *score.other_terms)}
+    return {name: {**dataclasses.asdict(interval(terms)), "unit": terms.unit} for name, terms in drawn.items()}
 
 
 def interval_of(record: Mapping[str, Any]) -> Mapping[str, Any] | None:

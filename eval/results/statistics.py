@@ -179,16 +179,21 @@ def accuracy_terms(
     return ratio_terms({name: scores[name] for name in sorted(scores)}, clusters, unit, proportion=True)
 
 
-def terms_of(score: Score, images: Mapping[str, str]) -> SufficientStatistics:
-    """What is drawn for a score: the metric's own units, otherwise the images that its questions are about.
+def terms_of(score: Score, labels: Mapping[str, str], name: str = "") -> SufficientStatistics:
+    """What is drawn for a number of a score: the metric's own units, or its questions, with those about one image
+    together.
 
     Args:
-        images: question id -> image, or the id itself for a question without one.
+        labels: of eval.benchmarks.base.Dataset.labels.
+        name: of the number, one of `other_terms`; by default the main one.
     """
-    if score.terms is not None:
-        return score.terms
-    clusters = {name: images[name] for name in score.correct}
-    return accuracy_terms(score.correct, clusters, "question" if set(clusters) == set(clusters.values()) else "image")
+    terms = score.other_terms.get(name, score.terms)
+    if terms is None:
+        own = {question: labels[question] for question in score.correct}
+        return accuracy_terms(score.correct, own, "question" if set(own) == set(own.values()) else "image")
+    clusters = tuple(labels.get(label, label) for label in terms.clusters)
+    merged = len(set(clusters)) < len(set(terms.clusters)) and terms.unit != "video"
+    return replace(terms, clusters=clusters, unit="image" if merged else terms.unit)
 
 
 def summed_by_cluster(terms: SufficientStatistics) -> Array:

@@ -78,7 +78,7 @@ def read_run(folder: Path, data: Dataset, judge: str = "auto") -> Run:
     score, judge_facts = score_answers(data, judge, list(stored.texts), stored.texts, stored.answers)
     if score.values.get(score.main) is None:
         raise UserError(f"{data.title} has no score for {folder}: {'; '.join(score.notes)}.")
-    images, result = {question.id: question.image for question in data.questions}, stored.result
+    result = stored.result
     ratio = result.get("config", {}).get("retention_ratio")
     return Run(
         stored.judged(judge_facts),
@@ -86,7 +86,7 @@ def read_run(folder: Path, data: Dataset, judge: str = "auto") -> Run:
         round(result["audit"]["mean_tokens_per_layer"]) if ratio else int(result["budget"]),
         {key: value for key, value in result["settings"]["config"].items() if key != "budget"},
         score,
-        terms_of(score, images),
+        terms_of(score, data.labels(stored.images)),
         sample_scores(score, stored.texts, data),
     )
 
@@ -135,17 +135,23 @@ def statistics_of(full: Run, runs: list[Run], data: Dataset, share: float) -> An
 
 
 def row_of(run: Run, full: Run, control: Run | None, data: Dataset) -> dict[str, Any]:
-    """Score, loyalty and hard questions of one run; None for what cannot be computed."""
-    images = {question.id: question.image for question in data.questions}
+    """Score, loyalty and hard questions of one run; None for what cannot be computed.
+
+    Loyalty and hard questions are about the questions that show an image: no method changes the others.
+    """
+    labels = data.labels(full.stored.images)
+    shown = {question.id for question in data.questions if question.images}
+    texts, full_texts = ({name: text for name, text in one.texts.items() if name in shown} for one in (run, full))
     known = None if run.sample_scores is None else full.sample_scores
     found: dict[str, Interval | None] = {"score": interval(run.terms)}
-    found |= loyalty(run.texts, full.texts, known, images, data.normalise or plain)
+    found |= loyalty(texts, full_texts, known, labels, data.normalise or plain)
     groups: dict[str, tuple[str, ...]] = {}
     if run.sample_scores is not None and known is not None and control and control.sample_scores is not None:
         groups = hard_questions(known, control.sample_scores)
+        groups = {name: tuple(one for one in ids if one in shown) for name, ids in groups.items()}
     counts = {f"in_{name}": len(groups[name]) if name in groups else None for name in GROUPS}
     for name in GROUPS:
-        found[name] = accuracy_on(run.sample_scores or {}, groups[name], images) if name in groups else None
+        found[name] = accuracy_on(run.sample_scores or {}, groups[name], labels) if name in groups else None
     return {name: plain_interval(one) for name, one in found.items()} | counts
 
 
