@@ -413,10 +413,18 @@ def test_times_of_a_batch_say_its_size():
     assert timing["batch"]["questions"] == 8 and timing["batch"]["batches"] == 3
     assert timing["batch"]["median_ms"]["prefill"] == pytest.approx(100)
     assert "ttft" not in timing["ms_per_question"] and "ttft" not in timing["batch"]["median_ms"]
-    assert timing["ms_per_question"]["vision"] == pytest.approx(1000 * (0.9 + 0.1 + 0.098 + 0.05) / 27)
     spoken = "\n".join(report.time_lines(timing))
-    assert "ms of a batch of 8, median of 3: " in spoken and "prefill 100.0" in spoken
+    assert "ms of a batch of 8, median of 3 " in spoken and "prefill 100.0 (12.5)" in spoken
     assert report.batch_text(1) == "one question"
+
+
+def test_times_of_a_question_are_those_of_its_batch():
+    """Two lines contradicted each other: a batch was a median, and a question the mean over other batches, with the
+    warm-up of the first."""
+    timing = cost.summarise_timing([line(8, 0.9), line(8, 0.1), line(8, 0.098), line(3, 0.05)], "a")
+    for part in (timing, timing["this_run"]):
+        for stage, value in part["batch"]["median_ms"].items():
+            assert 8 * part["ms_per_question"][stage] == pytest.approx(value)
 
 
 def test_nothing_timed_is_no_number():

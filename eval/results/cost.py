@@ -149,18 +149,18 @@ def summarise_timing(lines: Sequence[Mapping[str, Any]], this_run: str) -> dict[
 def times(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Milliseconds of a batch, and milliseconds, key/value bytes and decode steps per question; None without lines.
 
-    `ms_per_question` is a batch's time divided by its questions: a cost, not a latency.
+    `ms_per_question` is the median time of `batch` divided by its questions: a cost, not a latency.
     """
-    count = sum(line["questions"] for line in lines)
+    count, batch = sum(line["questions"] for line in lines), batch_latency(lines)
 
-    def per_question(key: str, unit: int = 1) -> float | None:
-        return unit * sum(line[key] for line in lines) / count if lines else None
+    def per_question(key: str) -> float | None:
+        return sum(line[key] for line in lines) / count if lines else None
 
     return {
         "questions": count,
         "batches": len(lines),
-        "batch": batch_latency(lines),
-        "ms_per_question": {stage: per_question(stage, 1000) for stage in STAGES},
+        "batch": batch,
+        "ms_per_question": {name: batch["median_ms"][name] / batch["questions"] if batch else None for name in STAGES},
         "kv_bytes_padded": per_question("kv_bytes"),
         "kv_bytes_with_room": per_question("kv_bytes_with_room"),
         "decode_steps_per_batch": fmean(line["decode_steps"] for line in lines) if lines else None,

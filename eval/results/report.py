@@ -285,17 +285,13 @@ def failed_lines(result: Mapping[str, Any], shown: int = 5) -> list[str]:
 
 
 def time_lines(timing: Mapping[str, Any]) -> list[str]:
-    """Milliseconds of a batch and per question, and what they were measured under."""
+    """Median milliseconds of a batch, the same per question, and what they were measured under."""
     if not timing["questions"]:
         return []
-    batch = timing["batch"]
-    of_batch, of_question = (
-        ", ".join(f"{name} {value:.1f}" for name, value in times.items())
-        for times in (batch["median_ms"], timing["ms_per_question"])
-    )
+    batch, alone = timing["batch"], timing["ms_per_question"]
+    stages = ", ".join(f"{name} {value:.1f} ({alone[name]:.1f})" for name, value in batch["median_ms"].items())
     lines = [
-        f"ms of {batch_text(batch['questions'])}, median of {batch['batches']:,}: {of_batch}",
-        f"ms per question, the batch's time divided by its questions: {of_question}",
+        f"ms of {batch_text(batch['questions'])}, median of {batch['batches']:,} (divided by its questions): {stages}",
         f"timed: {timing['questions']:,} questions in {timing['runs']} {'run' if timing['runs'] == 1 else 'runs'}, "
         f"{timing['this_run']['questions']:,} of them in this one",
     ]
