@@ -6,6 +6,7 @@ python -m eval --benchmark gqa,pope --method full,consensusdrop --budget 64,128
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -131,7 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.dry_run:
         from eval.efficiency.estimate import estimate
 
-        estimates = [estimate(one, place) for one in configs]
+        with contextlib.redirect_stdout(sys.stderr):  # libraries print remarks when they are imported
+            estimates = [estimate(one, place) for one in configs]
         records = [one.record() for one in estimates]
         lines = [line for one in estimates for line in one.lines()]
         print(json.dumps(records if len(records) > 1 else records[0], indent=1) if args.json else "\n".join(lines))

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from eval import __main__ as cli
+from eval import benchmarks
 from eval.config import RunConfig
 from eval.run import equip
 from llava import reduce
@@ -245,3 +246,24 @@ def test_logits_that_are_not_finite_end_in_a_sentence(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="question q0 are not finite"):
         ask(load(tmp_path, device="cpu"))
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_the_dry_run_knows_weights_and_cache(saved, name, tmp_path, capsys):
+    """It said of every one of these families that it was not supported."""
+    folder, _, model = saved(name)
+    data = write_gqa(tmp_path / "data", 8)
+    words = ["--method", "fastervlm", "--budget", "1/3", "--model", str(folder), "--data", str(data)]
+    words += ["--max-new-tokens", "4", "--batch-size", "2", "--device", "cpu", "--dry-run"]
+    assert cli.main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sum(found["weights"].values()) == 4 * sum(one.numel() for one in model.hf_model.parameters())
+    questions = benchmarks.get("gqa").load(data, "testdev")
+    held = []
+    for start in range(0, 8, 2):
+        batch = [questions.sample(one) for one in questions.questions[start : start + 2]]
+        held.append(ask(model, batch, "fastervlm", "1/3", max_new_tokens=4, ignore_eos=True).kv_bytes_with_room)
+    assert max(held) == found["kv_bytes"] <= found["full_kv_bytes"]
+    assert cli.main(words) == 0
+    text = capsys.readouterr().out
+    assert "1/3 of each image's visual tokens" in text and f"not estimated for {model.family.title}" in text

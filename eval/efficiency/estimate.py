@@ -30,7 +30,7 @@ from eval.results.report import hardware
 from eval.run import read_questions
 from llava.budget import budget_text
 from llava.errors import UserError
-from llava.model.builder import DTYPES, device_of, runtime
+from llava.model.builder import DTYPES, declared_class, device_of, runtime
 from llava.model.checkpoint.files import locate
 from llava.model.checkpoint.load import free_memory, outline_checkpoint
 from llava.model.llava_arch import Llava
@@ -41,6 +41,7 @@ from llava.processing.video import Video
 from llava.reduction import registry
 from llava.reduction.budget import require
 from llava.reduction.reducer import Reducer
+from llava.reduction.token_layout import single
 
 SAMPLED = 64  # questions whose prompts and images are read
 SPENT = 0.5  # seconds of each measurement
@@ -317,7 +318,7 @@ class Estimate:
 # The estimate of a run
 
 
-def estimate(config: RunConfig, place: Placement | None = None) -> Estimate:
+def estimate(config: RunConfig, place: Placement | None = None) -> "Estimate | FamilyEstimate":
     """The estimate of a run.
 
     Args:
@@ -328,6 +329,14 @@ def estimate(config: RunConfig, place: Placement | None = None) -> Estimate:
     """
     data, _ = read_questions(config)
     planned, device = data.questions[: config.limit], device_of(config.device)
+    others: dict[str, Any] = {
+        "--text-tower": config.text_tower,
+        "--quantization": config.quantization,
+        "--zero": config.zero,
+    }
+    others |= {"--tensor-parallel": config.tensor_parallel if config.tensor_parallel > 1 else None, **config.picture}
+    if container := declared_class(config.model, others):
+        return estimate_family(config, container, data, planned, device)
     checkpoint = outline_checkpoint(config.model, config.text_tower)
     model = runtime(checkpoint, torch.device("meta"), dict(config.picture))
     if data.pictures.noun == "videos" and not model.takes_videos:
@@ -361,6 +370,130 @@ def estimate(config: RunConfig, place: Placement | None = None) -> Estimate:
     )
 
 
+@dataclass(frozen=True)
+class FamilyEstimate:
+    """What a run of a checkpoint of `llava.hf.families` will need, as far as its configuration and processor say.
+
+    Attributes:
+        weights: bytes by part.
+        kv_bytes, full_kv_bytes: of the keys and values of a batch of the longest sampled prompts and their answers,
+            under the method and with all visual tokens.
+        cached, layers: decoder layers with keys and values, and all of them.
+        batch: questions of that batch.
+        budget: visual tokens of an image, in words.
+        free: bytes free on the device; None where the device is not there.
+    """
+
+    title: str
+    weights: dict[str, int]
+    kv_bytes: int
+    full_kv_bytes: int
+    cached: int
+    layers: int
+    batch: int
+    budget: str
+    max_new_tokens: int
+    questions: int
+    free: int | None
+    device: str
+
+    @property
+    def need(self) -> int:
+        """Bytes of weights and cache."""
+        return sum(self.weights.values()) + self.kv_bytes
+
+    def lines(self) -> list[str]:
+        """The estimate in words."""
+        where = "" if self.cached == self.layers else f" in {self.cached} of {self.layers} layers, the others have none"
+        room = "how much is free there is not known" if self.free is None else f"{size_text(self.free)} are free"
+        return [
+            f"weights {listed(self.weights)}",
+            f"KV cache {size_text(self.kv_bytes)} for {self.batch} questions at {self.budget} visual tokens and "
+            f"{self.max_new_tokens} new tokens (full: {size_text(self.full_kv_bytes)}){where}",
+            f"weights and cache need {size_text(self.need)} on {self.device} for each rank, activations not counted; "
+            f"{room}",
+            f"not estimated for {self.title}, whose own forward runs: activations, images that are remembered, and "
+            f"times; {self.questions:,} questions would be asked",
+        ]
+
+    def record(self) -> dict[str, Any]:
+        """The estimate as JSON types; bytes."""
+        return asdict(self) | {"fits": False if self.free is not None and self.need > self.free else None}
+
+
+def estimate_family(
+    config: RunConfig, container: str, data: Dataset, planned: Sequence[Question], device: torch.device
+) -> FamilyEstimate:
+    """Weights and cache; images are read, because only the processor knows how many tokens each has."""
+    from llava.hf.checkpoint_model import load_family
+    from llava.hf.families import why_not
+    from llava.hf.reduce import require_any
+
+    dtype = DTYPES[config.dtype]
+    model: Any = load_family(config.model, container, dtype, device, weights=False)
+    if data.pictures.noun == "videos":
+        raise UserError(f"{data.title} asks about videos, and {model.name} takes images only; choose a Video-LLaVA.")
+    reducer = build_reducer(config, model.visual_tokens)
+    require_any(model, reducer)
+    if why := why_not(model.family, model.hf_model.config, reducer):
+        raise UserError(why)
+    token, breaks, shapes = model.token("image"), model.family.breaks, []
+    for question in sampled(data, planned):
+        ids = model.inputs([data.sample(question)])["input_ids"][0]
+        shown = (ids == token).long()
+        ends = torch.cat([shown.diff(), -shown[-1:]])
+        runs = torch.cat([shown.new_zeros(1), shown.cumsum(0)[ends < 0]]).diff().tolist()  # tokens in one piece
+        # Rows with a break behind each are one image.
+        pieces = [sum(runs) // len(question.images)] * len(question.images) if breaks and question.images else runs
+        images = tuple(single(1, tokens) for tokens in pieces)
+        shapes.append(QuestionShape(len(ids) - int(shown.sum()), images))
+    longest = config.max_new_tokens or data.max_new_tokens
+    count = min(config.batch_size, len(planned))
+    layers: list[Any] = [getattr(layer, "self_attn", None) for layer in model.llm.layers]
+    widths = [one.k_proj.out_features + one.v_proj.out_features if hasattr(one, "k_proj") else 0 for one in layers]
+
+    def kv(method: Reducer) -> int:
+        prompts = sorted((memory.lengths(model, method, shape) for shape in shapes), key=max, reverse=True)
+        rows = [prompts[number % len(prompts)] for number in range(count)]
+        held = 0
+        for layer, window, width in zip(zip(*rows, strict=True), model.windows, widths, strict=True):
+            held += width * min(max(layer) + longest - 1, window - 1)  # a window counts the token that asks
+        return count * dtype.itemsize * held
+
+    budget, ratio, total = reducer.budget, reducer.retention_ratio, "each image's" if reducer.retention_ratio else ""
+    return FamilyEstimate(
+        model.family.title,
+        {part: number * dtype.itemsize for part, number in parts_of(model).items()},
+        kv(reducer),
+        kv(registry.build(FULL, model.visual_tokens)),
+        sum(map(bool, widths)),
+        len(widths),
+        count,
+        f"{budget_text(budget, ratio)} of {total}" if total else "all" if config.method == FULL else str(budget),
+        longest,
+        len(planned),
+        free_memory(device),
+        str(device),
+    )
+
+
+def parts_of(model: Any) -> dict[str, int]:
+    """Numbers in the weights of a model of `llava.hf.families` by part, each once."""
+    tower = model.inner.get_submodule(model.family.tower.partition(".")[0])
+    seen: set[int] = set()
+    found = {}
+    for part, module in (
+        ("vision tower", tower),
+        ("decoder", model.llm),
+        ("head", model.head),
+        ("rest", model.hf_model),
+    ):
+        own = {id(weight): weight.numel() for weight in module.parameters() if id(weight) not in seen}
+        seen |= own.keys()
+        found[part] = sum(own.values())
+    return found
+
+
 def outline_text_tower(model: Llava) -> ClipText:
     """The CLIP text tower that belongs to the vision tower, on the meta device, from its config.json."""
     folder = locate(model.text_tower, "CLIP text tower", weights=False)
@@ -375,6 +508,13 @@ def outline_text_tower(model: Llava) -> ClipText:
 # The questions of a run as memory and time see them
 
 
+def sampled(data: Dataset, planned: Sequence[Question]) -> Sequence[Question]:
+    """Evenly spaced questions of a run."""
+    if not planned:
+        raise UserError(f"{data.title} has no question to estimate; raise --limit.")
+    return planned[:: max(1, len(planned) // SAMPLED)][:SAMPLED]
+
+
 def workload(
     model: Llava,
     data: Dataset,
@@ -387,10 +527,7 @@ def workload(
 
     An image is seen once where its features are remembered, and else by every batch that asks about it.
     """
-    if not planned:
-        raise UserError(f"{data.title} has no question to estimate; raise --limit.")
-    stride = max(1, len(planned) // SAMPLED)
-    chosen = planned[::stride][:SAMPLED]
+    chosen = sampled(data, planned)
     shapes = tuple(shape_of(model, data, question) for question in chosen)
     answers = [len(model.tokenizer(q.answer, add_special_tokens=False).input_ids) for q in chosen if q.answer]
     groups = [answers[i : i + batch_size] for i in range(0, len(answers), batch_size)]

@@ -43,7 +43,7 @@ from llava.processing.prompt import Prompt, Sample
 from llava.reduction.modules import prefill_flops
 from llava.reduction.reducer import Reducer
 from llava.reduction.token_layout import ModelSpec, PatchGrid
-from llava.transformers_names import cache_of
+from llava.transformers_names import cache_of, no_init_weights, set_kernel
 
 SIZE = 1024  # pixels along the edges of the image whose visual tokens stand for those of the largest
 
@@ -100,7 +100,7 @@ class FamilyModel(FamilyWrapper):
         return plain and all(hasattr(getattr(layer, "self_attn", None), "q_proj") for layer in self.llm.layers)
 
     @cached_property
-    def _windows(self) -> list[int]:
+    def windows(self) -> list[int]:
         """The keys that a token attends at most in each layer of the decoder."""
         window, kinds = getattr(self.llm.config, "sliding_window", None) or 0, kinds_of(self.hf_model.config)
         return [window if kind == "sliding_attention" else sys.maxsize for kind in kinds]
@@ -177,7 +177,7 @@ class FamilyModel(FamilyWrapper):
             answers.append(Answer(sample.id, self.decode(ids).strip(), tuple(ids), account, trace, layouts[row]))
             if self._countable:
                 lengths = tuple(one.lengths[row] for one in reduced.segments for _ in one.layers)
-                keys = tuple(map(min, lengths, self._windows))
+                keys = tuple(map(min, lengths, self.windows))
                 record.operations.add("prefill", prefill_flops, self.llm.layers, lengths, self.head, keys)
         spent = timer.seconds
         timing = Timing(**{known.name: spent.get(known.name, 0.0) for known in fields(Timing)})
@@ -194,16 +194,19 @@ def bytes_of(cache: Any) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in held)
 
 
-def load_family(source: str | Path, container: str, dtype: torch.dtype, device: torch.device) -> FamilyModel:
+def load_family(
+    source: str | Path, container: str, dtype: torch.dtype, device: torch.device, weights: bool = True
+) -> FamilyModel:
     """A checkpoint in the layout of transformers, from safetensors alone.
 
     Args:
         container: a key of `llava.hf.families.FAMILIES`.
+        weights: False reads none: the model is on the meta device and answers nothing, its processor makes prompts.
 
     Raises:
         UserError: the checkpoint is incomplete, or its processor needs a package that is not installed.
     """
-    name, folder = name_of(source), locate(source, "checkpoint")
+    name, folder = name_of(source), locate(source, "checkpoint", weights=weights)
     files = files_of(folder)
     kind = getattr(transformers, container)
     refuse_activations(read_json(folder / "config.json"), folder)
@@ -211,6 +214,15 @@ def load_family(source: str | Path, container: str, dtype: torch.dtype, device: 
         processor = read_processor(folder, kind)
         if not processor.chat_template:
             raise UserError("it has no chat template, by which questions are asked; take a chat checkpoint.")
+        if not weights:
+            config = kind.config_class.from_pretrained(folder)
+            set_kernel(config, "sdpa")
+            with torch.device("meta"), no_init_weights():
+                empty = kind(config).eval()
+            empty.tie_weights()
+            outline = FamilyModel(empty, processor, name, files)
+            outline.device = torch.device("cpu")  # of the prompts
+            return outline
         model, found = kind.from_pretrained(
             folder,
             dtype=dtype,

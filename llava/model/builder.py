@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,23 +107,15 @@ def load(
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     place, source = device_of(device), source or TOY_MODEL
-    raw = read_json(locate(source, "checkpoint", weights=False) / "config.json")
-    kind = str(raw.get("model_type"))
-    if kind not in FAMILIES and kind in CONFIG_MAPPING:
+    others = {"--text-tower": text_tower, "--quantization": quantization, "--zero": zero, **conventions}
+    others["--tensor-parallel"] = tensor_parallel if tensor_parallel > 1 else None
+    if container := declared_class(source, others):
         # Here, because the modules of llava.model import nothing of the pipeline when they are loaded.
         from llava.hf.checkpoint_model import load_family
-        from llava.hf.families import FAMILIES as DECLARED
 
-        others = {"--text-tower": text_tower, "--quantization": quantization, "--zero": zero, **conventions}
-        others["quantization_config (in its config.json)"] = raw.get("quantization_config")
-        others["--tensor-parallel"] = tensor_parallel if tensor_parallel > 1 else None
-        container = getattr(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(CONFIG_MAPPING[kind], None), "__name__", None)
-        if container in DECLARED:
-            if refused := [name for name, value in others.items() if value is not None]:
-                raise UserError(f"{', '.join(refused)} cannot be used with {source}, a {kind}; leave it out.")
-            family = load_family(source, container, DTYPES[dtype], place)
-            family.loaded_with = {"source": str(source), "dtype": dtype}
-            return family
+        family = load_family(source, container, DTYPES[dtype], place)
+        family.loaded_with = {"source": str(source), "dtype": dtype}
+        return family
     parallel = parallel_of(tensor_parallel, zero, quantization)
     if parallel is not None:
         place = device_of_rank(place)
@@ -139,6 +132,32 @@ def load(
         **conventions,
     }
     return model
+
+
+def declared_class(source: str | Path, others: Mapping[str, Any]) -> str | None:
+    """A key of `llava.hf.families.FAMILIES` for a checkpoint of such a family; None for one of FAMILIES above.
+
+    Args:
+        others: what those families do not take, by name; None where it is not asked for.
+
+    Raises:
+        UserError: something is asked for that they do not take.
+    """
+    raw = read_json(locate(source, "checkpoint", weights=False) / "config.json")
+    kind = str(raw.get("model_type"))
+    if kind in FAMILIES or kind not in CONFIG_MAPPING:
+        return None
+    from llava.hf.families import FAMILIES as DECLARED
+
+    container: str | None = getattr(
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(CONFIG_MAPPING[kind], None), "__name__", None
+    )
+    if container not in DECLARED:
+        return None
+    stored = {"quantization_config (in its config.json)": raw.get("quantization_config")}
+    if refused := [name for name, value in (dict(others) | stored).items() if value is not None]:
+        raise UserError(f"{', '.join(refused)} cannot be used with {source}, a {kind}; leave it out.")
+    return container
 
 
 def device_of(name: str) -> torch.device:
