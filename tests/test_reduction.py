@@ -85,7 +85,7 @@ def test_merged_tokens_are_counted_of_every_image():
     third = Reduction(torch.tensor([[1]]), 4, torch.zeros(1, 4, dtype=torch.int64), torch.full((1, 4), 0.25))
     assert first.merged_count().tolist() == [2, 1]
     applied = [Applied("prompt", 0, first, 0), Applied("prompt", 1, first, 1), Applied("prompt", 2, third, 0)]
-    record = Record([[SeenImage(single(2, 2), 4, None)] * 3], [applied])
+    record = Record([[SeenImage(single(2, 2), 4, None, asked=3)] * 3], [applied])
     prefilled = SimpleNamespace(segments=[SimpleNamespace(visual=[5], layers=[0, 1])], kv_bytes=[0])
     (found,) = record.accounting(prefilled)
     assert (found.merged, found.images, found.visual_tokens, found.tokens_per_layer) == (2 + 1 + 1, 3, 12, (5, 5))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
-from eval.answers.jsonl import write_bytes
+from eval.answers.jsonl import write_file
 from eval.answers.source_hash import HASHED, combined, flatten
 from eval.config import RunConfig, changed_fields, changed_options
 from eval.results import report
@@ -145,7 +145,7 @@ def start(
     for attempt in dict.fromkeys((mode, "offline")):
         try:
             # Before W&B knows the run: a process that is killed in between would leave it a second one.
-            write_bytes(output / id_file, f"{identity}\n".encode())
+            write_file(output / id_file, f"{identity}\n")
             run = open_run(wandb, attempt, output, identity, about)
             return Tracker(wandb, run, output, resumed=bool(known))
         except Exception as error:
