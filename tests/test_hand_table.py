@@ -98,7 +98,7 @@ def made(kind: str = "scores", only: str = "", ours: str = "consensusdrop"):
                 folder=Path("run"),
                 command=f"bash <{line.title}>",
                 commit="c0ffee",
-                finished="",
+                finished="2026-01-02",
                 terms=terms,
                 normalise=normal,
                 texts=texts,
@@ -269,6 +269,11 @@ def test_csv_has_every_number():
         assert row["published"].split(";") == re.findall(r"([\d.]+) \[", told[0]) or row["published"] == told[0] == ""
         assert (float(row["tokens_per_layer"]), float(row["kv_bytes"])) == (cost["tokens"], cost["kv_bytes"])
         assert row["flops"] == ("" if cost["flops"] is None else f"{cost['flops']:.0f}")
+        assert float(row["merged_tokens"]) == cost["merged"]
+        count = str(len(data("answers")[line.title][str(line.budget or "")][benchmark]))
+        assert (row["questions"], row["available"], row["run"]) == (count, count, "run")
+        assert (row["command"], row["commit"], row["finished"]) == (f"bash <{line.title}>", "c0ffee", "2026-01-02")
+        assert list(row) == list(render.HEADER), "a value too many or too few"
 
 
 UNESCAPED = {
