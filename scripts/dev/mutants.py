@@ -16,6 +16,7 @@ import difflib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -128,9 +129,9 @@ def draw(root: Path, seed: int, redraw: set[int]) -> list[Mutant]:
 def fast_tests(copy: Path, file: str) -> str | None:
     """The first of the fast tests that fails, or None; those that import the module are asked before the others."""
     package, _, module = file.removesuffix(".py").replace("/", ".").rpartition(".")
-    names = f"{package}.{module}", f"{package} import {module}"
+    named = re.compile(rf"{package}(\.| import [^)\n]*|\s+import \([^)]*)\b{module}\b")
     tests = sorted((copy / "tests").rglob("test_*.py"))
-    near = [str(test) for test in tests if any(name in test.read_text(encoding="utf-8") for name in names)]
+    near = [str(test) for test in tests if named.search(test.read_text(encoding="utf-8"))]
     for chosen in filter(None, (near, [str(copy / "tests")])):
         command = [sys.executable, "-m", "pytest", "-x", "-n", "2", "-p", "no:cacheprovider", "-m", MARKED, *chosen]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
