@@ -31,6 +31,7 @@ from eval.statistics.answers import plain
 from eval.statistics.command import main as stats_command
 from eval.statistics.relative import p_value, pair
 from eval.sweep import Setting
+from llava.errors import UserError
 from tests.test_statistics_command import write_run
 
 FOLDER = ROOT / "tests" / "data" / "hand_table"
@@ -472,3 +473,22 @@ def test_stats_has_the_numbers_of_every_group(stores, tmp_path):
             assert [row[name][part] for part in ("mean", "low", "high")] == pytest.approx(wanted[name]), name
         assert (row["in_group_a"], row["in_group_b"]) == (wanted["in_group_a"], wanted["in_group_b"])
         assert (row["test"]["of_full"], row["test"]["p"]) == pytest.approx((wanted["of_full"], wanted["p"]))
+
+
+def test_a_row_without_results_is_named_and_moves_no_column(monkeypatch):
+    """The columns are those of the unreduced model, whose results must all be there; another row may lack its own."""
+    _, whole, _ = made()
+
+    def read_cell(line: Line, column: spec.Column, where: Where, model: object) -> Cell | str:
+        index = whole.lines.index(line)
+        lost = index == lost_row or (index, column.benchmark) not in whole.cells
+        return f"{line.title} has no {column.title}" if lost else whole.cells[index, column.benchmark]
+
+    monkeypatch.setattr(cells, "read_cell", read_cell)
+    lost_row = 1
+    found = cells.read_cells(whole.lines, whole.columns, None, None)
+    assert tuple(found.columns) == whole.columns and not found.row(1) and found.row(2).keys() == whole.row(2).keys()
+    assert sum(reason.startswith(whole.lines[1].title) for reason in found.failed) >= len(whole.columns)
+    lost_row = 0
+    with pytest.raises(UserError, match="full has no GQA"):
+        cells.read_cells(whole.lines, whole.columns, None, None)

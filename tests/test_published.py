@@ -263,6 +263,12 @@ def test_a_table_takes_the_sum_of_its_runs_and_none_where_the_model_does_not_fit
     assert reproduce.hours(cost, replace(gpu, memory=1e9)) == ("n/a", "n/a")
 
 
+def test_published_numbers_are_printed_as_in_papers():
+    """With a decimal, but for MME's points."""
+    told = [(61.9, "gqa"), (62.0, "gqa"), (1862.0, "mme"), (1862.5, "mme"), (100.0, "relative_mean")]
+    assert [reproduce.number(*one) for one in told] == ["61.9", "62.0", "1862", "1862.5", "100.0"]
+
+
 def test_judged_and_server_graded_benchmarks_are_named(costs):
     """A table without a judge, or on a split of a server, holds no published metric."""
     for name in sorted({name for cost in costs for name in cost.loads}):
