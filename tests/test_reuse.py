@@ -235,6 +235,16 @@ def test_imports_are_followed_through_the_project(tmp_path):
     }  # fmt: skip
 
 
+def test_differences_say_which_files_are_new_and_which_are_gone():
+    """Between the settings of a store and those of now, in this order."""
+    old = {"dtype": "float32", "code": {"a.py": "1", "b.py": "2", "c.py": "3"}}
+    new = {"dtype": "float16", "code": {"b.py": "2", "c.py": "4", "d.py": "5"}}
+    assert source_hash.differences(old, new) == [
+        "dtype: float32, now float16",
+        "code: a.py (gone), c.py, d.py (new)",
+    ]
+
+
 @pytest.mark.parametrize(
     ("one", "two", "same"),
     [
