@@ -126,20 +126,19 @@ def draw(root: Path, seed: int, redraw: set[int]) -> list[Mutant]:
     return drawn
 
 
-def fast_tests(copy: Path, file: str) -> str | None:
-    """The first of the fast tests that fails, or None; those that import the module are asked before the others."""
+def fast_tests(copy: Path, file: str, all_of_them: bool) -> str | None:
+    """The first of the fast tests that fails, or None; of those that import the module, or of all."""
     package, _, module = file.removesuffix(".py").replace("/", ".").rpartition(".")
     named = re.compile(rf"{package}(\.| import [^)\n]*|\s+import \([^)]*)\b{module}\b")
     tests = sorted((copy / "tests").rglob("test_*.py"))
-    near = [str(test) for test in tests if named.search(test.read_text(encoding="utf-8"))]
-    for chosen in filter(None, (near, [str(copy / "tests")])):
-        command = [sys.executable, "-m", "pytest", "-x", "-n", "2", "-p", "no:cacheprovider", "-m", MARKED, *chosen]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=environment)
-        if done.returncode not in (0, 5):
-            failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-            return failed[0][:200] if failed else f"{done.stdout[-200:]}{done.stderr[-200:]}"
-    return None
+    chosen = [str(test) for test in tests if all_of_them or named.search(test.read_text(encoding="utf-8"))]
+    command = [sys.executable, "-m", "pytest", "-x", "-n", "2", "-p", "no:cacheprovider", "-m", MARKED, *chosen]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=environment) if chosen else None
+    if done is None or done.returncode in (0, 5):
+        return None
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0][:200] if failed else f"{done.stdout[-200:]}{done.stderr[-200:]}"
 
 
 def main() -> int:
@@ -158,15 +157,21 @@ def main() -> int:
             subprocess.run(["git", "clone", "--quiet", str(ROOT), str(root)], check=True)
         seen = json.loads(results.read_text()) if results.is_file() else {}
     mutants = draw(root, args.seed, redraw)
-    for one in () if args.list else tqdm(mutants, unit="mutant"):
-        if one.number not in redraw and one.change not in seen:
+    # The tests that import a module see most of its mutants in seconds; all of them take minutes.
+    tries = (
+        [] if args.list else [(one, every) for every in (False, True) for one in mutants if one.number not in redraw]
+    )
+    for one, every in tqdm(tries, unit="try"):
+        if one.change not in seen:
             original = (root / one.file).read_bytes()
             try:
                 (root / one.file).write_text(one.text, encoding="utf-8")
-                seen[one.change] = fast_tests(root, one.file)
+                failed = fast_tests(root, one.file, every)
             finally:
                 (root / one.file).write_bytes(original)
-            results.write_text(json.dumps(seen, indent=1))
+            if failed or every:
+                seen[one.change] = failed
+                results.write_text(json.dumps(seen, indent=1))
     for one in mutants:
         result = seen.get(one.change, "not tried") or "SURVIVED"
         print(
