@@ -49,6 +49,17 @@ def test_opening_a_store_deletes_temporary_files_of_its_own_and_of_no_other_run(
     assert not [path for path in own if path.exists()] and all(path.exists() for path in kept)
 
 
+def test_a_store_that_cannot_be_opened_gives_its_folder_back(tmp_path):
+    """Otherwise the next run of the same process is told that another one holds the folder."""
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(json.dumps(line("q999")) + "\n")
+    with pytest.raises(UserError, match="q999") as error:
+        open_store(tmp_path)
+    answers.unlink()
+    open_store(tmp_path).close()
+    assert error.value  # its traceback holds the store that was not opened
+
+
 def test_answers_come_back_in_order(tmp_path):
     with open_store(tmp_path) as store:
         store.add([line("q003", "a\u2028b\n"), line("q001")], {})
