@@ -19,12 +19,12 @@ from eval import score
 from eval.benchmarks import mme, pope
 from eval.config import ROOT
 from eval.metrics.accuracy import mean_score, normalise
-from eval.papers import cells, gate, published, render, spec, table
+from eval.papers import cells, gate, published, render, reproduce, spec, table
 from eval.papers.cells import Cell, Measured
 from eval.papers.document import blocks, difference_to, entries, ours_text, published_text
 from eval.papers.published import Published
 from eval.papers.runs import Line, Time, Where
-from eval.papers.sections import clear_differences, pair_rows, pairs_of, sections_of
+from eval.papers.sections import clear_differences, pair_rows, pairs_of, releases, sections_of
 from eval.papers.spec import read_yaml
 from eval.results.statistics import compare, holm, interval, terms_of
 from eval.statistics.answers import plain
@@ -473,6 +473,37 @@ def test_stats_has_the_numbers_of_every_group(stores, tmp_path):
             assert [row[name][part] for part in ("mean", "low", "high")] == pytest.approx(wanted[name]), name
         assert (row["in_group_a"], row["in_group_b"]) == (wanted["in_group_a"], wanted["in_group_b"])
         assert (row["test"]["of_full"], row["test"]["p"]) == pytest.approx((wanted["of_full"], wanted["p"]))
+
+
+def test_a_variant_with_another_budget_is_not_put_beside_its_release():
+    """A row marked ‡ stands in no comparison, whichever of the two it is."""
+    _, found, _ = made()
+    pair = [i for i, line in enumerate(found.lines) if line.method == "visiondrop" and line.budget == 64]
+    rows = releases(found).rows
+    assert len(pair) == len(rows) == 2
+    for marked in pair:
+        lines = [dataclasses.replace(line, by_kept=i == marked) for i, line in enumerate(found.lines)]
+        assert releases(dataclasses.replace(found, lines=lines)).rows == [row for row in rows if row[2] != "64"]
+
+
+def test_the_page_of_a_table_shows_the_published_rows_and_the_baselines_that_the_gate_takes():
+    """Neither the source of low trust nor that of tiles is a baseline of images padded to a square."""
+    definition, found, _ = made()
+    assert markdown_rows(reproduce.cause_table(found.columns, sources(), "square") + "\n") == [
+        ["GQA", "84.2", "0.3", ""],
+        ["POPE", "96.0", "0.5", reproduce.CAUSES["pope"]],
+        ["MME perception", "n/a", "15", reproduce.CAUSES["mme"]],
+    ]
+    text = reproduce.Sources(definition, found.columns, sources()).table
+    assert text.startswith("| method | tokens | source | trust | GQA | POPE | MME perception | average |\n")
+    assert markdown_rows(text + "\n") == [
+        ["full", "576", "Low", "low", "83.4", "", "370", ""],
+        ["full", "576", "High & <i>", "high", "84.2", "96.0", "", ""],
+        ["full", "576", "Tiles", "high", "83.3", "", "", ""],
+        ["FastV", "64", "High & <i>", "high", "99.0", "", "", ""],
+        ["VisionDrop", "192", "Low", "low", "95.8", "", "", ""],
+        ["VisionDrop", "191", "High & <i>", "high", "96.3", "", "", ""],
+    ]
 
 
 def test_a_row_without_results_is_named_and_moves_no_column(monkeypatch):

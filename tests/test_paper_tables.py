@@ -798,12 +798,19 @@ def test_printed_commands_have_every_flag_that_is_not_a_default(made):
     # `MODEL=... DATA=... vtr tables paper` ran on the toy: only scripts read these.
     assert line.startswith(f"vtr tables paper {words[0]} --model {args.model} --data {args.data}")
     assert "--dtype float32 --batch-size 3 --judge match" in line
-    script = table.parser().parse_args(["visiondrop/controls", "--data", "/my data"])
-    told = table.command_line(spec.read(spec.find(script.table)), script)
-    assert told == "DATA='/my data' bash scripts/visiondrop/controls.sh"
     one = runs.Line(None, None, sweep.Setting("full", None))
     told = command_of(one, found.columns[0], table.where_of(found, args), SimpleNamespace(judge="match"))
     assert "--batch-size 3" in told and "--judge match" in told
+
+
+def test_the_command_of_a_script_has_its_variables_before_it_and_flags_behind():
+    for words, told in (
+        (["--data", "/my data"], "DATA='/my data' bash scripts/visiondrop/controls.sh"),
+        (["--model", "m", "--limit", "5"], "MODEL=m bash scripts/visiondrop/controls.sh --limit 5"),
+        (["--tex-intervals"], "bash scripts/visiondrop/controls.sh --tex-intervals"),
+    ):
+        args = table.parser().parse_args(["visiondrop/controls", *words])
+        assert table.command_line(spec.read(spec.find(args.table)), args) == told
 
 
 def test_loyalty_takes_the_benchmarks_own_form_of_an_answer():
