@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.answers.store import Shard
+from eval.answers.store import Shard, shard_folders
 from eval.config import ROOT
 from llava.errors import UserError
 from tests.shard_worker import KNOWN, SETTINGS, describe, line, open_store
@@ -39,6 +39,15 @@ def timed(store) -> list[str]:
 
 
 # -- merging -------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_folders_of_ranks_are_shards(tmp_path):
+    """Merging deletes shards: somebody's own folder there, or a file with the name of a rank, is left alone."""
+    for name in ("2-rank0", "notes", "my-rank"):
+        (tmp_path / "shards" / name).mkdir(parents=True)
+    (tmp_path / "shards" / "2-rank1").write_text("")
+    assert [shard.name for shard in shard_folders(tmp_path)] == ["2-rank0"]
+    assert shard_folders(tmp_path / "nowhere") == []
 
 
 def test_merging_takes_every_answer_with_its_timing_and_its_process(tmp_path):
