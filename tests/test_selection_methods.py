@@ -309,13 +309,13 @@ def test_trim_the_mean_has_equal_shares_and_stands_last():
     torch.testing.assert_close(reduction.merge_weight[0], torch.tensor([1, 1 / 3, 1 / 3, 1 / 3, 1]))
 
 
-@torch.inference_mode()
 def test_trim_the_mean_of_one_token_stands_where_that_token_stood():
     """The first token alone is left over: its place is 0."""
     found = keep_and_average(torch.tensor([[1, 2, 3], [0, 1, 2]]), 4)
     assert found.kept.tolist() == [[1, 2, 3, 0], [0, 1, 2, 3]]
 
 
+@torch.inference_mode()
 def test_trim_outliers_are_counted_by_the_interquartile_range(tiny):
     """The paper's own choice of how many tokens to keep; one reduction per image."""
     score = torch.rand(3, 40)
