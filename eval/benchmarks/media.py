@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Pictures(Protocol):
 
 
 @dataclass(frozen=True)
-class Files:
+class Files(ABC):
     """Files below one folder."""
 
     root: Path
@@ -75,8 +76,9 @@ class Files:
         except OSError as error:
             raise UserError(f"Cannot read {path}: {error.strerror}.") from error
 
+    @abstractmethod
     def open(self, name: str) -> "Image.Image | Video":
-        raise NotImplementedError
+        """The content of a file, read anew."""
 
     def read(self, name: str) -> "tuple[Image.Image | Video, str]":
         digest, content = self.digest(name), self.open(name)

@@ -319,7 +319,7 @@ def notes_of(table: Table, found: Measured, entries: Sequence[Entry]) -> list[st
         if cell.column.metric and cell.metric != cell.column.metric
     }
     notes += [
-        f"n/a: operations of {cell.line.title} at {cell.line.budget} on {cell.column.title}, "
+        f"n/a: operations of {cell.line.title} at {budget_title(cell.line.budget or 'all')} on {cell.column.title}, "
         f"counted for {cell.no_flops}."
         for cell in cells
         if cell.no_flops
