@@ -329,13 +329,8 @@ def estimate(config: RunConfig, place: Placement | None = None) -> "Estimate | F
     """
     data, _ = read_questions(config)
     planned, device = data.questions[: config.limit], device_of(config.device)
-    others: dict[str, Any] = {
-        "--text-tower": config.text_tower,
-        "--quantization": config.quantization,
-        "--zero": config.zero,
-    }
-    others |= {"--tensor-parallel": config.tensor_parallel if config.tensor_parallel > 1 else None, **config.picture}
-    if container := declared_class(config.model, others):
+    unusual = config.text_tower, config.quantization, config.tensor_parallel, config.zero, config.picture
+    if container := declared_class(config.model, *unusual):
         return estimate_family(config, container, data, planned, device)
     checkpoint = outline_checkpoint(config.model, config.text_tower)
     model = runtime(checkpoint, torch.device("meta"), dict(config.picture))

@@ -107,9 +107,7 @@ def load(
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     place, source = device_of(device), source or TOY_MODEL
-    others = {"--text-tower": text_tower, "--quantization": quantization, "--zero": zero, **conventions}
-    others["--tensor-parallel"] = tensor_parallel if tensor_parallel > 1 else None
-    if container := declared_class(source, others):
+    if container := declared_class(source, text_tower, quantization, tensor_parallel, zero, conventions):
         # Here, because the modules of llava.model import nothing of the pipeline when they are loaded.
         from llava.hf.checkpoint_model import load_family
 
@@ -134,14 +132,20 @@ def load(
     return model
 
 
-def declared_class(source: str | Path, others: Mapping[str, Any]) -> str | None:
+def declared_class(
+    source: str | Path,
+    text_tower: str | Path | None,
+    quantization: str | None,
+    tensor_parallel: int,
+    zero: str | None,
+    conventions: Mapping[str, Any],
+) -> str | None:
     """A key of `llava.hf.families.FAMILIES` for a checkpoint of such a family; None for one of FAMILIES above.
 
-    Args:
-        others: what those families do not take, by name; None where it is not asked for.
+    Args: see `load`.
 
     Raises:
-        UserError: something is asked for that they do not take.
+        UserError: something is asked for that these families do not take.
     """
     raw = read_json(locate(source, "checkpoint", weights=False) / "config.json")
     kind = str(raw.get("model_type"))
@@ -154,8 +158,10 @@ def declared_class(source: str | Path, others: Mapping[str, Any]) -> str | None:
     )
     if container not in DECLARED:
         return None
-    stored = {"quantization_config (in its config.json)": raw.get("quantization_config")}
-    if refused := [name for name, value in (dict(others) | stored).items() if value is not None]:
+    others = {"--text-tower": text_tower, "--quantization": quantization, "--zero": zero, **conventions}
+    others["--tensor-parallel"] = tensor_parallel if tensor_parallel > 1 else None
+    others["quantization_config (in its config.json)"] = raw.get("quantization_config")
+    if refused := [name for name, value in others.items() if value is not None]:
         raise UserError(f"{', '.join(refused)} cannot be used with {source}, a {kind}; leave it out.")
     return container
 
