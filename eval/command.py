@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import os
 import re
 import signal
 import sys
@@ -79,7 +80,24 @@ def terminate(number: int, frame: object) -> NoReturn:
     """A handler of STOPS: the first signal ends the command in order, further ones are ignored."""
     for one in STOPS:
         signal.signal(one, ignore)
+    sys.unraisablehook = send_again
     raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def send_again(lost: "sys.UnraisableHookArgs") -> None:
+    """A hook for exceptions that Python drops, in `__del__` and in callbacks of weak references.
+
+    A signal that comes just then would be dropped as well, and the command could not be stopped any more. So it is sent
+    once more, when the callback is over.
+    """
+    if not isinstance(lost.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(lost)
+        return
+    number = signal.SIGTERM if isinstance(lost.exc_value, Terminated) else signal.SIGINT
+    again = threading.Timer(0.05, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
+    signal.signal(number, terminate)
 
 
 @contextlib.contextmanager
@@ -89,10 +107,11 @@ def stopping_once() -> Iterator[None]:
     # A shell starts background jobs with SIGINT ignored, and so it stays; or this is done already.
     others = (signal.SIG_IGN, terminate, ignore)
     taken = [number for number in STOPS if main_thread and signal.getsignal(number) not in others]
-    before = {number: signal.signal(number, terminate) for number in taken}
+    before, hook = {number: signal.signal(number, terminate) for number in taken}, sys.unraisablehook
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             if signal.getsignal(number) in (terminate, ignore):
                 signal.signal(number, handler)

@@ -321,6 +321,26 @@ def test_a_second_ctrl_c_leaves_the_sentence_of_the_first(number, code, capsys):
     assert capsys.readouterr().err == "\nStopped. 3 of 4 answers are kept.\n"
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_within_a_destructor_is_not_lost(number, code, capsys):
+    """Python drops what is raised there: the command went on, deaf to every further signal, with a traceback."""
+
+    class Stopped:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+
+    @exit_on_user_error
+    def main() -> int:
+        Stopped()
+        time.sleep(10)
+        return 0
+
+    before = sys.unraisablehook
+    assert main() == code and sys.unraisablehook == before
+    assert capsys.readouterr().err == "\nStopped; run the same command again.\n"
+
+
 @pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
 def test_ctrl_c_without_words_of_its_own_is_a_sentence(stop, code, capsys):
     """Two empty lines were printed: an exception without a text is not false."""
