@@ -4,6 +4,7 @@
 tests/test_versions.py. This module imports nothing that has to be installed.
 """
 
+import re
 import warnings
 
 # The lowest and the highest minor version.
@@ -27,5 +28,5 @@ def advice(package: str) -> str:
 
 
 def minor(version: str) -> tuple[int, ...]:
-    """What versions are compared by, (5, 24) of "5.24.0"."""
-    return tuple(int(part) for part in version.split(".")[:2])
+    """What versions are compared by, (5, 24) of "5.24.0" and (6, 0) of "6.0rc1"."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])

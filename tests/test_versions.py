@@ -121,6 +121,8 @@ def test_every_place_names_the_same_versions():
         ("transformers", "5.100.0", True),
         ("torch", "2.13.0+cu130", False),
         ("torch", "2.14.1", True),
+        ("torch", "2.13a0+git1", False),  # a build from source, and a release candidate
+        ("transformers", "6.0rc1", True),
     ],
 )
 def test_a_version_that_was_not_tested_is_noted(package, version, noted):
