@@ -5,12 +5,15 @@ repository and commit that was run, and holds, for numbered cases, what that cod
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -49,8 +52,28 @@ class ParityLlava(Llava):
         return clip.eval()
 
 
+@contextmanager
+def float64() -> Iterator[None]:
+    """Every number of a block is float64, also where the code asks for float32.
+
+    Near ties, which the last bits of float32 decide, are then no ties, so that two programs can be held against each
+    other to the last token. Recordings that say `"dtype": "float64"` were made in the same way.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("float32", "float"):
+            patch.setattr(torch, name, torch.float64)
+        patch.setattr(Tensor, "float", Tensor.double)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
 @cache
-def parity_model() -> ParityLlava:
+def parity_model(double: bool = False) -> ParityLlava:
+    """The model in float32; with `double` in float64, to be built and used under `float64()`."""
     config = LlavaConfig(
         text_config={"model_type": "llama", **recipe.LANGUAGE_CONFIG},
         vision_config=recipe.VISION_CONFIG,
@@ -91,7 +114,8 @@ class Ours:
 @torch.inference_mode()
 def run_case(model: ParityLlava, reducer, number: int) -> Ours:
     clip = " ".join(map(str, recipe.case(number).clip[1:-1]))  # framed by the text tower itself
-    sample = Sample(str(number), clip, image=recipe.case(number).pixels)
+    pixels = recipe.case(number).pixels.to(torch.get_default_dtype())
+    sample = Sample(str(number), clip, image=pixels)
     with watched() as seen:
         state, record = prefill(model, [sample], reducer)
     tokens = {}
@@ -149,15 +173,17 @@ def recording(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
 def check(path: Path, cases: slice = slice(None)) -> Agreement:
     """Run these of the recorded cases and compare."""
     meta, arrays = recording(path)
-    model = parity_model()
-    reducer = registry.build(meta["method"], meta["budget"], meta["options"])
-    reducer.check(model.spec)
+    double = meta.get("dtype") == "float64"
     rows = range(len(arrays["cases"]))[cases]
+    with float64() if double else nullcontext():
+        model = parity_model(double)
+        reducer = registry.build(meta["method"], meta["budget"], meta["options"])
+        reducer.check(model.spec)
+        results = [run_case(model, reducer, int(arrays["cases"][row])) for row in rows]
     stable = arrays.get("stable", np.ones(len(arrays["cases"]), dtype=int)).astype(bool)
     same, same_stable, entering, shared, total, apart = 0, 0, 0, 0, 0, 0
     worst: dict[str, float] = {}
-    for row in rows:
-        ours = run_case(model, reducer, int(arrays["cases"][row]))
+    for row, ours in zip(rows, results, strict=True):
         entering += list(ours.tokens_per_layer) == arrays["entering"][row].tolist()
         stages = [compare_kept(ours, name, arrays[name][row]) for name in arrays if name.split("_")[0] == "kept"]
         shared += sum(found for found, _, _ in stages)

@@ -30,6 +30,7 @@ def number(value: float | None) -> str:
 def row(path, found: Agreement) -> list[str]:
     meta = recording(path)[0]
     options = [f"{key}={value}" for key, value in meta["options"].items()] or ["defaults"]
+    options += [meta["dtype"]] if "dtype" in meta else []
     if str(meta["budget"]) not in path.stem.split("-"):
         options.insert(0, f"budget {meta['budget']}")
     return [

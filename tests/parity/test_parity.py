@@ -17,10 +17,13 @@ SWAPPED = 6
 def check_agreement(path, cases):
     """Of these cases the stable ones keep the very same tokens, the others the same but for near ties."""
     found, rounded = check(path, cases), path.stem in ROUNDED
+    if recording(path)[0].get("dtype") == "float64":  # no near ties, and no rounding that layers could enlarge
+        assert found.kept == found.tokens_per_layer == found.cases, found
+        # SparseVLM divides a cluster by its size and a millionth more; ours is its mean.
+        assert max(found.logits, found.step) < (1e-5 if path.stem.startswith("sparsevlm") else 1e-9), found
+        return
     assert found.kept_stable >= found.stable - (3 if rounded else 0), found
-    # A swap changes all of VisPruner's later rounds, but never the half that is chosen by attention alone.
-    half = recording(path)[0]["budget"] // 2
-    assert found.apart <= (half if path.stem.startswith("vispruner") else SWAPPED), found
+    assert found.apart <= SWAPPED, found
     assert found.tokens_per_layer == found.cases, found
     # Merged tokens add up float32 numbers in another order; 32 layers enlarge the difference.
     assert found.tokens is None or found.tokens < (5e-2 if rounded else 1e-2), found
