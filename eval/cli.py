@@ -56,7 +56,7 @@ GROUPS = {
         "wandb report": Command(DASHBOARD, "save a W&B report with the same panels", (), "report_command"),
     },
     "Papers: tables, analyses and costs": {
-        "tables paper": Command(TABLE, "one table of a paper (scripts/<paper>/): run, check, write"),
+        "tables paper": Command(TABLE, "one table of a paper, or of a PATH.yaml: run, check, write"),
         "findings": Command("eval.findings.command", "analyses of attnmix, visiondrop or consensusdrop on toy scenes"),
         "bench latency": Command("eval.efficiency.latency", "time, memory and operations of methods beside full"),
         "bench serving": Command("eval.efficiency.serving", "vLLM under a method beside full and our decoder"),

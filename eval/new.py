@@ -21,14 +21,14 @@ import transformers
 
 from eval import benchmarks
 from eval.command import exit_on_user_error, make_parser
-from eval.config import ROOT
 from eval.papers import spec
 from llava.errors import UserError, suggestion, unknown
 from llava.hf.families import FAMILIES as FAMILY_ROWS
+from llava.places import PACKAGES, WORK
 from llava.reduction import registry
 
 CONTAINER = "ForConditionalGeneration"
-TOY_SETS = ROOT / "assets" / "eval" / "README.md"
+TOY_SETS = WORK / "assets" / "eval" / "README.md"
 # Kind -> what writes the data that its tests read, and, where these pass, the generated files that name it.
 DATA_WRITERS = {"benchmark": ("-m toy.benchmarks --output assets/eval --only {}",)}
 WRITERS = {
@@ -57,8 +57,8 @@ EXAMPLE = {
 }
 WHOLE = ("structure", "benchmark_pages", "toy_benchmarks")  # files of GENERATED that are about no name alone
 KINDS = tuple(EXAMPLE)
-ROW_OF_FAMILY = ROOT / "llava" / "hf" / "families.py", "}\n\n\ndef declared("
-TINY_FAMILY = ROOT / "tests" / "stock_families.py", "}\n# 5.20's SmolVLM"
+ROW_OF_FAMILY = WORK / "llava" / "hf" / "families.py", "}\n\n\ndef declared("
+TINY_FAMILY = WORK / "tests" / "stock_families.py", "}\n# 5.20's SmolVLM"
 
 
 def known(kind: str) -> list[str]:
@@ -91,18 +91,18 @@ def new(kind: str, name: str) -> list[str]:
             raise UserError(
                 f"A {kind}'s name has lower-case letters, digits and _, and starts with a letter; got {part!r}."
             )
-    text = (ROOT / "eval" / "templates" / f"{kind}.txt").read_text().replace("template_name", own)
+    text = (PACKAGES / "eval" / "templates" / f"{kind}.txt").read_text().replace("template_name", own)
     text = text.replace("template_paper", paper).replace("TemplateName", own.title().replace("_", ""))
     _, *parts = re.split(r"^==== (.+)\n", text, flags=re.MULTILINE)
     files = dict(zip(parts[::2], parts[1::2], strict=True))
-    taken = [path for path in files if (ROOT / path).exists()]
+    taken = [path for path in files if (WORK / path).exists()]
     if taken or name in known(kind):
         where = f" ({', '.join(taken)})" if taken else ""
         raise UserError(f"The name {name} is taken{where}; choose another, or edit what is there.")
     for path, content in files.items():
-        (ROOT / path).parent.mkdir(exist_ok=True)
-        (ROOT / path).write_text(content)
-        (ROOT / path).chmod(0o755 if path.endswith(".sh") else 0o644)
+        (WORK / path).parent.mkdir(exist_ok=True)
+        (WORK / path).write_text(content)
+        (WORK / path).chmod(0o755 if path.endswith(".sh") else 0o644)
     if kind == "benchmark":  # the list of toy sets, in front of the mirrors
         row, last = f"| `{name}/` | {name} | 33 | of GQA's |\n", "| `hub/` |"
         TOY_SETS.write_text(TOY_SETS.read_text().replace(last, row + last, 1))
@@ -112,7 +112,7 @@ def new(kind: str, name: str) -> list[str]:
 def new_family(name: str) -> list[str]:
     """Add a row to the declared families and one to their tiny models, with the tower's path where it can be found."""
     if name in known("family"):
-        raise UserError(f"The family {name} is declared already, in {ROW_OF_FAMILY[0].relative_to(ROOT)}.")
+        raise UserError(f"The family {name} is declared already, in {ROW_OF_FAMILY[0].relative_to(WORK)}.")
     container = getattr(transformers, f"{name}{CONTAINER}", None)
     if container is None:
         there = [one.removesuffix(CONTAINER) for one in dir(transformers) if one.endswith(CONTAINER)]
@@ -130,12 +130,12 @@ def new_family(name: str) -> list[str]:
     )
     for path, end, row in rows:
         path.write_text(path.read_text().replace(end, row + end, 1))
-    return [f"a row of {path.relative_to(ROOT)}" for path, _, _ in rows]
+    return [f"a row of {path.relative_to(WORK)}" for path, _, _ in rows]
 
 
 def tests_of(kind: str, name: str, stems: Sequence[str]) -> list[str]:
     """Arguments of pytest: of these files the tests that can fail for a name; [] where there is none."""
-    files = [f"tests/test_{stem}.py" for stem in stems if (ROOT / "tests" / f"test_{stem}.py").is_file()]
+    files = [f"tests/test_{stem}.py" for stem in stems if (WORK / "tests" / f"test_{stem}.py").is_file()]
     # The identifiers of tests of families are the names of their tiny models.
     names = tiny_names(name) if kind == "family" else [name]
     whole = [f"test_{stem}.py" for stem in (*WHOLE, name) if stem in stems]
@@ -152,7 +152,7 @@ def run(*commands: Sequence[str], quiet: bool = False) -> int:
     for command in commands:
         if not quiet:
             print("+ python", *command, flush=True)
-        if code := subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
+        if code := subprocess.run([sys.executable, *command], cwd=WORK).returncode:
             return code
     return 0
 

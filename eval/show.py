@@ -21,8 +21,9 @@ from eval import benchmarks
 from eval.benchmarks.base import Benchmark, Need
 from eval.benchmarks.hub import cached_copies, local_copy
 from eval.command import exit_on_user_error, make_parser
-from eval.config import DEFAULT_DATA, ROOT
+from eval.config import DEFAULT_DATA
 from llava.errors import UserError, unknown
+from llava.places import ASSETS
 
 KINDS = ("methods", "benchmarks", "models")
 
@@ -41,7 +42,7 @@ def entries_of(kind: str, name: str | None = None) -> list[dict[str, Any]]:
         return benchmarks.describe()
     from llava.hf.reduce import support
 
-    models = [path.parent for path in sorted((ROOT / "assets").glob("*/config.json"))]
+    models = [path.parent for path in sorted(ASSETS.glob("*/config.json"))]
     entries: list[dict[str, Any]] = [{"name": folder.name, "summary": str(folder)} for folder in models]
     for family, methods in support().items():
         refused = {name: why for name, why in methods.items() if why}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the scripts of scripts/<paper>/ have in common: set up, then make the table of the .yaml beside them.
+# What the scripts of scripts/<paper>/ have in common: set up, then make a table of eval/papers/specs/.
 #   bash scripts/table.sh PAPER/NAME [arguments of vtr tables paper]
 # From the environment: MODEL and DATA, the checkpoint and the data folder (none: toy model and toy data; DATA alone: the paper's
 # checkpoint, downloaded by its id); GPUS, RANKS, HOSTFILE or a Slurm job: over what the cells are spread.

@@ -120,7 +120,7 @@ def test_show_says_what_differs_from_the_release(name, capsys):
 
 def test_families_are_shown_where_there_are_no_toy_models(monkeypatch, capsys, tmp_path):
     """Only the repository holds assets/; in a wheel the list was an empty maximum, hence a traceback."""
-    monkeypatch.setattr(show, "ROOT", tmp_path)
+    monkeypatch.setattr(show, "ASSETS", tmp_path / "assets")
     assert cli.main(["show", "models"]) == 0
     assert "Qwen3.5" in capsys.readouterr().out
     assert cli.main(["show", "models", "Qwen3.5"]) == 0

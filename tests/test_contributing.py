@@ -89,7 +89,7 @@ def test_a_methods_own_test_comes_first_and_nothing_is_written_before_the_others
 
 def test_a_table_anywhere_is_checked(tmp_path, capsys):
     path = tmp_path / "own.yaml"
-    text = (ROOT / "scripts" / "attnmix" / "llava15_7b.yaml").read_text()
+    text = (ROOT / "eval" / "papers" / "specs" / "attnmix" / "llava15_7b.yaml").read_text()
     path.write_text(text)
     assert new.main(["check", "table", str(path)]) == 0 and "budgets are valid" in capsys.readouterr().out
     path.write_text(text.replace("published: llava15_7b", "published: llava15_7"))
@@ -100,7 +100,7 @@ def test_a_table_anywhere_is_checked(tmp_path, capsys):
     ("arguments", "sentence"),
     [
         (["new", "table", "first"], "A table's name is PAPER/NAME, got 'first'"),
-        (["new", "table", "attnmix/llava15_7b"], r"is taken \(scripts/attnmix/llava15_7b.yaml"),
+        (["new", "table", "attnmix/llava15_7b"], r"is taken \(eval/papers/specs/attnmix/llava15_7b.yaml"),
         (["new", "table", "../x/first"], "has lower-case letters, digits and _"),
         (["new", "method", "own/first"], "A method's name is one word"),
         (["new", "family", "Gemma3"], "The family Gemma3 is declared already"),

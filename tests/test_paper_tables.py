@@ -42,7 +42,7 @@ from tests.read_wandb import find_runs, read_run, without_wandb
 @pytest.mark.parametrize("path", spec.paths(), ids=spec.short)
 def test_every_spec_is_valid_and_has_its_script(path):
     found = spec.read(path)
-    script = path.with_suffix(".sh")
+    script = ROOT / found.script
     assert script.is_file() and f'table.sh" {found.identity} ' in script.read_text()
     assert found.ours in {row.method for row in found.rows}
     # The paper's model and the toy model are both described completely.
@@ -97,7 +97,7 @@ def written(tmp_path: Path, **changes) -> Path:
         ({"budgets": [0]}, r"1 or more \(64\)"),
         ({"toy": {"model": "m", "benchmarks": ["pope"]}}, "benchmarks that are no column: pope"),
         ({"ours": "consensus"}, "Did you mean 'consensusdrop'"),
-        ({"rows": ["../../../etc/passwd"]}, "no .yaml file beside the table's nor in scripts/lists"),
+        ({"rows": ["../../../etc/passwd"]}, "no .yaml file beside the table's nor one of specs/lists"),
         ({"real": {"model": "m", "convention": "square tiles"}}, "convention: Input should be"),
         ({"title": None}, "title: Field required"),
     ],
@@ -110,10 +110,10 @@ def test_a_wrong_spec_is_one_sentence(tmp_path, changes, sentence):
 
 def test_the_folder_of_an_own_paper_is_checked_as_the_others(tmp_path, monkeypatch):
     """A folder beside those of this project's papers was listed nowhere and checked by nothing."""
-    own = tmp_path / "scripts" / "mypaper"
+    own = tmp_path / "specs" / "mypaper"
     own.mkdir(parents=True)
     written(own)
-    monkeypatch.setattr(spec, "SCRIPTS", tmp_path / "scripts")
+    monkeypatch.setattr(spec, "SPECS", tmp_path / "specs")
     assert [spec.short(path) for path in spec.paths()] == ["mypaper/small"]
     assert spec.read(spec.find("mypaper/small")).columns[0].benchmark == "gqa"
     with pytest.raises(UserError, match="Did you mean 'small'"):
@@ -848,7 +848,7 @@ def documented(language: str) -> str:
 
 @pytest.mark.table
 def test_the_documented_table_runs_in_an_empty_folder(monkeypatch, tmp_path):
-    """`vtr tables paper PATH.yaml` wanted a folder with a paper's name, and `../lists` inside scripts/."""
+    """`vtr tables paper PATH.yaml` wanted a folder with a paper's name, and `../lists` beside its folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs, "SWEEPS", tmp_path / "sweep")
     Path("mine.yaml").write_text(documented("yaml"))

@@ -230,7 +230,7 @@ def test_ranks_share_the_cores_of_this_machine(monkeypatch):
     assert launch.rank_environment(local(0, 1), {})["OMP_NUM_THREADS"] == "3"
     assert launch.rank_environment(local(*range(8)), {})["OMP_NUM_THREADS"] == "1"
     given = launch.rank_environment(local(0, 1), {"OMP_NUM_THREADS": "5", "PYTHONPATH": "/elsewhere"})
-    assert given["OMP_NUM_THREADS"] == "5" and given["PYTHONPATH"] == f"{launch.ROOT}:/elsewhere"
+    assert given["OMP_NUM_THREADS"] == "5" and given["PYTHONPATH"] == f"{launch.PACKAGES}:/elsewhere"
 
 
 def test_a_rank_on_the_processor_sees_no_accelerator(monkeypatch):

@@ -28,6 +28,7 @@ from eval.run import run
 from llava.errors import UserError
 from llava.file_state import file_state
 from llava.model.checkpoint import files as checkpoint_files
+from llava.places import PACKAGES
 from llava.reduction import registry
 from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
 
@@ -132,8 +133,9 @@ def test_a_module_is_hashed_as_it_was_imported(tmp_path, monkeypatch):
 
 EDITED = """
 import eval.run  # the process has begun
-from eval.answers.source_hash import ROOT, answer_sources, check_sources
+from eval.answers.source_hash import answer_sources, check_sources
 from llava.errors import UserError
+from llava.places import PACKAGES as ROOT
 from llava.reduction import registry
 registry.load_all()
 def edit(name, text):
@@ -172,7 +174,7 @@ def test_edits_of_an_installed_project_are_seen(tmp_path):
     In site-packages the imports of every library were followed, too.
     """
     for package in ("eval", *source_hash.FOLLOWED):
-        shutil.copytree(source_hash.ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(PACKAGES / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "torch").symlink_to(Path(torch.__file__).parent)
     done = subprocess.run([sys.executable, "-c", EDITED], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.strip() == "as expected", done.stderr

@@ -26,9 +26,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from llava.errors import UserError
+from llava.places import PACKAGES
 
-# The project: a checkout, or the folder that its packages are installed into beside those of others.
-ROOT = Path(__file__).resolve().parents[2]
 # Packages whose imports are followed: the model and the pipeline, and the methods (llava.reduction.registry.PACKAGES).
 FOLLOWED = ("llava", "baselines", "consensusdrop", "visiondrop", "attnmix")
 # What loads a model, runs it under a method, and remembers the output of its tower; model and method import none of it.
@@ -96,7 +95,7 @@ def record_imports() -> None:
 # -- hashes of it ----------------------------------------------------------------------------------------------------
 
 
-def answer_sources(*objects: Any, root: Path = ROOT, on_disk: bool = False) -> dict[str, str]:
+def answer_sources(*objects: Any, root: Path = PACKAGES, on_disk: bool = False) -> dict[str, str]:
     """File -> hash of its code, for the classes of `objects` and all project modules that they import.
 
     Args:

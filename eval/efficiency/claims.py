@@ -17,16 +17,17 @@ import torch
 from pydantic import model_validator
 
 from eval.command import exit_on_user_error, make_parser
-from eval.config import FULL, ROOT
+from eval.config import FULL
 from eval.efficiency.counts import Computed, computed
 from eval.efficiency.shapes import noise_batches, random_llava, reading_of
 from eval.papers import Part, read_yaml
 from eval.papers.published import Trust
 from eval.tables.page import insert, left_aligned, markdown
+from llava.places import PACKAGES, WORK
 from llava.reduction import registry
 
-CLAIMS = ROOT / "eval" / "papers" / "claims.yaml"
-PAGE = ROOT / "docs" / "efficiency.md"
+CLAIMS = PACKAGES / "eval" / "papers" / "claims.yaml"
+PAGE = WORK / "docs" / "efficiency.md"
 
 Status = Literal["empirical", "extrapolated", "open"]
 Quantity = Literal["flops", "flops_saved", "tflops", "kv"]

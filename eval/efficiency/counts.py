@@ -22,11 +22,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from eval.config import ROOT
 from llava.model.llava_arch import Llava
 from llava.pipeline.accounting import Record, Timer
 from llava.pipeline.decoder import Prefilled
 from llava.pipeline.prefill import prefill
+from llava.places import PACKAGES
 from llava.processing.prompt import Sample
 from llava.reduction.reducer import Reducer
 
@@ -164,8 +164,8 @@ def source_line(frame: FrameType | None) -> str:
     """The innermost line of the project above `frame`, without this file."""
     while frame is not None:
         file = frame.f_code.co_filename
-        if file.startswith(f"{ROOT}/") and "/site-packages/" not in file and file != __file__:
-            return f"{file.removeprefix(f'{ROOT}/')}:{frame.f_lineno} {frame.f_code.co_name}"
+        if file.startswith(f"{PACKAGES}/") and "/site-packages/" not in file and file != __file__:
+            return f"{file.removeprefix(f'{PACKAGES}/')}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return ""
 

@@ -10,17 +10,18 @@ from pathlib import Path
 from tqdm import tqdm
 
 from eval.command import exit_on_user_error, make_parser, open_dataset, value
-from eval.config import DEFAULT_DATA, ROOT, count
+from eval.config import DEFAULT_DATA, count
 from eval.efficiency.oracle import reducers_of
 from eval.tables.page import markdown, write_csv
 from llava.model.builder import load
 from llava.model.llava_arch import Llava
 from llava.pipeline.accounting import Answer
 from llava.pipeline.generate import generate
+from llava.places import WORK
 from llava.processing.prompt import Sample
 from llava.reduction.reducer import Reducer
 
-TABLE = ROOT / "docs" / "tables" / "precision.csv"
+TABLE = WORK / "docs" / "tables" / "precision.csv"
 DTYPES = ("float32", "float16", "bfloat16")
 HEAD = [
     "method",

@@ -17,16 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval.command import exit_on_user_error, make_parser
-from eval.config import ROOT
 from eval.efficiency.oracle import reducers_of
 from eval.efficiency.precision import DTYPES, answers_of, kept_share
 from eval.efficiency.shapes import noise_batches
 from eval.results.report import hardware
 from eval.tables.page import markdown
 from llava.model.builder import device_of, load
+from llava.places import ASSETS
 from llava.reduction import ranking
 
-ASSETS = ROOT / "assets"
 FAMILIES = {"tinyllava": "all", "tinyllava_next": "", "tinyllava_video": ""}  # bundled model -> its methods, or METHODS
 METHODS = "consensusdrop,visiondrop,attnmix,divprune,scope,fastv"
 # Of the kept tokens that must be equal: with the weights disturbed by 3e-6 of themselves, one near tie of 514 choices

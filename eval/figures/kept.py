@@ -13,14 +13,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from eval import benchmarks
 from eval.command import exit_on_user_error
-from eval.config import FULL, ROOT
+from eval.config import FULL
 from eval.figures.overlay import draw_answer, legend, save_small
 from eval.papers import read_yaml
 from llava.model.builder import load
 from llava.pipeline.generate import generate
+from llava.places import ASSETS, WORK
 from llava.reduction import registry
 
-ASSETS = ROOT / "assets"
 COLOURS = {True: "#1a7f37", False: "#b42318"}  # of a right and of a wrong answer
 GAP = 12  # pixels
 
@@ -92,7 +92,7 @@ def draw(figure: Figure) -> Image.Image:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images", help="folder of the figures")
+    parser.add_argument("--output", type=Path, default=WORK / "docs" / "images", help="folder of the figures")
     folder = parser.parse_args(arguments).output
     folder.mkdir(parents=True, exist_ok=True)
     for figure in FIGURES:

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from eval.command import exit_on_user_error, make_parser, value
-from eval.config import DEFAULT_MODEL, ROOT, count
+from eval.config import DEFAULT_MODEL, count
+from llava.places import WORK
 
 EXCHANGED, BACKWARDS = 60, 20  # of the pictures: measured with halves exchanged, and read backwards, too
 
@@ -27,7 +28,7 @@ def main() -> int:
     parser.add_argument(
         "--folder",
         type=Path,
-        default=ROOT / "results" / "findings",
+        default=WORK / "results" / "findings",
         help="where measurements, tables and figures are kept; an interrupted command goes on from there",
     )
     parser.add_argument(

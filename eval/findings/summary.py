@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.config import ROOT
 from eval.findings.scores import Collected
 from eval.metrics import SufficientStatistics, ratio_terms
 from eval.results.statistics import Comparison, Interval, compare, interval
 from eval.tables.page import COLOURS, MARKERS, write_csv
+from llava.places import WORK
 
-DOCS = ROOT / "docs"
+DOCS = WORK / "docs"
 
 Cell = Interval | Comparison
 Cells = Mapping[str, Cell]

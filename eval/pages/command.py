@@ -16,8 +16,9 @@ from eval import benchmarks
 from eval.__main__ import names, sizes
 from eval.benchmarks.llava_files import SHORT
 from eval.command import Parser, exit_on_user_error, make_parser, value
-from eval.config import DEFAULT_MODEL, FULL, ROOT, count, options_by_method, pairs, path_name
+from eval.config import DEFAULT_MODEL, FULL, count, options_by_method, pairs, path_name
 from llava.errors import UserError
+from llava.places import ASSETS
 
 if TYPE_CHECKING:
     from llava.model.llava_arch import Llava
@@ -111,7 +112,7 @@ def toy_sample(model: "Llava") -> "Sample":
         folder, name, split = "eval_video", "video_qa", "test"
     elif model.spec.crops:
         folder = "eval_next"
-    data = ROOT / "assets" / folder
+    data = ASSETS / folder
     if not data.is_dir():
         raise UserError(
             "The toy data is in the repository, not in its wheel; name an image and ask a question about it."

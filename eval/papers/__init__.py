@@ -1,4 +1,4 @@
-"""Tables of the papers: declarative specs (scripts/<paper>/*.yaml), published values, one runner, several formats.
+"""Tables of the papers: declarative specs (specs/<paper>/*.yaml), published values, one runner, several formats.
 
 Here are the one reader of all YAML files of the project and the base of what is read.
 """

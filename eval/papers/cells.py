@@ -12,7 +12,7 @@ from typing import Any
 from eval.answers.reuse import RESULT, Stored, check_images, check_joint, read_result, read_stored
 from eval.answers.store import result_folder
 from eval.benchmarks.media import digest_of
-from eval.config import ROOT, RunConfig, build_reducer, store_settings
+from eval.config import RunConfig, build_reducer, store_settings
 from eval.judging.choice import score_answers
 from eval.metrics import SufficientStatistics
 from eval.papers.runs import Line, Where, config_of
@@ -24,6 +24,7 @@ from eval.sweep import dataset
 from eval.tables.page import interval_text
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
+from llava.places import WORK
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ def command_of(line: Line, column: Column, where: Where, config: RunConfig) -> s
 def relative(path: str | os.PathLike[str]) -> str:
     """A path below the repository's root from there; others as they are."""
     found = Path(path)
-    return str(found.relative_to(ROOT)) if found.is_absolute() and found.is_relative_to(ROOT) else str(path)
+    return str(found.relative_to(WORK)) if found.is_absolute() and found.is_relative_to(WORK) else str(path)
 
 
 @dataclass(frozen=True)

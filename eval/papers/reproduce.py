@@ -14,7 +14,7 @@ import jinja2
 
 from eval import benchmarks
 from eval.command import exit_on_user_error, make_parser
-from eval.config import FULL, ROOT
+from eval.config import FULL
 from eval.efficiency.memory import duration
 from eval.papers import expense as costing
 from eval.papers import published, spec
@@ -26,9 +26,10 @@ from eval.papers.runs import Where, columns_of
 from eval.papers.spec import Column, Table
 from eval.tables.benchmarks import need_file
 from eval.tables.page import insert, left_aligned, markdown
+from llava.places import WORK
 
-INDEX = ROOT / "docs" / "paper_tables.md"
-FOLDER = ROOT / "docs" / "reproduce"
+INDEX = WORK / "docs" / "paper_tables.md"
+FOLDER = WORK / "docs" / "reproduce"
 SERVER = ("vqav2", "vizwiz")  # the papers' splits have no public answers
 JUDGED = ("mmvet", "llava_bench", "tgif_qa", "msvd_qa", "msrvtt_qa", "activitynet_qa")  # by a language model
 MANY = 8  # GPUs of the second column of hours
@@ -199,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for cost in costs:
         (FOLDER / f"{cost.table.paper}_{cost.table.name}.md").write_text(page(cost), encoding="utf-8")
     insert(INDEX, "tables", index(costs))
-    print(f"The pages are in {FOLDER.relative_to(ROOT)}/, their costs in {INDEX.relative_to(ROOT)}.")
+    print(f"The pages are in {FOLDER.relative_to(WORK)}/, their costs in {INDEX.relative_to(WORK)}.")
     return 0
 
 

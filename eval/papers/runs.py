@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from eval import benchmarks
 from eval.answers.source_hash import answer_sources, check_sources, combined
-from eval.config import FULL, ROOT, RunConfig, budget_of, plain
+from eval.config import FULL, RunConfig, budget_of, plain
 from eval.efficiency.measure import Measurements, measure
 from eval.feature_cache import CachingLlava, without_memory
 from eval.papers.spec import Budget, Column, Place, Row, Table
@@ -26,11 +26,12 @@ from llava.budget import count_or_ratio
 from llava.errors import UserError
 from llava.model.builder import device_of, load, parse
 from llava.model.llava_arch import Llava
+from llava.places import WORK
 from llava.reduction import registry
 from llava.reduction.budget import require
 from llava.reduction.reducer import options_of
 
-SWEEPS = ROOT / "results" / "sweep"
+SWEEPS = WORK / "results" / "sweep"
 # Where a budget is out of reach as a mean over layers, the row counts kept tokens as papers do, and says so.
 BY_KEPT = {"schedule": "kept"}
 

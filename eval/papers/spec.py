@@ -1,4 +1,4 @@
-"""What a table is made of: the YAML file beside each script of scripts/<paper>/ and scripts/tables/.
+"""What a table is made of: a YAML file of specs/PAPER/, or of a user.
 
 `read` checks a file before anything runs: unknown keys, methods, options and benchmarks are errors.
 """
@@ -10,16 +10,17 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from eval import benchmarks
-from eval.config import FULL, ROOT
+from eval.config import FULL
 from eval.papers import Part, first_problem, published, read_yaml
 from eval.papers.published import Convention
 from llava.budget import count_or_ratio
 from llava.errors import UserError, suggestion, unknown
+from llava.places import PACKAGES
 from llava.reduction import registry
 from llava.reduction.reducer import options_of
 
-SCRIPTS = ROOT / "scripts"
-LISTS = SCRIPTS / "lists"
+SPECS = PACKAGES / "eval" / "papers" / "specs"
+LISTS = SPECS / "lists"
 
 
 def known_benchmark(name: str) -> str:
@@ -232,7 +233,7 @@ def read(path: Path) -> Table:
 
 def resolved(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Lists that are named by the file that holds them: `rows: ../lists/baselines.yaml` reads the list of that file,
-    from there or, for a spec outside this repository, from scripts/lists. `rows: all` are all methods."""
+    from there or, for a spec of a user, from specs/lists. `rows: all` are all methods."""
     found = dict(content)
     for key in ("rows", "columns"):
         value = found.get(key)
@@ -256,7 +257,7 @@ def read_list(key: str, name: str, folder: Path) -> list[Any]:
     places = [folder / name, LISTS / Path(name).name]
     file = next((place for place in places if place.suffix == ".yaml" and place.is_file()), None)
     if file is None:
-        raise UserError(f"{key} names {name}, which is no .yaml file beside the table's nor in scripts/lists.")
+        raise UserError(f"{key} names {name}, which is no .yaml file beside the table's nor one of specs/lists.")
     content = read_yaml(file)
     if not isinstance(content, list):
         raise UserError(f"{key} names {name}, which should hold a list, got {type(content).__name__}.")
@@ -283,7 +284,7 @@ def rows_of_factors(method: str, factors: Any) -> list[dict[str, Any]]:
 
 def paths() -> list[Path]:
     """The specs of all tables: those of this repository's papers, and of any folder that a user adds beside them."""
-    return sorted(path for path in SCRIPTS.glob("*/*.yaml") if path.parent != LISTS)
+    return sorted(path for path in SPECS.glob("*/*.yaml") if path.parent != LISTS)
 
 
 def short(path: Path) -> str:
@@ -293,7 +294,7 @@ def short(path: Path) -> str:
 def find(name: str) -> Path:
     """The spec that a command line names: a path, or "consensusdrop/llava15_7b"."""
     path = Path(name)
-    return path if path.suffix == ".yaml" else SCRIPTS / path.with_suffix(".yaml")
+    return path if path.suffix == ".yaml" else SPECS / path.with_suffix(".yaml")
 
 
 def chosen(entries: Sequence[Any], wanted: Sequence[str], what: str, names: Sequence[str]) -> Iterator[Any]:

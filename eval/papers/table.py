@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from eval.answers.jsonl import write_file
 from eval.command import exit_on_user_error, make_parser
-from eval.config import ROOT, folder_name, is_toy
+from eval.config import folder_name, is_toy
 from eval.papers import published, spec
 from eval.papers.spec import Table
 from eval.parallel import placement
@@ -27,6 +27,7 @@ from eval.tables.page import insert, markdown, write_csv
 from eval.tracking import has_key, resolve_mode
 from eval.tracking.table_run import log_table_run
 from llava.errors import UserError
+from llava.places import ASSETS, WORK
 
 if TYPE_CHECKING:
     from eval.papers.cells import Measured
@@ -38,6 +39,12 @@ if TYPE_CHECKING:
 REPEATS = 5
 
 
+def toy_path(name: str) -> Path:
+    """A path of a spec's toy place: what is below assets/ is bundled, wherever that is here."""
+    path = Path(name)
+    return ASSETS / path.relative_to("assets") if path.is_relative_to("assets") else WORK / path
+
+
 def where_of(table: Table, args: argparse.Namespace) -> "Where":
     """The model and data: the paper's if the user names data or a model, the toy ones otherwise."""
     from eval.papers.runs import Where
@@ -47,10 +54,10 @@ def where_of(table: Table, args: argparse.Namespace) -> "Where":
     changes = {"model": args.model, "dtype": args.dtype, "batch_size": args.batch_size}
     place = place.model_copy(update={key: value for key, value in changes.items() if value is not None})
     if bundled:
-        place = place.model_copy(update={"model": str(ROOT / place.model)})
+        place = place.model_copy(update={"model": str(toy_path(place.model))})
     if not bundled and args.data is None:
         raise UserError("--model also needs --data, the folder of the benchmarks (docs/evaluation.md).")
-    data = ROOT / table.toy.data if bundled else Path(args.data)
+    data = toy_path(table.toy.data) if bundled else Path(args.data)
     if not data.is_dir():
         raise UserError(f"The data folder {data} does not exist; see docs/paper_tables.md.")
     limit = min(filter(None, (args.limit, place.questions)), default=None)
@@ -212,7 +219,7 @@ def write_page(document: "Document") -> Path:
 
     A marker names the table and the title of the section: `<!-- begin embedded_main overview -->`.
     """
-    page = ROOT / document.table.page
+    page = WORK / document.table.page
     for section in document.sections:
         marker = f"{document.table.name} {section.title}".lower()
         if f"<!-- begin {marker} -->" in page.read_text():
@@ -279,7 +286,7 @@ def command_line(table: Table, args: argparse.Namespace) -> str:
     options = {name: getattr(args, name) for name in (*names, "times") if getattr(args, name) != getattr(usual, name)}
     given = []
     command = f"vtr tables paper {args.table}"
-    if spec.find(args.table).resolve().is_relative_to(spec.SCRIPTS.resolve()):
+    if spec.find(args.table).resolve().is_relative_to(spec.SPECS.resolve()):
         command = f"bash {table.script}"
         given = [f"{name.upper()}={shlex.quote(options.pop(name))}" for name in ("model", "data") if name in options]
     flags = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in options.items()]
@@ -290,7 +297,7 @@ def default_folder(table: Table, where: "Where", args: argparse.Namespace) -> Pa
     """Parts of a table do not replace the whole one."""
     narrow = [args.methods, args.budgets, args.benchmarks]
     tail = f"-limit{args.limit}" * bool(args.limit) + "-part" * any(narrow)
-    return ROOT / "results" / "tables" / table.paper / (folder_name(Path(where.place.model).name) + tail)
+    return WORK / "results" / "tables" / table.paper / (folder_name(Path(where.place.model).name) + tail)
 
 
 def summary(document: "Document") -> str:

@@ -24,10 +24,10 @@ from typing import Any
 import psutil
 
 from eval.command import Terminated, ignore, stopping_once
-from eval.config import ROOT
 from eval.parallel.placement import Placement, accelerators
 from eval.parallel.ranks import ENDED, FAILED, FINISHED, LOOPBACK, STOPPED, WATCHED, Control, free_port
 from llava.errors import UserError
+from llava.places import PACKAGES
 
 WORKER = "eval.parallel.worker"
 # One launcher per node; srun sets the number of the node.
@@ -179,7 +179,7 @@ def rank_environment(placement: Placement, environment: Mapping[str, str]) -> di
     own.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if placement.launcher == "local" and not accelerators():
         own.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would say on standard output that it has chosen it
-    own["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [own.get("PYTHONPATH")])])
+    own["PYTHONPATH"] = os.pathsep.join([str(PACKAGES), *filter(None, [own.get("PYTHONPATH")])])
     return own
 
 

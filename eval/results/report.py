@@ -13,11 +13,12 @@ from typing import Any
 from eval.answers.reuse import joint, read_result
 from eval.answers.source_hash import FOLLOWED, listed
 from eval.benchmarks.base import Question
-from eval.config import FULL, HALF, ROOT
+from eval.config import FULL, HALF
 from eval.metrics import Score
 from eval.results.statistics import LEVEL, interval, rounded, terms_of
 from llava.budget import RETENTION_RATIO, budget_text
 from llava.errors import UserError
+from llava.places import PACKAGES
 
 LOWER_IS_BETTER = {"distribution"}
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pillow", "wandb")
@@ -108,7 +109,7 @@ def operations_of(result: Mapping[str, Any]) -> float | None:
 # -- what made the answers ------------------------------------------------------------------------------------------
 
 
-def commit(root: Path = ROOT) -> str:
+def commit(root: Path = PACKAGES) -> str:
     """The repository's commit, with "+changes" if the code is not its code; "unknown" outside git.
 
     Code has changed if a tracked file differs, or if a package has a file that is not tracked, as that of a new method.

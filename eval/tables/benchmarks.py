@@ -18,14 +18,14 @@ from eval.answers.jsonl import is_file
 from eval.answers.reuse import RESULT, check_table, read_result
 from eval.benchmarks.base import Benchmark, Need
 from eval.command import exit_on_user_error
-from eval.config import ROOT
 from eval.results.report import interval_of
 from eval.results.statistics import rounded
 from eval.tables.page import insert, interval_text, markdown, write_csv
 from llava.errors import UserError
+from llava.places import WORK
 
-PAGE = ROOT / "docs" / "evaluation.md"
-RESULTS = ROOT / "results" / "benchmarks"
+PAGE = WORK / "docs" / "evaluation.md"
+RESULTS = WORK / "results" / "benchmarks"
 OURS = ("video_qa",)  # sets of this repository alone, which no paper reports
 
 
@@ -101,14 +101,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.step == "pages":
         insert(PAGE, "data", data_sections())
-        readme, count = ROOT / "README.md", len(reported())
+        readme, count = WORK / "README.md", len(reported())
         readme.write_text(re.sub(r"\*\*\d+ (?=\[benchmarks\])", f"**{count} ", readme.read_text()))
     else:
         header = ["benchmark", "metric", "questions", "full", "consensusdrop", "tokens per layer"]
         rows = score_rows(RESULTS)
         shown = [(name, metric, full, ours) for name, metric, _, full, ours, _ in rows]
         insert(PAGE, "embedded scores", markdown(["benchmark", "metric", "full", "consensusdrop"], shown))
-        write_csv(ROOT / "docs" / "tables" / "embedded_benchmarks.csv", header, rows)
+        write_csv(WORK / "docs" / "tables" / "embedded_benchmarks.csv", header, rows)
     return 0
 
 

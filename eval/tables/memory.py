@@ -13,14 +13,15 @@ from dataclasses import replace
 
 import torch
 
-from eval.config import FULL, ROOT
+from eval.config import FULL
 from eval.efficiency.estimate import Estimate, Spread, Workload
 from eval.efficiency.memory import GIB, QuestionShape, figures, layout_of
 from eval.efficiency.shapes import MODELS, official
 from eval.tables.page import insert, markdown
+from llava.places import WORK
 from llava.reduction import registry
 
-PAGE = ROOT / "docs" / "cluster.md"
+PAGE = WORK / "docs" / "cluster.md"
 METHOD = "consensusdrop"
 TEXT, NEW_TOKENS, BATCH = 64, 128, 8
 # Budgets by the visual tokens of an image: those of the papers' tables.
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args(arguments)
     insert(PAGE, "memory", table())
-    print(f"The table is in {PAGE.relative_to(ROOT)}.")
+    print(f"The table is in {PAGE.relative_to(WORK)}.")
     return 0
 
 

@@ -12,18 +12,18 @@ from itertools import groupby
 from pathlib import Path
 from textwrap import fill
 
-from eval.config import ROOT
 from eval.tables.page import insert, left_aligned, markdown
 from llava.errors import UserError
 from llava.hf.reduce import support
+from llava.places import WORK
 from llava.reduction import budget as crops
 from llava.reduction import registry
 from llava.reduction.reducer import options_of
 from llava.reduction.token_layout import ModelSpec, PatchGrid
 
-PAGE = ROOT / "docs" / "methods.md"
-FAMILIES = ROOT / "docs" / "models" / "families.md"
-README = ROOT / "README.md"
+PAGE = WORK / "docs" / "methods.md"
+FAMILIES = WORK / "docs" / "models" / "families.md"
+README = WORK / "README.md"
 LLAVA_15_7B = ModelSpec(576, 32, PatchGrid(24, 24), tower_blocks=24, has_text_tower=True)
 BUDGETS = (192, 128, 64)
 # The papers' convention: a base image and four tiles of 576 patches each, neither unpadding nor newline tokens.
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     insert(PAGE, "crops", splits())
     insert(FAMILIES, "families", families())
     write_readme()
-    print(f"Tables are in {PAGE.relative_to(ROOT)}.")
+    print(f"Tables are in {PAGE.relative_to(WORK)}.")
     return 0
 
 

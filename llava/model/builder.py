@@ -22,13 +22,14 @@ from llava.model.llava_next import LlavaNext
 from llava.model.parallel import device_of_rank, parallel_of
 from llava.model.qwen_vl import QwenVL
 from llava.model.video_llava import VideoLlava
+from llava.places import ASSETS
 from llava.processing.json_files import read_json
 from llava.reduction import registry
 
 if TYPE_CHECKING:
     from llava.hf.interface import ScriptModel
 
-TOY_MODEL = Path(__file__).resolve().parents[2] / "assets" / "tinyllava"
+TOY_MODEL = ASSETS / "tinyllava"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 FAMILIES: dict[str, type[Llava]] = {

@@ -15,7 +15,8 @@ from types import FrameType
 from typing import Any
 
 from eval.command import exit_on_user_error, value
-from eval.config import ROOT, count
+from eval.config import count
+from llava.places import PACKAGES
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class CodePath:
         return frozenset(file for file, _ in self.functions)
 
 
-def trace(call: Callable[[], object], root: Path = ROOT) -> CodePath:
+def trace(call: Callable[[], object], root: Path = PACKAGES) -> CodePath:
     """Run `call` and collect the functions of the files below `root` that it calls."""
     packages = f"{root}/"
     functions: set[tuple[str, str]] = set()

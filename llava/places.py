@@ -1,0 +1,79 @@
+"""Where files are: the packages, the checkout that they are part of, and the bundled toy models and toy data.
+
+Every command line imports it, so it needs nothing beside the standard library.
+"""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+from llava.errors import UserError
+
+PROJECT = "visual-token-reduction"
+TOY_PACKAGE = "visual_token_reduction_toy"  # of the wheel with toy models and toy data, laid out as assets/
+# The folder that holds llava/, eval/ and the others: of a checkout, or site-packages. It is read, never written to.
+PACKAGES = Path(__file__).resolve().parents[1]
+
+
+def checkout_of(folder: Path) -> Path | None:
+    """The folder if it is a checkout of this project, which its pyproject.toml says, else None."""
+    file = folder / "pyproject.toml"
+    named = file.is_file() and re.search(rf'^name = "{PROJECT}"$', file.read_text(encoding="utf-8"), re.MULTILINE)
+    return folder if named else None
+
+
+# The checkout that these packages are part of; None where they were installed from a wheel.
+CHECKOUT = checkout_of(PACKAGES)
+# Results, and the pages of the documentation, are written below it: the checkout, else the current directory.
+WORK = CHECKOUT or Path()
+
+
+def bundled() -> Path | None:
+    """The folder of toy models and toy data: the checkout's assets/, else that of the installed toy wheel, if any."""
+    if CHECKOUT and (CHECKOUT / "assets").is_dir():
+        return CHECKOUT / "assets"
+    found = find_spec(TOY_PACKAGE)
+    return Path(found.submodule_search_locations[0]) if found and found.submodule_search_locations else None
+
+
+# Where there are none, the place at which an installed toy wheel would be; `check_bundled` says so.
+ASSETS = bundled() or PACKAGES / TOY_PACKAGE
+
+
+def check_bundled(path: str | Path) -> None:
+    """Refuse a bundled model or data set that is not here; other paths are not looked at.
+
+    Raises:
+        UserError: it is missing; the sentence says what to do.
+    """
+    path = Path(path)
+    if path.is_relative_to(ASSETS) and not path.exists():
+        raise UserError(
+            f"The bundled toy {path.relative_to(ASSETS)} is not installed here: name a model and its data (--model and "
+            f"--data), use a checkout of the repository, or install the wheel {PROJECT}-toy that a checkout builds."
+        )
+
+
+def check_checkout(what: str) -> None:
+    """Refuse what reads or writes files of a checkout where there is none.
+
+    Args:
+        what: the command, as the subject of the sentence.
+
+    Raises:
+        UserError: the packages were installed from a wheel.
+    """
+    if CHECKOUT is None:
+        raise UserError(f"{what} needs a checkout: git clone {repository()}, then pip install -e . in it.")
+
+
+def repository() -> str:
+    """The repository's address in the metadata of the installation; words for it where it names none."""
+    from importlib.metadata import PackageNotFoundError, metadata
+
+    try:
+        urls = metadata(PROJECT).get_all("Project-URL") or []
+    except PackageNotFoundError:
+        urls = []
+    pairs = (url.partition(", ")[::2] for url in urls)
+    return next((url for title, url in pairs if title.lower() in ("repository", "source")), "of the repository")
