@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
-from llava.errors import suggestion
+from llava.errors import UserError, optional_imports, suggestion
 
 PROGRAM = "vtr"
 
@@ -87,7 +87,11 @@ DEFAULTS = {"bench": "latency"}  # first words whose second word may be left out
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     try:
-        return dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        with optional_imports():
+            return dispatch(list(sys.argv[1:] if arguments is None else arguments))
+    except UserError as error:  # a package of an extra is missing; the commands tell their own errors
+        print(error, file=sys.stderr)
+        return 2
     except BrokenPipeError:  # `vtr show methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -101,6 +105,9 @@ def dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if words else 2
+    if words[0] in ("--version", "-V"):
+        print(import_module("eval.versions").summary())
+        return 0
     for length in (1, 2):
         if (name := " ".join(words[:length])) in COMMANDS:
             return run(name, words[length:])
@@ -136,7 +143,8 @@ def refuse(sentence: str, word: str, known: list[str]) -> int:
 
 def usage() -> str:
     """The text of `vtr --help`."""
-    head = f"Usage: {PROGRAM} COMMAND [arguments]\n\nVisual token reduction. `{PROGRAM} COMMAND --help` says more."
+    head = f"Usage: {PROGRAM} COMMAND [arguments]\n\nVisual token reduction. `{PROGRAM} COMMAND --help` says more,"
+    head += f" `{PROGRAM} --version` which code and libraries run."
     return "\n\n".join([head, *(listing(f"{title}:", group) for title, group in GROUPS.items())])
 
 

@@ -17,7 +17,7 @@ from eval.benchmarks.base import PROFILES, SOURCES, Dataset
 from eval.config import DEFAULT_DATA, path_name
 from eval.judging.choice import HELP as JUDGE_HELP
 from eval.parallel import ranks
-from llava.errors import UserError
+from llava.errors import UserError, optional_imports
 
 P = ParamSpec("P")
 # What argparse says where a function made by `value` has raised.
@@ -124,7 +124,8 @@ def exit_on_user_error(main: Callable[P, int]) -> Callable[P, int]:
     def guarded(*args: P.args, **kwargs: P.kwargs) -> int:
         with stopping_once():
             try:
-                return main(*args, **kwargs)
+                with optional_imports():
+                    return main(*args, **kwargs)
             except (UserError, KeyboardInterrupt) as error:
                 if not ranks.current().alone:
                     raise  # eval.parallel.worker tells the parent process, which prints it once

@@ -22,6 +22,7 @@ from eval.judging.choice import check_judge, score_answers
 from eval.parallel import ranks
 from eval.parallel.ranks import MERGING, SCORING, WAITING, Rank
 from eval.results import cost, report
+from eval.versions import commit, versions
 from llava.errors import UserError
 from llava.model.builder import device_of, load
 from llava.model.checkpoint.files import locate
@@ -195,7 +196,7 @@ def run(
 
 def process_of(job: Job, rank: Rank) -> dict[str, Any]:
     """What runs.jsonl says about a process that adds answers."""
-    return {"run": job.started, "commit": report.commit(), "versions": report.versions(), "rank": rank.number}
+    return {"run": job.started, "commit": commit(), "versions": versions(), "rank": rank.number}
 
 
 def answer_questions(job: Job, store: AnswerStore, tracker: tracking.Tracker, rank: Rank) -> dict[str, Any]:
@@ -351,7 +352,7 @@ def summarise(job: Job, store: AnswerStore, throughput: dict[str, Any], ttft: di
         "remarks": remarks,
         "conditions": measured_under(job),
         **made,
-        "scored_with": {"commit": report.commit(), "versions": report.versions()},
+        "scored_with": {"commit": commit(), "versions": versions()},
         "started": job.started,
         "finished": datetime.now(UTC).isoformat(),
     }

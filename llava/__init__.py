@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from llava.hf.reduce import reduce
     from llava.model.builder import load
 
+# The version of the whole distribution; pyproject.toml reads it here.
+__version__ = "1.0.0rc1"
 __all__ = ["load", "reduce"]
 
 HOMES = {"load": "llava.model.builder", "reduce": "llava.hf.reduce"}

@@ -3,7 +3,8 @@
 import errno
 import gc
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -74,6 +75,54 @@ def how_to_get(name: str, offline: bool, data: bool = False) -> str:
         f"check the name and the network. Without a network, run {command} elsewhere, copy {cache}, and set HF_HOME to "
         "the copy and HF_HUB_OFFLINE=1"
     )
+
+
+# What only a part of the project needs: extra of pyproject.toml -> the modules that its packages install.
+EXTRAS = {
+    "eval": (
+        *("av", "datasets", "filelock", "openai", "openpyxl", "pandas", "pyarrow", "pycocoevalcap", "scipy"),
+        *("sentencepiece", "yaml"),
+    ),
+    "pages": ("gradio", "jinja2", "matplotlib", "plotly"),
+    "cluster": ("deepspeed", "wandb", "wandb_workspaces"),
+    "train": ("sklearn",),
+}
+# Packages that are not called like their module.
+PACKAGES = {
+    "pyarrow": "datasets",
+    "sklearn": "scikit-learn",
+    "wandb_workspaces": "wandb-workspaces",
+    "yaml": "pyyaml",
+}
+
+
+@contextmanager
+def optional_imports(module: str | None = None) -> Iterator[None]:
+    """Around code that may import packages of EXTRAS, or as the decorator of a function that does.
+
+    Args:
+        module: what is imported; None for any module whose absence the error states.
+
+    Raises:
+        UserError: in place of an ImportError of one of them. It names the package and the command that installs it.
+    """
+    try:
+        yield
+    except ImportError as error:
+        name = (module or error.name or "").partition(".")[0]
+        extra = next((extra for extra, modules in EXTRAS.items() if name in modules), None)
+        if extra is None:
+            raise
+        missing = isinstance(error, ModuleNotFoundError) and error.name == name
+        problem = "is not installed" if missing else f"cannot be imported ({' '.join(str(error).split())})"
+        raise UserError(
+            f"This needs the package {PACKAGES.get(name, name)}, which {problem}; {how_to_install(extra)} brings it."
+        ) from error
+
+
+def how_to_install(extra: str) -> str:
+    """The command that installs the packages of an extra."""
+    return f'pip install "visual-token-reduction[{extra}]"'
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

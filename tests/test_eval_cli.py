@@ -22,8 +22,9 @@ from eval import score
 from eval.benchmarks.llava_files import LETTER, SHORT, VIZ, split_suffix
 from eval.command import STOPS, Terminated, exit_on_user_error
 from eval.config import RunConfig, options_by_method, pairs
-from eval.results import cost, report
+from eval.results import cost
 from eval.run import Interrupted, run
+from eval.versions import commit
 from llava.budget import budget_text, count_or_ratio
 from llava.errors import UserError
 from llava.model.builder import parse
@@ -525,7 +526,7 @@ def test_known_suffixes_are_split_off_and_unknown_ones_stay():
 
 
 def test_the_commit_is_this_repositorys_or_unknown(tmp_path):
-    assert report.commit(tmp_path) == "unknown"
+    assert commit(tmp_path) == "unknown"
 
     def git(*arguments: str) -> None:
         name = ["-c", "user.name=a", "-c", "user.email=a@b"]
@@ -535,20 +536,20 @@ def test_the_commit_is_this_repositorys_or_unknown(tmp_path):
     (tmp_path / "x").write_text("1")
     git("add", ".")
     git("commit", "-m", "x")
-    head = report.commit(tmp_path)
+    head = commit(tmp_path)
     assert len(head) == 40
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "mine.py").write_text("")
-    assert report.commit(tmp_path) == head, "no code"
+    assert commit(tmp_path) == head, "no code"
     for package in ("baselines", "eval"):  # a new method's file is never tracked before its first result
         (tmp_path / package).mkdir()
         (tmp_path / package / "new.py").write_text("")
-        assert report.commit(tmp_path) == f"{head}+changes"
+        assert commit(tmp_path) == f"{head}+changes"
         (tmp_path / package / "new.py").unlink()
     (tmp_path / "x").write_text("2")
-    assert report.commit(tmp_path) == f"{head}+changes"
+    assert commit(tmp_path) == f"{head}+changes"
     (tmp_path / "copy").mkdir()
-    assert report.commit(tmp_path / "copy") == "unknown", "a copy inside another repository is not that one"
+    assert commit(tmp_path / "copy") == "unknown", "a copy inside another repository is not that one"
 
 
 # -- choices of reading pictures, and budgets as ratios ---------------------------------------------------------------

@@ -273,9 +273,9 @@ def test_what_counts_as_an_edit(tmp_path, one, two, same):
 
 def test_the_result_names_the_commit_of_its_answers(data, tmp_path, monkeypatch):
     """A finished run that was scored again was stamped with the commit of the day."""
-    monkeypatch.setattr(run_module.report, "commit", lambda: "old")
+    monkeypatch.setattr(run_module, "commit", lambda: "old")
     run(config(data, tmp_path / "o", limit=8), FakeLlava(), FakeReducer())
-    monkeypatch.setattr(run_module.report, "commit", lambda: "new")
+    monkeypatch.setattr(run_module, "commit", lambda: "new")
     again = run(config(data, tmp_path / "o", limit=8), FakeLlava(), FakeReducer())
     assert again["commit"] == "old" and again["scored_with"]["commit"] == "new"
     grown = run(config(data, tmp_path / "o"), FakeLlava(), FakeReducer())

@@ -16,6 +16,7 @@ from setuptools import find_packages
 
 from eval import cli
 from eval.config import ROOT
+from llava import __version__, errors
 from scripts.dev.code_path import code_path
 
 PACKAGES = ("llava", "eval", "toy", "baselines", "consensusdrop", "visiondrop", "attnmix")
@@ -107,13 +108,17 @@ def test_a_method_imports_llava_reduction_in_one_line_and_no_other_method():
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LINES = [line.strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
 PINS = {found.name: found for found in map(Requirement, filter(lambda line: line and line[0] != "#", LINES))}
-EXTRAS = PROJECT["project"]["optional-dependencies"]
-INSTALLED = [Requirement(text) for text in PROJECT["project"]["dependencies"]]
+NAME = PROJECT["project"]["name"]
+CORE = [Requirement(text) for text in PROJECT["project"]["dependencies"]]
+LISTED = {name: list(map(Requirement, texts)) for name, texts in PROJECT["project"]["optional-dependencies"].items()}
+# Extra -> its packages; those of an extra that it includes stand there.
+EXTRAS = {name: [needed for needed in several if needed.name != NAME] for name, several in LISTED.items()}
 # vLLM pins its own torch, so it has an environment of its own (scripts/serve_setup.sh).
-DECLARED = [*INSTALLED, *(Requirement(text) for name in EXTRAS if name != "vllm" for text in EXTRAS[name])]
+DECLARED = [*CORE, *(needed for name in EXTRAS if name != "vllm" for needed in EXTRAS[name])]
 
 # Packages that come with a declared one and are part of its interface.
 WITH = {"huggingface_hub": "transformers", "tokenizers": "transformers", "pyarrow": "datasets"}
+MODULES = metadata.packages_distributions()
 
 
 def packages() -> list[str]:
@@ -175,28 +180,40 @@ def test_the_repository_stays_small():
 def test_every_pin_is_exact_and_declared():
     assert {name for name, pin in PINS.items() if not str(pin.specifier).startswith("==")} == set()
     assert PINS.keys() == {needed.name for needed in DECLARED}
-    assert set(EXTRAS["toy"]) <= set(EXTRAS["dev"]), "tests of the toy models need what training them needs"
+    included = next(needed.extras for needed in LISTED["dev"] if needed.name == NAME)
+    assert included == LISTED.keys() - {"dev", "vllm"}, "the tests need all but the server"
     assert PROJECT["project"]["scripts"] == {"vtr": "eval.cli:main"} and callable(cli.main)
+
+
+def of_module(name: str) -> set[str]:
+    """The packages that a module may belong to."""
+    return {text.lower().replace("_", "-") for text in MODULES.get(name, [name])} | {WITH.get(name, name)}
 
 
 @pytest.mark.parametrize("folder", sorted({name.split(".")[0] for name in packages()}))
 def test_imported_libraries_are_declared(folder):
     """An undeclared import works on the developer's machine and fails after `pip install`."""
-    modules = metadata.packages_distributions()
-    extras = EXTRAS["toy"] if folder == "toy" else ()
-    declared = {needed.name.lower() for needed in [*INSTALLED, *map(Requirement, extras)]}
-    demo = {Requirement(text).name for text in EXTRAS["demo"]}
+    declared = {needed.name.lower().replace("_", "-") for needed in DECLARED}
     own = {name.split(".")[0] for name in packages()} | {"tests"}
     # Asked for with a sentence where they are used, or imported by vLLM alone.
     optional = {"bitsandbytes", "lmms_eval", "loguru", "flash_attn", "vllm"}
     for path in (ROOT / folder).rglob("*.py"):
         for name in imported(path.read_text()) - own - optional - sys.stdlib_module_names:
-            names = {text.lower().replace("_", "-") for text in modules.get(name, [name])}
-            names |= {WITH.get(name, name)}
-            own_extra = demo if "eval/pages/demo" in path.as_posix() else set()
-            assert names & (declared | own_extra), (
+            assert of_module(name) & declared, (
                 f"{path.relative_to(ROOT)} imports {name}, which pyproject.toml does not list"
             )
+
+
+def test_a_missing_package_names_the_extra_that_brings_it():
+    """`from llava import reduce` needed 28 packages; those that are optional now are listed in llava/errors.py, too."""
+    told = {extra: {package for name in names for package in of_module(name)} for extra, names in errors.EXTRAS.items()}
+    for extra, names in told.items():
+        listed = {needed.name for needed in EXTRAS[extra]}
+        assert listed <= names, f"{extra}: llava/errors.py lacks {listed - names}"
+        for name in errors.EXTRAS[extra]:
+            assert of_module(name) & listed, f"{extra} does not bring {name}"
+            assert errors.PACKAGES.get(name, name) in of_module(name)
+    assert told.keys() == EXTRAS.keys() - {"dev", "vllm"}
 
 
 def imported(source: str) -> set[str]:
@@ -210,10 +227,12 @@ def imported(source: str) -> set[str]:
     return found
 
 
-def test_versions_of_package_and_citation_agree():
+def test_versions_of_packages_citation_and_changes_agree():
     cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
-    changes = (ROOT / "CHANGELOG.md").read_text()
-    assert cited and cited[1] == PROJECT["project"]["version"] and f"## [{cited[1]}]" in changes
+    toy = tomllib.loads((ROOT / "assets" / "pyproject.toml").read_text())["project"]["version"]
+    assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "llava.__version__"}
+    assert cited and cited[1] == toy == __version__
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
 # The code inside one answer.

@@ -285,5 +285,5 @@ def test_merging_in_the_tower_is_refused(tower):
 def test_a_missing_pyav_is_told_where_a_video_is_opened(tmp_path, monkeypatch):
     """Everything imported PyAV, so no model ran without it."""
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(UserError, match=r"Video files need PyAV.*pip install av"):
+    with pytest.raises(UserError, match=r'package av, which is not installed; pip install "visual-.*\[eval\]"'):
         read_video(tmp_path / "clip.mp4")

@@ -26,8 +26,9 @@ from eval.efficiency.latency_table import ms, table, write
 from eval.efficiency.measure import measure
 from eval.efficiency.oracle import reducers_of
 from eval.efficiency.shapes import narrow, noise_batches, random_llava
-from eval.results.report import commit, hardware
+from eval.results.report import hardware
 from eval.tables.page import COLOURS, MARKERS
+from eval.versions import commit
 from llava.errors import UserError
 from llava.model.builder import device_of
 from llava.model.llava_arch import Llava

@@ -37,7 +37,8 @@ from eval.efficiency.measure import CLOCKS, SCENARIOS, Measured, Measurements, m
 from eval.efficiency.memory import size_text
 from eval.efficiency.oracle import chosen_options, oracles, reducers_of
 from eval.efficiency.shapes import SHAPES, noise_batches, random_llava, reading_of
-from eval.results.report import hardware, versions
+from eval.results.report import hardware
+from eval.versions import versions
 from llava.budget import count_or_ratio, tokens_of
 from llava.errors import UserError
 from llava.model.builder import DTYPES, device_of, load, parse

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval.efficiency.counts import Counts, OperationCounter, first_token
-from eval.results.report import commit
+from eval.versions import commit
 from llava.errors import UserError, is_out_of_memory, release_memory
 from llava.model.llava_arch import Llava
 from llava.pipeline.accounting import Timer

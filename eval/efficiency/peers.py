@@ -55,8 +55,9 @@ from eval.efficiency.counts import first_token
 from eval.efficiency.measure import over_rounds
 from eval.efficiency.oracle import chosen_options, oracles, reducers_of
 from eval.efficiency.shapes import SHAPES, noise_batches, random_llava
-from eval.results.report import commit, hardware, versions
+from eval.results.report import hardware
 from eval.tables.page import left_aligned, markdown
+from eval.versions import commit, versions
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError
 from llava.model.builder import DTYPES

@@ -32,7 +32,7 @@ from eval import benchmarks
 from eval.answers.jsonl import read_bytes, read_json
 from eval.answers.source_hash import answer_sources, check_sources, combined
 from eval.config import DEFAULT_DATA
-from llava.errors import UserError
+from llava.errors import UserError, optional_imports
 from llava.model.llava_arch import Llava
 from llava.pipeline.prefill import prefill
 from llava.processing.prompt import Sample
@@ -96,12 +96,8 @@ def redraw(name: str, data: Path = DEFAULT_DATA) -> Picture:
             wrong.
     """
     stored = read_bytes(data / "gqa" / "data" / "images" / f"{name}.jpg")
-    try:
+    with optional_imports("sklearn"):
         drawn = scene(name[:-6], int(name[-6:-1]), name.endswith("d"))
-    except ImportError as error:
-        raise UserError("Drawing the scenes again needs scikit-learn; install the extra: pip install -e .[toy]") from (
-            error
-        )
     if drawn.jpeg != stored:
         raise UserError(
             f"{name}.jpg is not what toy/data/scenes.py draws here, so the masks of its objects are unknown; restore "

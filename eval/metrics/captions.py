@@ -19,7 +19,6 @@ Kept as they are, because the scores depend on them:
   - a full stop after a word stays with it before "," ";" or ":" ("dog., man" -> "dog. man").
 """
 
-import importlib.util
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ from importlib.metadata import version
 
 from eval.metrics import WORDS, Score, first_names, ratio_terms
 from eval.metrics.accuracy import grouped
-from llava.errors import UserError
+from llava.errors import UserError, optional_imports
 
 LINE_BREAKS = re.compile(r"\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 # Image id -> captions; a scored caption is a list of one.
@@ -90,10 +89,8 @@ def described() -> str:
 
 
 def check_installed() -> None:
-    if importlib.util.find_spec("pycocoevalcap") is None:
-        raise UserError(
-            "Captions are scored with pycocoevalcap, which is not installed; pip install pycocoevalcap==1.2."
-        )
+    with optional_imports():
+        import pycocoevalcap  # noqa: F401
 
 
 def tokenize(captions: Captions, java: bool) -> dict[str, list[str]]:

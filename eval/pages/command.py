@@ -8,7 +8,6 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,8 +146,6 @@ def serve(args: Any) -> None:
     Raises:
         UserError: Gradio is not installed, the model cannot be loaded, or the port is in use.
     """
-    if find_spec("gradio") is None:
-        raise UserError('The demo needs Gradio, which is not installed: pip install "gradio>=6.31".')
     check_address(args.host, args.port)
     # Before Gradio is imported: it asks its makers' server for news, and reaches its own page through a proxy.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

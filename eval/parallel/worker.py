@@ -21,7 +21,7 @@ from torch.distributed import DistError
 from eval.command import STOPS, terminate
 from eval.parallel import ranks
 from eval.parallel.ranks import FAILED, FINISHED, LOADING, LOOPBACK, STOPPED, Control, Rank, free_port
-from llava.errors import UserError
+from llava.errors import UserError, optional_imports
 
 BEAT_SECONDS = 1
 
@@ -78,7 +78,8 @@ def work(rank: Rank, module: str, arguments: Sequence[str], processor: bool) -> 
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if rank.size > 1:
             join_replica(rank)
-        code = import_module(module).main(arguments)
+        with optional_imports():
+            code = import_module(module).main(arguments)
         if rank.size > 1:
             from llava.model.parallel import leave
 

@@ -3,25 +3,21 @@
 import dataclasses
 import platform
 import re
-import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from eval.answers.reuse import joint, read_result
-from eval.answers.source_hash import FOLLOWED, listed
+from eval.answers.source_hash import listed
 from eval.benchmarks.base import Question
 from eval.config import FULL, HALF
 from eval.metrics import Score
 from eval.results.statistics import LEVEL, interval, rounded, terms_of
 from llava.budget import RETENTION_RATIO, budget_text
 from llava.errors import UserError
-from llava.places import PACKAGES
 
 LOWER_IS_BETTER = {"distribution"}
-LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pillow", "wandb")
 # Those of them that can change an answer.
 DECIDING = ("torch", "transformers", "tokenizers", "numpy", "pillow")
 PARTIAL = re.compile(r"limit\d+")
@@ -107,41 +103,6 @@ def operations_of(result: Mapping[str, Any]) -> float | None:
 
 
 # -- what made the answers ------------------------------------------------------------------------------------------
-
-
-def commit(root: Path = PACKAGES) -> str:
-    """The repository's commit, with "+changes" if the code is not its code; "unknown" outside git.
-
-    Code has changed if a tracked file differs, or if a package has a file that is not tracked, as that of a new method.
-    """
-    top = _git(root, "rev-parse", "--show-toplevel")
-    head = _git(root, "rev-parse", "HEAD")
-    # A copy without .git inside somebody else's repository must not report that one's commit.
-    if not top or not head or Path(top).resolve() != root.resolve():
-        return "unknown"
-    changed = _git(root, "status", "--porcelain", "--untracked-files=no")
-    new = _git(root, "ls-files", "--others", "--exclude-standard", "--", *FOLLOWED, "eval", "toy")
-    return head + ("+changes" if changed or new else "")
-
-
-def _git(root: Path, *arguments: str) -> str:
-    command = ["git", "--no-optional-locks", "-C", str(root), *arguments]  # a kill would leave the lock of the index
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return result.stdout.strip()
-
-
-def versions() -> dict[str, str]:
-    """Python and the libraries that are installed."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def made_by(origins: Sequence[tuple[Mapping[str, Any] | None, int]]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from eval.answers.source_hash import HASHED, combined, flatten
 from eval.config import RunConfig, changed_fields, changed_options
 from eval.results import report
 from llava.budget import RETENTION_RATIO, budget_text
+from llava.errors import UserError, optional_imports
 
 if TYPE_CHECKING:
     from llava.pipeline.accounting import Answer, Batch
@@ -123,9 +124,11 @@ def start(
         return Tracker()
     try:
         keep_below(output)
-        import wandb
+        with optional_imports():
+            import wandb
     except Exception as error:
-        print(f"W&B is not available ({one_line(error)}); the run goes on without it.", file=sys.stderr)
+        reason = str(error) if isinstance(error, UserError) else f"W&B is not available ({one_line(error)})."
+        print(f"{reason} The run goes on without W&B.", file=sys.stderr)
         return Tracker()
     if mode == "online" and not has_key():
         print("W&B has no API key (WANDB_API_KEY or netrc); logging offline.", file=sys.stderr)

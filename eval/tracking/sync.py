@@ -19,7 +19,7 @@ from pathlib import Path
 from eval.command import exit_on_user_error, make_parser, value
 from eval.config import path_name
 from eval.tracking import has_key, known_id
-from llava.errors import UserError
+from llava.errors import UserError, how_to_install
 
 REPLACED = re.compile(r"replaced-\d+")
 REASONS = UPLOADED, RUNNING, RESTARTED = "uploaded before", "still running", "replaced by --restart"
@@ -105,7 +105,7 @@ def upload(runs: Sequence[OfflineRun]) -> None:
     """
     program = shutil.which("wandb")
     if program is None:
-        raise UserError("The command wandb is not installed here; install it with: pip install wandb")
+        raise UserError(f"The command wandb is not installed here; {how_to_install('cluster')} brings it.")
     if not has_key():
         raise UserError("W&B has no API key; run `wandb login` or set WANDB_API_KEY, then run this command again.")
     with tempfile.TemporaryDirectory() as logs:  # otherwise W&B makes a folder for its logs where the command runs

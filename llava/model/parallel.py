@@ -57,7 +57,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from llava.errors import UserError
+from llava.errors import UserError, optional_imports
 from llava.transformers_names import set_kernel
 
 OFFLOADS = ("none", "cpu")
@@ -183,12 +183,8 @@ def import_deepspeed(kind: str) -> Any:
     """
     if kind == "cpu" and "deepspeed" not in sys.modules:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try:
+    with optional_imports("deepspeed"):
         import deepspeed
-    except ImportError as error:
-        raise UserError(
-            f"Several ranks per model need DeepSpeed, which cannot be imported ({error}); pip install deepspeed."
-        ) from error
     from deepspeed.accelerator import get_accelerator
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

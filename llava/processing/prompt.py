@@ -12,12 +12,11 @@ from functools import cached_property
 from pathlib import Path
 
 from PIL import Image
-from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, LlamaConfig, LlamaTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import DEFAULT_MODE, conversation, render
-from llava.errors import UserError
+from llava.errors import UserError, optional_imports
 from llava.processing.json_files import read_json
 from llava.processing.video import Video
 
@@ -195,6 +194,8 @@ def read_tokenizer(directory: Path, config: PretrainedConfig) -> PreTrainedToken
     known = LlamaConfig() if decoder.model_type in ("llama", "mistral") else decoder
     try:
         return AutoTokenizer.from_pretrained(directory, config=known, trust_remote_code=False, **_spacing(directory))
+    except UserError:  # sentencepiece is missing
+        raise
     # tokenizers and sentencepiece raise bare Exceptions for files they cannot read.
     except Exception as error:
         raise UserError(
@@ -214,6 +215,8 @@ def _spacing(directory: Path) -> dict[str, bool]:
     settings = directory / "tokenizer_config.json"
     stated = read_json(settings).get("legacy") if settings.is_file() else None
     if (directory / "tokenizer.model").is_file():
+        with optional_imports():
+            from sentencepiece import SentencePieceProcessor
         model = SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
         if not model.encode("a", out_type=str)[0].startswith(SPACES[1]):
             return {"add_prefix_space": False}

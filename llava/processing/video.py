@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from llava.errors import UserError
+from llava.errors import UserError, optional_imports
 from llava.processing.image import ImageProcessor, as_rgb
 
 if TYPE_CHECKING:
@@ -96,10 +96,8 @@ def pyav() -> ModuleType:
     Raises:
         UserError: it is not installed.
     """
-    try:
+    with optional_imports("av"):
         import av
-    except ImportError as error:
-        raise UserError(f"Video files need PyAV, which cannot be imported ({error}); pip install av.") from error
     return av
 
 

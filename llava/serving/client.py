@@ -15,15 +15,14 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import openai
 import torch
 from torch import Tensor
 from transformers import AutoConfig
 
 from llava.conversation import conversation
-from llava.errors import UserError
+from llava.errors import UserError, optional_imports
 from llava.model.builder import DTYPES, device_of, runtime
 from llava.model.checkpoint.config import default_mode, identify
 from llava.model.checkpoint.files import folder_of, locate, name_of
@@ -40,6 +39,9 @@ from llava.reduction.registry import build
 from llava.reduction.token_layout import ModelSpec
 from llava.serving import MODELS
 from llava.serving.served import CLIP, refuse_gaps, served_by, why_not_anywhere
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 PIXELS, EMBEDS = "pixels", "embeds"
 # Where a checkpoint may keep a chat template of its own.
@@ -206,7 +208,9 @@ class Server:
         self.url, self._key = url.rstrip("/"), key
 
     @cached_property
-    def _client(self) -> openai.OpenAI:
+    def _client(self) -> "OpenAI":
+        with optional_imports():
+            import openai
         # A redirect would carry the key to another host.
         http = openai.DefaultHttpxClient(follow_redirects=False)
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self._key or "none", timeout=600, http_client=http)
@@ -229,6 +233,8 @@ class Server:
 
     def _ask(self, request: Any) -> Any:
         """What a request returns; the server's reason in one sentence where it has one."""
+        with optional_imports():
+            import openai
         try:
             return request()
         except openai.APIStatusError as error:
