@@ -1,7 +1,7 @@
 """Leaves out of the toy's wheel what would make it four times as large.
 
-The toy sets share GQA's pictures by links to their folder, and a wheel holds no links: of those pictures it has copies of
-the ones that a set's questions name.
+The toy sets share GQA's pictures by links to their folder, and a wheel holds no links: of those pictures it has
+copies of the ones that a set's questions name.
 """
 
 import re

@@ -1,0 +1,199 @@
+"""Builds the wheels, installs them into an empty environment, and runs every `vtr` command from an empty folder.
+
+    python scripts/dev/wheel.py FOLDER [PYTHON]     # PYTHON: the interpreter of the environment; python3 if left out
+
+FOLDER gets dist/ (wheel, source distribution and toy wheel), the environment and the working folder: some GB where the
+package index has CUDA builds of torch. The core is tried first, alone, then the extras. Exits with 1 where a command
+ends in a traceback, or with another code than the one expected here; every command's output is in FOLDER/log.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from eval.cli import COMMANDS  # noqa: E402
+
+MAIN, TOY = "visual_token_reduction", "visual_token_reduction_toy"
+EXTRAS = "eval,pages"
+SECONDS = 900  # for a command
+SOURCE_BYTES = 4 * 2**20  # of the source distribution at most: it carries no assets
+# With the core alone: what works, for `vtr`. Everything else is one sentence.
+CORE = ("--help", "--version", "show methods", "show methods consensusdrop")
+RUN = "eval --method {} --budget 64 --limit 8 --wandb disabled"
+IMAGE = "{toy}/eval/gqa/data/images/test00012d.jpg"
+# Command -> its arguments and the exit code: 0, or 2 where a checkout, a server or an account is needed.
+CALLS = {
+    "eval": [(RUN.format("consensusdrop")[5:], 0), (RUN.format("full")[5:], 0), ("--benchmark pope --limit 4", 0)],
+    "score": [("gqa --partial --answers results/full/answers.jsonl", 0)],
+    "compare": [("results/full results/consensusdrop", 0)],
+    "stats": [("results/full results/consensusdrop", 0)],
+    "report": [("results", 0)],
+    "gallery": [(f"{IMAGE} red --methods consensusdrop --budgets 64", 0)],
+    "demo": [("--port 1", 2)],
+    "serve-client": [(f"consensusdrop 64 --image {IMAGE} --question red --url http://127.0.0.1:9", 2)],
+    "export": [(f"out.safetensors consensusdrop 64 --image {IMAGE} --question red", 0)],
+    "show": [("methods", 0), ("benchmarks", 0), ("models", 0), ("methods consensusdrop", 0)],
+    "check-data": [("{toy}/eval", 0)],
+    "wandb sync": [("results", 0)],
+    "wandb workspace": [("me/project --dry-run", 2)],
+    "wandb report": [("me/project --dry-run", 2)],
+    "tables paper": [("consensusdrop/ablation --limit 2 --wandb disabled", 0)],
+    "findings": [("attnmix --pictures 2", 2)],
+    "bench latency": [("--method consensusdrop --budget 64 --repeats 1 --lengths 0 --no-oracle", 0)],
+    "bench serving": [("", 2)],
+    "bench growth": [("--methods full --tokens 64 --width 64 --layers 1 --blocks 1 --repeats 1", 0)],
+    "bench peers": [("table nothing.json", 2)],
+    "bench precision": [("--methods consensusdrop --budget 64 --questions 2", 0)],
+    "bench selfcheck": [("--help", 0)],
+    "bench claims": [("", 0)],
+    "new": [("method something", 2)],
+    "check": [("method consensusdrop", 2)],
+    "tables embedded": [("--limit 1", 2)],
+    "tables consensusdrop": [("--limit 1", 2)],
+    "tables benchmarks": [("pages", 2)],
+    "tables methods": [("", 2)],
+    "tables memory": [("", 2)],
+    "tables reproduce": [("", 2)],
+    "figures kept": [("", 2)],
+}
+REDUCE = """
+import sys
+from llava import reduce
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers.image_utils import load_image
+folder, image = sys.argv[1:]
+model, processor = LlavaForConditionalGeneration.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+inputs = processor(images=load_image(image), text="USER: <image>\\nIs it red? ASSISTANT:", return_tensors="pt")
+with reduce(model, "consensusdrop", budget=64) as reduced:
+    model.generate(**inputs, max_new_tokens=4)
+assert set(reduced.accounting[0].tokens_per_layer) == {64}, reduced.accounting
+"""
+
+
+class Trial:
+    """The environment and the empty folder in which commands run; `failures` has a sentence for each that went wrong."""
+
+    def __init__(self, folder: Path, python: str):
+        self.folder, self.work, self.failures = folder, folder / "empty", list[str]()
+        self.log = (folder / "log").open("w")
+        shutil.rmtree(folder / "env", ignore_errors=True)
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+        subprocess.run([python, "-m", "venv", folder / "env"], check=True)
+        self.python = folder / "env" / "bin" / "python"
+
+    def install(self, *what: str) -> None:
+        self.call([self.python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *what], (0,))
+
+    def call(self, command: list[str | Path], codes: tuple[int, ...], sentence: bool = False) -> str:
+        """Run it in the empty folder; returns its output.
+
+        Args:
+            codes: exit codes that are right.
+            sentence: the output must be one line then.
+        """
+        hidden = ("PYTHONPATH", "VIRTUAL_ENV", "WANDB_API_KEY")
+        given = {name: value for name, value in os.environ.items() if name not in hidden}
+        words = " ".join(map(str, command)).replace(f"{self.folder}/", "").strip()[:160]
+        print(words.partition("\n")[0], flush=True)
+        try:
+            done = subprocess.run(
+                list(map(str, command)), cwd=self.work, env=given, capture_output=True, text=True, timeout=SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            self.failures.append(f"{words}: not done after {SECONDS} seconds")
+            return ""
+        output = done.stdout + done.stderr
+        self.log.write(f"$ {words}\n{output}exit code {done.returncode}\n\n")
+        self.log.flush()
+        last = output.strip().rpartition("\n")[2]
+        if "Traceback" in output or done.returncode not in codes:
+            self.failures.append(f"{words}: exit code {done.returncode}, not {codes}: {last}")
+        elif sentence and done.returncode and output.strip().count("\n"):
+            self.failures.append(f"{words}: more than a sentence: {output}")
+        return output
+
+    def vtr(self, command: str, codes: tuple[int, ...], sentence: bool = False) -> str:
+        return self.call([self.python.with_name("vtr"), *command.split()], codes, sentence)
+
+
+def build(folder: Path, python: str) -> list[Path]:
+    """The wheel, made from the source distribution, and the toy wheel, likewise."""
+    shutil.rmtree(folder / "dist", ignore_errors=True)
+    subprocess.run([python, "-m", "venv", folder / "build"], check=True)
+    builder = folder / "build" / "bin" / "python"
+    subprocess.run([builder, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "build"], check=True)
+    for project in (ROOT, ROOT / "assets"):
+        command = [builder, "-m", "build", "--outdir", folder / "dist", project]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return [next((folder / "dist").glob(f"{name}-[0-9]*.whl")) for name in (MAIN, TOY)]
+
+
+def contents(folder: Path, wheel: Path) -> list[str]:
+    """What is wrong with the files in the wheel and in the source distribution it was made from."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    tops = {name.partition("/")[0] for name in held}
+    failures = [f"the wheel lacks {name}" for name in listed if name.partition("/")[0] in tops and name not in held]
+    failures += [f"the wheel has {name}, which is not in the repository" for name in held - set(listed)]
+    source = next((folder / "dist").glob(f"{MAIN}-[0-9]*.tar.gz"))
+    inside = {name.partition("/")[2] for name in tarfile.open(source).getnames()}
+    if source.stat().st_size > SOURCE_BYTES or any(name.startswith("assets") for name in inside):
+        failures.append(f"{source.name} carries assets: {source.stat().st_size:,} bytes")
+    return failures
+
+
+def try_core(trial: Trial, toy: str) -> None:
+    """`reduce` and some commands with the core alone; the other commands say in a sentence what to install."""
+    image = IMAGE.format(toy=toy)
+    trial.call([trial.python, "-c", REDUCE, f"{toy}/tinyllava", image], (0,))
+    for words in CORE:
+        trial.vtr(words, (0,))
+    for name in COMMANDS:
+        arguments, code = CALLS[name][0]
+        if f"{name} {arguments}" not in CORE:
+            trial.vtr(f"{name} {arguments.format(toy=toy)}", (0, 2) if code == 0 else (2,), sentence=True)
+
+
+def try_extras(trial: Trial, toy: str) -> None:
+    """Every command, after two runs whose results the others read."""
+    for name, calls in CALLS.items():
+        for arguments, code in calls:
+            trial.vtr(f"{name} {arguments.format(toy=toy)}", (code,))
+        if name == "eval":
+            for method in ("full", "consensusdrop"):
+                found = next((trial.work / "results").rglob(f"*{method}*/**/answers.jsonl"))
+                (trial.work / "results" / method).symlink_to(found.parent)
+
+
+def main() -> int:
+    if len(sys.argv) not in (2, 3) or sys.argv[1].startswith("-"):
+        print(__doc__)
+        return 2
+    if CALLS.keys() != COMMANDS.keys():
+        print(f"CALLS does not fit the commands: {CALLS.keys() ^ COMMANDS.keys()}")
+        return 1
+    folder, python = Path(sys.argv[1]).resolve(), (sys.argv[2:] or ["python3"])[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    wheel, toy_wheel = build(folder, python)
+    trial = Trial(folder, python)
+    trial.failures += contents(folder, wheel)
+    trial.install(str(wheel), str(toy_wheel))
+    toy = trial.call([trial.python, "-c", f"import {TOY}; print({TOY}.__path__[0])"], (0,)).strip()
+    try_core(trial, toy)
+    trial.install(f"{wheel}[{EXTRAS}]")
+    try_extras(trial, toy)
+    print(*trial.failures, f"{len(trial.failures)} failures; {folder / 'log'} has all output.", sep="\n")
+    return 1 if trial.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
