@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llava.hf.reduce import reduce
     from llava.model.builder import load
+    from llava.model.official_names import LlavaLlamaForCausalLM
 
 # The version of the whole distribution; pyproject.toml reads it here.
 __version__ = "1.0.0rc1"
-__all__ = ["load", "reduce"]
+__all__ = ["LlavaLlamaForCausalLM", "load", "reduce"]
 
-HOMES = {"load": "llava.model.builder", "reduce": "llava.hf.reduce"}
+HOMES = {
+    "load": "llava.model.builder",
+    "reduce": "llava.hf.reduce",
+    "LlavaLlamaForCausalLM": "llava.model.official_names",  # scripts written for LLaVA's own package import it
+}
 
 
 def __getattr__(name: str) -> Any:

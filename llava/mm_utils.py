@@ -7,9 +7,10 @@ Differs from it: KeywordsStoppingCriteria looks at the answer alone, and an empt
 that is not known is an error.
 """
 
-import json
+import ast
 from base64 import b64decode
 from collections.abc import Sequence
+from contextlib import suppress
 from io import BytesIO
 from typing import Any
 
@@ -21,11 +22,18 @@ from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase, Stoppin
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError, unknown
 from llava.model.checkpoint.files import CACHED, snapshot_of
-from llava.processing.image import as_rgb, best_resolution, cut, on_canvas, open_image, pad_to_square, parse_pinpoints
-from llava.processing.image import resize as resized
+from llava.processing.image import (
+    Size,
+    as_rgb,
+    best_resolution,
+    cut,
+    on_canvas,
+    open_image,
+    pad_to_square,
+    parse_pinpoints,
+    resize,
+)
 from llava.processing.prompt import tokenize
-
-select_best_resolution = best_resolution
 
 
 def get_model_name_from_path(model_path: str) -> str:
@@ -77,10 +85,39 @@ def process_images(images: Sequence[Image.Image], image_processor: CLIPImageProc
 def process_anyres_image(image: Image.Image, processor: CLIPImageProcessorPil, grid_pinpoints: Any) -> Tensor:
     """[1 + tiles, 3, S, S] pixels of LLaVA-NeXT: the whole image, then the tiles of the best of the resolutions."""
     tile, size, image = processor.crop_size["height"], processor.size["shortest_edge"], as_rgb(image)
-    given = json.loads(grid_pinpoints) if isinstance(grid_pinpoints, str) else grid_pinpoints
-    canvas = on_canvas(image, best_resolution(image.size, parse_pinpoints(given, tile)))
-    pixels: Tensor = processor([resized(image, (size, size)), *cut(canvas, tile)], return_tensors="pt")["pixel_values"]
+    canvas = resize_and_pad_image(image, select_best_resolution(image.size, _resolutions(grid_pinpoints, tile)))
+    crops = [resize(image, (size, size)), *divide_to_patches(canvas, tile)]
+    pixels: Tensor = processor(crops, return_tensors="pt")["pixel_values"]
     return pixels
+
+
+def select_best_resolution(original_size: Size, possible_resolutions: Sequence[Size]) -> Size:
+    """The (width, height) that keeps most of an image's pixels; of equals the smallest, then the first."""
+    return best_resolution(original_size, possible_resolutions)
+
+
+def resize_and_pad_image(image: Image.Image, target_resolution: Size) -> Image.Image:
+    """The image, as large as fits, in the middle of a black canvas of this (width, height)."""
+    return on_canvas(as_rgb(image), target_resolution)
+
+
+def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
+    """Square tiles of an image, row by row, `patch_size` pixels wide; black where they reach beyond it."""
+    return cut(image, patch_size)
+
+
+def get_anyres_image_grid_shape(image_size: Size, grid_pinpoints: Any, patch_size: int) -> tuple[int, int]:
+    """Columns and rows of tiles, `patch_size` pixels wide, into which an image of this (width, height) is divided."""
+    width, height = select_best_resolution(image_size, _resolutions(grid_pinpoints, patch_size))
+    return width // patch_size, height // patch_size
+
+
+def _resolutions(grid_pinpoints: Any, tile: int) -> tuple[Size, ...]:
+    """Resolutions of a configuration, which may be written as a text."""
+    if isinstance(grid_pinpoints, str):
+        with suppress(ValueError, SyntaxError):  # parse_pinpoints says what is expected
+            grid_pinpoints = ast.literal_eval(grid_pinpoints)
+    return parse_pinpoints(grid_pinpoints, tile)
 
 
 def tokenizer_image_token(

@@ -1,34 +1,117 @@
 """The model that scripts written for LLaVA's own package get from `load_pretrained_model`.
 
-Its `generate` takes LLaVA's arguments: ids with IMAGE_TOKEN_INDEX where an image stands, and what
+Its `generate` and `forward` take LLaVA's arguments: ids with IMAGE_TOKEN_INDEX where an image stands, and what
 `llava.mm_utils.process_images` made of the images. They become the arguments of the transformers model, which runs
 inside `reduce`. The question, which many methods read, is the last turn of the prompt without its template and without
 an answer-format instruction of LLaVA's benchmark files.
 
-Official code read: haotian-liu/LLaVA@c121f04, llava/model/builder.py and llava/model/language_model/llava_llama.py
-Differs from it: an image without a place in the prompts is an error, and so is what has another effect here.
+Official code read: haotian-liu/LLaVA@c121f04, llava/model/builder.py, llava_arch.py, language_model/llava_llama.py and
+multimodal_encoder/clip_encoder.py
+Differs from it: an image without a place in the prompts is an error, and so is what has another effect here; the
+images of text-only prompts may be left out, and prompts are not cut to `tokenizer_model_max_length`.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import pairwise
+from contextlib import contextmanager
+from itertools import pairwise, zip_longest
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import CLIPImageProcessorPil
 
-from llava.constants import IMAGE_TOKEN_INDEX
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import ANSWER_FORMATS, MODES
 from llava.errors import UserError
 from llava.hf.models import WRAPPERS, PreparedImage
+from llava.hf.patch import Reduced
 from llava.hf.reduce import reduce
 from llava.model.checkpoint.load import Checkpoint
+from llava.model.multimodal_encoder.clip_encoder import encode
+from llava.model.official_names import (
+    CLIPVisionTower,
+    LlavaLlamaForCausalLM,
+    LlavaMetaForCausalLM,
+    LlavaMistralForCausalLM,
+)
 from llava.processing.json_files import read_json
+from llava.transformers_names import CACHE, CausalLMOutputWithPast, cache_of
 
 # Settings of `generate` that read the prompt, which LLaVA's own `generate` hides from them.
 READ_THE_PROMPT = ("repetition_penalty", "no_repeat_ngram_size", "prompt_lookup_num_tokens")
+DECODERS = {"llama": LlavaLlamaForCausalLM, "mistral": LlavaMistralForCausalLM}
+
+
+class ScriptConfig(SimpleNamespace):
+    """The fields of a LLaVA's config.json, which scripts read and set."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+class VisionTower:
+    """What `get_vision_tower` returns: LLaVA's CLIPVisionTower, with the whole model's weights already in it.
+
+    Attributes:
+        vision_tower: the CLIPVisionModel.
+        image_processor: for `llava.mm_utils.process_images`.
+    """
+
+    stands_for = (CLIPVisionTower,)
+    is_loaded, select_feature = True, "patch"
+
+    def __init__(self, checkpoint: Checkpoint):
+        own: Any = checkpoint.image_processor  # a CLIP's, as that of both families
+        self.vision_tower: Any = checkpoint.model.model.vision_tower
+        self.select_layer: int = checkpoint.model.config.vision_feature_layer
+        self.image_processor = CLIPImageProcessorPil(
+            size={"shortest_edge": own.size},
+            crop_size={"height": own.crop, "width": own.crop},
+            image_mean=list(own.mean),
+            image_std=list(own.std),
+        )
+        self.config = self.vision_tower.config
+        self.hidden_size: int = self.config.hidden_size
+        self.num_patches_per_side: int = self.config.image_size // self.config.patch_size
+        self.num_patches = self.num_patches_per_side**2
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.vision_tower.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.vision_tower.dtype
+        return dtype
+
+    def load_model(self, device_map: Any = None) -> None:
+        """Do nothing: the tower was loaded with the model."""
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> "VisionTower":
+        """Stay where the model is; UserError if that is elsewhere."""
+        place = self.device if device is None else torch.device(device)
+        if (place.type, place.index or 0, dtype or self.dtype) != (
+            self.device.type,
+            self.device.index or 0,
+            self.dtype,
+        ):
+            raise UserError(
+                f"The vision tower is on {self.device} in {self.dtype}, as the whole model; move or convert the model."
+            )
+        return self
+
+    def __call__(self, images: Tensor | Sequence[Tensor]) -> Any:
+        """[B, N, D] patch features of pixels [B, 3, S, S], without any reduction; of a list, a list of [1, N, D]."""
+        if not isinstance(images, Tensor):
+            return [self(image[None]) for image in images]
+        with torch.no_grad():
+            pixels = images.to(self.device, self.dtype)
+            return encode(self.vision_tower, pixels, self.select_layer).features.to(images.dtype)
 
 
 class ScriptModel(nn.Module):
@@ -44,22 +127,51 @@ class ScriptModel(nn.Module):
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, method: str, budget: Any = None, **options: Any
+        self, checkpoint: Checkpoint, device: torch.device, method: str = "full", budget: Any = None, **options: Any
     ) -> None:
         super().__init__()
         family = checkpoint.family
         if family not in ("llava", "llava_next"):
             raise UserError(f"load_pretrained_model loads LLaVA-1.5 and LLaVA-NeXT; use llava.load for {family}.")
-        self.runtime = WRAPPERS[family](checkpoint, device)
-        self.reduced = reduce(self.runtime, method, budget, questions=[], tokenizer=checkpoint.tokenizer, **options)
+        self.checkpoint = checkpoint
         self.hf_model: Any = checkpoint.model
-        own = {"mm_use_im_start_end": False, "image_aspect_ratio": "pad" if family == "llava" else "anyres"}
-        self.config = SimpleNamespace(**own | read_json(checkpoint.files["config.json"].path))
+        self.config = config_of(checkpoint)
         if self.config.mm_use_im_start_end:
             raise UserError(
                 f"{checkpoint.name} was trained with <im_start> and <im_end> around images, which is not supported."
             )
+        self._vision_tower = VisionTower(checkpoint)
+        self.use(method, budget, **options)
         self.eval()
+
+    def use(self, method: str, budget: Any = None, **options: Any) -> Reduced:
+        """Run under another method from the next call on.
+
+        Args: see `llava.reduce`.
+
+        Returns:
+            What is then `self.reduced`.
+        """
+        runtime = WRAPPERS[self.checkpoint.family](self.checkpoint, self.device)
+        tokenizer = self.checkpoint.tokenizer
+        self.reduced = reduce(runtime, method, budget, questions=[], tokenizer=tokenizer, **options)
+        self.runtime, self._method = runtime, (method, budget, options)
+        return self.reduced
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ScriptModel":
+        """`to`, `cuda`, `half` and so on: what knows the old device is made again."""
+        super()._apply(fn, recurse)
+        if self.device != self.runtime.device:
+            method, budget, options = self._method
+            self.use(method, budget, **options)
+        return self
+
+    # What scripts ask of the model
+
+    @property
+    def stands_for(self) -> tuple[type, ...]:
+        """The classes of LLaVA's of which `isinstance` says that this is one."""
+        return LlavaMetaForCausalLM, DECODERS[self.hf_model.config.text_config.model_type]
 
     @property
     def device(self) -> torch.device:
@@ -71,11 +183,36 @@ class ScriptModel(nn.Module):
         dtype: torch.dtype = self.hf_model.dtype
         return dtype
 
+    def tie_weights(self) -> None:
+        self.hf_model.tie_weights()
+
+    def get_vision_tower(self) -> VisionTower:
+        return self._vision_tower
+
+    def get_model(self) -> SimpleNamespace:
+        """The parts of the model under LLaVA's names; none of them runs the method."""
+        inner, llm = self.hf_model.model, self.runtime.llm
+        return SimpleNamespace(
+            config=self.config,
+            get_vision_tower=self.get_vision_tower,
+            vision_tower=self._vision_tower,
+            mm_projector=inner.multi_modal_projector,
+            image_newline=getattr(inner, "image_newline", None),
+            embed_tokens=llm.embed_tokens,
+            layers=llm.layers,
+            norm=llm.norm,
+        )
+
+    # Answers and likelihoods
+
     def generate(
         self,
-        inputs: Tensor,
+        inputs: Tensor | None = None,
         images: Tensor | Sequence[Tensor] | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
+        modalities: Sequence[str] | None = None,
+        *,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         stopping_criteria: Iterable[Callable[..., Any]] | None = None,
         **settings: Any,
@@ -83,9 +220,11 @@ class ScriptModel(nn.Module):
         """Answer prompts.
 
         Args:
-            inputs: [B, L] ids, IMAGE_TOKEN_INDEX for every image.
-            images: pixels of all images in their order, [n, 3, S, S], [n, 1 + tiles, 3, S, S], or a list of such.
+            inputs: [B, L] ids, IMAGE_TOKEN_INDEX for every image; or `input_ids`, its name in older scripts.
+            images: pixels of all images in their order, [n, 3, S, S], [n, 1 + tiles, 3, S, S], or a list of such. As
+                in LLaVA, each prompt without an image may have one, too, of which nothing is used.
             image_sizes: (width, height) of every image before it was prepared; LLaVA-NeXT needs them.
+            modalities: "image" for each image; videos are refused.
             attention_mask: [B, L], 0 in the padding.
             stopping_criteria: called with the new ids [B, l] and their scores.
             settings: of transformers' `generate`: do_sample, num_beams, max_new_tokens and so on.
@@ -99,20 +238,14 @@ class ScriptModel(nn.Module):
         for name in READ_THE_PROMPT:
             if settings.get(name) not in (None, 0, 1):
                 raise UserError(f"{name} reads the prompt here, the answer alone in LLaVA's own; leave it out.")
+        if (inputs is None) == (input_ids is None):
+            raise UserError("generate takes the ids of the prompts as `inputs` or as `input_ids`; give one of the two.")
         if not settings.get("do_sample") and not settings.get("temperature"):
             settings.pop("temperature", None)  # LLaVA's scripts give 0 for greedy decoding
-        given = self._pixels(images, image_sizes)
-        pictures = iter(self.runtime.ready(given)[self.hf_model.config.image_token_id] if given else ())
-        mask = torch.ones_like(inputs) if attention_mask is None else attention_mask
-        prompts = [row[kept].tolist() for row, kept in zip(inputs, mask.bool(), strict=True)]
-        rows = [torch.tensor(self._with_visual_tokens(prompt, pictures)) for prompt in prompts]
-        questions = [self._question(prompt) for prompt in prompts]
-        # A method takes all text after the image where there is no question.
-        self.reduced.questions = questions if all(questions) else None
-        if unused := len(list(pictures)):
-            raise UserError(f"The prompts have a place for all images but {unused}; put <image> into them for each.")
-        held, length = [torch.ones_like(row) for row in rows], max(map(len, rows))
-        ids, kept = (pad_sequence(one, True, 0, "left").to(self.device) for one in (rows, held))
+        refuse_videos(modalities)
+        prompts = unpadded(input_ids if inputs is None else inputs, attention_mask)
+        given = self._arguments(prompts, *without_dummies(prompts, images, image_sizes))
+        length = given["input_ids"].shape[1]
 
         def on_answers(criterion: Callable[..., Any]) -> Callable[..., Any]:
             return lambda ids, scores, **more: criterion(ids[:, length:], scores, **more)
@@ -122,8 +255,6 @@ class ScriptModel(nn.Module):
         own = {"eos_token_id": sorted(runtime.end_ids), "pad_token_id": runtime.tokenizer.pad_token_id}
         with self.reduced:
             output = self.hf_model.generate(
-                input_ids=ids,
-                attention_mask=kept,
                 stopping_criteria=[on_answers(criterion) for criterion in stopping_criteria or ()],
                 suppress_tokens=never or None,
                 **given | own | settings,
@@ -133,9 +264,98 @@ class ScriptModel(nn.Module):
         output.sequences = output.sequences[:, length:]
         return output
 
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: None = None,
+        past_key_values: None = None,
+        inputs_embeds: None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        images: Tensor | Sequence[Tensor] | None = None,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        return_dict: bool | None = None,
+        modalities: Sequence[str] | None = None,
+    ) -> Any:
+        """Logits of whole prompts and the loss of their labels, for likelihoods of given answers; without gradients.
+
+        The method sees each prompt up to its first label behind the images. The rest is an answer: it continues the
+        reduced prompt token by token, as if it had been generated, so no method can choose tokens by it.
+
+        Args:
+            input_ids, attention_mask, images, image_sizes, modalities: see `generate`.
+            labels: [B, L], IGNORE_INDEX where there is none; for several images, also between these.
+            position_ids, past_key_values, inputs_embeds, output_attentions, output_hidden_states: refused.
+            use_cache: without effect.
+
+        Returns:
+            `logits` [B, M, V] with the visual tokens that are left in the last layer in the place of every image, and
+            the mean `loss` of all labels, None without. Shorter prompts are padded as `tokenizer_padding_side` of the
+            configuration says, by default on the right.
+        """
+        refused = {"position_ids": position_ids, "past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
+        refused |= {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        for name, value in refused.items():
+            if value is not None and value is not False:
+                raise UserError(f"forward runs whole prompts under a method and takes no {name}; leave it out.")
+        if input_ids is None:
+            raise UserError("forward needs input_ids, with IMAGE_TOKEN_INDEX for every image.")
+        refuse_videos(modalities)
+        prompts = unpadded(input_ids, attention_mask)
+        images, image_sizes = without_dummies(prompts, images, image_sizes)
+        targets = [[IGNORE_INDEX] * len(row) for row in prompts] if labels is None else unpadded(labels, attention_mask)
+        # Text alone is not reduced.
+        ends = [
+            start_of_answer(*one) if images is not None else len(one[0]) for one in zip(prompts, targets, strict=True)
+        ]
+        answers = [row[end:] for row, end in zip(prompts, ends, strict=True)]
+        with self.reduced, torch.no_grad(), outputs_of(self.runtime.llm.layers[-1]) as hidden:
+            questions = [row[:end] for row, end in zip(prompts, ends, strict=True)]
+            output = self.hf_model(**self._arguments(questions, images, image_sizes), use_cache=True)
+            del hidden[:-1]  # methods may have run layers ahead
+            for tokens in zip_longest(*answers, fillvalue=0):
+                ids = torch.tensor(tokens, device=self.device)[:, None]
+                output = self.hf_model(input_ids=ids, **{CACHE: cache_of(output)}, use_cache=True)
+            state = self.reduced.segments[-1]
+            width, states = hidden[0].shape[1], torch.cat(hidden, 1)
+            rows = [
+                row[width - length : width + len(answer)]
+                for row, length, answer in zip(states, state.lengths, answers, strict=True)
+            ]
+            side = getattr(self.config, "tokenizer_padding_side", "right")
+            logits = self.hf_model.lm_head(self.runtime.llm.norm(pad_sequence(rows, True, 0, side)))
+        loss = None
+        if labels is not None:
+            spread = [torch.tensor(with_visual(*one)) for one in zip(prompts, targets, state.visual, strict=True)]
+            wanted = pad_sequence(spread, True, IGNORE_INDEX, side)[:, 1:].to(logits.device)
+            loss = F.cross_entropy(logits[:, :-1][wanted != IGNORE_INDEX].float(), wanted[wanted != IGNORE_INDEX])
+        result = CausalLMOutputWithPast(loss=loss, logits=logits)
+        return result.to_tuple() if return_dict is False else result
+
+    # Arguments of the transformers model
+
+    def _arguments(
+        self, prompts: Sequence[Sequence[int]], images: Any, sizes: Sequence[tuple[int, int]] | None
+    ) -> dict[str, Any]:
+        """Padded ids, mask and pixels, as the transformers model takes them; sets the questions of the prompts."""
+        given = self._pixels(images, sizes)
+        pictures = iter(self.runtime.ready(given)[self.hf_model.config.image_token_id] if given else ())
+        rows = [torch.tensor(self._with_visual_tokens(prompt, pictures)) for prompt in prompts]
+        questions = [self._question(prompt) for prompt in prompts]
+        # A method takes all text after the image where there is no question.
+        self.reduced.questions = questions if all(questions) else None
+        if unused := len(list(pictures)):
+            raise UserError(f"The prompts have a place for all images but {unused}; put <image> into them for each.")
+        held = [torch.ones_like(row) for row in rows]
+        ids, kept = (pad_sequence(one, True, 0, "left").to(self.device) for one in (rows, held))
+        return {"input_ids": ids, "attention_mask": kept, **given}
+
     def _pixels(self, images: Any, sizes: Sequence[tuple[int, int]] | None) -> dict[str, Any]:
         """Images as transformers' model takes them: crops of all images one after another, sizes (height, width)."""
-        if images is None or not len(images):
+        if images is None:
             return {}
         crops = torch.cat([image if image.dim() == 4 else image[None] for image in images])
         given: dict[str, Any] = {"pixel_values": crops.to(self.device, self.dtype)}
@@ -173,6 +393,87 @@ class ScriptModel(nn.Module):
                 texts = [re.sub(rf"({formats})\s*$", "", text) for text in texts]
                 break
         return next(filter(None, map(str.strip, texts)), "")
+
+
+def config_of(checkpoint: Checkpoint) -> ScriptConfig:
+    """The fields of config.json, under LLaVA's names also where the transformers layout has others."""
+    config, tiles = checkpoint.model.config, checkpoint.family == "llava_next"
+    text = {name: value for name, value in config.get_text_config().to_dict().items() if value is not None}
+    own = {
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_select_feature": "patch",
+        "mm_hidden_size": config.vision_config.hidden_size,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_patch_merge_type": "spatial_unpad" if tiles else "flat",
+        "image_aspect_ratio": "anyres" if tiles else "pad",
+    }
+    return ScriptConfig(**text | own | read_json(checkpoint.files["config.json"].path))
+
+
+def unpadded(rows: Tensor, mask: Tensor | None) -> list[list[int]]:
+    """Ids or labels [B, L] without those in the padding."""
+    if mask is None:
+        return [list(row) for row in rows.tolist()]
+    return [list(row[kept].tolist()) for row, kept in zip(rows, mask.bool(), strict=True)]
+
+
+def refuse_videos(modalities: Sequence[str] | None) -> None:
+    """Raise UserError for anything but images."""
+    if others := set(modalities or ()) - {"image"}:
+        raise UserError(f"modalities must be 'image' for each image, got {', '.join(map(repr, sorted(others)))}.")
+
+
+def without_dummies(prompts: Sequence[Sequence[int]], images: Any, sizes: Any) -> tuple[Any, Any]:
+    """Images, None for none, and their sizes, without the unused one that LLaVA expects for each prompt of text alone.
+
+    Args:
+        images: one for every place in the prompts, or one more for every prompt that has none.
+        sizes: of all of these images, or of those that have a place.
+    """
+    counts = [row.count(IMAGE_TOKEN_INDEX) for row in prompts]
+    if images is not None and len(images) == sum(counts) + counts.count(0):
+        used, place = [], 0
+        for count in counts:
+            used += range(place, place + count)
+            place += max(count, 1)
+        sizes = [sizes[index] for index in used] if sizes is not None and len(sizes) == len(images) else sizes
+        images = [images[index] for index in used]
+    return (images if images is not None and len(images) else None), sizes
+
+
+def start_of_answer(prompt: Sequence[int], labels: Sequence[int]) -> int:
+    """The place of the first label behind the last image of a prompt; its length if there is none."""
+    behind = max((place + 1 for place, token in enumerate(prompt) if token == IMAGE_TOKEN_INDEX), default=1)
+    return next((place for place in range(behind, len(prompt)) if labels[place] != IGNORE_INDEX), len(prompt))
+
+
+def with_visual(prompt: Sequence[int], labels: Sequence[int], visual: int) -> list[int]:
+    """The labels of a prompt with none for its visual tokens.
+
+    Args:
+        visual: the number of these.
+    """
+    places = [place for place, token in enumerate(prompt) if token == IMAGE_TOKEN_INDEX]
+    if not places:
+        return list(labels)
+    first, last = places[0], places[-1]
+    if any(labels[place] != IGNORE_INDEX for place in range(first, last) if place not in places):
+        raise UserError(f"A label between two images has no loss here; set it to {IGNORE_INDEX}.")
+    unlabelled = visual + last + 1 - first - len(places)
+    return [*labels[:first], *[IGNORE_INDEX] * unlabelled, *labels[last + 1 :]]
+
+
+@contextmanager
+def outputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """A list of the hidden states [B, L, D] that a layer gives inside the context."""
+    seen: list[Tensor] = []
+    hook = layer.register_forward_hook(lambda _layer, _inputs, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 def spaced(text: str) -> str:

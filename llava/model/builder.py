@@ -1,7 +1,6 @@
 """Which class runs a checkpoint, by its family, and the choices that a family leaves in reading images."""
 
 import inspect
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -193,6 +192,10 @@ def device_of(name: str) -> torch.device:
     return device
 
 
+class UnknownArgumentError(UserError, TypeError):
+    """A keyword argument that there is not. Callers that try others without it wait for a TypeError."""
+
+
 def load_pretrained_model(
     model_path: str | Path,
     model_base: str | None,
@@ -205,6 +208,8 @@ def load_pretrained_model(
     method: str | None = None,
     budget: int | float | str | None = None,
     torch_dtype: Any = torch.float16,
+    attn_implementation: str | None = None,
+    customized_config: Any = None,
     **options: Any,
 ) -> tuple[PreTrainedTokenizerBase, "ScriptModel", CLIPImageProcessorPil, int]:
     """Load a LLaVA-1.5 or LLaVA-NeXT for a script written for LLaVA's own package.
@@ -214,29 +219,42 @@ def load_pretrained_model(
         model_name: unused, because config.json says what the checkpoint is.
         device_map: "auto", a device, or {"": device}; the model is on one device.
         device: takes its place unless it is "cuda".
-        method: VTR_METHOD of the environment if left out; without both all visual tokens are kept.
-        budget: VTR_BUDGET of the environment if left out: visual tokens of an image, or the ratio of them to keep.
+        method: None keeps all visual tokens; `ScriptModel.use` chooses another later.
+        budget: visual tokens of an image, or the ratio of them to keep.
         torch_dtype: or its name.
+        attn_implementation: "sdpa", which runs anyway; lmms-eval says so.
+        customized_config: refused.
         options: of the method.
 
     Returns:
         Tokenizer, model, image processor for `llava.mm_utils.process_images`, and longest prompt in tokens.
 
     Raises:
-        UserError: what is asked for is not supported, or the checkpoint or the method cannot be used.
+        UserError: what is asked for is not supported, or the checkpoint or the method cannot be used. It is a
+            TypeError, too, where an argument is unknown.
     """
     # Here, because the modules of llava.model import nothing of the pipeline when they are loaded.
     from llava.hf.interface import ScriptModel
 
     if model_base is not None:
         raise UserError(f"model_base is not supported; merge the weights of {model_path} into {model_base} first.")
-    if use_flash_attn:
-        raise UserError("use_flash_attn is not supported: attention runs torch's own fused kernel; leave it out.")
-    method = method or os.environ.get("VTR_METHOD") or None
-    budget = (os.environ.get("VTR_BUDGET") or None) if budget is None else budget
+    if use_flash_attn or attn_implementation not in (None, "sdpa"):
+        asked = "use_flash_attn" if use_flash_attn else f"attn_implementation={attn_implementation!r}"
+        raise UserError(f"{asked} is not supported: attention runs torch's own fused kernel; leave it out.")
+    if customized_config is not None:
+        raise UserError(
+            "customized_config is not supported: the model is what its config.json says; edit a copy of it."
+        )
+    cls = registry.method(method or "full")  # a wrong name is found before the weights are read
+    for name in options:
+        try:
+            registry.option_key(cls, name)
+        except UserError as error:
+            raise UnknownArgumentError(
+                f"load_pretrained_model has no argument {name!r}, so it was taken for an option of a method: {error}"
+            ) from None
     if method is None and (budget is not None or options):
-        raise UserError(f"A budget ({budget}) or options ({options}) need a method; set VTR_METHOD or give method=...")
-    registry.method(method or "full")  # a wrong name is found before the weights are read
+        raise UserError(f"A budget ({budget}) or options ({options}) need a method; give method=...")
     dtype = DTYPES.get(torch_dtype, torch_dtype)
     if dtype not in DTYPES.values():
         raise UserError(f"torch_dtype must be one of {', '.join(DTYPES)}, got {torch_dtype!r}.")
@@ -247,11 +265,5 @@ def load_pretrained_model(
     bits = "8bit" if load_8bit else "4bit" if load_4bit else None
     checkpoint = load_checkpoint(model_path, dtype, place, quantization=bits)
     model = ScriptModel(checkpoint, place, method or "full", budget, **options)
-    own: Any = checkpoint.image_processor  # a CLIP's, as that of both families
-    processor = CLIPImageProcessorPil(
-        size={"shortest_edge": own.size},
-        crop_size={"height": own.crop, "width": own.crop},
-        image_mean=list(own.mean),
-        image_std=list(own.std),
-    )
+    processor = model.get_vision_tower().image_processor
     return checkpoint.tokenizer, model, processor, getattr(model.config, "max_sequence_length", 2048)

@@ -16,6 +16,7 @@ from llava.conversation import stop_string
 from llava.model.checkpoint.files import check_same, hashes_of
 from llava.model.multimodal_encoder.clip_encoder import Encoded, TowerMerger, encode, patch_grid
 from llava.model.multimodal_encoder.clip_text_encoder import load_clip_text
+from llava.model.official_names import LlavaMetaForCausalLM as LlavaMetaForCausalLM  # from here scripts import it
 from llava.processing.prompt import Prompt, Sample, build_prompt
 from llava.reduction.budget import in_tower
 from llava.reduction.merging import Reduction, ViewReduction, join

@@ -128,12 +128,7 @@ def build(
     cls = method(name)
     known, values = options_of(cls), dict[str, Any]()
     for asked, text in (options or {}).items():
-        key = asked.replace(".", "__")
-        part, _, own = key.partition("__")
-        if cls.parts and part == cls.parts[0].name and own in OWN:
-            key = own
-        if key not in known:
-            raise unknown(f"option of {cls.name}", asked, map(_spelled, known))
+        key = option_key(cls, asked)
         if key in values:
             raise UserError(f"The option {_spelled(key)} of {cls.name} is given twice.")
         values[key] = _parse(f"{cls.name}.{_spelled(key)}", text, type(known[key].default))
@@ -152,6 +147,21 @@ def build(
         values[RETENTION_RATIO] = budget
         budget = tokens_of(budget, visual_tokens or 0)
     return cls(budget=budget, **values)
+
+
+def option_key(cls: type[Reducer], asked: str) -> str:
+    """The field of a method that an option means.
+
+    Raises:
+        UserError: there is none.
+    """
+    key, known = asked.replace(".", "__"), options_of(cls)
+    part, _, own = key.partition("__")
+    if cls.parts and part == cls.parts[0].name and own in OWN:
+        key = own
+    if key not in known:
+        raise unknown(f"option of {cls.name}", asked, map(_spelled, known))
+    return key
 
 
 def _spelled(key: str) -> str:

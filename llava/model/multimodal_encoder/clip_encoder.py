@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from llava.errors import UserError
+from llava.model.official_names import CLIPVisionTower as CLIPVisionTower  # from here scripts import it
 from llava.reduction.merging import Reduction
 from llava.reduction.modules import linear_flops
 from llava.reduction.reducer import Reducer, by_images
