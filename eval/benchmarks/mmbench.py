@@ -159,10 +159,7 @@ def load(edition: Edition, data: Path, split: str, profile: str = "llava", sourc
     rows = table.references
     check_answers(rows.values(), table.pictures.where)
     if official is not None or not lmms:
-        # Wherever the rows come from, they are empty where pandas, and with it the official tools, find them empty.
-        rows = {
-            index: {name: None if cell in EMPTY else cell for name, cell in row.items()} for index, row in rows.items()
-        }
+        rows = as_pandas(rows)
     questions = []
     for index, row in rows.items():
         text, suffix = ask_lmms(row, edition) if lmms else (ask(row), edition.suffix)
@@ -243,6 +240,11 @@ def read_tsv(path: Path) -> Rows:
 
     pictures = Inline(str(path), frozenset(encoded), fetch)
     return Rows(path.name, (), rows, pictures, fingerprint([path]), path.stem, columns)
+
+
+def as_pandas(rows: Mapping[str, Row]) -> dict[str, Row]:
+    """The rows of either source, empty where pandas, and with it the official tools, find them empty."""
+    return {index: {name: None if cell in EMPTY else cell for name, cell in row.items()} for index, row in rows.items()}
 
 
 def read_table(path: Path) -> "pandas.DataFrame":
@@ -329,10 +331,14 @@ def item_of(row: Row, lmms: bool) -> Item:
     return Item(int(str(row["index"])), answer, choices, category, l2)
 
 
+def options_of(row: Row) -> list[str]:
+    """The options that LLaVA shows: those up to the first that is empty."""
+    return [str(option) for option in takewhile(lambda option: not is_none(option), map(row.get, OPTIONS[:4]))]
+
+
 def ask(row: Row) -> str:
-    """LLaVA's wording: hint, question, and the options up to the first that is empty, a line each."""
-    options = [str(option) for option in takewhile(lambda option: not is_none(option), map(row.get, OPTIONS[:4]))]
-    lines = [str(row["question"]), option_lines(letters(options))]
+    """LLaVA's wording: hint, question, and the options, a line each."""
+    lines = [str(row["question"]), option_lines(letters(options_of(row)))]
     if not is_none(row.get("hint")):
         lines.insert(0, str(row["hint"]))
     return "\n".join(lines)

@@ -110,14 +110,19 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     )
 
 
-def read_official(path: Path, split: str) -> Contents[Item]:
-    """LLaVA's questions with the official labels of the lines that ask the same about the same image."""
+def read_official(path: Path, split: str, labels: Path | None = None) -> Contents[Item]:
+    """LLaVA's questions with the official labels of the lines that ask the same about the same image.
+
+    Args:
+        labels: folder of the official files; coco/ beside the question file if left out.
+    """
+    folder = labels or path.parent / "coco"
     lines = check_lines(path, Prompt)
     each_once((where, str(row["question_id"])) for where, row in lines)
     rows = [(where, row) for where, row in lines if split in ("test", row["category"])]
     if not rows:
         raise UserError(f"{path} has no questions of category {split}.")
-    files = {row["category"]: path.parent / "coco" / f"coco_pope_{row['category']}.json" for _, row in rows}
+    files = {row["category"]: folder / f"coco_pope_{row['category']}.json" for _, row in rows}
     asking: dict[tuple[str, str, str], list[Label]] = defaultdict(list)
     for category, file in files.items():
         if not is_file(file):

@@ -129,24 +129,31 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
 def read_official(path: Path, split: str) -> Contents[Problem]:
     """Questions as LLaVA's file words them, or worded alike, in the official order."""
     splits, prompts = path.with_name("pid_splits.json"), path.with_name(f"llava_{split}_CQM-A.json")
-    records, names = check_map(path, Record), check(dict[str, list[str]], read_json(splits), str(splits)).get(split, [])
+    records = problems_of(path, split)
+    problems = {name: read_problem(records[name], f"Problem {name} in {path}") for name in records}
+    if is_file(prompts):
+        questions, files = from_prompts(prompts, splits, problems, records), [prompts, path, splits]
+    else:
+        questions, files = [], [path, splits]
+        for name in records:
+            file = records[name].get("image")
+            shown = (image_name(f"{name}/{file}", str(path)),) if file else ()
+            questions.append(ask(name, records[name], shown, problems[name]))
+    pictures = Folder(path.parent / "images" / split)
+    return Contents("official files", tuple(questions), problems, pictures, fingerprint(files))
+
+
+def problems_of(path: Path, split: str) -> dict[str, Record]:
+    """The problems of a split, in the order of its list."""
+    splits, records = path.with_name("pid_splits.json"), check_map(path, Record)
+    names = check(dict[str, list[str]], read_json(splits), str(splits)).get(split, [])
     if not names or len(set(names)) < len(names):
         raise UserError(f"{splits} should list the ids of the split {split}, each once.")
     if lost := [name for name in names if name not in records]:
         raise UserError(
             f"{path} lacks problems that {splits} has in {split}, {len(lost):,} in all: {first_names(lost)}."
         )
-    problems = {name: read_problem(records[name], f"Problem {name} in {path}") for name in names}
-    if is_file(prompts):
-        questions, files = from_prompts(prompts, splits, problems, records), [prompts, path, splits]
-    else:
-        questions, files = [], [path, splits]
-        for name in names:
-            file = records[name].get("image")
-            shown = (image_name(f"{name}/{file}", str(path)),) if file else ()
-            questions.append(ask(name, records[name], shown, problems[name]))
-    pictures = Folder(path.parent / "images" / split)
-    return Contents("official files", tuple(questions), problems, pictures, fingerprint(files))
+    return {name: records[name] for name in names}
 
 
 def from_prompts(

@@ -126,10 +126,7 @@ class Llava:
         self.device = device
         self.tokenizer = checkpoint.tokenizer
         self.image_processor = checkpoint.image_processor
-        self.conversation = checkpoint.conversation
-        # The text that ends an answer; None where it is the end token, which needs no search in the decoded text.
-        stop = stop_string(self.conversation)
-        self.stop = None if stop == getattr(self.tokenizer, "eos_token", None) else stop
+        self.use_template(checkpoint.conversation)
         self.name = checkpoint.name
         self.notes = checkpoint.notes
         self.vocabulary = checkpoint.vocabulary
@@ -169,6 +166,13 @@ class Llava:
 
     # The learned vector after every row of stitched tiles; an image of one crop has none.
     newline: Tensor | None = None
+
+    def use_template(self, conversation: str) -> None:
+        """Write prompts by a template, a key of `llava.conversation.MODES`."""
+        stop = stop_string(conversation)
+        self.conversation = conversation
+        # The text that ends an answer; None where it is the end token, which needs no search in the decoded text.
+        self.stop = None if stop == getattr(self.tokenizer, "eos_token", None) else stop
 
     @property
     def conventions(self) -> dict[str, Any]:
