@@ -1,7 +1,9 @@
-"""This repository's methods as a model of lmms-eval, under the name `llava_reduced`.
+"""The methods in lmms-eval, as two of its models.
 
 LMMS_EVAL_PLUGINS=eval.lmms_plugin python -m lmms_eval --model llava_reduced \\
     --model_args pretrained=liuhaotian/llava-v1.5-7b,method=consensusdrop,budget=64 --tasks gqa
+LMMS_EVAL_PLUGINS=eval.lmms_plugin python -m lmms_eval --model reduced \\
+    --model_args base=qwen2_5_vl,pretrained=Qwen/Qwen2.5-VL-7B-Instruct,method=divprune,budget=1/9 --tasks gqa
 
 lmms-eval looks for `models` and `tasks` in the package that the variable names.
 
@@ -31,11 +33,7 @@ def configuration(arguments: Mapping[str, Any]) -> RunConfig:
     Raises:
         UserError: an unknown argument, a wrong value, or several methods or budgets.
     """
-    given = {"method": FULL} | {
-        # Quotes protect commas from lmms-eval.
-        name: str(value).lower() if isinstance(value, bool) else str(value).strip("'\"")
-        for name, value in arguments.items()
-    }
+    given = {"method": FULL} | {name: written(value) for name, value in arguments.items()}
     given.pop("max_batch_size", None)  # lmms-eval's limit of the batch size "auto", which is refused
     words = []
     for key, value in given.items():
@@ -50,3 +48,8 @@ def configuration(arguments: Mapping[str, Any]) -> RunConfig:
     if others:
         raise UserError("llava_reduced runs one method at one budget; name one of each.")
     return config
+
+
+def written(value: object) -> str:
+    """A model argument as it was written, without the quotes that protect its commas from lmms-eval."""
+    return str(value).lower() if isinstance(value, bool) else str(value).strip("'\"")

@@ -1,3 +1,3 @@
 """The models that lmms-eval finds here: module name -> class in it."""
 
-AVAILABLE_MODELS = {"llava_reduced": "LlavaReduced"}
+AVAILABLE_MODELS = {"llava_reduced": "LlavaReduced", "reduced": "Reduced"}

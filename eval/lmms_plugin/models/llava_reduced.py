@@ -5,7 +5,6 @@ answer ends with the end token or after max_new_tokens.
 """
 
 import os
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -15,8 +14,9 @@ from tqdm import tqdm
 
 from eval.benchmarks.llava_files import split_suffix
 from eval.config import build_reducer
+from eval.harnesses import conclude, ends_the_process, refuse_ranks
 from eval.lmms_plugin import configuration
-from eval.results.cost import audit_record, off_budget, summarise_audit
+from eval.results.cost import audit_record
 from eval.run import load_model
 from llava.budget import budget_text
 from llava.errors import UserError
@@ -30,7 +30,7 @@ try:
     from lmms_eval.api.model import lmms
 except ModuleNotFoundError as error:
     raise UserError(
-        f"The plug-in needs lmms-eval, and {error.name} is not installed; see docs/lmms_eval.md, or run python -m eval."
+        f"The plug-in needs lmms-eval, and {error.name} is not installed; see docs/harnesses.md, or run python -m eval."
     ) from error
 
 # What lmms-eval's LLaVA takes where a task sets no limit.
@@ -47,10 +47,10 @@ class LlavaReduced(lmms):
 
     is_simple = True
 
+    @ends_the_process
     def __init__(self, batch_size: int | str = 1, **arguments: Any) -> None:
         super().__init__()
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError("llava_reduced runs in one process; start lmms-eval without accelerate or torchrun.")
+        refuse_ranks("llava_reduced", "start lmms-eval without accelerate or torchrun")
         config = configuration({**arguments, "batch_size": batch_size})
         build_reducer(config, visual_tokens=None)  # wrong names are found before the weights are read
         self.config = config
@@ -66,6 +66,7 @@ class LlavaReduced(lmms):
     def device(self) -> Any:
         return self.model.device
 
+    @ends_the_process
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Greedy answers in the order of the requests."""
         texts = [""] * len(requests)
@@ -87,10 +88,7 @@ class LlavaReduced(lmms):
                     audits += [audit_record(answer.accounting) for answer in batch.answers]
                     bar.update(len(chunk))
         if audits:
-            if off := off_budget(audits, self.reducer):
-                print(f"Warning: {off['remark']}", file=sys.stderr)
-            mean = summarise_audit(audits)["mean_tokens_per_layer"]
-            print(f"{self.reducer.name} at {budget}: {mean:.1f} visual tokens per layer.")
+            conclude(audits, self.reducer)
         return texts
 
     def sample(self, request: Any) -> Sample:
@@ -101,6 +99,7 @@ class LlavaReduced(lmms):
         pictures = tuple(opened(visual, name) for visual in visuals_of(self.task_dict[task][split][number]) or ())
         return Sample(name, question, suffix, pictures[0] if len(pictures) == 1 else pictures or None)
 
+    @ends_the_process
     def refuse(self, requests: Sequence[Any]) -> NoReturn:
         """For the requests that are not answered."""
         raise UserError(

@@ -1,0 +1,205 @@
+"""What the harnesses of others share when their own models run under a method: lmms-eval's and VLMEvalKit's.
+
+A harness writes its prompts itself and calls `generate` of a transformers model. `UnderMethod` runs these calls inside
+`reduce`, hands over the question of each prompt, and counts what was kept.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+from eval.benchmarks.llava_files import split_suffix
+from eval.results.cost import audit_record, off_budget, summarise_audit
+from llava.budget import RETENTION_RATIO, budget_text
+from llava.errors import UserError
+from llava.hf.interface import ScriptModel
+from llava.hf.patch import Override
+from llava.hf.reduce import reduce
+from llava.reduction import registry
+from llava.reduction.reducer import Reducer
+
+P, T = ParamSpec("P"), TypeVar("T")
+# How tasks mark the place of an image in their text; a prompt has the model's own image tokens there.
+PLACEHOLDER = re.compile(r"<image(?: \d+)?>")
+
+
+def ends_the_process(function: Callable[P, T]) -> Callable[P, T]:
+    """The function whose UserError ends the process with one sentence and exit code 2.
+
+    Both harnesses catch every other exception, go on to the next task and exit with 0.
+    """
+
+    @wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except UserError as error:
+            print(error, file=sys.stderr, flush=True)
+            raise SystemExit(2) from error
+
+    return guarded
+
+
+def refuse_ranks(name: str, instead: str) -> None:
+    """Raise UserError in one of several processes, which was not tried."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{name} runs in one process; {instead}.")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method and its budget, checked as far as that can be done before there is a model.
+
+    Attributes:
+        options: of the method, as text.
+        text_tower: folder or hub id of the CLIP whose text half some methods need.
+    """
+
+    method: str
+    budget: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+    text_tower: str | None = None
+
+    def __post_init__(self) -> None:
+        known = self.budget is not None or RETENTION_RATIO in self.options
+        registry.build(self.method, self.budget if known else 1, dict(self.options))
+
+    @property
+    def reads_question(self) -> bool:
+        return "question" in registry.method(self.method).metadata.reads
+
+
+class UnderMethod:
+    """A harness's model whose `generate` runs under a method inside `asking`.
+
+    Args:
+        model: of transformers, of a family that `reduce` takes, or from `load_pretrained_model`.
+        tokenizer: its tokenizer or processor; None where there is none, which methods that read the question refuse.
+
+    Attributes:
+        audits: of every prompt so far, see `audit_record`.
+
+    Raises:
+        UserError: `reduce` does not take the model, or the method there.
+    """
+
+    def __init__(self, model: Any, choice: Choice, tokenizer: Any = None) -> None:
+        # A ScriptModel enters its own `reduced` in each call, and gives it the questions.
+        runtime = model.runtime if isinstance(model, ScriptModel) else model
+        self.model, self.scripted = model, runtime is not model
+        self.tokenizer = runtime.tokenizer if self.scripted else getattr(tokenizer, "tokenizer", tokenizer)
+        reads = choice.reads_question
+        if reads and self.tokenizer is None:
+            raise UserError(f"{choice.method} reads the question, and this model class has no `tokenizer` to find it.")
+        self.reduced = reduce(
+            runtime,
+            choice.method,
+            choice.budget,
+            questions=[] if reads else None,
+            tokenizer=self.tokenizer,
+            text_tower=choice.text_tower,
+            **choice.options,
+        )
+        self.audits: list[dict[str, Any]] = []
+        self._matches = reads and not self.scripted
+        self._asked: dict[str, str] = {}
+        self._end: str | None = None  # what the template writes after each text
+        self._failure: Exception | None = None
+
+    @contextmanager
+    def asking(self, texts: Iterable[str]) -> Iterator[None]:
+        """Inside, `model.generate` runs under the method. The model is as before afterwards, also after an error.
+
+        Args:
+            texts: what tasks ask inside, as they word it, in any order. An answer-format instruction of LLaVA's
+                benchmark files at their end is no part of the question.
+
+        Raises:
+            UserError: a question is not in the prompts, or `reduce` refuses something. It ends the harness's loop,
+                also where that takes errors for empty answers.
+        """
+        self._failure = None
+        if self._matches:
+            self._asked = {self._spelled(text): split_suffix(text)[0] for text in map(without_images, texts)}
+        with ExitStack() as stack:
+            if self.scripted:
+                stack.callback(setattr, self.model, "reduced", self.model.reduced)
+                self.model.reduced = self.reduced
+            else:
+                stack.enter_context(self.reduced)
+            stack.callback(Override(self.model, "generate", self._generate).restore)
+            try:
+                yield
+            except _Stopped:
+                pass
+            if self._failure is not None:
+                raise self._failure
+
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            if self._matches:
+                prompts = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+                self.reduced.questions = [self._question(prompt) for prompt in prompts]
+            output = original(*args, **kwargs)
+            self.audits += map(audit_record, self.reduced.accounting)
+            return output
+        except Exception as error:
+            self._failure = error
+            raise _Stopped from error
+
+    def _question(self, prompt: Any) -> str:
+        """What is asked in a prompt [L]: the longest text that stands before the end of the template."""
+        written, end = self._decoded(prompt), self._end
+        found = [text for text in self._asked if (text in written if end is None else written.endswith(text + end))]
+        if not any(found):
+            raise UserError(
+                f"The prompt that ends with {written[-60:]!r} holds none of the {len(self._asked):,} texts that the "
+                "tasks ask as a whole, so the method cannot be told its question; take a method that does not read it, "
+                "or a model class that writes the text of a task in one piece (docs/harnesses.md)."
+            )
+        longest = max(found, key=len)
+        self._end = written.rpartition(longest)[2]
+        return self._asked[longest]
+
+    def _spelled(self, text: str) -> str:
+        """A text as `_decoded` finds it in prompts: unknown words look the same in both."""
+        return self._decoded(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _decoded(self, ids: Any) -> str:
+        return "".join(self.tokenizer.decode(ids, skip_special_tokens=True).split())
+
+    def close(self) -> None:
+        """Print the visual tokens per layer; UserError if no image of any prompt was reduced."""
+        reducer = self.reduced.reducer
+        if not any(record["visual_tokens"] for record in self.audits):
+            raise UserError(
+                f"0 prompts were reduced by {reducer.name}: `generate` of this {type(self.model).__name__} was called "
+                f"with {len(self.audits):,} prompts and no image, so the answers say nothing of the method."
+            )
+        conclude(self.audits, reducer)
+
+
+class _Stopped(BaseException):
+    """An error inside `generate`. Many model classes of lmms-eval answer "" after an Exception, and go on."""
+
+
+def without_images(text: str) -> str:
+    return PLACEHOLDER.sub("", text)
+
+
+def conclude(audits: Sequence[Mapping[str, Any]], reducer: Reducer) -> None:
+    """Print the visual tokens per layer that were counted, with a warning where the budget asks for others."""
+    if off := off_budget(audits, reducer):
+        print(f"Warning: {off['remark']}", file=sys.stderr)
+    mean, budget = summarise_audit(audits), budget_text(reducer.budget, reducer.retention_ratio)
+    at = "" if reducer.name == "full" else f" at {budget}"
+    print(
+        f"{reducer.name}{at}: {mean['mean_tokens_per_layer']:.1f} visual tokens per layer, mean of "
+        f"{mean['samples'] - mean['without_picture']:,} prompts with images.",
+        flush=True,
+    )
