@@ -48,6 +48,7 @@ class Cell:
         stored: the run; None for a cell that was not read from one.
         no_interval: why there is none.
         no_flops: of how many questions operations were counted, where that is not all and `flops` is withheld.
+        padding: visual tokens per question whose patch lies on the square's padding; None in results without it.
         command: asks these questions alone.
     """
 
@@ -77,6 +78,7 @@ class Cell:
     stored: Stored | None = field(default=None, repr=False, compare=False)
     no_interval: str = field(default="", compare=False)
     no_flops: str = field(default="", compare=False)
+    padding: float | None = None
 
     @property
     def run(self) -> str:
@@ -157,6 +159,7 @@ def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell | 
         stored.judged(judge_facts),
         found["method"].removeprefix("n/a: ") if found["low"] is None else "",
         f"{result['timing']['questions']:,} of {len(asked):,} questions" if flops != counted else "",
+        audit.get("mean_tokens_on_padding"),
     )
 
 

@@ -5,15 +5,17 @@ Cells have two shapes: methods by benchmarks as papers print them (`Block`), and
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from eval.config import TOY_BANNER
 from eval.papers.cells import Cell, Measured, relative
 from eval.papers.gate import Check, comparable, sentences, values_of
 from eval.papers.published import Published, Value
+from eval.papers.reported import Reported, with_averages
+from eval.papers.reported import notes as reported_notes
 from eval.papers.runs import Where, described
-from eval.papers.spec import Budget, Place, Table
+from eval.papers.spec import Budget, Column, Place, Table
 from eval.results.report import circumstances
 from eval.results.statistics import rounded
 from eval.tables.page import interval_text
@@ -99,6 +101,8 @@ class Block:
         whole: per column, whether its values are printed as whole numbers (`Cell.whole`).
         intervals: per row and column, the 95 % interval as text; "" where there is none.
         clear: (row, column) of the scores that differ significantly from the paper's method at the same budget.
+        reported: rows that were not measured here, below the others; in no ranking and no test.
+        benchmarks: of the columns, without the average.
     """
 
     title: str
@@ -108,6 +112,8 @@ class Block:
     whole: Sequence[bool]
     intervals: Sequence[Sequence[str]] = ()
     clear: frozenset[tuple[int, int]] = frozenset()
+    reported: Sequence[Reported] = ()
+    benchmarks: Sequence[str] = ()
 
     def text(self, row: int, column: int) -> str:
         """A value as every format prints it."""
@@ -117,6 +123,14 @@ class Block:
     def style(self, row: int, column: int) -> str:
         """ "best", "second" or ""."""
         return "best" if row in self.best[column] else "second" if row in self.second[column] else ""
+
+    def reported_texts(self, row: Reported) -> list[str]:
+        """The values of a reported row, marked, and its average."""
+        texts = [
+            number(row.scores[name], whole) + row.marks.get(name, "") if name in row.scores else "n/a"
+            for name, whole in zip(self.benchmarks, self.whole, strict=False)
+        ]
+        return [*texts, "n/a" if row.average is None else number(row.average)]
 
 
 def label(found: Measured, index: int) -> str:
@@ -156,7 +170,7 @@ def block(
     if len(indices) == 1:
         ranks = [(frozenset(), frozenset())] * len(nothing)
     return Block(
-        "" if budget is None else budget_title(budget),
+        title_of(budget),
         rows,
         [first for first, _ in ranks],
         [second for _, second in ranks],
@@ -169,6 +183,58 @@ def block(
             if name in clear.get(index, ())
         ),
     )
+
+
+def with_reported(
+    measured: Sequence[Block],
+    rows: Sequence[Reported],
+    table: Table,
+    columns: Sequence[Column],
+    full: Mapping[str, float] | None,
+) -> list[Block]:
+    """The blocks with the reported rows of their budgets; made of these alone where nothing was measured.
+
+    Args:
+        columns: as they are shown; a value of another metric than a column's has no place in it.
+        full: benchmark -> score of the unreduced model, if averages may be in percent of it; else None.
+    """
+    names = [column.benchmark for column in columns]
+    shown = as_in_the_paper(table, columns)
+    kept = [
+        replace(row, scores={name: row.scores[name] for name in names if name in row.scores and name in shown})
+        for row in rows
+    ]
+    kept = with_averages([row for row in kept if row.scores], names, full)
+    points = [*(any(row.scores.get(name, 0) > 100 for row in kept) for name in names), False]
+    whole = measured[0].whole if measured else points
+    nothing = [frozenset[int]()] * (len(names) + 1)
+    found = []
+    for title in map(title_of, (None, *table.budgets)):
+        group = [row for row in kept if title_of(row.budget) == title]
+        block = next((one for one in measured if one.title == title), Block(title, (), nothing, nothing, whole))
+        if block.rows or group:
+            found.append(replace(block, reported=group, benchmarks=names))
+    return found
+
+
+def as_in_the_paper(table: Table, columns: Sequence[Column]) -> set[str]:
+    """The benchmarks whose columns show the metric that the paper's do."""
+    heads = {column.benchmark: column.title for column in table.columns}
+    return {column.benchmark for column in columns if heads[column.benchmark] == column.title}
+
+
+def lost_values(rows: Sequence[Reported], table: Table, columns: Sequence[Column]) -> list[str]:
+    """That values are left out, where rows have them and the shown columns have no place for them."""
+    shown = as_in_the_paper(table, columns)
+    lost = [
+        c.title for c in table.columns if c.benchmark not in shown and any(c.benchmark in row.scores for row in rows)
+    ]
+    return [f"Values as reported on {', '.join(lost)} are left out: no column here shows that metric."] if lost else []
+
+
+def title_of(budget: Budget | None) -> str:
+    """The title of a block."""
+    return "" if budget is None else budget_title(budget)
 
 
 def budget_title(budget: Budget) -> str:
@@ -213,6 +279,7 @@ class Document:
             overview the score itself, with the bars of its interval.
         pictures: caption -> file, what each method keeps of one image.
         pairs: of an overview, the rows of the file of pairs.
+        only_reported: nothing was measured.
     """
 
     table: Table
@@ -228,18 +295,26 @@ class Document:
     points: Sequence[Mapping[str, object]] = field(default_factory=tuple)
     pictures: Mapping[str, Path] = field(default_factory=dict)
     pairs: Sequence[Sequence[str]] = ()
+    only_reported: bool = False
 
     @property
     def title(self) -> str:
         """The table's title, and which model ran where that is not the paper's."""
+        if self.only_reported:
+            return f"{self.table.title}, published values"
         return f"{self.table.title}, run on the TOY MODEL {self.model}" if self.is_toy else self.table.title
 
     @property
     def banner(self) -> str:
-        """What stands first where a toy ran; "" elsewhere."""
+        """What stands first where a toy ran, or nothing; "" elsewhere."""
+        if self.only_reported:
+            return "NOTHING WAS MEASURED: every value of this table is as its source reports it."
         if not self.is_toy:
             return ""
-        return f"{TOY_BANNER} Published numbers, which are of {self.table.model_title}, are left out."
+        about = f"{TOY_BANNER} Published numbers, which are of {self.table.model_title}, are left out."
+        return about + " The rows as reported were added by hand; compare none of them with the toy's." * bool(
+            self.reported
+        )
 
     @property
     def marked(self) -> list[str]:
@@ -258,8 +333,30 @@ class Document:
         return next((row.title for row in rows if row.method == self.table.ours), self.table.ours)
 
     @property
+    def reported(self) -> list[Reported]:
+        """The rows that were not measured here."""
+        return [row for block in self.blocks for row in block.reported]
+
+    @property
     def has_published(self) -> bool:
         return any(entry.published is not None for entry in self.entries)
+
+
+def reported_document(table: Table, rows: Sequence[Reported], command: str) -> Document:
+    """The table of what sources report; no model and no data are needed."""
+    blocks = with_reported((), rows, table, table.columns, None)
+    return Document(
+        table,
+        table.model_title,
+        False,
+        [("Paper's model", table.model_title), ("Command", f"`{command}`")],
+        [*(column.title for column in table.columns), "average"],
+        blocks,
+        (),
+        (),
+        notes=[*reported_notes([row for block in blocks for row in block.reported]), *table.notes],
+        only_reported=True,
+    )
 
 
 def facts_of(table: Table, where: Where, found: Measured, command: str) -> list[tuple[str, str]]:
@@ -289,10 +386,10 @@ def questions_text(found: Measured, limit: int | None) -> str:
     return ", ".join(parts) + (f" (the first {limit:,} of each)" if limit else "")
 
 
-def notes_of(table: Table, found: Measured, entries: Sequence[Entry]) -> list[str]:
+def notes_of(table: Table, found: Measured, entries: Sequence[Entry], reported: Sequence[Reported] = ()) -> list[str]:
     """What a reader must know about the numbers."""
     has_published, cells = any(entry.published for entry in entries), list(found.cells.values())
-    notes = list(table.notes)
+    notes = [*reported_notes(reported), *table.notes]
     if any(line.by_kept and line.setting for line in found.lines):
         notes.append(f"{MARK} {MARK_TEXT}.")
     splits = [f"{column.title} ({column.published_split})" for column in found.columns if column.published_split]

@@ -35,8 +35,11 @@ COLUMNS = (*BENCHMARKS, AVERAGE, *EFFICIENCY)
 # Least and most; percent where nothing is said.
 RANGES = {"mme": (0, 2000), "mme_sum": (0, 2800), AVERAGE: (0, 200), **dict.fromkeys(EFFICIENCY, (0, math.inf))}
 
-# Rows without a method of this repository.
-OTHER_METHODS = ("fitprune", "fsr", "trio", "trio-no-ve", "duet-vlm", "idpruner", "twigvlm", "text_only")
+# Rows without a method of this repository, and their names in tables.
+OTHER_METHODS = {
+    "fitprune": "FitPrune", "fsr": "FSR", "trio": "TRIO", "trio-no-ve": "TRIO without encoder", "duet-vlm": "DUET-VLM",
+    "idpruner": "IDPruner", "twigvlm": "TwigVLM", "text_only": "text alone",
+}  # fmt: skip
 
 Trust = Literal["high", "medium", "low"]
 Kind = Literal["authors", "copied", "secondary", "rerun", "ours"]

@@ -1,21 +1,24 @@
 r"""A table as Markdown, CSV, LaTeX and HTML.
 
 LaTeX is a float over the whole width of the page, with \usepackage{booktabs,graphicx}: best bold, second underlined,
-the average last; a table that is too wide or too high is made smaller. Tables without a wide one have their first
-section in it. HTML is one file that needs no network.
+the average last; a table that is too wide or too high is made smaller, and one of many rows is divided between budgets.
+Tables without a wide one have their first section in it. Rows as reported are grey where colours are loaded;
+their sources are in a .bib file. HTML is one file that needs no network.
 """
 
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from eval.pages import asset, environment
-from eval.papers.document import INSTEAD, MARK, Block, Document, difference_to, ours_text, published_text
+from eval.papers.document import INSTEAD, MARK, Block, Document, Entry, difference_to, ours_text, published_text
+from eval.papers.reported import MARKS, Reported, bibliography
+from eval.results.statistics import rounded
 from eval.tables.page import csv_numbers, csv_text, markdown
 
 # -- Markdown -------------------------------------------------------------------------------------------------------
@@ -24,6 +27,17 @@ LEGEND = (
     "Bold: best of a budget; underlined: second best. "
     "Average: mean over the benchmarks of the score in percent of full."
 )
+
+
+REPORTED = "Rows as reported were not measured here: they are what their sources print, neither ranked nor tested"
+
+
+def legend_of(document: Document) -> str:
+    """The line below the wide table."""
+    parts = [] if document.only_reported else [LEGEND]
+    if document.reported:
+        parts.append(f"{REPORTED}.")
+    return " ".join(parts)
 
 
 def filled(template: str, values: Mapping[str, Any], left: str = "{", right: str = "}") -> str:
@@ -45,7 +59,8 @@ def filled(template: str, values: Mapping[str, Any], left: str = "{", right: str
 def markdown_page(document: Document, picture: str = "") -> str:
     """The whole page; `picture` is the file of its figure, if there is one."""
     wide = wide_markdown(document.columns, document.blocks)
-    values = {"document": document, "picture": picture, "wide": wide, "legend": LEGEND, "markdown": markdown}
+    values = {"document": document, "picture": picture, "wide": wide, "markdown": markdown}
+    values["legend"] = legend_of(document)
     return filled("table.md.j2", values)
 
 
@@ -59,6 +74,7 @@ def wide_markdown(columns: Sequence[str], blocks: Sequence[Block]) -> str:
         for row, (name, values) in enumerate(block.rows):
             cells = (styles[block.style(row, column)].format(block.text(row, column)) for column in range(len(values)))
             rows.append([name, *cells])
+        rows += [[row.name, *block.reported_texts(row)] for row in block.reported]
     return markdown(["method", *columns], rows)
 
 
@@ -68,6 +84,7 @@ HEADER = (
     "method", "budget", "counts_kept_tokens", "benchmark", "metric", "score", "low", "high", "published",
     "source", "disputed", "difference", "compared_with", "gate", "tokens_per_layer", "merged_tokens", "kv_bytes",
     "flops", "questions", "available", "command", "run", "commit", "finished", "answers_sha256", "model", "warning",
+    "tokens_on_padding", "reported", "cite", "note",
 )  # fmt: skip
 
 
@@ -75,7 +92,8 @@ def csv_file(document: Document) -> str:
     """One row per cell, every number, and a hash of the answers.
 
     Published sources of a cell are joined by ";", the most trusted first. `gate` is the verdict on the benchmark's
-    baseline. `warning` says in every row that a toy model ran.
+    baseline. `warning` says in every row that a toy model ran. Rows as reported follow, a line for each value, which is
+    under `published` and not under `score`; `metric` says what their `average` is in percent of.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -92,30 +110,65 @@ def csv_file(document: Document) -> str:
         row += [entry.compared.source if entry.compared else "", gate.get(benchmark, "")]
         row += [*csv_numbers(cell.tokens, cell.merged), f"{cell.kv_bytes:.0f}", flops]
         row += [str(cell.questions), str(cell.available), cell.command, cell.run, cell.commit, cell.finished]
-        writer.writerow(map(csv_text, [*row, cell.answers_sha256, document.model, warning]))
+        row += [cell.answers_sha256, document.model, warning, *csv_numbers(cell.padding), "", "", ""]
+        writer.writerow(map(csv_text, row))
+    for line in reported_lines(document):
+        writer.writerow(csv_text(line.get(name, "")) for name in HEADER)
     return out.getvalue()
+
+
+def reported_lines(document: Document) -> Iterator[dict[str, str]]:
+    """The lines of the CSV that were not measured, by the names of their columns."""
+    for row in document.reported:
+        about = {"method": row.label, "budget": str(row.budget or ""), "source": row.source, "cite": row.cite}
+        about |= {"reported": "as reported", "note": row.note, "model": document.table.model_title}
+        for name, value in row.scores.items():
+            disputed = row.disputed.get(name, "")
+            yield about | {"benchmark": name, "published": f"{value:g}", "disputed": disputed}
+        if row.average is not None:
+            yield about | {"benchmark": "average", "metric": f"percent {row.base}", "published": f"{row.average:.2f}"}
 
 
 # -- HTML -----------------------------------------------------------------------------------------------------------
 
 
 def html_page(document: Document) -> str:
-    """The wide table, further sections, and every cell, sortable."""
+    """The wide table, further sections, and every cell: a sortable table for each benchmark, with details on demand."""
     template = environment(Path(__file__).parent).get_template("table.html.j2")
     return template.render(
         document=document,
         table=document.table,
-        legend=LEGEND,
+        legend=legend_of(document),
+        cells_of=cells_of,
         difference_to=difference_to,
         ours_text=ours_text,
-        published_text=published_text,
+        details_of=details_of,
         style=asset("style.css"),
         script=asset("sort.js"),
     )
 
 
+def cells_of(document: Document) -> dict[str, list[Entry]]:
+    """Title of a benchmark -> its cells."""
+    found: dict[str, list[Entry]] = {}
+    for entry in document.entries:
+        found.setdefault(entry.cell.column.title, []).append(entry)
+    return found
+
+
+def details_of(entry: Entry) -> dict[str, str]:
+    """What a cell says beside its score, by name."""
+    cell = entry.cell
+    found = {} if entry.published is None else {"published": published_text(entry.published, entry.convention)}
+    found |= {"metric": cell.metric, "merged tokens": rounded(cell.merged)}
+    if cell.padding is not None:
+        found["tokens on padding"] = rounded(cell.padding)
+    return found | {"command": cell.command, "run": cell.run, "commit": cell.commit[:10] or "n/a"}
+
+
 # -- LaTeX ----------------------------------------------------------------------------------------------------------
 
+ROWS = 60  # of a float; more are made too small to be read
 CLEAR = "∗"  # a score that differs significantly from the paper's method
 ESCAPES = {
     "\\": r"\textbackslash{}", "%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
@@ -137,11 +190,12 @@ def latex_file(document: Document, intervals: bool = False) -> str:
         intervals: print the 95 % interval beside each score of the wide table, and mark significant differences.
     """
     if document.blocks:
-        head, body = wide_latex(document, intervals)
+        head = ["Method", *map(escaped, document.columns)]
+        bodies = floats([block_latex(block, len(head), intervals) for block in document.blocks])
     else:
         section = document.sections[0]
         head = [escaped(column) for column in section.columns]
-        body = [r"\midrule", *(latex_row(list(map(latex_text, row))) for row in section.rows)]
+        bodies = [[r"\midrule", *(latex_row(list(map(latex_text, row))) for row in section.rows)]]
     identity = re.sub(r"[^\w/-]", "-", document.table.identity).replace("_", "-")
     comments = [f"{document.title}. Made by: {dict(document.facts)['Command'].strip('`')}"]
     comments += [document.banner] if document.banner else []
@@ -149,16 +203,31 @@ def latex_file(document: Document, intervals: bool = False) -> str:
     caption = [rf"\textbf{{{escaped(document.banner)}}}"] if document.banner else []
     caption.append(escaped(caption_of(document, intervals)))
     comments = [" ".join(line.split()) for line in (*comments, *document.baseline)]
-    values = {"comments": comments, "caption": " ".join(caption), "label": identity, "head": head, "body": body}
-    return filled("table.tex.j2", values, "<", ">")
+    if cited := dict.fromkeys(row.cite for row in document.reported if row.cite):
+        comments.append(f"Cites {', '.join(cited)}. {document.table.name}.bib has the published sources among them.")
+    values = {"comments": comments, "caption": " ".join(caption), "label": identity, "head": head, "bodies": bodies}
+    return filled("table.tex.j2", values | {"reported": bool(document.reported)}, "<", ">")
+
+
+def floats(blocks: Sequence[list[str]]) -> list[list[str]]:
+    """The bodies of the floats: a page takes about `ROWS` rows that can be read, and a budget is not divided."""
+    found: list[list[str]] = []
+    for block in blocks:
+        if found and len(found[-1]) + len(block) <= ROWS:
+            found[-1] += block
+        else:
+            found.append(list(block))
+    return found
 
 
 def caption_of(document: Document, intervals: bool) -> str:
     """What a reader of the paper must know: model, questions, commit, and what the marks mean."""
     facts = dict(document.facts)
-    parts = [document.title, f"Model: {document.model}", f"Questions: {facts['Questions']}"]
-    parts.append(f"Commit {facts['Commit']}")
-    if document.blocks:
+    parts = [document.title, f"Model: {document.model}"]
+    parts += [f"{name}: {facts[name]}" for name in ("Questions", "Commit") if name in facts]
+    if document.reported:
+        parts.append(REPORTED)
+    if document.blocks and not document.only_reported:
         parts.append("Bold: best of a budget; underlined: second best; average: mean of the scores in percent of full")
     if intervals:
         parts.append("In brackets: 95 % intervals of scores, where there are enough images")
@@ -169,22 +238,58 @@ def caption_of(document: Document, intervals: bool) -> str:
         )
     if document.marked:
         parts.append("The unreduced model is not the published one")
-    parts += [note.rstrip(".") for note in document.notes if note.startswith((MARK, INSTEAD))]
+    starts = (MARK, INSTEAD, MARKS, "Averages as reported")
+    parts += [note.rstrip(".") for note in document.notes if note.startswith(starts)]
     return ". ".join(parts) + "."
 
 
-def wide_latex(document: Document, intervals: bool) -> tuple[list[str], list[str]]:
-    """Head and body of methods by benchmarks."""
-    head = ["Method", *map(escaped, document.columns)]
-    body = []
-    for block in document.blocks:
-        body.append(r"\midrule")
-        if block.title:
-            body += [rf"\multicolumn{{{len(head)}}}{{c}}{{\textit{{{escaped(block.title)}}}}} \\", r"\midrule"]
-        for row, (name, values) in enumerate(block.rows):
-            cells = (latex_cell(block, row, column, intervals) for column in range(len(values)))
-            body.append(latex_row([escaped(name), *cells]))
-    return head, body
+def block_latex(block: Block, width: int, intervals: bool) -> list[str]:
+    """The rows of a budget: methods by benchmarks, those as reported below the others."""
+    body = [r"\midrule"]
+    if block.title:
+        body += [rf"\multicolumn{{{width}}}{{c}}{{\textit{{{escaped(block.title)}}}}} \\", r"\midrule"]
+    for row, (name, values) in enumerate(block.rows):
+        cells = (latex_cell(block, row, column, intervals) for column in range(len(values)))
+        body.append(latex_row([escaped(name), *cells]))
+    style = r"\reported{%s}" if block.rows else "%s"
+    if block.reported:
+        body.append(rf"\multicolumn{{{width}}}{{l}}{{{style % r'\textit{as reported}'}}} \\")
+    for one in block.reported:
+        texts = block.reported_texts(one)
+        texts = [*texts[:-1], texts[-1] + ("%" if one.average is not None else "")]
+        body.append(latex_row([style % text for text in (latex_name(one), *map(latex_reported, texts))]))
+    return body
+
+
+def latex_name(row: Reported) -> str:
+    r"""The label of a reported row with its source: "FastV \cite[{Table 1}]{restore}"."""
+    label = escaped(row.label)
+    if not row.cite:
+        return label + (f" ({escaped(row.source)})" if row.source else "")
+    place = escaped(row.source.partition(", ")[2]) if row.where else ""
+    return rf"{label}~\cite{f'[{{{place}}}]' if place else ''}{{{row.cite}}}"
+
+
+def latex_reported(text: str) -> str:
+    """A reported value; its mark is set high."""
+    if text == "n/a":
+        return "--"
+    return escaped(text.rstrip("?≠")) + "".join(
+        rf"\textsuperscript{{{escaped(mark)}}}" for mark in text if mark in "?≠"
+    )
+
+
+def bib_file(document: Document) -> str:
+    """BibTeX entries of the published sources that the LaTeX file cites; "" if there are none."""
+    entries = []
+    for key, about in bibliography(document.reported).items():
+        fields = [f"  {name} = {{{text}}}" for name, text in (
+            ("key", f"{{{escaped(about['title'])}}}"), ("title", f"{{{escaped(about['title'])}}}"),
+            ("howpublished", escaped(about["howpublished"])), ("url", about["url"]),
+        ) if text]  # fmt: skip
+        entries.append(f"@misc{{{key},\n" + ",\n".join(fields) + "\n}\n")
+    head = "% Where the published values of the table were read; better entries of the papers may replace them.\n"
+    return head + "\n".join(entries) if entries else ""
 
 
 def latex_cell(block: Block, row: int, column: int, intervals: bool) -> str:

@@ -156,6 +156,8 @@ class Table(Part):
         real: the checkpoint of the paper; toy: what stands in for it without downloads.
         model_title: name of the paper's model.
         published: file of eval/papers/published/; "" if there is none.
+        others: methods of that file, with or without code here, that have no row and are shown as reported; None for
+            all.
         budgets: visual tokens, or retention ratios.
         notes: conventions and known deviations.
         page: of the documentation, in which `--page` writes the sections between their markers; "" for none.
@@ -171,6 +173,7 @@ class Table(Part):
     real: Place
     toy: Place
     published: str = ""
+    others: tuple[Annotated[str, AfterValidator(published_method)], ...] | None = None
     columns: tuple[Column, ...]
     budgets: tuple[Budget, ...]
     rows: tuple[Row, ...]

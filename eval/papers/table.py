@@ -4,6 +4,7 @@
     vtr tables paper consensusdrop/llava15_7b --limit 20               # quick look
     vtr tables paper consensusdrop/llava15_7b --data /data/eval        # the paper's model, downloaded by its id
     vtr tables paper consensusdrop/llava15_7b --render                 # only write, from finished runs
+    vtr tables paper consensusdrop/llava15_7b --published-only --add mine.csv   # no model, no data
 
 Without --data (or --model) the bundled toy model stands in, and the published columns are left out. Answers are kept in
 results/sweep, shared by all tables, so an interrupted table goes on where it stopped.
@@ -19,8 +20,9 @@ from typing import TYPE_CHECKING
 
 from eval.answers.jsonl import write_file
 from eval.command import exit_on_user_error, make_parser
-from eval.config import folder_name, is_toy
-from eval.papers import published, spec
+from eval.config import FULL, folder_name, is_toy
+from eval.papers import published, reported, spec
+from eval.papers.reported import Reported
 from eval.papers.spec import Table
 from eval.parallel import placement
 from eval.tables.page import insert, markdown, write_csv
@@ -28,6 +30,7 @@ from eval.tracking import has_key, resolve_mode
 from eval.tracking.table_run import log_table_run
 from llava.errors import UserError
 from llava.places import ASSETS, WORK
+from llava.reduction import registry
 
 if TYPE_CHECKING:
     from eval.papers.cells import Measured
@@ -68,18 +71,28 @@ def where_of(table: Table, args: argparse.Namespace) -> "Where":
 
 
 def narrowed(table: Table, args: argparse.Namespace) -> Table:
-    """The table with the rows, columns and budgets that the user asked for."""
-    rows = spec.chosen(table.rows, words(args.methods), "method", [row.method for row in table.rows])
+    """The table with the rows, columns and budgets that the user asked for.
+
+    A method that the table does not list gets a row if it is registered, as an author's own is; if it is published, it
+    is shown as reported.
+    """
+    asked, listed = words(args.methods), [row.method for row in table.rows]
+    file = published.load(table.published).rows if table.published else ()
+    others = [name for name in asked if name in {row.method for row in file}]
+    own = [name for name in asked if name not in listed and name in registry.names() and name != FULL]
+    spec.chosen(table.rows, [name for name in asked if name not in (*others, *own)], "method", listed)
+    rows = [row for row in table.rows if not asked or row.method in asked] + [spec.Row(method=name) for name in own]
     columns = spec.chosen(table.columns, words(args.benchmarks), "benchmark", [c.benchmark for c in table.columns])
     budgets = spec.chosen(table.budgets, words(args.budgets), "budget", [str(budget) for budget in table.budgets])
-    return table.model_copy(update={"rows": tuple(rows), "columns": tuple(columns), "budgets": tuple(budgets)})
+    parts = {"rows": rows, "columns": columns, "budgets": budgets} | ({"others": others} if asked else {})
+    return table.model_copy(update={name: tuple(part) for name, part in parts.items()})
 
 
 def words(text: str | None) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()] if text else []
 
 
-def make(table: Table, where: "Where", args: argparse.Namespace, folder: Path) -> "Document":
+def make(table: Table, where: "Where", args: argparse.Namespace, folder: Path, added: Sequence[Reported]) -> "Document":
     """Fill what is missing, and say everything that the formats write."""
     from eval.papers.cells import read_cells
     from eval.papers.figure import draw_kept
@@ -100,7 +113,7 @@ def make(table: Table, where: "Where", args: argparse.Namespace, folder: Path) -
     repeats = repeats_of(args, model, where)
     times = times_of(lines, columns[0], where, model, repeats, folder / f"{table.name}.times.jsonl")
     found = read_cells(lines, columns, where, model)
-    document = document_of(table, where, found, checks, times, command_line(table, args))
+    document = document_of(table, where, found, checks, times, command_line(table, args), added)
     if args.wandb == "disabled" or args.render or not repeats:
         return document
     return dataclasses.replace(
@@ -143,26 +156,36 @@ def document_of(
     checks: "Sequence[Check]",
     times: "Mapping[int, Time]",
     command: str,
+    added: Sequence[Reported] = (),
 ) -> "Document":
-    """What the page says, by the kind of the table."""
-    from eval.papers.document import Document, blocks, entries, facts_of, notes_of
+    """What the page says, by the kind of the table.
+
+    Args:
+        added: an author's own rows; published ones are left out beside a toy's numbers.
+    """
+    from eval.papers.document import Document, blocks, entries, facts_of, lost_values, notes_of, with_reported
     from eval.papers.sections import clear_differences, pair_rows, pairs_of, sections_of
 
     source = published.load(table.published) if table.published and not where.is_toy else None
     cells = entries(found, source, where.place)
     clear = clear_differences(table, found) if table.kind == "scores" else {}
     pairs = pairs_of(found) if table.kind == "overview" else {}
+    wide = blocks(found, clear) if table.kind == "scores" else []
+    rows = [*(reported.published_rows(table, source) if source and wide else ()), *added]
+    full = None if where.is_toy else {name: cell.value for name, cell in found.row(0).items()}
+    wide = with_reported(wide, rows, table, found.columns, full) if rows else wide
+    shown = [row for block in wide for row in block.reported]
     return Document(
         table,
         Path(where.place.model).name,
         where.is_toy,
         facts_of(table, where, found, command),
         [*(column.title for column in found.columns), "average"],
-        blocks(found, clear) if table.kind == "scores" else (),
+        wide,
         cells,
         sections_of(table, found, times, clear, pairs),
         checks,
-        notes_of(table, found, cells),
+        [*lost_values(rows, table, found.columns), *notes_of(table, found, cells, shown)],
         points_of(table, found, times),
         pairs=pair_rows(found, pairs),
     )
@@ -204,8 +227,11 @@ def write(document: "Document", folder: Path, tex_intervals: bool = False) -> li
         "csv": render.csv_file(document),
         "tex": render.latex_file(document, tex_intervals),
         "html": render.html_page(document),
+        "bib": render.bib_file(document),
     }
     for suffix, text in texts.items():
+        if not text:
+            continue
         paths.append(folder / f"{table.name}.{suffix}")
         write_file(paths[-1], text)
     if document.pairs:
@@ -242,6 +268,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--judge", default="auto", help="for judged benchmarks: docs/evaluation.md")
     p.add_argument("--gate", choices=("mark", "stop"), default="mark", help="what a wrong baseline does to the table")
     p.add_argument("--render", action="store_true", help="ask nothing, write from finished runs; --times 0: no timing")
+    p.add_argument(
+        "--add",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="ROWS",
+        help="a .csv or .yaml of rows that are shown as reported: docs/paper_tables.md; may be given several times",
+    )
+    p.add_argument(
+        "--published-only", action="store_true", help="published and added rows alone; needs no model, no data"
+    )
     p.add_argument("--tex-intervals", action="store_true", help="LaTeX: 95 %% intervals, and * for clear differences")
     p.add_argument("--output", type=Path, help="folder of the files; default results/tables/PAPER/MODEL[-limitN]")
     p.add_argument("--page", action="store_true", help="also write the sections into the table's page of docs/")
@@ -257,6 +294,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit should be 1 or more questions, got {args.limit}.")
     table = spec.read(spec.find(args.table))
+    added = added_rows(table, args)
+    if args.published_only:
+        return published_only(table, added, args)
     where = where_of(table, args)
     if args.tex_intervals and table.kind != "scores":
         raise UserError(
@@ -269,13 +309,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     table = narrowed(table, args)
     folder = args.output or default_folder(table, where, args)
-    document = make(table, where, args, folder)
+    document = make(table, where, args, folder, [row for row in added if row.budget in (None, *table.budgets)])
     files = write(document, folder, args.tex_intervals)
     log(args.wandb, document, where, folder, files)
     print(summary(document))
     print(f"Table: {', '.join(str(file) for file in files)}")
     if args.page:
         print(f"Page: {write_page(document)}")
+    return 0
+
+
+def added_rows(table: Table, args: argparse.Namespace) -> list[Reported]:
+    """The rows of --add, checked against the whole table.
+
+    Raises:
+        UserError: the table has no place for rows, or a file is wrong.
+    """
+    if table.kind != "scores" and (args.add or args.published_only):
+        raise UserError(
+            f"--add and --published-only are for tables of scores; {table.identity} is of kind {table.kind}: leave "
+            "them out."
+        )
+    return [row for path in args.add for row in reported.read_added(path, table)]
+
+
+def published_only(table: Table, added: Sequence[Reported], args: argparse.Namespace) -> int:
+    """Write what sources report; returns the exit code."""
+    from eval.papers.document import reported_document
+    from eval.papers.runs import Where
+
+    usual = parser().parse_args([args.table])
+    asking = (
+        "model",
+        "data",
+        "limit",
+        "render",
+        "page",
+        "times",
+        "tex_intervals",
+        "device",
+        "dtype",
+        "judge",
+        "batch_size",
+    )
+    if given := [f"--{name.replace('_', '-')}" for name in asking if getattr(args, name) != getattr(usual, name)]:
+        raise UserError(f"--published-only asks no model and measures nothing; leave {', '.join(given)} out.")
+    source = published.load(table.published) if table.published else None
+    table = narrowed(table, args)
+    rows = [*(reported.published_rows(table, source) if source else ()), *added]
+    document = reported_document(
+        table, [row for row in rows if row.budget in (None, *table.budgets)], command_line(table, args)
+    )
+    if not document.reported:
+        raise UserError(
+            f"Nothing is published for this part of {table.identity}; leave --methods or --budgets out, or --add rows."
+        )
+    where = Where(table.real.model_copy(update={"model": "published"}), False, Path())
+    files = write(document, args.output or default_folder(table, where, args))
+    print(summary(document))
+    print(f"Table: {', '.join(str(file) for file in files)}")
     return 0
 
 
@@ -290,7 +382,9 @@ def command_line(table: Table, args: argparse.Namespace) -> str:
         command = f"bash {table.script}"
         given = [f"{name.upper()}={shlex.quote(options.pop(name))}" for name in ("model", "data") if name in options]
     flags = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in options.items()]
-    return " ".join([*given, command, *flags, *["--tex-intervals"] * args.tex_intervals])
+    flags += [f"--add {shlex.quote(str(path))}" for path in args.add]
+    flags += ["--published-only"] * args.published_only + ["--tex-intervals"] * args.tex_intervals
+    return " ".join([*given, command, *flags])
 
 
 def default_folder(table: Table, where: "Where", args: argparse.Namespace) -> Path:
