@@ -49,6 +49,7 @@ def audit_record(audit: TokenAccounting) -> dict[str, Any]:
         "visual_tokens": audit.visual_tokens,
         "merged": audit.merged,
         "kv_bytes": audit.kv_bytes,
+        "on_padding": audit.on_padding,
     }
 
 
@@ -79,9 +80,13 @@ def checked(lines: Sequence[Mapping[str, Any]], path: Path) -> Sequence[Mapping[
 
 
 def summarise_audit(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means of what was really computed, over the samples that have an image: the others have no visual tokens."""
+    """Means of what was really computed, over the samples that have an image: the others have no visual tokens.
+
+    Tokens on padding are None if they are not known of one of them, as of answers of earlier versions.
+    """
     total, records = len(records), [record for record in records if record["visual_tokens"]] or records
     depth = min(len(record["entering"]) for record in records)
+    padding = [record.get("on_padding") for record in records]
     return {
         "samples": total,
         "without_picture": total - len(records),
@@ -90,6 +95,7 @@ def summarise_audit(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "mean_tokens_per_layer": fmean(record["mean"] for record in records),
         "asked_tokens_per_layer": fmean(record["asked"] for record in records),
         "merged_tokens": fmean(record["merged"] for record in records),
+        "mean_tokens_on_padding": None if None in padding else fmean(padding),
         "kv_bytes_per_sample": fmean(record["kv_bytes"] for record in records),
     }
 

@@ -205,9 +205,11 @@ def cost_lines(result: Mapping[str, Any]) -> list[str]:
     held, room = short(audit["kv_bytes_per_sample"] / 1e6, 100), timing["kv_bytes_with_room"]
     with_room = f", {short(room / 1e6, 100)} MB held while answering (padding, room for new tokens)" if room else ""
     timed = "" if timing["questions"] == result["asked"] else of_some(timing["questions"], result["asked"])
+    # None where it is not known, absent from results of earlier versions.
+    empty = "" if (padding := audit.get("mean_tokens_on_padding")) is None else f"{padding:.1f} on padding, "
     lines = [
         f"visual tokens entering each layer: {layers} (mean {audit['mean_tokens_per_layer']:.1f}, "
-        f"{audit['merged_tokens']:.1f} of them merged, {number(audit['visual_tokens_before'])} before reduction)"
+        f"{audit['merged_tokens']:.1f} of them merged, {empty}{number(audit['visual_tokens_before'])} before reduction)"
         f"{pictured(audit)}",
         f"key/value cache: {held} MB per question{pictured(audit)}{with_room}",
         *time_lines(timing),

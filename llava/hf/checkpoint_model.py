@@ -168,13 +168,15 @@ class FamilyModel(FamilyWrapper):
         timer.mark("decode")
         record, answers = reduced.record, []
         layouts = [tuple(image.layout for image in images) for images in record.images]
+        canvases = [tuple(image.canvas for image in images) for images in record.images]
         if any(len(own) != len(sample.images) for own, sample in zip(layouts, samples, strict=True)):
             self.notes = tuple(dict.fromkeys([*self.notes, TILES]))
         for row, sample in enumerate(samples):
             ids = output.sequences[row, length:].tolist()
             ids = ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
             account, trace = reduced.accounting[row], reduced.traces[row]
-            answers.append(Answer(sample.id, self.decode(ids).strip(), tuple(ids), account, trace, layouts[row]))
+            text = self.decode(ids).strip()
+            answers.append(Answer(sample.id, text, tuple(ids), account, trace, layouts[row], canvases[row]))
             if self._countable:
                 lengths = tuple(one.lengths[row] for one in reduced.segments for _ in one.layers)
                 keys = tuple(map(min, lengths, self.windows))

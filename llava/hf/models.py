@@ -38,7 +38,7 @@ from llava.model.video_llava import VideoLlava
 from llava.processing.image import ImageProcessor
 from llava.processing.prompt import Prompt, Sample
 from llava.reduction.reducer import Reducer
-from llava.reduction.token_layout import ModelSpec, TokenLayout, frames, single, spec_of
+from llava.reduction.token_layout import Canvas, ModelSpec, TokenLayout, frames, single, spec_of
 from llava.transformers_names import CACHE_NAMES, HOOK, kernel_of
 
 ONE_CALL = "take input_ids and pixels from one call of the model's own processor."
@@ -140,10 +140,12 @@ class PreparedImage:
     Attributes:
         pixels: [C, 3, S, S].
         arrangement: its token layout.
+        canvas: where the picture lies on what the patches cover; None where pixels do not say it.
     """
 
     pixels: Tensor
     arrangement: TokenLayout
+    canvas: Canvas | None = None
 
 
 class HFWrapper(Llava):
@@ -175,6 +177,9 @@ class HFWrapper(Llava):
 
     def views(self, picture: PreparedImage) -> tuple[Tensor, TokenLayout]:
         return picture.pixels, picture.arrangement
+
+    def canvas(self, picture: Any) -> Canvas | None:
+        return getattr(picture, "canvas", None)
 
     def ready(self, given: Mapping[str, Any]) -> dict[int, list[PreparedImage]]:
         """The images of a call in order, by the id of their placeholder token.
@@ -211,7 +216,10 @@ class WrappedNext(HFWrapper, LlavaNext):
             shape = tuple(pixels.shape)
             raise UserError(f"{len(sizes)} images of {counts} tiles do not fit pixel_values of {shape}; {ONE_CALL}")
         runs = [self.anyres.arrange(size) for size in sizes]
-        pictures = [PreparedImage(crop[: len(run.crops)], run) for crop, run in zip(crops, runs, strict=True)]
+        pictures = [
+            PreparedImage(crop[: len(run.crops)], run, self.anyres.canvas(size))
+            for crop, run, size in zip(crops, runs, sizes, strict=True)
+        ]
         return {self.hf_model.config.image_token_id: pictures}
 
 

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from llava.conversation import stop_string
@@ -23,7 +24,7 @@ from llava.reduction.merging import Reduction, ViewReduction, join
 from llava.reduction.modules import tower_flops
 from llava.reduction.reducer import Reducer
 from llava.reduction.scores import TowerScore, score_flops
-from llava.reduction.token_layout import ModelSpec, PatchGrid, TokenLayout, single
+from llava.reduction.token_layout import Canvas, ModelSpec, PatchGrid, TokenLayout, single
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,6 +248,10 @@ class Llava:
     def views(self, picture: Any) -> tuple[Tensor, TokenLayout]:
         """What the tower sees of an image: pixels [C, 3, S, S], and the run of tokens that its C crops become."""
         return self.image_processor(picture)[None], single(self.layout.rows, self.layout.columns)
+
+    def canvas(self, picture: Any) -> Canvas | None:
+        """Where an image lies on what its patches cover; None for prepared pixels, of which only the caller knows."""
+        return self.image_processor.canvas(picture.size) if isinstance(picture, Image.Image) else None
 
     def encode_images(
         self, pictures: Samples[Any], keys: Samples[object], reducer: Reducer, timer: "Timer"

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import torch
 from accelerate.utils import align_module_device
+from PIL import Image
 from torch import Tensor
 
 from llava.model.llava_arch import Llava
 from llava.processing.image import AnyresProcessor
-from llava.reduction.token_layout import ModelSpec, TokenLayout, spec_of
+from llava.reduction.token_layout import Canvas, ModelSpec, TokenLayout, spec_of
 
 
 class LlavaNext(Llava):
@@ -58,6 +59,9 @@ class LlavaNext(Llava):
 
     def views(self, picture: Any) -> tuple[Tensor, TokenLayout]:
         return self.anyres(picture)
+
+    def canvas(self, picture: Any) -> Canvas | None:
+        return self.anyres.canvas(picture.size) if isinstance(picture, Image.Image) else None
 
     @property
     def visual_tokens(self) -> int:

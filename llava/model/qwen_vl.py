@@ -33,7 +33,7 @@ from llava.processing.image import Grid, QwenImageProcessor, as_rgb
 from llava.reduction.modules import linear_flops
 from llava.reduction.reducer import Reducer
 from llava.reduction.scores import WITHOUT_CLS, TowerScore
-from llava.reduction.token_layout import ModelSpec, PatchGrid, single
+from llava.reduction.token_layout import WITHOUT_PADDING, Canvas, ModelSpec, PatchGrid, single
 
 if TYPE_CHECKING:
     from llava.pipeline.accounting import Operations, Timer
@@ -90,6 +90,9 @@ class QwenVL(Llava):
     def patches(self, pictures: Sequence[Any]) -> tuple[Tensor, tuple[Grid, ...]]:
         """Flattened patches of all images, one after another, and the grid of each."""
         return self.image_processor([as_rgb(picture) for picture in pictures])
+
+    def canvas(self, picture: Any) -> Canvas | None:
+        return WITHOUT_PADDING
 
     def encode_images(
         self, pictures: Sequence[Any], keys: Sequence[object], reducer: Reducer, timer: "Timer"

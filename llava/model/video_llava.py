@@ -23,7 +23,7 @@ from llava.errors import UserError
 from llava.model.llava_arch import Llava
 from llava.processing.prompt import Prompt, Sample, build_prompt
 from llava.processing.video import FRAMES, LanguageBindImageProcessor, Video, VideoProcessor
-from llava.reduction.token_layout import ModelSpec, TokenLayout, frames, spec_of
+from llava.reduction.token_layout import WITHOUT_PADDING, Canvas, ModelSpec, TokenLayout, frames, spec_of
 from llava.transformers_names import CLIPAttention, CLIPEncoderLayer
 
 
@@ -66,6 +66,10 @@ class VideoLlava(Llava):
                 f"read it with read_video(path, frames={self.frames})."
             )
         return self.video_processor(picture), self._run()
+
+    def canvas(self, picture: Any) -> Canvas | None:
+        """Frames are cropped, images padded."""
+        return WITHOUT_PADDING if isinstance(picture, Video) else super().canvas(picture)
 
     def _run(self) -> TokenLayout:
         return frames(self.frames, self.layout.rows, self.layout.columns).with_cls

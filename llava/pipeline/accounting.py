@@ -14,7 +14,7 @@ import torch
 
 from llava.pipeline.decoder import Prefilled
 from llava.reduction.merging import Reduction, Step, Trace
-from llava.reduction.token_layout import TokenLayout
+from llava.reduction.token_layout import Canvas, TokenLayout, on_padding
 
 
 class Timer:
@@ -114,6 +114,8 @@ class TokenAccounting:
         planned: mean visual tokens per layer and image that the method plans for these images at its budget; None if
             that depends on the image.
         asked: visual tokens per image that the budget asks for, at most those that the images have.
+        on_padding: mean visual tokens per layer and image, as `mean`, that stand at a patch without any pixel of the
+            picture. A merged token counts where it stands. None where the picture's place is not known.
     """
 
     tokens_per_layer: tuple[int, ...]
@@ -123,6 +125,7 @@ class TokenAccounting:
     images: int
     planned: float | None
     asked: float
+    on_padding: float | None = None
 
     @property
     def mean(self) -> float:
@@ -149,12 +152,25 @@ class SeenImage:
         inputs: how many these are for the method.
         planned: those planned to enter each layer; None if that depends on the image.
         asked: those that the budget asks for, as a mean over layers.
+        canvas: where the picture lies on what the patches cover; None if that is not known.
     """
 
     layout: TokenLayout
     inputs: int
     planned: tuple[int, ...] | None
     asked: int
+    canvas: Canvas | None = None
+
+    def on_padding(self, steps: Trace, layers: int) -> int | None:
+        """Tokens on padding that enter the decoder layers, summed over these; `steps` are the image's own."""
+        if self.canvas is None:
+            return None
+        takes_cls = bool(steps) and steps[0].reduction.inputs != self.layout.tokens
+        flags, layer, total = on_padding(self.layout.with_cls if takes_cls else self.layout, self.canvas), 0, 0
+        for step in steps:
+            total += int(flags.sum()) * (step.layer - layer)
+            flags, layer = flags[step.reduction.kept[0]], step.layer
+        return total + int(flags.sum()) * (layers - layer)
 
 
 @dataclass
@@ -189,13 +205,17 @@ class Record:
             entering = tuple(segment.visual[sample] for segment in prefilled.segments for _ in segment.layers)
             count, plans = max(1, len(images)), [image.planned for image in images if image.planned is not None]
             planned = sum(map(sum, plans)) / len(entering) / count if len(plans) == len(images) else None
+            numbered = list(zip((a.number for a in applied), steps, strict=True))
+            own = [tuple(step for at, step in numbered if at == number) for number in range(len(images))]
             # Tokens that are averages of several, after the last reduction of each image.
-            last = {a.number: step.reduction for a, step in zip(applied, steps, strict=True)}
-            merged = sum(int(one.merged_count()[0]) for one in last.values())
+            merged = sum(int(trace[-1].reduction.merged_count()[0]) for trace in own if trace)
+            padding = [image.on_padding(trace, len(entering)) for image, trace in zip(images, own, strict=True)]
+            known = [tokens for tokens in padding if tokens is not None]
+            empty = sum(known) / len(entering) / count if len(known) == len(padding) else None
             inputs = sum(image.inputs for image in images)
             asked = sum(image.asked for image in images) / count
             held = prefilled.kv_bytes[sample]
-            accounts.append(TokenAccounting(entering, inputs, merged, held, count, planned, asked))
+            accounts.append(TokenAccounting(entering, inputs, merged, held, count, planned, asked, empty))
         return accounts
 
 
@@ -209,6 +229,7 @@ class Answer:
         accounting: visual tokens entering each decoder layer, merged tokens, key/value bytes.
         trace: the reductions that were applied, in order, on the CPU.
         runs: the layout of the unreduced visual tokens of every image.
+        canvases: where each picture lies on what its patches cover, see SeenImage; as many as `runs`.
     """
 
     id: str
@@ -217,6 +238,7 @@ class Answer:
     accounting: TokenAccounting
     trace: Trace
     runs: tuple[TokenLayout, ...] = ()
+    canvases: tuple[Canvas | None, ...] = ()
 
 
 @dataclass(frozen=True)

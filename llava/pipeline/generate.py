@@ -98,11 +98,19 @@ def generate(
         steps += 1
     timer.mark("decode")
     texts = [model.decode(ids) for ids in written]
-    layouts = [[image.layout for image in images] for images in record.images]
+    accounts = record.accounting(state)
     answers = tuple(
-        Answer(sample.id, (text.split(stop, 1)[0] if stop else text).strip(), tuple(ids), account, trace, tuple(runs))
-        for sample, text, ids, account, trace, runs in zip(
-            samples, texts, written, record.accounting(state), record.steps, layouts, strict=True
+        Answer(
+            sample.id,
+            (text.split(stop, 1)[0] if stop else text).strip(),
+            tuple(ids),
+            account,
+            trace,
+            tuple(image.layout for image in images),
+            tuple(image.canvas for image in images),
+        )
+        for sample, text, ids, account, trace, images in zip(
+            samples, texts, written, accounts, record.steps, record.images, strict=True
         )
     )
     if model.spread:
@@ -114,7 +122,7 @@ def generate(
         # What was compiled for this batch serves others too.
         spent[name] = max(0.0, spent.get(name, 0.0) - (seconds - before[name]))
     timing = Timing(**{known.name: spent.get(known.name, 0.0) for known in fields(Timing)})
-    images = sum(map(len, layouts))
+    images = sum(map(len, record.images))
     first: Any = state.cache.layers[0]  # of whose heads this rank may hold a part
     room = state.kv_bytes_allocated * model.llm.config.num_key_value_heads // first.keys.shape[1]
     return Batch(answers, timing, state.kv_bytes_held, record.operations, steps, images=images, kv_bytes_with_room=room)

@@ -165,12 +165,13 @@ class Stages:
             model.count_tower(record.operations, one, users[key])
         for (sample, number), key in keys.items():
             one, row, name = by_key[key], (sample, number), self.samples[sample].id
+            canvas = model.canvas(pictures[key])
             plan = plan_image(self.reducer, model.spec, one.full)
             inputs = one.full.tokens if plan.fits else one.inputs
             name = name if number == 0 else f"{name}#{number + 1}"
             method = self.reducer.for_picture(plan.spec) if self.reducer.retention_ratio else self.reducer
             image = self.images[row] = BatchImage(name, one, plan, method, inputs)
-            record.images[sample].append(SeenImage(one.full, inputs, plan.tokens, plan.asked))
+            record.images[sample].append(SeenImage(one.full, inputs, plan.tokens, plan.asked, canvas))
             if one.step is not None:
                 self._apply(row, image, *one.step)
         reduced: dict[Row, Features] = {}

@@ -38,7 +38,7 @@ from transformers import CLIPImageProcessorPil, PretrainedConfig, Qwen2VLImagePr
 
 from llava.errors import UserError, unknown
 from llava.processing.json_files import Schema, checked, read_json, shortened
-from llava.reduction.token_layout import TokenLayout, stitched
+from llava.reduction.token_layout import WITHOUT_PADDING, Canvas, TokenLayout, stitched
 from llava.transformers_names import smart_resize
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -150,15 +150,21 @@ def _in_8_bits(image: Image.Image, name: str) -> Image.Image:
     return image.convert("RGB")
 
 
+def centred(size: Size, canvas: Size) -> Canvas:
+    """An image of a size in the middle of a canvas; an odd remainder of pixels is on the right or below."""
+    left, top = ((outer - inner) // 2 for outer, inner in zip(canvas, size, strict=True))
+    return Canvas(canvas, (left, top, left + size[0], top + size[1]))
+
+
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int], size: int) -> Image.Image:
     """Centre an RGB image on a square canvas as large as its longer side, and resize the canvas to `size`.
 
-    An odd remainder goes right or below. Only the image's rows are resized to the new width: rows of one colour stay
+    Only the image's rows are resized to the new width: rows of one colour stay
     what they are, so the canvas of a wide image never exists as a whole (1.6 GB for 20000 x 10 pixels).
     """
     width, height = image.size
     side = max(width, height)
-    left, top = (side - width) // 2, (side - height) // 2
+    left, top, *_ = centred(image.size, (side, side)).box
     rows = Image.new("RGB", (side, height), colour)
     rows.paste(image, (left, 0))
     columns = Image.new("RGB", (size, side), colour)
@@ -194,6 +200,12 @@ class ImageProcessor:
 
     def __call__(self, image: Image.Image) -> Tensor:
         return self.crops([pad_to_square(as_rgb(image), self.padding_colour, self.size)])[0]
+
+    def canvas(self, size: Size) -> Canvas:
+        """Where an image of this (width, height) lies on the tower's input, in pixels divided by the resized side."""
+        side, cut = max(size), (self.size - self.crop) // 2  # pixels that the centre crop takes from the left and top
+        left, top, right, bottom = (edge * self.size - side * cut for edge in centred(size, (side, side)).box)
+        return Canvas((side * self.crop, side * self.crop), (left, top, right, bottom))
 
     def crops(self, images: Sequence[Image.Image]) -> Tensor:
         """Resize RGB images by their shorter side and crop the centre, without padding: [n, 3, S, S] float32."""
@@ -289,10 +301,10 @@ def fitted(size: Size, resolution: Size) -> Size:
 
 
 def on_canvas(image: Image.Image, resolution: Size) -> Image.Image:
-    """Resize and centre on a black canvas; an odd remainder goes right or below."""
+    """Resize and centre on a black canvas."""
     inner = fitted(image.size, resolution)
     canvas = Image.new("RGB", resolution)
-    canvas.paste(resize(image, inner), ((resolution[0] - inner[0]) // 2, (resolution[1] - inner[1]) // 2))
+    canvas.paste(resize(image, inner), centred(inner, resolution).box[:2])
     return canvas
 
 
@@ -382,6 +394,11 @@ class AnyresProcessor:
         run = stitched(tiles, self.grid, unpadded(size, tiles, self.grid, self.reading))
         empty = run.patches == len(run.crops[0].patches)
         return replace(run, crops=run.crops[:1], tiles=None) if empty else run
+
+    def canvas(self, size: Size) -> Canvas:
+        """Where an image of this (width, height) lies on its tiles; the base image has no padding."""
+        resolution = self.resolution(size)
+        return centred(fitted(size, resolution), resolution) if self.arrange(size).tiles else WITHOUT_PADDING
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, TokenLayout]:
         """Return [1 + tiles, 3, S, S] float32 pixels, the base image first, and the token layout.

@@ -161,6 +161,12 @@ class Step:
     place: str
     reduction: Reduction
 
+    @property
+    def layer(self) -> int:
+        """The first decoder layer that the output tokens enter."""
+        name, _, number = self.place.partition(" #")[0].partition(" ")
+        return int(number) if name == "layer" else 0
+
 
 Trace = tuple[Step, ...]
 

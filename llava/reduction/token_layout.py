@@ -16,6 +16,30 @@ NEWLINE = -2  # tile, row and column of a newline token
 
 
 @dataclass(frozen=True)
+class Canvas:
+    """What the patches of an image cover, and where the picture lies on it; all else is padding.
+
+    Attributes:
+        size: width and height, in a unit of its own.
+        box: left, top, right and bottom of the picture; outside of the canvas where some of the picture is cut off.
+    """
+
+    size: tuple[int, int]
+    box: tuple[int, int, int, int]
+
+    def empty(self, grid: tuple[int, int]) -> Tensor:
+        """[rows, columns] bool: the patches of a grid that hold no part of any pixel of the picture."""
+        (width, height), (left, top, right, bottom), (rows, columns) = self.size, self.box, grid
+        down, across = height * torch.arange(rows + 1), width * torch.arange(columns + 1)  # edges of patches
+        no_row = (down[1:] <= top * rows) | (down[:-1] >= bottom * rows)
+        no_column = (across[1:] <= left * columns) | (across[:-1] >= right * columns)
+        return no_row[:, None] | no_column
+
+
+WITHOUT_PADDING = Canvas((1, 1), (0, 0, 1, 1))
+
+
+@dataclass(frozen=True)
 class PatchGrid:
     """Origin of the N visual tokens of one image, in the order of the sequence.
 
@@ -187,6 +211,24 @@ class TokenLayout:
                 place = 0 if number == 0 else tail + number - 1
                 crops.append(replace(crop, indices=crop.indices + 1, cls=place))
         return replace(self, crops=tuple(crops), newlines=self.newlines + 1)
+
+
+@lru_cache(maxsize=1024)
+def on_padding(layout: TokenLayout, canvas: Canvas) -> Tensor:
+    """[N] bool: the visual tokens whose patch lies on padding as a whole; class and newline tokens do not.
+
+    Args:
+        canvas: what the tiles cover together. A base image before them is the picture itself, stretched.
+    """
+    found = torch.zeros(layout.tokens, dtype=torch.bool)
+    if canvas == WITHOUT_PADDING:
+        return found
+    (rows, columns), (down, across) = layout.grid, layout.tiles or (1, 1)
+    empty = canvas.empty((down * rows, across * columns))
+    for number, tile in enumerate(layout.crops[1:] if layout.tiles else layout.crops):
+        top, left = number // across * rows, number % across * columns
+        found[tile.indices] = empty[top : top + rows, left : left + columns].flatten()[tile.patches]
+    return found
 
 
 def _crop(rows: int, columns: int, start: int) -> Tile:

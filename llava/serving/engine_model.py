@@ -192,6 +192,7 @@ class Engine:
                 account,
                 trace,
                 tuple(image.layout for image in images) if known else (),
+                tuple(image.canvas for image in images) if known else (),
             )
             for sample, text, ids, account, trace, images in parts
         )
