@@ -116,6 +116,7 @@ def test_answers_are_in_llavas_fields(main, data, tmp_path):
                 "visual_tokens": 64,
                 "merged": 0,
                 "kv_bytes": 16000,
+                "on_padding": None,
             },
             "pictures": hashlib.sha256(picture.read_bytes()).hexdigest()[:16],
         },
@@ -134,6 +135,21 @@ def test_questions_without_a_picture_neither_water_the_audit_down_nor_hide_a_dev
     assert cost.off_budget([seen, unseen], Mine(rounding=4)) is None
     assert cost.off_budget([unseen], Mine()) is None
     assert cost.summarise_audit([unseen])["mean_tokens_per_layer"] == 0
+
+
+def test_tokens_on_padding_are_a_mean_over_pictures_or_not_known(main):
+    """They are told of no run a part of whose answers was stored before they were counted."""
+    costs = {"entering": [20, 20], "merged": 0, "kv_bytes": 10}
+    unseen = record(0.0, visual_tokens=0, **costs | {"entering": [0, 0]}, on_padding=0.0)
+    new, old = [record(20.0, **costs, on_padding=tokens) for tokens in (4.5, 1.5)], record(20.0, **costs)
+    assert cost.summarise_audit([*new, unseen])["mean_tokens_on_padding"] == 3
+    for others in ([old], [record(20.0, **costs, on_padding=None)]):
+        assert cost.summarise_audit([*new, unseen, *others])["mean_tokens_on_padding"] is None
+    code, printed, _ = main("--method", "uniform", "--budget", "16", "--output", "o")
+    result = json.loads(Path("o/result.json").read_text())
+    assert not code and "padding" not in printed and result["audit"].pop("mean_tokens_on_padding") is None
+    known = report.cost_lines(result | {"audit": result["audit"] | {"mean_tokens_on_padding": 2.25}})
+    assert "0.0 of them merged, 2.2 on padding" in known[0] and "padding" not in report.cost_lines(result)[0]
 
 
 def record(mean: float, asked: float = 16.0, planned: float | None = None, visual_tokens: int = 64, **more) -> dict:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from eval import cli
 from eval.config import TOY_BANNER
-from eval.figures.overlay import DIM, NONE, draw_overlay
+from eval.figures.overlay import DIM, NONE, draw_answer
 from eval.pages import command
 from eval.pages.gallery import UNDEFINED, cells_of, collect, map_data, page_data, position_of, render, score_maps
 from llava.errors import UserError
@@ -21,7 +21,6 @@ from llava.pipeline.generate import generate
 from llava.processing.prompt import Sample
 from llava.processing.video import Video
 from llava.reduction import registry
-from llava.reduction.token_layout import single
 from tests.browser import DESKTOP, PHONE, needs_browser, opened, overflow
 from tests.conftest import QUESTIONS, picture
 from tests.tiny_checkpoints_families import (
@@ -34,7 +33,9 @@ from tests.tiny_checkpoints_families import (
 )
 
 METHODS = [name for name in registry.names() if name != "full"]
-SAMPLE = Sample("gallery", QUESTIONS[0], image=picture(0))
+# On 4 x 4 patches of 15 pixels the picture lies on the second and third row.
+SAMPLE = Sample("gallery", QUESTIONS[0], image=picture(0, (60, 20)))
+EMPTY = {*range(4), *range(12, 16)}
 HOSTILE = "is there a star?</script><script>window.broken = 1</script><b>&"
 
 
@@ -79,12 +80,14 @@ def test_every_method_is_there_with_the_states_of_its_answer_or_a_reason(name, g
         answer = generate(tiny, [SAMPLE], registry.build(name, budget), 3).answers[0]
         assert row["text"] == answer.text and row["tokens_per_layer"] == list(answer.accounting.tokens_per_layer)
         assert len(row["at"]) == 1 + len(row["tokens_per_layer"]) and row["at"] == sorted(row["at"])
+        empty = list[int]()
         for position, index in enumerate(row["at"]):
             state = row["states"][index]
             kept = numbers(state["patches"]["kept"])
             if position:
                 assert len(kept) == row["tokens_per_layer"][position - 1], "the tokens that enter this layer"
-            trace = [step for step in answer.trace if position_of(step.place) <= position]
+                empty.append(len(EMPTY.intersection(kept)))
+            trace = [step for step in answer.trace if position_of(step) <= position]
             if any(step.reduction.merge_matrix is not None for step in trace) or (
                 trace and (trace[0].reduction.inputs != 16 or trace[0].place == "input")
             ):
@@ -92,20 +95,21 @@ def test_every_method_is_there_with_the_states_of_its_answer_or_a_reason(name, g
             expected = followed(trace, 16)
             token = numbers(state["patches"]["assignment"])
             assert {cell: one for cell, one in enumerate(token) if one >= 0} == expected
+        assert answer.accounting.on_padding == sum(empty) / len(empty), "of the tokens that enter each layer"
 
 
-def test_budgets_descend_and_one_out_of_reach_is_a_reason(tiny):
+def test_budgets_ascend_and_one_out_of_reach_is_a_reason(tiny):
     found = collect(tiny, SAMPLE, ["uniform", "random"], (2, 99, 8, 2), 2)
-    assert found.budgets == (99, 8, 2) and not found.notes
+    assert found.budgets == (2, 8, 99) and not found.notes
     assert [(r.method, r.budget) for r in found.results] == [
-        ("uniform", 8),
         ("uniform", 2),
-        ("random", 8),
+        ("uniform", 8),
         ("random", 2),
+        ("random", 8),
     ]
     assert "1 to 16" in found.unavailable["random", 99]
     assert found.full.tokens_per_layer == (16,) * 4
-    assert collect(tiny, SAMPLE, ["uniform"], (), 2).budgets == (5, 4, 2, 1), "shares of the image's own tokens"
+    assert collect(tiny, SAMPLE, ["uniform"], (), 2).budgets == (1, 2, 4, 5), "shares of the image's own tokens"
 
 
 def test_one_image_and_a_question_are_needed(tiny):
@@ -164,7 +168,7 @@ def test_tiles_are_shown_beside_the_base_image(tmp_path):
     found = collect(model, sample, ["consensusdrop", "attnmix", "fastv", "visiondrop"], (24,), 2)
     assert [panel.name for panel in found.panels] == ["base image", "tiles"] and not found.unavailable
     assert any("stand for no patch" in note for note in found.notes)
-    cells = cells_of(found.panels)
+    cells = cells_of([panel.grid for panel in found.panels])
     assert found.full.tokens_per_layer[0] == len(cells) + found.panels[1].grid.shape[0], "and a token for each row"
     for key, values in found.maps.items():
         assert values.shape == cells.shape and np.isfinite(values[cells != NONE]).all(), key
@@ -173,7 +177,7 @@ def test_tiles_are_shown_beside_the_base_image(tmp_path):
         for position, index in enumerate(result.at[1:]):
             assert len(result.states[index].patches.kept) == result.tokens_per_layer[position]
     data = json.loads(page_data(found))
-    assert len(data["images"]) == 1 and [panel["image"] for panel in data["panels"]] == [0, 0]
+    assert [panel["image"] for panel in data["panels"]] == list(range(len(data["images"])))
 
 
 def test_frames_of_a_video_are_panels(tmp_path):
@@ -192,7 +196,8 @@ def test_a_tower_without_class_token_has_all_maps(tmp_path):
     found = collect(model, Sample("a", QUESTIONS[0], image=picture(0, (112, 56))), ["visiondrop", "fastervlm"], (4,), 2)
     assert len(found.maps) == 4 and len(found.notes) == 1 and "has no CLS token" in found.notes[0]
     (panel,) = found.panels
-    assert not panel.square and panel.grid.shape[1] == 2 * panel.grid.shape[0]
+    assert panel.image.size == (112, 56) and panel.grid.shape[1] == 2 * panel.grid.shape[0]
+    assert not len(found.padding) and "on padding" not in render(found, "").split("<script>")[0]
 
 
 # -- the page ------------------------------------------------------------------------------------------------------
@@ -258,13 +263,13 @@ def test_the_sliders_change_what_is_drawn_by_keyboard_and_by_mouse(page):
     assert page.locator("#budget-text").inner_text() == "8 of 16 tokens (50.0 %)"
     before = drawn(page, "consensusdrop")
     page.focus("#budget")
-    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowLeft")
     assert page.locator("#budget-text").inner_text() == "4 of 16 tokens (25.0 %)"
     after = drawn(page, "consensusdrop")
     assert after != before
-    # Mouse: a click at the left end of the slider is the first budget again.
+    # Mouse: a click at the right end of the slider is the largest budget. It was the smallest.
     box = page.locator("#budget").bounding_box()
-    page.mouse.click(box["x"] + 4, box["y"] + box["height"] / 2)
+    page.mouse.click(box["x"] + box["width"] - 4, box["y"] + box["height"] / 2)
     assert page.locator("#budget-text").inner_text().startswith("8 of 16")
     assert drawn(page, "consensusdrop") == before
 
@@ -321,7 +326,7 @@ def test_a_score_map_lies_on_the_image_and_on_request_on_the_methods_too(page):
 @needs_browser
 def test_canvases_show_what_the_overlay_of_the_figures_shows(tiny, tmp_path):
     """One grey image, so that a pixel in the middle of a patch has a colour of the overlay; a wide one is padded."""
-    grey = Image.new("RGB", (400, 280), (200, 200, 200))
+    grey = Image.new("RGB", (400, 180), (200, 200, 200))
     sample = dataclasses.replace(SAMPLE, image=grey)
     names = ["consensusdrop", "fastervlm", "visionzip", "tome", "pyramiddrop"]
     found = collect(tiny, sample, names, (8,), 2)
@@ -330,13 +335,15 @@ def test_canvases_show_what_the_overlay_of_the_figures_shows(tiny, tmp_path):
     with opened(tmp_path / "page.html") as page:
         ready(page)
         for result in found.results:
-            trace = generate(tiny, [sample], registry.build(result.method, 8), 2).answers[0].trace
-            wanted = np.asarray(draw_overlay(grey, trace, single(4, 4))).astype(int)
+            (answer,) = generate(tiny, [sample], registry.build(result.method, 8), 2).answers
+            (overlay,) = draw_answer(sample, answer)
+            wanted = np.asarray(overlay.reduce(overlay.width // 400)).astype(int)
             address = drawn(page, result.method)
             made = Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).convert("RGB")
-            for y in (20, 90, 190, 260):
+            assert overlay.width == overlay.height and made.width == made.height
+            for y in (150, 250):
                 for x in (50, 150, 250, 350):
-                    pixel = made.getpixel((x * made.width // 400, y * made.height // 280))
+                    pixel = made.getpixel((x * made.width // 400, y * made.height // 400))
                     assert pixel == pytest.approx(wanted[y, x], abs=3), (result.method, x, y)
                     seen.add(pixel)
         assert (200, 200, 200) in seen and (round(200 * DIM),) * 3 in seen and len(seen) > 3, "and two tints"
@@ -352,14 +359,16 @@ def test_the_pointer_names_the_patch_and_its_score(page, gallery):
     canvas = page.locator('[data-method="fastervlm"] canvas')
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
-    # 60 x 44 pixels on a square of 60: rows 1 and 2 are whole, 8 pixels of padding are above.
-    for cell in range(4, 12):
+    for cell in range(16):
         row, column = divmod(cell, 4)
-        x, y = (column + 0.5) * 15 / 60, ((row + 0.5) * 15 - 8) / 44
-        page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
+        page.mouse.move(box["x"] + (column + 0.5) / 4 * box["width"], box["y"] + (row + 0.5) / 4 * box["height"])
         title = canvas.get_attribute("title")
-        role = "kept" if cell in kept else "dropped"
+        role = f"{'padding; ' if cell in EMPTY else ''}{'kept' if cell in kept else 'dropped'}"
         assert title.startswith(f"row {row}, column {column}; {role}; CLS attention "), title
+    card = page.inner_text('[data-method="fastervlm"] .counts')
+    assert card.endswith(f"dropped. {len(kept & EMPTY)} of 8 tokens on padding."), "cropped away unseen"
+    assert page.inner_text('[data-method="full"] .counts').endswith("0 dropped. 8 of 16 tokens on padding.")
+    assert " ms" not in page.inner_text("body"), "of one run, as if it had been measured"
 
 
 @needs_browser

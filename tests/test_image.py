@@ -31,11 +31,13 @@ from llava.processing.image import (
     QwenImageProcessor,
     as_rgb,
     best_resolution,
+    on_canvas,
     open_image,
     pad_to_square,
     resize,
     unpadded,
 )
+from llava.reduction.token_layout import on_padding, single
 from tests.conftest import picture
 
 CLIP_CONFIG = {
@@ -548,3 +550,55 @@ def test_pinpoints_that_are_none(pinpoints):
         AnyresProcessor(TOWER, GRID, pinpoints)
     with pytest.raises(UserError, match=r"forced resolution .* multiples of the tile side 336, got \(672, 600\)"):
         AnyresProcessor(TOWER, GRID, PINPOINTS, force=(672, 600))
+
+
+def empty_slowly(canvas: Image.Image, rows: int, columns: int) -> np.ndarray:
+    """[rows, columns]: the patches in which no pixel of a white picture is on its black canvas, pixel by pixel."""
+    mask = np.asarray(canvas)[..., 0] > 0
+    fine = mask.repeat(rows, 0).repeat(columns, 1)  # every patch is whole now: as many points as the canvas has pixels
+    blocks = fine.reshape(rows, mask.shape[0], columns, mask.shape[1])
+    return ~blocks.any((1, 3))
+
+
+@pytest.mark.parametrize(
+    ("size", "grid", "number"),
+    [
+        ((32, 32), 8, 0),
+        ((32, 24), 8, 16),  # 4:3, four pixels above and below are a row of patches each
+        ((24, 32), 8, 16),
+        ((32, 25), 8, 8),  # three above, four below: one pixel of the picture is in the first row
+        ((32, 22), 8, 16),  # five: the second row has a pixel of the picture
+        ((33, 32), 8, 0),
+        ((40, 1), 5, 20),
+        ((1, 41), 5, 20),
+        ((31, 10), 4, 8),
+    ],
+)
+def test_a_patch_is_padding_if_no_pixel_of_the_picture_is_in_it(size, grid, number):
+    """Methods keep tokens there, and nobody counted them."""
+    side, white = max(size), Image.new("RGB", size, "white")
+    expected = empty_slowly(pad_to_square(white, (0, 0, 0), side), grid, grid)  # of this size, nothing is resized
+    for tower in (side, 336):
+        found = on_padding(single(grid, grid), ImageProcessor(tower, tower).canvas(size))
+        assert (found.sum(), found.tolist()) == (number, expected.flatten().tolist())
+    cropped = pad_to_square(white, (0, 0, 0), side).crop((4, 4, side - 4, side - 4))
+    found = ImageProcessor(side, side - 8).canvas(size).empty((grid, grid))
+    assert found.tolist() == empty_slowly(cropped, grid, grid).tolist(), "where the tower sees the middle alone"
+
+
+@pytest.mark.parametrize("size", [(56, 56), (300, 90), (90, 300), (57, 21), (10, 300), (120, 50)])
+def test_padding_of_tiles_is_found_and_the_base_image_has_none(size):
+    """Unpadding takes most of it off; one row or column can stay."""
+    for merge, force in (("spatial_unpad", None), ("spatial", None), ("spatial", (56, 56))):
+        processor = AnyresProcessor(SMALL_CLIP, SMALL_GRID, SMALL, merge=merge, force=force)
+        layout, canvas = processor.arrange(size), processor.canvas(size)
+        found, (down, across) = on_padding(layout, canvas), layout.tiles or (1, 1)
+        white = on_canvas(Image.new("RGB", size, "white"), processor.resolution(size))
+        empty = empty_slowly(white, down * SMALL_GRID[0], across * SMALL_GRID[1])
+        expected = []
+        for crop, row, column in layout.origins().tolist():
+            top, left = (max(0, crop - 1) // across * SMALL_GRID[0], max(0, crop - 1) % across * SMALL_GRID[1])
+            expected.append(crop > 0 and row >= 0 and bool(empty[top + row, left + column]))
+        assert found.tolist() == expected
+        assert found.sum() <= max(down * SMALL_GRID[0], across * SMALL_GRID[1]) or merge == "spatial"
+        assert not on_padding(layout.with_cls, canvas)[[crop.cls for crop in layout.with_cls.crops]].any()

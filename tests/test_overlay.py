@@ -8,14 +8,17 @@ from PIL import Image, ImageColor
 from eval.figures.overlay import (
     DIM,
     GAP,
+    HATCHED,
     PALETTE,
     TINT,
     PatchAssignment,
     colour_groups,
     draw_overlay,
+    panels_of,
     patches_of,
     save_small,
 )
+from llava.processing.image import AnyresProcessor, ImageProcessor, centred
 from llava.processing.video import Video
 from llava.reduction import Reduction, Step
 from llava.reduction.token_layout import TokenLayout, frames, single, stitched
@@ -124,13 +127,17 @@ def test_steps_compose(trace, patches, assignment, kept):
     assert (found.assignment.tolist(), found.kept.tolist()) == (assignment, kept)
 
 
-def test_a_wide_picture_is_covered_as_the_padded_square():
-    """32 x 16 on a 4 x 4 grid: the picture lies on rows 1 and 2, rows 0 and 3 are padding."""
+def test_padding_is_drawn_with_the_tokens_on_it():
+    """32 x 16 on a 4 x 4 grid: the picture lies on rows 1 and 2. Tokens kept beside it were cropped away unseen."""
     wide = Image.new("RGB", (32, 16), (200, 200, 200))
-    padded = np.asarray(draw_overlay(wide, [prune([4, 11], 16)], GRID))
-    assert padded.shape == (16, 32, 3)
-    assert padded[4, 4].tolist() == [200] * 3 and padded[12, 28].tolist() == [200] * 3
-    assert padded[12, 4].tolist() == [84] * 3
+    square = draw_overlay(wide, [prune([0, 4, 11], 16)], GRID, canvas=centred((32, 16), (32, 32)))
+    padded = np.asarray(square).astype(int)
+    assert padded.shape == (32, 32, 3)
+    assert padded[12, 4].tolist() == [200] * 3 and padded[20, 28].tolist() == [200] * 3
+    assert padded[20, 4].tolist() == [84] * 3
+    kept, dropped = padded[:8, :8, 0], padded[:8, 8:, 0]
+    assert set(kept.flatten()) == {line[0] for line in HATCHED} and kept.min() > dropped.max()
+    assert set(padded[24:, :, 0].flatten()) == set(dropped.flatten()) == {round(line[0] * DIM) for line in HATCHED}
     stretched = np.asarray(draw_overlay(wide, [prune([2, 5], 8)], single(2, 4)))
     assert stretched[12, 12].tolist() == [200] * 3 and stretched[2, 4].tolist() == [84] * 3
 
@@ -140,6 +147,8 @@ def test_a_large_photograph_is_drawn_small(size, drawn):
     """It was drawn with all its pixels: 12 megapixels took 14 s, 48 held 6 GB and never ended."""
     image = Image.new("L", size, 200)
     assert draw_overlay(image, [prune([0], 16)], GRID).size == draw_overlay(image, [], GRID).size == drawn
+    square = draw_overlay(image, [], GRID, canvas=centred(size, (size[0], size[0])))
+    assert square.size == (drawn[0], drawn[0])
     assert draw_overlay(GREY, [], GRID, upscale=3).size == (96, 96)
 
 
@@ -161,6 +170,19 @@ def test_kept_patches_of_both_views_are_clear_and_all_others_dim():
     clear = np.zeros((32, 64), bool)
     clear[16:, 48:56] = True
     assert ((tiles == 255) == clear).all()
+
+
+def test_tiles_are_drawn_on_the_picture_where_they_lie():
+    """With merge=spatial no padding is taken off the tiles, and the picture was drawn over it, stretched."""
+    picture = Image.new("RGB", (56, 14), "white")
+    for merge, sides in (("spatial", (56, 56)), ("spatial_unpad", (56, 14))):
+        processor = AnyresProcessor(ImageProcessor(28, 28), (4, 4), [(56, 56)], merge=merge)
+        layout, canvas = processor.arrange(picture.size), processor.canvas(picture.size)
+        base, tiles = panels_of(picture, layout, canvas)
+        assert (base.image.size, tiles.image.size) == (picture.size, sides)
+        assert tiles.grid.shape == (sides[1] // 7, 8)
+        white = np.asarray(tiles.image).min((1, 2)) == 255
+        assert np.flatnonzero(white).tolist() == list(range(21, 35) if merge == "spatial" else range(14))
 
 
 def test_frames_of_a_video_stand_in_two_rows():

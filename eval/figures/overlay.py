@@ -6,6 +6,7 @@ Which parts of an image the model kept: the reductions of one sample drawn on it
 
 Kept patches are the photograph itself. Merged patches are tinted faintly, and a thin line in the group's colour follows
 the border of every group; the patch at which the merged token stands has a frame. Dropped patches are dim and grey.
+Where patches lie beside the photograph, hatched padding is drawn in its place.
 
 Overlays of whole samples: one panel per image, base image and tiles side by side, or all frames of a video.
 """
@@ -23,7 +24,7 @@ from llava.pipeline.accounting import Answer
 from llava.processing.prompt import Sample
 from llava.processing.video import Video
 from llava.reduction import Step
-from llava.reduction.token_layout import TokenLayout
+from llava.reduction.token_layout import WITHOUT_PADDING, Canvas, TokenLayout
 
 Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -148,42 +149,50 @@ def colour_groups(patches: PatchAssignment, grids: Sequence[Ints]) -> Ints:
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """An image, and the grid of patches that lies on it.
+    """An image, and the grid of patches that covers it.
 
     Attributes:
         name: what the panel shows, for a caption.
+        image: the photograph, its longer side at most LARGEST; on hatched padding where patches lie beside it.
         grid: [rows, columns], the visual token of every cell, NONE where there is none.
-        square: the grid covers the image padded to a square. False: it covers the image.
     """
 
     name: str
     image: Image.Image
     grid: Ints
-    square: bool = False
-
-    def canvas(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Width and height that the grid covers, of the image drawn at `size`; the image is in the middle."""
-        return (max(size), max(size)) if self.square else size
 
 
-def panels_of(picture: Image.Image | Video, layout: TokenLayout) -> list[Panel]:
+def panels_of(picture: Image.Image | Video, layout: TokenLayout, canvas: Canvas | None = None) -> list[Panel]:
     """The panels of an image or video.
 
     Args:
         layout: of the visual tokens whose indices the grids hold.
+        canvas: where the picture lies on what its patches cover; None if that is not known: they cover the picture.
     """
+    grids = grids_of(layout)
     if isinstance(picture, Video):
         return [
-            Panel(f"frame {number + 1}", frame, view_grid(layout, number))
-            for number, frame in enumerate(picture.frames)
+            Panel(f"frame {number}", shrunk(frame), grid)
+            for number, (frame, grid) in enumerate(zip(picture.frames, grids, strict=True), start=1)
         ]
-    if layout.tiles is not None:
-        return [
-            Panel("base image", picture, view_grid(layout, 0)),
-            Panel("tiles", picture, stitched_grid(layout, layout.tiles)),
-        ]
-    # A square grid is that of a padded image; another one follows the image's own shape.
-    return [Panel("image", picture, view_grid(layout, 0), square=layout.grid[0] == layout.grid[1])]
+    photo = shrunk(picture)
+    if layout.tiles is None:
+        return [Panel("image", with_padding(photo, canvas), grids[0])]
+    table = stitched_grid(layout, layout.tiles)
+    (rows, columns), (down, across) = used(table), table.shape
+    window = columns.start / across, rows.start / down, columns.stop / across, rows.stop / down
+    return [Panel("base image", photo, grids[0]), Panel("tiles", with_padding(photo, canvas, window), grids[1])]
+
+
+def grids_of(layout: TokenLayout) -> list[Ints]:
+    """The grid of every panel: of an image or all frames, or of the base image and the stitched tiles.
+
+    Rows and columns of tiles that unpadding took off as a whole are left out.
+    """
+    if layout.tiles is None:
+        return [view_grid(layout, number) for number in range(len(layout.crops))]
+    table = stitched_grid(layout, layout.tiles)
+    return [view_grid(layout, 0), table[used(table)]]
 
 
 def view_grid(layout: TokenLayout, number: int) -> Ints:
@@ -195,15 +204,21 @@ def view_grid(layout: TokenLayout, number: int) -> Ints:
 
 
 def stitched_grid(layout: TokenLayout, tiles: tuple[int, int]) -> Ints:
-    """The same of all tiles together, without the rows and columns that unpadding took off."""
+    """The same of all tiles together."""
     down, across = tiles
     rows = [np.concatenate([view_grid(layout, 1 + row * across + i) for i in range(across)], 1) for row in range(down)]
-    table = np.concatenate(rows)
-    used = table != NONE
-    return table[used.any(1)][:, used.any(0)] if used.any() else table
+    return np.concatenate(rows)
+
+
+def used(table: Ints) -> tuple[slice, slice]:
+    """The rows and columns of a grid that have tokens; all of it if none have any."""
+    tokens = table != NONE
+    rows, columns = (np.flatnonzero(tokens.any(axis) | ~tokens.any()) for axis in (1, 0))
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
 LARGEST = 1024  # pixels of the longer side at which a photograph is drawn
+HATCHED = (165, 165, 165), (228, 228, 228)  # stripes of padding, and what is between them
 GREY = 0.7  # share of grey in a dropped patch
 DIM = 0.42  # brightness left to a dropped patch
 FADED = 0.35  # share of grey in a merged patch
@@ -211,14 +226,46 @@ TINT = 0.16  # share of the group's colour in a merged patch
 LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
-def scaled(image: Image.Image, upscale: int) -> Image.Image:
-    """The image in RGB, its longer side at most LARGEST, then every pixel repeated `upscale` times in each direction.
+def shrunk(image: Image.Image) -> Image.Image:
+    """The image in RGB, its longer side at most LARGEST.
 
     An overlay has a few hundred patches; of a photograph with all its pixels it takes minutes and gigabytes.
     """
-    shrunk = image.convert("RGB")
-    shrunk.thumbnail((LARGEST, LARGEST), reducing_gap=2)
-    return shrunk.resize((shrunk.width * upscale, shrunk.height * upscale), Image.Resampling.NEAREST)
+    small = image.convert("RGB")
+    small.thumbnail((LARGEST, LARGEST), reducing_gap=2)
+    return small
+
+
+def scaled(image: Image.Image, upscale: int) -> Image.Image:
+    """The image with every pixel repeated `upscale` times in each direction."""
+    return image.resize((image.width * upscale, image.height * upscale), Image.Resampling.NEAREST)
+
+
+def with_padding(
+    photo: Image.Image, canvas: Canvas | None, window: tuple[float, float, float, float] = (0, 0, 1, 1)
+) -> Image.Image:
+    """What patches cover: the photograph, cut off or with hatched padding beside it.
+
+    Args:
+        canvas: None where it is not known: patches then cover the photograph.
+        window: left, top, right and bottom of what is shown of the canvas, from 0 to 1.
+    """
+    if canvas is None or canvas == WITHOUT_PADDING:
+        return photo
+    (width, height), (left, top, right, bottom) = canvas.size, canvas.box
+    scale = max(photo.size) / max(right - left, bottom - top)
+    photo = photo.resize((max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale))))
+    # Edges of the window in pixels of the photograph.
+    x, end_x = (round((edge * width - left) * scale) for edge in window[::2])
+    y, end_y = (round((edge * height - top) * scale) for edge in window[1::2])
+    if (x, y, end_x, end_y) == (0, 0, *photo.size):
+        return photo
+    down, across = np.ogrid[: max(1, end_y - y), : max(1, end_x - x)]
+    period = max(4, max(down.size, across.size) // 48)
+    stripes = (down + across) % period < period / 4
+    drawn = Image.fromarray(np.where(stripes[..., None], *map(np.uint8, HATCHED)))
+    drawn.paste(photo, (-x, -y))
+    return drawn
 
 
 def draw_panel(panel: Panel, patches: PatchAssignment, colours: Ints, upscale: int = 1) -> Image.Image:
@@ -228,8 +275,9 @@ def draw_panel(panel: Panel, patches: PatchAssignment, colours: Ints, upscale: i
         patches: of the tokens whose indices the panel's grid holds.
         colours: [K], index into PALETTE of every token, from `colour_groups`.
     """
-    image = scaled(panel.image, upscale)
-    cell = cells_of_pixels(panel, image.size)  # [height, width]
+    image, (rows, columns) = scaled(panel.image, upscale), panel.grid.shape
+    down, across = np.ogrid[: image.height, : image.width]
+    cell = down * rows // image.height * columns + across * columns // image.width  # [height, width]
     token = panel.grid.flatten()[cell]
     known = token != NONE
     dropped, merged = ~known | patches.dropped[token], known & patches.merged[token]
@@ -242,8 +290,7 @@ def draw_panel(panel: Panel, patches: PatchAssignment, colours: Ints, upscale: i
     dim = (pixels + (grey - pixels) * GREY) * DIM
     drawn = np.where(dropped[..., None], dim, np.where(merged[..., None], faded, pixels))
 
-    (width, height), (rows, columns) = panel.canvas(image.size), panel.grid.shape
-    thin = max(1, round(min(width / columns, height / rows) / 12))  # a twelfth of a patch
+    thin = max(1, round(min(image.width / columns, image.height / rows) / 12))  # a twelfth of a patch
     group = np.where(known & patches.grouped[token], patches.assignment[token], -1)
     border = (group >= 0) & differs(group, thin)
     frame = known & patches.target[token] & differs(cell, 2 * thin, outside=True)
@@ -254,19 +301,6 @@ def draw_panel(panel: Panel, patches: PatchAssignment, colours: Ints, upscale: i
 def save_small(image: Image.Image, path: Path) -> None:
     """Write a PNG with 256 colours, chosen so that no colour of the image changes visibly."""
     image.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=3).save(path, optimize=True)
-
-
-def cells_of_pixels(panel: Panel, size: tuple[int, int]) -> Ints:
-    """[height, width]: the cell of the panel's grid, in raster order, that each pixel of the image lies in.
-
-    Args:
-        size: width and height at which the image is drawn.
-    """
-    (width, height), (rows, columns) = panel.canvas(size), panel.grid.shape
-    row = (np.arange(size[1]) + (height - size[1]) // 2) * rows // height
-    column = (np.arange(size[0]) + (width - size[0]) // 2) * columns // width
-    drawn: Ints = row[:, None] * columns + column[None]
-    return drawn
 
 
 def differs(values: Ints, distance: int, outside: bool = False) -> Mask:
@@ -311,8 +345,10 @@ GAP = 4  # pixels between panels
 def draw_answer(sample: Sample, answer: Answer) -> list[Image.Image]:
     """One overlay for every image of a sample."""
     return [
-        draw_overlay(picture, trace_of(answer.trace, number), answer.runs[number], upscale_of(picture))
-        for number, picture in enumerate(sample.images)
+        draw_overlay(picture, trace_of(answer.trace, number), layout, upscale_of(picture), canvas)
+        for number, (picture, layout, canvas) in enumerate(
+            zip(sample.images, answer.runs, answer.canvases, strict=True)
+        )
     ]
 
 
@@ -323,9 +359,9 @@ def trace_of(trace: Sequence[Step], number: int) -> list[Step]:
 
 
 def draw_original(picture: Image.Image | Video) -> Image.Image:
-    """The image without an overlay, as large as `draw_answer` draws it; of a video its frames in two rows."""
+    """The image without overlay and padding, as large as in `draw_answer`; of a video its frames in two rows."""
     frames = picture.frames if isinstance(picture, Video) else [picture]
-    return frame_sheet([scaled(frame, upscale_of(picture)) for frame in frames])
+    return frame_sheet([scaled(shrunk(frame), upscale_of(picture)) for frame in frames])
 
 
 def upscale_of(picture: Image.Image | Video) -> int:
@@ -341,7 +377,11 @@ def frame_sheet(panels: Sequence[Image.Image]) -> Image.Image:
 
 
 def draw_overlay(
-    picture: Image.Image | Video, trace: Sequence[Step], layout: TokenLayout, upscale: int = 1
+    picture: Image.Image | Video,
+    trace: Sequence[Step],
+    layout: TokenLayout,
+    upscale: int = 1,
+    canvas: Canvas | None = None,
 ) -> Image.Image:
     """Draw which patches were kept, merged and dropped, one panel per view of the image.
 
@@ -349,14 +389,15 @@ def draw_overlay(
         trace: the steps of this image, in order; without steps everything was kept.
         layout: of the tokens that the model takes without reduction.
         upscale: enlarge the image by this whole factor; small images are easier to read so.
+        canvas: see `panels_of`.
 
     Returns:
-        RGB, the size of the image, its longer side at most LARGEST, times `upscale`. Of a tiled image: one panel for
-        the base image and one for the tiles, which is dim where unpadding left no tile patch. Of a video: its frames in
-        two rows.
+        RGB, the size of the image with its padding, times `upscale`; the image's longer side is at most LARGEST. Of a
+        tiled image: one panel for the base image and one for the tiles, which is dim where unpadding left no tile
+        patch. Of a video: its frames in two rows.
     """
     patches, layout = patches_of(trace, layout)
-    panels = panels_of(picture, layout)
+    panels = panels_of(picture, layout, canvas)
     colours = colour_groups(patches, [panel.grid for panel in panels])
     drawn = [draw_panel(panel, patches, colours, upscale) for panel in panels]
     return frame_sheet(drawn) if isinstance(picture, Video) else beside(drawn)

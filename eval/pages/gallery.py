@@ -34,6 +34,7 @@ from eval.figures.overlay import (
     Panel,
     PatchAssignment,
     colour_groups,
+    grids_of,
     panels_of,
     patches_of,
 )
@@ -46,9 +47,8 @@ from llava.pipeline.accounting import Batch
 from llava.pipeline.generate import generate
 from llava.pipeline.prefill import prefill
 from llava.processing.prompt import Sample
-from llava.processing.video import Video
 from llava.reduction import PromptState, Reducer, Step, TowerScore, registry
-from llava.reduction.token_layout import TokenLayout
+from llava.reduction.token_layout import TokenLayout, on_padding
 
 Floats = NDArray[np.float32]
 
@@ -110,7 +110,7 @@ class Probe(Reducer):
 
 
 SHARES = (1 / 3, 2 / 9, 1 / 9, 1 / 18)  # of 576 visual tokens: 192, 128, 64 and 32
-BEFORE_DECODER = {"input": 0, "tower": 0, "encoder": 0, "prompt": 1}
+BEFORE_DECODER = ("input", "tower", "encoder")
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +133,6 @@ class Result:
 
     Attributes:
         tokens_per_layer: visual tokens that enter each decoder layer.
-        seconds: TTFT of this one run.
         states: one for each stage that changed something; the first is the untouched image.
         at: for each position (after the vision encoder, then entering each decoder layer) the index of its state.
     """
@@ -142,7 +141,6 @@ class Result:
     budget: int
     text: str
     tokens_per_layer: tuple[int, ...]
-    seconds: float
     states: tuple[State, ...]
     at: tuple[int, ...]
 
@@ -152,7 +150,8 @@ class Gallery:
     """Everything that the page shows.
 
     Attributes:
-        budgets: descending.
+        padding: the cells on padding, as numbers in ascending order; empty where there are none or none are known.
+        budgets: ascending.
         methods: in the order of the page.
         options: of the methods that do not have their defaults.
         unavailable: (method, budget) -> why it did not run.
@@ -165,6 +164,7 @@ class Gallery:
     model: str
     device: str
     panels: tuple[Panel, ...]
+    padding: Ints
     full: Result
     budgets: tuple[int, ...]
     methods: tuple[str, ...]
@@ -201,22 +201,22 @@ def collect(
     full_reducer = registry.build(FULL, model.visual_tokens)
     generate(model, [sample], full_reducer, max_new_tokens)
     batch = generate(model, [sample], full_reducer, max_new_tokens)
-    (layout,) = batch.answers[0].runs
-    picture = sample.images[0]
-    panels = tuple(panels_of(picture, layout))
-    full = result_of(FULL, layout.tokens, batch, picture)
+    (layout,), (canvas,) = batch.answers[0].runs, batch.answers[0].canvases
+    panels = tuple(panels_of(sample.images[0], layout, canvas))
+    full = result_of(FULL, layout.tokens, batch)
     results, unavailable = [], {}
     counts = {tokens_of(one, layout.tokens) if isinstance(one, float) else one for one in budgets or SHARES}
-    descending = tuple(sorted(counts, reverse=True))
+    ascending = tuple(sorted(counts))
     for name in tqdm(methods, desc="methods", disable=None):
-        for budget in descending:
+        for budget in ascending:
             try:
                 batch = generate(model, [sample], registry.build(name, budget, settings[name]), max_new_tokens)
             except UserError as error:
                 unavailable[name, budget] = str(error)
             else:
-                results.append(result_of(name, budget, batch, picture))
-    maps, cells = score_maps(model, sample), cells_of(panels)
+                results.append(result_of(name, budget, batch))
+    maps, cells = score_maps(model, sample), cells_of([panel.grid for panel in panels])
+    empty = np.zeros(layout.tokens, bool) if canvas is None else on_padding(layout, canvas).numpy()
     without_cls = ConsensusDrop(budget=1).without_cls(model.spec)
     notes = [f"{without_cls[0].upper()}{without_cls[1:]}."] if without_cls else []
     if len(layout.newlines):
@@ -227,8 +227,9 @@ def collect(
         model=model.name,
         device=str(model.device),
         panels=panels,
+        padding=np.flatnonzero((cells != NONE) & empty[cells]),
         full=full,
-        budgets=descending,
+        budgets=ascending,
         methods=tuple(methods),
         options={name: changed for name, changed in settings.items() if changed},
         results=tuple(results),
@@ -238,39 +239,39 @@ def collect(
     )
 
 
-def result_of(method: str, budget: int, batch: Batch, picture: Image.Image | Video) -> Result:
+def result_of(method: str, budget: int, batch: Batch) -> Result:
     """What the page shows of a batch of one answer."""
     (answer,) = batch.answers
     per_layer = answer.accounting.tokens_per_layer
-    effective = [position_of(step.place) for step in answer.trace]
+    effective = [position_of(step) for step in answer.trace]
     counts = [sum(one <= position for one in effective) for position in range(len(per_layer) + 1)]
     lengths = sorted({0, *counts})
-    states = tuple(state_of(answer.trace[:length], answer.runs[0], picture) for length in lengths)
+    states = tuple(state_of(answer.trace[:length], answer.runs[0]) for length in lengths)
     at = tuple(lengths.index(count) for count in counts)
-    return Result(method, budget, answer.text, per_layer, batch.timing.ttft, states, at)
+    return Result(method, budget, answer.text, per_layer, states, at)
 
 
-def position_of(place: str) -> int:
+def position_of(step: Step) -> int:
     """The first position at which a step has taken effect: 0 is after the vision encoder, 1 + L enters layer L."""
-    return BEFORE_DECODER[place] if place in BEFORE_DECODER else 1 + int(place.removeprefix("layer "))
+    return 0 if step.place in BEFORE_DECODER else 1 + step.layer
 
 
-def state_of(steps: Sequence[Step], layout: TokenLayout, picture: Image.Image | Video) -> State:
+def state_of(steps: Sequence[Step], layout: TokenLayout) -> State:
     """Where the cells of all panels are after `steps`, the first steps of an answer."""
     patches, numbered = patches_of(steps, layout)
-    panels = panels_of(picture, numbered)
-    cells = cells_of(panels)
+    grids = grids_of(numbered)
+    cells = cells_of(grids)
     place = np.full(len(patches.assignment), -1)  # cell of each visual token
     shown = cells != NONE
     place[cells[shown]] = np.flatnonzero(shown)
     kept = np.where(patches.kept < 0, -1, place[patches.kept])
     by_cell = PatchAssignment(np.where(shown, patches.assignment[cells], -1), kept)
-    return State(by_cell, colour_groups(patches, [panel.grid for panel in panels]))
+    return State(by_cell, colour_groups(patches, grids))
 
 
-def cells_of(panels: Sequence[Panel]) -> Ints:
+def cells_of(grids: Sequence[Ints]) -> Ints:
     """The visual token of every cell of all panels, one panel after another; NONE where there is none."""
-    return np.concatenate([panel.grid.flatten() for panel in panels])
+    return np.concatenate([grid.flatten() for grid in grids])
 
 
 LONGEST_SIDE = 768  # pixels of a photograph in the page; a panel is never drawn much larger
@@ -290,10 +291,10 @@ def page_data(gallery: Gallery) -> str:
                 "image": list(photographs).index(id(panel.image)),
                 "rows": panel.grid.shape[0],
                 "columns": panel.grid.shape[1],
-                "square": panel.square,
             }
             for panel in gallery.panels
         ],
+        "padding": gallery.padding,
         "maps": [map_data(key, values) for key, values in gallery.maps.items()],
         "budgets": gallery.budgets,
         "tokens": gallery.full.tokens_per_layer[0],

@@ -14,6 +14,7 @@
   // ---- data ----
   const bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer;
   const whole = (text) => new Int32Array(bytes(text));
+  const padding = new Set(whole(data.padding));
 
   // Token and role of every cell: 0 dropped, 1 kept, 2 merged, 3 a patch at which a merged token stands.
   function decode(state) {
@@ -29,8 +30,9 @@
     const colour = (index) => data.style.palette[colours[index]];
     const count = (number) => role.reduce((sum, one) => sum + (one === number), 0);
     const outside = kept.reduce((sum, cell) => sum + (cell < 0), 0);
+    const empty = kept.reduce((sum, cell) => sum + padding.has(cell), 0);
     const dropped = count(0), merged = count(2), targets = count(3);
-    return Object.assign(state, { token, role, members, colour, outside, dropped, merged, targets, alone: count(1) });
+    return Object.assign(state, { token, role, members, colour, outside, empty, tokens: kept.length, dropped, merged, targets, alone: count(1) });
   }
 
   const answers = new Map(data.results.map((result) => [`${result.method} ${result.budget}`, result]));
@@ -83,16 +85,10 @@
     const context = canvas.getContext("2d");
     context.imageSmoothingQuality = "high";
     context.drawImage(photo.image, 0, 0, width, height);
-    // Whole pixels as edges of cells, so that neighbours leave no gap. A square grid lies on the padded image.
-    const across = panel.square ? Math.max(width, height) : width;
-    const down = panel.square ? Math.max(width, height) : height;
-    const edges = (count, length, visible) =>
-      Array.from({ length: count + 1 }, (_, at) =>
-        Math.min(visible, Math.max(0, Math.round((at * length) / count - (length - visible) / 2))),
-      );
-    const x = edges(panel.columns, across, width);
-    const y = edges(panel.rows, down, height);
-    const thin = Math.max(1, Math.round(Math.min(across / panel.columns, down / panel.rows) / 12));
+    // Whole pixels as edges of cells, so that neighbours leave no gap.
+    const edges = (count, length) => Array.from({ length: count + 1 }, (_, at) => Math.round((at * length) / count));
+    const [x, y] = [edges(panel.columns, width), edges(panel.rows, height)];
+    const thin = Math.max(1, Math.round(Math.min(width / panel.columns, height / panel.rows) / 12));
     const start = starts[number];
     const each = (visit) => {
       for (let row = 0; row < panel.rows; row++) {
@@ -198,7 +194,8 @@
     else if (state.merged) parts.push(`${state.merged} merged`);
     parts.push(`${state.dropped} dropped`);
     if (state.outside) parts.push(`${state.outside} token${state.outside > 1 ? "s" : ""} at no patch`);
-    return parts.join(", ");
+    const empty = padding.size ? `. ${state.empty} of ${state.tokens} tokens on padding` : "";
+    return parts.join(", ") + empty;
   }
 
   function show(one, result, reason, position, most, map, opacity) {
@@ -216,7 +213,7 @@
     const same = one !== full && result.text === data.full.text;
     one.answer.textContent = result.text || "(nothing)";
     if (one !== full) one.answer.append(" ", element("span", "quiet", same ? "= same answer" : "≠ other answer"));
-    one.counts.textContent = `Patches: ${countsOf(state)}. TTFT ${(1000 * result.seconds).toFixed(0)} ms.`;
+    one.counts.textContent = `Patches: ${countsOf(state)}.`;
     const ends = [...new Set([result.tokens_per_layer[0], result.tokens_per_layer[layers - 1]])].join(" to ");
     one.caption.textContent = `Tokens entering layers 0 to ${layers - 1}: ${ends}.`;
     if (one.bars.children.length !== layers) result.tokens_per_layer.forEach(() => one.bars.append(element("i")));
@@ -238,11 +235,9 @@
   // ---- what is under the pointer ----
   // The cell of a panel at a place of its canvas, both in CSS pixels; -1 beside the grid.
   function cellAt(canvas, number, left, top) {
-    const { rows, columns, square } = data.panels[number];
-    const [width, height] = [canvas.clientWidth, canvas.clientHeight];
-    const [across, down] = square ? [Math.max(width, height), Math.max(width, height)] : [width, height];
-    const row = Math.floor(((top + (down - height) / 2) * rows) / down);
-    const column = Math.floor(((left + (across - width) / 2) * columns) / across);
+    const { rows, columns } = data.panels[number];
+    const row = Math.floor((top * rows) / canvas.clientHeight);
+    const column = Math.floor((left * columns) / canvas.clientWidth);
     return row < 0 || column < 0 || row >= rows || column >= columns ? -1 : starts[number] + row * columns + column;
   }
 
@@ -250,6 +245,7 @@
     const { columns } = data.panels[number];
     const at = cell - starts[number];
     const words = [`row ${Math.floor(at / columns)}, column ${at % columns}`];
+    if (padding.has(cell)) words.push("padding");
     if (one.state) {
       const members = one.state.members[one.state.token[cell]];
       words.push(["dropped", "kept", `merged into a token of ${members} patches`, `${members} patches are merged here`][one.state.role[cell]]);
