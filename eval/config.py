@@ -372,10 +372,11 @@ def changed_options(method: str, options: Mapping[str, Any]) -> list[str]:
     """["alpha=1.0", "merge=none"]: options that differ from their defaults; all of a method that is not registered.
 
     Args:
-        options: as a result holds them.
+        options: as a result holds them; the budget, a number or a ratio, is none of them.
     """
+    own = {key: value for key, value in options.items() if key not in ("budget", RETENTION_RATIO)}
     plain = default_options(method)
-    return [f"{k}={v}" for k, v in options.items() if k != "budget" and (k not in plain or plain[k] != v)]
+    return [f"{k}={v}" for k, v in own.items() if k not in plain or plain[k] != v]
 
 
 def changed_fields(config: RunConfig) -> dict[str, Any]:

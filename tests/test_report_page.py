@@ -126,6 +126,22 @@ def test_groups_alike_are_told_apart_and_options_are_shown(real, tmp_path):
     assert {row.series for row in found.rows} == {"consensusdrop (alpha=1.0)", "mine (x=3)"}
 
 
+def test_a_ratio_is_shown_as_it_was_asked_for(real, tmp_path):
+    """A method was called "divprune retention_ratio=0.1111111111111111", and every ratio was a line of its own."""
+    for budget, ratio in ((64, 1 / 9), (128, 2 / 9)):
+        write(
+            tmp_path / str(budget), real, "divprune", budget, 40.0, config={"budget": budget, "retention_ratio": ratio}
+        )
+    found = report.collect(tmp_path)
+    assert [(row.size, row.budget, row.series) for row in found.rows] == [
+        ("1/9", 64, "divprune"),
+        ("2/9", 128, "divprune"),
+    ]
+    text = report.page(found, tmp_path, tmp_path / "report.html", "vtr report")
+    table = text[text.index("<tbody>") : text.index("</tbody>")]
+    assert ">1/9</td>" in table and "retention" not in table
+
+
 def test_damaged_files_are_named_and_the_others_stay(real, folder, capsys):
     runs = folder / "gqa-testdev" / "fake"
     texts = {"half": '{"method": "ran', "empty": "", "list": "[]", "other": '{"method": "a"}', "binary": "\xff\xfe"}
@@ -179,7 +195,7 @@ def page_file(folder) -> Path:
 
 def shown(page, column: int = 0) -> list[str]:
     """Texts of a column, of the rows that the filters leave."""
-    script = "column => [...document.querySelectorAll('#results tbody tr:not([hidden])')]"
+    script = "column => [...document.querySelectorAll('#results tr[data-row]:not([hidden])')]"
     return page.evaluate(f"{script}.map(row => row.cells[column].textContent.trim())", column)
 
 
@@ -222,7 +238,7 @@ def test_table_sorts_and_plots_and_rows_obey_the_filters(page_file, folder):
         bars = page.evaluate("document.getElementById('plot-tokens').data.map(trace => trace.error_y.arrayminus[0])")
         assert bars == [2, 2, 2]
         symbols = page.evaluate("document.getElementById('plot-tokens').data.map(trace => trace.marker.symbol)")
-        assert symbols == ["star", "circle", "circle"], "only full is a star"
+        assert symbols[0] == "star" and len(set(symbols)) == 3, "only full is a star, and neighbours differ"
 
         page.uncheck("[data-series='1']")  # the method with the evil name
         assert set(points(page, "plot-tokens")) == {(64, 80), (16, 60), (32, 70)}
@@ -256,8 +272,35 @@ def test_a_point_shows_its_run_and_a_click_its_row(page_file):
         assert "random" in words and "70.0 % [68.0, 72.0]" in words and "gqa-testdev/fake/random-32" in words
         page.mouse.click(*middle)
         page.wait_for_selector("tr.found")
-        assert "random-32" in page.inner_text("tr.found")
+        assert "random-32" in page.inner_text("tr.found + tr.details")
         assert not page.errors
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [390, 1024, 1440])
+def test_no_column_lies_outside_the_window(real, folder, tmp_path, width):
+    """The table had 2,149 px in 1,374 of a wide window, and a phone saw the column "Method" alone."""
+    long = {"budget": 64, "alpha": 1.0, "fusion": "cross_first", "anchors": "stride", "weights": "none"}
+    write(folder / "gqa-testdev" / "fake" / "c", real, "consensusdrop", 64, 50.0, model="llava-v1.6-34b", config=long)
+    assert main([str(folder), "--output", str(tmp_path / "page.html")]) == 0
+    with opened(tmp_path / "page.html", (width, 900)) as page:
+        page.wait_for_selector("#plot-flops .main-svg")
+        page.locator("#results tbody button").first.press("Enter")
+        assert page.get_attribute("#results tbody button", "aria-expanded") == "true"
+        wide = "e => [...document.querySelectorAll(e)].filter(one => one.scrollWidth > one.clientWidth).length"
+        assert page.evaluate(wide, ".scroll, .plot, figure") == 0 == overflow(page)
+        heads = page.evaluate("[...document.querySelectorAll('#results th')].map(head => head.textContent)")
+        visible = page.locator("#results th:visible").all_inner_texts()
+        assert len(heads) == 14 and {"Method", "Budget", "Score", "% of full"} <= set(visible)
+        details = page.locator("tr.details")
+        assert details.locator("dt").all_inner_texts() == heads[1:], "an opened row has every column"
+        assert "full-64" in page.inner_text("tr.details")
+        page.locator("#results thead button").first.click()  # sorting moves rows, so what is below them closes
+        assert details.count() == 0
+        page.locator("#results td:first-child").first.click()
+        assert details.count() == 1 and not page.errors
+        page.fill("#words", "no such words")
+        assert details.count() == 0
 
 
 @needs_browser

@@ -26,6 +26,8 @@ from eval.command import exit_on_user_error, make_parser, value
 from eval.config import FULL, TOY_BANNER, changed_options, is_toy, path_name
 from eval.pages import asset, environment, inline_json
 from eval.results.report import interval_of, operations_of
+from eval.tables.page import BRIGHT
+from llava.budget import RETENTION_RATIO, budget_text
 from llava.errors import UserError
 
 RESULT = "result.json"
@@ -74,6 +76,7 @@ class Row:
 
     Attributes:
         options: the method's options that differ from their defaults, "alpha=1.0".
+        size: the budget as it was asked for, "64" or "1/9"; "" where the result has none.
         low, high: the ends of the 95 % confidence interval.
         percent: main score in percent of that of `full` on the same questions under the same settings.
         tokens: visual tokens per layer, mean over layers and samples.
@@ -90,6 +93,7 @@ class Row:
     method: str
     options: str
     budget: float | None
+    size: str
     benchmark: str
     model: str
     metric: str
@@ -168,13 +172,14 @@ def row_of(result: Mapping[str, Any], folder: Path) -> Row:
     main, settings, audit = result["main"], result["settings"], result["audit"]
     interval = interval_of(result) or {}
     ttft, batch, timed = time_of(result)
-    available = result.get("available", result["asked"])
+    available, config = result.get("available", result["asked"]), settings.get("config", {})
     off = result.get("off_budget") or {}
     flops = operations_of(result)
     return Row(
         method=result["method"],
-        options=", ".join(changed_options(result["method"], settings.get("config", {}))),
+        options=", ".join(changed_options(result["method"], config)),
         budget=result["budget"],
+        size="" if result["budget"] is None else budget_text(result["budget"], config.get(RETENTION_RATIO)),
         benchmark=result.get("title") or settings["benchmark"],
         model=settings["model"],
         metric=main.replace("_", " "),
@@ -271,7 +276,7 @@ def group_names(firsts: Sequence[Row]) -> list[str]:
 
 # Fields of a row that report.js reads.
 PLOTTED = (
-    "method", "budget", "benchmark", "model", "metric", "unit", "score", "low", "high", "percent", "tokens", "ttft",
+    "method", "size", "benchmark", "model", "metric", "unit", "score", "low", "high", "percent", "tokens", "ttft",
     "batch", "timed", "kv", "gflop", "questions", "partial", "folder", "group", "series",
 )  # fmt: skip
 
@@ -296,6 +301,7 @@ def page(results: Found, searched: Path, output: Path, made_by: str) -> str:
         "series": series,
         "groups": list(results.groups),
         "full": [name in full for name in series],
+        "colours": BRIGHT[:-1],  # black is that of full, and cannot be seen on a dark page
     }
     place, top = output.resolve().parent, searched.resolve()
     template = environment().get_template("report.html.j2")

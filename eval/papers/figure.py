@@ -13,12 +13,11 @@ from eval.figures.overlay import beside, draw_answer
 from eval.papers.runs import Line, Where, split_of
 from eval.papers.spec import Column
 from eval.sweep import dataset, reducer_of
-from eval.tables.page import COLOURS, MARKERS
+from eval.tables.page import BRIGHT, MARKERS
 from llava.model.llava_arch import Llava
 from llava.pipeline.generate import generate
 
 GREY = "#bbbbbb"
-BRIGHT = [colour for colour in COLOURS if colour != "#999999"]  # that one is taken for a grey line
 NEW_TOKENS = 16
 SIDE = 448  # longest side of a picture
 

@@ -10,6 +10,7 @@ from llava.errors import UserError
 
 # Okabe-Ito colours, readable with every kind of colour vision.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#999999", "#E69F00", "#56B4E9", "#000000")
+BRIGHT = [colour for colour in COLOURS if colour != "#999999"]  # where that one would be taken for a grey line
 MARKERS = "osD^vP*X"
 
 

@@ -1,13 +1,13 @@
 // Filters, plots and the link between them. The rows of the table are in the page; the same rows, as numbers, in #data.
 (() => {
-  const { rows, series, groups, full } = JSON.parse(document.getElementById("data").textContent);
+  const { rows, series, groups, full, colours } = JSON.parse(document.getElementById("data").textContent);
   const get = (id) => document.getElementById(id);
-  const COLOURS = ["#3b7dd8", "#e07b00", "#2e9e4f", "#d6455d", "#8f63d2", "#a8703c", "#d95fae", "#10a4b3", "#a39a00", "#7a8088"];
   const SYMBOLS = [["circle", "\u25CF"], ["square", "\u25A0"], ["diamond", "\u25C6"], ["triangle-up", "\u25B2"], ["triangle-down", "\u25BC"]];
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const isFull = (place) => full[place];
-  const colour = (place) => (isFull(place) ? css("--text") : COLOURS[place % COLOURS.length]);
-  const symbol = (place) => (isFull(place) ? ["star", "\u2605"] : SYMBOLS[Math.floor(place / COLOURS.length) % SYMBOLS.length]);
+  const colour = (place) => (isFull(place) ? css("--text") : colours[place % colours.length]);
+  // Symbols change with colours, so that neighbours differ in both.
+  const symbol = (place) => (isFull(place) ? ["star", "\u2605"] : SYMBOLS[place % SYMBOLS.length]);
   const lines = [...get("results").tBodies[0].rows].sort((a, b) => a.dataset.row - b.dataset.row);
   const texts = lines.map((line) => line.textContent.toLowerCase());
   const chips = [...document.querySelectorAll("[data-series]")];
@@ -42,7 +42,7 @@
     const sure = row.low === null || row.high === null ? "" : ` [${fixed(row.low, 1)}, ${fixed(row.high, 1)}]`;
     const time = row.ttft === null ? "n/a" : `${fixed(row.ttft, row.ttft < 10 ? 2 : 0)} ms (${row.batch === 1 ? "one question" : `batch of ${row.batch}`})`;
     return [
-      `<b>${escape(series[row.series])}</b>${row.budget === null ? "" : `, budget ${row.budget}`}`,
+      `<b>${escape(series[row.series])}</b>${row.size === "" ? "" : `, budget ${row.size}`}`,
       `${escape(row.benchmark)}, ${escape(row.model)}`,
       `${escape(row.metric)} ${fixed(row.score, 1)}${row.unit === "%" ? " %" : " points"}${sure}`,
       `${row.percent === null ? "no result of full" : `${fixed(row.percent, 1)} % of full`}, ${several(row.questions, "question")}${row.partial ? " (part)" : ""}`,
@@ -100,12 +100,43 @@
     Plotly.react(get(id), traces(points, x, y, joined, bars), layout, config);
   }
 
-  // A click on a point shows its row.
+  const heads = [...get("results").tHead.rows[0].cells].map((head) => head.textContent.trim());
+
+  // Below an opened row stands every column of it, with what is otherwise a tooltip.
+  function open(line, wanted) {
+    const button = line.querySelector("button");
+    if ((button.getAttribute("aria-expanded") === "true") === wanted) return;
+    button.setAttribute("aria-expanded", wanted);
+    if (!wanted) return line.nextElementSibling.remove();
+    const list = document.createElement("dl");
+    heads.slice(1).forEach((head, i) => {
+      const [pair, term, value, cell] = [..."div dt dd".split(" ").map((name) => document.createElement(name)), line.cells[i + 1]];
+      term.textContent = head;
+      value.append(...(cell.title ? [cell.textContent, ` (${cell.title})`] : [...cell.childNodes].map((node) => node.cloneNode(true))));
+      pair.append(term, value);
+      list.append(pair);
+    });
+    const details = document.createElement("tr");
+    details.className = "details";
+    details.insertCell().append(list);
+    details.cells[0].colSpan = heads.length;
+    line.after(details);
+  }
+
+  get("results").tBodies[0].addEventListener("click", ({ target }) => {
+    const line = target.closest("tr[data-row]");
+    if (line && !target.closest("a")) open(line, line.querySelector("button").getAttribute("aria-expanded") !== "true");
+  });
+  // Before rows are sorted, what is opened closes.
+  get("results").tHead.addEventListener("click", () => lines.forEach((line) => open(line, false)), true);
+
+  // A click on a point opens its row.
   function connect(id) {
     get(id).on("plotly_click", ({ points: [point] }) => {
       document.querySelectorAll("tr.found").forEach((line) => line.classList.remove("found"));
       const line = lines[point.customdata];
       line.classList.add("found");
+      open(line, true);
       line.scrollIntoView({ block: "center", inline: "start", behavior: "smooth" });
     });
   }
@@ -113,7 +144,10 @@
   function update() {
     const shown = chosen();
     const kept = new Set(shown);
-    lines.forEach((line, i) => { line.hidden = !kept.has(i); });
+    lines.forEach((line, i) => {
+      line.hidden = !kept.has(i);
+      if (line.hidden) open(line, false);
+    });
     get("shown").textContent = `${shown.length.toLocaleString("en")} of ${several(rows.length, "result")} shown.`;
     const group = Number(offer(get("group"), shown.map((i) => rows[i].group), (number) => groups[number]));
     const same = shown.filter((i) => rows[i].group === group && rows[i].score !== null);
