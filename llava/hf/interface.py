@@ -309,31 +309,41 @@ class ScriptModel(nn.Module):
         targets = [[IGNORE_INDEX] * len(row) for row in prompts] if labels is None else unpadded(labels, attention_mask)
         # Text alone is not reduced.
         ends = [
-            start_of_answer(*one) if images is not None else len(one[0]) for one in zip(prompts, targets, strict=True)
+            len(prompt) if images is None else start_of_answer(prompt, own)
+            for prompt, own in zip(prompts, targets, strict=True)
         ]
-        answers = [row[end:] for row, end in zip(prompts, ends, strict=True)]
-        with self.reduced, torch.no_grad(), outputs_of(self.runtime.llm.layers[-1]) as hidden:
-            questions = [row[:end] for row, end in zip(prompts, ends, strict=True)]
-            output = self.hf_model(**self._arguments(questions, images, image_sizes), use_cache=True)
-            del hidden[:-1]  # methods may have run layers ahead
-            for tokens in zip_longest(*answers, fillvalue=0):
-                ids = torch.tensor(tokens, device=self.device)[:, None]
-                output = self.hf_model(input_ids=ids, **{CACHE: cache_of(output)}, use_cache=True)
-            state = self.reduced.segments[-1]
-            width, states = hidden[0].shape[1], torch.cat(hidden, 1)
-            rows = [
-                row[width - length : width + len(answer)]
-                for row, length, answer in zip(states, state.lengths, answers, strict=True)
-            ]
-            side = getattr(self.config, "tokenizer_padding_side", "right")
+        rows, visual = self._last_states(prompts, ends, images, image_sizes)
+        side, loss = getattr(self.config, "tokenizer_padding_side", "right"), None
+        with torch.no_grad():
             logits = self.hf_model.lm_head(self.runtime.llm.norm(pad_sequence(rows, True, 0, side)))
-        loss = None
         if labels is not None:
-            spread = [torch.tensor(with_visual(*one)) for one in zip(prompts, targets, state.visual, strict=True)]
+            spread = [torch.tensor(with_visual(*one)) for one in zip(prompts, targets, visual, strict=True)]
             wanted = pad_sequence(spread, True, IGNORE_INDEX, side)[:, 1:].to(logits.device)
             loss = F.cross_entropy(logits[:, :-1][wanted != IGNORE_INDEX].float(), wanted[wanted != IGNORE_INDEX])
         result = CausalLMOutputWithPast(loss=loss, logits=logits)
         return result.to_tuple() if return_dict is False else result
+
+    def _last_states(
+        self, prompts: Sequence[Sequence[int]], ends: Sequence[int], images: Any, sizes: Any
+    ) -> tuple[list[Tensor], Sequence[int]]:
+        """Hidden states [M, D] behind the last layer of every prompt, and how many of its visual tokens are among them.
+
+        Args:
+            ends: where the answer in a prompt begins, of which the method sees nothing.
+        """
+        questions, answers = zip(*((row[:end], row[end:]) for row, end in zip(prompts, ends, strict=True)), strict=True)
+        with self.reduced, torch.no_grad(), outputs_of(self.runtime.llm.layers[-1]) as hidden:
+            output = self.hf_model(**self._arguments(questions, images, sizes), use_cache=True)
+            del hidden[:-1]  # methods may have run layers ahead
+            for tokens in zip_longest(*answers, fillvalue=0):
+                ids = torch.tensor(tokens, device=self.device)[:, None]
+                output = self.hf_model(input_ids=ids, **{CACHE: cache_of(output)}, use_cache=True)
+        lengths, visual = tuple(map(len, questions)), (0,) * len(questions)
+        if images is not None:
+            lengths, visual = self.reduced.segments[-1].lengths, self.reduced.segments[-1].visual
+        width, states = hidden[0].shape[1], torch.cat(hidden, 1)  # padded on the left up to the answers
+        rows = zip(states, lengths, answers, strict=True)
+        return [row[width - length : width + len(answer)] for row, length, answer in rows], visual
 
     # Arguments of the transformers model
 
@@ -421,7 +431,7 @@ def unpadded(rows: Tensor, mask: Tensor | None) -> list[list[int]]:
 
 def refuse_videos(modalities: Sequence[str] | None) -> None:
     """Raise UserError for anything but images."""
-    if others := set(modalities or ()) - {"image"}:
+    if others := {*([modalities] if isinstance(modalities, str) else modalities or ())} - {"image"}:
         raise UserError(f"modalities must be 'image' for each image, got {', '.join(map(repr, sorted(others)))}.")
 
 
