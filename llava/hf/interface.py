@@ -160,7 +160,7 @@ class ScriptModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ScriptModel":
         """`to`, `cuda`, `half` and so on: what knows the old device is made again."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
         if self.device != self.runtime.device:
             method, budget, options = self._method
             self.use(method, budget, **options)
@@ -238,12 +238,13 @@ class ScriptModel(nn.Module):
         for name in READ_THE_PROMPT:
             if settings.get(name) not in (None, 0, 1):
                 raise UserError(f"{name} reads the prompt here, the answer alone in LLaVA's own; leave it out.")
-        if (inputs is None) == (input_ids is None):
+        ids = input_ids if inputs is None else inputs
+        if ids is None or (inputs is not None and input_ids is not None):
             raise UserError("generate takes the ids of the prompts as `inputs` or as `input_ids`; give one of the two.")
         if not settings.get("do_sample") and not settings.get("temperature"):
             settings.pop("temperature", None)  # LLaVA's scripts give 0 for greedy decoding
         refuse_videos(modalities)
-        prompts = unpadded(input_ids if inputs is None else inputs, attention_mask)
+        prompts = unpadded(ids, attention_mask)
         given = self._arguments(prompts, *without_dummies(prompts, images, image_sizes))
         length = given["input_ids"].shape[1]
 
@@ -296,8 +297,13 @@ class ScriptModel(nn.Module):
             the mean `loss` of all labels, None without. Shorter prompts are padded as `tokenizer_padding_side` of the
             configuration says, by default on the right.
         """
-        refused = {"position_ids": position_ids, "past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
-        refused |= {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        refused: dict[str, Any] = {
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+        }
         for name, value in refused.items():
             if value is not None and value is not False:
                 raise UserError(f"forward runs whole prompts under a method and takes no {name}; leave it out.")
@@ -444,7 +450,7 @@ def without_dummies(prompts: Sequence[Sequence[int]], images: Any, sizes: Any) -
     """
     counts = [row.count(IMAGE_TOKEN_INDEX) for row in prompts]
     if images is not None and len(images) == sum(counts) + counts.count(0):
-        used, place = [], 0
+        used, place = list[int](), 0
         for count in counts:
             used += range(place, place + count)
             place += max(count, 1)
