@@ -17,6 +17,7 @@ from setuptools import find_packages
 from eval import cli
 from eval.config import ROOT
 from llava import __version__, errors
+from scripts.dev import wheel
 from scripts.dev.code_path import code_path
 
 PACKAGES = ("llava", "eval", "toy", "baselines", "consensusdrop", "visiondrop", "attnmix")
@@ -233,6 +234,63 @@ def test_versions_of_packages_citation_and_changes_agree():
     assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "llava.__version__"}
     assert cited and cited[1] == toy == __version__
     assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+# Takes the modules named by the first argument out of the environment, for the project as for its libraries.
+WITHOUT = """
+import sys
+hidden = set(sys.argv.pop(1).split(","))
+class Finder:
+    def __init__(self, finder): self.finder = finder
+    def __getattr__(self, name): return getattr(self.finder, name)
+    def find_spec(self, name, *rest):
+        return None if name.partition(".")[0] in hidden else self.finder.find_spec(name, *rest)
+sys.meta_path[:] = map(Finder, sys.meta_path)
+"""
+OPTIONAL = {name for names in errors.EXTRAS.values() for name in names}
+OF_CORE = {"filelock", "jinja2", "yaml"}  # come with torch and transformers
+
+
+def without(hidden: set[str], program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", WITHOUT + program, ",".join(hidden), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.process
+def test_reduce_runs_with_the_core_alone():
+    """`from llava import reduce` needed sentencepiece, and an installation 27 packages."""
+    image = "assets/eval/gqa/data/images/test00012d.jpg"
+    done = without(OPTIONAL - OF_CORE, wheel.REDUCE, "assets/tinyllava", image)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.process
+def test_a_command_without_its_extra_is_one_sentence_and_its_version_needs_no_torch():
+    program = "from eval.cli import main\ncodes = main(['--version']), main(['compare', 'a', 'b'])\nprint(codes)"
+    done = without({"torch", "scipy"}, program)
+    head = f"visual-token-reduction {__version__}, "
+    assert done.returncode == 0 and done.stdout.startswith(head) and done.stdout.endswith("(0, 2)\n"), done.stderr
+    assert f"Python {sys.version.split()[0]}, torch {metadata.version('torch')}" in done.stdout
+    assert done.stderr == (
+        'This needs the package scipy, which is not installed; pip install "visual-token-reduction[eval]" brings it.\n'
+    )
+
+
+def test_only_absent_packages_of_extras_become_a_sentence():
+    absent, broken = (
+        r"pyyaml, which is not installed; .*\[eval\]",
+        r"av, which cannot be imported \(no libav\); .*\[eval\]",
+    )
+    with pytest.raises(errors.UserError, match=absent), errors.optional_imports():
+        raise ModuleNotFoundError("No module named 'yaml'", name="yaml")
+    with pytest.raises(errors.UserError, match=broken), errors.optional_imports("av"):
+        raise ImportError("no libav")
+    with pytest.raises(ImportError, match="a fault of our own"), errors.optional_imports():
+        raise ImportError("a fault of our own", name="eval.score")
+
+
+def test_the_trial_of_the_wheel_runs_every_command():
+    assert wheel.CALLS.keys() == cli.COMMANDS.keys()
 
 
 # The code inside one answer.
