@@ -2,9 +2,9 @@
 
     python scripts/dev/wheel.py FOLDER [PYTHON]     # PYTHON: the interpreter of the environment; python3 if left out
 
-FOLDER gets dist/ (wheel, source distribution and toy wheel), the environment env/ and the working folder empty/: some GB
-where the package index has CUDA builds of torch. The core is tried first, alone, then the extras. Exits with 1 where a command
-ends in a traceback, or with another code than the one expected here; every command's output is in FOLDER/log.
+FOLDER gets dist/ (wheel, source distribution and toy wheel), the environment env/ and the working folder empty/: some
+GB where the package index has CUDA builds of torch. The core is tried first, alone, then the extras. Exits with 1 where
+a command ends in a traceback or with another code than is expected here; the output of all commands is in FOLDER/log.
 """
 
 import os
