@@ -23,7 +23,7 @@ from eval.benchmarks.hub import cached_copies, local_copy
 from eval.command import exit_on_user_error, make_parser
 from eval.config import DEFAULT_DATA
 from llava.errors import UserError, unknown
-from llava.places import ASSETS
+from llava.places import ASSETS, check_bundled
 
 KINDS = ("methods", "benchmarks", "models")
 
@@ -194,6 +194,7 @@ def check_data_command(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("data", nargs="?", default=str(DEFAULT_DATA), help="folder that holds the benchmarks")
     p.add_argument("benchmarks", nargs="*", help="look at these only")
     args = p.parse_args(arguments)
+    check_bundled(args.data)
     if not Path(args.data).is_dir():
         raise UserError(f"No folder at {args.data}; name the one that holds gqa/, pope/ and so on.")
     findings = []

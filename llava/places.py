@@ -48,9 +48,10 @@ def check_bundled(path: str | Path) -> None:
     """
     path = Path(path)
     if path.is_relative_to(ASSETS) and not path.exists():
+        what = "data" if path.relative_to(ASSETS).parts[0].startswith("eval") else "model"
         raise UserError(
-            f"The bundled toy {path.relative_to(ASSETS)} is not installed here: name a model and its data (--model and "
-            f"--data), use a checkout of the repository, or install the wheel {PROJECT}-toy that a checkout builds."
+            f"The toy {what} at {path} is missing: name your own by --model and --data, "
+            f"use a whole checkout of the repository, or install the wheel {PROJECT}-toy that a checkout builds."
         )
 
 

@@ -168,7 +168,7 @@ def test_an_interrupted_run_goes_on_and_no_engine_continues_another(vllm, tmp_pa
         ({"model": ROOT / "assets" / "tinyllava_video"}, "is VideoLlavaForConditionalGeneration; use --engine own"),
         ({"engine": "vlm"}, "Unknown engine 'vlm'. Did you mean 'vllm'"),
         ({"compile": True, "zero": "cpu"}, "--compile and --zero cannot be used with --engine vllm"),
-        ({"vllm": None}, "scripts/serve_setup.sh makes its environment"),
+        ({"vllm": None}, "scripts/serve_setup.sh of a checkout makes its environment"),
     ],
 )
 def test_what_no_engine_can_do_is_one_sentence(vllm, monkeypatch, changes, why):

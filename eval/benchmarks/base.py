@@ -17,6 +17,7 @@ from eval.metrics import Score
 from eval.metrics.accuracy import mean_score
 from eval.papers import read_yaml
 from llava.errors import UserError
+from llava.places import ASSETS, CHECKOUT, check_bundled
 
 if TYPE_CHECKING:
     from llava.processing.prompt import Sample
@@ -278,7 +279,17 @@ class Benchmark:
     def load(self, data: Path, split: str, profile: str | None = None, source: str = "auto") -> Dataset:
         """The questions of a split, checked; in the first profile if none is named."""
         profile = profile or self.profiles[0]
-        dataset = replace(self.read(data, split, profile, source), benchmark=self.name)
+        if source != "mirror":  # which may come from the hub
+            check_bundled(data)
+        try:
+            dataset = replace(self.read(data, split, profile, source), benchmark=self.name)
+        except UserError as error:
+            if CHECKOUT or source == "mirror" or self.is_in(data) or not data.is_relative_to(ASSETS):
+                raise
+            # Its own sentence would have files put into the folder of the toy wheel.
+            raise UserError(
+                f"The toy data of this installation lacks {self.name}: name the folder that holds it by --data."
+            ) from error
         return with_stripped_answers(dataset) if profile == "lmms" else dataset
 
     def is_in(self, data: Path) -> bool:

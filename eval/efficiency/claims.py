@@ -23,7 +23,7 @@ from eval.efficiency.shapes import noise_batches, random_llava, reading_of
 from eval.papers import Part, read_yaml
 from eval.papers.published import Trust
 from eval.tables.page import insert, left_aligned, markdown
-from llava.places import PACKAGES, WORK
+from llava.places import PACKAGES, WORK, check_checkout
 from llava.reduction import registry
 
 CLAIMS = PACKAGES / "eval" / "papers" / "claims.yaml"
@@ -112,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("eval.efficiency.claims", __doc__)
     parser.add_argument("--write", action="store_true", help="put the ledger into docs/efficiency.md")
     args = parser.parse_args(arguments)
+    if args.write:
+        check_checkout(f"{parser.prog} --write")
     table = ledger(read())
     print(table)
     if args.write:

@@ -17,7 +17,7 @@ from llava.model.builder import load
 from llava.model.llava_arch import Llava
 from llava.pipeline.accounting import Answer
 from llava.pipeline.generate import generate
-from llava.places import WORK
+from llava.places import WORK, check_checkout
 from llava.processing.prompt import Sample
 from llava.reduction.reducer import Reducer
 
@@ -72,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:NUMBER")
     parser.add_argument("--write", action="store_true", help="put the table into docs/tables/precision.csv")
     args = parser.parse_args(arguments)
+    if args.write:
+        check_checkout(f"{parser.prog} --write")
     data = open_dataset("gqa", str(args.data), None, None, "auto")
     one_each = {question.image: question for question in reversed(data.questions)}
     samples = [data.sample(question) for question in list(one_each.values())[: args.questions]]

@@ -93,7 +93,7 @@ def check(device: str) -> tuple[str, list[str]]:
         f"{hardware(str(there))} beside the CPU: {len(LOOPS)} greedy loops on {INPUTS} inputs each; shares of the "
         "tokens that the CPU keeps in float32. Those of a method in float32 may differ by near ties, at most 5 % "
         f"({' and '.join(ROUNDED)}, whose choice of noise rests on rounding, by more)."
-        + (f" Not in this checkout: {', '.join(absent)}." if absent else ""),
+        + (f" Not here: {', '.join(absent)}." if absent else ""),
         "**Wrong: " + "; ".join(wrong) + ".**" if wrong else "Nothing is wrong.",
         markdown(["model", "method", *DTYPES], rows),
     ]

@@ -18,7 +18,7 @@ from eval.figures.overlay import draw_answer, legend, save_small
 from eval.papers import read_yaml
 from llava.model.builder import load
 from llava.pipeline.generate import generate
-from llava.places import ASSETS, WORK
+from llava.places import ASSETS, WORK, check_checkout
 from llava.reduction import registry
 
 COLOURS = {True: "#1a7f37", False: "#b42318"}  # of a right and of a wrong answer
@@ -94,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=WORK / "docs" / "images", help="folder of the figures")
     folder = parser.parse_args(arguments).output
+    check_checkout(parser.prog)
     folder.mkdir(parents=True, exist_ok=True)
     for figure in FIGURES:
         save_small(draw(figure), folder / figure.file)

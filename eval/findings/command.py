@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from eval.command import exit_on_user_error, make_parser, value
-from eval.config import DEFAULT_MODEL, count
-from llava.places import WORK
+from eval.config import DEFAULT_DATA, DEFAULT_MODEL, count
+from llava.places import WORK, check_bundled, check_checkout
 
 EXCHANGED, BACKWARDS = 60, 20  # of the pictures: measured with halves exchanged, and read backwards, too
 
@@ -35,6 +35,9 @@ def main() -> int:
         "--page", action="store_true", help="write the figures and CSV files of docs/findings.md instead of FOLDER's"
     )
     args = parser.parse_args()
+    if args.page:
+        check_checkout(f"{parser.prog} --page")
+    check_bundled(DEFAULT_DATA)
     from eval.feature_cache import CachingLlava
     from eval.findings import attention, fusion
     from eval.findings.scores import CONDITIONS, collect, questions

@@ -113,9 +113,7 @@ def toy_sample(model: "Llava") -> "Sample":
         folder = "eval_next"
     data = ASSETS / folder
     if not data.is_dir():
-        raise UserError(
-            "The toy data is in the repository, not in its wheel; name an image and ask a question about it."
-        )
+        raise UserError("The toy data is not installed here; name an image and ask a question about it.")
     loaded = benchmarks.get(name).load(data, split)
     return loaded.sample(loaded.questions[0])
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import os
 import re
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from eval.sweep import dataset
 from eval.tables.page import interval_text
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
-from llava.places import WORK
+from llava.places import CHECKOUT, WORK
 
 
 @dataclass(frozen=True)
@@ -204,14 +205,15 @@ def command_of(line: Line, column: Column, where: Where, config: RunConfig) -> s
     assert line.setting is not None
     place = where.place
     data = relative(where.data)
-    words = [f"MODEL={relative(place.model)}", *([] if data == "assets/eval" else [f"DATA={data}"])]
-    words += [f"bash scripts/eval/{column.benchmark}.sh {line.method}"]
     options = dict(line.setting.options)
     ratio = options.pop("retention_ratio", None)
-    if line.setting.budget is not None:
-        words.append(str(line.setting.budget))
-    if ratio is not None:
-        words.append(str(line.budget))
+    budgets = [str(one) for one in (line.setting.budget, ratio and line.budget) if one is not None]
+    if CHECKOUT:
+        words = [f"MODEL={relative(place.model)}", *([] if data == "assets/eval" else [f"DATA={data}"])]
+        words += [f"bash scripts/eval/{column.benchmark}.sh {line.method}", *budgets]
+    else:
+        words = [f"vtr eval --benchmark {column.benchmark} --method {line.method}", *(f"--budget {b}" for b in budgets)]
+        words += [f"--model {shlex.quote(place.model)} --data {shlex.quote(data)}"]
     words += [f"--split {column.split}"] if column.split else []
     words += [f"--set {key}={value}" for key, value in options.items()]
     words += [f"--picture {key}={value}" for key, value in place.picture.items()]

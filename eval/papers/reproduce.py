@@ -26,7 +26,7 @@ from eval.papers.runs import Where, columns_of
 from eval.papers.spec import Column, Table
 from eval.tables.benchmarks import need_file
 from eval.tables.page import insert, left_aligned, markdown
-from llava.places import WORK
+from llava.places import WORK, check_checkout
 
 INDEX = WORK / "docs" / "paper_tables.md"
 FOLDER = WORK / "docs" / "reproduce"
@@ -194,7 +194,9 @@ def all_costs() -> list[Expense]:
 @exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    make_parser("eval.papers.reproduce", __doc__).parse_args(arguments)
+    parser = make_parser("eval.papers.reproduce", __doc__)
+    parser.parse_args(arguments)
+    check_checkout(parser.prog)
     costs = all_costs()
     FOLDER.mkdir(parents=True, exist_ok=True)
     for cost in costs:

@@ -220,7 +220,8 @@ def read(path: Path) -> Table:
     """
     if not path.is_file():
         hint = suggestion(path.stem, [other.stem for other in paths()])
-        raise UserError(f"There is no table {path}.{hint} Tables: {', '.join(sorted(map(short, paths())))}.")
+        name = short(path) if path.is_relative_to(SPECS) else path
+        raise UserError(f"There is no table {name}.{hint} Tables: {', '.join(sorted(map(short, paths())))}.")
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} should be a mapping of keys to values, got {type(content).__name__}.")

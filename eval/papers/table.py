@@ -29,7 +29,7 @@ from eval.tables.page import insert, markdown, write_csv
 from eval.tracking import has_key, resolve_mode
 from eval.tracking.table_run import log_table_run
 from llava.errors import UserError
-from llava.places import ASSETS, WORK
+from llava.places import ASSETS, CHECKOUT, WORK, check_bundled, check_checkout
 from llava.reduction import registry
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def where_of(table: Table, args: argparse.Namespace) -> "Where":
     if not bundled and args.data is None:
         raise UserError("--model also needs --data, the folder of the benchmarks (docs/evaluation.md).")
     data = toy_path(table.toy.data) if bundled else Path(args.data)
+    check_bundled(data)
     if not data.is_dir():
         raise UserError(f"The data folder {data} does not exist; see docs/paper_tables.md.")
     limit = min(filter(None, (args.limit, place.questions)), default=None)
@@ -290,7 +291,10 @@ def parser() -> argparse.ArgumentParser:
 @exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    args = parser().parse_args(arguments)
+    p = parser()
+    args = p.parse_args(arguments)
+    if args.page:
+        check_checkout(f"{p.prog} with --page")
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit should be 1 or more questions, got {args.limit}.")
     table = spec.read(spec.find(args.table))
@@ -378,7 +382,7 @@ def command_line(table: Table, args: argparse.Namespace) -> str:
     options = {name: getattr(args, name) for name in (*names, "times") if getattr(args, name) != getattr(usual, name)}
     given = []
     command = f"vtr tables paper {args.table}"
-    if spec.find(args.table).resolve().is_relative_to(spec.SPECS.resolve()):
+    if CHECKOUT and spec.find(args.table).resolve().is_relative_to(spec.SPECS.resolve()):
         command = f"bash {table.script}"
         given = [f"{name.upper()}={shlex.quote(options.pop(name))}" for name in ("model", "data") if name in options]
     flags = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in options.items()]

@@ -6,7 +6,6 @@
 Writes between markers of docs/evaluation.md, and docs/tables/embedded_benchmarks.csv.
 """
 
-import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -17,12 +16,12 @@ from eval import benchmarks
 from eval.answers.jsonl import is_file
 from eval.answers.reuse import RESULT, check_table, read_result
 from eval.benchmarks.base import Benchmark, Need
-from eval.command import exit_on_user_error
+from eval.command import exit_on_user_error, make_parser
 from eval.results.report import interval_of
 from eval.results.statistics import rounded
 from eval.tables.page import insert, interval_text, markdown, write_csv
 from llava.errors import UserError
-from llava.places import WORK
+from llava.places import WORK, check_checkout
 
 PAGE = WORK / "docs" / "evaluation.md"
 RESULTS = WORK / "results" / "benchmarks"
@@ -96,9 +95,10 @@ def number(result: dict[str, Any]) -> str:
 
 @exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("eval.tables.benchmarks", __doc__)
     parser.add_argument("step", choices=("pages", "scores"))
     args = parser.parse_args(arguments)
+    check_checkout(parser.prog)
     if args.step == "pages":
         insert(PAGE, "data", data_sections())
         readme, count = WORK / "README.md", len(reported())

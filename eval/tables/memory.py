@@ -6,19 +6,19 @@ Weights and key/value cache are computed from the shapes of the modules, activat
 is read and nothing is measured.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
+from eval.command import exit_on_user_error, make_parser
 from eval.config import FULL
 from eval.efficiency.estimate import Estimate, Spread, Workload
 from eval.efficiency.memory import GIB, QuestionShape, figures, layout_of
 from eval.efficiency.shapes import MODELS, official
 from eval.tables.page import insert, markdown
-from llava.places import WORK
+from llava.places import WORK, check_checkout
 from llava.reduction import registry
 
 PAGE = WORK / "docs" / "cluster.md"
@@ -78,9 +78,12 @@ def gib(size: float) -> str:
     return figures(size / GIB)
 
 
+@exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args(arguments)
+    parser = make_parser("eval.tables.memory", __doc__)
+    parser.parse_args(arguments)
+    check_checkout(parser.prog)
     insert(PAGE, "memory", table())
     print(f"The table is in {PAGE.relative_to(WORK)}.")
     return 0

@@ -3,7 +3,6 @@
 python -m eval.tables.methods
 """
 
-import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -12,10 +11,11 @@ from itertools import groupby
 from pathlib import Path
 from textwrap import fill
 
+from eval.command import exit_on_user_error, make_parser
 from eval.tables.page import insert, left_aligned, markdown
 from llava.errors import UserError
 from llava.hf.reduce import support
-from llava.places import WORK
+from llava.places import WORK, check_checkout
 from llava.reduction import budget as crops
 from llava.reduction import registry
 from llava.reduction.reducer import options_of
@@ -135,9 +135,12 @@ def write_readme() -> None:
     README.write_text(re.sub(r"^\*\*\d+ \[methods\].*?\n\n", paragraph + "\n\n", page, flags=re.DOTALL | re.MULTILINE))
 
 
+@exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args(arguments)
+    parser = make_parser("eval.tables.methods", __doc__)
+    parser.parse_args(arguments)
+    check_checkout(parser.prog)
     insert(PAGE, "methods", table())
     insert(PAGE, "budgets", budgets())
     insert(PAGE, "known deviations", known_deviations())

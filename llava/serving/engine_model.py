@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 PIXEL_CLASS = "LlavaForConditionalGeneration"
 CLASSES = (PIXEL_CLASS, "LlavaNextForConditionalGeneration")
 SIZES = ("budget", "retention_ratio")
-SETUP = "scripts/serve_setup.sh makes its environment, for scripts/bench/serving.sh and ENGINE=vllm scripts/eval/*.sh"
+SETUP = (
+    "scripts/serve_setup.sh of a checkout makes its environment, for ENGINE=vllm scripts/eval/*.sh and scripts/bench"
+)
 # Before vLLM is imported. In one process, a kill leaves no engine behind.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 ENVIRONMENT |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}

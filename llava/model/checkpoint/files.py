@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from llava.errors import UserError, how_to_get, is_out_of_memory
 from llava.file_state import FileState, file_state
+from llava.places import check_bundled
 from llava.processing.json_files import Schema, checked, read_json
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
@@ -57,6 +58,7 @@ def locate(source: str | Path, what: str, weights: bool = True) -> Path:
     """
     if (folder := folder_of(source)) is not None:
         return folder
+    check_bundled(source)
     hub_id = str(source).rstrip("/")
     if not HUB_ID.match(hub_id):
         raise UserError(f"There is no {what} folder {source}; give a folder or a hub id such as owner/name.")
