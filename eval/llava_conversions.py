@@ -80,8 +80,8 @@ def seed_upload() -> int:
         raise UserError(f"{args.result_file} lacks {len(lost):,} of the answers to {path}: {first_names(lost)}.")
     score = seed.evaluate(items, by_item)
     titles = {seed.TYPES.get(number): title for title, number in document["question_type"].items()}
-    for kind, (value, _) in score.groups["type"].items():
-        print(f"{titles.get(kind, kind)}: {value:.2f}%")
+    for kind, (accuracy, _) in score.groups["type"].items():
+        print(f"{titles.get(kind, kind)}: {accuracy:.2f}%")
     for kind, name in (("Total", "accuracy"), ("image", "image_accuracy"), ("video", "video_accuracy")):
         if (value := score.values.get(name)) is not None:
             print(f"{kind} accuracy: {value:.2f}%")

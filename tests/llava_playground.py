@@ -5,16 +5,16 @@ import shutil
 from itertools import islice
 from pathlib import Path
 
-from eval.config import DEFAULT_DATA, ROOT
+from eval.config import DEFAULT_DATA
 
 MODEL = "liuhaotian/llava-v1.5-13b"  # what the scripts call it
-EACH = 6  # questions of a benchmark
+EACH = 4  # questions of a benchmark
 
 
-def write_playground(root: Path) -> Path:
-    """Below `root`, with the model under the name that the scripts give it; returns the data folder."""
+def write_playground(root: Path, model: Path) -> Path:
+    """Below `root`, with a model under the name that the scripts give it; returns the data folder."""
     (root / MODEL).parent.mkdir(parents=True)
-    (root / MODEL).symlink_to(ROOT / "assets" / "tinyllava_instruct")
+    (root / MODEL).symlink_to(model.absolute())
     data = root / "playground" / "data" / "eval"
     for name in ("gqa", "pope", "textvqa", "scienceqa", "mmbench"):
         shutil.copytree(DEFAULT_DATA / name, data / name, copy_function=link)

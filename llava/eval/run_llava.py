@@ -67,7 +67,8 @@ def eval_model(args: Any) -> None:
         args: model_path, model_base, query, conv_mode (None: by the model's name), image_file (several with `sep`
             between them), temperature, top_p, num_beams, max_new_tokens; also method, budget and set.
     """
-    method, budget, options = chosen_method(args)
+    method, budget, given = chosen_method(args)
+    options: dict[str, Any] = {**given}
     name = get_model_name_from_path(args.model_path)
     mode = next(template for part, template in TEMPLATES.items() if part in name.lower())
     if args.conv_mode not in (None, mode):
@@ -88,7 +89,7 @@ def eval_model(args: Any) -> None:
             num_beams=args.num_beams,
             max_new_tokens=args.max_new_tokens,
         )
-    print(tokenizer.decode(ids, skip_special_tokens=True).strip())
+    print(str(tokenizer.decode(ids, skip_special_tokens=True)).strip())
 
 
 @exit_on_user_error
