@@ -61,11 +61,11 @@ BY_PATH = [
 
 @pytest.fixture
 def root(tmp_path, monkeypatch, tiny_path):
-    """The folder that the scripts run in. The tiny model speaks at random; words that it often says end its answers."""
+    """The folder that the scripts run in. The tiny model speaks at random; all but a few words end its answers."""
     write_playground(tmp_path, tiny_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(Llava, "end_ids", frozenset({1, 10, 11, 42, 67, 94}))
+    monkeypatch.setattr(Llava, "end_ids", frozenset({*range(200)} - {39, 42, 51, 75, 84, 106, 108}))
     assert llava_scripts.DTYPE == "float16"
     monkeypatch.setattr(llava_scripts, "DTYPE", "float32")  # faster on a processor
     monkeypatch.delenv("VTR_METHOD", raising=False)
@@ -193,7 +193,7 @@ def test_whole_scripts_give_the_answers_and_numbers_of_our_own_commands(root, mo
         assert score_file(Path(answers), data)["metrics"] == result["metrics"]
         first = next(row for _, row in read_jsonl(Path(answers)))
         assert first["model_id"] == CKPT and isinstance(first["answer_id"], str) and "metadata" in first
-    assert len(spoken) > 2
+    assert len(spoken) > 1
     acts = "From VTR_METHOD and VTR_BUDGET in the environment: method consensusdrop at a budget of 6."
     assert "".join(said).count(acts) == (5 if budget else 0)
     assert "".join(said).count("consensusdrop at 6: 6.0 visual tokens per layer.") == (5 if budget else 0)
