@@ -47,6 +47,7 @@ GROUPS = {
         "report": Command("eval.pages.report", "write a page with all results: plots and a sortable table"),
         "gallery": Command("eval.pages.command", "an HTML page of what every method keeps of an image", (), "gallery"),
         "demo": Command("eval.pages.command", "start a web page: ask about an image, a method beside full", (), "demo"),
+        "run-vlmeval": Command("eval.vlmeval", "VLMEvalKit's run.py with its own models under a method"),
         "serve-client": Command("eval.serving", "ask a server of scripts/serve.sh with prompts as embeddings"),
         "export": Command("eval.serving", "write prompts as embeddings to a file", function="export_command"),
         "show": Command("eval.show", "list methods, benchmarks or models; vtr show methods NAME: its options"),

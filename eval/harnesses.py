@@ -8,10 +8,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
 
 from eval.benchmarks.llava_files import split_suffix
 from eval.results.cost import audit_record, off_budget, summarise_audit
@@ -24,6 +27,7 @@ from llava.reduction import registry
 from llava.reduction.reducer import Reducer
 
 P, T = ParamSpec("P"), TypeVar("T")
+IMAGE_IDS = ("image_token_id", "image_token_index", "video_token_id")  # as configurations name them
 # How tasks mark the place of an image in their text; a prompt has the model's own image tokens there.
 PLACEHOLDER = re.compile(r"<image(?: \d+)?>")
 
@@ -133,18 +137,17 @@ class UnderMethod:
             else:
                 stack.enter_context(self.reduced)
             stack.callback(Override(self.model, "generate", self._generate).restore)
-            try:
+            with suppress(_Stopped):
                 yield
-            except _Stopped:
-                pass
             if self._failure is not None:
                 raise self._failure
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
             if self._matches:
-                prompts = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
-                self.reduced.questions = [self._question(prompt) for prompt in prompts]
+                ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+                mask = torch.ones_like(ids) if kwargs.get("attention_mask") is None else kwargs["attention_mask"]
+                self.reduced.questions = [self._question(row[real.bool()]) for row, real in zip(ids, mask, strict=True)]
             output = original(*args, **kwargs)
             self.audits += map(audit_record, self.reduced.accounting)
             return output
@@ -152,15 +155,16 @@ class UnderMethod:
             self._failure = error
             raise _Stopped from error
 
-    def _question(self, prompt: Any) -> str:
+    def _question(self, prompt: Tensor) -> str:
         """What is asked in a prompt [L]: the longest text that stands before the end of the template."""
-        written, end = self._decoded(prompt), self._end
+        images = {getattr(self.model.config, name, None) for name in IMAGE_IDS}
+        written, end = self._decoded([token for token in prompt.tolist() if token not in images]), self._end
         found = [text for text in self._asked if (text in written if end is None else written.endswith(text + end))]
         if not any(found):
             raise UserError(
                 f"The prompt that ends with {written[-60:]!r} holds none of the {len(self._asked):,} texts that the "
                 "tasks ask as a whole, so the method cannot be told its question; take a method that does not read it, "
-                "or a model class that writes the text of a task in one piece (docs/harnesses.md)."
+                "or a model class that writes the text of a task in one piece (docs/lmms_eval.md)."
             )
         longest = max(found, key=len)
         self._end = written.rpartition(longest)[2]
@@ -170,8 +174,8 @@ class UnderMethod:
         """A text as `_decoded` finds it in prompts: unknown words look the same in both."""
         return self._decoded(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def _decoded(self, ids: Any) -> str:
-        return "".join(self.tokenizer.decode(ids, skip_special_tokens=True).split())
+    def _decoded(self, ids: list[int]) -> str:
+        return "".join(str(self.tokenizer.decode(ids)).split())
 
     def close(self) -> None:
         """Print the visual tokens per layer; UserError if no image of any prompt was reduced."""

@@ -1,4 +1,5 @@
-"""The plug-in for lmms-eval: its arguments, what it refuses, and the released package against our own run."""
+"""The methods in lmms-eval and VLMEvalKit: arguments, what is refused, stand-ins for both, and the released lmms-eval
+against our own run."""
 
 import importlib
 import importlib.util
@@ -7,14 +8,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import datasets
 import pytest
 
+from eval import harnesses, vlmeval
 from eval.config import ROOT, RunConfig
 from eval.lmms_plugin import configuration
 from eval.run import run
+from llava import reduce
 from llava.errors import UserError
+from tests.conftest import QUESTIONS as ASKED
+from tests.conftest import SHORT, picture
+from tests.stock_inputs import shared
 
 CLASS_MODULE = "eval.lmms_plugin.models.llava_reduced"
 INSTALLED = all(importlib.util.find_spec(name) is not None for name in ("lmms_eval", "loguru", "sacrebleu"))
@@ -79,21 +86,278 @@ def test_without_lmms_eval_the_class_says_what_is_missing(monkeypatch):
 
 def test_the_names_lmms_eval_looks_up_exist():
     """Its loader joins plug-in, "models", module and class; and finds the folder of tasks without importing it."""
-    assert importlib.import_module("eval.lmms_plugin.models").AVAILABLE_MODELS == {"llava_reduced": "LlavaReduced"}
-    assert importlib.util.find_spec(CLASS_MODULE) is not None
+    found = importlib.import_module("eval.lmms_plugin.models").AVAILABLE_MODELS
+    assert found == {"llava_reduced": "LlavaReduced", "reduced": "Reduced"}
+    assert all(importlib.util.find_spec(f"eval.lmms_plugin.models.{name}") for name in found)
     assert importlib.util.find_spec("eval.lmms_plugin.tasks").submodule_search_locations
 
 
-@needs_lmms_eval
-def test_other_requests_are_refused_and_limits_are_read():
-    model = importlib.import_module(CLASS_MODULE)
-    with pytest.raises(UserError, match="choose a task whose output_type is generate_until"):
-        object.__new__(model.LlavaReduced).loglikelihood([])
-    assert model.max_new_tokens({"max_new_tokens": 16, "temperature": 0, "num_beams": 1}, "gqa") == 16
-    assert model.max_new_tokens({"temperature": 0.7, "do_sample": False}, "gqa") == 1024
+# A stand-in for lmms-eval: the names that the plug-in imports, and one model class in its way.
+
+CHAT = "USER: <image> {} ASSISTANT:"
+
+
+class Lmms:
+    def __init__(self):
+        self.task_dict = {}
+
+
+class LlavaHf(Lmms):
+    """Asks in batches of two, the longest first, and takes errors for empty answers, as lmms-eval's class does."""
+
+    def __init__(self, pretrained="llava", batch_size=2, chat=CHAT, pictures=True, **forgotten):
+        super().__init__()
+        self.stock, self.chat, self.pictures, self.seen = shared(pretrained), chat, pictures, []
+        self.tokenizer, self.model = self.stock.tokenizer, self.stock.model
+
+    def generate_until(self, requests):
+        answers, order = {}, sorted(range(len(requests)), key=lambda number: -len(requests[number].args[0]))
+        for pair in (order[start : start + 2] for start in range(0, len(order), 2)):
+            texts = [self.chat.format(requests[number].args[0]) for number in pair]
+            images = [picture(number) for number in pair] if self.pictures else []
+            inputs = self.stock.prepare([text if images else text.replace("<image>", "") for text in texts], images)
+            try:
+                ids = self.model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+                rows = ids[:, inputs["input_ids"].shape[1] :].tolist()
+            except Exception:
+                rows = [[], []]
+            answers |= dict(zip(pair, rows, strict=False))
+        return [answers[number] for number in range(len(requests))]
+
+
+class Plain(Lmms):
+    def __init__(self):
+        super().__init__()
+        self.model = object()
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """`eval.lmms_plugin.models` beside the stand-in."""
+    known = {"llava_hf": LlavaHf, "plain": Plain, "reduced": None, "missing": None}
+
+    def get_model(name, force_simple=False):
+        if known[name] is None:
+            raise ModuleNotFoundError("No module named 'decord'")
+        return known[name]
+
+    for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model", "lmms_eval.models"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["lmms_eval.api.model"].lmms = Lmms
+    sys.modules["lmms_eval.models"].get_model = get_model
+    sys.modules["lmms_eval.models"].list_available_models = lambda include_aliases: list(known)
+
+    def load(name):
+        monkeypatch.delitem(sys.modules, f"eval.lmms_plugin.models.{name}", raising=False)
+        return importlib.import_module(f"eval.lmms_plugin.models.{name}")
+
+    return load
+
+
+def asked(*texts):
+    return [SimpleNamespace(args=(text, {}, None, number, "task", "test")) for number, text in enumerate(texts)]
+
+
+TEXTS = [f"{question}\n{SHORT}" for question in ASKED]
+
+
+def ended(capsys, call, *args, **kwargs):
+    """What is on standard error after the process was ended; lmms-eval takes any other exception, and exits with 0."""
+    with pytest.raises(SystemExit) as error:
+        call(*args, **kwargs)
+    assert error.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_their_model_runs_under_a_method_with_the_questions_alone(stand_in, capsys):
+    """Query-aware methods read template and answer format, and in batches the question of another prompt."""
+    stock, handed = shared("llava"), []
+    before = set(vars(stock.model))
+    model = stand_in("reduced").Reduced(**{"base": "llava_hf", "method": "fastv", "budget": 7, "set.layer": 1})
+    assert type(model).__mro__[2] is LlavaHf
+    find = model.under._question
+    model.under._question = lambda prompt: handed.append(find(prompt)) or handed[-1]
+    answers = model.generate_until(asked(*TEXTS))
+    assert handed == sorted(ASKED, key=len, reverse=True)
+    assert set(vars(stock.model)) == before
+    assert "fastv at 7: 7.0 visual tokens per layer, mean of 5 prompts with images." in capsys.readouterr().out
+    for number, text in enumerate(TEXTS):
+        inputs = stock.prepare([CHAT.format(text)], [picture(number)])
+        with reduce(stock.model, "fastv", 7, questions=[ASKED[number]], tokenizer=stock.tokenizer, layer=1):
+            assert answers[number] == stock.generate(inputs)[0, :4].tolist()
+
+
+def test_full_and_ratios_are_methods_too(stand_in, capsys):
+    model = stand_in("reduced").Reduced(base="llava_hf", method="full")
+    plain = LlavaHf().generate_until(asked(*TEXTS[:3]))
+    assert model.generate_until(asked(*TEXTS[:3])) == plain
+    assert "full: 16.0 visual tokens" in capsys.readouterr().out
+    model = stand_in("reduced").Reduced(base="llava_hf", method="divprune", budget="1/4")
+    assert model.generate_until(asked(*TEXTS[:3])) != plain
+    assert "divprune at 0.25: 4.0 visual tokens" in capsys.readouterr().out
+    assert model.generate_until([]) == []
+
+
+def test_an_error_inside_generate_ends_the_run_and_restores_the_model(stand_in, capsys, monkeypatch):
+    """Their class answered "" to every question, and the run was a success."""
+    stock = shared("llava")
+    before = set(vars(stock.model))
+    model = stand_in("reduced").Reduced(
+        base="llava_hf", method="fastv", budget=7, chat="{} <image>", **{"set.layer": 1}
+    )
+    assert "holds none of the 1 texts" in ended(capsys, model.generate_until, asked("what is <image 1> above"))
+    assert set(vars(stock.model)) == before
+
+    def fail(*args):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(harnesses, "audit_record", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        model.generate_until(asked(*TEXTS[:3]))
+    assert set(vars(stock.model)) == before
+
+
+def test_a_prompt_that_is_worded_otherwise_is_no_guess(stand_in, capsys):
+    """Its text is not in the prompt, but a shorter one of another question is."""
+    arguments = {"base": "llava_hf", "method": "fastv", "budget": 7, "set.layer": 1}
+    model = stand_in("reduced").Reduced(**arguments)
+    with model.under.asking(["is there a star?", "a dog"]):
+        for text in ("is there a star?", "a dog"):
+            inputs = model.stock.prepare([CHAT.format(text)], [picture(0)])
+            model.model.generate(**inputs, max_new_tokens=1)
+            assert model.under.reduced.questions == [text]
+    inputs = model.stock.prepare([CHAT.format("is there a dog or a cat")], [picture(0)])
+    with (
+        pytest.raises(UserError, match="holds none of the 2 texts"),
+        model.under.asking(["a dog", "is it a cat or dog"]),
+    ):
+        model.model.generate(**inputs, max_new_tokens=1)
+
+
+def test_no_reduced_prompt_is_an_error(stand_in, capsys):
+    model = stand_in("reduced").Reduced(base="llava_hf", method="fastervlm", budget=4, pictures=False)
+    sentence = ended(capsys, model.generate_until, asked(*TEXTS[:3]))
+    assert "0 prompts were reduced by fastervlm: `generate` of this LlavaForConditionalGeneration" in sentence
+
+
+def test_another_mean_than_the_budget_is_a_warning(stand_in, capsys, monkeypatch):
+    model = stand_in("reduced").Reduced(base="llava_hf", method="fastervlm", budget=4)
+    record = harnesses.audit_record
+    monkeypatch.setattr(harnesses, "audit_record", lambda audit: record(audit) | {"mean": 5.0})
+    model.generate_until(asked(*TEXTS[:3]))
+    assert "Warning: 5.00 visual tokens entered a decoder layer on average" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"base": "lava_hf", "method": "full"}, "Unknown base model of lmms-eval 'lava_hf'. Did you mean 'llava_hf'?"),
+        ({"base": "reduced", "method": "full"}, "Unknown base model of lmms-eval 'reduced'."),
+        ({"base": "missing", "method": "full"}, "missing cannot be imported (No module named 'decord')"),
+        ({"base": "plain", "method": "full"}, "reduce() takes a Hugging Face model"),
+        ({"base": "llava_hf", "metod": "fastv"}, "needs method in --model_args"),
+        ({"base": "llava_hf", "method": "full", "pretraind": "x"}, "Did you mean 'pretrained'?"),
+        ({"base": "llava_hf", "method": "fastvv"}, "Did you mean 'fastv'?"),
+        ({"base": "llava_hf", "method": "fastv", "budget": 7, "set.layr": 1}, "Did you mean 'layer'?"),
+        ({"base": "llava_hf", "method": "fastv"}, "fastv needs a budget"),
+    ],
+)
+def test_what_reduced_refuses(stand_in, capsys, arguments, sentence):
+    assert sentence in ended(capsys, stand_in("reduced").Reduced, **arguments)
+
+
+def test_other_requests_and_several_processes_are_refused(stand_in, capsys, monkeypatch):
+    """The sentence came with a traceback, and lmms-eval went on and exited with 0."""
+    model, own = stand_in("reduced").Reduced(base="llava_hf", method="full"), stand_in("llava_reduced")
+    for refusing in (model.loglikelihood, object.__new__(own.LlavaReduced).loglikelihood):
+        assert "choose a task whose output_type is generate_until" in ended(capsys, refusing, [])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "reduced runs in one process" in ended(
+        capsys, type(model).__mro__[1].__new__ and stand_in("reduced").Reduced
+    )
+    assert "llava_reduced runs in one process" in ended(capsys, own.LlavaReduced)
+    assert own.max_new_tokens({"max_new_tokens": 16, "temperature": 0, "num_beams": 1}, "gqa") == 16
+    assert own.max_new_tokens({"temperature": 0.7, "do_sample": False}, "gqa") == 1024
     for settings in ({"temperature": 0.2}, {"num_beams": 3}):
         with pytest.raises(UserError, match="Task gqa asks for sampling or beams"):
-            model.max_new_tokens(settings, "gqa")
+            own.max_new_tokens(settings, "gqa")
+
+
+# A stand-in for VLMEvalKit: run.py asks one question of a model whose class is BaseModel's.
+
+RUN = """
+import sys
+from vlmeval.vlm.base import BaseModel
+from tests.test_lmms_plugin import Toy
+if __name__ == "__main__":
+    try:
+        model = type("LLaVA_Next", (Toy, BaseModel), {})()
+        parts = [dict(type="image", value="0"), dict(type="text", value=sys.argv[2])]
+        if "--twice" not in sys.argv or model.generate(parts):
+            print("ANSWERED", model.generate(parts), model.handed, *sys.argv[3:])
+    except Exception as error:
+        print("TAKEN", error)
+"""
+BASE = """
+class BaseModel:
+    def preproc_content(self, message):
+        return message
+    def generate(self, message, dataset=None):
+        return self.generate_inner(message, dataset)
+"""
+
+
+class Toy:
+    """A model class of VLMEvalKit."""
+
+    def __init__(self):
+        stock = self.stock = shared("llava")
+        self.model, self.processor, self.handed = stock.model, SimpleNamespace(tokenizer=stock.tokenizer), None
+
+    def generate_inner(self, message, dataset=None):
+        inputs = self.stock.prepare([CHAT.format(message[1]["value"])], [picture(0)])
+        ids = self.model.generate(**inputs, max_new_tokens=1)
+        return ids[0, -1].item()
+
+
+@pytest.fixture
+def kit(tmp_path, monkeypatch):
+    """run.py of the stand-in, and the exit code of `vtr run-vlmeval` with it."""
+    (tmp_path / "vlmeval" / "vlm").mkdir(parents=True)
+    (tmp_path / "vlmeval" / "vlm" / "base.py").write_text(BASE)
+    (tmp_path / "run.py").write_text(RUN)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "vlmeval"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delenv("MMEVAL_ROOT", raising=False)
+
+    def start(*words, script=tmp_path / "run.py"):
+        monkeypatch.setattr(sys, "argv", ["vtr run-vlmeval", *words[:-1], "--", str(script), "--data", words[-1]])
+        return vlmeval.main()
+
+    return start
+
+
+def test_vlmevalkits_model_runs_under_a_method(kit, capsys):
+    """With the question alone, and in a folder of the method: VLMEvalKit names its files by the model."""
+    assert kit("fastv", "7", "--set", "layer=1", f"is there a star?\n{SHORT}") == 0
+    printed = capsys.readouterr().out
+    assert "ANSWERED" in printed and "--work-dir outputs/fastv-7-layer-1" in printed
+    assert "fastv at 7: 7.0 visual tokens per layer, mean of 1 prompts with images." in printed
+    assert not vars(shared("llava").model).keys() & {"generate", "forward"}
+
+
+def test_vlmevalkit_ends_with_our_sentence(kit, capsys, tmp_path, monkeypatch):
+    """run.py takes errors of a data set, goes on, and exits with 0."""
+    assert "fastv needs a budget" in ended(capsys, kit, "fastv", "--set", "layer=1", "is there a star?")
+    (tmp_path / "other.py").write_text("")
+    assert kit("full", "x", script=tmp_path / "other.py") == 2
+    assert "nothing ran under full" in capsys.readouterr().err
+    assert kit("full", "x", script=tmp_path / "none.py") == 2
+    assert "begin with the path of VLMEvalKit's run.py, got" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert kit("full", "x") == 2
+    assert "runs in one process" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
