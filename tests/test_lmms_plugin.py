@@ -22,6 +22,7 @@ from llava.errors import UserError
 from tests.conftest import QUESTIONS as ASKED
 from tests.conftest import SHORT, picture
 from tests.stock_inputs import shared
+from tests.test_llava_interface import ask, loaded
 
 CLASS_MODULE = "eval.lmms_plugin.models.llava_reduced"
 INSTALLED = all(importlib.util.find_spec(name) is not None for name in ("lmms_eval", "loguru", "sacrebleu"))
@@ -232,6 +233,17 @@ def test_a_prompt_that_is_worded_otherwise_is_no_guess(stand_in, capsys):
         model.under.asking(["a dog", "is it a cat or dog"]),
     ):
         model.model.generate(**inputs, max_new_tokens=1)
+
+
+def test_the_model_of_llavas_scripts_runs_under_a_method(tiny_path):
+    """lmms-eval's `llava` holds one, which enters a block of its own in each call, without a method."""
+    parts, other = loaded(tiny_path), loaded(tiny_path, method="fastv", budget=7, layer=1)
+    own, arguments = parts[1].reduced, (f"{ASKED[0]}\n{SHORT}", picture(0))
+    under = harnesses.UnderMethod(parts[1], harnesses.Choice("fastv", "7", {"layer": "1"}))
+    with under.asking([]):
+        assert ask(parts, *arguments).tolist() == ask(other, *arguments).tolist()
+    assert [record["mean"] for record in under.audits] == [7]
+    assert parts[1].reduced is own and "generate" not in vars(parts[1])
 
 
 def test_no_reduced_prompt_is_an_error(stand_in, capsys):

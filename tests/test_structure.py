@@ -197,7 +197,7 @@ def test_imported_libraries_are_declared(folder):
     declared = {needed.name.lower().replace("_", "-") for needed in DECLARED}
     own = {name.split(".")[0] for name in packages()} | {"tests"}
     # Asked for with a sentence where they are used, or imported by vLLM alone.
-    optional = {"bitsandbytes", "lmms_eval", "loguru", "flash_attn", "vllm"}
+    optional = {"bitsandbytes", "lmms_eval", "loguru", "flash_attn", "vllm", "vlmeval"}
     for path in (ROOT / folder).rglob("*.py"):
         for name in imported(path.read_text()) - own - optional - sys.stdlib_module_names:
             assert of_module(name) & declared, (
