@@ -209,12 +209,16 @@ def test_an_error_inside_generate_ends_the_run_and_restores_the_model(stand_in, 
     assert "holds none of the 1 texts" in ended(capsys, model.generate_until, asked("what is <image 1> above"))
     assert set(vars(stock.model)) == before
 
+    tried = []
+
     def fail(*args):
+        tried.append(args)
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(harnesses, "audit_record", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         model.generate_until(asked(*TEXTS[:3]))
+    assert len(tried) == 1  # of two batches
     assert set(vars(stock.model)) == before
 
 
