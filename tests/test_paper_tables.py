@@ -172,10 +172,14 @@ def test_the_gate_marks_a_wrong_baseline_and_names_causes(made, capsys):
 def test_csv_has_every_number_and_a_hash_of_the_answers(made):
     folder, _ = made
     assert sorted(path.name for path in (folder / "out").iterdir()) == [
-        "small.csv", "small.html", "small.md", "small.png", "small.tex", "small.times.jsonl",
+        "small.bib", "small.csv", "small.html", "small.md", "small.png", "small.tex", "small.times.jsonl",
     ]  # fmt: skip
     rows = list(csv.DictReader(io.StringIO((folder / "out" / "small.csv").read_text())))
-    assert len(rows) == 1 + 2 * 4
+    rows, told = rows[:9], rows[9:]
+    assert [(row["method"], row["published"], row["reported"], row["score"]) for row in told] == [
+        ("full", "62", "as reported", ""), ("full", "100.00", "as reported", ""),
+    ], "nothing is published about budgets of 8 and 4"  # fmt: skip
+    assert len(rows) == 1 + 2 * 4 and not any(row["reported"] for row in rows)
     full = rows[0]
     assert full["method"] == "full" and "61.9" in full["published"].split(";") and full["questions"] == "12"
     stored = folder / full["run"].split("tables0/")[-1] / "answers.jsonl"

@@ -253,7 +253,8 @@ def block_latex(block: Block, width: int, intervals: bool) -> list[str]:
         body.append(latex_row([escaped(name), *cells]))
     style = r"\reported{%s}" if block.rows else "%s"
     if block.reported:
-        body.append(rf"\multicolumn{{{width}}}{{l}}{{{style % r'\textit{as reported}'}}} \\")
+        heading = style % r"\textit{as reported}"
+        body.append(rf"\multicolumn{{{width}}}{{l}}{{{heading}}} \\")
     for one in block.reported:
         texts = block.reported_texts(one)
         texts = [*texts[:-1], texts[-1] + ("%" if one.average is not None else "")]

@@ -25,7 +25,7 @@ from llava.reduction import registry
 FIELDS = ("label", "budget", "cite", "source", "note")
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9:._/+-]*")  # of BibTeX, as it stands in \cite
 OWN_BASE, MEASURED_BASE, OTHER_BASE = (
-    "of the same source's full model", "of full as measured here", "of full as another source reports it",
+    "of full in the same source or file", "of full as measured here", "of full as another source reports it",
 )  # fmt: skip
 
 
@@ -81,8 +81,8 @@ def read_added(path: Path, table: Table) -> list[Reported]:
     """
     rows: list[Reported] = []
     seen: dict[tuple[object, ...], str] = {}
-    for place, cells in csv_rows(path) if path.suffix == ".csv" else yaml_rows(path):
-        row = row_of(place, by_benchmark(place, cells, table), table)
+    for head, place, cells in csv_rows(path) if path.suffix == ".csv" else yaml_rows(path):
+        row = row_of(place, by_benchmark(head, cells, table), table)
         key = (row.label, row.budget, row.cite, row.source)
         if key in seen:
             raise UserError(
@@ -93,32 +93,33 @@ def read_added(path: Path, table: Table) -> list[Reported]:
     if not rows:
         raise UserError(f"{path} has no rows; write a header and a row for each method and budget.")
     full = {(row.cite, row.source): row.scores for row in rows if row.budget is None}
-    return [replace(row, full=full.get((row.cite, row.source), {})) for row in rows]
+    alone = next(iter(full.values())) if len(full) == 1 else {}
+    return [replace(row, full=full.get((row.cite, row.source), alone)) for row in rows]
 
 
-def csv_rows(path: Path) -> Iterable[tuple[str, Mapping[str, str]]]:
-    """(place, cells by the heads of their columns) of each row; empty lines are skipped."""
+def csv_rows(path: Path) -> Iterable[tuple[str, str, Mapping[str, str]]]:
+    """(place of the header, place, cells by the heads of their columns) of each row; empty lines are skipped."""
     try:
         reader = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""), strict=True)
         lines = [(f"{path} line {reader.line_num}", [cell.strip() for cell in cells]) for cells in reader]
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} is no CSV file that can be read: {' '.join(str(error).split())}.") from None
-    (place, head), *rest = [(place, cells) for place, cells in lines if any(cells)] or [("", [])]
+    (top, head), *rest = [(place, cells) for place, cells in lines if any(cells)] or [("", [])]
     if len(head) == 1 and ";" in head[0]:
-        raise UserError(f"{place} separates its columns by semicolons; write commas.")
+        raise UserError(f"{top} separates its columns by semicolons; write commas.")
     if twice := [name for number, name in enumerate(head) if name in head[:number]]:
-        raise UserError(f"{place} has the column {twice[0]!r} twice; leave one out.")
+        raise UserError(f"{top} has the column {twice[0]!r} twice; leave one out.")
     for place, cells in rest:
         if len(cells) != len(head):
             raise UserError(
                 f"{place} has {len(cells)} cells and the header {len(head)}; leave a cell empty where a value is "
                 "missing, and put a text with commas in quotes."
             )
-        yield place, dict(zip(head, cells, strict=True))
+        yield top, place, dict(zip(head, cells, strict=True))
 
 
-def yaml_rows(path: Path) -> Iterable[tuple[str, Mapping[str, str]]]:
-    """(place, values by their keys) of each entry of the file's list."""
+def yaml_rows(path: Path) -> Iterable[tuple[str, str, Mapping[str, str]]]:
+    """(place of the keys, place, values by their keys) of each entry of the file's list."""
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"Rows to add are a .csv or .yaml file, got {path}.")
     content = read_yaml(path)
@@ -131,7 +132,7 @@ def yaml_rows(path: Path) -> Iterable[tuple[str, Mapping[str, str]]]:
         place = f"{path} line {node.start_mark.line + 1}"
         if not isinstance(entry, dict):
             raise UserError(f"{place} should be a row of keys and values, got {entry!r:.40}.")
-        yield place, {str(key): "" if value is None else str(value).strip() for key, value in entry.items()}
+        yield place, place, {str(key): "" if value is None else str(value).strip() for key, value in entry.items()}
 
 
 def by_benchmark(place: str, cells: Mapping[str, str], table: Table) -> dict[str, str]:

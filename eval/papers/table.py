@@ -364,7 +364,7 @@ def published_only(table: Table, added: Sequence[Reported], args: argparse.Names
     document = reported_document(
         table, [row for row in rows if row.budget in (None, *table.budgets)], command_line(table, args)
     )
-    if not document.reported:
+    if not any(row.budget for row in document.reported):
         raise UserError(
             f"Nothing is published for this part of {table.identity}; leave --methods or --budgets out, or --add rows."
         )
