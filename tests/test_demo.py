@@ -17,15 +17,18 @@ from eval import serving
 from eval.config import DEFAULT_MODEL, ROOT, TOY_BANNER
 from eval.pages import command
 from eval.pages import demo as demo_page
-from eval.pages.demo import IDS, SHORT, answer_beside_full, examples
+from eval.pages.demo import IDS, SHORT, Way, answer_beside_full, examples, ways_out
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.pipeline.generate import generate
 from llava.processing.image import open_image
 from llava.processing.prompt import Sample
 from llava.reduction import registry
+from llava.reduction.token_layout import ModelSpec, PatchGrid, spec_of, stitched
 from tests.browser import DESKTOP, PHONE, needs_browser, opened, overflow
 from tests.conftest import QUESTIONS, picture
+
+SEVERAL_TILES = spec_of(ModelSpec(576, 32, PatchGrid(24, 24), 24, True, True), stitched((2, 2), (24, 24)))
 
 # -- both answers --------------------------------------------------------------------------------------------------
 
@@ -42,7 +45,7 @@ def test_both_answers_are_those_of_the_pipeline(tiny, method):
         assert (side.name, side.answer.text) == (name, answer.text)
         assert side.answer.accounting == answer.accounting and side.answer.accounting.mean == pytest.approx(budget)
         assert side.gflop == pytest.approx(batch.operations.total / 1e9)
-        assert side.overlay.size == (2 * image.width, 2 * image.height)
+        assert side.overlay.size == (2 * image.width, 2 * image.width), "with the padding"
     assert found.full.overlay.tobytes() != found.reduced.overlay.tobytes()
 
 
@@ -78,6 +81,47 @@ def test_mistakes_are_one_sentence(tiny, question, method, budget, expected):
         answer_beside_full(tiny, picture(1), question, method, budget)
 
 
+@pytest.mark.parametrize("spec", [None, ModelSpec(576, 32, PatchGrid(24, 24), 24), SEVERAL_TILES])
+def test_every_method_answers_at_every_budget_or_something_on_the_page_does(tiny, spec):
+    """fastv at 64 said "set fastv.schedule=kept" on a page without options."""
+    spec = spec or tiny.spec
+    budgets = {16: range(1, 17), 576: (1, 64, 575)}.get(spec.visual_tokens, (64,))
+    for method in (name for name in registry.names() if name != "full"):
+        for budget in budgets:
+            asked = Way(method, "", budget)
+            ways = [] if asked.fits(spec) else ways_out(spec, asked)
+            assert asked.fits(spec) or (ways and asked not in ways), asked
+            assert len({str(way) for way in ways}) == len(ways) < 6 and all(way.fits(spec) for way in ways), asked
+    assert not Way("fastv", "", 1).fits(tiny.spec)
+    assert str(ways_out(tiny.spec, Way("fastv", "", 1))[0]) == "fastv at 1 with schedule=kept"
+    assert ways_out(tiny.spec, Way("fastv", "schedul=kept", 9))[0] == Way("fastv", "", 9), "without the misspelt option"
+    assert ways_out(tiny.spec, Way("random", "", 9))[0].method == demo_page.METHOD, "refused for another reason"
+
+
+def test_options_are_those_of_set(tiny, monkeypatch):
+    monkeypatch.setattr(demo_page, "MAX_NEW_TOKENS", 1)
+    found = answer_beside_full(tiny, picture(1), "a?", "fastv", 1, repeats=1, options=" schedule=kept\nfastv.layer=3 ")
+    assert found.reduced.answer.accounting.tokens_per_layer == (16, 16, 16, 1)
+    for options, sentence in (
+        ("schedule", "should look like"),
+        ("layer=1 fastv.layer=2", "given twice"),
+        ("layr=1", "Did you mean 'layer'"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            answer_beside_full(tiny, picture(1), "a?", "fastv", 8, options=options)
+    listed = demo_page.options_table("divprune+fastv")
+    assert "`fastv.schedule=mean`: " in listed and "(mean, kept)" in listed and "retention" not in listed
+
+
+def test_tokens_on_padding_are_in_the_table(tiny, monkeypatch):
+    monkeypatch.setattr(demo_page, "MAX_NEW_TOKENS", 1)
+    for size, there in (((60, 20), True), ((60, 60), False)):
+        compared = answer_beside_full(tiny, picture(1, size), "a?", "random", 8, repeats=1)
+        assert ("of them on padding" in demo_page.table(compared, tiny)) == there
+        assert compared.full.answer.accounting.on_padding == 8 * there
+        assert compared.full.overlay.width == compared.full.overlay.height
+
+
 @pytest.fixture
 def phone_picture(tmp_path) -> Path:
     """60 x 44 pixels for a person, stored on its side."""
@@ -89,8 +133,10 @@ def phone_picture(tmp_path) -> Path:
 
 def test_demo_gallery_and_client_show_a_phone_picture_as_a_person_sees_it(tiny, tmp_path, phone_picture, monkeypatch):
     """All of them asked about a picture on its side."""
-    compared = demo_page.answer(tiny, str(phone_picture), "a?", True, "random", 8)
-    assert compared.full.overlay.width > compared.full.overlay.height
+    compared = demo_page.answer(tiny, str(phone_picture), "a?", True, "random", "", 8)
+    (canvas,) = compared.full.answer.canvases
+    left, top, right, bottom = canvas.box
+    assert right - left > bottom - top
     assert command.sample_of(str(phone_picture), "a?", "").image.size == (60, 44)
     seen = []
 
@@ -296,6 +342,23 @@ def test_mistakes_are_shown_as_a_sentence_and_the_page_goes_on(demo, tmp_path):
         ask(page, "Is there a red star?")
         wait_for_answer(page)
         assert "divprune+fastv:" in page.inner_text("#reduced-answer") and not errors(page)
+        page.click("#method input")
+        page.fill("#method input", "fastv")
+        page.keyboard.press("Enter")
+        ask(page, "Is there a red star?")
+        wait_for_problem(page, "fastv cannot reach a mean of 64")
+        for way, tokens in (("fastv at 73", "73.0"), ("fastv at 64 with schedule=kept", "128.0")):
+            page.evaluate("document.querySelector('#numbers table')?.classList.add('before')")
+            page.click(f"#ways label:has-text('{way}')")
+            wait_for_answer(page)
+            assert f"fastv: {tokens} visual tokens" in page.inner_text("#reduced-answer")
+            assert not page.locator("#ways").is_visible() and overflow(page) == 0
+            if tokens == "73.0":
+                page.fill("#budget input[type=number]", "64")
+                page.keyboard.press("Tab")
+                ask(page, "Is there a red star?")
+                wait_for_problem(page, "fastv cannot reach a mean of 64")
+        assert page.input_value("#settings textarea, #settings input") == "schedule=kept" and not errors(page)
     assert "Traceback" not in demo.text
 
 

@@ -1,9 +1,10 @@
 """The demo in Gradio: one question answered twice, with all visual tokens and with a method, side by side."""
 
+import json
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +21,8 @@ from eval.config import DEFAULT_DATA, FULL, TOY_BANNER, is_toy
 from eval.figures.overlay import draw_answer
 from eval.pages import asset, environment
 from eval.results.report import hardware
-from llava.errors import UserError, is_out_of_memory, release_memory
+from llava.budget import RETENTION_RATIO
+from llava.errors import MethodError, UserError, is_out_of_memory, release_memory
 from llava.model.llava_arch import Llava
 from llava.pipeline.accounting import Answer
 from llava.pipeline.generate import generate
@@ -28,6 +30,8 @@ from llava.processing.image import open_image
 from llava.processing.prompt import Sample
 from llava.reduction import registry
 from llava.reduction.budget import require
+from llava.reduction.reducer import options_of
+from llava.reduction.token_layout import ModelSpec
 
 REPEATS = 3
 MAX_NEW_TOKENS = 128
@@ -75,6 +79,7 @@ def answer_beside_full(
     budget: int,
     short: bool = True,
     repeats: int = REPEATS,
+    options: str = "",
 ) -> Comparison:
     """Ask one question with all visual tokens and with a method.
 
@@ -84,9 +89,10 @@ def answer_beside_full(
     Args:
         budget: visual tokens to keep, as the mean over decoder layers.
         short: ask for a single word or phrase.
+        options: of the method, "schedule=kept layer=3".
 
     Raises:
-        UserError: no question, an unknown method, a budget that the method cannot meet, or too little memory.
+        UserError: no question, an unknown method or option, a budget that the method cannot meet, or too little memory.
     """
     question = question.strip()
     if not question:
@@ -96,7 +102,7 @@ def answer_beside_full(
             f"A question may have {LONGEST_QUESTION:,} characters, this one has {len(question):,}; shorten it."
         )
     sample = Sample("demo", question, SHORT if short else "", image)
-    reducers = [registry.build(FULL, model.visual_tokens), registry.build(method, budget)]
+    reducers = [registry.build(FULL, model.visual_tokens), registry.build(method, budget, options_in(options, method))]
     require(reducers[1], model.spec)
     try:
         batches = [generate(model, [sample], reducer, MAX_NEW_TOKENS) for reducer in reducers]
@@ -144,10 +150,91 @@ def examples(data: Path = DEFAULT_DATA) -> list[Example]:
     return [Example(images / str(question.image), question.question, question.answer) for question in chosen]
 
 
+def options_in(text: str, method: str) -> dict[str, str]:
+    """Options as a person writes them, separated by blanks or lines: "schedule=kept fastv.layer=3"."""
+    options = dict[str, str]()
+    for setting in text.split():
+        name, equals, value = setting.removeprefix(f"{method}.").partition("=")
+        if not (name and equals):
+            raise UserError(f"Options should look like schedule=kept layer=3, got {setting!r}.")
+        if name in options:
+            raise UserError(f"The option {name} is given twice; leave one out.")
+        options[name] = value
+    return options
+
+
+def options_table(method: str) -> str:
+    """The options of a method as a list in Markdown."""
+    lines = [f"Options of {method}, written as `name=value`, with their defaults:", ""]
+    for name, known in options_of(registry.method(method)).items():
+        if name.rpartition("__")[2] != RETENTION_RATIO:  # the budget is the slider's
+            choices = f" ({', '.join(known.metadata['choices'])})" if known.metadata["choices"] else ""
+            default = ",".join(map(str, known.default)) if isinstance(known.default, tuple) else known.default
+            lines.append(f"- `{name.replace('__', '.')}={default}`: {known.metadata['doc']}{choices}")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A method that can be asked, with its options and budget."""
+
+    method: str
+    options: str
+    budget: int
+
+    def __str__(self) -> str:
+        return f"{self.method} at {self.budget}" + f" with {self.options}" * bool(self.options)
+
+    def fits(self, spec: ModelSpec) -> bool:
+        """Whether a model of these sizes can be asked so."""
+        try:
+            require(registry.build(self.method, self.budget, options_in(self.options, self.method)), spec)
+        except UserError:
+            return False
+        return True
+
+
+def ways_out(spec: ModelSpec, asked: Way) -> list[Way]:
+    """What can be asked in place of what could not be answered, with as little changed as possible.
+
+    Returns:
+        The method without options, with another value of one option, and at the nearest budgets that it takes below
+        and above. Where none of these helps, the method that the page opens with.
+    """
+    ways = list[Way]()
+    if not asked.fits(spec):
+        ways = [way for way in (replace(asked, options=""), *other_options(asked)) if way != asked and way.fits(spec)]
+        ways += [way for step in (-1, 1) if (way := nearest(spec, asked, step))]
+    return ways or [way for way in [Way(METHOD, "", min(BUDGET, spec.visual_tokens))] if way != asked]
+
+
+def other_options(asked: Way) -> Iterator[Way]:
+    """The method with every other value of every option that has a list of values."""
+    try:
+        known, given = options_of(registry.method(asked.method)), options_in(asked.options, asked.method)
+    except UserError:
+        return
+    for name, option in known.items():
+        for choice in option.metadata["choices"] or ():
+            changed = given | {name.replace("__", "."): choice}
+            yield replace(asked, options=" ".join(f"{key}={value}" for key, value in changed.items()))
+
+
+def nearest(spec: ModelSpec, asked: Way, step: int) -> Way | None:
+    """The method at the nearest budget below (step -1) or above (1) that it takes; far away not every one is tried."""
+    last, away = 0, 1
+    while 1 <= asked.budget + step * away <= spec.visual_tokens:
+        if replace(asked, budget=asked.budget + step * away).fits(spec):
+            closer = (replace(asked, budget=asked.budget + step * n) for n in range(last + 1, away + 1))
+            return next(way for way in closer if way.fits(spec))
+        last, away = away, max(away + 1, away * 11 // 10)
+    return None
+
+
 # The colours of eval.figures.overlay.
 LEGEND = (
     "Kept patches are the photograph itself, merged ones are tinted inside the outline of their group, and dropped "
-    "ones are dim and grey."
+    "ones are dim and grey. Hatched patches are the padding that makes the picture a square."
 )
 METHOD, BUDGET = "consensusdrop", 64
 # No fonts from the network; the default colour of hints is too pale to read.
@@ -164,7 +251,7 @@ def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
     example, compared = examples[0] if examples else None, None
     if example:
         try:
-            compared = answer(model, str(example.image), example.question, True, METHOD, budget_at_first)
+            compared = answer(model, str(example.image), example.question, True, METHOD, "", budget_at_first)
         except UserError as error:  # a budget of another checkpoint, say; a person can ask for less
             print(f"The page opens without an answer: {error}", file=sys.stderr)
     blocks = gr.Blocks(title="Visual token reduction", analytics_enabled=False, delete_cache=(3600, 86400))
@@ -207,8 +294,17 @@ def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
                     label="Budget: visual tokens per image, mean over decoder layers",
                     elem_id="budget",
                 )
+                with gr.Accordion("Options", open=False, elem_id="options") as drawer:
+                    options = gr.Textbox(
+                        label="Of the method; empty for its defaults",
+                        placeholder="name=value name=value",
+                        max_length=500,
+                        elem_id="settings",
+                    )
+                    known = gr.Markdown(options_table(METHOD))
             with gr.Column(scale=3, min_width=300):
                 problem = gr.Textbox(label="No answer", visible=False, elem_id="problem", lines=2)
+                ways = gr.Radio([], label="Ask one of these instead", visible=False, elem_id="ways")
                 with gr.Row():
                     sides = [panel("full", "All visual tokens"), panel("reduced", "Method")]
                 gr.Markdown(LEGEND)
@@ -220,36 +316,40 @@ def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
                 [image, question, expected],
                 label="Test images of the toy benchmark, with a question and its correct answer",
             )
-        outputs = [problem, *sides[0], *sides[1], numbers]
+        outputs = [problem, ways, *sides[0], *sides[1], numbers]
 
         def ask(file: Mapping[str, Any] | None, *entered: Any) -> list[Any]:
             try:
                 return shown(answer(model, file["path"] if file else None, *entered), model)
             except UserError as error:
-                sentence = str(error)
+                *_, name, settings, budget = entered
+                asked = Way(name, settings, int(budget))
+                helpful = isinstance(error, MethodError) or not asked.fits(model.spec)
+                return refused(str(error), ways_out(model.spec, asked) if helpful else [], len(outputs))
             except Exception as error:
                 traceback.print_exc(file=sys.stderr)
                 sentence = f"The model failed ({type(error).__name__}); the terminal that runs the demo says where."
-            return [gr.update(value=sentence, visible=True), *[None] * (len(outputs) - 1)]
+                return refused(sentence, [], len(outputs))
 
         if compared:
             blocks.load(partial(shown, compared, model), None, outputs, api_visibility="private")
         method.input(
-            lambda name: gr.update(info=summaries.get(name, "")), method, method, queue=False, api_visibility="private"
+            lambda name: [gr.update(info=summaries.get(name, "")), "", listed(name)],
+            method,
+            [method, options, known],
+            queue=False,
+            api_visibility="private",
         )
-        inputs = [image, question, short, method, budget]
+        inputs = [image, question, short, method, options, budget]
         # Not preprocessed: `answer` reads the image's file, so that a damaged one is an error with a sentence. Gradio
         # has checked its path. One question at a time: times would mean nothing otherwise. The page of somebody who
         # waits shows the place in the queue.
-        gr.on(
-            [button.click, question.submit],
-            ask,
-            inputs,
-            outputs,
-            preprocess=False,
-            api_visibility="private",
-            concurrency_limit=1,
-        )
+        once: dict[str, Any] = {"preprocess": False, "api_visibility": "private", "concurrency_limit": 1}
+        gr.on([button.click, question.submit, options.submit], ask, inputs, outputs, **once)
+        chosen = [method, options, budget, drawer, known]
+        ways.input(
+            lambda text: taken(Way(*json.loads(text)), summaries), ways, chosen, queue=False, api_visibility="private"
+        ).then(ask, inputs, outputs, **once)
     blocks.queue(max_size=16, api_open=False)
     return blocks
 
@@ -268,7 +368,30 @@ def panel(name: str, label: str) -> tuple[gr.Textbox, gr.Image]:
     return text, overlay
 
 
-def answer(model: Llava, path: str | None, question: str, short: bool, method: str, budget: float) -> Comparison:
+def refused(sentence: str, ways: Sequence[Way], outputs: int) -> list[Any]:
+    """Values of the outputs where there is no answer."""
+    choices = [(str(way), json.dumps(astuple(way))) for way in ways]
+    offer = gr.update(choices=choices, value=None, visible=bool(choices))
+    return [gr.update(value=sentence, visible=True), offer, *[None] * (outputs - 2)]
+
+
+def taken(way: Way, summaries: Mapping[str, str]) -> list[Any]:
+    """Method, options, budget and the drawer of options, as a person would have entered them."""
+    name = gr.update(value=way.method, info=summaries.get(way.method, ""))
+    return [name, way.options, way.budget, gr.update(open=bool(way.options)), listed(way.method)]
+
+
+def listed(method: str) -> str:
+    """The options of a method; nothing for a name that is not known yet."""
+    try:
+        return options_table(method)
+    except UserError:
+        return ""
+
+
+def answer(
+    model: Llava, path: str | None, question: str, short: bool, method: str, options: str, budget: float
+) -> Comparison:
     """Check what was entered, and ask.
 
     Raises:
@@ -277,12 +400,12 @@ def answer(model: Llava, path: str | None, question: str, short: bool, method: s
     if path is None:
         raise UserError("There is no image; drop one, or choose an example.")
     image = open_image(path, Path(path).name, upright=True)
-    return answer_beside_full(model, image, question, method, int(budget), short)
+    return answer_beside_full(model, image, question, method, int(budget), short, options=options)
 
 
 def shown(compared: Comparison, model: Llava) -> list[Any]:
     """Values of the outputs, in their order."""
-    values: list[Any] = [gr.update(value="", visible=False)]
+    values: list[Any] = [gr.update(value="", visible=False), gr.update(choices=[], visible=False)]
     for side in (compared.full, compared.reduced):
         values += [gr.update(value=side.answer.text, label=label_of(side)), side.overlay]
     return [*values, table(compared, model)]
@@ -308,6 +431,9 @@ def table(compared: Comparison, model: Llava) -> str:
     ]
     spread = [f"{min(side.ttft_ms):,.0f} to {max(side.ttft_ms):,.0f} ms" for side in sides]
     rows.insert(2, ("fastest to slowest", spread, ""))  # under the median
+    empty = [side.answer.accounting.on_padding for side in sides]
+    if any(empty):
+        rows.insert(1, ("of them on padding", [f"{tokens:,.1f}" for tokens in empty], ""))
     layers = [f"{side.name} {runs(side.answer.accounting.tokens_per_layer)}" for side in sides]
     template = environment().get_template("numbers.html.j2")
     return template.render(rows=rows, reduced=compared.reduced, layers=layers, repeats=REPEATS, machine=machine(model))

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from llava.errors import UserError, unknown
+from llava.errors import MethodError, UserError, unknown
 from llava.model.llava_arch import EncodedImage, Llava, encoded_image_of
 from llava.model.multimodal_encoder.clip_encoder import Encoded
 from llava.processing.image import Grid, QwenImageProcessor, as_rgb
@@ -98,7 +98,7 @@ class QwenVL(Llava):
         self, pictures: Sequence[Any], keys: Sequence[object], reducer: Reducer, timer: "Timer"
     ) -> list[EncodedImage]:
         if "tower" in reducer.acts_in or "input_grid" in reducer.acts_in:
-            raise UserError(
+            raise MethodError(
                 f"{reducer.name} acts on pixels or inside a CLIP tower; {self.name} has a tower of another kind. "
                 "Choose a method that acts behind the tower."
             )
