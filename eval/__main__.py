@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import benchmarks
-from eval.command import Parser, add_data_flags, exit_on_user_error, make_parser, value
+from eval.command import Parser, add_data_flags, exit_on_user_error, make_parser, value, without_bars
 from eval.config import (
     FILLING,
     FULL,
@@ -55,6 +55,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "zero": {"metavar": "PLACE"},
     "zero_ranks": {"type": value(count), "metavar": "N"},
     "restart": {"action": "store_true"},
+    "quiet": {"action": "store_true"},
 }
 
 
@@ -126,6 +127,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     args = parser().parse_args(words)
+    with without_bars() if args.quiet else contextlib.nullcontext():
+        return evaluate(args, words)
+
+
+def evaluate(args: argparse.Namespace, words: Sequence[str]) -> int:
+    """Estimate or run what the flags ask for; returns the exit code.
+
+    Args:
+        words: the command line, for other ranks.
+    """
     configs = configurations(args)
     config = configs[0]
     place = placement.here(config.ranks_per_model, config.device)
@@ -152,7 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data, _ = read_questions(config)
         planned = data.questions[: config.limit]
         place = place.at_most(-(-len(planned) // config.batch_size))
-        print(f"{data.title}: {len(planned):,} questions on {place.describe()}", file=sys.stderr)
+        if not config.quiet:
+            print(f"{data.title}: {len(planned):,} questions on {place.describe()}", file=sys.stderr)
         return launch("eval.__main__", words, place, args.timeout)
     result = run(config)
     if config.tensor_parallel > 1 or config.zero is not None:

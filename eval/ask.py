@@ -394,7 +394,7 @@ class Progress:
             desc=f"{job.reducer.name} {budget_text(job.reducer.budget, job.reducer.retention_ratio)}",
             unit="question",
             mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs no line per batch
-            disable=not rank.first,
+            disable=not rank.first or job.config.quiet,
         )
 
     def add(self, outcome: Answered) -> None:

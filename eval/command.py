@@ -3,16 +3,20 @@
 import argparse
 import contextlib
 import functools
+import json
 import os
 import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec
 
+from tqdm import tqdm
+
 from eval import benchmarks
+from eval.answers.jsonl import write_json
 from eval.benchmarks.base import PROFILES, SOURCES, Dataset
 from eval.config import DEFAULT_DATA, path_name
 from eval.judging.choice import HELP as JUDGE_HELP
@@ -154,6 +158,53 @@ def add_data_flags(p: argparse.ArgumentParser) -> None:
         "--source", default="auto", choices=SOURCES, help="official files, or the mirror on the hub (or its local copy)"
     )
     p.add_argument("--judge", default="auto", metavar="JUDGE", help=JUDGE_HELP)
+
+
+STDOUT = "-"  # where a record goes if --json names no file
+
+
+def add_json_flag(p: argparse.ArgumentParser, keys: str) -> None:
+    """--json [OUT], as `print_record` reads it.
+
+    Args:
+        keys: of the record, for the help.
+    """
+    p.add_argument(
+        "--json",
+        nargs="?",
+        const=STDOUT,
+        type=value(path_name),
+        metavar="OUT",
+        help="write the numbers as JSON to the file OUT as well; without OUT, which then needs --json at the end, print "
+        f"nothing but them. Keys: {keys}",
+    )
+
+
+def print_record(record: Any, lines: Iterable[str], place: str | None) -> None:
+    """Print a result as lines of text, or as JSON alone.
+
+    Args:
+        place: what --json says: a file that the record is written to as well, STDOUT, or None.
+    """
+    if place == STDOUT:
+        print(json.dumps(record, indent=1, allow_nan=False))
+        return
+    if place and Path(place).is_dir():
+        raise UserError(f"--json {place} is a folder; name a file, or put --json at the end to print the JSON alone.")
+    print("\n".join(lines))
+    if place:
+        write_json(Path(place), record)
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """No progress bars inside, neither ours nor those of libraries that use tqdm."""
+    before = tqdm.__init__
+    tqdm.__init__ = functools.partialmethod(before, disable=True)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = before
 
 
 def open_dataset(name: str, data: str, split: str | None, profile: str | None, source: str) -> Dataset:

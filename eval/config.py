@@ -64,7 +64,8 @@ class RunConfig:
         max_new_tokens: longest answer; default: what the benchmark's profile says
         seed: for methods that draw random numbers, and for the intervals
         wandb: W&B logging
-        restart: move an earlier run in the output folder aside
+        restart: move an earlier run in the output folder aside; with --limit only if it asks every question again that
+            has an answer there
         text_tower: the CLIP that the vision tower comes from, for methods that read its text half
         picture: how images are read, where the model's family leaves a choice; llava.model.builder parses the texts.
         quantization: hold the decoder in 8 or 4 bits (bitsandbytes)
@@ -79,6 +80,7 @@ class RunConfig:
         table: paper table that the run belongs to: its group in W&B
         engine: what decodes: this package, or vLLM in one process (docs/models/serving.md)
         compile: run tower, prefill and decoding with torch.compile: for long runs; compiling takes seconds to a minute
+        quiet: print warnings and the result's sentence only: no progress bars, single numbers or costs
     """
 
     method: str
@@ -110,6 +112,7 @@ class RunConfig:
     table: str | None = None
     engine: str = "own"
     compile: bool = False
+    quiet: bool = False
 
     def __post_init__(self) -> None:
         ratio = self.retention_ratio

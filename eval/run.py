@@ -12,7 +12,7 @@ from eval import benchmarks, tracking
 from eval.answers.jsonl import make_folder, write_file, write_json
 from eval.answers.reuse import RESULT, check_reuse, images_digest, images_of, read_result
 from eval.answers.source_hash import differences
-from eval.answers.store import TIMING, AnswerFiles, AnswerStore, Shard
+from eval.answers.store import TIMING, AnswerFiles, AnswerStore, Shard, check_restart
 from eval.ask import Job, Progress, ask, first_token_times, measured_under
 from eval.benchmarks.base import Dataset, Question
 from eval.command import open_dataset
@@ -83,6 +83,8 @@ def prepare(config: RunConfig, model: Any, reducer: Reducer | None) -> Job:
         started=datetime.now(UTC).isoformat(),
     )
     job.check_unchanged()  # since the process started; loading a model takes minutes
+    if config.restart and config.limit:
+        check_restart(job.output, [question.id for question in job.planned])
     return job
 
 
@@ -189,8 +191,11 @@ def run(
         finally:
             tracker.close(failed=not finished)
     remarks = [f"note: {remark}" for remark in result["remarks"]]
-    lines = [*report.score_lines(result), *remarks, *report.cost_lines(result), *report.failed_lines(result)]
-    print("\n".join([*lines, f"result: {job.results / RESULT}", result["sentence"]]), flush=True)
+    shown = [*remarks, *report.failed_lines(result)]
+    if not config.quiet:
+        shown = [*report.score_lines(result), *remarks, *report.cost_lines(result), *report.failed_lines(result)]
+        shown.append(f"result: {job.results / RESULT}")
+    print("\n".join([*shown, result["sentence"]]), flush=True)
     return result
 
 

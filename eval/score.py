@@ -1,6 +1,7 @@
 """Score answers that exist already, without a model; or compare two runs.
 
     vtr score gqa --answers merge.jsonl --data playground/data/eval
+    vtr score vizwiz --answers merge.jsonl --submission upload/    # also the file for the server
     vtr compare RUN_A RUN_B      # output folders of `vtr eval`: difference, 95 % interval and a paired test
 
 Files of LLaVA's scripts, of lmms-eval (samples_*.jsonl) and of this repository are read; see eval/answers/reading.py.
@@ -8,6 +9,7 @@ Runs, also RUN/limit200, are compared if both asked the same questions about the
 model, the same code and the same options, but for the method.
 """
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,25 +17,49 @@ from pathlib import Path
 from typing import Any
 
 from eval import benchmarks
-from eval.answers.jsonl import write_json
+from eval.answers.jsonl import write_file
 from eval.answers.reading import read_answers
 from eval.answers.reuse import OF_THE_SCORE, check_images, joint_differences, read_result, read_stored, results_folder
-from eval.benchmarks.base import Dataset
-from eval.command import Parser, add_data_flags, exit_on_user_error, make_parser, open_dataset
+from eval.benchmarks.base import Dataset, no_submission
+from eval.command import (
+    Parser,
+    add_data_flags,
+    add_json_flag,
+    exit_on_user_error,
+    make_parser,
+    open_dataset,
+    print_record,
+    value,
+)
+from eval.config import path_name
 from eval.judging.choice import check_judge, score_answers
 from eval.results import statistics
 from eval.results.report import circumstances, score_lines, scored
 from llava.errors import UserError
 
 
-def score_file(path: Path, data: Dataset, partial: bool = False, judge: str = "auto") -> dict[str, Any]:
-    """Score an answer file; returns the record for JSON. Verdicts of an LLM judge are stored beside the file."""
+def score_file(
+    path: Path, data: Dataset, partial: bool = False, judge: str = "auto", submission: Path | None = None
+) -> dict[str, Any]:
+    """Score an answer file; returns the record for JSON. Verdicts of an LLM judge are stored beside the file.
+
+    Args:
+        submission: folder for what the benchmark's server or script reads.
+    """
     check_judge(data, judge)
+    if submission is not None and data.submission is no_submission:
+        raise UserError(f"No server or script reads a file of answers to {data.title}; leave out --submission.")
     answers = read_answers(path, data, partial)
     asked = [question for question in data.questions if question.id in answers.texts]
     score, judged = score_answers(data, judge, [question.id for question in asked], answers.texts, path)
     record = scored(score, asked, data.labels())
     record["notes"] += answers.notes
+    files = {} if submission is None else data.submission(answers.texts)
+    for name, content in files.items():
+        write_file(submission / name, content)
+    if submission is None and score.values.get(score.main) is None and data.submission is not no_submission:
+        record["notes"].append("--submission FOLDER writes the file for the server")
+    record |= {"submission": [str(submission / name) for name in files]}
     return {"title": data.title, "facts": {**data.facts, **judged}, "available": len(data.questions), **record}
 
 
@@ -101,38 +127,51 @@ def comparison_lines(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def answers_parser(module: str, description: str) -> Parser:
-    """The flags of both command lines."""
+def answers_parser(module: str, description: str, keys: str) -> Parser:
+    """The flags of both command lines.
+
+    Args:
+        keys: of the record that --json writes.
+    """
     p = make_parser(module, description)
     add_data_flags(p)
     p.add_argument(
         "--partial", action="store_true", help="go on with what fits of a file that lacks answers or has others"
     )
-    p.add_argument("--json", metavar="OUT", help="also write the numbers to this file")
+    add_json_flag(p, keys)
     return p
 
 
 @exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    p = answers_parser("eval.score", "Score answers that exist already, without a model.")
+    keys = "title, facts, available, questions, main, metrics, points, confidence, groups, notes, submission"
+    p = answers_parser("eval.score", "Score answers that exist already, without a model.", keys)
     p.add_argument("benchmark", help=f"one of: {', '.join(benchmarks.names())}")
     p.add_argument("--answers", required=True, help="answers.jsonl, LLaVA's merge.jsonl, or a list of predictions")
+    p.add_argument(
+        "--submission",
+        type=value(path_name),
+        metavar="FOLDER",
+        help="write what the benchmark's server or script reads to this folder",
+    )
     args = p.parse_args(arguments)
-    data = open_dataset(args.benchmark, args.data, args.split, args.profile, args.source)
-    record = score_file(Path(args.answers), data, args.partial, args.judge)
-    print("\n".join([f"{record['title']}, {record['questions']:,} questions", *score_lines(record)]))
-    if args.json:
-        write_json(Path(args.json), record)
+    folder = None if args.submission is None else Path(args.submission)
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries print
+        data = open_dataset(args.benchmark, args.data, args.split, args.profile, args.source)
+        record = score_file(Path(args.answers), data, args.partial, args.judge, folder)
+    written = [f"Wrote {name}." for name in record["submission"]]
+    lines = [f"{record['title']}, {record['questions']:,} questions", *score_lines(record), *written]
+    print_record(record, lines, args.json)
     return 0
 
 
 @exit_on_user_error
 def compare_command(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    p = answers_parser(
-        "eval.cli compare", "Compare two runs on the same benchmark: difference, 95 % interval and a paired test."
-    )
+    about = "Compare two runs on the same benchmark: difference, 95 % interval and a paired test."
+    keys = "title, main, questions, a, b, difference, low, high, p, note, drawn, unit, notes"
+    p = answers_parser("eval.cli compare", about, keys)
     p.add_argument("a", type=Path, help="output folder of a run")
     p.add_argument("b", type=Path, help="output folder of another run")
     args = p.parse_args(arguments)
@@ -141,11 +180,10 @@ def compare_command(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"{args.a} and {args.b} cannot be compared: they differ in {'; '.join(found)}.")
     settings, facts = first["settings"], first["facts"]
     split, profile = args.split or settings["split"], args.profile or facts.get("profile")
-    data = open_dataset(settings["benchmark"], args.data, split, profile, args.source)
-    record = compare(args.a, args.b, data, args.partial, args.judge)
-    print("\n".join(comparison_lines(record)))
-    if args.json:
-        write_json(Path(args.json), record)
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries print
+        data = open_dataset(settings["benchmark"], args.data, split, profile, args.source)
+        record = compare(args.a, args.b, data, args.partial, args.judge)
+    print_record(record, comparison_lines(record), args.json)
     return 0
 
 

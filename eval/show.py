@@ -4,12 +4,15 @@
     vtr show methods consensusdrop
     vtr show benchmarks
     vtr show models Qwen3-VL
+    vtr show methods --json
     vtr check-data playground/data/eval
     vtr check-data DATA pope textvqa
 
 A benchmark counts as complete when its own reader accepts the files and every image it names is there.
 """
 
+import contextlib
+import dataclasses
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -20,12 +23,19 @@ from typing import Any
 from eval import benchmarks
 from eval.benchmarks.base import Benchmark, Need
 from eval.benchmarks.hub import cached_copies, local_copy
-from eval.command import exit_on_user_error, make_parser
+from eval.command import STDOUT, exit_on_user_error, make_parser, print_record
 from eval.config import DEFAULT_DATA
 from llava.errors import UserError, unknown
 from llava.places import ASSETS, check_bundled
 
 KINDS = ("methods", "benchmarks", "models")
+# What --json prints of an entry, by kind; null where an entry lacks it.
+SOURCES = ("paper", "reads", "without a CLS token", "official code read", "differs from the release")
+KEYS = {
+    "methods": ("name", "summary", *SOURCES, "options"),
+    "benchmarks": ("name", "summary", "splits", "profiles"),
+    "models": ("name", "summary", "works", "refused"),
+}
 
 
 def entries_of(kind: str, name: str | None = None) -> list[dict[str, Any]]:
@@ -49,8 +59,12 @@ def entries_of(kind: str, name: str | None = None) -> list[dict[str, Any]]:
         works = [name for name in methods if name not in refused]
         summary = f"llava.reduce runs {len(works)} of {len(methods)} methods"
         summary += f", not {', '.join(refused)}" if refused else ""
-        entries.append({"name": family, "summary": summary, "works": works, **refused})
+        entries.append({"name": family, "summary": summary, "works": works, "refused": refused})
     return entries
+
+
+def json_key(name: str) -> str:
+    return name.replace(" ", "_").lower()
 
 
 def overview(kind: str, entries: Sequence[dict[str, Any]]) -> str:
@@ -68,11 +82,11 @@ def overview(kind: str, entries: Sequence[dict[str, Any]]) -> str:
 def details(entry: dict[str, Any]) -> str:
     """One entry with all its fields; options of a method with type, default and meaning."""
     lines = [entry["name"]]
-    for key, value in entry.items():
+    for key, value in (entry | entry.get("refused", {})).items():
         if key == "options":
             lines.append("  options, set by --set NAME.OPTION=VALUE:")
             lines += [option_line(option) for option in value]
-        elif key != "name":
+        elif key not in ("name", "refused"):
             text = f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}"
             lines.append(textwrap.fill(text, 110, initial_indent="  ", subsequent_indent="    "))
     return "\n".join(lines)
@@ -89,16 +103,22 @@ def option_line(option: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     p = make_parser("eval.show", "List what can be named on a command line.")
+    keys = "; ".join(f"{kind}: {', '.join(map(json_key, names))}" for kind, names in KEYS.items())
+    about = "print JSON alone, a list, or with NAME one object; null where there is nothing. Keys of "
+    p.add_argument("--json", action="store_true", help=about + keys)
     p.add_argument("kind", choices=KINDS)
     p.add_argument("name", nargs="?", help="only this one, with everything that is known about it")
     args = p.parse_args(arguments)
-    entries = entries_of(args.kind, args.name)
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries print
+        entries = entries_of(args.kind, args.name)
     if args.name is not None:
         known = {entry["name"]: entry for entry in entries}
         if args.name not in known:
             raise unknown(args.kind.removesuffix("s"), args.name, known)
         entries = [known[args.name]]
-    print(details(entries[0]) if args.name is not None else overview(args.kind, entries))
+    records = [{json_key(name): entry.get(name) for name in KEYS[args.kind]} for entry in entries]
+    text = details(entries[0]) if args.name is not None else overview(args.kind, entries)
+    print_record(records if args.name is None else records[0], [text], STDOUT if args.json else None)
     return 0
 
 
@@ -193,16 +213,22 @@ def check_data_command(arguments: Sequence[str] | None = None) -> int:
     p = make_parser("eval.cli check-data", "Look at a data folder: which benchmarks are complete, and what is missing.")
     p.add_argument("data", nargs="?", default=str(DEFAULT_DATA), help="folder that holds the benchmarks")
     p.add_argument("benchmarks", nargs="*", help="look at these only")
+    keys = "data, benchmarks (of each: name, state, source, details, licence), complete, incomplete, absent"
+    p.add_argument("--json", action="store_true", help=f"print JSON alone. Keys: {keys}")
     args = p.parse_args(arguments)
     check_bundled(args.data)
     if not Path(args.data).is_dir():
         raise UserError(f"No folder at {args.data}; name the one that holds gqa/, pope/ and so on.")
     findings = []
     for name in args.benchmarks or benchmarks.names():
-        findings.append(check_folder(Path(args.data), benchmarks.get(name)))
-        print("\n".join(finding_lines(findings[-1:])), flush=True)
+        with contextlib.redirect_stdout(sys.stderr):  # what libraries print
+            findings.append(check_folder(Path(args.data), benchmarks.get(name)))
+        if not args.json:
+            print("\n".join(finding_lines(findings[-1:])), flush=True)
     counts = {state: sum(f.state == state for f in findings) for state in (COMPLETE, INCOMPLETE, ABSENT)}
-    print(", ".join(f"{count} {state}" for state, count in counts.items()))
+    record = {"data": args.data, "benchmarks": [dataclasses.asdict(one) for one in findings], **counts}
+    total = ", ".join(f"{count} {state}" for state, count in counts.items())
+    print_record(record, [total], STDOUT if args.json else None)
     wanted = len(findings) if args.benchmarks else counts[INCOMPLETE] + max(1, counts[COMPLETE])
     return int(counts[COMPLETE] < wanted)
 

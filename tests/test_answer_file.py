@@ -241,6 +241,11 @@ def test_command_compares_two_runs(tmp_path, capsys):
         and "GQA testdev, accuracy over 40 questions" in text
     )
     assert "p  0.0156, paired permutation test by image: significant at 5 %" in text
+    # JSON alone, and no file of the name of a run's folder.
+    assert score.compare_command([a, b, "--data", str(data), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == record
+    assert score.compare_command(["--json", a, b, b, "--data", str(data)]) == 2
+    assert f"--json {a} is a folder; name a file, or put --json at the end" in capsys.readouterr().err
     assert score.compare_command([a, a, "--data", str(data)]) == 0
     text = capsys.readouterr().out
     assert "A - B  +0.00 (95 % CI n/a: the difference is the same for every image)" in text

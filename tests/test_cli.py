@@ -1,6 +1,7 @@
 """The console command `vtr`: every command line under one name."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -96,6 +97,40 @@ def test_show_lists_what_there_is(kind, capsys):
     names = [line.partition("  ")[0] for line in capsys.readouterr().out.splitlines()]
     assert names == [entry["name"] for entry in show.entries_of(kind)]
     assert {"methods": "consensusdrop", "benchmarks": "gqa"}.get(kind, names[0]) in names
+
+
+def printed_json(code, capfd):
+    """Standard output, all of which must be JSON."""
+    assert code == 0
+    return json.loads(capfd.readouterr().out)
+
+
+@pytest.mark.parametrize("kind", show.KINDS)
+def test_show_prints_json_alone_with_the_keys_of_its_help(kind, capfd, monkeypatch):
+    """Scripts had to read columns of words. Libraries that print on import must not get between the lines."""
+    known = show.entries_of
+    monkeypatch.setattr(show, "entries_of", lambda *asked: print("[INFO] a library") or known(*asked))
+    keys = {name.replace(" ", "_").lower() for name in show.KEYS[kind]}
+    entries = printed_json(cli.main(["show", kind, "--json"]), capfd)
+    assert [entry["name"] for entry in entries] == [entry["name"] for entry in known(kind)]
+    assert all(set(entry) == keys for entry in entries)
+    kept = {name.replace(" ", "_").lower() for entry in known(kind) for name in entry}
+    assert kept == keys, "nothing that is known is left out"
+    one = printed_json(cli.main(["show", kind, entries[-1]["name"], "--json"]), capfd)
+    assert one == entries[-1]
+    with pytest.raises(SystemExit):
+        cli.main(["show", "--help"])
+    assert f"{kind}: {', '.join(map(show.json_key, show.KEYS[kind]))}" in " ".join(capfd.readouterr().out.split())
+
+
+def test_check_data_prints_json_alone(capfd, monkeypatch):
+    found = show.check_folder
+    monkeypatch.setattr(show, "check_folder", lambda *asked: print("[INFO] a library") or found(*asked))
+    folder = str(show.DEFAULT_DATA)
+    record = printed_json(cli.main(["check-data", folder, "pope", "--json"]), capfd)
+    (entry,) = record.pop("benchmarks")
+    assert record == {"data": folder, "complete": 1, "incomplete": 0, "absent": 0}
+    assert entry["name"] == "pope" and entry["state"] == "complete" and "questions about" in entry["details"][0]
 
 
 def test_show_one_method_lists_its_options(capsys):

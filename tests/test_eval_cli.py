@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 from eval import __main__ as cli
 from eval import cli as vtr
@@ -468,6 +469,19 @@ def test_scoring_prints_the_official_numbers(vectors, tmp_path, capsys, name):
     record = json.loads(out.read_text())
     assert record["questions"] == 140 and f"{record['metrics']['accuracy']:.2f}" == "73.57"
     assert record["groups"]["words number"]["4"] == {"percent": 90.0, "questions": 20}
+
+
+def test_a_quiet_run_prints_warnings_and_the_result_alone(main, monkeypatch):
+    """Bars, single numbers and costs filled the logs of clusters."""
+    code, plain, err = main("--method", "uniform", "--budget", "8")
+    sentence = plain.splitlines()[-1]
+    assert code == 0 and "accuracy" in plain and "question/s" in err and "key/value cache" in plain
+    model = FakeLlava()
+    model.notes = ("something is not as usual",)
+    monkeypatch.setattr(job_module, "load_model", lambda config: next(iter(tqdm([model]))))  # a library's bar
+    code, quiet, err = main("--method", "uniform", "--budget", "8", "--quiet")
+    assert code == 0 and quiet == f"note: something is not as usual\n{sentence}\n" and err == ""
+    assert tqdm(range(1)).disable is False
 
 
 # -- GQA's files -----------------------------------------------------------------------------------------------------

@@ -245,6 +245,24 @@ def test_a_split_without_answers_is_for_the_server(tmp_path):
     assert sheet(dataset, {})[0] == ["index", "question", "A", "B", "C", "D", "prediction", "split"]
 
 
+@pytest.mark.parametrize("column", [True, False])
+def test_scoring_needs_no_pictures(data, tmp_path, monkeypatch, column):
+    """`vtr score mmbench` refused a file without images, which it does not look at; asking still does."""
+    bare = [{name: cell for name, cell in row.items() if name != "image"} for row in rows()]
+    monkeypatch.setattr(f"{__name__}.rows", lambda answers=True: bare)
+    if not column:
+        monkeypatch.setattr(f"{__name__}.COLUMNS", [name for name in COLUMNS if name != "image"])
+    write_tsv(data / "mmbench" / "mmbench_dev_20230712.tsv")
+    path = write_lines(
+        tmp_path / "answers.jsonl", [{"question_id": row["index"], "text": row["answer"]} for row in bare]
+    )
+    record = score_file(path, load(data))
+    assert record["metrics"]["accuracy"] == 100
+    assert any("4 images are not there" in note for note in record["notes"])
+    with pytest.raises(UserError, match="4 of 4 images are not in "):
+        load(data).check_images(load(data).questions)
+
+
 def test_a_damaged_picture_is_named(data):
     path = data / "mmbench" / "mmbench_dev_20230712.tsv"
     path.write_text(path.read_text().replace("iVBOR", "iVB*R"))
@@ -261,7 +279,7 @@ def test_a_damaged_picture_is_named(data):
         ("\n1000008\t", "\neight\t", "the index 'eight'"),
         ("\n8\t", f"\n{'9' * 5000}\t", "should be a whole number of at most 18 digits"),
         ("\t\tdev\n1000008", "\n1000008", "12 cells, the first line names 14 columns"),
-        ("\t8\ts\t", "\t99\ts\t", "the image of row '99', which has none"),
+        ("\t8\ts\t", "\t99\ts\t", "the image of row '99', which is not there"),
         ("\tB\tidentity", "\tZ\tidentity", "should have a letter from A to E as answer, got 'Z'"),
         ("\tB\tidentity", "\tb\tidentity", "should have a letter from A to E as answer, got 'b'"),
         ("\tB\tidentity", "\tD\tidentity", "has the answer D, which is an empty option"),

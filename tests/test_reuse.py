@@ -444,15 +444,37 @@ def test_restart_moves_partial_results_and_submissions(data, tmp_path):
     run(config(data, output), FakeLlava(), FakeReducer())
     run(config(data, output, limit=10), FakeLlava(), FakeReducer())
     (output / "mine.txt").write_text("not of a run")
-    run(config(data, output, restart=True, limit=4), FakeLlava(), FakeReducer())
+    run(config(data, output, restart=True), FakeLlava(), FakeReducer())
     moved = {path.name for path in (output / "replaced-1").iterdir()}
     assert moved == {
         "result.json", "predictions.json", "limit10", "answers.jsonl", "timing.jsonl", "runs.jsonl", "settings.json"
     }  # fmt: skip
     left = {path.name for path in output.iterdir()}
     assert left == {
-        "replaced-1", "limit4", "mine.txt", "lock", "answers.jsonl", "timing.jsonl", "runs.jsonl", "settings.json"
+        "replaced-1", "mine.txt", "lock", "answers.jsonl", "timing.jsonl", "runs.jsonl", "settings.json",
+        "result.json", "predictions.json",
     }  # fmt: skip
+
+
+def test_a_limited_restart_moves_no_answers_that_it_does_not_give_again(data, tmp_path):
+    """`--limit 40 --restart` moved 2,642 answers aside and asked 40."""
+    output = tmp_path / "o"
+    run(config(data, output, limit=10), FakeLlava(), FakeReducer())
+    run(config(data, output, limit=10, restart=True), FakeLlava(), FakeReducer())
+    assert (output / "replaced-1").is_dir(), "all of them are asked again"
+    run(config(data, output), FakeLlava(), FakeReducer())
+    before = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    for limit, lost in ((10, 30), (39, 1)):
+        with pytest.raises(
+            UserError, match=rf"would move {lost} more answers in .* than the {limit} questions of --limit"
+        ):
+            run(config(data, output, limit=limit, restart=True), FakeLlava(), FakeReducer())
+    assert before == {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    shard = output / "shards" / "a-rank0"
+    shard.mkdir(parents=True)
+    (output / "answers.jsonl").rename(shard / "answers.jsonl")  # as ranks leave them that were killed
+    with pytest.raises(UserError, match="would move 30 more answers"):
+        run(config(data, output, limit=10, restart=True), FakeLlava(), FakeReducer())
 
 
 # -- what the result says ------------------------------------------------------------------------------------------

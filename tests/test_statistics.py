@@ -90,6 +90,17 @@ def test_nearly_perfect_scores_have_a_bound_and_no_interval(wrong):
     assert flipped.method.endswith(f"; at most {100 - least:.1f} with 95 % confidence")
 
 
+def test_a_bound_that_says_nothing_is_left_out():
+    """One picture with some right answers was said to be "at most 100.0 with 95 % confidence"."""
+    for right in ((1, 0, 0), (1, 1, 0), (1, 1, 1)):
+        scores = {str(number): float(one) for number, one in enumerate(right)}
+        found = interval(accuracy_terms(scores, dict.fromkeys(scores, "one")))
+        assert found.method == "n/a: 1 image without spread; one image alone cannot show how far to trust the score"
+    # Three pictures, each with one right answer of three: the share of pictures with a right answer bounds nothing.
+    scores = {f"{image} {number}": float(number == 0) for image in "abc" for number in range(3)}
+    assert interval(accuracy_terms(scores, {name: name[0] for name in scores})).method == "n/a: 3 images without spread"
+
+
 def test_bounds_count_pictures_not_their_questions():
     credits = dict.fromkeys(map(str, range(400)), 1.0)
     found = interval(accuracy_terms(credits, {name: str(int(name) // 10) for name in credits}))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from eval import score
 from eval.answers.reading import read_answers
 from eval.benchmarks.llava_files import SHORT, VIZ
 from eval.metrics import vqa
@@ -309,6 +310,19 @@ def test_vizwiz_test_is_for_the_server(vizwiz):
     assert score.values == {"accuracy": None} and "2185" in score.notes[0] and "refuses" not in score.notes[0]
     assert "answers 1 of 3 questions" in scored(data, {"0": "a"}).notes[0]
     assert len(data.submission({"0": "a"})["answers_upload.json"]) == 1
+
+
+def test_scoring_writes_the_file_for_the_server(vizwiz, tmp_path, capsys):
+    """`vtr score vizwiz` said "upload answers_upload.json" and wrote none."""
+    answers = write_json(tmp_path / "answers.jsonl", [{"question_id": n, "text": "A can."} for n in range(3)])
+    words = ["vizwiz", "--answers", str(answers), "--data", str(vizwiz)]
+    assert score.main(words) == 0
+    assert "note: --submission FOLDER writes the file for the server" in capsys.readouterr().out
+    assert score.main([*words, "--submission", str(tmp_path / "up")]) == 0
+    printed = capsys.readouterr().out
+    assert f"Wrote {tmp_path / 'up' / 'answers_upload.json'}." in printed and "--submission" not in printed
+    upload = json.loads((tmp_path / "up" / "answers_upload.json").read_text())
+    assert upload[2] == {"image": "VizWiz_test_00000002.jpg", "answer": "can"} and len(upload) == 3
 
 
 def test_vizwiz_val_is_scored_here(vizwiz, tmp_path):

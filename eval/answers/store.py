@@ -634,6 +634,25 @@ def remove_unfinished(folder: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
+def check_restart(folder: Path, planned: Collection[str]) -> None:
+    """Refuse to move answers aside that a limited run would not give again.
+
+    The others cannot stay: they were made under the settings that move with them.
+
+    Args:
+        planned: ids of the questions that will be asked.
+
+    Raises:
+        UserError: the folder has answers to other questions.
+    """
+    lines = (row for path in (folder, *shard_folders(folder)) for _, _, row in read_appended(path / ANSWERS) if row)
+    if lost := {str(row.get("question_id")) for row in lines} - set(planned):
+        raise UserError(
+            f"--restart would move {len(lost):,} more answers in {folder} aside than the {len(planned):,} questions of "
+            "--limit ask for again; leave out --limit, or choose another --output."
+        )
+
+
 def move_aside(folder: Path) -> None:
     """Move an earlier run's files to the first free `replaced-N`; nothing is deleted."""
     partial = [path.name for path in folder.glob("limit*") if path.name.removeprefix("limit").isdecimal()]

@@ -202,7 +202,7 @@ def evaluate(
     Args:
         questions: id -> official question record; only those with `isBalanced` are counted.
         predictions: id -> normalised prediction; one for every balanced question.
-        choices: id -> {"valid": [...], "plausible": [...]}. Without it both are 0, as nothing can be looked up.
+        choices: id -> {"valid": [...], "plausible": [...]}. Without it both are None, as nothing can be looked up.
         all_questions: also the unbalanced ones, which balanced questions entail. Without it, or without predictions
             for them, consistency is None.
     """
@@ -212,18 +212,19 @@ def evaluate(
     is_open = {name: question["types"]["structural"] == "query" for name, question in balanced.items()}
     notes = []
 
-    def is_among(name: str, kind: str) -> float:
-        """1 if the prediction is one of the question's "valid" or "plausible" answers."""
+    def among(kind: str) -> float | None:
+        """Percent of the predictions that are one of their question's "valid" or "plausible" answers."""
         if choices is None:
-            return 0.0
-        if name not in choices:
-            raise UserError(f"The choices file has no entry for question {name}.")
+            return None
+        if lost := [name for name in balanced if name not in choices]:
+            raise UserError(f"The choices file has no entry for question {lost[0]}.")
         # "What do these have in common" is answered by an attribute's name, whatever the choices list.
-        common = "Common" in balanced[name]["types"]["detailed"]
-        return float(predictions[name] in (("color", "material", "shape") if common else choices[name][kind]))
+        common = {name: "Common" in question["types"]["detailed"] for name, question in balanced.items()}
+        named = ("color", "material", "shape")
+        return percent(float(predictions[n] in (named if common[n] else choices[n][kind])) for n in balanced)
 
     if choices is None:
-        notes.append("no choices file: validity and plausibility are 0 because they cannot be measured")
+        notes.append("no choices file: validity and plausibility are not measured")
     consistency, reason = score_consistency(balanced, predictions, correct, all_questions)
     if reason:
         notes.append(reason)
@@ -233,8 +234,8 @@ def evaluate(
         "binary": percent(correct[name] for name in balanced if not is_open[name]),
         "open": percent(correct[name] for name in balanced if is_open[name]),
         "consistency": consistency,
-        "validity": percent(is_among(name, "valid") for name in balanced),
-        "plausibility": percent(is_among(name, "plausible") for name in balanced),
+        "validity": among("valid"),
+        "plausibility": among("plausible"),
         "distribution": distribution(balanced, predictions),
     }
     groups = {

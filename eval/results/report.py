@@ -194,7 +194,7 @@ def score_lines(record: Mapping[str, Any]) -> list[str]:
 
 def metric_text(name: str, value: float | None, points: Collection[str] = ()) -> str:
     if value is None:
-        return "n/a"
+        return "not measured"
     return f"{value:.2f}" + ("" if name in points else " %") + (" (lower is better)" if name in LOWER_IS_BETTER else "")
 
 

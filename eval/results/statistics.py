@@ -123,6 +123,8 @@ def deciding(shares: Array, counts: Array | float = 1.0) -> float:
 def bound(terms: SufficientStatistics, rows: Array) -> str:
     """Where nearly every cluster of a proportion is right (or wrong) there is still an exact one-sided bound.
 
+    A bound of 0 or 100 says nothing and is left out.
+
     Clopper and Pearson's, of the share of clusters without an error (or with one right answer), which is not above (or
     below) the accuracy of clusters of one size.
 
@@ -131,12 +133,16 @@ def bound(terms: SufficientStatistics, rows: Array) -> str:
     """
     if not terms.proportion or not rows[:, 1].any():
         return ""
+    if len(rows) == 1:
+        return f"; one {terms.unit} alone cannot show how far to trust the score"
     right, asked = rows[rows[:, 1] > 0].T
     if right.sum() * 2 >= asked.sum():
         test = stats.binomtest(int((right == asked).sum()), len(asked), alternative="greater")
-        return f"; at least {100 * test.proportion_ci(LEVEL).low:.1f} with {100 * LEVEL:g} % confidence"
+        low = 100 * test.proportion_ci(LEVEL).low
+        return f"; at least {low:.1f} with {100 * LEVEL:g} % confidence" if low > 0 else ""
     test = stats.binomtest(int((right > 0).sum()), len(asked), alternative="less")
-    return f"; at most {100 * test.proportion_ci(LEVEL).high:.1f} with {100 * LEVEL:g} % confidence"
+    high = 100 * test.proportion_ci(LEVEL).high
+    return f"; at most {high:.1f} with {100 * LEVEL:g} % confidence" if high < 100 else ""
 
 
 def compare(a: SufficientStatistics, b: SufficientStatistics, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:

@@ -13,10 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.answers.jsonl import write_json
 from eval.answers.reuse import Stored, check_joint, read_result, read_stored, results_folder
 from eval.benchmarks.base import Dataset
-from eval.command import add_data_flags, exit_on_user_error, make_parser, open_dataset, value
+from eval.command import (
+    add_data_flags,
+    add_json_flag,
+    exit_on_user_error,
+    make_parser,
+    open_dataset,
+    print_record,
+    value,
+)
 from eval.config import FULL, shortened
 from eval.judging.choice import check_judge, score_answers
 from eval.metrics import Score, SufficientStatistics
@@ -25,6 +32,7 @@ from eval.results.statistics import Interval, interval, p_text, rounded, terms_o
 from eval.statistics.answers import accuracy_on, hard_questions, loyalty, plain, sample_scores
 from eval.statistics.relative import LEVEL, SHARE, tokens_needed
 from eval.tables.page import markdown, score_text
+from llava.budget import RETENTION_RATIO
 from llava.errors import UserError
 
 DOWNSAMPLE = "downsample"
@@ -45,7 +53,7 @@ class Run:
 
     Attributes:
         budget: visual tokens per image; for a retention ratio the rounded mean over layers and questions.
-        options: of the method, without the budget.
+        options: of the method, without the budget, also where that is a ratio.
         sample_scores: question id -> score in [0, 1]; None for benchmarks without a score of one answer.
     """
 
@@ -79,12 +87,12 @@ def read_run(folder: Path, data: Dataset, judge: str = "auto") -> Run:
     if score.values.get(score.main) is None:
         raise UserError(f"{data.title} has no score for {folder}: {'; '.join(score.notes)}.")
     result = stored.result
-    ratio = result.get("config", {}).get("retention_ratio")
+    ratio = result.get("config", {}).get(RETENTION_RATIO)
     return Run(
         stored.judged(judge_facts),
         result["method"],
         round(result["audit"]["mean_tokens_per_layer"]) if ratio else int(result["budget"]),
-        {key: value for key, value in result["settings"]["config"].items() if key != "budget"},
+        {key: value for key, value in result["settings"]["config"].items() if key not in ("budget", RETENTION_RATIO)},
         score,
         terms_of(score, data.labels(stored.images)),
         sample_scores(score, stored.texts, data),
@@ -229,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument(
         "--share", type=value(fraction), default=SHARE, help="of the score of full that tokens needed asks for"
     )
-    p.add_argument("--json", metavar="OUT", help="also write the numbers to this file")
+    add_json_flag(p, "title, main, unit, questions, clusters, drawn, full, rows, tokens_needed, notes")
     args = p.parse_args(arguments)
     result = read_result(results_folder(args.full))
     settings, profile = result["settings"], args.profile or result["facts"].get("profile")
@@ -238,9 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if full.method != FULL:
         raise UserError(f"The first folder should be a run of {FULL}, got one of {full.method}: {full.folder}.")
     record = statistics_of(full, [read_run(folder, data, args.judge) for folder in args.runs], data, args.share)
-    print("\n".join(lines(record)))
-    if args.json:
-        write_json(Path(args.json), record)
+    print_record(record, lines(record), args.json)
     return 0
 
 
