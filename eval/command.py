@@ -175,8 +175,8 @@ def add_json_flag(p: argparse.ArgumentParser, keys: str) -> None:
         const=STDOUT,
         type=value(path_name),
         metavar="OUT",
-        help="write the numbers as JSON to the file OUT as well; without OUT, which then needs --json at the end, print "
-        f"nothing but them. Keys: {keys}",
+        help="write the numbers as JSON to the file OUT as well; without OUT, at the end of the line, print JSON alone. "
+        f"Keys: {keys}",
     )
 
 

@@ -28,6 +28,7 @@ def draw(path: Path, points: Sequence[Mapping[str, Any]], title: str, ours: str,
     Args:
         points: method, budget, tokens, ttft_ms (or None) and score of each line, and the bars of its interval if it
             is drawn; the unreduced model has no budget.
+        title: which methods were measured, and on what.
         ours: label of the paper's method, drawn on top.
         scores: what the scores are.
     """
@@ -60,9 +61,14 @@ def draw(path: Path, points: Sequence[Mapping[str, Any]], title: str, ours: str,
             else:
                 panel.plot(xs, ys, color=GREY, linewidth=0.9, marker=".", markersize=4, zorder=1)
         panel.axhline(full["score"], color="black", linewidth=1, linestyle="--")
-        panel.set_xscale("log", base=2)
-        panel.xaxis.set_major_formatter("{x:g}")
         panel.set_xlabel(label)
+        if key == "tokens":
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(sorted({p["budget"] for p in reduced if isinstance(p["budget"], int)}))
+            panel.minorticks_off()
+            panel.xaxis.set_major_formatter("{x:g}")
+        else:
+            panel.set_xlim(left=0)
         panel.grid(alpha=0.25)
     panels[0][0].set_ylabel(scores)
     if any(point["method"] not in coloured for point in reduced):
