@@ -9,7 +9,6 @@ Differs from it: answers are greedy, and sampling and beams are refused; the met
 """
 
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -31,8 +30,8 @@ from eval.config import FULL, RunConfig, budget_of, build_reducer, options_by_me
 from eval.metrics import Score
 from eval.results import cost
 from eval.run import load_model
-from llava.budget import budget_text, count_or_ratio
-from llava.conversation import MODES, NAMED, conversation
+from llava.budget import budget_text, count_or_ratio, or_environment
+from llava.conversation import MODES, conv_templates, conversation
 from llava.errors import UserError
 from llava.mm_utils import get_model_name_from_path
 from llava.reduction import registry
@@ -92,21 +91,17 @@ def chosen_method(args: Any) -> tuple[str, int | float | None, dict[str, str]]:
     Args:
         args: of the command line, or an object that a script made, which may lack our flags.
     """
-    name, size = getattr(args, "method", None), getattr(args, "budget", None)
-    acting = [one for one in ("VTR_METHOD", "VTR_BUDGET") if os.environ.get(one)]
-    method: str = name or os.environ.get("VTR_METHOD") or FULL
-    text = size if size is not None else os.environ.get("VTR_BUDGET") or None
+    size = getattr(args, "budget", None)
+    name, text = or_environment(getattr(args, "method", None), size)
+    method = name or FULL
     registry.method(method)
     options = options_by_method([method], getattr(args, "set", None) or [])[method]
-    if method == FULL and text is not None and name is None:
+    if name is None and text is not None:
         raise UserError(f"A budget of {text} needs a method; give --method, or set VTR_METHOD.")
     try:
         budget = None if text is None else count_or_ratio(text)
     except ValueError as error:
         raise UserError(f"{'VTR_BUDGET' if size is None else '--budget'} {error}.") from None
-    if acting and (name is None or size is None):
-        size_text = f" at a budget of {text}" if text else ""
-        print(f"From {' and '.join(acting)} in the environment: method {method}{size_text}.", file=sys.stderr)
     return method, budget, options
 
 
@@ -221,7 +216,8 @@ def unscored(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
 
 def use_template(model: Any, name: str) -> None:
     """Write prompts by one of LLaVA's templates, by any of its names."""
-    mode = next((mode for mode, template in MODES.items() if template == NAMED.get(name)), name)
+    asked = conv_templates.get(name)
+    mode = next((mode for mode in MODES if asked and conv_templates.get(mode) == asked), name)
     own = MODES.get(str(model.conversation))
     if own is None or own.slot != conversation(mode).slot:
         raise UserError(f"--conv-mode {name} is no template of {model.name}; LLaVA's scripts ask LLaVA's checkpoints.")

@@ -1,7 +1,10 @@
 """How a budget is written: as a number of visual tokens, or as a ratio of each image's."""
 
+import os
 import re
+import sys
 from fractions import Fraction
+from typing import Any
 
 RETENTION_RATIO = "retention_ratio"
 COUNT = re.compile(r"[0-9]{1,9}")
@@ -32,6 +35,20 @@ def count_or_ratio(budget: object) -> int | float:
         "should be a whole number of visual tokens, 1 or more (64), or a ratio of each image's, above 0 and up to 1 "
         f"(1/9 or 0.111), got {budget!r:.42}"
     )
+
+
+def or_environment(method: str | None, budget: Any) -> tuple[str | None, Any]:
+    """A method and a budget, each from VTR_METHOD or VTR_BUDGET where it is None; standard error says when they act.
+
+    Scripts written for LLaVA name neither, and the one who starts them can.
+    """
+    given = {"VTR_METHOD": method, "VTR_BUDGET": budget}
+    acting = [name for name, value in given.items() if value is None and os.environ.get(name)]
+    method, budget = (os.environ[name] if name in acting else value for name, value in given.items())
+    if acting:
+        asked = " and ".join(f"{name}={os.environ[name]}" for name in acting)
+        print(f"{asked} in the environment: method {method or 'full'}, budget {budget or 'none'}.", file=sys.stderr)
+    return method, budget
 
 
 def budget_text(budget: int | None, ratio: float | None = None) -> str:

@@ -23,7 +23,7 @@ from eval import score
 from eval.benchmarks.llava_files import LETTER, SHORT, VIZ, split_suffix
 from eval.command import STOPS, Terminated, exit_on_user_error
 from eval.config import RunConfig, options_by_method, pairs
-from eval.results import cost
+from eval.results import cost, report
 from eval.run import Interrupted, run
 from eval.versions import commit
 from llava.budget import budget_text, count_or_ratio

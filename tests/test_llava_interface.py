@@ -295,12 +295,18 @@ def test_an_image_is_cut_as_the_official_code_cuts_it():
         mm_utils.get_anyres_image_grid_shape((60, 40), "(1x1),...,(6x6)", 28)
 
 
-def test_the_method_comes_from_arguments(tiny_path, monkeypatch):
-    """VTR_METHOD was read here, so that it changed what a harness with arguments of its own loaded."""
+def test_the_method_comes_from_arguments_or_the_environment(tiny_path, monkeypatch, capsys):
+    """VTR_METHOD was not read, so that LLaVA's own script, started by its path, kept all tokens without a word."""
     monkeypatch.setenv("VTR_METHOD", "visiondrop")
     monkeypatch.setenv("VTR_BUDGET", "1/2")
+    assert loaded(tiny_path)[1].reduced.reducer.name == "visiondrop"
+    assert "VTR_METHOD=visiondrop and VTR_BUDGET=1/2 in the environment: method visiondrop" in capsys.readouterr().err
+    monkeypatch.delenv("VTR_METHOD")
+    with pytest.raises(UserError, match="need a method; set VTR_METHOD"):
+        loaded(tiny_path)
+    monkeypatch.delenv("VTR_BUDGET")
     model = loaded(tiny_path, device_map={"": "cpu"}, device="cuda")[1]
-    assert model.reduced.reducer.name == "full"
+    assert model.reduced.reducer.name == "full" and not capsys.readouterr().err
     reducer = loaded(tiny_path, method="attnmix", budget=6, text="instruction")[1].reduced.reducer
     assert (reducer.name, reducer.budget, reducer.text) == ("attnmix", 6, "instruction")
     assert model.use("attnmix", 6, text="instruction") is model.reduced and model.reduced.reducer == reducer

@@ -194,7 +194,7 @@ def test_whole_scripts_give_the_answers_and_numbers_of_our_own_commands(root, mo
         first = next(row for _, row in read_jsonl(Path(answers)))
         assert first["model_id"] == CKPT and isinstance(first["answer_id"], str) and "metadata" in first
     assert len(spoken) > 1
-    acts = "From VTR_METHOD and VTR_BUDGET in the environment: method consensusdrop at a budget of 6."
+    acts = "VTR_METHOD=consensusdrop and VTR_BUDGET=6 in the environment: method consensusdrop, budget 6."
     assert "".join(said).count(acts) == (5 if budget else 0)
     assert "".join(said).count("consensusdrop at 6: 6.0 visual tokens per layer.") == (5 if budget else 0)
 

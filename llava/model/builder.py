@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from llava.budget import or_environment
 from llava.errors import UserError, unknown
 from llava.model.checkpoint.files import locate
 from llava.model.checkpoint.load import Checkpoint, load_checkpoint
@@ -219,8 +220,9 @@ def load_pretrained_model(
         model_name: unused, because config.json says what the checkpoint is.
         device_map: "auto", a device, or {"": device}; the model is on one device.
         device: takes its place unless it is "cuda".
-        method: None keeps all visual tokens; `ScriptModel.use` chooses another later.
-        budget: visual tokens of an image, or the ratio of them to keep.
+        method: VTR_METHOD of the environment if left out, which is said on standard error; without both, all visual
+            tokens are kept. `ScriptModel.use` chooses another later.
+        budget: visual tokens of an image, or the ratio of them to keep; VTR_BUDGET if left out.
         torch_dtype: or its name.
         attn_implementation: "sdpa", which runs anyway; lmms-eval says so.
         customized_config: refused.
@@ -245,6 +247,7 @@ def load_pretrained_model(
         raise UserError(
             "customized_config is not supported: the model is what its config.json says; edit a copy of it."
         )
+    method, budget = or_environment(method, budget)
     cls = registry.method(method or "full")  # a wrong name is found before the weights are read
     for name in options:
         try:
@@ -254,7 +257,7 @@ def load_pretrained_model(
                 f"load_pretrained_model has no argument {name!r}, so it was taken for an option of a method: {error}"
             ) from None
     if method is None and (budget is not None or options):
-        raise UserError(f"A budget ({budget}) or options ({options}) need a method; give method=...")
+        raise UserError(f"A budget ({budget}) or options ({options}) need a method; set VTR_METHOD or give method=...")
     dtype = DTYPES.get(torch_dtype, torch_dtype)
     if dtype not in DTYPES.values():
         raise UserError(f"torch_dtype must be one of {', '.join(DTYPES)}, got {torch_dtype!r}.")
