@@ -115,8 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--max-new-tokens", type=value(count), default=128, help="longest answer")
     p.add_argument("--concurrent", type=value(count), default=8, help="requests at once")
     args = p.parse_args(arguments)
+    server = Server(args.url, os.environ.get("KEY", ""))
     model = front(args)
-    server, ends = Server(args.url, os.environ.get("KEY", "")), sorted(model.end_ids)
+    ends = sorted(model.end_ids)
     server.check(model.name)
 
     def answer(words: dict[str, str], embeddings: Tensor) -> str:

@@ -16,7 +16,7 @@ from eval.__main__ import names, sizes
 from eval.benchmarks.llava_files import SHORT
 from eval.command import Parser, exit_on_user_error, make_parser, value
 from eval.config import DEFAULT_MODEL, FULL, count, options_by_method, pairs, path_name
-from llava.errors import UserError
+from llava.errors import UserError, optional_imports
 from llava.places import ASSETS
 
 if TYPE_CHECKING:
@@ -149,6 +149,8 @@ def serve(args: Any) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     for name in ("NO_PROXY", "no_proxy"):
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "localhost,127.0.0.1", args.host]))
+    with optional_imports():  # before the model is loaded
+        import gradio  # noqa: F401
 
     from llava.model.builder import load, parse
 

@@ -205,15 +205,16 @@ class Server:
     """
 
     def __init__(self, url: str, key: str):
-        self.url, self._key = url.rstrip("/"), key
+        with optional_imports():
+            import openai
+        self.url, self._key, self._openai = url.rstrip("/"), key, openai
 
     @cached_property
     def _client(self) -> "OpenAI":
-        with optional_imports():
-            import openai
         # A redirect would carry the key to another host.
-        http = openai.DefaultHttpxClient(follow_redirects=False)
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self._key or "none", timeout=600, http_client=http)
+        http = self._openai.DefaultHttpxClient(follow_redirects=False)
+        key = self._key or "none"
+        return self._openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, timeout=600, http_client=http)
 
     def check(self, name: str) -> None:
         """Raise UserError where the server does not answer, or has another model than the embeddings are of."""
@@ -233,17 +234,15 @@ class Server:
 
     def _ask(self, request: Any) -> Any:
         """What a request returns; the server's reason in one sentence where it has one."""
-        with optional_imports():
-            import openai
         try:
             return request()
-        except openai.APIStatusError as error:
+        except self._openai.APIStatusError as error:
             body: Any = error.body if isinstance(error.body, dict) else {}
             reason = " ".join(str(body.get("message") or error.response.text).split())[:300].rstrip(".")
             reason = reason.replace(self._key, "***") if self._key else reason
             hint = " Set KEY to the server's key." if error.status_code == 401 else ""
             raise UserError(f"The server at {self.url} refused with {error.status_code}: {reason}.{hint}") from None
-        except openai.OpenAIError as error:
+        except self._openai.OpenAIError as error:
             problem = " ".join(str(error.__cause__ or error).split()).rstrip(".")
             raise UserError(
                 f"No answer from the server at {self.url} ({problem}); start it by scripts/serve.sh and give its --url."
