@@ -412,10 +412,13 @@ def test_an_answer_that_is_missing_is_no_number(root, capsys):
     """LLaVA's eval_pope.py goes by place, so that a file without a line gave the numbers of other questions."""
     questions = Path(DATA, "pope", "llava_pope_test.jsonl")
     rows = [{"question_id": row["question_id"], "text": "Yes"} for _, row in read_jsonl(questions)]
-    result = write_lines(root / "r.jsonl", rows[1:])
-    files = ("--question-file", str(questions), "--result-file", str(result))
-    assert eval_pope.main(["--annotation-dir", f"{DATA}/pope/coco", *files]) == 2
-    assert "1 question without a prediction" in capsys.readouterr().err
+    rows[0]["text"] = "No"
+    labels = ("--annotation-dir", f"{DATA}/pope/coco", "--question-file", str(questions), "--result-file")
+    printed = []
+    for name, lines, code in (("a", rows, 0), ("b", rows[::-1], 0), ("c", rows[1:], 2)):
+        assert eval_pope.main([*labels, str(write_lines(root / name, lines))]) == code
+        printed.append(capsys.readouterr())
+    assert printed[0].out == printed[1].out and "1 question without a prediction" in printed[2].err
 
 
 @pytest.mark.process
