@@ -237,6 +237,7 @@ LEGEND = (
     "ones are dim and grey. Hatched patches are the padding that makes the picture a square."
 )
 METHOD, BUDGET = "consensusdrop", 64
+LABELS = "All visual tokens", "Method"  # of the answers that are not there yet
 # No fonts from the network; the default colour of hints is too pale to read.
 THEME = gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")).set(
     block_info_text_color="*neutral_600"
@@ -306,7 +307,7 @@ def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
                 problem = gr.Textbox(label="No answer", visible=False, elem_id="problem", lines=2)
                 ways = gr.Radio([], label="Ask one of these instead", visible=False, elem_id="ways")
                 with gr.Row():
-                    sides = [panel("full", "All visual tokens"), panel("reduced", "Method")]
+                    sides = [panel(*one) for one in zip(("full", "reduced"), LABELS, strict=True)]
                 gr.Markdown(LEGEND)
                 numbers = gr.HTML(elem_id="numbers")
         if examples:
@@ -315,6 +316,7 @@ def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
                 [[str(example.image), example.question, example.answer] for example in examples],
                 [image, question, expected],
                 label="Test images of the toy benchmark, with a question and its correct answer",
+                elem_id="examples",
             )
         outputs = [problem, ways, *sides[0], *sides[1], numbers]
 
@@ -325,11 +327,11 @@ def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
                 *_, name, settings, budget = entered
                 asked = Way(name, settings, int(budget))
                 helpful = isinstance(error, MethodError) or not asked.fits(model.spec)
-                return refused(str(error), ways_out(model.spec, asked) if helpful else [], len(outputs))
+                return refused(str(error), ways_out(model.spec, asked) if helpful else [])
             except Exception as error:
                 traceback.print_exc(file=sys.stderr)
                 sentence = f"The model failed ({type(error).__name__}); the terminal that runs the demo says where."
-                return refused(sentence, [], len(outputs))
+                return refused(sentence, [])
 
         if compared:
             blocks.load(partial(shown, compared, model), None, outputs, api_visibility="private")
@@ -368,11 +370,14 @@ def panel(name: str, label: str) -> tuple[gr.Textbox, gr.Image]:
     return text, overlay
 
 
-def refused(sentence: str, ways: Sequence[Way], outputs: int) -> list[Any]:
+def refused(sentence: str, ways: Sequence[Way]) -> list[Any]:
     """Values of the outputs where there is no answer."""
     choices = [(str(way), json.dumps(astuple(way))) for way in ways]
     offer = gr.update(choices=choices, value=None, visible=bool(choices))
-    return [gr.update(value=sentence, visible=True), offer, *[None] * (outputs - 2)]
+    values = [gr.update(value=sentence, visible=True), offer]
+    for label in LABELS:  # of an answer before, they would name another method
+        values += [gr.update(value="", label=label), None]
+    return [*values, None]
 
 
 def taken(way: Way, summaries: Mapping[str, str]) -> list[Any]:
