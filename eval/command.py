@@ -175,7 +175,7 @@ def add_json_flag(p: argparse.ArgumentParser, keys: str) -> None:
         const=STDOUT,
         type=value(path_name),
         metavar="OUT",
-        help="write the numbers as JSON to the file OUT as well; without OUT, at the end of the line, print JSON alone. "
+        help="write the numbers as JSON to the file OUT as well; as the last word, without OUT, print JSON alone. "
         f"Keys: {keys}",
     )
 

@@ -315,7 +315,7 @@ def test_vizwiz_test_is_for_the_server(vizwiz):
 def test_scoring_writes_the_file_for_the_server(vizwiz, tmp_path, capsys):
     """`vtr score vizwiz` said "upload answers_upload.json" and wrote none."""
     answers = write_json(tmp_path / "answers.jsonl", [{"question_id": n, "text": "A can."} for n in range(3)])
-    words = ["vizwiz", "--answers", str(answers), "--data", str(vizwiz)]
+    words = ["vizwiz", "--split", "test", "--answers", str(answers), "--data", str(vizwiz)]
     assert score.main(words) == 0
     assert "note: --submission FOLDER writes the file for the server" in capsys.readouterr().out
     assert score.main([*words, "--submission", str(tmp_path / "up")]) == 0
