@@ -199,12 +199,13 @@ def print_record(record: Any, lines: Iterable[str], place: str | None) -> None:
 @contextlib.contextmanager
 def without_bars() -> Iterator[None]:
     """No progress bars inside, neither ours nor those of libraries that use tqdm."""
-    before = tqdm.__init__
-    tqdm.__init__ = functools.partialmethod(before, disable=True)
+    bar: Any = tqdm
+    before = bar.__init__
+    bar.__init__ = functools.partialmethod(before, disable=True)
     try:
         yield
     finally:
-        tqdm.__init__ = before
+        bar.__init__ = before
 
 
 def open_dataset(name: str, data: str, split: str | None, profile: str | None, source: str) -> Dataset:

@@ -26,7 +26,8 @@ from llava.hf.reduce import reduce
 from llava.reduction import registry
 from llava.reduction.reducer import Reducer
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 IMAGE_IDS = ("image_token_id", "image_token_index", "video_token_id")  # as configurations name them
 # How tasks mark the place of an image in their text; a prompt has the model's own image tokens there.
 PLACEHOLDER = re.compile(r"<image(?: \d+)?>")
@@ -145,7 +146,7 @@ class UnderMethod:
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
             if self._matches:
-                ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+                ids: Any = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
                 mask = torch.ones_like(ids) if kwargs.get("attention_mask") is None else kwargs["attention_mask"]
                 self.reduced.questions = [self._question(row[real.bool()]) for row, real in zip(ids, mask, strict=True)]
             output = original(*args, **kwargs)

@@ -54,12 +54,14 @@ def score_file(
     score, judged = score_answers(data, judge, [question.id for question in asked], answers.texts, path)
     record = scored(score, asked, data.labels())
     record["notes"] += answers.notes
-    files = {} if submission is None else data.submission(answers.texts)
-    for name, content in files.items():
-        write_file(submission / name, content)
-    if submission is None and score.values.get(score.main) is None and data.submission is not no_submission:
+    written = []
+    if submission is not None:
+        for name, content in data.submission(answers.texts).items():
+            write_file(submission / name, content)
+            written.append(str(submission / name))
+    elif score.values.get(score.main) is None and data.submission is not no_submission:
         record["notes"].append("--submission FOLDER writes the file for the server")
-    record |= {"submission": [str(submission / name) for name in files]}
+    record |= {"submission": written}
     return {"title": data.title, "facts": {**data.facts, **judged}, "available": len(data.questions), **record}
 
 

@@ -45,7 +45,8 @@ class Reduced(lmms):
         refuse_unknown(rest, kind, own["base"])
         print(f"{choice.method} inside {kind.__module__}.{kind.__name__}", flush=True)
         # Of another class than this one, so that Python does not call __init__ again.
-        return type(f"Reduced{kind.__name__}", (_Inside, kind), {})(choice, **rest)
+        mixed: Any = type(f"Reduced{kind.__name__}", (_Inside, kind), {})
+        return mixed(choice, **rest)
 
     def refuse(self, requests: Sequence[Any]) -> NoReturn:
         raise AssertionError("__new__ gives objects of another class")
@@ -103,10 +104,11 @@ def class_of(base: str, simple: bool) -> Any:
 
 def refuse_unknown(arguments: Mapping[str, Any], kind: type, base: str) -> None:
     """Raise UserError for an argument that no constructor of the class names: many take any, and forget it."""
+    constructors: list[Any] = [one.__dict__["__init__"] for one in kind.__mro__ if "__init__" in one.__dict__]
     known = {
         name
-        for one in kind.__mro__
-        for name, parameter in inspect.signature(one.__init__).parameters.items()
+        for constructor in constructors
+        for name, parameter in inspect.signature(constructor).parameters.items()
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name != "self"
     }
     for name in arguments:
