@@ -127,8 +127,9 @@ def yaml_rows(path: Path) -> Iterable[tuple[str, str, Mapping[str, str]]]:
         return
     if not isinstance(content, list):
         raise UserError(f"{path} should hold a list of rows (- label: ...), got {type(content).__name__}.")
-    nodes = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader).value
-    for entry, node in zip(content, nodes, strict=True):
+    root = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+    assert root is not None
+    for entry, node in zip(content, root.value, strict=True):
         place = f"{path} line {node.start_mark.line + 1}"
         if not isinstance(entry, dict):
             raise UserError(f"{place} should be a row of keys and values, got {entry!r:.40}.")
