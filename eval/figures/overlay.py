@@ -263,7 +263,8 @@ def with_padding(
     down, across = np.ogrid[: max(1, end_y - y), : max(1, end_x - x)]
     period = max(4, max(down.size, across.size) // 48)
     stripes = (down + across) % period < period / 4
-    drawn = Image.fromarray(np.where(stripes[..., None], *map(np.uint8, HATCHED)))
+    line, between = np.array(HATCHED, dtype=np.uint8)
+    drawn = Image.fromarray(np.where(stripes[..., None], line, between))
     drawn.paste(photo, (-x, -y))
     return drawn
 

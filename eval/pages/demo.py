@@ -297,6 +297,7 @@ def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
                 )
                 with gr.Accordion("Options", open=False, elem_id="options") as drawer:
                     options = gr.Textbox(
+                        "",  # None is no text
                         label="Of the method; empty for its defaults",
                         placeholder="name=value name=value",
                         max_length=500,
@@ -374,7 +375,7 @@ def refused(sentence: str, ways: Sequence[Way]) -> list[Any]:
     """Values of the outputs where there is no answer."""
     choices = [(str(way), json.dumps(astuple(way))) for way in ways]
     offer = gr.update(choices=choices, value=None, visible=bool(choices))
-    values = [gr.update(value=sentence, visible=True), offer]
+    values: list[Any] = [gr.update(value=sentence, visible=True), offer]
     for label in LABELS:  # of an answer before, they would name another method
         values += [gr.update(value="", label=label), None]
     return [*values, None]

@@ -86,7 +86,7 @@ def summarise_audit(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     total, records = len(records), [record for record in records if record["visual_tokens"]] or records
     depth = min(len(record["entering"]) for record in records)
-    padding = [record.get("on_padding") for record in records]
+    padding = [tokens for record in records if (tokens := record.get("on_padding")) is not None]
     return {
         "samples": total,
         "without_picture": total - len(records),
@@ -95,7 +95,7 @@ def summarise_audit(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "mean_tokens_per_layer": fmean(record["mean"] for record in records),
         "asked_tokens_per_layer": fmean(record["asked"] for record in records),
         "merged_tokens": fmean(record["merged"] for record in records),
-        "mean_tokens_on_padding": None if None in padding else fmean(padding),
+        "mean_tokens_on_padding": fmean(padding) if len(padding) == len(records) else None,
         "kv_bytes_per_sample": fmean(record["kv_bytes"] for record in records),
     }
 
