@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec
+from unittest import mock
 
 from tqdm import tqdm
 
@@ -21,7 +22,7 @@ from eval.benchmarks.base import PROFILES, SOURCES, Dataset
 from eval.config import DEFAULT_DATA, path_name
 from eval.judging.choice import HELP as JUDGE_HELP
 from eval.parallel import ranks
-from llava.errors import UserError, optional_imports
+from llava.errors import UserError
 
 P = ParamSpec("P")
 # What argparse says where a function made by `value` has raised.
@@ -128,8 +129,7 @@ def exit_on_user_error(main: Callable[P, int]) -> Callable[P, int]:
     def guarded(*args: P.args, **kwargs: P.kwargs) -> int:
         with stopping_once():
             try:
-                with optional_imports():
-                    return main(*args, **kwargs)
+                return main(*args, **kwargs)
             except (UserError, KeyboardInterrupt) as error:
                 if not ranks.current().alone:
                     raise  # eval.parallel.worker tells the parent process, which prints it once
@@ -196,16 +196,9 @@ def print_record(record: Any, lines: Iterable[str], place: str | None) -> None:
         write_json(Path(place), record)
 
 
-@contextlib.contextmanager
-def without_bars() -> Iterator[None]:
+def without_bars() -> contextlib.AbstractContextManager[Any]:
     """No progress bars inside, neither ours nor those of libraries that use tqdm."""
-    bar: Any = tqdm
-    before = bar.__init__
-    bar.__init__ = functools.partialmethod(before, disable=True)
-    try:
-        yield
-    finally:
-        bar.__init__ = before
+    return mock.patch.object(tqdm, "__init__", functools.partialmethod(tqdm.__init__, disable=True))
 
 
 def open_dataset(name: str, data: str, split: str | None, profile: str | None, source: str) -> Dataset:

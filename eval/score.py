@@ -54,14 +54,13 @@ def score_file(
     score, judged = score_answers(data, judge, [question.id for question in asked], answers.texts, path)
     record = scored(score, asked, data.labels())
     record["notes"] += answers.notes
-    written = []
+    record["submission"] = []
     if submission is not None:
         for name, content in data.submission(answers.texts).items():
             write_file(submission / name, content)
-            written.append(str(submission / name))
+            record["submission"].append(str(submission / name))
     elif score.values.get(score.main) is None and data.submission is not no_submission:
         record["notes"].append("--submission FOLDER writes the file for the server")
-    record |= {"submission": written}
     return {"title": data.title, "facts": {**data.facts, **judged}, "available": len(data.questions), **record}
 
 
