@@ -1,6 +1,6 @@
 """VLMEvalKit's own models under a method; the words after -- are a command line of its run.py.
 
-    vtr run-vlmeval consensusdrop 64 -- /path/to/VLMEvalKit/run.py --data MME --model llava_next_vicuna_7b
+    vtr run-vlmeval consensusdrop 64 -- /path/to/VLMEvalKit/run.py --data MME --model llava-onevision-qwen2-7b-ov-hf
 
 Read: open-compass/VLMEvalKit, snapshot of August 2026, run.py, vlmeval/inference.py and vlmeval/vlm/base.py
 """
