@@ -68,6 +68,9 @@ def test_full_budget_gives_the_models_own_logits_and_ids(case):
         assert torch.equal(case.generate(inputs), ids)
     assert [audit.images for audit in reduced.accounting] == [2, 1, 1, 1]
     assert reduced.accounting[2].tokens_per_layer == (0,) * 4
+    # Only LLaVA-NeXT's sizes say where pictures lie; LLaVA-1.5's processor crops, unless a caller has padded before.
+    known = hasattr(case.model.config, "image_grid_pinpoints")
+    assert [audit.on_padding is not None for audit in reduced.accounting] == [known, known, True, known]
 
 
 def test_padding_on_the_right_is_no_different(case):
