@@ -5,6 +5,7 @@
 
 import json
 from base64 import b64encode
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -80,7 +81,9 @@ def test_a_script_gets_the_answers_of_our_own_generate(path, method):
         (answer,) = generate(ours, [Sample("q", question, SHORT, image)], reducer, max_new_tokens=6).answers
         (ids,) = ask(parts, f"{question}\n{SHORT}", image).tolist()
         ends = [[*answer.token_ids, *end] for end in ([], [ours.tokenizer.eos_token_id])]
-        assert ids in ends and parts[1].reduced.accounting == [answer.accounting]
+        # A script pads by itself, so that nothing is known of tokens on padding.
+        (counted,) = (replace(one, on_padding=None) for one in parts[1].reduced.accounting)
+        assert ids in ends and counted == replace(answer.accounting, on_padding=None)
         assert parts[0].batch_decode([ids], skip_special_tokens=True)[0].strip() == answer.text
         pixels, wanted = process_images([image], parts[2], parts[1].config).flatten(0, -4), ours.views(image)[0]
         assert torch.equal(pixels[: len(wanted)], wanted)
@@ -305,8 +308,9 @@ def test_the_method_comes_from_arguments_or_the_environment(tiny_path, monkeypat
     with pytest.raises(UserError, match="need a method; set VTR_METHOD"):
         loaded(tiny_path)
     monkeypatch.delenv("VTR_BUDGET")
+    capsys.readouterr()
     model = loaded(tiny_path, device_map={"": "cpu"}, device="cuda")[1]
-    assert model.reduced.reducer.name == "full" and not capsys.readouterr().err
+    assert model.reduced.reducer.name == "full" and "VTR" not in capsys.readouterr().err
     reducer = loaded(tiny_path, method="attnmix", budget=6, text="instruction")[1].reduced.reducer
     assert (reducer.name, reducer.budget, reducer.text) == ("attnmix", 6, "instruction")
     assert model.use("attnmix", 6, text="instruction") is model.reduced and model.reduced.reducer == reducer

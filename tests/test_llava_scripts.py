@@ -338,7 +338,7 @@ def test_run_llava_answers_as_our_own_generate(tiny_path, tmp_path, capsys, monk
     reducer = registry.build("consensusdrop", 6, {})
     sample = Sample("q", QUESTIONS[0], "", picture(0))
     assert shown.out == f"{generate(model, [sample], reducer, max_new_tokens=6).answers[0].text}\n"
-    assert "method consensusdrop at a budget of 6" in shown.err
+    assert "method consensusdrop, budget 6" in shown.err
     args.temperature, args.query = 5.0, f"<image-placeholder>\n{QUESTIONS[0]}"
     for _ in range(3):
         run_llava.eval_model(args)
