@@ -347,13 +347,13 @@ def test_mistakes_are_shown_as_a_sentence_and_the_page_goes_on(demo, tmp_path):
         page.keyboard.press("Enter")
         ask(page, "Is there a red star?")
         wait_for_problem(page, "fastv cannot reach a mean of 64")
-        for way, tokens in (("fastv at 73", "73.0"), ("fastv at 64 with schedule=kept", "128.0")):
+        for way, tokens in (("fastv at 73", "72.9"), ("fastv at 64 with schedule=kept", "128.0")):
             page.evaluate("document.querySelector('#numbers table')?.classList.add('before')")
             page.click(f"#ways label:has-text('{way}')")
             wait_for_answer(page)
             assert f"fastv: {tokens} visual tokens" in page.inner_text("#reduced-answer")
             assert not page.locator("#ways").is_visible() and overflow(page) == 0
-            if tokens == "73.0":
+            if tokens == "72.9":
                 page.fill("#budget input[type=number]", "64")
                 page.keyboard.press("Tab")
                 ask(page, "Is there a red star?")
