@@ -82,7 +82,8 @@ class FakeLlava:
             plan = budget if self.planned else None
             audit = TokenAccounting((kept,) * LAYERS, self.visual_tokens, 0, 1000 * kept, 1, plan, asked=budget)
             runs = (single(8, 8),) * len(sample.images)
-            answers.append(Answer(sample.id, fake_text(sample.id), (1,), audit, (step,), runs))
+            nowhere = (None,) * len(runs)
+            answers.append(Answer(sample.id, fake_text(sample.id), (1,), audit, (step,), runs, nowhere))
         count = len(samples)
         timing = Timing(0.001 * count, 0.0005 * count, 0.002 * count, 0.004 * count, preprocess=0.003 * count)
         images = sum(len(sample.images) for sample in samples)

@@ -1,6 +1,7 @@
 """The contract of `reduce` for every family of `llava.hf.families`, on tiny random models."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -290,7 +291,9 @@ def test_the_staged_forward_agrees(monkeypatch, name, method):
     monkeypatch.setitem(FAMILIES, type(case.model).__name__, HOUSE[name])
     with reduce(case.model, method, **options) as reduced:
         own = case.model.generate(**inputs, **STEPS, **LOGITS)
-    assert reduced.accounting == staged.accounting
+    # Only the staged forward of LLaVA-NeXT knows where its tiles are padded.
+    unknown = [[replace(one, on_padding=None) for one in counted.accounting] for counted in (reduced, staged)]
+    assert unknown[0] == unknown[1]
     for one, other in zip(own.logits, expected.logits, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
 

@@ -94,6 +94,7 @@ SENTENCES = {
     "score": ARGUMENTS,
     "compare a b": "There is no folder a",
     "stats a b": "There is no folder a",
+    "run-vlmeval consensusdrop 64 -- run.py": "begin with the path of VLMEvalKit's run.py",
     "report": "`vtr report FOLDER` takes the one that holds your runs",
     "gallery": TOY,
     "demo": TOY,

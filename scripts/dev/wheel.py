@@ -38,6 +38,7 @@ CALLS = {
     "score": [("gqa --partial --answers results/full/answers.jsonl", 0)],
     "compare": [(RUNS, 0)],
     "stats": [(RUNS, 0)],
+    "run-vlmeval": [("consensusdrop 64 -- run.py", 2)],
     "report": [("results", 0)],
     "gallery": [(f"{IMAGE} red --methods consensusdrop --budgets 64", 0)],
     "demo": [("--port 1", 2)],
