@@ -427,11 +427,19 @@ metadata:
 
 
 @needs_lmms_eval
-@pytest.mark.parametrize(("method", "budget"), [("full", None), ("consensusdrop", 64)])
-def test_the_released_package_gives_the_answers_of_our_own_run(task, tmp_path, method, budget):
-    named = f"pretrained={ROOT / 'assets' / 'tinyllava'},method={method}" + (f",budget={budget}" if budget else "")
-    command = [sys.executable, "-m", "lmms_eval", "--model", "llava_reduced", "--model_args", named, "--tasks"]
-    command += ["embedded_gqa", "--include_path", str(task), "--batch_size", "4", "--device", "cpu", "--log_samples"]
+@pytest.mark.parametrize(
+    ("model", "method", "budget"),
+    [("llava_reduced", "full", None), ("llava_reduced", "consensusdrop", 64), ("reduced", "consensusdrop", 12)],
+)
+def test_the_released_package_gives_the_answers_of_our_own_run(task, tmp_path, model, method, budget):
+    named = f"pretrained={ROOT / 'assets' / 'tinyllava'},method={method},dtype=float32"
+    named += f",budget={budget}" if budget else ""
+    if model == "reduced":
+        pytest.importorskip("decord")
+        named += ",base=llava_hf,force_simple=True,device_map=cpu"
+    command = [sys.executable, "-m", "lmms_eval", "--model", model, "--model_args", named, "--tasks"]
+    command += ["embedded_gqa", "--include_path", str(task), "--device", "cpu", "--log_samples", "--batch_size"]
+    command += ["4" if model == "llava_reduced" else "1"]
     environment = {
         **os.environ,
         "LMMS_EVAL_PLUGINS": "eval.lmms_plugin",
@@ -449,7 +457,13 @@ def test_the_released_package_gives_the_answers_of_our_own_run(task, tmp_path, m
 
     result = run(
         RunConfig(
-            method=method, budget=budget, limit=QUESTIONS, device="cpu", wandb="disabled", output=tmp_path / "ours"
+            method=method,
+            budget=budget,
+            limit=QUESTIONS,
+            device="cpu",
+            dtype="float32",
+            wandb="disabled",
+            output=tmp_path / "ours",
         )
     )
     lines = (tmp_path / "ours" / "answers.jsonl").read_text().splitlines()
