@@ -240,7 +240,7 @@ def test_disabled_leaves_no_trace_and_missing_is_no_obstacle(tmp_path, monkeypat
     assert not (tmp_path / "out" / "wandb").exists() and "W&B" not in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "wandb", None)
     run(config(tmp_path, wandb="offline"), FakeLlava(), FakeReducer())
-    assert "W&B is not available" in capsys.readouterr().err
+    assert "needs the package wandb, which is not installed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
