@@ -33,7 +33,7 @@ from llava.processing.json_files import read_json
 from llava.processing.prompt import Sample
 from llava.reduction.budget import plan_image
 from llava.reduction.reducer import Reducer
-from llava.reduction.token_layout import single
+from llava.reduction.token_layout import on_padding, single
 from llava.serving import register
 from llava.serving.client import EMBEDS, PIXELS, until_decoder
 from llava.serving.served import refuse_gaps, served_by, why_not_anywhere
@@ -223,8 +223,12 @@ class Engine:
             ids = [slot if token < 0 else token for token in model.prompt(sample).ids]
             asked.append({"prompt_token_ids": ids} | ({"multi_modal_data": {"image": images}} if images else {}))
         timer.mark("preprocess")
-        image = SeenImage(layout, whole.tokens, planned, plan.asked)
-        seen = [[image] * len(sample.images) for sample in samples]
+        seen = list[list[SeenImage]]()
+        for sample in samples:
+            # Which tokens are kept is not known; none of them is on padding where there is no padding.
+            canvases: list[Any] = [model.canvas(picture) for picture in sample.images]
+            known = [one if plan.fits or not on_padding(layout, one).any() else None for one in canvases]
+            seen.append([SeenImage(layout, whole.tokens, planned, plan.asked, canvas) for canvas in known])
         return asked, Record(seen, [[] for _ in samples]), [planned[0] * len(sample.images) for sample in samples]
 
     def _embeds(self, samples: Sequence[Sample], timer: Timer) -> tuple[list[dict[str, Any]], Record, list[int]]:
