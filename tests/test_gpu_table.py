@@ -91,7 +91,7 @@ def test_a_loop_that_returns_an_earlier_choice_is_seen(stale, tiny_path, tmp_pat
     with pretended():
         assert selfcheck.main(["--device", "cuda", "--markdown", str(tmp_path / "check.md")]) == stale
     said = (tmp_path / "check.md").read_text()
-    assert "Not in this checkout: tinyllava_next, tinyllava_video" in said and said.strip() in capsys.readouterr().out
+    assert "Not here: tinyllava_next, tinyllava_video." in said and said.strip() in capsys.readouterr().out
     assert ("; farthest_from on input 2 of 4; " in said) == stale != ("Nothing is wrong" in said)
 
 

@@ -6,6 +6,7 @@ from tests.parity.harness import check, recording, recordings
 
 RECORDINGS = recordings()
 FEW = 5
+LONGER = [path for path in RECORDINGS if len(recording(path)[1]["cases"]) > FEW]
 # Rounding decides the last choices of some cases that were stable where they were recorded, so processors differ:
 # CDPruner keeps as many tokens as the features have channels, and a token that PruMerge+ merges has neighbours that are
 # equally near. One token (37 of 39 cases whole) and 0.025 of a merged token were seen to differ.
@@ -37,6 +38,6 @@ def test_agrees_with_the_official_code(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", LONGER, ids=lambda path: path.stem)
 def test_agrees_with_the_official_code_in_all_other_cases(path):
     check_agreement(path, slice(FEW, None))
