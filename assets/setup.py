@@ -25,7 +25,7 @@ class ToyFiles(build_py):
 
 
 def wanted(path: Path) -> bool:
-    """Whether a file below `eval` or `tinyllava` belongs into the wheel."""
+    """Whether a data file belongs into the wheel."""
     if not path.is_file() or LEFT_OUT & set(path.parts):
         return False
     shared = any(folder.is_symlink() for folder in path.parents)

@@ -51,7 +51,7 @@ def check_bundled(path: str | Path) -> None:
         what = "data" if path.relative_to(ASSETS).parts[0].startswith("eval") else "model"
         raise UserError(
             f"The toy {what} at {path} is missing: name your own by --model and --data, "
-            f"use a whole checkout of the repository, or install the wheel {PROJECT}-toy that a checkout builds."
+            "use a whole checkout of the repository, or install the toy wheel from one: pip install ./assets"
         )
 
 

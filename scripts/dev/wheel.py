@@ -54,7 +54,7 @@ CALLS = {
     "findings": [("attnmix --pictures 2", 2)],
     "bench latency": [("--method consensusdrop --budget 64 --repeats 1 --lengths 0 --no-oracle", 0)],
     "bench serving": [("", 2)],
-    "bench growth": [("--methods full --tokens 64 --width 64 --layers 1 --blocks 1 --repeats 1", 0)],
+    "bench growth": [("--methods full --tokens 256 --width 64 --layers 1 --blocks 1 --repeats 1", 0)],
     "bench peers": [("table nothing.json", 2)],
     "bench precision": [("--methods consensusdrop --budget 64 --questions 2", 0)],
     "bench selfcheck": [("--help", 0)],
