@@ -85,7 +85,7 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel):
 
 
 CHECKOUT = "needs a checkout: git clone "
-TOY = "is missing: name your own by --model and --data, use a whole checkout of the repository, or install the toy wheel "
+TOY = "use a whole checkout of the repository, or install the toy wheel "
 ARGUMENTS = "are required: "
 # Command -> a part of its only sentence; every command of `vtr --help` that says one.
 SENTENCES = {
