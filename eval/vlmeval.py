@@ -77,7 +77,7 @@ def main() -> int:
     given = parser.parse_args(words[:split])
     script, *arguments = words[split + 1 :] or [""]
     if not Path(script).is_file():
-        raise UserError(f"The words after -- begin with the path of VLMEvalKit's run.py, got {script!r}.")
+        raise UserError(f"The words after -- begin with the path of VLMEvalKit's run.py; there is no file {script!r}.")
     refuse_ranks("vtr run-vlmeval", "start it without torchrun")
     options = options_by_method([given.method], given.set)[given.method]
     choice = Choice(given.method, given.budget, options, given.text_tower)

@@ -370,7 +370,7 @@ def test_vlmevalkit_ends_with_our_sentence(kit, capsys, tmp_path, monkeypatch):
     assert kit("full", "x", script=tmp_path / "other.py") == 2
     assert "nothing ran under full" in capsys.readouterr().err
     assert kit("full", "x", script=tmp_path / "none.py") == 2
-    assert "begin with the path of VLMEvalKit's run.py, got" in capsys.readouterr().err
+    assert "begin with the path of VLMEvalKit's run.py; there is no file" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert kit("full", "x") == 2
     assert "runs in one process" in capsys.readouterr().err
