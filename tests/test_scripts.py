@@ -105,11 +105,12 @@ def test_a_small_tree_and_few_packages_are_enough_for_the_benchmark(tmp_path):
     assert 10 * 2**20 < sum(path.stat().st_size for path in files) < 40 * 2**20
     run = RUN.format(hidden=NOT_NEEDED.split())
     given = os.environ | {"PYTHONPATH": "."}
-    for which in (["--shape=llava-1.5-7b", "--layers=1", "--distinct=1"], ["--model=assets/tinyllava", "--gate=8"]):
-        flags = ["--method=consensusdrop", "--budget=64", "--lengths=0", "--repeats=1", *which]
-        command = [sys.executable, "-c", run, "eval.efficiency.latency", *flags]
+    shipped = "eval.efficiency.latency --method=consensusdrop --budget=64 --lengths=0 --gate=8 --model=assets/tinyllava"
+    random = "eval.efficiency.growth --methods=consensusdrop --tokens=256 --width=64 --layers=4 --blocks=3"
+    for words, row in ((shipped, "| oracle of consensusdrop |"), (random, "| consensusdrop |")):
+        command = [sys.executable, "-c", run, *words.split(), "--repeats=1"]
         done = subprocess.run(command, cwd=tmp_path, env=given, capture_output=True, text=True)
-        assert done.returncode == 0 and "| oracle of consensusdrop |" in done.stdout, done.stderr[-2000:]
+        assert done.returncode == 0 and row in done.stdout, done.stderr[-2000:]
 
 
 # -- scripts/eval/ ---------------------------------------------------------------------------------------------------
