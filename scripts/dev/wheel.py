@@ -97,7 +97,7 @@ class Trial:
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir()
         self.python = folder / "env" / "bin" / "python"
-        subprocess.run([python, "-m", "venv", folder / "env"], check=True)
+        subprocess.run([python, "-m", "venv", "--clear", folder / "env"], check=True)
 
     def install(self, *what: str) -> None:
         """With pip, whose own failure ends the trial."""
@@ -138,7 +138,7 @@ class Trial:
 def build(folder: Path, python: str) -> list[Path]:
     """The wheel, made from the source distribution, and the toy wheel, likewise."""
     shutil.rmtree(folder / "dist", ignore_errors=True)
-    subprocess.run([python, "-m", "venv", folder / "build"], check=True)
+    subprocess.run([python, "-m", "venv", "--clear", folder / "build"], check=True)
     builder = folder / "build" / "bin" / "python"
     subprocess.run([builder, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "build"], check=True)
     for project in (ROOT, ROOT / "assets"):
