@@ -43,7 +43,6 @@ FLAGS: dict[str, dict[str, Any]] = {
     "engine": {"metavar": "NAME"},
     "limit": {"type": value(count)},
     "quantization": {"choices": ("8bit", "4bit")},
-    "compile": {"action": "store_true"},
     "dtype": {"choices": ("float32", "bfloat16", "float16")},
     "device": {},
     "text_tower": {"type": value(path_name)},

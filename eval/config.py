@@ -79,7 +79,6 @@ class RunConfig:
         zero_ranks: with --zero: ranks that share one model's weights
         table: paper table that the run belongs to: its group in W&B
         engine: what decodes: this package, or vLLM in one process (docs/models/serving.md)
-        compile: run tower, prefill and decoding with torch.compile: for long runs; compiling takes seconds to a minute
         quiet: print warnings and the result's sentence only: no progress bars, single numbers or costs
     """
 
@@ -111,7 +110,6 @@ class RunConfig:
     zero_ranks: int = 1
     table: str | None = None
     engine: str = "own"
-    compile: bool = False
     quiet: bool = False
 
     def __post_init__(self) -> None:
@@ -120,7 +118,7 @@ class RunConfig:
             raise UserError("--restart asks every question anew, also those that failed; leave out --retry-failed.")
         if self.engine not in ENGINES:
             raise unknown("engine", self.engine, ENGINES)
-        alone = ("compile", "tensor_parallel", "zero", "quantization")
+        alone = ("tensor_parallel", "zero", "quantization")
         usual = {field.name: field.default for field in dataclasses.fields(self)}
         changed = [f"--{name.replace('_', '-')}" for name in alone if getattr(self, name) != usual[name]]
         if self.engine != "own" and changed:
@@ -304,7 +302,6 @@ def store_settings(config: RunConfig, split: str, data: Dataset, model: Any, red
         "dtype": config.dtype,
         **({"picture": model.conventions} if getattr(model, "conventions", None) else {}),
         **({"quantization": config.quantization} if config.quantization else {}),
-        **({"compile": True} if config.compile else {}),
         **({"engine": engine.settings} if engine else {}),
         # Other kernels round otherwise; the index of the device does not matter.
         "device": device_name(model).split(":")[0],
@@ -384,7 +381,7 @@ def changed_options(method: str, options: Mapping[str, Any]) -> list[str]:
 
 def changed_fields(config: RunConfig) -> dict[str, Any]:
     """Settings beside the method's options that answers depend on and that differ from their defaults."""
-    names = ("dtype", "max_new_tokens", "seed", "picture", "quantization", "profile", "engine", "compile")
+    names = ("dtype", "max_new_tokens", "seed", "picture", "quantization", "profile", "engine")
     usual = {field.name: field.default for field in dataclasses.fields(config)}
     return {name: value for name in names if (value := getattr(config, name)) not in (usual[name], {})}
 

@@ -90,8 +90,7 @@ class CachingLlava(Llava):
             rows = [i for i in new if views[i][1].temporal == temporal]
             pixels = torch.cat([views[i][0] for i in rows]).to(self.device)
             tower, done = self.tower_of(temporal), 0
-            scores, compiled = tuple(self._scores), self.compiled.tower if self.compiled else None
-            fresh = encode(tower, pixels, self.select_layer, scores, keep_cls=True, compiled=compiled)
+            fresh = encode(tower, pixels, self.select_layer, tuple(self._scores), keep_cls=True)
             for i in rows:
                 crops, full = views[i]
                 rows_of_image = with_own_memory(fresh.rows(slice(done, done + len(crops))))

@@ -26,7 +26,6 @@ from eval.versions import commit, versions
 from llava.errors import UserError
 from llava.model.builder import device_of, load
 from llava.model.checkpoint.files import locate
-from llava.model.llava_arch import Llava
 from llava.reduction.budget import require
 from llava.reduction.reducer import Reducer
 
@@ -102,7 +101,7 @@ def load_model(config: RunConfig) -> CachingLlava:
         zero=config.zero,
         **config.picture,
     )
-    return equip(model, config)
+    return CachingLlava(model, RUN_BYTES)  # it remembers what its tower gave for an image
 
 
 def with_engine(config: RunConfig) -> CachingLlava:
@@ -123,15 +122,6 @@ def with_engine(config: RunConfig) -> CachingLlava:
     if model.engine.route == PIXELS:  # the engine's tower sees the images
         model.takes_views = model.remembers_features = False
     return model
-
-
-def equip(model: Llava, config: RunConfig) -> CachingLlava:
-    """A loaded model with what is faster about this run; it remembers what its tower gave for an image."""
-    if config.compile:
-        from llava.pipeline.compile import compile_model
-
-        model.compiled = compile_model(model)
-    return CachingLlava(model, RUN_BYTES)
 
 
 # -- the run ---------------------------------------------------------------------------------------------------------

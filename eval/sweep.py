@@ -33,7 +33,7 @@ from eval.parallel.launch import launch
 from eval.parallel.placement import Placement
 from eval.parallel.ranks import Control, Rank
 from eval.results import report
-from eval.run import equip, load_model, prepare, read_questions, run
+from eval.run import load_model, prepare, read_questions, run
 from llava.budget import RETENTION_RATIO, budget_text
 from llava.errors import UserError
 from llava.model.builder import device_of, load
@@ -70,7 +70,7 @@ def run_all(configs: Sequence[RunConfig]) -> bool:
     place = placement.here(device=first.device)
     check_all(configs, lambda config: build_reducer(config, visual_tokens=None))
     check_all(list({config.benchmark: config for config in configs}.values()), read_questions)
-    here: dict[str, Any] = {} if place is None else {"device": "cpu", "compile": False}  # the ranks have their own
+    here: dict[str, Any] = {} if place is None else {"device": "cpu"}  # the ranks have their own
     by_model = {config.model: dataclasses.replace(config, **here) for config in configs}
     models = {name: load_model(config) for name, config in by_model.items()}
     kind = device_of(first.device).type
@@ -185,8 +185,7 @@ def main(words: Sequence[str]) -> int:
     }
     configs = [RunConfig(**{**entry, "data": Path(entry["data"])}) for entry in content["runs"]]
     rank.put("runs", len(configs))
-    model = equip(load(**arguments), configs[0])
-    model.cache_bytes = CACHE_BYTES
+    model = CachingLlava(load(**arguments), CACHE_BYTES)
     model.expect([build_reducer(config, model.visual_tokens) for config in configs])
     while (number := rank.claim("settings")) < len(configs):
         rank.report(ranks.ASKING, [f"of {configs[number].output}"])

@@ -16,7 +16,6 @@ from eval.config import ROOT
 from llava.model.builder import load
 from llava.model.llava_arch import Llava
 from llava.pipeline import accounting
-from llava.pipeline import compile as compiling
 from llava.processing.prompt import Sample
 from tests.tiny_checkpoints import save_transformers_layout
 
@@ -88,12 +87,10 @@ def vllm_python() -> Path:
 
 @pytest.fixture
 def clock(monkeypatch) -> SimpleNamespace:
-    """The clock of stages and of the compiler: it moves by `wait(seconds)` alone, however busy the machine is."""
+    """The clock of stages: it moves by `wait(seconds)` alone, however busy the machine is."""
     clock = SimpleNamespace(now=0.0)
     clock.wait = lambda seconds: setattr(clock, "now", clock.now + seconds)
-    for module in (accounting, compiling):
-        read = SimpleNamespace(perf_counter=lambda: clock.now, monotonic=lambda: clock.now)
-        monkeypatch.setattr(module, "time", read)
+    monkeypatch.setattr(accounting, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
 
 

@@ -171,7 +171,7 @@ def test_an_interrupted_run_goes_on_and_no_engine_continues_another(vllm, tmp_pa
         ({"options": {"positions": "original"}}, "An engine numbers a prompt without gaps"),
         ({"model": ROOT / "assets" / "tinyllava_video"}, "is VideoLlavaForConditionalGeneration; use --engine own"),
         ({"engine": "vlm"}, "Unknown engine 'vlm'. Did you mean 'vllm'"),
-        ({"compile": True, "zero": "cpu"}, "--compile and --zero cannot be used with --engine vllm"),
+        ({"tensor_parallel": 2, "zero": "cpu"}, "--tensor-parallel and --zero cannot be used with --engine vllm"),
         ({"vllm": None}, "scripts/serve_setup.sh of a checkout makes its environment"),
     ],
 )

@@ -11,8 +11,6 @@ import transformers
 
 from eval import __main__ as cli
 from eval import benchmarks
-from eval.config import RunConfig
-from eval.run import equip
 from llava import reduce
 from llava.errors import MethodError, UserError
 from llava.hf import families
@@ -215,8 +213,6 @@ def test_what_cannot_be_done_is_refused(saved, tmp_path):
     for options in ({"quantization": "4bit"}, {"tensor_parallel": 2}, {"zero": "cpu"}, {"merge": "spatial"}):
         with pytest.raises(UserError, match=f"{next(iter(options))[:5]}.* cannot be used with .*gemma3"):
             load(folder, device="cpu", **options)
-    with pytest.raises(UserError, match=r"--compile .* its own forward"):
-        equip(model, RunConfig("full", compile=True))
     with pytest.raises(MethodError, match="pyramiddrop reduces between decoder layers"):
         ask(model, method="pyramiddrop", budget=8)
     with pytest.raises(UserError, match="only answers benchmarks"):

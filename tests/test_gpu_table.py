@@ -32,7 +32,7 @@ def turns(monkeypatch):
         taken.append((f"{reducer.name} {reducer.budget}", len(batch)))
         return plain(model, reducer, batch, *rest)
 
-    monkeypatch.setattr(measuring, "once", once)
+    monkeypatch.setattr(measuring, "measure_round", once)
     for module in (measuring, latency):
         ticks = type("Ticks", (), {"monotonic": lambda: float(len(taken)), "perf_counter": time.perf_counter})
         monkeypatch.setattr(module, "time", ticks)

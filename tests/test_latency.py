@@ -13,12 +13,11 @@ from eval.efficiency import latency
 from eval.efficiency import measure as measuring
 from eval.efficiency.latency import gate, main, parser
 from eval.efficiency.latency_table import page, runs, spanned
-from eval.efficiency.measure import Measured, Measurements, StageTimer, measure, once
+from eval.efficiency.measure import Measured, Measurements, StageTimer, measure
 from eval.efficiency.oracle import chosen_options, oracles
 from eval.results import cost, report
 from llava.errors import UserError
 from llava.pipeline.accounting import Timer
-from llava.pipeline.compile import compile_model
 from llava.pipeline.generate import generate
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
@@ -70,7 +69,7 @@ def test_methods_take_turns_and_every_turn_asks_its_own_question(tiny, monkeypat
         asked.append((batch[0].id, reducer.name))
         return {"seconds": {"prefill": 1.0}, "kv_bytes": 1, "flops": 1, "peak_bytes": 1}
 
-    monkeypatch.setattr(measuring, "once", noted)
+    monkeypatch.setattr(measuring, "measure_round", noted)
     reducers = {"full": registry.build("full", 16), "uniform": registry.build("uniform", 4)}
     found = measure(tiny, reducers, lambda turn: [samples(3)[turn]], repeats=2)
     asked_first = [("q0", "uniform"), ("q0", "full"), ("q1", "full"), ("q1", "uniform")]
@@ -87,7 +86,7 @@ def test_a_batch_that_does_not_fit_is_said_and_not_tried_again(tiny, monkeypatch
         tried.append(reducer.name)
         raise error
 
-    monkeypatch.setattr(measuring, "once", too_large)
+    monkeypatch.setattr(measuring, "measure_round", too_large)
     reducers, path = {"full": registry.build("full", 16)}, tmp_path / "kept.jsonl"
     for _ in range(2):
         assert measure(tiny, reducers, lambda turn: samples(1), 2, Measurements(path, {}), batch=4) == {"full": None}
@@ -291,37 +290,6 @@ def test_random_weights_are_on_the_device_and_no_more_layers_are_distinct_than_t
     assert main([*short, "--shape", "llava-1.5-7b", "--distinct", "32", "--device", "cuda"]) == 0
     (found,) = json.loads(file.read_text())
     assert placed == ["meta", "cuda"] and found["distinct_layers"] == found["layers"] == tiny.spec.layers
-
-
-# -- compiled rows --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.table
-def test_every_row_is_compiled(tiny_path, monkeypatch, capsys):
-    monkeypatch.setattr("eval.efficiency.latency.compile_model", lambda model: compile_model(model, "eager"))
-    flags = ["--method", "uniform", "--budget", "4", "--model", str(tiny_path), "--compile", "--lengths", "3"]
-    assert main([*flags, "--repeats", "1", "--device", "cpu"]) == 0
-    said = capsys.readouterr().out
-    assert "Tower, prefill and decoding of every row are compiled" in said and "uniform" in said
-
-
-def test_a_turn_in_which_a_graph_was_compiled_does_not_count(tiny, monkeypatch):
-    """A question of another length in a late turn would be timed with its compiler."""
-    turns = []
-
-    def turn(model, *_):
-        turns.append(len(turns))
-        if len(turns) == 1:
-            model.compiled.seconds += 5.0
-        return {"seconds": {"prefill": 1.0}}
-
-    monkeypatch.setattr(measuring, "measure_round", turn)
-    model = SimpleNamespace(compiled=SimpleNamespace(seconds=2.0))
-    reducer = registry.build("full", 16)
-    once(model, reducer, samples(1))
-    assert len(turns) == 2
-    once(model, reducer, samples(1))
-    assert len(turns) == 3
 
 
 # -- the timer -----------------------------------------------------------------------------------------------------

@@ -159,10 +159,10 @@ assert refused(known) is None
 edit("baselines/fastv.py", "EDITED = True")
 assert refused(known) is None, "the code of another method"
 # Imported by a function, after its file was changed; by the time of the check it is as before.
-before = edit("llava/pipeline/compile.py", "EDITED = True")
-import llava.pipeline.compile
-(ROOT / "llava/pipeline/compile.py").write_text(before)
-assert "llava/pipeline/compile.py" in refused(known)
+before = edit("llava/pipeline/late.py", "EDITED = True")
+import llava.pipeline.late
+(ROOT / "llava/pipeline/late.py").write_text(before)
+assert "llava/pipeline/late.py" in refused(known)
 print("as expected")
 """
 
@@ -176,6 +176,9 @@ def test_edits_of_an_installed_project_are_seen(tmp_path):
     for package in ("eval", *source_hash.FOLLOWED):
         shutil.copytree(PACKAGES / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "torch").symlink_to(Path(torch.__file__).parent)
+    (tmp_path / "llava/pipeline/late.py").write_text("")
+    with (tmp_path / "llava/pipeline/generate.py").open("a") as generate:
+        generate.write("\n\ndef late():\n    import llava.pipeline.late\n")
     done = subprocess.run([sys.executable, "-c", EDITED], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.strip() == "as expected", done.stderr
 
@@ -334,7 +337,7 @@ def test_another_file_of_the_model_does_not_return_old_scores(tmp_path, change, 
 def test_a_file_of_the_model_that_changes_under_a_run_ends_it(tmp_path, monkeypatch, moment):
     """The model was loaded from one content and hashed from another; mapped weights even change while they are used."""
     folder = shutil.copytree(DEFAULT_MODEL, tmp_path / "tinyllava")
-    home, name = (run_module, "equip") if moment == "loaded" else (eval.ask, "generate")
+    home, name = (run_module, "CachingLlava") if moment == "loaded" else (eval.ask, "generate")
     real = getattr(home, name)
 
     def changing(*arguments, **options):

@@ -44,7 +44,6 @@ from llava.errors import UserError
 from llava.model.builder import DTYPES, device_of, load, parse
 from llava.model.checkpoint.load import free_memory
 from llava.model.llava_arch import Llava
-from llava.pipeline.compile import compile_model
 from llava.pipeline.generate import generate
 from llava.reduction.reducer import Reducer
 
@@ -94,7 +93,6 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         "hardware": hardware(str(model.device)),
         "versions": {name: number for name, number in versions().items() if name in ("torch", "transformers")},
         "clock": args.clock,
-        **({"compile": True} if args.compile else {}),
     }
     if args.pages:  # of the machine that measured
         there = Measurements(args.measurements).settings
@@ -106,8 +104,6 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     views = model.views if lengths else remembered(model.views)
     batches: list[list[dict[str, Any]]] = []
     for place, size in enumerate(sizes):
-        if args.compile:  # each size of batches has its own graphs: their number is limited
-            model.compiled = compile_model(model)
         now = time.monotonic()
         deadline = -math.inf if args.pages else now + (last - now) / (len(sizes) - place)
         ask = noise_batches(model, size, scenario.differ)
@@ -311,7 +307,6 @@ def parser() -> argparse.ArgumentParser:
     on_off = argparse.BooleanOptionalAction
     add("--oracle", action=on_off, default=True, help="measure as many tokens chosen for free")
     add("--counts", action=on_off, default=True, help="count operations, waits and bytes")
-    add("--compile", action="store_true", help="compile tower, prefill and decoding of every row")
     add("--gate", type=value(count), metavar="N", help="accuracy gate: ask N questions of GQA first")
     add("--data", type=Path, default=DEFAULT_DATA, help="folder that holds the questions of the gate")
     kept = "write every measurement to this file and continue from what is there"

@@ -190,8 +190,6 @@ def notes(results: Sequence[dict[str, Any]]) -> list[str]:
         )
     if any(not row.get("ratios", {}).get("calm", True) for row in rows):
         said.append(f"{BUSY} The slowest turn of this method or of full took 25 % longer than the fastest, or more.")
-    if result.get("compile"):
-        said.append("Tower, prefill and decoding of every row are compiled; the seconds of compiling are left out.")
     return said
 
 

@@ -84,7 +84,7 @@ class Measured:
         decode: seconds per token after the first, median; None where no answer has a second token.
         end_to_end: output length -> seconds of every round, from opened images to texts.
         ttfts: seconds to the first token of every round.
-        attention: the attention kernels that ran; () where they are inside of compiled code.
+        attention: the attention kernels that ran.
     """
 
     seconds: dict[str, float]
@@ -189,13 +189,13 @@ def measure(
             continue
         if time.monotonic() >= deadline:
             break
-        # The warm-up is no time that counts, so that it can be watched; operations inside of a graph cannot.
-        watched = OperationCounter() if number == 0 and model.compiled is None else nullcontext()
+        # The warm-up is no time that counts, so that it can be watched.
+        watched = OperationCounter() if number == 0 else nullcontext()
         try:
             if number and name not in warm:  # goes on from a file: this process has its own warm-up
-                once(model, reducers[name], ask(number), lengths, CLOCKS[clock])
+                measure_round(model, reducers[name], ask(number), lengths, CLOCKS[clock])
             with watched as counter:
-                row = once(model, reducers[name], ask(number), lengths, CLOCKS[clock])
+                row = measure_round(model, reducers[name], ask(number), lengths, CLOCKS[clock])
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -214,21 +214,6 @@ def measure(
         elif len(turns) > 1:
             found[name] = summary(turns)
     return found
-
-
-def once(
-    model: Llava,
-    reducer: Reducer,
-    samples: list[Sample],
-    lengths: Sequence[int] = (),
-    clock: Callable[[], float] | None = None,
-) -> dict[str, Any]:
-    """One round. One in which a graph was compiled does not count: it is made again."""
-    began = model.compiled.seconds if model.compiled is not None else 0.0
-    row = measure_round(model, reducer, samples, lengths, clock)
-    if model.compiled is not None and model.compiled.seconds != began:
-        row = measure_round(model, reducer, samples, lengths, clock)
-    return row
 
 
 @torch.inference_mode()

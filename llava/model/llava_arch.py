@@ -110,7 +110,6 @@ def coarse(layout: PatchGrid, grid: tuple[int, int]) -> Reduction:
 
 if TYPE_CHECKING:
     from llava.pipeline.accounting import Batch, Operations, Timer
-    from llava.pipeline.compile import Compiled
 
 
 class Llava:
@@ -161,9 +160,6 @@ class Llava:
 
     # The engine that `answers` asks (llava/serving/engine_model.py).
     engine: Any = None
-
-    # Compiled tower, prefill and decoding (llava/pipeline/compile.py).
-    compiled: "Compiled | None" = None
 
     # The learned vector after every row of stitched tiles; an image of one crop has none.
     newline: Tensor | None = None
@@ -268,7 +264,6 @@ class Llava:
         encoded_images: dict[int, EncodedImage] = {}
         groups: dict[tuple[Reducer, bool, bool], list[int]] = {}
         inside, keep_cls = not reducer.acts_in.isdisjoint(("tower", "input_grid")), reducer.keep_cls
-        compiled = self.compiled.tower if self.compiled else None
         for index, (_, full) in enumerate(views):
             sized = in_tower(reducer, full) if inside else reducer
             groups.setdefault((sized, full.temporal, full.tiles is not None), []).append(index)
@@ -280,7 +275,7 @@ class Llava:
                 merger = self._merger(sized, tower, len(pixels)) if "tower" in sized.acts_in else None
             # The class tokens of a video's frames are visual tokens.
             scores, with_cls = sized.tower_scores(tiled), keep_cls or temporal
-            encoded = encode(tower, pixels, self.select_layer, scores, grid, with_cls, merger, compiled)
+            encoded = encode(tower, pixels, self.select_layer, scores, grid, with_cls, merger)
             for index in rows:
                 crops, full = views[index]
                 own = encoded if len(crops) == len(pixels) else encoded.rows(slice(done, done + len(crops)))

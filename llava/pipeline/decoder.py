@@ -31,7 +31,6 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 # (sequence, layer, the sequence as it entered the layer before, keys of that layer) -> shorter sequence
 ReduceAt = Callable[[Sequence, int, Sequence, Tensor], Sequence]
 # (llm, sequence, layers, cosines and sines, cache) -> hidden states [B, L, D] behind the layers and before the last one
-RunLayers = Callable[[Any, Sequence, range, tuple[Tensor, Tensor], DynamicCache], tuple[Tensor, Tensor]]
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -199,14 +198,12 @@ def prefill(
     sequence: Sequence,
     stages: tuple[int, ...],
     reduce_at: ReduceAt | None,
-    run: RunLayers = run_segment,
 ) -> Prefilled:
     """Run all layers on the prompts.
 
     Args:
         llm: layers and rotary_emb (a LlamaModel).
         stages: layers before which `reduce_at` is called; layer 0 is not one of them.
-        run: runs the layers between two of these places.
     """
     # Every layer gets its own length and its own space. Without the configuration, which could set a sliding window; it
     # is not applied, see the notes of llava.model.checkpoint.load.
@@ -233,7 +230,7 @@ def prefill(
         else:
             following = positions.next_position(sequence.position)
         segments.append(Segment(range(first, last), lengths, counts, valid, following))
-        hidden, entered = run(llm, sequence, range(first, last), rotary, cache)
+        hidden, entered = run_segment(llm, sequence, range(first, last), rotary, cache)
         before, sequence = replace(sequence, hidden=entered), replace(sequence, hidden=hidden)
     # Counted now, because decoding makes the cache longer. Where heads are split over ranks, this one holds some.
     held, used = 0, [0] * len(sequence.lengths)

@@ -56,8 +56,6 @@ def generate(
         return model.answers(samples, reducer, max_new_tokens, ignore_eos, timer)
     require(reducer, model.spec)
     end_ids, stop = (frozenset(), None) if ignore_eos else (model.end_ids, model.stop)
-    compiled = model.compiled
-    step, before = (compiled.step, compiled.by_stage) if compiled else (decoder.step, {})
     state, record = prefill(model, samples, reducer, timer)
     written: list[list[int]] = [[] for _ in samples]
 
@@ -94,7 +92,7 @@ def generate(
                 running.discard(sample)
         if not running or steps + 1 == max_new_tokens:
             break
-        hidden = step(model.llm, state, model.llm.embed_tokens(token[:, None]))
+        hidden = decoder.step(model.llm, state, model.llm.embed_tokens(token[:, None]))
         steps += 1
     timer.mark("decode")
     texts = [model.decode(ids) for ids in written]
@@ -117,11 +115,7 @@ def generate(
         for answer in answers:
             kept = [step.reduction.kept.tolist() for step in answer.trace]
             require_agreement(f"question {answer.id}", (answer.token_ids, kept), model.device)
-    spent = timer.seconds
-    for name, seconds in (compiled.by_stage if compiled else {}).items():
-        # What was compiled for this batch serves others too.
-        spent[name] = max(0.0, spent.get(name, 0.0) - (seconds - before[name]))
-    timing = Timing(**{known.name: spent.get(known.name, 0.0) for known in fields(Timing)})
+    timing = Timing(**{known.name: timer.seconds.get(known.name, 0.0) for known in fields(Timing)})
     images = sum(map(len, record.images))
     first: Any = state.cache.layers[0]  # of whose heads this rank may hold a part
     room = state.kv_bytes_allocated * model.llm.config.num_key_value_heads // first.keys.shape[1]

@@ -62,8 +62,7 @@ def prefill(
         sequence = stages.reduce_prompt(sequence)
         timer.mark("selection")
     stages.start = sequence
-    run = model.compiled.layers if model.compiled else decoder.run_segment
-    prefilled = decoder.prefill(model.llm, sequence, layers, stages.reduce_between_layers, run)
+    prefilled = decoder.prefill(model.llm, sequence, layers, stages.reduce_between_layers)
     timer.mark("prefill")
     for sample in range(len(samples)):
         lengths = tuple(segment.lengths[sample] for segment in prefilled.segments for _ in segment.layers)

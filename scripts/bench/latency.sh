@@ -5,7 +5,6 @@
 #        bash scripts/bench/latency.sh --all BUDGET [...]      every method that runs at this budget
 #   bash scripts/bench/latency.sh consensusdrop 64 --gate 100
 #   bash scripts/bench/latency.sh consensusdrop 64 --scenario offline
-#   bash scripts/bench/latency.sh consensusdrop 64 --compile      every row compiled
 #   bash scripts/bench/latency.sh --all 320 --shape llava-next-7b --dtype bfloat16 --batch-size 1,8,32
 set -euo pipefail
 if [ $# -lt 2 ]; then sed -n '2,9p' "${BASH_SOURCE[0]}" | cut -c3- >&2; exit 2; fi

@@ -25,4 +25,4 @@ bash scripts/eval/gqa.sh consensusdrop 64 --limit 40 --output "$folder/gqa"
 "$folder/bin/python" -m eval.cli bench precision --methods consensusdrop --budget 64
 "$folder/bin/python" -m pytest tests/test_versions.py tests/test_fused.py tests/test_stock_families.py tests/test_family_pipeline.py tests/test_contract.py \
   tests/test_golden.py tests/test_wrap.py tests/test_wrap_refusals.py tests/test_families.py tests/test_checkpoint.py tests/test_shipped_processors.py \
-  tests/test_compiled.py tests/test_parallel_model.py tests/test_pretended.py tests/parity
+  tests/test_parallel_model.py tests/test_pretended.py tests/parity

@@ -1,6 +1,6 @@
 """The vision tower, block by block: patch features, and only the scores that were asked for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ from llava.reduction.states import BlockState
 from llava.reduction.token_layout import ModelSpec
 
 # (CLIPVisionModel, hidden [B, n, D], places) -> hidden states [B, n, D] behind so many blocks, in order of the places
-RunBlocks = Callable[[Any, Tensor, Sequence[int]], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,6 @@ def encode(
     grid: tuple[int, int] | None = None,
     keep_cls: bool = False,
     merger: "TowerMerger | None" = None,
-    compiled: RunBlocks | None = None,
 ) -> Encoded:
     """Run a CLIP vision tower as far as it is needed.
 
@@ -93,7 +91,6 @@ def encode(
         grid: shrink the image to rows x columns patches first (the `downsample` control); None keeps it.
         keep_cls: leave the CLS token before the patch features.
         merger: merges tokens inside some of the blocks.
-        compiled: runs the blocks in place of `run_blocks`, unless tokens are merged in some of them.
 
     Blocks after the selected layer run only when a score asks for them.
     """
@@ -118,7 +115,7 @@ def encode(
         return Encoded(features if keep_cls else features[:, 1:], {}, grid, merged, tokens, merger.flops)
     # Scores are of the inputs of their blocks.
     places = sorted({selected, *wanted})
-    inputs = dict(zip(places, (compiled or run_blocks)(tower, hidden, places), strict=True))
+    inputs = dict(zip(places, run_blocks(tower, hidden, places), strict=True))
     computed: dict[TowerScore, Tensor] = {}
     for index, asked in wanted.items():
         computed |= block_scores(asked, blocks[index], inputs[index])
