@@ -26,13 +26,13 @@ def turns(monkeypatch):
     """The turns that are measured, (method and budget, questions); a clock of turns in place of seconds."""
     monkeypatch.setitem(SHAPES, "llava-1.5-7b", narrow("llava-1.5-7b", 64, 2, 2, side=56))
     taken: list[tuple[str, int]] = []
-    plain = measuring.once
+    plain = measuring.measure_round
 
-    def once(model, reducer, batch, *rest):
+    def noted(model, reducer, batch, *rest):
         taken.append((f"{reducer.name} {reducer.budget}", len(batch)))
         return plain(model, reducer, batch, *rest)
 
-    monkeypatch.setattr(measuring, "measure_round", once)
+    monkeypatch.setattr(measuring, "measure_round", noted)
     for module in (measuring, latency):
         ticks = type("Ticks", (), {"monotonic": lambda: float(len(taken)), "perf_counter": time.perf_counter})
         monkeypatch.setattr(module, "time", ticks)
