@@ -8,7 +8,7 @@ of a Python set, which changes the greedy choice); keeps exactly the budget (the
 `official` does both as they do.
 """
 
-from collections.abc import Sequence as Counts
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -29,7 +29,7 @@ from llava.reduction import (
 )
 
 if TYPE_CHECKING:
-    from llava.pipeline.sequence import Sequence
+    from llava.pipeline.sequence import PromptBatch
 
 PIVOTS = 4  # of the image, and as many of the text
 
@@ -44,7 +44,7 @@ def shares(tokens: int, pivots: int) -> tuple[int, ...]:
     return tuple(tokens // pivots + (i < tokens % pivots) for i in range(pivots))
 
 
-def pick_different(similarity: Tensor, pivots: Tensor, picks: Counts[int]) -> Tensor:
+def pick_different(similarity: Tensor, pivots: Tensor, picks: Sequence[int]) -> Tensor:
     """Each pivot in turn picks the tokens least similar to it among those that are not taken yet.
 
     Args:
@@ -63,7 +63,7 @@ def pick_different(similarity: Tensor, pivots: Tensor, picks: Counts[int]) -> Te
     return torch.cat(chosen, 1).sort(1).values
 
 
-def hash_order(columns: Tensor, sequence: "Sequence") -> Tensor:
+def hash_order(columns: Tensor, sequence: "PromptBatch") -> Tensor:
     """[B, P] columns of the padded sequence in the iteration order of a Python set of their positions.
 
     The order depends on integer hashes, so the host needs the values and waits for the device.

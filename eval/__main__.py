@@ -23,10 +23,10 @@ from eval.config import (
     budget_of,
     count,
     embedded_model,
-    meanings_of_settings,
     options_by_method,
     pairs,
     path_name,
+    setting_help,
 )
 from eval.parallel import placement
 from eval.parallel.launch import launch
@@ -86,7 +86,7 @@ def parser() -> Parser:
         help="how images are read, where the model's family leaves a choice: merge=spatial, reading=transformers, "
         "force=672x672 (LLaVA-NeXT), min_pixels=N, max_pixels=N (Qwen)",
     )
-    meanings = meanings_of_settings()
+    meanings = setting_help()
     for name, more in FLAGS.items():
         flag, default = f"--{name.replace('_', '-')}", getattr(RunConfig, name)
         p.add_argument(flag, default=default, help=meanings[name], **more)

@@ -146,7 +146,7 @@ class RunConfig:
             raise UserError(f"{self.method}.{RETENTION_RATIO} must be a number, got {text!r}.") from None
 
 
-def meanings_of_settings() -> dict[str, str]:
+def setting_help() -> dict[str, str]:
     """Attribute of RunConfig -> what its documentation says of it."""
     entries = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", inspect.cleandoc(RunConfig.__doc__ or ""), re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in entries}
@@ -279,7 +279,7 @@ def plain(reducer: "Reducer") -> dict[str, Any]:
 
 
 def store_settings(config: RunConfig, split: str, data: Dataset, model: Any, reducer: "Reducer") -> dict[str, Any]:
-    """Everything an answer depends on but its images, whose hashes stand beside it.
+    """Settings an answer depends on, except image hashes, which are stored beside them.
 
     The limit is not here: answers do not depend on it. Nor are labels: they are what scores depend on. Nor is the batch
     size, although answers in half precision depend on it a little: no setting fixes it, because a batch that does not

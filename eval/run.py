@@ -107,14 +107,14 @@ def load_model(config: RunConfig) -> CachingLlava:
 def with_engine(config: RunConfig) -> CachingLlava:
     """The same up to the decoder, which is an engine's."""
     # Here, because the client of servers that comes with it takes a second to import.
-    from llava.serving.client import PIXELS, load_front
+    from llava.serving.client import PIXELS, load_client_model
     from llava.serving.engine_model import Engine, engine_arguments, import_vllm
 
     import_vllm()  # before weights are read
     directory = locate(config.model, "checkpoint")
     first = build_reducer(config, visual_tokens=None)
     engine_arguments(first, directory)
-    front = load_front(config.model, first, config.dtype, config.device, config.text_tower, **config.picture)
+    front = load_client_model(config.model, first, config.dtype, config.device, config.text_tower, **config.picture)
     model = CachingLlava(front, RUN_BYTES)
     reducer = build_reducer(config, model.visual_tokens)
     model.engine = Engine(model, reducer, directory, config.dtype, config.batch_size)
@@ -253,7 +253,7 @@ def answer_part(
 
 
 def follow_first_rank(job: Job, rank: Rank) -> None:
-    """What a rank other than the first does: answer its part of what the first rank wants to know.
+    """Answer this rank's share of the questions, on a rank other than the first.
 
     Raises:
         UserError: its questions or its model are not those of the first rank.

@@ -30,7 +30,7 @@ from llava.model.llava_arch import Llava
 from llava.processing.image import open_image
 from llava.processing.prompt import Sample
 from llava.reduction.registry import build
-from llava.serving.client import Server, configured, load_front, prompt_embeddings, route
+from llava.serving.client import Server, configured, load_client_model, prompt_embeddings, route
 from llava.serving.served import refuse_gaps
 
 BATCH = 8  # prompts that are embedded at once
@@ -86,7 +86,7 @@ def front(args: argparse.Namespace) -> Llava:
     asked(args)
     reducer = build(args.method, 1, options(args))
     refuse_gaps(reducer)
-    return load_front(args.model, reducer, args.dtype, args.device)
+    return load_client_model(args.model, reducer, args.dtype, args.device)
 
 
 def prompts(args: argparse.Namespace, model: Llava) -> Iterator[tuple[dict[str, str], Tensor]]:

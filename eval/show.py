@@ -39,7 +39,7 @@ KEYS = {
 
 
 def entries_of(kind: str, name: str | None = None) -> list[dict[str, Any]]:
-    """What there is of one kind, sorted by name; each entry has at least "name".
+    """List methods, benchmarks or models, sorted by name; each entry has at least "name".
 
     Args:
         name: of a method, the only one that is asked for; compositions are in no list.

@@ -21,7 +21,7 @@ from llava.pipeline.prefill import prefill
 from llava.processing.prompt import Sample
 from llava.reduction.budget import require
 from llava.reduction.merging import Trace
-from llava.reduction.reducer import Reducer, by_images, options_of
+from llava.reduction.reducer import Reducer, check_reductions, options_of
 from llava.reduction.states import DecoderState, EncoderState, PromptState
 
 BUDGETS = (8, 12, 7, 4, 20, 24, 32, 40)
@@ -212,7 +212,7 @@ def planted_signals(planted: dict[str, list[int]]) -> Iterator[set[str]]:
         return values
 
     def tracked(method, stage, returned, ids, count):
-        found = by_images(method, stage, returned, ids, count)
+        found = check_reductions(method, stage, returned, ids, count)
         for reduction, rows in found:
             for row, image in enumerate(rows):
                 before = places.get(ids[image])
@@ -232,7 +232,7 @@ def planted_signals(planted: dict[str, list[int]]) -> Iterator[set[str]]:
         return groups
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "by_images", tracked)
+        patch.setattr(stages, "check_reductions", tracked)
         patch.setattr(stages.Stages, "_groups", scored)
         for cls, name in ((PromptState, "text_attention"), (DecoderState, "attention")):
             original = getattr(cls, name)

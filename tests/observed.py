@@ -20,7 +20,7 @@ from llava.model.llava_arch import Llava
 from llava.pipeline.accounting import Record
 from llava.processing.prompt import Sample
 from llava.reduction.merging import Reduction
-from llava.reduction.reducer import Reducer, by_images
+from llava.reduction.reducer import Reducer, check_reductions
 from llava.reduction.scores import TowerScore
 from llava.reduction.states import BlockState, DecoderState, EncoderState, PromptState, State
 from llava.reduction.token_layout import PatchGrid
@@ -65,7 +65,7 @@ class Call:
         returned = getattr(self.method, self.stage)(state)
         if returned is None:
             return [Reduction(torch.arange(count)[None], count)] * len(state.ids)
-        parts = by_images(self.method, self.stage, returned, state.ids, count)
+        parts = check_reductions(self.method, self.stage, returned, state.ids, count)
         return [part.only(row, on_cpu=True) for part, rows in parts for row in range(len(rows))]
 
     def vectors(self, space: str) -> Tensor | None:

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from llava.errors import UserError
-from llava.pipeline.sequence import Sequence
+from llava.pipeline.sequence import PromptBatch
 from llava.reduction.states import PROJECTIONS, DecoderState, heads_of
 
 SIZES = {
@@ -74,7 +74,7 @@ def test_rows_are_those_of_the_stock_layer(decoder):
     spans = ((VISUAL,),), (ROWS,), (ROWS,), (ROWS,)
     for layer in range(3):
         hidden = stock.hidden_states[layer]
-        sequence = Sequence(hidden, place if axes == 3 else place[..., 0], (LENGTH,), *spans)
+        sequence = PromptBatch(hidden, place if axes == 3 else place[..., 0], (LENGTH,), *spans)
         state = DecoderState(
             ids=("a",),
             tokens=hidden[:, slice(*VISUAL)],

@@ -14,7 +14,7 @@ from baselines.vscan import DEEP, SHALLOW, VScan, keep_top_of_windows, windows
 from llava.errors import UserError
 from llava.pipeline.accounting import mean_visual_tokens
 from llava.pipeline.prefill import prefill
-from llava.pipeline.sequence import Sequence
+from llava.pipeline.sequence import PromptBatch
 from llava.reduction import registry
 from llava.reduction.reducer import PromptState
 from llava.reduction.states import DecoderState
@@ -179,7 +179,7 @@ def planted_state(text: int = 6) -> DecoderState:
         keys[:, 1, 2 + token] = -size
     keys[:, 0, -4:] = 5
     span = ((12, 12 + text),) * 2
-    sequence = Sequence(
+    sequence = PromptBatch(
         hidden, torch.arange(12 + text).expand(2, -1), (12 + text,) * 2, (((2, 12),),) * 2, span, span, span
     )
     return DecoderState(

@@ -145,7 +145,7 @@ def test_demo_gallery_and_client_show_a_phone_picture_as_a_person_sees_it(tiny, 
         return [torch.zeros(2, 3) for _ in batch]
 
     monkeypatch.setattr(serving, "prompt_embeddings", embeddings)
-    monkeypatch.setattr(serving, "load_front", lambda *_: tiny)
+    monkeypatch.setattr(serving, "load_client_model", lambda *_: tiny)
     flags = ["consensusdrop", "8", "--image", str(phone_picture), "--question", "a?", "--model", DEFAULT_MODEL]
     assert serving.export_command([str(tmp_path / "prompts.safetensors"), *flags]) == 0 and seen == [(60, 44)]
 

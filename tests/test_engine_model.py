@@ -23,7 +23,7 @@ from llava.model.builder import load
 from llava.pipeline import decoder
 from llava.pipeline.accounting import Timer
 from llava.pipeline.generate import generate
-from llava.pipeline.sequence import Sequence
+from llava.pipeline.sequence import PromptBatch
 from llava.processing.prompt import Prompt, Sample
 from llava.reduction.registry import build
 from llava.serving.client import until_decoder
@@ -69,7 +69,7 @@ class FakeLLM:
             hidden = until_decoder(model, [sample], self.method, Timer(model.device))[0].hidden[0]
         llm, length = self.model.llm, len(hidden)
         span = ((0, 1),)
-        sequence = Sequence(hidden[None], torch.arange(length)[None], (length,), ((),), span, span, span)
+        sequence = PromptBatch(hidden[None], torch.arange(length)[None], (length,), ((),), span, span, span)
         state, ids = decoder.prefill(llm, sequence, (), None), []
         last = state.hidden
         while True:
@@ -139,7 +139,7 @@ def test_answers_and_accounting_are_those_of_the_pipeline(vllm, tiny, tiny_path,
         kept = [[step.reduction.kept.tolist() for step in one.trace] for one in (ours, theirs)]
         assert (kept[0], ours.runs) == (kept[1], theirs.runs) if route == "embeds" else theirs.runs == ()
     held = sum(one.accounting.kv_bytes for one in found.answers)
-    assert held < found.kv_bytes <= found.kv_bytes_with_room and found.timing.decode > 0
+    assert held < found.kv_bytes <= found.kv_bytes_allocated and found.timing.decode > 0
 
 
 def test_an_interrupted_run_goes_on_and_no_engine_continues_another(vllm, tmp_path, monkeypatch):

@@ -105,7 +105,7 @@ def test_a_batch_gives_what_each_question_gives(saved, name, method):
             assert set(answer.accounting.tokens_per_layer) == {images * round(tokens / images / 3)}
     timing = batch.timing
     assert min(timing.preprocess, timing.vision, timing.prefill, timing.decode) > 0
-    assert (timing.selection > 0) == (method != "full") and batch.kv_bytes_with_room >= batch.kv_bytes > 0
+    assert (timing.selection > 0) == (method != "full") and batch.kv_bytes_allocated >= batch.kv_bytes > 0
 
 
 @pytest.mark.parametrize("name", SAVED)
@@ -258,7 +258,7 @@ def test_the_dry_run_knows_weights_and_cache(saved, name, tmp_path, capsys):
     held = []
     for start in range(0, 8, 2):
         batch = [questions.sample(one) for one in questions.questions[start : start + 2]]
-        held.append(ask(model, batch, "fastervlm", "1/3", max_new_tokens=4, ignore_eos=True).kv_bytes_with_room)
+        held.append(ask(model, batch, "fastervlm", "1/3", max_new_tokens=4, ignore_eos=True).kv_bytes_allocated)
     assert max(held) == found["kv_bytes"] <= found["full_kv_bytes"]
     assert cli.main(words) == 0
     text = capsys.readouterr().out

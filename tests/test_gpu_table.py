@@ -105,7 +105,7 @@ def test_a_method_that_fails_on_a_device_is_named_and_the_others_are_asked(tiny_
 
     (tmp_path / "tinyllava").symlink_to(tiny_path)
     monkeypatch.setattr(selfcheck, "answers_of", answers_of)
-    rows, wrong = selfcheck.family(tmp_path / "tinyllava", "cpu")
+    rows, wrong = selfcheck.compare_with_cpu(tmp_path / "tinyllava", "cpu")
     assert wrong == ["attnmix on tinyllava in bfloat16: NotImplementedError: no kernel for BFloat16"]
     assert [row[-1] for row in rows if row[1] == "attnmix"] == ["fails"] and len(rows) > 15
 

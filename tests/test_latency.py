@@ -368,7 +368,7 @@ def line(questions: int, seconds: float) -> dict:
     found |= {
         "decode_steps": 1,
         "kv_bytes": 10,
-        "kv_bytes_with_room": 10,
+        "kv_bytes_allocated": 10,
         "flops": 100,
         "flops_alone": {"tower": 100, "prefill": 20},
     }

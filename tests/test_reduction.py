@@ -11,11 +11,11 @@ from llava.errors import MethodError
 from llava.pipeline import sequence as columns
 from llava.pipeline.accounting import Applied, Record, SeenImage
 from llava.pipeline.positions import Piece
-from llava.pipeline.sequence import Reduced, Sequence, assemble
+from llava.pipeline.sequence import PromptBatch, Reduced, assemble
 from llava.reduction import PatchGrid, Reduction, keep_top, registry, split
 from llava.reduction.budget import scaled_layers, tokens_by_layer
-from llava.reduction.ranking import made_once
-from llava.reduction.reducer import by_images
+from llava.reduction.ranking import cached_by_sizes
+from llava.reduction.reducer import check_reductions
 from llava.reduction.token_layout import CLS, single
 
 
@@ -139,7 +139,7 @@ def test_coordinates_of_tokens_are_those_of_their_tile():
 def test_a_reduction_of_other_tokens_is_refused():
     """The README's example ranked the patches of one tile where it was given those of all: 16 tokens in place of 24."""
     with pytest.raises(MethodError, match="of 16 tokens, but each image has 80"):
-        by_images(registry.build("fastv", 4), "encoder", Reduction(torch.arange(4)[None], 16), ("q",), 80)
+        check_reductions(registry.build("fastv", 4), "encoder", Reduction(torch.arange(4)[None], 16), ("q",), 80)
 
 
 def test_split_is_keep_top_and_the_rest():
@@ -173,7 +173,7 @@ def test_spliced_tokens_are_those_that_are_put_in_their_columns(text, monkeypatc
     found = sequence.reduce(merged, True)
     _, cuts = sequence._shorter({(0, 0): 3, (1, 0): 3})
     assert (sequence._spliced(merged, cuts) is None) == (text == (3, 5))
-    monkeypatch.setattr(Sequence, "_spliced", lambda self, reduced, cuts: None)
+    monkeypatch.setattr(PromptBatch, "_spliced", lambda self, reduced, cuts: None)
     expected = sequence.reduce(merged, True)
     assert torch.equal(found.hidden, expected.hidden) and torch.equal(found.position, expected.position)
     assert found.visual == expected.visual == (((1, 4),), ((1, 4),))
@@ -206,7 +206,7 @@ def test_made_once_and_no_inference_tensor():
     """A tensor that was first asked for in inference mode could not be used where gradients are kept."""
     calls = []
 
-    @made_once
+    @cached_by_sizes
     def numbers(count: int) -> torch.Tensor:
         calls.append(count)
         return torch.arange(count)
@@ -220,7 +220,7 @@ def test_made_once_and_no_inference_tensor():
 def test_unseen_keys_by_the_book(monkeypatch, kept_numbers):
     monkeypatch.setattr(columns, "KEPT_MASK", kept_numbers)
     hidden = torch.zeros(2, 7, 4)
-    sequence = Sequence(hidden, torch.zeros(2, 7), (7, 5), ((), ()), (), (), ())
+    sequence = PromptBatch(hidden, torch.zeros(2, 7), (7, 5), ((), ()), (), (), ())
     spans, width = [(2, 5), (1, 3)], 6  # of columns 2 to 4 and 3 to 4
     found = sequence.unseen(spans, width)
     for row, ((start, stop), padding) in enumerate(zip(spans, (0, 2), strict=True)):

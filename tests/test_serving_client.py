@@ -90,7 +90,7 @@ def test_embeddings_are_what_enters_the_decoder(tiny, tiny_path, method, monkeyp
     """With one decoder layer loaded of four, as a whole model computes them."""
     asked = [sample for sample in samples() if sample.images]
     reducer = build(method, 8 if method != "full" else 16)
-    front = client.load_front(tiny_path, reducer, device="cpu")
+    front = client.load_client_model(tiny_path, reducer, device="cpu")
     assert sum(1 for _ in front.llm.layers[1:].parameters()) == 0 and front.spec == tiny.spec
     started = {}
     monkeypatch.setattr("llava.pipeline.decoder.prefill", lambda llm, sequence, *_: started.update(s=sequence) or 1 / 0)

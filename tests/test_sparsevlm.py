@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from baselines.sparsevlm import TABLES, SparseVLM, density_peaks, keep_and_recycle, recycled, text_raters
 from llava.pipeline.prefill import prefill
-from llava.pipeline.sequence import Sequence
+from llava.pipeline.sequence import PromptBatch
 from llava.reduction import keep_top
 from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests.attention_maps import eager_maps, real
@@ -187,7 +187,7 @@ def test_planted_heads_are_listened_to():
     weights[0, 1, :, 2] = weights[0, 3, :, 5] = 0.4
     weights[0, 0, :, 0] = weights[0, 2, :, 1] = 0.05
     position = torch.zeros(1, 9, dtype=torch.long)
-    words = Sequence(torch.zeros(1, 9, 4), position, (9,), (((0, 6),),), (), (), ((6, 9),))
+    words = PromptBatch(torch.zeros(1, 9, 4), position, (9,), (((0, 6),),), (), (), ((6, 9),))
     state = SimpleNamespace(
         tokens=torch.zeros(1, 6, 4),
         start=words,

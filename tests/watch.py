@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 from llava.pipeline import prefill as module
 from llava.pipeline.prefill import BatchImage, Stages
-from llava.pipeline.sequence import Row, Sequence
+from llava.pipeline.sequence import PromptBatch, Row
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Watched:
     """
 
     images: dict[Row, BatchImage] = field(default_factory=dict)
-    sequences: dict[str, Sequence] = field(default_factory=dict)
+    sequences: dict[str, PromptBatch] = field(default_factory=dict)
 
 
 @contextmanager

@@ -175,7 +175,7 @@ def load_flickr30k(data: Path, split: str, profile: str = "lmms", source: str = 
 
 
 def ask(images: Sequence[Image], where: str) -> tuple[tuple[Question, ...], dict[str, Image]]:
-    """One question about each image, and the images by id, of which a results file could not tell two apart."""
+    """One question per image, and the images by id, which must be unique in a results file."""
     questions = (Question(one.id, PROMPT, "", (one.name,), next(iter(one.captions), "")) for one in images)
     return unique(questions, where), {one.id: one for one in images}
 

@@ -118,7 +118,7 @@ SERVER = "https://rrc.cvc.uab.es/?ch=17"
 
 
 def load(profiles: Mapping[str, HubSet], data: Path, split: str, profile: str, source: str = "auto") -> Dataset:
-    """Read a split of a set, of which `profiles` has the variants."""
+    """Read one split in one of the profiles."""
     one = profiles[profile]
     table = open_table(data, one.ids, one.config, one.hub_splits.get(split, split), source)
     rows = table.records(one.schema)

@@ -239,7 +239,7 @@ class Computed:
 
 @dataclass(frozen=True)
 class Counts(Computed):
-    """The same, and what the host asks of the device.
+    """Computed operations, plus dispatches and synchronisations.
 
     Attributes:
         operations: ATen operations that were dispatched, views included, on the measured model.

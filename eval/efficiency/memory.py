@@ -231,7 +231,7 @@ def _heads(model: Llava) -> int:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes at the peak of each stage.
+    """Peak bytes of each stage, besides the weights.
 
     Attributes:
         vision: the tower on all images of the batch.

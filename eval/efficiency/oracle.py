@@ -24,7 +24,7 @@ from llava.model.llava_arch import Llava
 from llava.reduction import registry
 from llava.reduction.budget import planned, require
 from llava.reduction.merging import Reduction
-from llava.reduction.ranking import made_once
+from llava.reduction.ranking import cached_by_sizes
 from llava.reduction.reducer import Reducer
 from llava.reduction.states import DecoderState, EncoderState, PromptState
 from llava.reduction.token_layout import ModelSpec, PatchGrid
@@ -141,7 +141,7 @@ def evenly(tokens: Tensor, keep: int) -> Reduction | None:
     return None if keep >= total else Reduction(even_places(batch, total, keep, tokens.device), total)
 
 
-@made_once
+@cached_by_sizes
 def even_places(batch: int, total: int, keep: int, device: torch.device) -> Tensor:
     """[batch, keep] indices below `total`, ascending; made once, so that a prefill finds them on the device."""
     return (torch.arange(keep, device=device) * total // keep).repeat(batch, 1)

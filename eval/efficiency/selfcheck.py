@@ -57,7 +57,7 @@ def loops(device: torch.device) -> list[str]:
     return wrong
 
 
-def family(folder: Path, device: str) -> tuple[list[list[str]], list[str]]:
+def compare_with_cpu(folder: Path, device: str) -> tuple[list[list[str]], list[str]]:
     """Rows of the table, and what is wrong, of one bundled model."""
     model = load(folder, device="cpu")
     reducers = reducers_of((FAMILIES[folder.name] or METHODS).split(","), model.visual_tokens // 4, {}, model)
@@ -86,7 +86,7 @@ def check(device: str) -> tuple[str, list[str]]:
     wrong = loops(there)
     for name in FAMILIES:
         if (ASSETS / name).is_dir():
-            found, differing = family(ASSETS / name, device)
+            found, differing = compare_with_cpu(ASSETS / name, device)
             rows, wrong = rows + found, wrong + differing
     absent = [name for name in FAMILIES if not (ASSETS / name).is_dir()]
     blocks = [

@@ -28,7 +28,7 @@ class Line(TypedDict):
     decode: Number
     decode_steps: Number
     kv_bytes: Number
-    kv_bytes_with_room: Number
+    kv_bytes_allocated: Number
     flops: Number
     flops_alone: dict[str, Number]
     notes: list[str]
@@ -61,7 +61,7 @@ def timing_record(batch: Batch, conditions: Mapping[str, Any]) -> dict[str, Any]
         **{name: getattr(batch.timing, name) for name in STAGES},
         "decode_steps": batch.decode_steps,
         "kv_bytes": batch.kv_bytes,
-        "kv_bytes_with_room": batch.kv_bytes_with_room,
+        "kv_bytes_allocated": batch.kv_bytes_allocated,
         "flops": batch.operations.total,
         "flops_alone": batch.operations.alone,
         "notes": [],  # what a limit of memory remarks
@@ -168,7 +168,7 @@ def times(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "batch": batch,
         "ms_per_question": {name: batch["median_ms"][name] / batch["questions"] if batch else None for name in STAGES},
         "kv_bytes_padded": per_question("kv_bytes"),
-        "kv_bytes_with_room": per_question("kv_bytes_with_room"),
+        "kv_bytes_allocated": per_question("kv_bytes_allocated"),
         "decode_steps_per_batch": fmean(line["decode_steps"] for line in lines) if lines else None,
     }
 

@@ -202,7 +202,7 @@ def cost_lines(result: Mapping[str, Any]) -> list[str]:
     """Tokens, bytes, times, questions per second (and of each rank where there were several) and FLOPs of a run."""
     audit, timing, flops = result["audit"], result["timing"], result["flops"]
     layers = ", ".join(number(tokens) for tokens in audit["entering_per_layer"])
-    held, room = short(audit["kv_bytes_per_sample"] / 1e6, 100), timing["kv_bytes_with_room"]
+    held, room = short(audit["kv_bytes_per_sample"] / 1e6, 100), timing["kv_bytes_allocated"]
     with_room = f", {short(room / 1e6, 100)} MB held while answering (padding, room for new tokens)" if room else ""
     timed = "" if timing["questions"] == result["asked"] else of_some(timing["questions"], result["asked"])
     # None where it is not known, absent from results of earlier versions.

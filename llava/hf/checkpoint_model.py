@@ -186,7 +186,7 @@ class FamilyModel(FamilyWrapper):
         room = bytes_of(cache_of(output))
         images = sum(len(sample.images) for sample in samples)
         return Batch(
-            tuple(answers), timing, reduced.kv_bytes, record.operations, passes[0] - 1, images, kv_bytes_with_room=room
+            tuple(answers), timing, reduced.kv_bytes, record.operations, passes[0] - 1, images, kv_bytes_allocated=room
         )
 
 

@@ -235,7 +235,7 @@ class FamilyWrapper(HFWrapper):
         pass  # operations of these towers are not counted
 
     def groups(self, picture: EncodedImage) -> tuple[int, int, int]:
-        """Any: positions are those of the model's `get_rope_index`, which replace these."""
+        """Unused; positions come from `get_rope_index`."""
         return 1, 1, picture.full.tokens
 
     def views_of(self, name: str, given: Mapping[str, Any], reducer: Reducer) -> tuple[list[Owned], Any]:

@@ -194,7 +194,7 @@ class HFWrapper(Llava):
         return {self.hf_model.config.image_token_id: [PreparedImage(one[None], run) for one in pixels]}
 
     def candidates(self, reducer: Reducer) -> list[ModelSpec]:
-        """Model spec for each kind of image or video that a budget can be meant for; one of them must allow it."""
+        """Specs that a budget may refer to; the method must accept one of them."""
         return [self.spec]
 
 

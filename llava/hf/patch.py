@@ -68,7 +68,7 @@ COUNTS = "counts_of_reduced_prompts"  # of a cache: accounting, traces and kv_by
 
 
 class ReducedCache(DynamicCache):
-    """Keys and values of which each layer may hold a different number.
+    """Key/value cache whose layers differ in length.
 
     Attributes:
         segments: masks of the real keys and positions of the next token, of layers that share them.

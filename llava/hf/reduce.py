@@ -39,7 +39,7 @@ from llava.pipeline import positions
 from llava.pipeline.accounting import Record, Timer
 from llava.pipeline.decoder import Segment, causal_mask, rotary_angles
 from llava.pipeline.prefill import Stages, embed
-from llava.pipeline.sequence import Sequence as Prompts
+from llava.pipeline.sequence import PromptBatch
 from llava.reduction.budget import require
 from llava.reduction.reducer import Reducer
 from llava.reduction.registry import build, names
@@ -179,7 +179,7 @@ class Running:
     types: list[Tensor] | None
     places: list[list[int]]
     outputs: dict[str, Any]
-    sequence: Prompts
+    sequence: PromptBatch
     segments: list[Segment] = field(default_factory=list)
 
 
@@ -339,7 +339,7 @@ class FamilyReduced(Reduced):
             batch.append(torch.cat([*pieces, torch.arange(done, len(row), device=device)]))
         return batch
 
-    def _arguments(self, running: Running, sequence: Prompts) -> dict[str, Any]:
+    def _arguments(self, running: Running, sequence: PromptBatch) -> dict[str, Any]:
         """Of the stock forward for prompts as they enter the decoder."""
         runtime, family, columns = self._runtime, self._runtime.family, self._columns(running)
         ids = left_padded([row[kept] for row, kept in zip(running.rows, columns, strict=True)])
@@ -394,7 +394,7 @@ class FamilyReduced(Reduced):
 
     # Between decoder layers
 
-    def _segment(self, sequence: Prompts, first: int) -> Segment:
+    def _segment(self, sequence: PromptBatch, first: int) -> Segment:
         counts = tuple(sum(stop - start for start, stop in spans) for spans in sequence.visual)
         valid = sequence.valid() if sequence.padded else None
         following = positions.next_position(sequence.position)
@@ -472,16 +472,16 @@ class FamilyReduced(Reduced):
             segment.next_position = segment.next_position + 1
         return output_of(output.logits, cache)
 
-    def _run_layers(self, running: Running, llm: Any, sequence: Prompts, count: int) -> Tensor:
+    def _run_layers(self, running: Running, llm: Any, sequence: PromptBatch, count: int) -> Tensor:
         """[B, L, D] after the first decoder layers, by the stock forward, which is left there."""
 
         def leave(layer: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-            raise _Left(args[0] if args else options["hidden_states"])
+            raise StopForward(args[0] if args else options["hidden_states"])
 
         hook = llm.layers[count].register_forward_pre_hook(leave, with_kwargs=True)
         try:
             self._model.forward.original(**self._arguments(running, sequence), use_cache=False)
-        except _Left as left:
+        except StopForward as left:
             hidden: Tensor = left.args[0]
             return hidden.to(sequence.hidden.device)
         finally:
@@ -489,7 +489,7 @@ class FamilyReduced(Reduced):
         raise AssertionError("the forward of this family does not call its decoder's layers")
 
 
-class _Left(Exception):
+class StopForward(Exception):
     """The hidden states where a forward was left."""
 
 

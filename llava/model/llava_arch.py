@@ -3,8 +3,7 @@
 Questions are answered by `llava.pipeline.generate.generate`.
 """
 
-from collections.abc import Callable
-from collections.abc import Sequence as Samples
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -152,7 +151,7 @@ class Llava:
     # Positions have three axes: frame, row and column.
     axes: bool = False
 
-    # Samples may hold llava.processing.video.Video in place of an image.
+    # Sequence may hold llava.processing.video.Video in place of an image.
     takes_videos: bool = False
 
     # What answers a batch in place of the staged forward (llava/hf/checkpoint_model.py).
@@ -250,7 +249,7 @@ class Llava:
         return self.image_processor.canvas(picture.size) if isinstance(picture, Image.Image) else None
 
     def encode_images(
-        self, pictures: Samples[Any], keys: Samples[object], reducer: Reducer, timer: "Timer"
+        self, pictures: Sequence[Any], keys: Sequence[object], reducer: Reducer, timer: "Timer"
     ) -> list[EncodedImage]:
         """Preprocess images and run the tower on them, all tiles at once.
 
@@ -313,7 +312,7 @@ class Llava:
         logits: Tensor = self.head(self.llm.norm(hidden))[:, -1, : self.vocabulary].float()
         return logits
 
-    def decode(self, ids: Samples[int], special: bool = False) -> str:
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=not special)
         return text
 

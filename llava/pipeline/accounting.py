@@ -271,7 +271,7 @@ class Batch:
 
     Attributes:
         kv_bytes: bytes of the key/value tensors held after prefill, padding included.
-        kv_bytes_with_room: bytes of the memory that holds them after the last step: with the new tokens, and from the
+        kv_bytes_allocated: bytes of the memory that holds them after the last step: with the new tokens, and from the
             first step on with room for up to 32 more in every layer.
         operations: floating point operations of tower, projector, selection and prefill.
         decode_steps: forward passes after the first token.
@@ -284,4 +284,4 @@ class Batch:
     operations: Operations
     decode_steps: int = 0
     images: int = 0
-    kv_bytes_with_room: int = 0
+    kv_bytes_allocated: int = 0

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, DynamicLayer
 
 from llava.pipeline import positions
-from llava.pipeline.sequence import Rotary, Sequence, on_device
+from llava.pipeline.sequence import PromptBatch, Rotary, on_device
 from llava.transformers_names import CACHE, kernel_of
 
 BLOCK = 32  # columns of space that are added at once
@@ -29,7 +29,7 @@ BLOCK = 32  # columns of space that are added at once
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 # (sequence, layer, the sequence as it entered the layer before, keys of that layer) -> shorter sequence
-ReduceAt = Callable[[Sequence, int, Sequence, Tensor], Sequence]
+ReduceAt = Callable[[PromptBatch, int, PromptBatch, Tensor], PromptBatch]
 # (llm, sequence, layers, cosines and sines, cache) -> hidden states [B, L, D] behind the layers and before the last one
 
 
@@ -173,7 +173,7 @@ def rotary_angles(llm: Any, hidden: Tensor, position: Tensor) -> tuple[Tensor, T
 
 
 def run_segment(
-    llm: Any, sequence: Sequence, layers: range, rotary: tuple[Tensor, Tensor], cache: DynamicCache | None
+    llm: Any, sequence: PromptBatch, layers: range, rotary: tuple[Tensor, Tensor], cache: DynamicCache | None
 ) -> tuple[Tensor, Tensor]:
     """Run some layers, between which nothing is reduced, on the prompts; keys and values go to the cache.
 
@@ -195,7 +195,7 @@ def run_segment(
 
 def prefill(
     llm: Any,
-    sequence: Sequence,
+    sequence: PromptBatch,
     stages: tuple[int, ...],
     reduce_at: ReduceAt | None,
 ) -> Prefilled:
@@ -243,7 +243,7 @@ def prefill(
     return Prefilled(sequence.hidden[:, -1:], cache, segments, used, held)
 
 
-def run_layers(llm: Any, sequence: Sequence, count: int) -> Tensor:
+def run_layers(llm: Any, sequence: PromptBatch, count: int) -> Tensor:
     """Hidden states [B, L, D] after the first `count` layers, without a cache; for contextual text attention."""
     rotary = rotary_angles(llm, sequence.hidden, sequence.position)
     return run_segment(llm, sequence, range(count), rotary, None)[0]

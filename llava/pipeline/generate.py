@@ -1,7 +1,6 @@
 """Answer questions: prefill, then greedy decoding with end token and stop strings."""
 
-from collections.abc import Callable
-from collections.abc import Sequence as Samples
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import cache
 from typing import Any
@@ -25,7 +24,7 @@ NOT_FINITE = -1  # in place of a token id
 @torch.inference_mode()
 def generate(
     model: Llava,
-    samples: Samples[Sample],
+    samples: Sequence[Sample],
     reducer: Reducer,
     max_new_tokens: int = 128,
     ignore_eos: bool = False,
@@ -119,4 +118,4 @@ def generate(
     images = sum(map(len, record.images))
     first: Any = state.cache.layers[0]  # of whose heads this rank may hold a part
     room = state.kv_bytes_allocated * model.llm.config.num_key_value_heads // first.keys.shape[1]
-    return Batch(answers, timing, state.kv_bytes_held, record.operations, steps, images=images, kv_bytes_with_room=room)
+    return Batch(answers, timing, state.kv_bytes_held, record.operations, steps, images=images, kv_bytes_allocated=room)

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.reduction.ranking import made_once
+from llava.reduction.ranking import cached_by_sizes
 
 Span = tuple[int, int]
 Groups = tuple[int, int, int]  # frames, rows and columns of merge groups of one image
@@ -73,7 +73,7 @@ def original(prompts: Sequence[Sequence[Piece]], axes: bool, device: torch.devic
     return torch.stack([F.pad(row, (*[0, 0] * (row.dim() - 1), width - len(row), 0)) for row in rows])
 
 
-@made_once
+@cached_by_sizes
 def contiguous(lengths: tuple[int, ...], width: int, device: torch.device) -> Tensor:
     """[B, width] int64: 0, 1, 2, ... over the real tokens, 0 in the padding."""
     first = torch.tensor([width - length for length in lengths]).to(device, non_blocking=True)

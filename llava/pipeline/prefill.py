@@ -12,8 +12,7 @@ tiles or frames is divided into views before stages 1 and 2, and their reduction
 """
 
 from collections import Counter
-from collections.abc import Callable
-from collections.abc import Sequence as Samples
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,20 +24,20 @@ from llava.model.llava_arch import EncodedImage, Llava
 from llava.pipeline import decoder, views
 from llava.pipeline.accounting import Applied, Record, SeenImage, Timer
 from llava.pipeline.positions import Piece
-from llava.pipeline.sequence import Reduced, Row, Sequence, assemble
+from llava.pipeline.sequence import PromptBatch, Reduced, Row, assemble
 from llava.pipeline.views import Features, Group
 from llava.processing.prompt import Prompt, Sample
 from llava.reduction.budget import ImagePlan, plan_image
 from llava.reduction.merging import Reduction, ViewReduction, stack
 from llava.reduction.modules import layer_flops, prefill_flops, projector_flops
-from llava.reduction.reducer import Reducer, by_images
+from llava.reduction.reducer import Reducer, check_reductions
 from llava.reduction.states import DecoderState, EncoderState, PromptState, at_images
 from llava.reduction.token_layout import ModelSpec
 
 
 @torch.inference_mode()
 def prefill(
-    model: Llava, samples: Samples[Sample], reducer: Reducer, timer: Timer | None = None
+    model: Llava, samples: Sequence[Sample], reducer: Reducer, timer: Timer | None = None
 ) -> tuple[decoder.Prefilled, Record]:
     """Run a batch up to the hidden state that predicts the first token.
 
@@ -93,7 +92,7 @@ class BatchImage:
     tokens: Tensor = field(init=False)
 
 
-def embed(model: Llava, reducer: Reducer, prompts: list[Prompt], images: dict[Row, BatchImage]) -> Sequence:
+def embed(model: Llava, reducer: Reducer, prompts: list[Prompt], images: dict[Row, BatchImage]) -> PromptBatch:
     """Embed the text of every prompt and put visual tokens where "<image>" stands."""
     # Of each prompt the ids before, between and after its images.
     texts: list[list[list[int]]] = []
@@ -139,12 +138,12 @@ class Stages:
 
     model: Llava
     reducer: Reducer
-    samples: Samples[Sample]
+    samples: Sequence[Sample]
     record: Record
     timer: Timer
     images: dict[Row, BatchImage] = field(default_factory=dict)
-    run_layers: Callable[[Any, Sequence, int], Tensor] = decoder.run_layers
-    start: Sequence = field(init=False)
+    run_layers: Callable[[Any, PromptBatch, int], Tensor] = decoder.run_layers
+    start: PromptBatch = field(init=False)
 
     # -- stage 1: before the projector
 
@@ -187,7 +186,7 @@ class Stages:
         tiles: dict[Row, list[tuple[ViewReduction, Tensor]]] = {}
         for group in self._groups():
             features = group.fields["features"]
-            for reduction, rows in self._ask(group, "encoder", EncoderState(**group.fields), features.shape[1]):
+            for reduction, rows in self.call_method(group, "encoder", EncoderState(**group.fields), features.shape[1]):
                 if reduction.merge_matrix is not None:
                     cost = len(rows) * reduction.apply_flops(features.shape[-1])
                     self.record.operations.add("selection", int, cost)
@@ -240,7 +239,7 @@ class Stages:
 
     # -- stage 2: before decoder layer 0
 
-    def reduce_prompt(self, sequence: Sequence) -> Sequence:
+    def reduce_prompt(self, sequence: PromptBatch) -> PromptBatch:
         """Let the method reduce every image with the text available, and shorten the prompts."""
         model, reduced = self.model, []
         tiles: dict[Row, list[tuple[ViewReduction, Tensor | None]]] = {}
@@ -273,7 +272,7 @@ class Stages:
                 run_layers=run_layers,
                 members=members,
             )
-            for reduction, own in self._ask(group, "prompt", state, state.tokens.shape[1]):
+            for reduction, own in self.call_method(group, "prompt", state, state.tokens.shape[1]):
                 values = self._merged_values(reduction, state, own)
                 if not group.views:
                     reduced.append(Reduced(group.images[own.start : own.stop], reduction, values))
@@ -288,7 +287,9 @@ class Stages:
 
     # -- stage 3: between decoder layers
 
-    def reduce_between_layers(self, sequence: Sequence, layer: int, entered: Sequence, keys: Tensor) -> Sequence:
+    def reduce_between_layers(
+        self, sequence: PromptBatch, layer: int, entered: PromptBatch, keys: Tensor
+    ) -> PromptBatch:
         """The prompts before decoder layer `layer`, which the method names, reduced.
 
         Args:
@@ -323,7 +324,7 @@ class Stages:
                 start=prompts[2],
             )
             returned = image.method.decoder(state)
-            parts = by_images(image.method, f"decoder before layer {layer}", returned, state.ids, count)
+            parts = check_reductions(image.method, f"decoder before layer {layer}", returned, state.ids, count)
             self.record.operations.add("selection", int, state.flops + sum(part.flops for part, _ in parts))
             for reduction, own in parts:
                 values = self._merged_values(reduction, state, own)
@@ -372,7 +373,7 @@ class Stages:
             groups += views.groups_of(self.model, self.reducer, self.samples, pictures)
         return groups
 
-    def _ask(self, group: Group, stage: str, state: EncoderState, tokens: int) -> list[tuple[Reduction, range]]:
+    def call_method(self, group: Group, stage: str, state: EncoderState, tokens: int) -> list[tuple[Reduction, range]]:
         """The method's reductions of a group, and the rows that each is of; for views that it keeps, one of all."""
         method = group.reducer
         returned = None if method.keeps_all(tokens) else getattr(method, stage)(state)
@@ -380,7 +381,7 @@ class Stages:
             returned = Reduction(
                 torch.arange(tokens, device=state.features.device).expand(len(group.views), -1), tokens
             )
-        parts = by_images(method, stage, returned, state.ids, tokens)
+        parts = check_reductions(method, stage, returned, state.ids, tokens)
         self.record.operations.add("selection", int, state.flops + sum(part.flops for part, _ in parts))
         return parts
 
@@ -401,7 +402,7 @@ class Stages:
             operations.add("selection", int, len(merged) * reduction.apply_flops(merged.shape[-1]))
         return values
 
-    def _shorten(self, sequence: Sequence, reduced: list[Reduced], place: str, method: Reducer) -> Sequence:
+    def _shorten(self, sequence: PromptBatch, reduced: list[Reduced], place: str, method: Reducer) -> PromptBatch:
         """Record reductions and apply them to the prompts; `method` says which position ids these then have."""
         for part in reduced:
             for row, (sample, number) in enumerate(part.images):

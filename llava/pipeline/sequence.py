@@ -4,7 +4,7 @@ All lengths are host integers, so that reducing, masking and padding never wait 
 from them, and prompts of equal lengths share these (llava/reduction/ranking.py): they must not be written into.
 """
 
-from collections.abc import Sequence as Listed
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from llava.pipeline import positions
 from llava.pipeline.positions import Piece, Span
 from llava.reduction.merging import Reduction
-from llava.reduction.ranking import gather_tokens, made_once, places
+from llava.reduction.ranking import cached_by_sizes, gather_tokens, places
 
 Row = tuple[int, int]  # (sample, number of the image in its prompt)
 Samples = tuple[int, ...] | None  # numbers of samples, one of them as often as wanted; None for all, in order
@@ -46,7 +46,7 @@ class Reduced:
 
 
 @dataclass(frozen=True)
-class Sequence:
+class PromptBatch:
     """B prompts padded on the left to L.
 
     Spans are [start, stop) in a sample's own coordinates, without padding.
@@ -92,18 +92,18 @@ class Sequence:
         """The span of visual tokens of every sample, for a sequence made by `rows`, with one span each."""
         return [run for (run,) in self.visual]
 
-    def padded_spans(self, spans: Listed[Span], samples: Samples = None) -> tuple[Span, ...]:
+    def padded_spans(self, spans: Sequence[Span], samples: Samples = None) -> tuple[Span, ...]:
         """Spans of samples as columns of the padded batch."""
         width, lengths = self.hidden.shape[1], self.lengths
         own = lengths if samples is None else [lengths[sample] for sample in samples]
         before = [width - length for length in own]
         return tuple((pad + start, pad + stop) for pad, (start, stop) in zip(before, spans, strict=True))
 
-    def row_index(self, spans: Listed[Span], samples: Samples = None) -> tuple[Tensor, Tensor]:
+    def row_index(self, spans: Sequence[Span], samples: Samples = None) -> tuple[Tensor, Tensor]:
         """Columns [n, T] of spans of different length in the padded batch, and a mask [n, T] of those that exist."""
         return columns_of(self.padded_spans(spans, samples), self.hidden.device)
 
-    def take(self, tensor: Tensor, spans: Listed[Span], samples: Samples = None) -> Tensor:
+    def take(self, tensor: Tensor, spans: Sequence[Span], samples: Samples = None) -> Tensor:
         """[n, T, ...] rows of `tensor` [B, L, ...] in spans, one for each of `samples`.
 
         A span that is shorter than the longest, T, ends with its last row again.
@@ -127,7 +127,7 @@ class Sequence:
             return tensor
         return tensor.index_select(0, on_device(samples, tensor.device))
 
-    def unseen(self, spans: Listed[Span], width: int) -> Tensor | None:
+    def unseen(self, spans: Sequence[Span], width: int) -> Tensor | None:
         """[B, 1, T, width] bool, False for the keys that rows of spans see: real tokens up to it; None where all are.
 
         Args:
@@ -142,7 +142,7 @@ class Sequence:
         make = unseen_kept if count <= KEPT_MASK else unseen
         return make(columns, padding, width, device)
 
-    def rows(self, rows: list[Row]) -> "Sequence":
+    def rows(self, rows: list[Row]) -> "PromptBatch":
         """One row per image: its whole prompt, with only this image's span as visual tokens.
 
         Padding is cut to the longest of these prompts.
@@ -150,7 +150,7 @@ class Sequence:
         samples = tuple(sample for sample, _ in rows)
         lengths = tuple(self.lengths[s] for s in samples)
         width = max(lengths)
-        return Sequence(
+        return PromptBatch(
             self.of_samples(self.hidden, samples)[:, -width:],
             self.of_samples(self.position, samples)[:, -width:],
             lengths,
@@ -166,12 +166,12 @@ class Sequence:
         keys = self.of_samples(keys, tuple(sample for sample, _ in rows))
         return keys if width == keys.shape[2] else keys[:, :, -width:]
 
-    def renumbered(self) -> "Sequence":
+    def renumbered(self) -> "PromptBatch":
         """The same prompts, numbered without gaps: see `positions.renumber`."""
         position = positions.renumber(self.position, self.lengths, self.visual)
         return replace(self, position=position, contiguous=position.dim() == 2, rotary=None)
 
-    def reduce(self, reduced: list[Reduced], renumber: bool) -> "Sequence":
+    def reduce(self, reduced: list[Reduced], renumber: bool) -> "PromptBatch":
         """Replace the visual tokens of images by their reductions' output tokens.
 
         Args:
@@ -214,7 +214,7 @@ class Sequence:
         shorter = replace(shorter, hidden=hidden, position=position, contiguous=False, rotary=None)
         return shorter.renumbered() if renumber else shorter
 
-    def _shorter(self, counts: dict[Row, int]) -> tuple["Sequence", tuple[tuple[Cut, ...], ...]]:
+    def _shorter(self, counts: dict[Row, int]) -> tuple["PromptBatch", tuple[tuple[Cut, ...], ...]]:
         """These prompts with the lengths and spans that they have after a reduction, and what is cut out of each.
 
         Args:
@@ -267,7 +267,7 @@ class Sequence:
 
 def assemble(
     prompts: list[list[Piece]], questions: list[Span], instructions: list[Span], axes: bool = False
-) -> Sequence:
+) -> PromptBatch:
     """Put the pieces of each prompt side by side and pad on the left.
 
     Args:
@@ -303,7 +303,7 @@ def assemble(
     else:
         position = positions.contiguous(tuple(lengths), width, hidden.device)
     question, instruction = map(tuple, moved)
-    return Sequence(
+    return PromptBatch(
         hidden, position, tuple(lengths), tuple(visual), question, instruction, tuple(after), contiguous=not gaps
     )
 
@@ -311,22 +311,24 @@ def assemble(
 # Index tensors of a batch that is padded to a width; spans are columns of it here.
 
 
-@made_once
+@cached_by_sizes
 def real_columns(lengths: tuple[int, ...], width: int, device: torch.device) -> Tensor:
     """[B, width] bool, False in the padding."""
     first = torch.tensor([width - length for length in lengths]).to(device, non_blocking=True)
     return torch.arange(width, device=device) >= first[:, None]
 
 
-@made_once
+@cached_by_sizes
 def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """[n] int64: rows of the batch, or lengths."""
     return torch.tensor(numbers).to(device, non_blocking=True)
 
 
-@made_once
+@cached_by_sizes
 def columns_of(spans: tuple[Span, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """[n, T] int64 columns of spans, the last one again behind a shorter span, and a mask of those that exist.
+    """Padded indices and validity mask of spans: [n, T] int64 columns, and [n, T] bool, False for padding.
+
+    A span that is shorter than the longest one repeats its last column.
 
     An empty span has the column before it, which exists where the span stands behind the last one.
     """
@@ -351,10 +353,10 @@ def unseen(spans: tuple[Span, ...], padding: tuple[int, ...], width: int, device
     return after[:, None]
 
 
-unseen_kept = made_once(unseen)
+unseen_kept = cached_by_sizes(unseen)
 
 
-@made_once
+@cached_by_sizes
 def sources(lengths: tuple[int, ...], width: int, cuts: tuple[tuple[Cut, ...], ...], device: torch.device) -> Tensor:
     """[B * shorter width] int64, where the tokens of shortened prompts come from, prompt by prompt.
 
@@ -375,7 +377,7 @@ def sources(lengths: tuple[int, ...], width: int, cuts: tuple[tuple[Cut, ...], .
     return torch.cat([F.pad(row, (shorter - len(row), 0)) for row in rows]).to(device, non_blocking=True)
 
 
-@made_once
+@cached_by_sizes
 def image_places(
     lengths: tuple[int, ...], visual: tuple[tuple[Span, ...], ...], images: tuple[Row, ...], device: torch.device
 ) -> Tensor:

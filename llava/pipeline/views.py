@@ -4,7 +4,7 @@ LLaVA-NeXT's tiles and the frames of a video are reduced as images with their ow
 one image. The reductions of the tiles are joined into one reduction of the image's visual tokens.
 """
 
-from collections.abc import Sequence as Samples
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava.model.llava_arch import EncodedImage, Llava
-from llava.pipeline.sequence import Reduced, Row, Sequence
+from llava.pipeline.sequence import PromptBatch, Reduced, Row
 from llava.processing.prompt import Sample
 from llava.reduction.budget import divided, over_crops, shares
 from llava.reduction.merging import Reduction, ViewReduction, join, stack
@@ -90,7 +90,7 @@ class View:
         """[patches, ...] of a tower score."""
         return _side_by_side([self.picture.tile_score(score, number) for number in self.numbers])
 
-    def name(self, samples: Samples[Sample]) -> str:
+    def name(self, samples: Sequence[Sample]) -> str:
         """The sample's id, with a number from the second image on, and the tile."""
         sample, number = self.image
         name = samples[sample].id if number == 0 else f"{samples[sample].id}#{number + 1}"
@@ -124,7 +124,9 @@ class Group:
     views: tuple[View, ...] = ()
 
 
-def groups_of(model: Llava, reducer: Reducer, samples: Samples[Sample], images: dict[Row, EncodedImage]) -> list[Group]:
+def groups_of(
+    model: Llava, reducer: Reducer, samples: Sequence[Sample], images: dict[Row, EncodedImage]
+) -> list[Group]:
     """The views of images with several tiles, in groups of the same shape."""
     groups: dict[tuple[Any, ...], list[View]] = {}
     for image, picture in images.items():
@@ -152,7 +154,7 @@ def parts_of(model: Llava, reducer: Reducer, image: Row, picture: EncodedImage) 
     return [View(image, picture, tuple(range(count)), resized, spec)]
 
 
-def shared_fields(model: Llava, samples: Samples[Sample], parts: list[View]) -> dict[str, Any]:
+def shared_fields(model: Llava, samples: Sequence[Sample], parts: list[View]) -> dict[str, Any]:
     """Fields that the states of stages 1 and 2 share; all views are of one group."""
     first, encoded = parts[0], [part.picture.encoded for part in parts]
     merged = [one.merged.only(part.numbers[0]) for one, part in zip(encoded, parts, strict=True) if one.merged]
@@ -235,7 +237,7 @@ def newline_view(reducer: Reducer, picture: EncodedImage, device: torch.device) 
 
 def join_prompt(
     reducer: Reducer,
-    sequence: Sequence,
+    sequence: PromptBatch,
     image: Row,
     picture: EncodedImage,
     pieces: list[tuple[ViewReduction, Tensor | None]],

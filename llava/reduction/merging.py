@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava.reduction.ranking import farthest_from, gather_tokens, made_once, others, places, split
+from llava.reduction.ranking import cached_by_sizes, farthest_from, gather_tokens, others, places, split
 
 ANCHORS = ("saliency", "stride", "farthest", "retained")
 WEIGHTS = ("saliency", "mean", "anchor_plus_mean", "none")
@@ -241,7 +241,7 @@ def choose_anchors(rule: str, rest: Tensor, saliency: Tensor, unit: Tensor, coun
     return rest.gather(1, chosen), rest.gather(1, members)
 
 
-@made_once
+@cached_by_sizes
 def stride(total: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """[count] every n-th of `total` places, and all other places."""
     every = torch.arange(0, total, max(1, total // count))[:count]
@@ -277,7 +277,7 @@ def member_weights(rule: str, assignment: Tensor, kept: Tensor, saliency: Tensor
     return share / sums
 
 
-@made_once
+@cached_by_sizes
 def ones(batch: int, count: int, device: torch.device) -> Tensor:
     """[B, N] float32. Shared: it must not be written into."""
     return torch.ones(batch, count, device=device)

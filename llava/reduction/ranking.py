@@ -7,8 +7,8 @@
 * `cover_greedily`: the token with the largest gain in coverage times its weight. SCOPE.
 * `distinct`: near-duplicates are removed in rounds. VisPruner.
 
-Index tensors that depend on sizes alone are made once and kept on the device (`made_once`): a short prefill is bound by
-the host, which issues one operation after the other.
+Index tensors that depend on sizes alone are made once and kept on the device (`cached_by_sizes`): a short prefill is
+bound by the host, which issues one operation after the other.
 
 The greedy loops never wait for the device. Where the cosines of all pairs of tokens would need too much memory, they
 make a few rows of them at a time. On a CPU SCOPE's loop looks at values, and computes only the gains that can decide.
@@ -31,7 +31,7 @@ KEPT = 64  # results of each function
 HOST = "cpu"  # the device whose values are read without waiting
 
 
-def made_once(function: Callable[..., Made]) -> Callable[..., Made]:
+def cached_by_sizes(function: Callable[..., Made]) -> Callable[..., Made]:
     """Decorator: remember what a function returns for the same arguments, which are whole numbers and the device.
 
     The tensors are shared: a caller must not write into them. They are ordinary tensors, also where they are first
@@ -47,13 +47,13 @@ def made_once(function: Callable[..., Made]) -> Callable[..., Made]:
     return remembered
 
 
-@made_once
+@cached_by_sizes
 def places(batch: int, count: int, device: torch.device) -> Tensor:
     """[B, N] int64: 0, 1, 2, ..., N - 1 in every row. Shared: it must not be written into."""
     return torch.arange(count, device=device).repeat(batch, 1)
 
 
-@made_once
+@cached_by_sizes
 def rows(batch: int, device: torch.device) -> Tensor:
     """[B, 1] int64: 0, 1, 2, ... Shared: it must not be written into."""
     return torch.arange(batch, device=device)[:, None]

@@ -1,8 +1,8 @@
 """The base class of all methods: a frozen configuration and one function per stage that the method acts in.
 
 A method never changes the model. It names the tower scores it needs, receives states and returns reductions; the
-pipeline checks them (`by_images`), computes the scores, applies the reductions and counts tokens. Options are dataclass
-fields with a description and choices.
+pipeline checks them (`check_reductions`), computes the scores, applies the reductions and counts tokens. Options are
+dataclass fields with a description and choices.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ def option(
     least: float | None = None,
     most: float | None = None,
 ) -> Any:
-    """A configuration field with a description for `--list`; for strings the allowed values, for numbers the ends."""
+    """A configuration field with a description; for strings the allowed values, for numbers the smallest and largest."""
     return field(default=default, metadata={"doc": doc, "choices": choices, "least": least, "most": most})
 
 
@@ -92,7 +92,7 @@ class Reducer:
 
     Class attributes:
         acts_in: those of "input_grid", "tower", "encoder", "prompt" and "decoder" that the class overrides.
-        summary: one line for `--list`.
+        summary: one line for `vtr show methods`.
         metadata: the method's row in docs/methods.md.
         rounding: the largest difference between the mean over layers and the budget, in tokens.
         needs_text_tower: states carry the CLIP text tower.
@@ -314,7 +314,7 @@ class Scorer(Reducer, ABC):
 _read: set[tuple[Reducer, str]] = set()  # those whose values were read from an accelerator
 
 
-def by_images(
+def check_reductions(
     method: Reducer, stage: str, returned: Any, ids: Sequence[str], tokens: int
 ) -> list[tuple[Reduction, range]]:
     """Each reduction and the images that it is of: all of them share one, or have one each; [] for None.

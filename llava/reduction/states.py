@@ -8,8 +8,7 @@ Shapes: B images, N visual tokens, T rows, L tokens of a prompt, H heads, d chan
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Sequence_
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,7 @@ from llava.transformers_names import KERNEL
 
 if TYPE_CHECKING:
     from llava.pipeline.positions import Span
-    from llava.pipeline.sequence import Row, Sequence
+    from llava.pipeline.sequence import PromptBatch, Row
 
 TEXT_ROWS = ("question", "instruction", "after", "last", "visual")
 
@@ -107,7 +106,7 @@ class EncoderState(State):
         """[N, 2] float32: row and column of each token in its own tile, from -1 (first) to 1 (last)."""
         return torch.cat([tile.coordinates(self.features.device) for tile in self.tiles or (self.layout,)])
 
-    def relevance(self, texts: Sequence_[str], sign: str, cosine: bool, long: str = "frame") -> Tensor:
+    def relevance(self, texts: Sequence[str], sign: str, cosine: bool, long: str = "frame") -> Tensor:
         """Relevance of each patch to its image's text, for methods with `needs_text_tower`.
 
         It is their similarity in CLIP's space, averaged over the chunks of the text. `flops` counts its operations.
@@ -151,7 +150,7 @@ class PromptState(EncoderState):
     rows: tuple[Row, ...] = ()
     members: Tensor | None = None
     # The pipeline always sets them; a test of a method that reads no text may leave them out.
-    sequence: Sequence = None  # type: ignore[assignment]
+    sequence: PromptBatch = None  # type: ignore[assignment]
     llm: Decoder = None  # type: ignore[assignment]
     run_layers: Callable[[int], Tensor] = None  # type: ignore[assignment]
 
@@ -267,12 +266,12 @@ class DecoderState(State):
     """
 
     tokens: Tensor
-    sequence: Sequence
+    sequence: PromptBatch
     llm: Decoder
     layer: int
-    entered: Sequence
+    entered: PromptBatch
     keys: Tensor
-    start: Sequence
+    start: PromptBatch
     masks: Callable[[int], Tensor] | None = None
 
     def attention(self, rows: str | list[Span], at: str = "next", rotary: bool = True) -> tuple[Tensor, Tensor]:
@@ -324,7 +323,7 @@ class DecoderState(State):
 # Rows of the prompts. Spans are in a sample's own coordinates, without padding.
 
 
-def text_spans(sequence: Sequence, name: str, images: Sequence_[Row] = ()) -> list[Span]:
+def text_spans(sequence: PromptBatch, name: str, images: Sequence[Row] = ()) -> list[Span]:
     """Spans of text tokens by name, one of TEXT_ROWS; see `PromptState.text`.
 
     Args:
@@ -341,7 +340,7 @@ def text_spans(sequence: Sequence, name: str, images: Sequence_[Row] = ()) -> li
     return [spans[sample] for sample, _ in images] if images else spans
 
 
-def seeing_spans(sequence: Sequence, name: str) -> list[Span]:
+def seeing_spans(sequence: PromptBatch, name: str) -> list[Span]:
     """Spans of `text_spans` whose rows see the image, for prompts with one image each as in `DecoderState`.
 
     Text before an image attends to nothing of it. In a prompt whose text all stands before its image, the prompt's last
@@ -351,7 +350,7 @@ def seeing_spans(sequence: Sequence, name: str) -> list[Span]:
     return [(start, stop) if stop > image else (length - 1, length) for (start, stop), (image, _), length in spans]
 
 
-def at_images(tensor: Tensor, sequence: Sequence, rows: Sequence_[Row], members: Tensor | None) -> Tensor:
+def at_images(tensor: Tensor, sequence: PromptBatch, rows: Sequence[Row], members: Tensor | None) -> Tensor:
     """[B, N, ...] rows of `tensor` [S, L, ...] at the visual tokens of images; see `PromptState`."""
     if not rows:
         return sequence.take(tensor, [image for (image,) in sequence.visual])
@@ -385,7 +384,7 @@ class _Configuration:
 
 
 @dataclass
-class _Known:
+class _Constant:
     """Zeros or ones in place of a tensor that is not needed: no operation runs on them.
 
     A product with ones and a sum with zeros are the other tensor; all else that is computed of them is themselves. In
@@ -412,7 +411,7 @@ class _Known:
         return (known,) * args[1] if func.__name__ == "chunk" else known
 
 
-def angles_of(llm: Decoder, sequence: Sequence, layer: int) -> Angles:
+def angles_of(llm: Decoder, sequence: PromptBatch, layer: int) -> Angles:
     """Cosines and sines of a layer at the positions of prompts, [B, L, d] each; those of `sequence` if it has them."""
     known, position = sequence.rotary, sequence.position
     if known is not None:
@@ -438,7 +437,7 @@ def heads_of(layer: DecoderLayer, part: str, normed: Tensor, angles: Angles | No
         UserError: the layer does not call a kernel through transformers' attention interface.
     """
     attention = layer.self_attn
-    zeros, ones = (_Known(one, (1, 1, attention.head_dim), normed.dtype, normed.device) for one in (False, True))
+    zeros, ones = (_Constant(one, (1, 1, attention.head_dim), normed.dtype, normed.device) for one in (False, True))
     modules: dict[str, Any] = dict(attention._modules)
     names = [name for name in PROJECTIONS.values() if name != PROJECTIONS[part]]
     left_out = {name: zeros for name in names if modules.pop(name, None) is not None}

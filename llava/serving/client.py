@@ -30,7 +30,7 @@ from llava.model.checkpoint.load import load_checkpoint
 from llava.model.llava_arch import Llava
 from llava.pipeline.accounting import Record, Timer
 from llava.pipeline.prefill import Stages, embed
-from llava.pipeline.sequence import Sequence as PromptBatch
+from llava.pipeline.sequence import PromptBatch
 from llava.processing.json_files import read_json
 from llava.processing.prompt import Sample, read_tokenizer
 from llava.reduction.budget import require
@@ -133,7 +133,7 @@ def chat_template(mode: str) -> str:
 # Embeddings
 
 
-def load_front(
+def load_client_model(
     source: str | Path,
     reducer: Reducer,
     dtype: str = "float32",

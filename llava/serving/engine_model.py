@@ -98,7 +98,7 @@ class Engine:
     """vLLM under one method.
 
     Args:
-        model: for prompts and images, and for embeddings; `llava.serving.client.load_front`.
+        model: for prompts and images, and for embeddings; `llava.serving.client.load_client_model`.
         directory: of the checkpoint.
         dtype: of the weights.
         batch_size: questions that are asked at once.
@@ -206,7 +206,7 @@ class Engine:
             record.operations,
             max(counts) - 1,
             images=sum(len(sample.images) for sample in samples),
-            kv_bytes_with_room=sum(self._block_bytes(a + b) for a, b in zip(lengths, counts, strict=True)),
+            kv_bytes_allocated=sum(self._block_bytes(a + b) for a, b in zip(lengths, counts, strict=True)),
         )
 
     def _pixels(self, samples: Sequence[Sample], timer: Timer) -> tuple[list[dict[str, Any]], Record, list[int]]:

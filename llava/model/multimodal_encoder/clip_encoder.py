@@ -14,7 +14,7 @@ from llava.errors import UserError
 from llava.model.official_names import CLIPVisionTower as CLIPVisionTower  # from here scripts import it
 from llava.reduction.merging import Reduction
 from llava.reduction.modules import linear_flops
-from llava.reduction.reducer import Reducer, by_images
+from llava.reduction.reducer import Reducer, check_reductions
 from llava.reduction.scores import TowerScore, block_scores, by_block, mean_keys
 from llava.reduction.states import BlockState
 from llava.reduction.token_layout import ModelSpec
@@ -185,7 +185,7 @@ class TowerMerger:
             keys = mean_keys(block, normed)
             state = BlockState(ids=self.names, spec=self.spec, tokens=attended, keys=keys, sizes=sizes, block=index)
             reduction = self.reducer.tower(state)
-            by_images(self.reducer, f"tower in block {index}", reduction, self.names, hidden.shape[1])
+            check_reductions(self.reducer, f"tower in block {index}", reduction, self.names, hidden.shape[1])
             projection = linear_flops(block.self_attn.k_proj, hidden.shape[1])
             self.flops += state.flops // len(self.names) + projection
         if reduction is not None:
