@@ -31,7 +31,7 @@ from llava.processing.image import open_image
 from llava.processing.prompt import Sample
 from llava.reduction.registry import build
 from llava.serving.client import Server, configured, load_client_model, prompt_embeddings, route
-from llava.serving.served import refuse_gaps
+from llava.serving.engine_method import refuse_gaps
 
 BATCH = 8  # prompts that are embedded at once
 

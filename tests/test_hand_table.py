@@ -23,7 +23,7 @@ from eval.papers import cells, gate, published, render, reproduce, spec, table
 from eval.papers.cells import Cell, Measured
 from eval.papers.document import blocks, difference_to, entries, ours_text, published_text
 from eval.papers.published import Published
-from eval.papers.runs import Line, Time, Where
+from eval.papers.runs import RowAtBudget, RunTarget, Time
 from eval.papers.sections import clear_differences, pair_rows, pairs_of, releases, sections_of
 from eval.papers.spec import read_yaml
 from eval.results.statistics import compare, holm, interval, terms_of
@@ -44,7 +44,7 @@ def data(name: str):
     return json.loads((FOLDER / f"{name}.json").read_text())
 
 
-def key(line: Line) -> str:
+def key(line: RowAtBudget) -> str:
     return f"{line.title}@{line.budget or ''}"
 
 
@@ -67,11 +67,11 @@ def made(kind: str = "scores", only: str = "", ours: str = "consensusdrop"):
     found = spec.read(FOLDER / "table.yaml")
     columns = tuple(column for column in found.columns if only in ("", column.benchmark))
     found = found.model_copy(update={"kind": kind, "columns": columns, "ours": ours})
-    lines = [Line(None, None, Setting("full", None))]
+    lines = [RowAtBudget(None, None, Setting("full", None))]
     for budget in found.budgets:
         for row in found.rows:
             by_kept = (row.title, budget) == BY_KEPT
-            lines.append(Line(row, budget, Setting(row.method, budget, dict(row.options)), by_kept))
+            lines.append(RowAtBudget(row, budget, Setting(row.method, budget, dict(row.options)), by_kept))
     known = {}
     for index, line in enumerate(lines):
         for column in columns:
@@ -128,7 +128,7 @@ def document():
         found, measured, times = made()
         found = found.model_copy(update={"published": "by hand"})
         checks = gate.check(list(measured.row(0).values()), sources(), found.real)
-        return table.document_of(found, Where(found.real, False, FOLDER), measured, checks, times, "bash x.sh")
+        return table.document_of(found, RunTarget(found.real, False, FOLDER), measured, checks, times, "bash x.sh")
 
 
 def found_sections(kind: str, only: str = "", ours: str = "consensusdrop") -> dict[str, list[list[str]]]:
@@ -408,7 +408,7 @@ def test_the_files_of_an_overview_and_of_an_ablation(tmp_path, monkeypatch):
     for kind, only, ours in (("overview", "gqa", "consensusdrop"), ("ablation", "", "visiondrop")):
         found, measured, times = made(kind, only, ours)
         monkeypatch.setattr("eval.papers.sections.pairs_of", lambda measured: pairs("gqa"))
-        where = Where(found.real, True, FOLDER)
+        where = RunTarget(found.real, True, FOLDER)
         whole = table.document_of(found, where, measured, [], times, "bash x.sh")
         table.write(whole, tmp_path / kind)
         rows = latex_rows((tmp_path / kind / "table.tex").read_text())
@@ -435,7 +435,7 @@ def test_a_column_of_points_has_whole_numbers_or_decimals(monkeypatch, scores, t
     lines, columns = found.lines[:2], [column for column in found.columns if column.benchmark == "mme"]
     given = [dataclasses.replace(found.cells[i, "mme"], value=value, whole=True) for i, value in enumerate(scores)]
     monkeypatch.setattr(cells, "read_cell", lambda line, *rest: given[lines.index(line)])
-    read = cells.read_cells(lines, columns, Where(PLACE, False, FOLDER), None)
+    read = cells.read_cells(lines, columns, RunTarget(PLACE, False, FOLDER), None)
     assert [block.text(0, 0) for block in blocks(read, {})] == list(texts)
     assert [ours_text(read.first(index)).partition(" ")[0] for index in (0, 1)] == list(texts)
 
@@ -536,7 +536,7 @@ def test_a_row_without_results_is_named_and_moves_no_column(monkeypatch):
     """The columns are those of the unreduced model, whose results must all be there; another row may lack its own."""
     _, whole, _ = made()
 
-    def read_cell(line: Line, column: spec.Column, where: Where, model: object) -> Cell | str:
+    def read_cell(line: RowAtBudget, column: spec.Column, where: RunTarget, model: object) -> Cell | str:
         index = whole.lines.index(line)
         lost = index == lost_row or (index, column.benchmark) not in whole.cells
         return f"{line.title} has no {column.title}" if lost else whole.cells[index, column.benchmark]

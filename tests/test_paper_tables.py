@@ -297,9 +297,9 @@ def test_a_cell_has_every_number_of_its_run_in_its_place(tiny_path, monkeypatch,
     """A cell takes twenty values of a result by their position; no fast test saw two of them exchanged."""
     monkeypatch.setattr(runs, "SWEEPS", tmp_path / "sweep")
     data, column = write_gqa(tmp_path / "data", count=6, images=2), spec.Column(benchmark="gqa", title="GQA")
-    where = runs.Where(PLACE.model_copy(update={"model": str(tiny_path)}), False, data, limit=4)
+    where = runs.RunTarget(PLACE.model_copy(update={"model": str(tiny_path)}), False, data, limit=4)
     model = runs.open_model(where, None)
-    lines = [runs.Line(None, None, sweep.Setting("full", None))]
+    lines = [runs.RowAtBudget(None, None, sweep.Setting("full", None))]
     lines.append(runs.line_of(spec.Row(method="consensusdrop", label="Ours"), 8, model))
     runs.fill_cells(lines, [column], where, model, None, "cells")
     found = read_cells(lines, [column], where, model)
@@ -322,8 +322,8 @@ def test_a_cell_has_every_number_of_its_run_in_its_place(tiny_path, monkeypatch,
 def test_times_of_another_picture_or_model_are_measured_anew(tiny, tmp_path):
     """Only the question's id was compared: times of another data folder, picture or checkpoint were kept."""
     data, column = write_gqa(tmp_path / "data", count=2, images=1), spec.Column(benchmark="gqa", title="GQA")
-    lines = [runs.Line(None, None, sweep.Setting("full", None))]
-    where, path, other = runs.Where(PLACE, False, data), tmp_path / "a.times.jsonl", tmp_path / "b.times.jsonl"
+    lines = [runs.RowAtBudget(None, None, sweep.Setting("full", None))]
+    where, path, other = runs.RunTarget(PLACE, False, data), tmp_path / "a.times.jsonl", tmp_path / "b.times.jsonl"
     other.write_text("{}\n")
     first = runs.times_of(lines, column, where, tiny, 1, path)
     kept = path.read_text()
@@ -518,7 +518,7 @@ def test_best_and_second_share_places_where_they_print_alike():
     assert places([1.0]) == (frozenset({0}), frozenset())
 
 
-def cell(value: float, questions: int = 100, available: int = 100, line: runs.Line | None = None, **changes):
+def cell(value: float, questions: int = 100, available: int = 100, line: runs.RowAtBudget | None = None, **changes):
     """What the gate reads of a cell."""
     column = spec.Column(**{"benchmark": "pope", "title": "POPE", "published": "pope", "tolerance": 0.5} | changes)
     return SimpleNamespace(
@@ -529,7 +529,7 @@ def cell(value: float, questions: int = 100, available: int = 100, line: runs.Li
         other_judge="",
         no_flops="",
         metric=column.metric or "f1",
-        line=line or runs.Line(None, None, None),
+        line=line or runs.RowAtBudget(None, None, None),
     )
 
 
@@ -588,10 +588,10 @@ def test_a_row_that_is_not_the_release_or_counts_another_budget_is_not_compared(
     """Release-made numbers stood beside our corrected variants, and rows marked ‡ were compared all the same."""
     values = known(a=(50.0, {})).full("pope")
     rows = {official: spec.Row(method="attnmix", options={"official": official}) for official in ("true", "false")}
-    lines = {name: runs.Line(row, 64, None) for name, row in rows.items()}
+    lines = {name: runs.RowAtBudget(row, 64, None) for name, row in rows.items()}
     assert comparable(cell(50.0, line=lines["true"]), values, "square")[0]
     assert comparable(cell(50.0, line=lines["false"]), values, "square")[1] == "the row is not the release"
-    kept = runs.Line(spec.Row(method="fastv"), 4, None, by_kept=True)
+    kept = runs.RowAtBudget(spec.Row(method="fastv"), 4, None, by_kept=True)
     assert comparable(cell(50.0, line=kept), values, "square")[1] == "another budget"
     assert comparable(cell(50.0, published_split="test"), values, "square")[1] == "ours is of another split"
     assert comparable(cell(50.0, metric="accuracy_match"), values, "square")[1] == "ours is accuracy_match"
@@ -650,7 +650,7 @@ def test_two_rows_of_one_method_have_a_picture_each(tiny, tmp_path):
         spec.Row(method="attnmix", label="B, b", options={"official": "true"}),
     ]
     lines = [runs.line_of(row, 8, tiny) for row in rows]
-    found = figure.draw_kept(lines, gqa, runs.Where(PLACE, False, data), tiny, tmp_path / "kept")
+    found = figure.draw_kept(lines, gqa, runs.RunTarget(PLACE, False, data), tiny, tmp_path / "kept")
     assert sorted(path.name for path in found.values()) == ["A.jpg", "B-b.jpg"]
 
 
@@ -746,7 +746,7 @@ def test_the_caption_says_which_metric_stands_in_for_the_papers():
     assert shown(total.model_copy(update={"title": "MME"}), "perception").title == "MME (perception)"
     graded = cell(150.0, metric="total")
     graded.metric, graded.column, graded.no_interval, graded.stored = "perception", column, "", None
-    line = runs.Line(None, None, None)
+    line = runs.RowAtBudget(None, None, None)
     found = Measured([line], [column], {(0, "mme"): graded})
     assert note in notes_of(blank_document().table, found, ())
 
@@ -756,7 +756,7 @@ def test_a_page_says_that_its_cells_were_made_with_other_libraries():
     cells = {}
     for index, version in enumerate(("2.1", "2.1", "2.2")):
         cells[index, "pope"] = one = cell(80.0)
-        one.line, one.no_interval = runs.Line(None, index, None), ""
+        one.line, one.no_interval = runs.RowAtBudget(None, index, None), ""
         one.stored = SimpleNamespace(result={"versions": {"torch": version}})
     found = Measured([one.line for one in cells.values()], [one.column], cells)
     (note,) = (note for note in notes_of(blank_document().table, found, ()) if "torch" in note)
@@ -804,7 +804,7 @@ def test_printed_commands_have_every_flag_that_is_not_a_default(made):
     # `MODEL=... DATA=... vtr tables paper` ran on the toy: only scripts read these.
     assert line.startswith(f"vtr tables paper {words[0]} --model {args.model} --data {args.data}")
     assert "--dtype float32 --batch-size 3 --judge match" in line
-    one = runs.Line(None, None, sweep.Setting("full", None))
+    one = runs.RowAtBudget(None, None, sweep.Setting("full", None))
     told = command_of(one, found.columns[0], table.where_of(found, args), SimpleNamespace(judge="match"))
     assert "--batch-size 3" in told and "--judge match" in told
 

@@ -13,7 +13,7 @@ from eval.config import DEFAULT_MODEL
 from llava.errors import UserError
 from llava.reduction.registry import build
 from llava.reduction.token_layout import single
-from llava.serving.served import handed_over, served_by
+from llava.serving.engine_method import handed_over, served_by
 from tests.stock_families import make
 
 STOCK = {"LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration", "InternS1ForConditionalGeneration"}

@@ -16,7 +16,7 @@ from eval.benchmarks.media import digest_of
 from eval.config import RunConfig, build_reducer, store_settings
 from eval.judging.choice import score_answers
 from eval.metrics import SufficientStatistics
-from eval.papers.runs import Line, Where, config_of
+from eval.papers.runs import RowAtBudget, RunTarget, config_of
 from eval.papers.spec import Budget, Column, Row
 from eval.results import report
 from eval.results.statistics import terms_of
@@ -53,7 +53,7 @@ class Cell:
         command: asks these questions alone.
     """
 
-    line: Line
+    line: RowAtBudget
     column: Column
     value: float
     low: float | None
@@ -98,7 +98,7 @@ class Cell:
         return "" if self.low is None else interval_text(self.low, self.high)
 
 
-def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell | str:
+def read_cell(line: RowAtBudget, column: Column, where: RunTarget, model: Llava) -> Cell | str:
     """A finished run; a sentence instead if some of its questions failed or it is off its budget.
 
     Raises:
@@ -200,7 +200,7 @@ def shown(column: Column, metric: str) -> Column:
     return column.model_copy(update={"title": title})
 
 
-def command_of(line: Line, column: Column, where: Where, config: RunConfig) -> str:
+def command_of(line: RowAtBudget, column: Column, where: RunTarget, config: RunConfig) -> str:
     """The command that asks the questions of a cell outside the table, with every flag that is not its default."""
     assert line.setting is not None
     place = where.place
@@ -239,7 +239,7 @@ class Measured:
         failed: a sentence for each run in which questions failed; it has no cell.
     """
 
-    lines: Sequence[Line]
+    lines: Sequence[RowAtBudget]
     columns: Sequence[Column]
     cells: Mapping[tuple[int, str], Cell]
     failed: Sequence[str] = ()
@@ -269,7 +269,7 @@ class Measured:
         return sum(100 * cell.value / full[name].value for name, cell in row.items()) / len(row)
 
 
-def read_cells(lines: Sequence[Line], columns: Sequence[Column], where: Where, model: Llava) -> Measured:
+def read_cells(lines: Sequence[RowAtBudget], columns: Sequence[Column], where: RunTarget, model: Llava) -> Measured:
     """Every cell of the table."""
     cells: dict[tuple[int, str], Cell] = {}
     first_of_method: dict[tuple[str, str], int] = {}

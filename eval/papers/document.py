@@ -14,7 +14,7 @@ from eval.papers.gate import Check, comparable, sentences, values_of
 from eval.papers.published import Published, Value
 from eval.papers.reported import Reported, with_averages
 from eval.papers.reported import notes as reported_notes
-from eval.papers.runs import Where, described
+from eval.papers.runs import RunTarget, described
 from eval.papers.spec import Budget, Column, Place, Table
 from eval.results.report import circumstances
 from eval.results.statistics import rounded
@@ -359,7 +359,7 @@ def reported_document(table: Table, rows: Sequence[Reported], command: str) -> D
     )
 
 
-def facts_of(table: Table, where: Where, found: Measured, command: str) -> list[tuple[str, str]]:
+def facts_of(table: Table, where: RunTarget, found: Measured, command: str) -> list[tuple[str, str]]:
     """Model, data, command and commits of the page."""
     cells = list(found.cells.values())
     commits = sorted({cell.commit[:10] for cell in cells})

@@ -17,7 +17,7 @@ from eval.efficiency.estimate import Estimate, Rates, Workload
 from eval.efficiency.memory import GIB, QuestionShape, layout_of
 from eval.efficiency.shapes import official
 from eval.papers import Part, read_yaml
-from eval.papers.runs import Line, Where, columns_of, lines_of
+from eval.papers.runs import RowAtBudget, RunTarget, columns_of, lines_of
 from eval.papers.spec import Table
 from eval.sweep import reducer_of
 from eval.tables.memory import size_of
@@ -99,11 +99,11 @@ class Expense:
 
     table: Table
     model: Llava
-    lines: tuple[Line, ...]
+    lines: tuple[RowAtBudget, ...]
     loads: Mapping[str, Load | None]
 
     @property
-    def runnable(self) -> list[Line]:
+    def runnable(self) -> list[RowAtBudget]:
         """The rows that can run."""
         return [line for line in self.lines if line.setting is not None]
 
@@ -129,7 +129,7 @@ class Expense:
         )
         return seconds / 3600
 
-    def estimate(self, line: Line, text: int, steps: int, new_tokens: int = 1) -> Estimate:
+    def estimate(self, line: RowAtBudget, text: int, steps: int, new_tokens: int = 1) -> Estimate:
         """One batch of a row that can run, about the largest image or a video, as `--dry-run` estimates it."""
         assert line.setting is not None
         name, count = checkpoint_of(self.table).shapes, self.table.real.batch_size
@@ -141,7 +141,7 @@ class Expense:
 
 def expense(table: Table) -> Expense:
     """The costs of a table with its paper's model and data."""
-    where = Where(table.real, False, Path("DATA"))
+    where = RunTarget(table.real, False, Path("DATA"))
     known = downloads().benchmarks
     loads = {column.benchmark: known.get(column.benchmark) for column in columns_of(table, where)}
     model = official(checkpoint_of(table).shapes)

@@ -10,7 +10,7 @@ from typing import Any
 from eval.config import folder_name
 from eval.feature_cache import without_memory
 from eval.figures.overlay import beside, draw_answer
-from eval.papers.runs import Line, Where, split_of
+from eval.papers.runs import RowAtBudget, RunTarget, split_of
 from eval.papers.spec import Column
 from eval.sweep import dataset, reducer_of
 from eval.tables.page import BRIGHT, MARKERS
@@ -89,7 +89,9 @@ def best(points: Sequence[Mapping[str, Any]], ours: str) -> list[str]:
     return list(dict.fromkeys([ours, *names, *(p["method"] for p in order)]))[: len(BRIGHT)]
 
 
-def draw_kept(lines: Sequence[Line], column: Column, where: Where, model: Llava, folder: Path) -> dict[str, Path]:
+def draw_kept(
+    lines: Sequence[RowAtBudget], column: Column, where: RunTarget, model: Llava, folder: Path
+) -> dict[str, Path]:
     """Caption -> picture of the first question of a benchmark, for each method at the table's smallest budget."""
     data = dataset(column.benchmark, where.data, split_of(column, where))
     sample = data.sample(data.questions[0])

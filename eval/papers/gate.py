@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from eval.papers.cells import Cell
 from eval.papers.published import WORDS, Published, Value
-from eval.papers.runs import Line
+from eval.papers.runs import RowAtBudget
 from eval.papers.spec import Place
 from eval.results.statistics import rounded
 
@@ -96,7 +96,7 @@ def comparable(cell: Cell, values: Sequence[Value], convention: str) -> tuple[li
     return found, "" if found else "; ".join(dict.fromkeys(obstacles.values()))
 
 
-def values_of(line: Line, column: str, published: Published | None, place: Place) -> Sequence[Value] | None:
+def values_of(line: RowAtBudget, column: str, published: Published | None, place: Place) -> Sequence[Value] | None:
     """The published values of a row in a column; none for a variant of our own or a column that no source has."""
     if published is None:
         return None

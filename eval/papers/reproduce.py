@@ -22,7 +22,7 @@ from eval.papers.document import budget_title
 from eval.papers.expense import GPUS, Expense, Gpu, checkpoint_of, downloads, expense
 from eval.papers.gate import CAUSES, EVERYWHERE
 from eval.papers.published import AVERAGE, CONVENTIONS, EFFICIENCY, KINDS, POINTS, Published
-from eval.papers.runs import Where, columns_of
+from eval.papers.runs import RunTarget, columns_of
 from eval.papers.spec import Column, Table
 from eval.tables.benchmarks import need_file
 from eval.tables.page import insert, left_aligned, markdown
@@ -40,7 +40,7 @@ COSTS = {"tflops": "TFLOP", "latency_ms": "ms", "speedup": "speed-up"}
 def page(cost: Expense) -> str:
     """The page of one table."""
     table = cost.table
-    columns = columns_of(table, Where(table.real, False, Path("DATA")))
+    columns = columns_of(table, RunTarget(table.real, False, Path("DATA")))
     source = published.load(table.published) if table.published else None
     names = [column.benchmark for column in columns]
     text = Path(__file__).with_suffix(".md.j2").read_text(encoding="utf-8")

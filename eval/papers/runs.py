@@ -37,7 +37,7 @@ BY_KEPT = {"schedule": "kept"}
 
 
 @dataclass(frozen=True)
-class Where:
+class RunTarget:
     """The model and data that this run of a table uses.
 
     Attributes:
@@ -60,7 +60,7 @@ class Where:
 
 
 @dataclass(frozen=True)
-class Line:
+class RowAtBudget:
     """A row of the table at one budget.
 
     Attributes:
@@ -85,19 +85,19 @@ class Line:
         return FULL if self.row is None else self.row.title
 
 
-def columns_of(table: Table, where: Where) -> list[Column]:
+def columns_of(table: Table, where: RunTarget) -> list[Column]:
     """The columns that this model and data can fill."""
     wanted = where.place.benchmarks
     return [column for column in table.columns if not wanted or column.benchmark in wanted]
 
 
-def lines_of(table: Table, where: Where, model: Llava) -> list[Line]:
+def lines_of(table: Table, where: RunTarget, model: Llava) -> list[RowAtBudget]:
     """The unreduced model, then every row at every budget."""
     rows = [line_of(row, budget, model) for budget in table.budgets for row in table.rows]
-    return [Line(None, None, Setting(FULL, None)), *rows]
+    return [RowAtBudget(None, None, Setting(FULL, None)), *rows]
 
 
-def line_of(row: Row, budget: Budget, model: Llava) -> Line:
+def line_of(row: Row, budget: Budget, model: Llava) -> RowAtBudget:
     """A row at a budget: by the mean over layers, else by kept tokens, else with the reason why it cannot run."""
     tokens, extra = budget_of(count_or_ratio(str(budget)))
     can_count_kept = "schedule" in options_of(registry.method(row.method)) and "schedule" not in row.options
@@ -107,13 +107,13 @@ def line_of(row: Row, budget: Budget, model: Llava) -> Line:
         options = {**own, **extra, **(BY_KEPT if by_kept else {})}
         try:
             require(registry.build(row.method, tokens, options, model.visual_tokens), model.spec)
-            return Line(row, budget, Setting(row.method, tokens, options), by_kept)
+            return RowAtBudget(row, budget, Setting(row.method, tokens, options), by_kept)
         except UserError as error:
             reason = reason or str(error)
-    return Line(row, budget, None, reason=reason)
+    return RowAtBudget(row, budget, None, reason=reason)
 
 
-def config_of(line: Line, column: Column, where: Where, model: Llava) -> RunConfig:
+def config_of(line: RowAtBudget, column: Column, where: RunTarget, model: Llava) -> RunConfig:
     """The run of one cell, in the folder that all tables and sweeps share."""
     assert line.setting is not None
     split = split_of(column, where)
@@ -139,12 +139,12 @@ def config_of(line: Line, column: Column, where: Where, model: Llava) -> RunConf
     )
 
 
-def split_of(column: Column, where: Where) -> str:
+def split_of(column: Column, where: RunTarget) -> str:
     """The column's split, or the first one of the benchmark whose questions are in the data folder."""
     return benchmarks.check_split(benchmarks.get(column.benchmark), column.split or None, where.data)
 
 
-def described(lines: Sequence[Line]) -> list[str]:
+def described(lines: Sequence[RowAtBudget]) -> list[str]:
     """Methods that cannot run, one sentence each."""
     return [f"{line.title} at {line.budget}: {line.reason}" for line in lines if line.setting is None]
 
@@ -167,7 +167,7 @@ def changed(options: Mapping[str, str], method: str) -> dict[str, str]:
 # -- making the runs --------------------------------------------------------------------------------------------------
 
 
-def open_model(where: Where, place: Placement | None) -> CachingLlava:
+def open_model(where: RunTarget, place: Placement | None) -> CachingLlava:
     """The model; on the CPU where the ranks have their own, so that it takes no GPU's memory from them."""
     device = "cpu" if place is not None else where.device
     picture = {key: parse(key, value) for key, value in where.place.picture.items()}
@@ -175,9 +175,9 @@ def open_model(where: Where, place: Placement | None) -> CachingLlava:
 
 
 def fill_cells(
-    lines: Sequence[Line],
+    lines: Sequence[RowAtBudget],
     columns: Sequence[Column],
-    where: Where,
+    where: RunTarget,
     model: CachingLlava,
     place: Placement | None,
     what: str,
@@ -217,7 +217,7 @@ class Time:
 
 
 def times_of(
-    lines: Sequence[Line], column: Column, where: Where, model: Llava, repeats: int, path: Path
+    lines: Sequence[RowAtBudget], column: Column, where: RunTarget, model: Llava, repeats: int, path: Path
 ) -> dict[int, Time]:
     """Index of a line -> its time; nothing without repeats.
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from eval.papers.cells import Measured
     from eval.papers.document import Document
     from eval.papers.gate import Check
-    from eval.papers.runs import Time, Where
+    from eval.papers.runs import RunTarget, Time
     from llava.model.llava_arch import Llava
 
 REPEATS = 5
@@ -48,9 +48,8 @@ def toy_path(name: str) -> Path:
     return ASSETS / path.relative_to("assets") if path.is_relative_to("assets") else WORK / path
 
 
-def where_of(table: Table, args: argparse.Namespace) -> "Where":
+def where_of(table: Table, args: argparse.Namespace) -> "RunTarget":
     """The model and data: the paper's if the user names data or a model, the toy ones otherwise."""
-    from eval.papers.runs import Where
 
     bundled = args.model is None and args.data is None
     place = table.toy if bundled else table.real
@@ -68,7 +67,7 @@ def where_of(table: Table, args: argparse.Namespace) -> "Where":
     toy = bundled or is_toy(place.model)
     # Every cell is a W&B run of its own where W&B is online or asked for; hundreds of offline runs help nobody.
     wandb = "disabled" if args.wandb == "auto" and not (has_key() and resolve_mode("auto") == "online") else args.wandb
-    return Where(place, toy, data, limit, args.device, args.judge, wandb, table.identity)
+    return RunTarget(place, toy, data, limit, args.device, args.judge, wandb, table.identity)
 
 
 def narrowed(table: Table, args: argparse.Namespace) -> Table:
@@ -93,7 +92,9 @@ def words(text: str | None) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()] if text else []
 
 
-def make(table: Table, where: "Where", args: argparse.Namespace, folder: Path, added: Sequence[Reported]) -> "Document":
+def build_document(
+    table: Table, where: "RunTarget", args: argparse.Namespace, folder: Path, added: Sequence[Reported]
+) -> "Document":
     """Fill what is missing, and say everything that the formats write."""
     from eval.papers.cells import read_cells
     from eval.papers.figure import draw_kept
@@ -122,7 +123,7 @@ def make(table: Table, where: "Where", args: argparse.Namespace, folder: Path, a
     )
 
 
-def repeats_of(args: argparse.Namespace, model: "Llava", where: "Where") -> int:
+def repeats_of(args: argparse.Namespace, model: "Llava", where: "RunTarget") -> int:
     """Prefills to time: the default is none for a quick look, and none on the wrong device."""
     from llava.model.builder import device_of
 
@@ -132,7 +133,7 @@ def repeats_of(args: argparse.Namespace, model: "Llava", where: "Where") -> int:
     return args.times if args.times is not None else 0 if args.limit else REPEATS
 
 
-def gate_of(table: Table, where: "Where", full: "Measured", stop: bool) -> "list[Check]":
+def gate_of(table: Table, where: "RunTarget", full: "Measured", stop: bool) -> "list[Check]":
     """Compare the unreduced model with the published baseline before anything else runs; nothing for the toy model.
 
     Raises:
@@ -152,7 +153,7 @@ def gate_of(table: Table, where: "Where", full: "Measured", stop: bool) -> "list
 
 def document_of(
     table: Table,
-    where: "Where",
+    where: "RunTarget",
     found: "Measured",
     checks: "Sequence[Check]",
     times: "Mapping[int, Time]",
@@ -313,7 +314,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     table = narrowed(table, args)
     folder = args.output or default_folder(table, where, args)
-    document = make(table, where, args, folder, [row for row in added if row.budget in (None, *table.budgets)])
+    document = build_document(
+        table, where, args, folder, [row for row in added if row.budget in (None, *table.budgets)]
+    )
     files = write(document, folder, args.tex_intervals)
     log(args.wandb, document, where, folder, files)
     print(summary(document))
@@ -340,7 +343,6 @@ def added_rows(table: Table, args: argparse.Namespace) -> list[Reported]:
 def published_only(table: Table, added: Sequence[Reported], args: argparse.Namespace) -> int:
     """Write what sources report; returns the exit code."""
     from eval.papers.document import reported_document
-    from eval.papers.runs import Where
 
     usual = parser().parse_args([args.table])
     asking = (
@@ -368,7 +370,7 @@ def published_only(table: Table, added: Sequence[Reported], args: argparse.Names
         raise UserError(
             f"Nothing is published for this part of {table.identity}; leave --methods or --budgets out, or --add rows."
         )
-    where = Where(table.real.model_copy(update={"model": "published"}), False, Path())
+    where = RunTarget(table.real.model_copy(update={"model": "published"}), False, Path())
     files = write(document, args.output or default_folder(table, where, args))
     print(summary(document))
     print(f"Table: {', '.join(str(file) for file in files)}")
@@ -391,7 +393,7 @@ def command_line(table: Table, args: argparse.Namespace) -> str:
     return " ".join([*given, command, *flags])
 
 
-def default_folder(table: Table, where: "Where", args: argparse.Namespace) -> Path:
+def default_folder(table: Table, where: "RunTarget", args: argparse.Namespace) -> Path:
     """Parts of a table do not replace the whole one."""
     narrow = [args.methods, args.budgets, args.benchmarks]
     tail = f"-limit{args.limit}" * bool(args.limit) + "-part" * any(narrow)
@@ -411,7 +413,7 @@ def summary(document: "Document") -> str:
     return "\n".join(lines)
 
 
-def log(mode: str, document: "Document", where: "Where", folder: Path, files: Sequence[Path]) -> None:
+def log(mode: str, document: "Document", where: "RunTarget", folder: Path, files: Sequence[Path]) -> None:
     """One W&B run for the table, with its files and what its plots show."""
     header = ["method", "budget", "benchmark", "score", "low", "high", "tokens per layer", "answers sha256"]
     cells = [entry.cell for entry in document.entries]

@@ -32,7 +32,7 @@ def option(
     least: float | None = None,
     most: float | None = None,
 ) -> Any:
-    """A configuration field with a description; for strings the allowed values, for numbers the smallest and largest."""
+    """A configuration field with a description; strings have allowed values, numbers a smallest and largest one."""
     return field(default=default, metadata={"doc": doc, "choices": choices, "least": least, "most": most})
 
 

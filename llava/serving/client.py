@@ -38,7 +38,7 @@ from llava.reduction.reducer import Reducer
 from llava.reduction.registry import build
 from llava.reduction.token_layout import ModelSpec
 from llava.serving import MODELS
-from llava.serving.served import CLIP, refuse_gaps, served_by, why_not_anywhere
+from llava.serving.engine_method import CLIP, refuse_gaps, served_by, why_not_anywhere
 
 if TYPE_CHECKING:
     from openai import OpenAI

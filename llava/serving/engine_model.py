@@ -36,7 +36,7 @@ from llava.reduction.reducer import Reducer
 from llava.reduction.token_layout import on_padding, single
 from llava.serving import register
 from llava.serving.client import EMBEDS, PIXELS, until_decoder
-from llava.serving.served import refuse_gaps, served_by, why_not_anywhere
+from llava.serving.engine_method import refuse_gaps, served_by, why_not_anywhere
 
 if TYPE_CHECKING:
     import llava.serving.plugin  # noqa: F401  # the engine imports it: answers depend on it (eval/answers/source_hash.py)

@@ -30,7 +30,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from llava.errors import UserError
 from llava.reduction.token_layout import TokenLayout
-from llava.serving.served import EngineTower, Served, served_by
+from llava.serving.engine_method import EngineMethod, EngineTower, served_by
 
 # Prompts
 
@@ -62,7 +62,7 @@ def prompt_updates(
     return [*(PromptReplacement("image", one.target, partial(shortened, one)) for one in images), *others]
 
 
-def layout_of_item(served: Served, tokens: int, mm_items: Any, out: Any, number: int) -> TokenLayout:
+def layout_of_item(served: EngineMethod, tokens: int, mm_items: Any, out: Any, number: int) -> TokenLayout:
     """The token layout of an image of a request.
 
     Args:

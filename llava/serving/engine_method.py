@@ -131,7 +131,7 @@ def refuse_gaps(reducer: Reducer) -> None:
 
 
 @dataclass(frozen=True)
-class Served:
+class EngineMethod:
     """A method on the models of one configuration.
 
     Attributes:
@@ -171,7 +171,7 @@ class Served:
         return plan[0]
 
 
-def served_by(config: Any) -> Served | None:
+def served_by(config: Any) -> EngineMethod | None:
     """The method that a model's configuration or the environment names; None for none.
 
     Args:
@@ -200,7 +200,7 @@ def served_by(config: Any) -> Served | None:
 
 
 @lru_cache(maxsize=8)
-def _served(settings: str, architecture: str, written: str) -> Served:
+def _served(settings: str, architecture: str, written: str) -> EngineMethod:
     given, config = json.loads(settings), json.loads(written)
     text, vision = config.get("text_config") or config, config["vision_config"]
     family = FAMILIES.get(architecture, CLIP)
@@ -247,7 +247,7 @@ def _served(settings: str, architecture: str, written: str) -> Served:
         reducer,
         spec if family is CLIP else replace(spec, visual_tokens=reducer.budget, layout=PatchGrid(1, reducer.budget)),
     )
-    return Served(reducer, spec, family, side, merge, anyres)
+    return EngineMethod(reducer, spec, family, side, merge, anyres)
 
 
 # Inside the engine
@@ -262,7 +262,7 @@ class EngineTower(FamilyWrapper):
             for a block that the engine does not build.
     """
 
-    def __init__(self, model: Any, served: Served, attentions: Sequence[Any]):
+    def __init__(self, model: Any, served: EngineMethod, attentions: Sequence[Any]):
         weight = next(model.parameters())
         self.hf_model, self.device, self.family, self.served = model, weight.device, served.family, served
         self.spec, self.axes, self.blocks = served.spec, served.family.axes, attentions
