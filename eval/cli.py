@@ -13,8 +13,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 from llava.errors import UserError, optional_imports, suggestion
+from llava.places import CHECKOUT
 
 PROGRAM = "vtr"
 
@@ -56,32 +58,22 @@ GROUPS = {
         "wandb workspace": Command(DASHBOARD, "save a W&B workspace with plots of these runs", (), "workspace_command"),
         "wandb report": Command(DASHBOARD, "save a W&B report with the same panels", (), "report_command"),
     },
-    "Papers: tables, analyses and costs": {
+    "Papers: tables and costs": {
         "tables paper": Command(TABLE, "one table of a paper, or of a PATH.yaml: run, check, write"),
-        "findings": Command("eval.findings.command", "analyses of attnmix, visiondrop or consensusdrop on toy scenes"),
         "bench latency": Command("eval.efficiency.latency", "time, memory and operations of methods beside full"),
-        "bench serving": Command("eval.efficiency.serving", "vLLM under a method beside full and our decoder"),
-        "bench growth": Command("eval.efficiency.growth", "how time and memory grow with visual tokens"),
-        "bench peers": Command("eval.efficiency.peers", "this repository and another code in turns, and ratios"),
-        "bench precision": Command("eval.efficiency.precision", "tokens kept in half precision beside float32"),
-        "bench selfcheck": Command("eval.efficiency.selfcheck", "a device beside the CPU, before it is timed"),
-        "bench claims": Command("eval.efficiency.claims", "published claims of speed beside ours"),
     },
     "Add something: a method, a benchmark, a table or a model family": {
         "new": Command("eval.new", "write its files: vtr new method NAME, benchmark, table or family", ("new",)),
         "check": Command("eval.new", "run every test that can fail for it: vtr check method NAME", ("check",)),
     },
-    "Maintainers: pages of the documentation and measurements of this code": {
-        "tables embedded": Command(TABLE, "all methods on toys (docs/embedded.md)", ("tables/embedded_main", "--page")),
-        "tables consensusdrop": Command(TABLE, "claims (docs/consensusdrop.md)", ("consensusdrop/claims", "--page")),
-        "tables benchmarks": Command("eval.tables.benchmarks", "benchmarks, and the toy models' scores on them"),
-        "tables methods": Command("eval.tables.methods", "what the methods say of themselves (docs/methods.md)"),
-        "tables memory": Command("eval.tables.memory", "expected memory of the official models (docs/cluster.md)"),
-        "tables reproduce": Command("eval.papers.reproduce", "how to reproduce the tables (docs/paper_tables.md)"),
-        "figures kept": Command("eval.figures.kept", "draw the kept tokens (README, docs/methods.md)"),
-    },
 }
+LAB: dict[str, dict[str, tuple[Any, ...]]] = {}
+if CHECKOUT is not None:
+    sys.path.append(str(CHECKOUT))  # an editable installation finds no more packages than a wheel holds
+    from lab.commands import LAB
+GROUPS |= {heading: {name: Command(*line) for name, line in lines.items()} for heading, lines in LAB.items()}
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
+ELSEWHERE = "" if LAB else " here; those of lab/ need a checkout"
 DEFAULTS = {"bench": "latency"}  # first words whose second word may be left out
 
 
@@ -117,12 +109,14 @@ def dispatch(words: list[str]) -> int:
         name.removeprefix(f"{first} "): command for name, command in COMMANDS.items() if name.startswith(f"{first} ")
     }
     if not group:
-        return refuse(f"{PROGRAM} has no command {first!r}.", first, [name.partition(" ")[0] for name in COMMANDS])
+        return refuse(
+            f"{PROGRAM} has no command {first!r}{ELSEWHERE}.", first, [name.partition(" ")[0] for name in COMMANDS]
+        )
     if second in ("-h", "--help"):
         print(listing(f"Usage: {PROGRAM} {first} COMMAND [arguments]; COMMAND --help says more.", group))
         return 0
     if second and not second.startswith("-"):
-        return refuse(f"{PROGRAM} {first} has no command {second!r}.", second, list(group))
+        return refuse(f"{PROGRAM} {first} has no command {second!r}{ELSEWHERE}.", second, list(group))
     if first in DEFAULTS:
         return run(f"{first} {DEFAULTS[first]}", words[1:])
     print(f"{PROGRAM} {first} needs one of: {', '.join(group)}.", file=sys.stderr)

@@ -30,7 +30,7 @@ from llava.reduction import registry
 CONTAINER = "ForConditionalGeneration"
 TOY_SETS = WORK / "assets" / "eval" / "README.md"
 # Kind -> what writes the data that its tests read, and, where these pass, the generated files that name it.
-DATA_WRITERS = {"benchmark": ("-m toy.benchmarks --output assets/eval --only {}",)}
+DATA_WRITERS = {"benchmark": ("-m lab.toy.benchmarks --output assets/eval --only {}",)}
 WRITERS = {
     "method": ("-m tests.golden {}", "-m eval.cli tables methods"),
     "benchmark": ("-m eval.cli tables benchmarks pages",),

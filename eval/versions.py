@@ -31,7 +31,7 @@ def commit(root: Path = PACKAGES) -> str:
     if not top or not head or Path(top).resolve() != root.resolve():
         return "unknown"
     changed = _git(root, "status", "--porcelain", "--untracked-files=no")
-    new = _git(root, "ls-files", "--others", "--exclude-standard", "--", *FOLLOWED, "eval", "toy")
+    new = _git(root, "ls-files", "--others", "--exclude-standard", "--", *FOLLOWED, "eval", "lab")
     return head + ("+changes" if changed or new else "")
 
 

@@ -4,4 +4,4 @@
 # Usage: bash scripts/figures.sh [--output FOLDER]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-python -m eval.figures.kept "$@"
+python -m lab.pages.kept "$@"

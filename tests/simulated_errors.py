@@ -13,7 +13,7 @@ from scipy import stats
 from eval.metrics import SufficientStatistics, divide
 from eval.results.statistics import Interval, compare, interval
 from eval.statistics import relative
-from eval.tables.page import markdown
+from eval.tables import markdown
 from llava.errors import UserError
 
 # -- intervals of a score, a difference and an average ----------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 
 from eval import benchmarks
 from eval.config import ROOT
-from eval.tables import benchmarks as pages
+from lab.pages import benchmarks as pages
 
 NAMES = [benchmark.name for benchmark in pages.reported()]
 

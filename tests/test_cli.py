@@ -21,7 +21,7 @@ def own_arguments(monkeypatch):
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_of_every_command_names_the_command_and_runs_nothing(name, capsys):
-    """`python -m eval.tables.methods --help` used to rewrite the pages, because it read no arguments."""
+    """`python -m lab.pages.methods --help` used to rewrite the pages, because it read no arguments."""
     with pytest.raises(SystemExit) as stopped:
         cli.main([*name.split(), "--help"])
     first = capsys.readouterr().out.splitlines()[0]

@@ -10,9 +10,9 @@ from torch import nn
 
 import visiondrop.method
 from eval.efficiency.counts import Call, OperationCounter, PythonWaits, calls_of, computed, count_prefill, flop_counter
-from eval.efficiency.growth import model_of
 from eval.efficiency.oracle import even_places, flat_oracle, oracle_of
 from eval.efficiency.shapes import SHAPES, noise_batches, random_llava
+from lab.bench.growth import model_of
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.model.checkpoint.config import CLIP_L_336

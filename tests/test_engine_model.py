@@ -14,10 +14,10 @@ import torch
 from eval.__main__ import main
 from eval.answers.jsonl import read_json, read_jsonl
 from eval.config import DEFAULT_MODEL, ROOT, RunConfig, build_reducer
-from eval.efficiency import serving
 from eval.efficiency.measure import Measurements
 from eval.efficiency.shapes import narrow
 from eval.run import load_model, run
+from lab.bench import serving
 from llava.errors import MethodError, UserError
 from llava.model.builder import load
 from llava.pipeline import decoder

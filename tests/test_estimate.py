@@ -15,7 +15,7 @@ from eval.efficiency.memory import QuestionShape, duration, listed, size_text
 from eval.efficiency.shapes import narrow, noise_batches, official, random_llava
 from eval.parallel.placement import Placement
 from eval.run import read_questions
-from eval.tables import memory as table
+from lab.pages import memory as table
 from llava.errors import UserError
 from llava.model.builder import load, runtime
 from llava.model.checkpoint import files

@@ -13,16 +13,16 @@ from scipy.stats import spearmanr
 
 from eval import benchmarks, cli
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
-from eval.findings import fusion, summary
-from eval.findings import scores as measures
-from eval.findings.fusion import Arm
 from eval.sweep import CachingLlava
+from lab.findings import fusion, summary
+from lab.findings import scores as measures
+from lab.findings.fusion import Arm
+from lab.toy.data.scenes import Thing
+from lab.toy.data.vocabulary import COLOR_NAMES, SHAPES
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.pipeline.generate import generate
 from llava.reduction import registry
-from toy.data.scenes import Thing
-from toy.data.vocabulary import COLOR_NAMES, SHAPES
 
 NAME = "test00000n"
 
@@ -95,7 +95,7 @@ def test_a_picture_that_differs_from_the_drawing_is_refused(tmp_path):
     folder = tmp_path / "gqa" / "data" / "images"
     folder.mkdir(parents=True)
     shutil.copy(DEFAULT_DATA / "gqa" / "data" / "images" / "test00001n.jpg", folder / f"{NAME}.jpg")
-    with pytest.raises(UserError, match=r"test00000n\.jpg is not what toy/data/scenes\.py draws"):
+    with pytest.raises(UserError, match=r"test00000n\.jpg is not what lab/toy/data/scenes\.py draws"):
         measures.redraw(NAME, tmp_path)
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from eval.config import ROOT
-from eval.efficiency import latency, selfcheck
+from eval.efficiency import latency
 from eval.efficiency import measure as measuring
 from eval.efficiency.shapes import SHAPES, narrow
+from lab.bench import selfcheck
 from llava.errors import UserError
 from llava.reduction import ranking
 from tests.pretended import pretended

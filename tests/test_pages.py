@@ -10,7 +10,7 @@ import pytest
 from eval import cli
 from eval.config import ROOT
 from eval.pages import inline_json
-from eval.tables import methods
+from lab.pages import methods
 from llava.reduction import registry
 
 TOY = ROOT / "assets" / "tinyllava"

@@ -22,14 +22,14 @@ from eval.config import ROOT, TOY_BANNER, is_toy
 from eval.papers import figure, gate, render, runs, spec, table
 from eval.papers.cells import Measured, command_of, other_judge, read_cells, shown
 from eval.papers.document import Block, Document, Entry, difference_to, notes_of, places, published_text
-from eval.papers.expense import expense
 from eval.papers.gate import comparable
 from eval.papers.published import Published, Source, load
 from eval.papers.published import Row as PublishedRow
 from eval.papers.sections import needed_text, pooled_loyalty, relative_text
 from eval.parallel import placement
 from eval.results.statistics import accuracy_terms
-from eval.tables.page import csv_text
+from eval.tables import csv_text
+from lab.pages.expense import expense
 from llava.errors import UserError
 from llava.pipeline.generate import generate
 from llava.reduction import registry

@@ -7,10 +7,10 @@ from itertools import product
 import pytest
 import torch
 
-from eval.efficiency import peers
 from eval.efficiency.measure import interval_rank
-from eval.efficiency.peers import compare
 from eval.efficiency.shapes import narrow, random_llava
+from lab.bench import peers
+from lab.bench.peers import compare
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry

@@ -11,10 +11,11 @@ from eval import benchmarks
 from eval.benchmarks import textvqa, vizwiz, vqav2
 from eval.benchmarks.mmvet import COUNT as MMVET
 from eval.config import ROOT
-from eval.papers import expense, published, reproduce
+from eval.papers import published
 from eval.papers.published import AVERAGE, BENCHMARKS, POINTS, load, models
 from eval.papers.spec import find, read
-from eval.tables.memory import expected
+from lab.pages import expense, reproduce
+from lab.pages.memory import expected
 from llava.errors import UserError
 from llava.reduction.registry import names
 

@@ -106,7 +106,7 @@ def test_a_small_tree_and_few_packages_are_enough_for_the_benchmark(tmp_path):
     run = RUN.format(hidden=NOT_NEEDED.split())
     given = os.environ | {"PYTHONPATH": "."}
     shipped = "eval.efficiency.latency --method=consensusdrop --budget=64 --lengths=0 --gate=8 --model=assets/tinyllava"
-    random = "eval.efficiency.growth --methods=consensusdrop --tokens=256 --width=64 --layers=4 --blocks=3"
+    random = "lab.bench.growth --methods=consensusdrop --tokens=256 --width=64 --layers=4 --blocks=3"
     for words, row in ((shipped, "| oracle of consensusdrop |"), (random, "| consensusdrop |")):
         command = [sys.executable, "-c", run, *words.split(), "--repeats=1"]
         done = subprocess.run(command, cwd=tmp_path, env=given, capture_output=True, text=True)

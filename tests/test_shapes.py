@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from eval.efficiency import claims, growth, precision
-from eval.efficiency.claims import PAGE, Check, Claim, answer, ledger, read
 from eval.efficiency.counts import Computed
-from eval.efficiency.growth import exponent, grid, main, model_of
 from eval.efficiency.shapes import SHAPES, narrow, noise_batches, random_llava
+from lab.bench import claims, growth, precision
+from lab.bench.claims import PAGE, Check, Claim, answer, ledger, read
+from lab.bench.growth import exponent, grid, main, model_of
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.model.multimodal_encoder.clip_encoder import encode

@@ -9,11 +9,11 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from eval.config import DEFAULT_MODEL, ROOT
+from lab.toy.export import EXPORTS, export
 from llava import load, reduce
 from llava.pipeline.generate import generate
 from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample
 from llava.reduction import registry
-from toy.export import EXPORTS, export
 
 ASSETS = ROOT / "assets"
 QUESTION = "Is there a pink square in the image?\nAnswer the question using a single word or phrase."
@@ -62,7 +62,7 @@ def test_an_export_writes_every_file_that_is_shipped(stage, tmp_path, monkeypatc
     shipped = ASSETS / STAGES[stage]
     model = AutoModelForImageTextToText.from_pretrained(shipped)
     monkeypatch.setitem(EXPORTS, stage, replace(EXPORTS[stage], text_tower=lambda *_: None))
-    monkeypatch.setattr("toy.export.load_trained", lambda *_: model)
+    monkeypatch.setattr("lab.toy.export.load_trained", lambda *_: model)
     export(stage, tmp_path, Path(DEFAULT_MODEL), tmp_path)
     written = {file.name for file in tmp_path.iterdir()}
     assert written == {file.name for file in shipped.iterdir()} - {"README.md", "text_tower"}

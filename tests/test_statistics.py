@@ -267,7 +267,7 @@ def test_exact_ties_are_rounded_away_from_zero(value, text):
 
 def test_tables_round_by_one_rule():
     from eval.papers.document import number, places
-    from eval.tables.page import csv_numbers, difference_text, interval_text, score_text
+    from eval.tables import csv_numbers, difference_text, interval_text, score_text
 
     assert score_text(statistics.Interval(90.25, 80.25, 93.65)) == "90.3 [80.3, 93.7]"
     assert difference_text(statistics.Comparison(-0.25, -2.25, 0.25, 1)) == "-0.3 [-2.3, +0.3]"

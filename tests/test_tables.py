@@ -14,7 +14,7 @@ from eval.feature_cache import CachingLlava, bytes_of
 from eval.papers import spec
 from eval.papers.runs import changed
 from eval.sweep import Setting, fill, folder_of, is_finished
-from eval.tables.page import insert, markdown
+from eval.tables import insert, markdown
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.pipeline.generate import generate

@@ -11,6 +11,17 @@ from transformers import CLIPConfig, CLIPModel
 
 from eval import benchmarks
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
+from lab.toy.benchmarks.__main__ import size
+from lab.toy.clip import build_clip, patchify, vision_states
+from lab.toy.data import vocabulary
+from lab.toy.data.corpus import Corpus, write_scenes
+from lab.toy.data.formats import INSTRUCT_WORDS
+from lab.toy.data.questions import FAMILIES, ask
+from lab.toy.data.scenes import SEEDS, centred, handwritten_digits, large_scene, scene
+from lab.toy.data.vocabulary import TOY_WORDS, VIDEO_WORDS
+from lab.toy.export import trained_weights
+from lab.toy.stages import Settings, Stage, scene_lines
+from lab.toy.train import train
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.pipeline.generate import generate
@@ -18,17 +29,6 @@ from llava.pipeline.prefill import prefill
 from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample, build_prompt
 from llava.reduction import registry
 from tests.test_model import transformers_inputs
-from toy.benchmarks.__main__ import size
-from toy.clip import build_clip, patchify, vision_states
-from toy.data import vocabulary
-from toy.data.corpus import Corpus, write_scenes
-from toy.data.formats import INSTRUCT_WORDS
-from toy.data.questions import FAMILIES, ask
-from toy.data.scenes import SEEDS, centred, handwritten_digits, large_scene, scene
-from toy.data.vocabulary import TOY_WORDS, VIDEO_WORDS
-from toy.export import trained_weights
-from toy.stages import Settings, Stage, scene_lines
-from toy.train import train
 
 SCENES = [scene("val", index, dense) for index, dense in itertools.product(range(12), (False, True))]
 

@@ -11,7 +11,7 @@ from PIL import Image
 from eval import benchmarks
 from eval.benchmarks.hub import open_table
 from eval.config import ROOT
-from toy.benchmarks import (
+from lab.toy.benchmarks import (
     LINKED,
     STRING,
     choices,
@@ -23,10 +23,10 @@ from toy.benchmarks import (
     write_card,
     write_table,
 )
-from toy.benchmarks.__main__ import main
-from toy.benchmarks.choices import ROUND, ROW_QUALITY
-from toy.data.formats import LETTERS
-from toy.data.vocabulary import COLOR_NAMES, COLORS
+from lab.toy.benchmarks.__main__ import main
+from lab.toy.benchmarks.choices import ROUND, ROW_QUALITY
+from lab.toy.data.formats import LETTERS
+from lab.toy.data.vocabulary import COLOR_NAMES, COLORS
 
 DATA = ROOT / "assets" / "eval"
 

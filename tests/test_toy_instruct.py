@@ -10,14 +10,9 @@ from PIL import Image
 from eval.benchmarks import mmvet
 from eval.benchmarks.llava_files import LETTER, SHORT, VIZ, split_suffix
 from eval.config import ROOT
-from llava.model.builder import load
-from llava.pipeline.generate import generate
-from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample, build_prompt
-from llava.reduction import registry
-from tests.test_toy import described, reader
-from toy.clip import build_clip
-from toy.data import vocabulary
-from toy.data.formats import (
+from lab.toy.clip import build_clip
+from lab.toy.data import vocabulary
+from lab.toy.data.formats import (
     BLIND,
     FORMATS,
     INSTRUCT_WORDS,
@@ -30,11 +25,16 @@ from toy.data.formats import (
     compose,
     lmms_wording,
 )
-from toy.data.scenes import scene
-from toy.data.vocabulary import TOY_WORDS
-from toy.llava import Trainee, build_llava, instruct_table
-from toy.packing import Visuals, accuracy, answer_loss, forward, pack, predict
-from toy.stages import Instruct, format_line, format_lines
+from lab.toy.data.scenes import scene
+from lab.toy.data.vocabulary import TOY_WORDS
+from lab.toy.llava import Trainee, build_llava, instruct_table
+from lab.toy.packing import Visuals, accuracy, answer_loss, forward, pack, predict
+from lab.toy.stages import Instruct, format_line, format_lines
+from llava.model.builder import load
+from llava.pipeline.generate import generate
+from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample, build_prompt
+from llava.reduction import registry
+from tests.test_toy import described, reader
 
 SCENES = [scene("val", index, dense).things for index, dense in itertools.product(range(10), (False, True))]
 LETTERED = ("letters", "several", "parens", "mmstar", "realworld", "context")

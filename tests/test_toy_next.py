@@ -10,10 +10,10 @@ from transformers import AutoTokenizer, CLIPVisionModel, LlavaNextForConditional
 
 from eval import benchmarks
 from eval.config import ROOT
-from toy.benchmarks.gqa_and_videos import LARGE_SPLITS as SPLITS
-from toy.benchmarks.gqa_and_videos import VIDEO_SPLITS
-from toy.clip import build_clip
-from toy.data.corpus import (
+from lab.toy.benchmarks.gqa_and_videos import LARGE_SPLITS as SPLITS
+from lab.toy.benchmarks.gqa_and_videos import VIDEO_SPLITS
+from lab.toy.clip import build_clip
+from lab.toy.data.corpus import (
     FRAME_PATCHES,
     Corpus,
     arrange,
@@ -24,15 +24,15 @@ from toy.data.corpus import (
     tower_states,
     write_pictures,
 )
-from toy.data.questions import FAMILIES, PlainQuestion
-from toy.data.scenes import DENSE_OFFSET, LARGE_SEEDS, large_scene
-from toy.data.scenes import SEEDS as SMALL_SEEDS
-from toy.data.videos import SEEDS as VIDEO_SEEDS
-from toy.data.vocabulary import IMAGE, NEXT_WORDS, TOY_WORDS
-from toy.llava import Trainee, build_llava
-from toy.long_stages import centres, choose_tokens, visuals, whole_sequence
-from toy.packing import forward, pack, predict, question_line, whole
-from toy.stages import scene_lines
+from lab.toy.data.questions import FAMILIES, PlainQuestion
+from lab.toy.data.scenes import DENSE_OFFSET, LARGE_SEEDS, large_scene
+from lab.toy.data.scenes import SEEDS as SMALL_SEEDS
+from lab.toy.data.videos import SEEDS as VIDEO_SEEDS
+from lab.toy.data.vocabulary import IMAGE, NEXT_WORDS, TOY_WORDS
+from lab.toy.llava import Trainee, build_llava
+from lab.toy.long_stages import centres, choose_tokens, visuals, whole_sequence
+from lab.toy.packing import forward, pack, predict, question_line, whole
+from lab.toy.stages import scene_lines
 
 DATA, MODEL = ROOT / "assets" / "eval_next", ROOT / "assets" / "tinyllava_next"
 SCENES = [large_scene("val", index, dense) for index, dense in itertools.product(range(10), (False, True))]

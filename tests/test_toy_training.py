@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 from eval.config import DEFAULT_MODEL, ROOT
+from lab.toy.stages import RECIPES, Settings
+from lab.toy.train import STAGES, train
 from llava.model.builder import load
 from llava.pipeline.generate import generate
 from llava.processing.prompt import Sample
 from llava.processing.video import read_video
 from llava.reduction import registry
-from toy.stages import RECIPES, Settings
-from toy.train import STAGES, train
 
 RECORD = json.loads((Path(__file__).parent / "data" / "toy_losses.json").read_text())["stages"]
 # Relative. Kernels of other processors round differently, and training enlarges it: with AVX2 in place of AVX512 and

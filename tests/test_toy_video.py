@@ -9,19 +9,19 @@ from transformers import VideoLlavaForConditionalGeneration
 
 from eval import benchmarks
 from eval.config import ROOT
+from lab.toy.benchmarks.gqa_and_videos import VIDEO_SPLITS as SPLITS
+from lab.toy.benchmarks.gqa_and_videos import video_questions
+from lab.toy.clip import build_clip
+from lab.toy.data import vocabulary
+from lab.toy.data.corpus import FRAME_TOKENS, RUN, Corpus, tower_states, write_videos
+from lab.toy.data.questions import PlainQuestion
+from lab.toy.data.videos import FAMILIES, SEEN, VIDEO_SIDE, ask_video, draw_video, plan_video
+from lab.toy.data.vocabulary import COLOR_NAMES, SHAPES, VIDEO_WORDS
+from lab.toy.llava import Trainee, crop_tower
+from lab.toy.long_stages import choose_frame_tokens, frame_tokens, visuals
+from lab.toy.packing import forward, pack, predict, question_line, whole
 from llava.processing.image import ImageProcessor
 from llava.processing.video import VideoProcessor, frame_indices, read_video
-from toy.benchmarks.gqa_and_videos import VIDEO_SPLITS as SPLITS
-from toy.benchmarks.gqa_and_videos import video_questions
-from toy.clip import build_clip
-from toy.data import vocabulary
-from toy.data.corpus import FRAME_TOKENS, RUN, Corpus, tower_states, write_videos
-from toy.data.questions import PlainQuestion
-from toy.data.videos import FAMILIES, SEEN, VIDEO_SIDE, ask_video, draw_video, plan_video
-from toy.data.vocabulary import COLOR_NAMES, SHAPES, VIDEO_WORDS
-from toy.llava import Trainee, crop_tower
-from toy.long_stages import choose_frame_tokens, frame_tokens, visuals
-from toy.packing import forward, pack, predict, question_line, whole
 
 WHOLE = frame_tokens(np.arange(RUN))
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from eval.config import FULL
 from eval.efficiency.measure import FEWEST, PARTS, SCENARIOS
 from eval.results.statistics import plural
-from eval.tables.page import markdown
+from eval.tables import markdown
 from llava.errors import UserError
 
 FAILED = "†"  # below the accuracy gate

@@ -26,7 +26,7 @@ from eval.command import exit_on_user_error, make_parser, value
 from eval.config import FULL, TOY_BANNER, changed_options, is_toy, path_name
 from eval.pages import asset, environment, inline_json
 from eval.results.report import interval_of, operations_of
-from eval.tables.page import BRIGHT
+from eval.tables import BRIGHT
 from llava.budget import RETENTION_RATIO, budget_text
 from llava.errors import UserError
 

@@ -22,7 +22,7 @@ from eval.results import report
 from eval.results.statistics import terms_of
 from eval.statistics.answers import Normalise, plain, sample_scores
 from eval.sweep import dataset
-from eval.tables.page import interval_text
+from eval.tables import interval_text
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
 from llava.places import CHECKOUT, WORK

@@ -18,7 +18,7 @@ from eval.papers.runs import RunTarget, described
 from eval.papers.spec import Budget, Column, Place, Table
 from eval.results.report import circumstances
 from eval.results.statistics import rounded
-from eval.tables.page import interval_text
+from eval.tables import interval_text
 
 INSTEAD = "These data do not give the paper's metric"
 MARK = "‡"

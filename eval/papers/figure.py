@@ -13,7 +13,7 @@ from eval.figures.overlay import beside, draw_answer
 from eval.papers.runs import RowAtBudget, RunTarget, split_of
 from eval.papers.spec import Column
 from eval.sweep import dataset, reducer_of
-from eval.tables.page import BRIGHT, MARKERS
+from eval.tables import BRIGHT, MARKERS
 from llava.model.llava_arch import Llava
 from llava.pipeline.generate import generate
 

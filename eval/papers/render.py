@@ -19,7 +19,7 @@ from eval.pages import asset, environment
 from eval.papers.document import INSTEAD, MARK, Block, Document, Entry, difference_to, ours_text, published_text
 from eval.papers.reported import MARKS, Reported, bibliography
 from eval.results.statistics import rounded
-from eval.tables.page import csv_numbers, csv_text, markdown
+from eval.tables import csv_numbers, csv_text, markdown
 
 # -- Markdown -------------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from eval.results.statistics import (
 )
 from eval.statistics.answers import hard_questions, same_answers
 from eval.statistics.relative import Scores, relative_mean, tokens_needed
-from eval.tables.page import csv_numbers, difference_text, score_text
+from eval.tables import csv_numbers, difference_text, score_text
 from llava.errors import UserError
 
 Times = Mapping[int, Time]

@@ -25,7 +25,7 @@ from eval.papers import published, reported, spec
 from eval.papers.reported import Reported
 from eval.papers.spec import Table
 from eval.parallel import placement
-from eval.tables.page import insert, markdown, write_csv
+from eval.tables import insert, markdown, write_csv
 from eval.tracking import has_key, resolve_mode
 from eval.tracking.table_run import log_table_run
 from llava.errors import UserError

@@ -31,7 +31,7 @@ from eval.results.report import circumstances
 from eval.results.statistics import Interval, interval, p_text, rounded, terms_of
 from eval.statistics.answers import accuracy_on, hard_questions, loyalty, plain, sample_scores
 from eval.statistics.relative import LEVEL, SHARE, tokens_needed
-from eval.tables.page import markdown, score_text
+from eval.tables import markdown, score_text
 from llava.budget import RETENTION_RATIO
 from llava.errors import UserError
 

@@ -5,4 +5,4 @@
 # Usage: bash scripts/attnmix/alignment.sh [--page] [--pictures N]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
-python -m eval.findings.command attnmix "$@"
+python -m lab.findings.command attnmix "$@"

@@ -38,7 +38,7 @@ measure() {
 echo '# The GPU table' > "$out/README.md"
 if [ "$call" = first ]; then
   rm -f "$out/selfcheck.md"
-  timeout --foreground 120 python -m eval.efficiency.selfcheck --markdown "$out/selfcheck.md" || failed=$?
+  timeout --foreground 120 python -m lab.bench.selfcheck --markdown "$out/selfcheck.md" || failed=$?
 fi
 [ ! -f "$out/selfcheck.md" ] || { printf '\n## The device beside the CPU\n\n'; cat "$out/selfcheck.md"; } >> "$out/README.md"
 [ $failed = 0 ] || exit $failed

@@ -12,12 +12,12 @@ case "${1:-}" in -h | --help) sed -n '2,9p' "${BASH_SOURCE[0]}" | cut -c3-; exit
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 methods=${METHODS:-full,consensusdrop,visiondrop,fastv,pyramiddrop,sparsevlm}
 result=results/bench/peers/stock.json
-ours="python -m eval.efficiency.peers ours --method $methods --budget ${BUDGET:-64}"
+ours="python -m lab.bench.peers ours --method $methods --budget ${BUDGET:-64}"
 for method in fastv pyramiddrop sparsevlm; do # with few decoder layers a mean of 64 is out of their reach
   case ",$methods," in *",$method,"*) ours+=" --set $method.schedule=kept" ;; esac
 done
-theirs="python -m eval.efficiency.peers stock --attentions"
+theirs="python -m lab.bench.peers stock --attentions"
 if [ $# -gt 0 ]; then ours+=$(printf ' %q' "$@") theirs+=$(printf ' %q' "$@"); fi
-python -m eval.efficiency.peers measure --name stock --json "$result" \
+python -m lab.bench.peers measure --name stock --json "$result" \
   --worker "$ours" --worker "$theirs" --rounds "${ROUNDS:-7}" --threads "${THREADS:-2}"
-case "$methods" in *,*) second=${methods#*,} && python -m eval.efficiency.peers table "$result" --beside "${second%%,*}" ;; esac
+case "$methods" in *,*) second=${methods#*,} && python -m lab.bench.peers table "$result" --beside "${second%%,*}" ;; esac

@@ -5,4 +5,4 @@
 # Usage: bash scripts/consensusdrop/fusion_gain.sh [--page] [--pictures N]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
-python -m eval.findings.command consensusdrop "$@"
+python -m lab.findings.command consensusdrop "$@"

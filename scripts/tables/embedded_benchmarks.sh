@@ -4,7 +4,7 @@
 # Usage: bash scripts/tables/embedded_benchmarks.sh
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
-python -c 'from eval.tables.benchmarks import reported; print(*(b.name for b in reported()), sep="\n")' | while read -r name; do
+python -c 'from lab.pages.benchmarks import reported; print(*(b.name for b in reported()), sep="\n")' | while read -r name; do
   case $name in
   *_qa) budget=136 ;;
   *) budget=64 ;;
@@ -15,4 +15,4 @@ python -c 'from eval.tables.benchmarks import reported; print(*(b.name for b in 
       --output "results/benchmarks/$name/$method" "$@" </dev/null
   done
 done
-python -m eval.tables.benchmarks scores
+python -m lab.pages.benchmarks scores

@@ -23,7 +23,7 @@ setup() {
 # train STAGE: trains a stage that is not finished.
 train() {
   [ -f "$folder/$1.pt" ] && return
-  python -m toy.train "$1" --folder "$folder" $quick
+  python -m lab.toy.train "$1" --folder "$folder" $quick
 }
 
 # measure MODEL ARGUMENTS: the accuracy of the exported checkpoint with all visual tokens; arguments of python -m eval.

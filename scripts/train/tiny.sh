@@ -9,6 +9,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 setup runs/tiny "$@"
 train vision
 train language
-[ -n "$quick" ] || python -m toy.benchmarks --output "$assets/eval" --only gqa
-python -m toy.export language --folder "$folder" --output "$assets/tinyllava"
+[ -n "$quick" ] || python -m lab.toy.benchmarks --output "$assets/eval" --only gqa
+python -m lab.toy.export language --folder "$folder" --output "$assets/tinyllava"
 measure tinyllava --benchmark gqa

@@ -8,5 +8,5 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 setup runs/instruct "$@"
 train instruct
-python -m toy.export instruct --folder "$folder" --output "$assets/tinyllava_instruct"
+python -m lab.toy.export instruct --folder "$folder" --output "$assets/tinyllava_instruct"
 measure tinyllava_instruct --benchmark gqa

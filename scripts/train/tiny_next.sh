@@ -9,6 +9,6 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 setup runs/next "$@"
 train next
-[ -n "$quick" ] || python -m toy.benchmarks --output "$assets/eval_next" --only large_gqa
-python -m toy.export next --folder "$folder" --output "$assets/tinyllava_next"
+[ -n "$quick" ] || python -m lab.toy.benchmarks --output "$assets/eval_next" --only large_gqa
+python -m lab.toy.export next --folder "$folder" --output "$assets/tinyllava_next"
 measure tinyllava_next --benchmark gqa --data assets/eval_next

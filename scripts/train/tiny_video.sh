@@ -9,6 +9,6 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 setup runs/video "$@"
 train video
-[ -n "$quick" ] || python -m toy.benchmarks --output "$assets/eval_video" --only video_qa
-python -m toy.export video --folder "$folder" --output "$assets/tinyllava_video"
+[ -n "$quick" ] || python -m lab.toy.benchmarks --output "$assets/eval_video" --only video_qa
+python -m lab.toy.export video --folder "$folder" --output "$assets/tinyllava_video"
 measure tinyllava_video --benchmark video_qa --data assets/eval_video

@@ -5,4 +5,4 @@
 # Usage: bash scripts/visiondrop/misalignment.sh [--page] [--pictures N]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
-python -m eval.findings.command visiondrop "$@"
+python -m lab.findings.command visiondrop "$@"

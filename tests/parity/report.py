@@ -6,7 +6,7 @@ python -m tests.parity.report
 import sys
 
 from eval.config import ROOT
-from eval.tables.page import insert
+from eval.tables import insert
 from tests.parity.harness import Agreement, check, recording, recordings
 
 PAGE = ROOT / "docs" / "parity.md"

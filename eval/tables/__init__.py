@@ -1,1 +1,0 @@
-"""One module per table of the documentation; `scripts/tables/` runs them."""

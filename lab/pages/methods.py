@@ -1,0 +1,155 @@
+"""Write the tables of methods of docs/methods.md and docs/models/families.md from the metadata of the methods.
+
+python -m lab.pages.methods
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from textwrap import fill
+
+from eval.command import exit_on_user_error, make_parser
+from eval.tables import insert, left_aligned, markdown
+from llava.errors import UserError
+from llava.hf.reduce import support
+from llava.places import WORK, check_checkout
+from llava.reduction import budget as crops
+from llava.reduction import registry
+from llava.reduction.reducer import options_of
+from llava.reduction.token_layout import ModelSpec, PatchGrid
+
+PAGE = WORK / "docs" / "methods.md"
+FAMILIES = WORK / "docs" / "models" / "families.md"
+README = WORK / "README.md"
+LLAVA_15_7B = ModelSpec(576, 32, PatchGrid(24, 24), tower_blocks=24, has_text_tower=True)
+BUDGETS = (192, 128, 64)
+# The papers' convention: a base image and four tiles of 576 patches each, neither unpadding nor newline tokens.
+CROP = PatchGrid(24, 24)
+LLAVA_NEXT_7B = replace(LLAVA_15_7B, visual_tokens=2880, layout=replace(CROP, crops=5), crops=(CROP,) * 5)
+NEXT_BUDGETS = (640, 320, 160)
+
+
+def source_of(name: str) -> str:
+    """The method's name, linked to its file."""
+    path = Path(*registry.method(name).__module__.split(".")).with_suffix(".py")
+    return f"[`{name}`](../{path})"
+
+
+def in_groups(tokens_per_layer: tuple[int, ...]) -> str:
+    """Equal neighbouring layers together: "576 ×2, 166 ×30"."""
+    parts = [(count, len(list(group))) for count, group in groupby(tokens_per_layer)]
+    return ", ".join(f"{count} ×{layers}" for count, layers in parts)
+
+
+def budget_cell(name: str, budget: int, facts: ModelSpec = LLAVA_15_7B) -> str:
+    """Visual tokens per decoder layer at this budget, and their mean."""
+    try:
+        reducer = registry.build(name, budget)
+        crops.require(reducer, facts)
+        planned = crops.planned(reducer, facts)
+    except UserError:
+        return "n/a"
+    if planned is None:
+        return "by image"
+    mean = sum(planned) / len(planned)
+    return f"{mean:g}" if len(set(planned)) == 1 else f"{in_groups(planned)} = {mean:.1f}"
+
+
+def table() -> str:
+    """One row per method, from its metadata."""
+    rows = []
+    for name in registry.names():
+        about = registry.method(name).metadata
+        positions = registry.build(name, BUDGETS[0]).positions
+        unusual = ([] if about.order == "raster" else [about.order]) + [positions] * (positions != "renumber")
+        paper = f"[{about.paper}]({about.url})" if about.paper else "control"
+        rest = "; ".join([about.rest, *unusual])
+        row = [source_of(name), about.acts, about.score or "–", rest, about.needs or "–", paper, about.code or "–"]
+        rows.append(row)
+    head = ["method", "acts", "score", "other tokens; order and positions if unusual", "needs", "paper"]
+    return left_aligned(markdown([*head, "official code read"], rows))
+
+
+def budgets() -> str:
+    """Tokens per layer of the methods that do not have the budget in every layer, on LLaVA-1.5-7B and LLaVA-NeXT-7B."""
+    rows = []
+    for name in registry.names():
+        cells = [budget_cell(name, budget) for budget in BUDGETS]
+        cells += [budget_cell(name, budget, LLAVA_NEXT_7B) for budget in NEXT_BUDGETS]
+        if name != "full" and cells != [f"{budget}" for budget in (*BUDGETS, *NEXT_BUDGETS)]:
+            rows.append([f"`{name}`", *cells])
+    return markdown(["method", *map(str, BUDGETS), *(f"{budget} (NeXT)" for budget in NEXT_BUDGETS)], rows)
+
+
+def splits() -> str:
+    """How every method splits its budget over tiles: the default, and in brackets the other choices."""
+    ways: dict[str, list[str]] = {}
+    for name in registry.names():
+        if name != "full":
+            known = options_of(registry.method(name))["crops"]
+            others = [choice for choice in known.metadata["choices"] if choice != known.default]
+            way = f"`{known.default}`" + (f" ({', '.join(others)})" if others else "")
+            ways.setdefault(way, []).append(f"`{name}`")
+    return "\n".join(f"* {way}: {' '.join(names)}" for way, names in sorted(ways.items()))
+
+
+def known_deviations() -> str:
+    """Where a method departs from the contract tests, as its class says."""
+    lines = []
+    for name in registry.names():
+        parts = []
+        for kind, reason in registry.method(name).known_deviations.items():
+            kind, _, options = kind.partition(" with ")
+            parts.append(f"{kind}{f' with `{options}`' if options else ''} ({reason})")
+        lines += [f"* `{name}`: {'; '.join(parts)}"] if parts else []
+    return "\n".join(lines)
+
+
+def families() -> str:
+    """One row per method, one column per family: a letter where `llava.reduce` refuses, and what the letters mean."""
+    table, reasons = support(), dict[str, str]()
+    rows = []
+    for name in registry.names():
+        row = [f"`{name}`"]
+        for family, methods in table.items():
+            # The same reason for all methods and families.
+            why = methods[name].replace(name, "the method").replace(family, "the family")
+            row.append(reasons.setdefault(why, chr(ord("a") + len(reasons))) if why else "")
+        rows.append(row)
+    notes = [f"* **{letter}**: {why[0].upper()}{why[1:]}" for why, letter in reasons.items()]
+    return "\n".join([markdown(["method", *table], rows), "", *notes])
+
+
+def write_readme() -> None:
+    """The number of methods and their names in README.md."""
+    names = registry.names()
+    controls = [name for name in names if not registry.method(name).metadata.paper]
+    listed = [f"`{name}`" for name in names if name not in controls]
+    text = f"{' '.join(listed)}, and the controls {' '.join(f'`{name}`' for name in controls)}."
+    start = rf"**{len(names)} [methods](docs/methods.md)** (where each acts, its score, what it needs, paper, "
+    paragraph = fill(f"{start}official code, tokens per layer): {text}", 175, break_on_hyphens=False)
+    page = README.read_text()
+    README.write_text(re.sub(r"^\*\*\d+ \[methods\].*?\n\n", paragraph + "\n\n", page, flags=re.DOTALL | re.MULTILINE))
+
+
+@exit_on_user_error
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = make_parser("lab.pages.methods", __doc__)
+    parser.parse_args(arguments)
+    check_checkout(parser.prog)
+    insert(PAGE, "methods", table())
+    insert(PAGE, "budgets", budgets())
+    insert(PAGE, "known deviations", known_deviations())
+    insert(PAGE, "crops", splits())
+    insert(FAMILIES, "families", families())
+    write_readme()
+    print(f"Tables are in {PAGE.relative_to(WORK)}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
