@@ -33,7 +33,8 @@ def test_every_module_that_users_start_has_a_command():
     workers = {"eval.parallel.worker"}
     started = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for path in (ROOT / "eval").rglob("*.py")
+        for folder in ("eval", "lab/bench", "lab/findings", "lab/pages")
+        for path in (ROOT / folder).rglob("*.py")
         if '__name__ == "__main__"' in path.read_text() and "def main(" in path.read_text()
     }
     assert started - {"eval.cli"} - workers == {

@@ -50,6 +50,7 @@ def toy_path(name: str) -> Path:
 
 def where_of(table: Table, args: argparse.Namespace) -> "RunTarget":
     """The model and data: the paper's if the user names data or a model, the toy ones otherwise."""
+    from eval.papers.runs import RunTarget
 
     bundled = args.model is None and args.data is None
     place = table.toy if bundled else table.real
@@ -343,6 +344,7 @@ def added_rows(table: Table, args: argparse.Namespace) -> list[Reported]:
 def published_only(table: Table, added: Sequence[Reported], args: argparse.Namespace) -> int:
     """Write what sources report; returns the exit code."""
     from eval.papers.document import reported_document
+    from eval.papers.runs import RunTarget
 
     usual = parser().parse_args([args.table])
     asking = (
