@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from eval import benchmarks, cli
 from eval.config import ROOT
 from scripts.dev.wheel import INSTALLED
 
@@ -130,6 +131,13 @@ def test_every_command_says_in_an_empty_folder_what_it_needs(wheel, tmp_path):
     for (command, part), (code, out, said) in zip(SENTENCES.items(), found[len(RIGHT) :], strict=True):
         assert code == 2 and part in said and said.count("\n") == 1 and not out, f"{command}: {code} {out} {said}"
     assert files(wheel) == before and not list(tmp_path.iterdir()), "nothing is written"
+
+
+def test_the_toy_wheel_holds_the_models_that_its_data_are_asked_of():
+    """`vtr eval --benchmark pope` found its questions there, and not its model."""
+    toy = tomllib.loads((ROOT / "assets" / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    asked = {benchmarks.get(name).model for name in benchmarks.names()} - {"tinyllava_video"}  # videos are left out
+    assert set(*toy.values()) == {"eval/**", *(f"{model}/**" for model in asked)}
 
 
 def test_the_toy_wheel_is_found_and_results_go_below_the_current_folder(wheel, tmp_path):

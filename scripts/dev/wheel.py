@@ -125,12 +125,18 @@ class Trial:
 
 
 def build(folder: Path, python: str) -> list[Path]:
-    """The wheel, made from the source distribution, and the toy wheel, likewise."""
-    shutil.rmtree(folder / "dist", ignore_errors=True)
+    """The wheel, made from the source distribution, and the toy wheel, likewise; of the files in git's index.
+
+    A build writes beside its source, so two trials at a time in one checkout took each other's files away.
+    """
+    source = folder / "source"
+    for old in (source, folder / "dist"):
+        shutil.rmtree(old, ignore_errors=True)
+    subprocess.run(["git", "checkout-index", "--all", f"--prefix={source}/"], cwd=ROOT, check=True)
     subprocess.run([python, "-m", "venv", "--clear", folder / "build"], check=True)
     builder = folder / "build" / "bin" / "python"
     subprocess.run([builder, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "build"], check=True)
-    for project in (ROOT, ROOT / "assets"):
+    for project in (source, source / "assets"):
         command = [builder, "-m", "build", "--outdir", folder / "dist", project]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return [next((folder / "dist").glob(f"{name}-[0-9]*.whl")) for name in (MAIN, TOY)]
