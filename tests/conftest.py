@@ -58,7 +58,7 @@ def tiny(tiny_path) -> Llava:
     return load(tiny_path, device="cpu")
 
 
-def picture(seed: int, size: tuple[int, int] = (60, 44)) -> Image.Image:
+def drawn_image(seed: int, size: tuple[int, int] = (60, 44)) -> Image.Image:
     noise = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     return Image.fromarray(noise)
 
@@ -70,7 +70,7 @@ def samples(count: int = 5, text_only: tuple[int, ...] = (3,)) -> list[Sample]:
             id=f"q{i}",
             question=QUESTIONS[i % len(QUESTIONS)],
             suffix=SHORT if i % 2 == 0 else "",
-            image=None if i in text_only else picture(i),
+            image=None if i in text_only else drawn_image(i),
         )
         for i in range(count)
     ]

@@ -26,7 +26,7 @@ from llava.pipeline.prefill import prefill
 from llava.processing.prompt import Sample
 from llava.reduction import registry
 from llava.reduction.reducer import Reducer
-from tests.conftest import QUESTIONS, picture
+from tests.conftest import QUESTIONS, drawn_image
 from tests.tiny_checkpoints import save_transformers_layout
 
 FILE = Path(__file__).parent / "data" / "golden.json"
@@ -53,7 +53,7 @@ def kept(model: Llava, name: str, budget: int, options: dict[str, str]) -> list[
         reducer.check(model.spec)
     except UserError:
         return None
-    batch = [Sample(f"g{i}", QUESTIONS[i % len(QUESTIONS)], image=picture(1000 + i)) for i in range(CASES)]
+    batch = [Sample(f"g{i}", QUESTIONS[i % len(QUESTIONS)], image=drawn_image(1000 + i)) for i in range(CASES)]
     _, record = prefill(model, batch, reducer)
     return [[step.reduction.kept[0].tolist() for step in steps] for steps in record.steps]
 

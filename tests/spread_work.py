@@ -23,7 +23,7 @@ from llava.pipeline.generate import generate
 from llava.pipeline.prefill import prefill
 from llava.processing.prompt import Sample
 from llava.reduction.registry import build
-from tests.conftest import QUESTIONS, picture
+from tests.conftest import QUESTIONS, drawn_image
 from tests.tiny_checkpoints import make_tiny_llava, save_original_layout, save_transformers_layout
 from tests.tiny_checkpoints_families import (
     make_tiny_next,
@@ -76,7 +76,7 @@ class Answered:
 def answer(model: Llava, name: str, budget: int, options: dict[str, Any]) -> Answered:
     reducer = build(name, budget, options)
     asked = [
-        Sample(id=f"q{number}", question=question, image=picture(number, (330, 260)))
+        Sample(id=f"q{number}", question=question, image=drawn_image(number, (330, 260)))
         for number, question in enumerate(QUESTIONS[:2])
     ]
     with torch.inference_mode():
@@ -244,7 +244,7 @@ def repeated(folder: Path, rounds: int = 50) -> tuple[list[int], list[bool], lis
     modules, complete, held = [], [], []
     for number in range(rounds):
         name = ("consensusdrop", "fastv", "full")[number % 3]
-        asked = [Sample(id="q", question=QUESTIONS[0], image=picture(0))]
+        asked = [Sample(id="q", question=QUESTIONS[0], image=drawn_image(0))]
         generate(model, asked, build(name, 16 if name == "full" else 10, METHODS[name]), max_new_tokens=3)
         modules.append(len(coordinator._PartitionedParameterCoordinator__submodule_order))
         complete.append(coordinator.is_complete_trace())

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from tests.conftest import picture
+from tests.conftest import drawn_image
 from tests.tiny_checkpoints import make_tiny_llava, make_tokenizer
 from tests.tiny_checkpoints_families import (
     FRAMES,
@@ -67,7 +67,7 @@ class Stock:
     def batch(self, texts: Sequence[str] = TEXTS, sizes: Sequence[tuple[int, int]] = SIZES) -> Inputs:
         """The four prompts, padded on the left."""
         count = sum(text.count("<image>") for text in texts)
-        return self.prepare(texts, [picture(seed, size) for seed, size in enumerate(sizes[:count])])
+        return self.prepare(texts, [drawn_image(seed, size) for seed, size in enumerate(sizes[:count])])
 
     def text_tokens(self, inputs: Inputs) -> list[int]:
         """The number of tokens of every row that are neither padding nor image tokens."""

@@ -17,7 +17,7 @@ from eval.feature_cache import CachingLlava
 from eval.run import prepare, run
 from eval.sweep import fill
 from llava.model.builder import load
-from tests.conftest import picture
+from tests.conftest import drawn_image
 
 COUNT = 40
 
@@ -72,7 +72,7 @@ class Counting(Folder):
 @pytest.fixture
 def job(tmp_path):
     for number in range(4):
-        picture(number).save(tmp_path / f"{number}.png")
+        drawn_image(number).save(tmp_path / f"{number}.png")
     (tmp_path / "2.png").write_bytes(b"no image")
     pictures = Counting(tmp_path)
     object.__setattr__(pictures, "opened", [])
@@ -226,8 +226,8 @@ def test_a_batch_that_does_not_fit_gives_the_remembered_images_back(toy, tmp_pat
 
 def test_views_made_ahead_are_those_of_the_model(toy):
     model = CachingLlava(toy)
-    image = picture(1)
+    image = drawn_image(1)
     own = toy.views(image)
     model.ready_views = {id(image): (image, (own[0] + 1, own[1]))}
     assert (model.views(image)[0] == own[0] + 1).all()
-    assert (model.views(picture(1))[0] == own[0]).all()
+    assert (model.views(drawn_image(1))[0] == own[0]).all()

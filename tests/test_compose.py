@@ -21,7 +21,7 @@ from llava.reduction import DecoderState, ModelSpec, PatchGrid, compose, registr
 from llava.reduction.budget import planned, require
 from llava.reduction.token_layout import spec_of
 from tests import contract
-from tests.conftest import QUESTIONS, picture, samples
+from tests.conftest import QUESTIONS, drawn_image, samples
 from tests.tiny_checkpoints_families import make_tiny_next, make_tiny_video, save_next_transformers
 
 LLAVA_7B = ModelSpec(576, 32, PatchGrid(24, 24), tower_blocks=24)
@@ -118,7 +118,7 @@ def tiled(tmp_path_factory):
 @pytest.mark.parametrize("name", ["fastervlm+pyramiddrop", "hired+pyramiddrop"])  # HiRED splits by scores of its own
 def test_tiles_and_frames_share_what_the_first_method_leaves(name, tiled):
     """Every tile was given its part of the whole budget; the second method sees the tokens of all tiles together."""
-    pictures = picture(0, (112, 112)), Video(tuple(picture(frame) for frame in range(8)))
+    pictures = drawn_image(0, (112, 112)), Video(tuple(drawn_image(frame) for frame in range(8)))
     options = [{}, {"newlines": "keep"}, {"crops": "global"}, {"retention_ratio": 0.2}]
     for model, image in zip(tiled, pictures, strict=True):
         sample, layout = Sample("q", QUESTIONS[0], image=image), model.views(image)[1]

@@ -26,7 +26,7 @@ from llava.processing.prompt import Sample
 from llava.reduction import registry
 from llava.reduction.token_layout import ModelSpec, PatchGrid, spec_of, stitched
 from tests.browser import DESKTOP, PHONE, needs_browser, opened, overflow
-from tests.conftest import QUESTIONS, picture
+from tests.conftest import QUESTIONS, drawn_image
 
 SEVERAL_TILES = spec_of(ModelSpec(576, 32, PatchGrid(24, 24), 24, True, True), stitched((2, 2), (24, 24)))
 
@@ -36,7 +36,7 @@ SEVERAL_TILES = spec_of(ModelSpec(576, 32, PatchGrid(24, 24), 24, True, True), s
 @pytest.mark.browser
 @pytest.mark.parametrize("method", ["consensusdrop", "random", "visiondrop"])
 def test_both_answers_are_those_of_the_pipeline(tiny, method):
-    image = picture(1)
+    image = drawn_image(1)
     found = answer_beside_full(tiny, image, f"  {QUESTIONS[0]}\n", method, 8)
     for side, name, budget in ((found.full, "full", 16), (found.reduced, method, 8)):
         sample = Sample("demo", QUESTIONS[0], SHORT, image)
@@ -59,11 +59,11 @@ def test_times_are_taken_in_turns_after_both_have_answered(tiny, monkeypatch):
         return generate(model, samples, reducer, max_new_tokens)
 
     monkeypatch.setattr(demo_page, "generate", spy)
-    found = answer_beside_full(tiny, picture(1), QUESTIONS[0], "random", 8)
+    found = answer_beside_full(tiny, drawn_image(1), QUESTIONS[0], "random", 8)
     assert calls == [("full", 128), ("random", 128), *[("full", 1), ("random", 1)] * 3]
     for side in (found.full, found.reduced):
         assert len(side.ttft_ms) == 3 and min(side.ttft_ms) > 0
-    answer_beside_full(tiny, picture(1), QUESTIONS[0], "random", 8, short=False, repeats=1)
+    answer_beside_full(tiny, drawn_image(1), QUESTIONS[0], "random", 8, short=False, repeats=1)
     assert asked == {QUESTIONS[0], f"{QUESTIONS[0]}\n{SHORT}"}, "short answers only if wanted"
 
 
@@ -78,7 +78,7 @@ def test_times_are_taken_in_turns_after_both_have_answered(tiny, monkeypatch):
 )
 def test_mistakes_are_one_sentence(tiny, question, method, budget, expected):
     with pytest.raises(UserError, match=expected):
-        answer_beside_full(tiny, picture(1), question, method, budget)
+        answer_beside_full(tiny, drawn_image(1), question, method, budget)
 
 
 @pytest.mark.parametrize("spec", [None, ModelSpec(576, 32, PatchGrid(24, 24), 24), SEVERAL_TILES])
@@ -100,7 +100,7 @@ def test_every_method_answers_at_every_budget_or_something_on_the_page_does(tiny
 
 def test_options_are_those_of_set(tiny, monkeypatch):
     monkeypatch.setattr(demo_page, "MAX_NEW_TOKENS", 1)
-    found = answer_beside_full(tiny, picture(1), "a?", "fastv", 1, repeats=1, options=" schedule=kept\nfastv.layer=3 ")
+    found = answer_beside_full(tiny, drawn_image(1), "a?", "fastv", 1, repeats=1, options=" schedule=kept\nfastv.layer=3 ")
     assert found.reduced.answer.accounting.tokens_per_layer == (16, 16, 16, 1)
     for options, sentence in (
         ("schedule", "should look like"),
@@ -108,7 +108,7 @@ def test_options_are_those_of_set(tiny, monkeypatch):
         ("layr=1", "Did you mean 'layer'"),
     ):
         with pytest.raises(UserError, match=sentence):
-            answer_beside_full(tiny, picture(1), "a?", "fastv", 8, options=options)
+            answer_beside_full(tiny, drawn_image(1), "a?", "fastv", 8, options=options)
     listed = demo_page.options_table("divprune+fastv")
     assert "`fastv.schedule=mean`: " in listed and "(mean, kept)" in listed and "retention" not in listed
 
@@ -116,7 +116,7 @@ def test_options_are_those_of_set(tiny, monkeypatch):
 def test_tokens_on_padding_are_in_the_table(tiny, monkeypatch):
     monkeypatch.setattr(demo_page, "MAX_NEW_TOKENS", 1)
     for size, there in (((60, 20), True), ((60, 60), False)):
-        compared = answer_beside_full(tiny, picture(1, size), "a?", "random", 8, repeats=1)
+        compared = answer_beside_full(tiny, drawn_image(1, size), "a?", "random", 8, repeats=1)
         assert ("of them on padding" in demo_page.table(compared, tiny)) == there
         assert compared.full.answer.accounting.on_padding == 8 * there
         assert compared.full.overlay.width == compared.full.overlay.height
@@ -127,7 +127,7 @@ def phone_picture(tmp_path) -> Path:
     """60 x 44 pixels for a person, stored on its side."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
-    picture(1).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "phone.jpg", exif=exif)
+    drawn_image(1).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "phone.jpg", exif=exif)
     return tmp_path / "phone.jpg"
 
 
@@ -159,7 +159,7 @@ def test_too_little_memory_is_one_sentence(tiny, monkeypatch, error):
 
     monkeypatch.setattr(demo_page, "generate", full)
     with pytest.raises(UserError, match="does not fit into the memory of cpu"):
-        answer_beside_full(tiny, picture(1), "a?", "random", 8)
+        answer_beside_full(tiny, drawn_image(1), "a?", "random", 8)
 
 
 @pytest.mark.browser

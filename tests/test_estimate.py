@@ -28,7 +28,7 @@ from llava.reduction import registry
 from llava.reduction.budget import require
 from tests.allocations import metered_peak, peak_bytes
 from tests.checkpoint_files import SAVERS
-from tests.conftest import picture, samples
+from tests.conftest import drawn_image, samples
 from tests.tiny_checkpoints import make_tiny_llava, save_transformers_layout
 from tests.tiny_checkpoints_families import (
     make_tiny_next,
@@ -111,9 +111,9 @@ def test_cache_and_operations_are_those_of_the_run(tmp_path, family, name, budge
     real = load(tmp_path, device="cpu")
     batch = samples(4)
     if family == "video":
-        batch[0] = replace(batch[0], image=Video(tuple(picture(frame, (70, 50)) for frame in range(8))))
+        batch[0] = replace(batch[0], image=Video(tuple(drawn_image(frame, (70, 50)) for frame in range(8))))
     if family in ("next", "qwen"):
-        batch[1] = replace(batch[1], image=picture(9, (160, 60)))
+        batch[1] = replace(batch[1], image=drawn_image(9, (160, 60)))
     by_kept = {"schedule": "kept"} if name in ("fastv", "pyramiddrop") else {}
     reducer = registry.build(name, real.visual_tokens if name == "full" else budget, by_kept)
     answered = generate(real, batch, reducer, max_new_tokens=3)
@@ -141,7 +141,7 @@ def expected_bytes(model, reducer, asked, itemsize: int, new_tokens: int) -> int
 def test_memory_of_the_toy_model_is_near_what_its_allocator_counts(name, budget):
     """For the tower's peak (few tokens kept), the decoder's (all kept) and the cache's. Its room was left out."""
     model = load(device="cpu")
-    batch = [replace(sample, image=picture(i, (300, 200)), image_ids=()) for i, sample in enumerate(samples(6, ()))]
+    batch = [replace(sample, image=drawn_image(i, (300, 200)), image_ids=()) for i, sample in enumerate(samples(6, ()))]
     reducer = registry.build(name, budget or model.visual_tokens)
     answer = partial(generate, model, batch, reducer, max_new_tokens=4, ignore_eos=True)
     answer()

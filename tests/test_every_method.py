@@ -21,7 +21,7 @@ from llava.reduction.reducer import Reducer
 from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests import contract, observed
 from tests.attention_maps import eager_attention
-from tests.conftest import QUESTIONS, picture, samples
+from tests.conftest import QUESTIONS, drawn_image, samples
 from tests.contract import run
 from tests.tiny_checkpoints import make_tiny_llava, save_text_tower, save_transformers_layout
 from tests.tiny_checkpoints_families import (
@@ -76,7 +76,7 @@ def qwens(tmp_path_factory) -> list[Llava]:
 
 def test_a_tower_without_a_class_token_keeps_the_contract(name, qwens):
     """13 of 25 methods refused Qwen-VL for its missing token, ConsensusDrop among them."""
-    batch = [dataclasses.replace(one, image=one.image and picture(4, (112, 112))) for one in samples(4, text_only=(2,))]
+    batch = [dataclasses.replace(one, image=one.image and drawn_image(4, (112, 112))) for one in samples(4, text_only=(2,))]
     for model in qwens:
         reducers = contract.accepted(registry.method(name), {}, model)
         assert reducers or name == "full" or registry.method(name).needs_text_tower
@@ -91,8 +91,8 @@ def others(tmp_path_factory) -> dict[str, tuple[Llava, list[Sample]]]:
     path = tmp_path_factory.mktemp("others")
     save_transformers_layout(path / "wide", make_tiny_llava(num_hidden_layers=8, image=112), text_tower=True)
     save_text_tower(path / "tiled" / "text_tower", save_next_transformers(path / "tiled", make_tiny_next("mistral")))
-    long = Sample("long", " ".join(QUESTIONS * 3), image=picture(9))
-    crops = [Sample(f"q{i}", QUESTIONS[i], image=picture(i, size)) for i, size in enumerate(((112, 112), (70, 112)))]
+    long = Sample("long", " ".join(QUESTIONS * 3), image=drawn_image(9))
+    crops = [Sample(f"q{i}", QUESTIONS[i], image=drawn_image(i, size)) for i, size in enumerate(((112, 112), (70, 112)))]
     return {
         "wide": (load(path / "wide", device="cpu"), [*samples(2), long]),
         "unpadded": (load(path / "tiled", device="cpu"), crops),
@@ -169,7 +169,7 @@ def test_a_second_image_is_reduced_on_its_own(name, tiny):
     """
     reducer = reducing(name, tiny)
     planned = reducer.tokens_per_layer(tiny.spec)
-    both = dataclasses.replace(samples(1)[0], image=(picture(0), picture(5)))
+    both = dataclasses.replace(samples(1)[0], image=(drawn_image(0), drawn_image(5)))
     _, audits, record = run(tiny, [both, *samples(2)], reducer)
     assert audits[0].images == 2 and audits[0].tokens_per_layer == tuple(2 * count for count in planned)
     for number in ("", " #2"):

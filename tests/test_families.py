@@ -8,7 +8,7 @@ from llava.pipeline.prefill import prefill
 from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample
 from llava.processing.video import Video
 from llava.reduction import registry
-from tests.conftest import QUESTIONS, picture
+from tests.conftest import QUESTIONS, drawn_image
 from tests.test_mrope import positions
 from tests.tiny_checkpoints_families import (
     make_tiny_next,
@@ -21,7 +21,7 @@ from tests.tiny_checkpoints_families import (
 )
 from tests.watch import watched
 
-VIDEO = Video(tuple(picture(frame, (70, 50)) for frame in range(8)))
+VIDEO = Video(tuple(drawn_image(frame, (70, 50)) for frame in range(8)))
 
 
 def logits(model, samples, name="full", budget=None):
@@ -50,7 +50,7 @@ def test_next_agrees_with_the_transformers_class(tmp_path, size):
     """Under the transformers reading of the resolutions; newline tokens and unpadding included."""
     save_next_transformers(tmp_path, make_tiny_next("mistral"))
     model = load(tmp_path, device="cpu", reading="transformers")
-    (sample,) = ask(picture(3, size))
+    (sample,) = ask(drawn_image(3, size))
     pixels, run = model.views(sample.image)
     sizes = torch.tensor([[size[1], size[0]]])
     out = model.hf_model(input_ids=expanded(model, sample, [run.tokens]), pixel_values=pixels[None], image_sizes=sizes)
@@ -63,7 +63,7 @@ def test_video_agrees_with_the_transformers_class(tmp_path):
     save_video_transformers(tmp_path, make_tiny_video(temporal=False))
     model = load(tmp_path, device="cpu")
     assert model.conventions["video tower"] == "without temporal attention"
-    for sample in ask(VIDEO, picture(2)):
+    for sample in ask(VIDEO, drawn_image(2)):
         pixels, run = model.views(sample.image)
         values = {"pixel_values_videos": pixels[None]} if run.temporal else {"pixel_values_images": pixels}
         out = model.hf_model(input_ids=expanded(model, sample, [run.tokens]), **values)
@@ -87,7 +87,7 @@ def test_assembled_positions_are_those_of_whole_prompts(tmp_path):
     """Text, pictures of different shapes and padding, against the positions written down prompt by prompt."""
     save_qwen_transformers(tmp_path, make_tiny_qwen())
     model = load(tmp_path, device="cpu")
-    batch = ask((picture(0, (200, 120)), picture(1, (90, 160))), picture(2, (150, 150)), None)
+    batch = ask((drawn_image(0, (200, 120)), drawn_image(1, (90, 160))), drawn_image(2, (150, 150)), None)
 
     with watched() as found:
         prefill(model, batch, registry.build("full", model.visual_tokens))

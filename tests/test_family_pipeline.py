@@ -20,13 +20,13 @@ from llava.pipeline.prefill import prefill
 from llava.processing.prompt import Sample
 from llava.reduction import registry
 from tests.checkpoint_files import drop_weights, edit
-from tests.conftest import QUESTIONS, SHORT, picture
+from tests.conftest import QUESTIONS, SHORT, drawn_image
 from tests.eval_fakes import write_gqa
 from tests.family_checkpoints import SAVED, save_family
 from tests.stock_families import tiny
 
 SIZES = ((112, 112), (200, 90), (90, 150), (60, 44))
-BATCH = tuple(Sample(f"q{i}", QUESTIONS[i], SHORT, picture(i, size)) for i, size in enumerate(SIZES))
+BATCH = tuple(Sample(f"q{i}", QUESTIONS[i], SHORT, drawn_image(i, size)) for i, size in enumerate(SIZES))
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from llava.processing.prompt import Sample
 from llava.processing.video import Video
 from llava.reduction import registry
 from tests.browser import DESKTOP, PHONE, needs_browser, opened, overflow
-from tests.conftest import QUESTIONS, picture
+from tests.conftest import QUESTIONS, drawn_image
 from tests.tiny_checkpoints_families import (
     make_tiny_next,
     make_tiny_qwen,
@@ -34,7 +34,7 @@ from tests.tiny_checkpoints_families import (
 
 METHODS = [name for name in registry.names() if name != "full"]
 # On 4 x 4 patches of 15 pixels the picture lies on the second and third row.
-SAMPLE = Sample("gallery", QUESTIONS[0], image=picture(0, (60, 20)))
+SAMPLE = Sample("gallery", QUESTIONS[0], image=drawn_image(0, (60, 20)))
 EMPTY = {*range(4), *range(12, 16)}
 HOSTILE = "is there a star?</script><script>window.broken = 1</script><b>&"
 
@@ -113,7 +113,7 @@ def test_budgets_ascend_and_one_out_of_reach_is_a_reason(tiny):
 
 
 def test_one_image_and_a_question_are_needed(tiny):
-    for sample in (Sample("a", "two?", image=(picture(0), picture(1))), Sample("a", "  ", image=picture(0))):
+    for sample in (Sample("a", "two?", image=(drawn_image(0), drawn_image(1))), Sample("a", "  ", image=drawn_image(0))):
         with pytest.raises(UserError, match="one image or video and a question"):
             collect(tiny, sample, ["uniform"], (8,))
 
@@ -164,7 +164,7 @@ def test_a_few_high_values_do_not_darken_the_map():
 def test_tiles_are_shown_beside_the_base_image(tmp_path):
     save_next_transformers(tmp_path / "next", make_tiny_next("mistral"))
     model = load(tmp_path / "next", device="cpu", merge="spatial_unpad")
-    sample = Sample("a", QUESTIONS[0], image=picture(0, (120, 50)))
+    sample = Sample("a", QUESTIONS[0], image=drawn_image(0, (120, 50)))
     found = collect(model, sample, ["consensusdrop", "attnmix", "fastv", "visiondrop"], (24,), 2)
     assert [panel.name for panel in found.panels] == ["base image", "tiles"] and not found.unavailable
     assert any("stand for no patch" in note for note in found.notes)
@@ -183,7 +183,7 @@ def test_tiles_are_shown_beside_the_base_image(tmp_path):
 def test_frames_of_a_video_are_panels(tmp_path):
     save_video_transformers(tmp_path / "video", make_tiny_video())
     model = load(tmp_path / "video", device="cpu")
-    sample = Sample("a", QUESTIONS[0], image=Video(tuple(picture(number) for number in range(8))))
+    sample = Sample("a", QUESTIONS[0], image=Video(tuple(drawn_image(number) for number in range(8))))
     found = collect(model, sample, ["consensusdrop", "fastv", "downsample"], (64,), 2)
     assert [panel.name for panel in found.panels] == [f"frame {number}" for number in range(1, 9)]
     assert len(json.loads(page_data(found))["images"]) == 8 and not found.unavailable
@@ -193,7 +193,7 @@ def test_frames_of_a_video_are_panels(tmp_path):
 def test_a_tower_without_class_token_has_all_maps(tmp_path):
     save_qwen_transformers(tmp_path / "qwen", make_tiny_qwen())
     model = load(tmp_path / "qwen", device="cpu")
-    found = collect(model, Sample("a", QUESTIONS[0], image=picture(0, (112, 56))), ["visiondrop", "fastervlm"], (4,), 2)
+    found = collect(model, Sample("a", QUESTIONS[0], image=drawn_image(0, (112, 56))), ["visiondrop", "fastervlm"], (4,), 2)
     assert len(found.maps) == 4 and len(found.notes) == 1 and "has no CLS token" in found.notes[0]
     (panel,) = found.panels
     assert panel.image.size == (112, 56) and panel.grid.shape[1] == 2 * panel.grid.shape[0]
@@ -397,7 +397,7 @@ def test_texts_are_escaped_and_the_page_fits_in_light_and_dark(page_file, size, 
 
 
 def test_the_command_writes_one_small_file_and_names_itself_in_it(tiny_path, tmp_path, capsys):
-    picture(0).save(tmp_path / "photo.png")
+    drawn_image(0).save(tmp_path / "photo.png")
     file = tmp_path / "new" / "page.html"
     arguments = [str(tmp_path / "photo.png"), "is there a star?", "--model", str(tiny_path), "--device", "cpu"]
     arguments += ["--methods", "uniform,full,random", "--budgets", "1/2,4", "--output", str(file)]

@@ -38,7 +38,7 @@ from llava.processing.image import (
     unpadded,
 )
 from llava.reduction.token_layout import on_padding, single
-from tests.conftest import picture
+from tests.conftest import drawn_image
 
 CLIP_CONFIG = {
     "size": {"shortest_edge": 336},
@@ -367,7 +367,7 @@ def test_an_eps_file_is_not_given_to_ghostscript(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("bounds", [{}, {"min_pixels": 90000, "max_pixels": 120000}])
 def test_pictures_of_all_sizes_equal_the_official_class(bounds):
-    images = [picture(i, size) for i, size in enumerate(QWEN_SIZES)]
+    images = [drawn_image(i, size) for i, size in enumerate(QWEN_SIZES)]
     patches, grids = QwenImageProcessor(**bounds)(images)
     with old_pillow():
         official = Qwen2VLImageProcessorPil(**bounds)(images=images, return_tensors="pt")

@@ -22,7 +22,7 @@ from llava.pipeline.generate import generate
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
 from llava.reduction.merging import Reduction
-from tests.conftest import picture, samples
+from tests.conftest import drawn_image, samples
 
 # -- what is timed -------------------------------------------------------------------------------------------------
 
@@ -345,7 +345,7 @@ def test_operations_per_question_do_not_depend_on_the_batch_size(tiny, method):
 
     All questions are equally long: scores of shorter ones are computed with padding, which is counted.
     """
-    asked = [replace(samples(1)[0], id=f"q{i}", image=picture(0), image_ids=("same",)) for i in range(4)]
+    asked = [replace(samples(1)[0], id=f"q{i}", image=drawn_image(0), image_ids=("same",)) for i in range(4)]
     reducer = registry.build(method, tiny.visual_tokens if method == "full" else 8)
 
     def lines(size):

@@ -31,7 +31,7 @@ from llava.processing.prompt import Sample
 from llava.reduction import registry
 from llava.utils import disable_torch_init
 from tests.checkpoint_files import SAVERS
-from tests.conftest import QUESTIONS, SHORT, picture
+from tests.conftest import QUESTIONS, SHORT, drawn_image
 
 OFFICIAL = Path(__file__).parent / "data" / "llava_preproc"
 CONVERSATIONS = json.loads((OFFICIAL / "conversations.json").read_text())
@@ -77,7 +77,7 @@ def test_a_script_gets_the_answers_of_our_own_generate(path, method):
     ours = load(path, device="cpu")
     reducer = registry.build(method, ours.visual_tokens if method == "full" else 6, options)
     for question, size in zip(QUESTIONS, SIZES, strict=False):
-        image = picture(0, size)
+        image = drawn_image(0, size)
         (answer,) = generate(ours, [Sample("q", question, SHORT, image)], reducer, max_new_tokens=6).answers
         (ids,) = ask(parts, f"{question}\n{SHORT}", image).tolist()
         ends = [[*answer.token_ids, *end] for end in ([], [ours.tokenizer.eos_token_id])]
@@ -91,7 +91,7 @@ def test_a_script_gets_the_answers_of_our_own_generate(path, method):
 
 def test_prompts_of_a_batch_are_padded_and_their_images_taken_in_order(path):
     tokenizer, model, processor, _ = loaded(path, method="fastervlm", budget=6)
-    images = [picture(number, size) for number, size in enumerate(SIZES[:3])]
+    images = [drawn_image(number, size) for number, size in enumerate(SIZES[:3])]
     texts = [f"<image>\n{QUESTIONS[0]}", QUESTIONS[1], f"<image>\n<image>\n{QUESTIONS[2]}, is it not"]
     rows = [tokenizer_image_token(prompt_of(text, None), tokenizer, return_tensors="pt") for text in texts]
     pixels = [process_images([image], processor, model.config)[0] for image in images]
@@ -126,7 +126,7 @@ def labelled(parts, question: str, answer: str):
 def test_the_loss_of_an_answer_is_that_of_transformers(path):
     """`model(input_ids, labels=...)`, by which lmms-eval takes likelihoods, was a NotImplementedError of torch."""
     tokenizer, model, processor, _ = parts = loaded(path)
-    image, stock, end = picture(1, SIZES[1]), model.hf_model, tokenizer.eos_token_id
+    image, stock, end = drawn_image(1, SIZES[1]), model.hf_model, tokenizer.eos_token_id
     pixels = process_images([image], processor, model.config)
     ids, labels = labelled(parts, f"<image>\n{QUESTIONS[0]}", "a dog on the left")
     shown = {"images": pixels, "image_sizes": [image.size]}
@@ -157,7 +157,7 @@ def test_the_loss_under_a_method_is_of_what_it_generates(path, method):
     """The answer continues the prompt that was reduced without it: no method may choose tokens by the answer."""
     options = {"schedule": "kept"} if method == "fastv" else {}
     tokenizer, model, processor, _ = loaded(path, method=method, budget=6, **options)
-    image = picture(2)
+    image = drawn_image(2)
     shown = {"images": process_images([image], processor, model.config), "image_sizes": [image.size]}
     ids = tokenizer_image_token(prompt_of(f"<image>\n{QUESTIONS[2]}", None), tokenizer, return_tensors="pt")[None]
     wanted = {"return_dict_in_generate": True, "output_logits": True, **SIX}
@@ -179,7 +179,7 @@ def test_the_loss_under_a_method_is_of_what_it_generates(path, method):
 def test_what_forward_cannot_do_is_said(tiny_path):
     _, model, processor, _ = parts = loaded(tiny_path, method="attnmix", budget=6)
     ids, labels = labelled(parts, f"<image>\n{QUESTIONS[0]} <image>", "yes")
-    pixels = process_images([picture(0), picture(1)], processor, model.config)
+    pixels = process_images([drawn_image(0), drawn_image(1)], processor, model.config)
     assert torch.isfinite(model(ids[None], labels=labels[None], images=pixels).loss)
     for wrong, sentence in (
         ({"labels": ids[None]}, "label between two images"),
@@ -193,7 +193,7 @@ def test_what_forward_cannot_do_is_said(tiny_path):
 
 def test_sampling_beams_and_stopping(tiny_path):
     tokenizer, _, _, context = parts = loaded(tiny_path, method="consensusdrop", budget=6)
-    question, image = QUESTIONS[0], picture(0)
+    question, image = QUESTIONS[0], drawn_image(0)
     (greedy,) = ask(parts, question, image, **SIX).tolist()
     drawn = ask(parts, question, image, **SIX | {"do_sample": True, "temperature": 5.0, "num_return_sequences": 4})
     assert context == 2048 and drawn.shape == (4, 6) and len({*map(tuple, drawn.tolist())}) > 1
@@ -267,7 +267,7 @@ def test_images_and_names():
     assert {path: get_model_name_from_path(path) for path in names} == names
     constants = {"CONTROLLER_HEART_BEAT_EXPIRATION": 30, "WORKER_HEART_BEAT_INTERVAL": 15, "LOGDIR": "."}
     assert {name: getattr(llava.constants, name) for name in constants} == constants
-    image, file = picture(3, (31, 60)), BytesIO()
+    image, file = drawn_image(3, (31, 60)), BytesIO()
     image.save(file, "PNG")
     assert mm_utils.load_image_from_base64(b64encode(file.getvalue()).decode()).tobytes() == image.tobytes()
     square = mm_utils.expand2square(image, (1, 2, 3))
@@ -280,7 +280,7 @@ def test_an_image_is_cut_as_the_official_code_cuts_it():
     for row in counts["rows"]:
         shape = mm_utils.get_anyres_image_grid_shape(tuple(row["image_wh"]), counts["pinpoints_wh"], 336)
         assert shape == (row["grid_cols"], row["grid_rows"])
-    image = picture(1, (60, 40)).convert("P")
+    image = drawn_image(1, (60, 40)).convert("P")
     canvas = mm_utils.resize_and_pad_image(image, (56, 112))
     assert canvas.size == (56, 112) and canvas.getpixel((5, 5)) == (0, 0, 0)  # 56 x 38 pixels in the middle
     inner = image.convert("RGB").resize((56, 38), Image.Resampling.BICUBIC)
@@ -325,7 +325,7 @@ def test_scripts_ask_the_model_for_its_parts(path):
     assert tower.is_loaded and tower.image_processor is processor and tower.num_patches == 16
     assert tower.num_patches_per_side == 4 and inner.get_vision_tower() is tower
     assert tower.load_model() is None and tower.to(device="cpu", dtype=torch.float32) is tower
-    pixels = process_images([picture(0)], processor, model.config).flatten(0, -4)
+    pixels = process_images([drawn_image(0)], processor, model.config).flatten(0, -4)
     theirs = tower.vision_tower(pixels, output_hidden_states=True).hidden_states[tower.select_layer][:, 1:]
     assert torch.allclose(tower(pixels), theirs, atol=1e-6)
     assert torch.equal(tower([pixels[0]])[0], tower(pixels[:1])) and tower.hidden_size == theirs.shape[-1]
@@ -336,7 +336,7 @@ def test_scripts_ask_the_model_for_its_parts(path):
     assert fields["mm_hidden_size"] == tower.hidden_size == model.config.mm_hidden_size
     assert fields["hidden_size"] == model.hf_model.config.text_config.hidden_size
     model.config.image_aspect_ratio = None  # scripts set it; no padding
-    assert process_images([picture(0)], processor, model.config).shape[-3:] == pixels.shape[-3:]
+    assert process_images([drawn_image(0)], processor, model.config).shape[-3:] == pixels.shape[-3:]
     reduced = model.reduced
     assert model.to("cpu").float().reduced is reduced
     moved = model.to("meta")
@@ -387,7 +387,7 @@ def test_what_cannot_be_done_is_said(tiny_path, tmp_path):
     with pytest.raises(UserError, match="model_base is not supported"):
         load_pretrained_model(str(tiny_path), "vicuna", "llava-lora")
     with pytest.raises(UserError, match="repetition_penalty reads the prompt here"):
-        ask(loaded(tiny_path), QUESTIONS[0], picture(0), repetition_penalty=1.2)
+        ask(loaded(tiny_path), QUESTIONS[0], drawn_image(0), repetition_penalty=1.2)
 
 
 @pytest.mark.process

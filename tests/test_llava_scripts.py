@@ -47,7 +47,7 @@ from llava.pipeline.generate import generate
 from llava.processing.prompt import Sample
 from llava.reduction import registry
 from tests.benchmark_files import png, write_lines
-from tests.conftest import QUESTIONS, SHORT, picture
+from tests.conftest import QUESTIONS, SHORT, drawn_image
 from tests.llava_playground import EACH, MODEL, write_playground
 
 DATA = "./playground/data/eval"
@@ -326,7 +326,7 @@ def test_run_llava_answers_as_our_own_generate(tiny_path, tmp_path, capsys, monk
     monkeypatch.setattr(
         run_llava, "load_pretrained_model", partial(run_llava.load_pretrained_model, torch_dtype="float32")
     )
-    picture(0).save(tmp_path / "a.png")
+    drawn_image(0).save(tmp_path / "a.png")
     names = {"model_path": str(tiny_path), "model_base": None, "model_name": "x", "conv_mode": "vicuna_v1", "sep": ","}
     names |= {"query": QUESTIONS[0], "image_file": str(tmp_path / "a.png"), "temperature": 0, "top_p": None}
     args = type("Args", (), names | {"num_beams": 1, "max_new_tokens": 6})()
@@ -336,7 +336,7 @@ def test_run_llava_answers_as_our_own_generate(tiny_path, tmp_path, capsys, monk
     shown = capsys.readouterr()
     model = load(tiny_path, device="cpu")
     reducer = registry.build("consensusdrop", 6, {})
-    sample = Sample("q", QUESTIONS[0], "", picture(0))
+    sample = Sample("q", QUESTIONS[0], "", drawn_image(0))
     assert shown.out == f"{generate(model, [sample], reducer, max_new_tokens=6).answers[0].text}\n"
     assert "method consensusdrop, budget 6" in shown.err
     args.temperature, args.query = 5.0, f"<image-placeholder>\n{QUESTIONS[0]}"

@@ -20,7 +20,7 @@ from eval.run import run
 from llava import reduce
 from llava.errors import UserError
 from tests.conftest import QUESTIONS as ASKED
-from tests.conftest import SHORT, picture
+from tests.conftest import SHORT, drawn_image
 from tests.stock_inputs import shared
 from tests.test_llava_interface import ask, loaded
 
@@ -115,7 +115,7 @@ class LlavaHf(Lmms):
         answers, order = {}, sorted(range(len(requests)), key=lambda number: -len(requests[number].args[0]))
         for pair in (order[start : start + 2] for start in range(0, len(order), 2)):
             texts = [self.chat.format(requests[number].args[0]) for number in pair]
-            images = [picture(number) for number in pair] if self.pictures else []
+            images = [drawn_image(number) for number in pair] if self.pictures else []
             inputs = self.stock.prepare([text if images else text.replace("<image>", "") for text in texts], images)
             try:
                 ids = self.model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
@@ -183,7 +183,7 @@ def test_their_model_runs_under_a_method_with_the_questions_alone(stand_in, caps
     assert set(vars(stock.model)) == before
     assert "fastv at 7: 7.0 visual tokens per layer, mean of 5 prompts with images." in capsys.readouterr().out
     for number, text in enumerate(TEXTS):
-        inputs = stock.prepare([CHAT.format(text)], [picture(number)])
+        inputs = stock.prepare([CHAT.format(text)], [drawn_image(number)])
         with reduce(stock.model, "fastv", 7, questions=[ASKED[number]], tokenizer=stock.tokenizer, layer=1):
             assert answers[number] == stock.generate(inputs)[0, :4].tolist()
 
@@ -228,10 +228,10 @@ def test_a_prompt_that_is_worded_otherwise_is_no_guess(stand_in, capsys):
     model = stand_in("reduced").Reduced(**arguments)
     with model.under.asking(["is there a star?", "a dog"]):
         for text in ("is there a star?", "a dog"):
-            inputs = model.stock.prepare([CHAT.format(text)], [picture(0)])
+            inputs = model.stock.prepare([CHAT.format(text)], [drawn_image(0)])
             model.model.generate(**inputs, max_new_tokens=1)
             assert model.under.reduced.questions == [text]
-    inputs = model.stock.prepare([CHAT.format("is there a dog or a cat")], [picture(0)])
+    inputs = model.stock.prepare([CHAT.format("is there a dog or a cat")], [drawn_image(0)])
     with (
         pytest.raises(UserError, match="holds none of the 2 texts"),
         model.under.asking(["a dog", "is it a cat or dog"]),
@@ -242,7 +242,7 @@ def test_a_prompt_that_is_worded_otherwise_is_no_guess(stand_in, capsys):
 def test_the_model_of_llavas_scripts_runs_under_a_method(tiny_path):
     """lmms-eval's `llava` holds one, which enters a block of its own in each call, without a method."""
     parts, other = loaded(tiny_path), loaded(tiny_path, method="fastv", budget=7, layer=1)
-    own, arguments = parts[1].reduced, (f"{ASKED[0]}\n{SHORT}", picture(0))
+    own, arguments = parts[1].reduced, (f"{ASKED[0]}\n{SHORT}", drawn_image(0))
     under = harnesses.UnderMethod(parts[1], harnesses.Choice("fastv", "7", {"layer": "1"}))
     with under.asking([]):
         assert ask(parts, *arguments).tolist() == ask(other, *arguments).tolist()
@@ -331,7 +331,7 @@ class Toy:
         self.model, self.processor, self.handed = stock.model, SimpleNamespace(tokenizer=stock.tokenizer), None
 
     def generate_inner(self, message, dataset=None):
-        inputs = self.stock.prepare([CHAT.format(message[1]["value"])], [picture(0)])
+        inputs = self.stock.prepare([CHAT.format(message[1]["value"])], [drawn_image(0)])
         ids = self.model.generate(**inputs, max_new_tokens=1)
         return ids[0, -1].item()
 

@@ -13,7 +13,7 @@ from llava.reduction import PatchGrid, registry
 from llava.reduction.budget import planned, require
 from llava.reduction.reducer import options_of
 from llava.reduction.token_layout import spec_of
-from tests.conftest import QUESTIONS, picture
+from tests.conftest import QUESTIONS, drawn_image
 from tests.contract import COMPOSED, accepted, run
 from tests.tiny_checkpoints import save_text_tower
 from tests.tiny_checkpoints_families import make_tiny_next, save_next_transformers
@@ -39,7 +39,7 @@ def model(request, path):
 
 
 def batch(sizes=SIZES) -> list[Sample]:
-    rows = [Sample(f"q{i}", QUESTIONS[i], image=picture(i, size)) for i, size in enumerate(sizes)]
+    rows = [Sample(f"q{i}", QUESTIONS[i], image=drawn_image(i, size)) for i, size in enumerate(sizes)]
     return [*rows, Sample("text", QUESTIONS[3])]
 
 
@@ -108,7 +108,7 @@ def test_every_other_split_meets_the_budget_too(name, model):
 def test_newline_tokens_are_counted_once(path):
     """3 x 250 pixels are a base image of 16 patches and 12 newline tokens. The 12 were taken off twice, in plan and
     run alike: a budget of 14 kept 4 tokens, one of 20 with newlines=keep kept 16."""
-    model, sample = load(path, device="cpu"), Sample("thin", QUESTIONS[0], image=picture(0, (3, 250)))
+    model, sample = load(path, device="cpu"), Sample("thin", QUESTIONS[0], image=drawn_image(0, (3, 250)))
     layout = model.views(sample.image)[1]
     assert (layout.tokens, layout.patches, len(layout.crops)) == (28, 16, 1)
     for name in ("fastervlm", "consensusdrop", "globalcom2", "vscan", "visiondrop"):
@@ -155,18 +155,18 @@ def test_other_splits_follow_saliency(path, crops):
 
     model.encode_images = planted
     _, _, record = run(model, batch()[:1], registry.build("fastervlm", 20, {"crops": crops}))
-    crop = model.views(picture(0))[1].origins()[:, 0]
+    crop = model.views(drawn_image(0))[1].origins()[:, 0]
     assert torch.bincount(crop[record.steps[0][0].reduction.kept[0]], minlength=5).tolist() == [4, 0, 0, 0, 16]
 
 
 def test_merged_tokens_stay_inside_their_crop(path):
     model = load(path, device="cpu", merge="spatial", force=(112, 112))
-    crop = model.views(picture(0))[1].origins()[:, 0]
+    crop = model.views(drawn_image(0))[1].origins()[:, 0]
     for name in ("consensusdrop", "visionzip"):
         _, _, record = run(model, batch()[:1], registry.build(name, 40))
         reduction = record.steps[0][0].reduction
         used = reduction.assignment[0] >= 0
-        origins = crop if reduction.inputs == 80 else model.views(picture(0))[1].with_cls.origins()[:, 0]
+        origins = crop if reduction.inputs == 80 else model.views(drawn_image(0))[1].with_cls.origins()[:, 0]
         assert torch.equal(origins[reduction.kept[0]][reduction.assignment[0][used]], origins[used])
         assert torch.allclose(reduction.apply(torch.ones(1, reduction.inputs, 1)), torch.ones(1, 40, 1))
 
@@ -203,7 +203,7 @@ def test_a_budget_below_the_newline_tokens_of_some_picture_is_refused(path):
         require(registry.build("fastervlm", most, {"newlines": "keep"}), model.spec)
     reducer = registry.build("fastervlm", most + 5, {"newlines": "keep"})
     require(reducer, model.spec)
-    _, (audit,), _ = run(model, [Sample("tall", "where is it", image=picture(0, (56, 168)))], reducer)
+    _, (audit,), _ = run(model, [Sample("tall", "where is it", image=drawn_image(0, (56, 168)))], reducer)
     assert audit.mean == min(most + 5, audit.visual_tokens)
 
 

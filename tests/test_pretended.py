@@ -21,7 +21,7 @@ from llava.reduction.budget import require
 from llava.reduction.merging import Reduction, member_weights
 from llava.reduction.reducer import Reducer
 from tests import stock_inputs
-from tests.conftest import QUESTIONS, picture
+from tests.conftest import QUESTIONS, drawn_image
 from tests.pretended import MixedDevicesError, pretended
 from tests.tiny_checkpoints import save_text_tower, save_transformers_layout
 from tests.tiny_checkpoints_families import (
@@ -71,9 +71,9 @@ def models(request, tmp_path_factory) -> dict[str, Llava]:
 
 def questions(model: Llava, count: int) -> list[Sample]:
     """Pictures of different shapes, or a video among pictures."""
-    pictures = [picture(0, (60, 44)), picture(1, (60, 110)), picture(2, (112, 50))]
+    pictures = [drawn_image(0, (60, 44)), drawn_image(1, (60, 110)), drawn_image(2, (112, 50))]
     if model.takes_videos:
-        pictures[0] = Video(tuple(picture(10 + frame, (70, 50)) for frame in range(8)))
+        pictures[0] = Video(tuple(drawn_image(10 + frame, (70, 50)) for frame in range(8)))
     return [Sample(f"q{i}", QUESTIONS[i], image=pictures[i]) for i in range(count)]
 
 

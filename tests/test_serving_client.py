@@ -23,7 +23,7 @@ from llava.pipeline.prefill import prefill
 from llava.processing.prompt import Sample
 from llava.reduction.registry import build, names
 from llava.serving import client
-from tests.conftest import picture, samples
+from tests.conftest import drawn_image, samples
 
 PIXELS = {"divprune", "fastervlm", "full", "hired", "holov", "random", "scope", "uniform", "visionzip", "vispruner"}
 REFUSED = {"dart", "fastv", "pyramiddrop", "sparsevlm", "visiondrop", "vscan"}
@@ -144,7 +144,7 @@ def test_the_client_sends_several_budgets_and_export_writes_them(
     monkeypatch.setenv("KEY", "secret")
     lines = []
     for number in range(3):
-        picture(number).save(tmp_path / f"{number}.png")
+        drawn_image(number).save(tmp_path / f"{number}.png")
         lines.append(json.dumps({"question_id": number + 1, "image": f"{number}.png", "text": "where is it"}))
     (tmp_path / "q.jsonl").write_text("\n".join(lines))
     given = ["consensusdrop", "4,8", "--questions", str(tmp_path / "q.jsonl"), "--model", str(tiny_path)]
@@ -161,7 +161,7 @@ def test_the_client_sends_several_budgets_and_export_writes_them(
     assert {tuple(one.shape) for one in written.values()} == sent.keys()
     words = ["--set", "probe=contextual", "--set", "consensusdrop.probe_layer=2"]
     assert serving.export_command([str(tmp_path / "p.safetensors"), *given, *words]) == 0
-    asked = [Sample(str(number), "where is it", image=picture(number)) for number in range(3)]
+    asked = [Sample(str(number), "where is it", image=drawn_image(number)) for number in range(3)]
     for probe, same in (("contextual", True), ("static", False)):
         reducer = build("consensusdrop", 4, {"probe": probe, "probe_layer": 2})
         own, *_ = client.prompt_embeddings(tiny, asked, reducer)

@@ -18,7 +18,7 @@ from llava.pipeline.generate import generate
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
 from llava.reduction.ranking import distinct
-from tests.conftest import picture, samples
+from tests.conftest import drawn_image, samples
 
 
 def test_random_model_has_the_real_shape():
@@ -145,7 +145,7 @@ def test_visiondrop_at_320_of_2880_has_the_published_reduction_of_operations():
 def test_rounding_decides_the_near_duplicates_that_vispruner_removes():
     """Noise of float32's own rounding in the features changes about half of the diverse tokens: no wider type helps."""
     model = load(device="cpu")
-    pixels = torch.stack([model.image_processor(picture(seed, (336, 336))) for seed in range(4)])
+    pixels = torch.stack([model.image_processor(drawn_image(seed, (336, 336))) for seed in range(4)])
     with torch.inference_mode():
         features = encode(model.tower, pixels, model.select_layer).features
         kept, moved = (distinct(one, 32) for one in (features, features * (1 + 1e-6 * torch.randn_like(features))))

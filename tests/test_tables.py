@@ -19,7 +19,7 @@ from llava.errors import UserError
 from llava.model.builder import load
 from llava.pipeline.generate import generate
 from llava.reduction import registry
-from tests.conftest import picture, samples
+from tests.conftest import drawn_image, samples
 from tests.eval_fakes import write_gqa
 from tests.tiny_checkpoints_families import save_qwen_transformers
 
@@ -71,7 +71,7 @@ def test_a_finished_setting_is_not_used_for_other_pictures_or_other_code(tiny, t
     with pytest.raises(UserError, match=r"under other settings \(code: llava/pipeline/decoder\.py\)"):
         fill(config, model)
     monkeypatch.undo()
-    picture(9, (32, 32)).save(data / "gqa" / "data" / "images" / "n1.jpg")
+    drawn_image(9, (32, 32)).save(data / "gqa" / "data" / "images" / "n1.jpg")
     with pytest.raises(UserError, match=r"holds 2 answers to other images"):
         is_finished(config, model)
 
@@ -164,7 +164,7 @@ def test_remembered_features_stay_within_their_memory(tiny):
 
 
 def _named(sample, index):
-    return replace(sample, image_ids=(f"p{index}",), image=picture(index))
+    return replace(sample, image_ids=(f"p{index}",), image=drawn_image(index))
 
 
 @pytest.mark.parametrize("method", ["consensusdrop", "visiondrop", "attnmix"])

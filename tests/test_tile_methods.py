@@ -16,7 +16,7 @@ from llava.reduction import registry
 from llava.reduction.budget import planned
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import ModelSpec, PatchGrid, frames, single, spec_of, stitched
-from tests.conftest import QUESTIONS, picture
+from tests.conftest import QUESTIONS, drawn_image
 from tests.drawn_pictures import arranged, counts_of, kept_of, parts_with, picture_with, state_of
 from tests.parity import model as recipe
 from tests.parity.harness import FOLDER, parity_model, recording
@@ -29,7 +29,7 @@ def test_hired_and_globalcom2_through_the_model(tmp_path):
     """The default meets its plan to the token; the releases' counts depend on the picture, so they have no plan."""
     save_next_transformers(tmp_path / "tiny", make_tiny_next())
     model = load(tmp_path / "tiny", device="cpu")
-    sample = Sample("a", QUESTIONS[0], image=picture(3, (60, 100)))
+    sample = Sample("a", QUESTIONS[0], image=drawn_image(3, (60, 100)))
     spec = spec_of(model.spec, model.views(sample.image)[1])
     for name in ("hired", "globalcom2"):
         for official in ("false", "true"):

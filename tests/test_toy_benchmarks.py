@@ -140,7 +140,7 @@ def test_mmbench_rows_are_shifts_of_one_another(name):
 def test_small_copies_keep_the_colours_of_small_things():
     """A palette by median cut once turned a blue cross grey."""
     names = np.array(list(COLORS.values()))
-    for one in (picture(LINKED + row, dense) for row in range(4) for dense in (False, True)):
+    for one in (drawn_image(LINKED + row, dense) for row in range(4) for dense in (False, True)):
         for file in (one.compressed(ROW_QUALITY), one.png):
             pixels = np.asarray(Image.open(io.BytesIO(file)).convert("RGB")).astype(int)
             for thing in (thing for thing in one.things if thing.kind == "shape"):

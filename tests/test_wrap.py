@@ -21,7 +21,7 @@ from llava.processing.image import best_resolution
 from llava.processing.prompt import Sample
 from llava.reduction import registry
 from tests.checkpoint_files import SAVERS
-from tests.conftest import QUESTIONS, picture
+from tests.conftest import QUESTIONS, drawn_image
 from tests.stock_inputs import REDUCED, SIZES, TEXTS, shared, stock, with_pad
 from tests.tiny_checkpoints import make_tokenizer, save_text_tower
 from tests.tiny_checkpoints_families import (
@@ -110,7 +110,7 @@ def test_generates_what_our_own_model_answers(case, tmp_path, request):
     SAVERS[f"{HUB.get(family, family)} transformers"](tmp_path, case.model)
     ours = load(tmp_path, device="cpu", **({"reading": "transformers"} if family == "next" else {}))
     # Square, so that padding and cropping are the same; resized by neither side in another way.
-    image = picture(5, (112, 112))
+    image = drawn_image(5, (112, 112))
     sample = Sample("q", QUESTIONS[2], suffix="", image=image)
     text = ours.prompt(sample).text
     text = text.replace("<|vision_start|><image><|vision_end|>", "<image>")
@@ -142,8 +142,8 @@ def test_generates_what_our_own_model_answers(case, tmp_path, request):
 def test_videos_keep_the_class_token_of_every_frame():
     case = shared("video")
     texts = ("USER: <video> what is it ASSISTANT:", "USER: <image> where is the cat ASSISTANT:", "is there a star")
-    frames = [picture(seed, (70, 50)) for seed in range(FRAMES)]
-    inputs = case.prepare(texts, [picture(9)], [frames])
+    frames = [drawn_image(seed, (70, 50)) for seed in range(FRAMES)]
+    inputs = case.prepare(texts, [drawn_image(9)], [frames])
     plain, ids = last_logits(case.model, inputs), case.generate(inputs)
     with reduce(case.model, "full") as reduced:
         torch.testing.assert_close(case.model(**inputs).logits, plain, atol=2e-4, rtol=0)
@@ -161,7 +161,7 @@ def test_tiles_are_those_of_the_processor():
     case, sizes = shared("next"), ((40, 90), (90, 40), (50, 50), (112, 112))
     assert any(best_resolution(size, PINPOINTS) != best_resolution(size, PINPOINTS, "transformers") for size in sizes)
     texts = [f"USER: <image> {QUESTIONS[i]} ASSISTANT:" for i in range(4)]
-    inputs = case.prepare(texts, [picture(seed, size) for seed, size in enumerate(sizes)])
+    inputs = case.prepare(texts, [drawn_image(seed, size) for seed, size in enumerate(sizes)])
     plain = last_logits(case.model, inputs)
     counts = [(crops.flatten(1).abs().sum(1) > 0).sum() for crops in inputs["pixel_values"]]
     assert min(counts) < max(counts)
@@ -215,7 +215,7 @@ def test_a_prompt_may_end_with_its_image_or_be_it(method, tmp_path):
         options = {"tokenizer": case.tokenizer, "text_tower": tmp_path}
 
     def run(*texts):
-        inputs = case.prepare(texts, [picture(len(text)) for text in texts])
+        inputs = case.prepare(texts, [drawn_image(len(text)) for text in texts])
         if options:
             options["questions"] = [question if text.startswith("USER: is") else "where is the tree?" for text in texts]
         with reduce(case.model, method, budget, **options) as reduced:
@@ -230,7 +230,7 @@ def test_a_prompt_may_end_with_its_image_or_be_it(method, tmp_path):
         assert kept[:8] != list(range(8))
     if options:
         return
-    inputs = case.prepare(["<image>"], [picture(0)])
+    inputs = case.prepare(["<image>"], [drawn_image(0)])
     begun = inputs["input_ids"]
     for ids in (begun, begun[begun == case.model.config.image_token_id][None]):
         inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -247,7 +247,7 @@ def test_a_sliding_window_holds_as_far_as_it_reaches():
     case = stock("next")
     for window, fits in ((80, True), (70, False)):
         case.model = with_pad(make_tiny_next("mistral", sliding_window=window), case.tokenizer)
-        inputs = case.prepare(TEXTS[1:2], [picture(0, (60, 110))])
+        inputs = case.prepare(TEXTS[1:2], [drawn_image(0, (60, 110))])
         assert inputs["input_ids"].shape[1] == 66
         ids = case.generate(inputs)
         with reduce(case.model, "full"):
@@ -266,7 +266,7 @@ def test_a_window_that_is_not_applied_forgets_no_keys(tmp_path):
     for window in (None, 20):
         save_next_transformers(tmp_path / str(window), make_tiny_next("mistral", sliding_window=window))
         model = load(tmp_path / str(window), device="cpu")
-        sample = Sample("q", QUESTIONS[0], image=picture(0, (60, 110)))
+        sample = Sample("q", QUESTIONS[0], image=drawn_image(0, (60, 110)))
         reducer = registry.build("full", model.visual_tokens)
         answers.append(generate(model, [sample], reducer, max_new_tokens=8).answers[0])
     assert answers[0].token_ids == answers[1].token_ids and answers[0].accounting == answers[1].accounting
@@ -276,7 +276,7 @@ def test_a_budget_may_be_a_ratio(llava):
     """`reduce(model, "random", "1/9")`, as the command line writes it, was refused."""
     for budget in ("1/2", "0.5", 0.5):
         with reduce(llava.model, "random", budget) as reduced:
-            last_logits(llava.model, llava.prepare(TEXTS[1:2], [picture(0)]))
+            last_logits(llava.model, llava.prepare(TEXTS[1:2], [drawn_image(0)]))
         assert reduced.accounting[0].mean == reduced.accounting[0].visual_tokens / 2
 
 
@@ -315,7 +315,7 @@ def test_sampling_draws_what_the_model_draws(case):
     texts, pictures, seeds = [], [], iter(enumerate(SIZES))
     for text in TEXTS:
         texts += [text] * 3
-        pictures += [picture(*next(seeds)) for _ in range(text.count("<image>"))] * 3
+        pictures += [drawn_image(*next(seeds)) for _ in range(text.count("<image>"))] * 3
     options, drawn = {"do_sample": True, "temperature": 2.0}, []
     torch.manual_seed(3)
     drawn.append(case.generate(case.prepare(texts, pictures), **options))

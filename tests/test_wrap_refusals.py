@@ -28,7 +28,7 @@ from llava.hf.models import PreparedImage, question_span, samples, text_span
 from llava.processing.prompt import IMAGE_TOKEN_INDEX
 from llava.processing.video import Video
 from llava.reduction.token_layout import single
-from tests.conftest import picture
+from tests.conftest import drawn_image
 from tests.stock_inputs import REDUCED, TEXTS, shared, stock
 from tests.tiny_checkpoints import make_tokenizer
 
@@ -277,7 +277,7 @@ def test_a_budget_that_pictures_alone_can_meet():
 def test_a_video_without_frames():
     """It ended in an error of a tensor's shape."""
     case = shared("video")
-    inputs = case.prepare(["USER: <image> what is it ASSISTANT:"], [picture(0)])
+    inputs = case.prepare(["USER: <image> what is it ASSISTANT:"], [drawn_image(0)])
     inputs |= {"pixel_values_videos": torch.zeros(1, 0, 3, 56, 56)}
     with reduce(case.model, "uniform", 6), pytest.raises(UserError, match="pixel_values_videos"):
         case.model(**inputs)

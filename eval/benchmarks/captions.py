@@ -119,8 +119,8 @@ def load_nocaps(data: Path, split: str, profile: str = "lmms", source: str = "au
     title, server = f"NoCaps {split}", "the NoCaps challenge of EvalAI" if split == "test" else ""
     official = official_file(data, source, title, [data / "nocaps" / NOCAPS_FILES[split]], NOCAPS_MIRROR, NOCAPS_SOURCE)
     if official is not None:
-        images, pictures = from_coco(official, split), Folder(official.parent / split)
-        contents = Contents("official", *ask(images, str(official)), pictures, fingerprint([official]))
+        images, folder = from_coco(official, split), Folder(official.parent / split)
+        contents = Contents("official", *ask(images, str(official)), folder, fingerprint([official]))
     else:
         table = open_table(data, NOCAPS_MIRROR, None, split, source)
         rows: Sequence[Mapping[str, Any]] = table.records(NoCapsRow if server else CaptionedRow)

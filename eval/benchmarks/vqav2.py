@@ -150,8 +150,8 @@ def read_val(path: Path, title: str) -> Contents[Record]:
         raise UserError(f"{annotations} has no answers to {len(lost):,} questions of {path}, such as {lost[0]}.")
     records = [{**answered[row["question_id"]], **row} for row in asked]
     images = [image_name(f"COCO_val2014_{str(row['image_id']).zfill(12)}.jpg", str(path)) for row in asked]
-    pictures, mark = Folder(path.parent / "val2014"), fingerprint([path, annotations])
-    return Contents("official", ask(records, images, str(path)), by_id(records), pictures, mark)
+    folder, mark = Folder(path.parent / "val2014"), fingerprint([path, annotations])
+    return Contents("official", ask(records, images, str(path)), by_id(records), folder, mark)
 
 
 def ask(records: Sequence[Record], images: Sequence[str], where: str) -> tuple[Question, ...]:

@@ -358,12 +358,12 @@ class ScriptModel(nn.Module):
     ) -> dict[str, Any]:
         """Padded ids, mask and pixels, as the transformers model takes them; sets the questions of the prompts."""
         given = self._pixels(images, sizes)
-        pictures = iter(self.runtime.ready(given)[self.hf_model.config.image_token_id] if given else ())
-        rows = [torch.tensor(self._with_visual_tokens(prompt, pictures)) for prompt in prompts]
+        prepared = iter(self.runtime.ready(given)[self.hf_model.config.image_token_id] if given else ())
+        rows = [torch.tensor(self._with_visual_tokens(prompt, prepared)) for prompt in prompts]
         questions = [self._question(prompt) for prompt in prompts]
         # A method takes all text after the image where there is no question.
         self.reduced.questions = questions if all(questions) else None
-        if unused := len(list(pictures)):
+        if unused := len(list(prepared)):
             raise UserError(f"The prompts have a place for all images but {unused}; put <image> into them for each.")
         held = [torch.ones_like(row) for row in rows]
         ids, kept = (pad_sequence(one, True, 0, "left").to(self.device) for one in (rows, held))
@@ -379,14 +379,14 @@ class ScriptModel(nn.Module):
             given["image_sizes"] = torch.tensor([(height, width) for width, height in sizes])
         return given
 
-    def _with_visual_tokens(self, prompt: Sequence[int], pictures: Iterator[PreparedImage]) -> list[int]:
+    def _with_visual_tokens(self, prompt: Sequence[int], prepared: Iterator[PreparedImage]) -> list[int]:
         """The ids of a prompt with the image token once per visual token."""
         ids: list[int] = []
         for token in prompt:
             if token != IMAGE_TOKEN_INDEX:
                 ids.append(token)
                 continue
-            picture = next(pictures, None)
+            picture = next(prepared, None)
             if picture is None:
                 raise UserError("The prompts have more <image> than there are images; give one image for each.")
             ids += [self.hf_model.config.image_token_id] * picture.arrangement.tokens

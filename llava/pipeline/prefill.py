@@ -150,20 +150,20 @@ class Stages:
     def encode_images(self) -> None:
         """Send all images through the tower, let the method reduce their features, and project these."""
         model, record = self.model, self.record
-        pictures: dict[object, Any] = {}  # questions about the same image share one pass of the tower
+        sources: dict[object, Any] = {}  # questions about the same image share one pass of the tower
         keys: dict[Row, object] = {}
         for sample, asked in enumerate(self.samples):
-            for number, picture in enumerate(asked.images):
+            for number, source in enumerate(asked.images):
                 key = keys[sample, number] = asked.image_ids[number] if asked.image_ids else object()
-                pictures.setdefault(key, picture)
-        encoded = model.encode_images(list(pictures.values()), list(pictures), self.reducer, self.timer)
-        by_key = dict(zip(pictures, encoded, strict=True))
+                sources.setdefault(key, source)
+        encoded = model.encode_images(list(sources.values()), list(sources), self.reducer, self.timer)
+        by_key = dict(zip(sources, encoded, strict=True))
         users = Counter(keys.values())
         for key, one in by_key.items():
             model.count_tower(record.operations, one, users[key])
         for (sample, number), key in keys.items():
             one, row, name = by_key[key], (sample, number), self.samples[sample].id
-            canvas = model.canvas(pictures[key])
+            canvas = model.canvas(sources[key])
             plan = plan_image(self.reducer, model.spec, one.full)
             inputs = one.full.tokens if plan.fits else one.inputs
             name = name if number == 0 else f"{name}#{number + 1}"
@@ -280,7 +280,7 @@ class Stages:
                 for row, view in enumerate(group.views[own.start : own.stop]):
                     value = None if values is None else values[row].to(state.tokens.dtype)
                     piece = view.reduced(reduction.only(row), model.device)
-                    tiles.setdefault(view.image, []).append((piece, value))
+                    tiles.setdefault(view.row, []).append((piece, value))
         for image, pieces in tiles.items():
             reduced.append(views.join_prompt(self.reducer, sequence, image, self.images[image].encoded, pieces))
         return self._shorten(sequence, reduced, "prompt", self.reducer)
@@ -369,8 +369,8 @@ class Stages:
             }
             groups.append(Group(method, rows, fields))
         if tiled:
-            pictures = {row: self.images[row].encoded for row in tiled}
-            groups += views.groups_of(self.model, self.reducer, self.samples, pictures)
+            several = {row: self.images[row].encoded for row in tiled}
+            groups += views.groups_of(self.model, self.reducer, self.samples, several)
         return groups
 
     def call_method(self, group: Group, stage: str, state: EncoderState, tokens: int) -> list[tuple[Reduction, range]]:

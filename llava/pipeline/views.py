@@ -42,15 +42,15 @@ class View:
     """One tile of an image, or all its tiles together.
 
     Attributes:
-        image: sample and number of the image.
-        picture: the encoded image.
+        row: sample and number of the image.
+        image: the image after the tower.
         numbers: the tiles.
         reducer: the method at the view's budget.
         spec: the model as if the view were the whole image.
     """
 
-    image: Row
-    picture: EncodedImage
+    row: Row
+    image: EncodedImage
     numbers: tuple[int, ...]
     reducer: Reducer
     spec: ModelSpec
@@ -62,9 +62,9 @@ class View:
 
     @cached_property
     def layout(self) -> PatchGrid:
-        layout = self.picture.arrangement.layout
+        layout = self.image.arrangement.layout
         if len(self.numbers) == 1:
-            layout = self.picture.arrangement.crops[self.numbers[0]].layout
+            layout = self.image.arrangement.crops[self.numbers[0]].layout
         return replace(layout, has_cls=layout.has_cls and self.with_cls)
 
     @property
@@ -72,34 +72,34 @@ class View:
         """Patch grids of the tiles, where the view is several of them."""
         if len(self.numbers) == 1:
             return ()
-        tiles = self.picture.arrangement.crops
+        tiles = self.image.arrangement.crops
         return tuple(replace(tiles[n].layout, has_cls=tiles[n].cls is not None and self.with_cls) for n in self.numbers)
 
     @cached_property
     def indices(self) -> Tensor:
         """[n] indices of its tokens among the image's visual tokens."""
-        crops = self.picture.arrangement.crops
+        crops = self.image.arrangement.crops
         return _side_by_side([crops[n].all_indices if self.with_cls else crops[n].indices for n in self.numbers])
 
     @cached_property
     def features(self) -> Tensor:
         """[n, D] tower features."""
-        return _side_by_side([self.picture.crop_features(number, self.with_cls) for number in self.numbers])
+        return _side_by_side([self.image.crop_features(number, self.with_cls) for number in self.numbers])
 
     def score(self, score: TowerScore) -> Tensor:
         """[patches, ...] of a tower score."""
-        return _side_by_side([self.picture.tile_score(score, number) for number in self.numbers])
+        return _side_by_side([self.image.tile_score(score, number) for number in self.numbers])
 
     def name(self, samples: Sequence[Sample]) -> str:
         """The sample's id, with a number from the second image on, and the tile."""
-        sample, number = self.image
+        sample, number = self.row
         name = samples[sample].id if number == 0 else f"{samples[sample].id}#{number + 1}"
-        return f"{name}/{self.numbers[0]}" if len(self.numbers) < len(self.picture.arrangement.crops) else name
+        return f"{name}/{self.numbers[0]}" if len(self.numbers) < len(self.image.arrangement.crops) else name
 
     def reduced(self, reduction: Reduction, device: torch.device) -> ViewReduction:
         """A reduction of this view alone, as a part of the image's; blocks go by order of tiles, or of time."""
         number = self.numbers[0] if len(self.numbers) == 1 else 0
-        block = number if self.picture.arrangement.temporal else min(number, 1)  # the base image, then all tiles
+        block = number if self.image.arrangement.temporal else min(number, 1)  # the base image, then all tiles
         return ViewReduction(self.indices.to(device, non_blocking=True), reduction, block)
 
 
@@ -129,38 +129,38 @@ def groups_of(
 ) -> list[Group]:
     """The views of images with several tiles, in groups of the same shape."""
     groups: dict[tuple[Any, ...], list[View]] = {}
-    for image, picture in images.items():
-        for view in parts_of(model, reducer, image, picture):
+    for row, image in images.items():
+        for view in parts_of(model, reducer, row, image):
             shape = view.reducer, view.spec, view.layout, len(view.indices)
             groups.setdefault(shape, []).append(view)
     return [
-        Group(views[0].reducer, [view.image for view in views], shared_fields(model, samples, views), tuple(views))
+        Group(views[0].reducer, [view.row for view in views], shared_fields(model, samples, views), tuple(views))
         for views in groups.values()
     ]
 
 
-def parts_of(model: Llava, reducer: Reducer, image: Row, picture: EncodedImage) -> list[View]:
+def parts_of(model: Llava, reducer: Reducer, row: Row, image: EncodedImage) -> list[View]:
     """The views of one image; tiles with a budget of 0 are left out."""
-    spec, count = spec_of(model.spec, picture.full), len(picture.arrangement.crops)
+    spec, count = spec_of(model.spec, image.full), len(image.arrangement.crops)
     reducer = reducer.for_picture(spec).before_decoder(spec)
     if divided(reducer, count):
-        given = shares(reducer, picture.full, picture.encoded.scores)
+        given = shares(reducer, image.full, image.encoded.scores)
         return [
-            View(image, picture, (number,), reducer.with_budget(share), spec.crop(number))
+            View(row, image, (number,), reducer.with_budget(share), spec.crop(number))
             for number, share in enumerate(given)
             if share
         ]
     ((resized, spec),) = over_crops(reducer, spec)
-    return [View(image, picture, tuple(range(count)), resized, spec)]
+    return [View(row, image, tuple(range(count)), resized, spec)]
 
 
 def shared_fields(model: Llava, samples: Sequence[Sample], parts: list[View]) -> dict[str, Any]:
     """Fields that the states of stages 1 and 2 share; all views are of one group."""
-    first, encoded = parts[0], [part.picture.encoded for part in parts]
+    first, encoded = parts[0], [part.image.encoded for part in parts]
     merged = [one.merged.only(part.numbers[0]) for one, part in zip(encoded, parts, strict=True) if one.merged]
 
     def thumbnail(score: TowerScore) -> Tensor:
-        each = [[overview(part.picture, number, score) for number in part.numbers] for part in parts]
+        each = [[overview(part.image, number, score) for number in part.numbers] for part in parts]
         return torch.stack([torch.cat(tiles) for tiles in each])
 
     return {
@@ -171,24 +171,24 @@ def shared_fields(model: Llava, samples: Sequence[Sample], parts: list[View]) ->
         "tiles": first.tiles,
         "scores": {score: torch.stack([part.score(score) for part in parts]) for score in encoded[0].scores},
         "merged": stack(merged) if merged else None,
-        "questions": tuple(samples[part.image[0]].question for part in parts),
-        "messages": tuple(samples[part.image[0]].message for part in parts),
+        "questions": tuple(samples[part.row[0]].question for part in parts),
+        "messages": tuple(samples[part.row[0]].message for part in parts),
         "clip": model.clip if first.reducer.needs_text_tower else None,
         "thumbnail": thumbnail,
     }
 
 
-def overview(picture: EncodedImage, number: int, score: TowerScore) -> Tensor:
+def overview(image: EncodedImage, number: int, score: TowerScore) -> Tensor:
     """[n] values of the base image's score at the patches of tile `number`, by bilinear interpolation.
 
     The base image and the stitched, unpadded tiles show the same image, each stretched over its own grid. For the base
     image itself, and without tiles, the tile's own values.
     """
-    arrangement = picture.arrangement
+    arrangement = image.arrangement
     if number == 0 or arrangement.tiles is None:
-        return picture.tile_score(score, number)
+        return image.tile_score(score, number)
     tiles, (heights, widths) = arrangement.crops[1:], arrangement.tile_sides()
-    table = picture.encoded.scores[score][0].unflatten(0, arrangement.grid)
+    table = image.encoded.scores[score][0].unflatten(0, arrangement.grid)
     size = (sum(heights), sum(widths))
     whole = F.interpolate(table[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
     row, column = divmod(number - 1, len(widths))
@@ -196,14 +196,14 @@ def overview(picture: EncodedImage, number: int, score: TowerScore) -> Tensor:
     return whole[top : top + tiles[number - 1].rows, left : left + tiles[number - 1].columns].flatten()
 
 
-def everything(picture: EncodedImage, plain: bool) -> Features:
+def everything(image: EncodedImage, plain: bool) -> Features:
     """All features of an image that is not reduced.
 
     Args:
         plain: leave out class tokens that only the method uses.
     """
-    arrangement, plain = picture.arrangement, plain and picture.extra_cls
-    features = [picture.crop_features(number, not plain) for number in range(len(arrangement.crops))]
+    arrangement, plain = image.arrangement, plain and image.extra_cls
+    features = [image.crop_features(number, not plain) for number in range(len(arrangement.crops))]
     places = [crop.indices if plain else crop.all_indices for crop in arrangement.crops]
     order = torch.cat([*places, arrangement.newlines]).argsort()
     return Features(torch.cat(features), order.to(features[0].device, non_blocking=True))
@@ -216,30 +216,30 @@ def with_newlines(values: Tensor, order: Tensor, newline: Tensor | None) -> Tens
     return torch.cat([values, *newlines])[order]
 
 
-def join_views(reducer: Reducer, picture: EncodedImage, pieces: list[ViewReduction]) -> tuple[Reduction, Tensor]:
+def join_views(reducer: Reducer, image: EncodedImage, pieces: list[ViewReduction]) -> tuple[Reduction, Tensor]:
     """One reduction of an image from those of its views, with the newline tokens if the method keeps them.
 
     Returns:
         the reduction, and [K] int64: for each output token its index among those of the views, newline tokens last.
     """
-    newlines = newline_view(reducer, picture, pieces[0].indices.device)
-    return join(pieces + newlines, picture.arrangement.tokens)
+    newlines = newline_view(reducer, image, pieces[0].indices.device)
+    return join(pieces + newlines, image.arrangement.tokens)
 
 
-def newline_view(reducer: Reducer, picture: EncodedImage, device: torch.device) -> list[ViewReduction]:
+def newline_view(reducer: Reducer, image: EncodedImage, device: torch.device) -> list[ViewReduction]:
     """The newline tokens of an image as a view that keeps all, if the method keeps them."""
-    places = picture.arrangement.newlines.to(device, non_blocking=True)
+    places = image.arrangement.newlines.to(device, non_blocking=True)
     if reducer.newlines == "drop" or not len(places):
         return []
-    last = len(picture.arrangement.crops) if picture.arrangement.temporal else 1
+    last = len(image.arrangement.crops) if image.arrangement.temporal else 1
     return [ViewReduction(places, Reduction(torch.arange(len(places), device=device)[None], len(places)), last)]
 
 
 def join_prompt(
     reducer: Reducer,
     sequence: PromptBatch,
-    image: Row,
-    picture: EncodedImage,
+    row: Row,
+    image: EncodedImage,
     pieces: list[tuple[ViewReduction, Tensor | None]],
 ) -> Reduced:
     """The reduction of an image before decoder layer 0 from those of its views.
@@ -248,15 +248,15 @@ def join_prompt(
         pieces: with the values [k, H] of the view's output tokens; None where these are the kept tokens, unchanged.
     """
     views, values = [view for view, _ in pieces], [value for _, value in pieces]
-    reduction, order = join_views(reducer, picture, views)
+    reduction, order = join_views(reducer, image, views)
     if all(value is None for value in values):
-        return Reduced([image], reduction)
-    sample, number = image
+        return Reduced([row], reduction)
+    sample, number = row
     start = sequence.hidden.shape[1] - sequence.lengths[sample] + sequence.visual[sample][number][0]
-    tokens = sequence.hidden[sample, start : start + picture.arrangement.tokens]
-    newlines = newline_view(reducer, picture, order.device)
+    tokens = sequence.hidden[sample, start : start + image.arrangement.tokens]
+    newlines = newline_view(reducer, image, order.device)
     merged = [
         tokens[view.indices[view.reduction.kept[0]]] if value is None else value
         for view, value in zip([*views, *newlines], [*values, *[None] * len(newlines)], strict=True)
     ]
-    return Reduced([image], reduction, torch.cat(merged)[order][None])
+    return Reduced([row], reduction, torch.cat(merged)[order][None])

@@ -218,8 +218,8 @@ class Engine:
         assert planned is not None, "refused by served_by"
         asked: list[dict[str, Any]] = []
         for sample in samples:
-            pictures: tuple[Any, ...] = sample.images  # no videos: `generate` refuses them
-            images = [pad_to_square(as_rgb(one), processor.padding_colour, processor.size) for one in pictures]
+            shown: tuple[Any, ...] = sample.images  # no videos: `generate` refuses them
+            images = [pad_to_square(as_rgb(one), processor.padding_colour, processor.size) for one in shown]
             ids = [slot if token < 0 else token for token in model.prompt(sample).ids]
             asked.append({"prompt_token_ids": ids} | ({"multi_modal_data": {"image": images}} if images else {}))
         timer.mark("preprocess")
