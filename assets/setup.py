@@ -1,6 +1,6 @@
 """Leaves out of the toy's wheel what would make it four times as large.
 
-The toy sets share GQA's pictures by links to their folder, and a wheel holds no links: of those pictures it has
+The toy sets share GQA's images by links to their folder, and a wheel holds no links: of those images it has
 copies of the ones that a set's questions name.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-# Videos, which the toy model does not take, and three sets whose questions name hundreds of GQA's pictures again.
+# Videos, which the toy model does not take, and three sets whose questions name hundreds of GQA's images again.
 LEFT_OUT = {"GPT_Zero_Shot_QA", "seed_bench", "vizwiz", "vqav2"}
 QUESTIONS = (".json", ".jsonl", ".tsv", ".txt")
 
@@ -34,7 +34,7 @@ def wanted(path: Path) -> bool:
 
 @cache
 def named(folder: Path) -> frozenset[str]:
-    """The pictures that the question files of a set name."""
+    """The images that the question files of a set name."""
     texts = (path.read_text() for path in folder.rglob("*") if path.suffix in QUESTIONS)
     return frozenset(name for text in texts for name in re.findall(r"(?:test|val)\d{5}[dn]", text))
 

@@ -185,7 +185,7 @@ class AttnMix(Reducer):
         "duplicates with official=true": "the release keeps a token twice that both rankings choose"
     }
 
-    crops: str = option("global", "ranks the tokens of all tiles together", ("global",))
+    tile_budget: str = option("global", "ranks the tokens of all tiles together", ("global",))
     mix: str = option(
         "adaptive",
         "split by the geometric mean, text to image only, CLS only, or half of the budget each",

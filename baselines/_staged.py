@@ -55,7 +55,7 @@ class Staged(Reducer):
         "uncounted with schedule=kept": "layers before the drop are not counted, as papers do"
     }
 
-    crops: str = option("global", "ranks the tokens of all tiles together", ("global",))
+    tile_budget: str = option("global", "ranks the tokens of all tiles together", ("global",))
     schedule: str = option("mean", SCHEDULE, ("mean", "kept"))
 
     @property

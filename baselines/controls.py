@@ -90,7 +90,9 @@ class Uniform(Reducer):
         acts="before decoder layer 0", score="an even grid", reads=("grid", "order")
     )
 
-    crops: str = option("each", "the budget over tiles: even, or by the base image's attention", ("each", "thumbnail"))
+    tile_budget: str = option(
+        "each", "the budget over tiles: even, or by the base image's attention", ("each", "thumbnail")
+    )
 
     def prompt(self, state: PromptState) -> Reduction:
         kept = even_grid(state.layout, self.budget).to(state.tokens.device, non_blocking=True)
@@ -120,7 +122,7 @@ class Downsample(Reducer):
     summary: ClassVar[str] = "a smaller image with budget patches"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(acts="before the tower", rest="averaged by resizing")
 
-    crops: str = option("each", "every tile is shrunk alike", ("each",))
+    tile_budget: str = option("each", "every tile is shrunk alike", ("each",))
 
     def check(self, spec: ModelSpec) -> None:
         super().check(spec)

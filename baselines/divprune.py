@@ -28,7 +28,7 @@ class DivPrune(Reducer):
         code="vbdi/divprune@799e2d9",
     )
 
-    crops: str = option(
+    tile_budget: str = option(
         "global",
         "all tiles together as in the release, or the budget split over tiles",
         ("global", "each", "thumbnail"),

@@ -100,7 +100,7 @@ class GlobalCom2(Reducer):
     )
 
     # Not "global": scores are normalised tile by tile, so they do not compare patches of different tiles.
-    crops: str = option(
+    tile_budget: str = option(
         "adaptive", "the budget over tiles: by the paper's rule, or others", ("adaptive", "each", "thumbnail")
     )
     newlines: str = option("keep", "newline tokens where patches are chosen: drop, or keep and count", NEWLINES)
@@ -115,16 +115,16 @@ class GlobalCom2(Reducer):
     def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...] | None:
         return None if self.official else super().tokens_per_layer(spec)
 
-    def for_picture(self, spec: ModelSpec) -> Self:
+    def for_image(self, spec: ModelSpec) -> Self:
         if self.retention_ratio and self.official:  # the release applies the ratio to patches
             return self.with_budget(max(1, int(self.retention_ratio * spec.patches + 0.5)))
-        return super().for_picture(spec)
+        return super().for_image(spec)
 
     def scores(self) -> tuple[TowerScore, ...]:
         return (SCORE,)
 
     def crop_shares(self, arrangement: TokenLayout, scores: dict[TowerScore, Tensor], budget: int) -> list[int] | None:
-        if self.crops != "adaptive" or arrangement.tiles is None:
+        if self.tile_budget != "adaptive" or arrangement.tiles is None:
             return None
         score = scores[SCORE][0].cpu()  # the one wait for the device: token counts become shapes
         if self.official:

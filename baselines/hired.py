@@ -91,7 +91,7 @@ class HiRED(Scorer):
         code="hasanar1f/HiRED@502d6dd",
     )
 
-    crops: str = option(
+    tile_budget: str = option(
         "content", "the budget over tiles: by the paper's visual content, or others", ("content", *SPLITS)
     )
     alpha: float = option(0.5, "share of the budget for the base image; 1 - alpha of its patches count as salient")
@@ -103,12 +103,12 @@ class HiRED(Scorer):
             raise UserError(f"{self.name}.alpha must be between 0 and 1, got {self.alpha:g}.")
 
     def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...] | None:
-        return None if self.official and self.crops == "content" else super().tokens_per_layer(spec)
+        return None if self.official and self.tile_budget == "content" else super().tokens_per_layer(spec)
 
-    def for_picture(self, spec: ModelSpec) -> Self:
+    def for_image(self, spec: ModelSpec) -> Self:
         if self.retention_ratio and self.official and spec.crops:  # the release applies the ratio to whole tiles
             return self.with_budget(max(1, int(len(spec.crops) * spec.crops[0].tokens * self.retention_ratio)))
-        return super().for_picture(spec)
+        return super().for_image(spec)
 
     def scores(self) -> tuple[TowerScore, ...]:
         return (LATE,)
@@ -117,10 +117,10 @@ class HiRED(Scorer):
         return state.scores[LATE]
 
     def split_scores(self) -> tuple[TowerScore, ...]:
-        return (*super().split_scores(), *((EARLY,) if self.crops == "content" else ()))
+        return (*super().split_scores(), *((EARLY,) if self.tile_budget == "content" else ()))
 
     def crop_shares(self, arrangement: TokenLayout, scores: dict[TowerScore, Tensor], budget: int) -> list[int] | None:
-        if self.crops != "content" or arrangement.tiles is None:
+        if self.tile_budget != "content" or arrangement.tiles is None:
             return None
         base = len(arrangement.crops[0].patches)
         first = min(int(budget * self.alpha), base)

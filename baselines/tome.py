@@ -106,7 +106,7 @@ class ToMe(Reducer):
         "unsorted": "even tokens stand before odd ones inside the tower, and after it with `order=release`"
     }
 
-    crops: str = option("each", "every tile is merged alike inside the tower", ("each",))
+    tile_budget: str = option("each", "every tile is merged alike inside the tower", ("each",))
     order: str = option("raster", "order of the tokens after the tower", ("raster", "release"))
 
     def check(self, spec: ModelSpec) -> None:

@@ -75,7 +75,9 @@ class VisionZip(Reducer):
     }
 
     # Every tile keeps its own class token, so tokens of all tiles are not ranked together.
-    crops: str = option("each", "the budget over tiles: even, or by the base image's attention", ("each", "thumbnail"))
+    tile_budget: str = option(
+        "each", "the budget over tiles: even, or by the base image's attention", ("each", "thumbnail")
+    )
     contextual: float = option(CONTEXTUAL_SHARE, "share of the budget that contextual tokens take")
     official: bool = option(False, "contextual token = target + mean of its members, as in the release")
 

@@ -84,7 +84,7 @@ class VScan(Reducer):
         code="Tencent/SelfEvolvingAgent@a82450e",
     )
 
-    crops: str = option(
+    tile_budget: str = option(
         "each", "the first stage splits the budget evenly over tiles, the second ranks all together", ("each",)
     )
     window: int = option(6, "side of a window in patches", least=1)

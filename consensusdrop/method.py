@@ -227,8 +227,10 @@ class ConsensusDrop(Reducer):
         super().__post_init__()
         if not 0 <= self.merged_share < 1:
             raise UserError(f"consensusdrop.merged_share must be at least 0 and below 1, got {self.merged_share}.")
-        if self.cls_token and self.crops == "global":
-            raise UserError("consensusdrop.cls_token keeps a token of every tile; it needs consensusdrop.crops=each.")
+        if self.cls_token and self.tile_budget == "global":
+            raise UserError(
+                "consensusdrop.cls_token keeps a token of every tile; it needs consensusdrop.tile_budget=each."
+            )
         if self.probe == "static" and self.query == "last":
             # Its embedding is the same for every question, so the ranking would not depend on the question.
             raise UserError(

@@ -79,7 +79,7 @@ def parser() -> Parser:
     )
     p.add_argument("--output", type=value(path_name), help="default: results/BENCHMARK-SPLIT/MODEL/METHOD-BUDGET")
     p.add_argument(
-        "--picture",
+        "--image-option",
         action="append",
         default=[],
         metavar="KEY=VALUE",
@@ -213,7 +213,7 @@ def configuration(
         "data": Path(args.data),
         "output": Path(args.output) if args.output else None,
         "options": options | ratio,
-        "picture": pairs("--picture", args.picture),
+        "image_options": pairs("--image-option", args.image_option),
         "failed": "only" if args.retry_failed else "skip",
     }
     return RunConfig(**{**flags, **resolved})

@@ -257,8 +257,8 @@ class ReadAhead:
         return collect
 
     def _load(self, name: str) -> LoadedImage:
-        pictures, model = self._job.data.pictures, self._job.model
-        image, digest = pictures.read(name)
+        images, model = self._job.data.images, self._job.model
+        image, digest = images.read(name)
         if not getattr(model, "takes_views", False) or model.remembers(digest):
             return LoadedImage(image, digest, None, 0.0)
         start = time.perf_counter()
@@ -299,7 +299,7 @@ class Answered:
                 "text": answer.text,
                 "answer_id": answer_id(settings, part.sample.id),
                 "model_id": model,
-                "metadata": {"audit": cost.audit_record(answer.accounting), "pictures": part.digest},
+                "metadata": {"audit": cost.audit_record(answer.accounting), "images": part.digest},
             }
             for part, answer in zip(self.parts, self.batch.answers, strict=True)
         ]

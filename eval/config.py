@@ -67,7 +67,7 @@ class RunConfig:
         restart: move an earlier run in the output folder aside; with --limit only if it asks every question again that
             has an answer there
         text_tower: the CLIP that the vision tower comes from, for methods that read its text half
-        picture: how images are read, where the model's family leaves a choice; llava.model.builder parses the texts.
+        image: how images are read, where the model's family leaves a choice; llava.model.builder parses the texts.
         quantization: hold the decoder in 8 or 4 bits (bitsandbytes)
         profile: how questions are asked and answers read, eval.benchmarks.base.PROFILES; None for the default one.
         source: which files the questions come from, eval.benchmarks.base.SOURCES.
@@ -99,7 +99,7 @@ class RunConfig:
     wandb: str = "auto"
     restart: bool = False
     text_tower: str | None = None
-    picture: dict[str, str] = field(default_factory=dict)
+    image_options: dict[str, str] = field(default_factory=dict)
     quantization: str | None = None
     profile: str | None = None
     source: str = "auto"
@@ -300,7 +300,7 @@ def store_settings(config: RunConfig, split: str, data: Dataset, model: Any, red
         "model_files": model.fingerprint,
         "conversation": str(model.conversation),
         "dtype": config.dtype,
-        **({"picture": model.conventions} if getattr(model, "conventions", None) else {}),
+        **({"image_options": model.conventions} if getattr(model, "conventions", None) else {}),
         **({"quantization": config.quantization} if config.quantization else {}),
         **({"engine": engine.settings} if engine else {}),
         # Other kernels round otherwise; the index of the device does not matter.
@@ -381,7 +381,7 @@ def changed_options(method: str, options: Mapping[str, Any]) -> list[str]:
 
 def changed_fields(config: RunConfig) -> dict[str, Any]:
     """Settings beside the method's options that answers depend on and that differ from their defaults."""
-    names = ("dtype", "max_new_tokens", "seed", "picture", "quantization", "profile", "engine")
+    names = ("dtype", "max_new_tokens", "seed", "image_options", "quantization", "profile", "engine")
     usual = {field.name: field.default for field in dataclasses.fields(config)}
     return {name: value for name in names if (value := getattr(config, name)) not in (usual[name], {})}
 

@@ -71,20 +71,20 @@ class CachingLlava(Llava):
         self._seen.clear()
         self._bytes = 0
 
-    def views(self, picture: Any) -> tuple[Tensor, TokenLayout]:
-        ready = self.ready_views.get(id(picture))
-        return super().views(picture) if ready is None else ready[1]
+    def views(self, image: Any) -> tuple[Tensor, TokenLayout]:
+        ready = self.ready_views.get(id(image))
+        return super().views(image) if ready is None else ready[1]
 
     def encode_images(
-        self, pictures: Sequence[Any], keys: Sequence[object], reducer: Reducer, timer: Timer
+        self, images: Sequence[Any], keys: Sequence[object], reducer: Reducer, timer: Timer
     ) -> list[EncodedImage]:
         if not (self.remembers_features and reducer.acts_in.isdisjoint(("tower", "input_grid"))):
             self.remembered = 0
-            return super().encode_images(pictures, keys, reducer, timer)
+            return super().encode_images(images, keys, reducer, timer)
         self.expect([reducer])
         new = [i for i, name in enumerate(keys) if name not in self._seen]
         self.remembered = len(keys) - len(new)
-        views = {i: self.views(pictures[i]) for i in new}
+        views = {i: self.views(images[i]) for i in new}
         timer.mark("preprocess")
         for temporal in {full.temporal for _, full in views.values()}:
             rows = [i for i in new if views[i][1].temporal == temporal]

@@ -205,6 +205,6 @@ def conclude(audits: Sequence[Mapping[str, Any]], reducer: Reducer) -> None:
     at = "" if reducer.name == "full" else f" at {budget}"
     print(
         f"{reducer.name}{at}: {mean['mean_tokens_per_layer']:.1f} visual tokens per layer, mean of "
-        f"{mean['samples'] - mean['without_picture']:,} prompts with images.",
+        f"{mean['samples'] - mean['without_image']:,} prompts with images.",
         flush=True,
     )

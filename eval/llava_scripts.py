@@ -24,7 +24,7 @@ from eval.answers.store import settings_hash
 from eval.ask import BatchLimit, Failure, Job, ReadAhead, asking_order, chunks, outcomes
 from eval.benchmarks.base import Dataset, Question, no_submission
 from eval.benchmarks.llava_files import read_prompts
-from eval.benchmarks.media import Folder, Pictures
+from eval.benchmarks.media import Folder, Images
 from eval.command import Parser, make_parser
 from eval.config import FULL, RunConfig, budget_of, build_reducer, options_by_method, plain
 from eval.metrics import Score
@@ -127,7 +127,7 @@ def file_of(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def questions_of_lines(args: Any) -> tuple[list[Asked], Pictures]:
+def questions_of_lines(args: Any) -> tuple[list[Asked], Images]:
     """The questions of a file of JSON lines with question_id, image and text, and the folder of their images."""
     asked = [
         Asked(
@@ -159,7 +159,7 @@ def told_apart(asked: Sequence[Asked]) -> list[Asked]:
 # -- answers ---------------------------------------------------------------------------------------------------------
 
 
-def answer(args: Any, read: Callable[[Any], tuple[list[Asked], Pictures]], max_new_tokens: int) -> None:
+def answer(args: Any, read: Callable[[Any], tuple[list[Asked], Images]], max_new_tokens: int) -> None:
     """Ask the questions of this process's part, and write LLaVA's answer lines in the order of the file.
 
     An answers file of an earlier run is deleted first: LLaVA's scripts go on after an error, and their next step would
@@ -180,9 +180,9 @@ def answer(args: Any, read: Callable[[Any], tuple[list[Asked], Pictures]], max_n
     budget, ratio = budget_of(size)
     config = RunConfig(method, budget, model=str(file_of(args.model_path)), dtype=DTYPE, options=options | ratio)
     build_reducer(config, visual_tokens=None)  # refuses wrong options before the weights are read
-    asked, pictures = read(args)
+    asked, images = read(args)
     part = told_apart(chunk(asked, args.num_chunks, args.chunk_idx))
-    data = dataset_of(part, pictures, max_new_tokens)
+    data = dataset_of(part, images, max_new_tokens)
     data.check_images(data.questions)
     model = load_model(config)
     use_template(model, args.conv_mode)
@@ -204,10 +204,10 @@ def answer(args: Any, read: Callable[[Any], tuple[list[Asked], Pictures]], max_n
             print(f"Warning: {off['remark']}", file=sys.stderr)
 
 
-def dataset_of(asked: Sequence[Asked], pictures: Pictures, max_new_tokens: int) -> Dataset:
+def dataset_of(asked: Sequence[Asked], images: Images, max_new_tokens: int) -> Dataset:
     """Questions without references, which nothing here scores."""
     questions = tuple(one.question for one in asked)
-    return Dataset("", questions, pictures, "", unscored, None, no_submission, max_new_tokens)
+    return Dataset("", questions, images, "", unscored, None, no_submission, max_new_tokens)
 
 
 def unscored(asked: Sequence[str], texts: Mapping[str, str]) -> Score:

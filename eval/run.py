@@ -59,7 +59,7 @@ def prepare(config: RunConfig, model: Any, reducer: Reducer | None) -> Job:
     data, split = read_questions(config, model is None, reducer is None)
     if model is None:
         model = load_model(config)
-    if data.pictures.noun == "videos" and not getattr(model, "takes_videos", True):
+    if data.images.noun == "videos" and not getattr(model, "takes_videos", True):
         raise UserError(
             f"{data.title} asks about videos, and {model.name} takes images only; choose a Video-LLaVA with --model, "
             "or leave --model out for the bundled toy model."
@@ -99,7 +99,7 @@ def load_model(config: RunConfig) -> CachingLlava:
         quantization=config.quantization,
         tensor_parallel=config.tensor_parallel,
         zero=config.zero,
-        **config.picture,
+        **config.image_options,
     )
     return CachingLlava(model, RUN_BYTES)  # it remembers what its tower gave for an image
 
@@ -114,7 +114,9 @@ def with_engine(config: RunConfig) -> CachingLlava:
     directory = locate(config.model, "checkpoint")
     first = build_reducer(config, visual_tokens=None)
     engine_arguments(first, directory)
-    front = load_client_model(config.model, first, config.dtype, config.device, config.text_tower, **config.picture)
+    front = load_client_model(
+        config.model, first, config.dtype, config.device, config.text_tower, **config.image_options
+    )
     model = CachingLlava(front, RUN_BYTES)
     reducer = build_reducer(config, model.visual_tokens)
     model.engine = Engine(model, reducer, directory, config.dtype, config.batch_size)
@@ -366,7 +368,7 @@ def sample_table(job: Job, store: AnswerStore) -> list[list[Any]]:
     for number, question in enumerate(answered[: tracking.TABLE_ROWS]):
         line = store.answers[question.id]
         mean = line["metadata"]["audit"]["mean"]
-        picture = job.data.sample(question).image if number < tracking.TABLE_PICTURES else None
+        image = job.data.sample(question).image if number < tracking.TABLE_IMAGES else None
         credit = job.data.sample_score(question, line["text"]) if job.data.sample_score is not None else None
-        rows.append([question.id, picture, None, question.question, question.answer, line["text"], credit, mean])
+        rows.append([question.id, image, None, question.question, question.answer, line["text"], credit, mean])
     return rows

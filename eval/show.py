@@ -166,8 +166,8 @@ def read(data: Path, benchmark: Benchmark, source: str, lost: Iterable[str], cop
         found.check_images(found.questions)
     except UserError as error:
         return Finding(benchmark.name, INCOMPLETE, copy or source, (str(error), *lost), benchmark.licence)
-    pictures = {name for question in found.questions for name in question.images}
-    facts = f"{found.title}: {len(found.questions):,} questions about {len(pictures):,} {found.pictures.noun}"
+    images = {name for question in found.questions for name in question.images}
+    facts = f"{found.title}: {len(found.questions):,} questions about {len(images):,} {found.images.noun}"
     return Finding(benchmark.name, COMPLETE, copy or source, (facts, *lost), benchmark.licence)
 
 

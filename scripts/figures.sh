@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Draws docs/images/kept_tokens.png, the picture in the README, and those of docs/methods.md. The accuracy plot comes from the table script,
+# Draws docs/images/kept_tokens.png, the image in the README, and those of docs/methods.md. The accuracy plot comes from the table script,
 # scripts/consensusdrop/claims.sh.
 # Usage: bash scripts/figures.sh [--output FOLDER]
 set -euo pipefail

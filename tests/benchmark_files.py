@@ -1,4 +1,4 @@
-"""Small files of benchmarks: documents, pictures, data sets as they lie on the hub, and scores of judged answers."""
+"""Small files of benchmarks: documents, images, data sets as they lie on the hub, and scores of judged answers."""
 
 import io
 import json
@@ -44,18 +44,18 @@ def png(colour: str | tuple[int, int, int] = "red", size: int = 4) -> bytes:
 
 
 def cell(colour: str | tuple[int, int, int] = "red") -> dict[str, Any]:
-    """A picture as the tables of the hub hold it."""
+    """An image as the tables of the hub hold it."""
     return {"bytes": png(colour), "path": None}
 
 
-def write_picture(path: Path) -> Path:
+def write_image(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(png())
     return path
 
 
 def write_hub(data: Path, name: str, split: str, rows: Sequence[Mapping[str, Any]], config: str = "") -> Path:
-    """A data set below DATA/hub; the columns image, image_1, ... hold cells with pictures, or lists of them.
+    """A data set below DATA/hub; the columns image, image_1, ... hold cells with images, or lists of them.
 
     Returns:
         DATA.

@@ -64,7 +64,7 @@ def drawn_image(seed: int, size: tuple[int, int] = (60, 44)) -> Image.Image:
 
 
 def samples(count: int = 5, text_only: tuple[int, ...] = (3,)) -> list[Sample]:
-    """Different questions about different pictures; some without one."""
+    """Different questions about different images; some without one."""
     return [
         Sample(
             id=f"q{i}",

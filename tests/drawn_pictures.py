@@ -1,4 +1,4 @@
-"""What a method is handed of images with chosen signals, without a model; and what it keeps of pictures in crops."""
+"""What a method is handed of images with chosen signals, without a model; and what it keeps of images in crops."""
 
 from types import SimpleNamespace
 
@@ -25,12 +25,12 @@ def state_with(features: torch.Tensor, scores: Signals | None = None, **fields) 
 
 
 def arranged(size: tuple[int, int], merge: str = "spatial_unpad") -> TokenLayout:
-    """How LLaVA-NeXT's 24 x 24 patches per crop make up the run of a picture of this (width, height)."""
+    """How LLaVA-NeXT's 24 x 24 patches per crop make up the run of an image of this (width, height)."""
     pinpoints = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]
     return AnyresProcessor(SimpleNamespace(crop=336), (24, 24), pinpoints, merge=merge).arrange(size)
 
 
-def picture_with(arrangement: TokenLayout, signals: Signals) -> EncodedImage:
+def image_with(arrangement: TokenLayout, signals: Signals) -> EncodedImage:
     """Signals [crops, P] over whole crops; features are all zero."""
     crops, patches = next(iter(signals.values())).shape
     return encoded_image_of(
@@ -39,14 +39,14 @@ def picture_with(arrangement: TokenLayout, signals: Signals) -> EncodedImage:
 
 
 def state_of(part) -> EncoderState:
-    """What the method is handed of one part of a picture."""
+    """What the method is handed of one part of an image."""
     return EncoderState(**shared_fields(None, [Sample("a", "?")], [part]))
 
 
 def parts_with(reducer: Reducer, arrangement: TokenLayout, signals: Signals) -> list:
     layout = PatchGrid(*arrangement.grid)
     model = SimpleNamespace(spec=ModelSpec(layout.tokens, 4, layout, 24))
-    return parts_of(model, reducer, (0, 0), picture_with(arrangement, signals))
+    return parts_of(model, reducer, (0, 0), image_with(arrangement, signals))
 
 
 def kept_of(reducer: Reducer, arrangement: TokenLayout, signals: Signals) -> list[int]:

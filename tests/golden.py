@@ -3,7 +3,7 @@
     python -m tests.golden METHOD     # writes its rows of tests/data/golden.json and tests/data/operations.json anew
     python -m tests.golden            # writes all rows; do either only when the change is intended
 
-golden.json holds what a method keeps of 20 seeded pictures on the tiny random model. A difference means that answers
+golden.json holds what a method keeps of 20 seeded images on the tiny random model. A difference means that answers
 change: raise the method's `version` then. operations.json holds how many operations a prefill of the bundled model may
 dispatch above its oracle (tests/test_dispatched.py).
 """
@@ -75,7 +75,7 @@ def method(name: str, tokens: int) -> Reducer:
 def question() -> list[Sample]:
     """One question about one image of noise.
 
-    In a picture of one colour patches differ by rounding alone, and SCOPE's loop dispatches operations per near tie: 41
+    In an image of one colour patches differ by rounding alone, and SCOPE's loop dispatches operations per near tie: 41
     or 47 in all, depending on the processor.
     """
     return [Sample("q", "What color is the square?", "Answer with one word.", noise(0))]

@@ -65,7 +65,7 @@ class OfflineRun:
         return next(row[key] for row in reversed(self.history) if key in row)
 
     def table(self, key: str) -> dict[str, Any]:
-        """The content of a logged table: columns and data, pictures as `_type` and `path` in `table_files`."""
+        """The content of a logged table: columns and data, images as `_type` and `path` in `table_files`."""
         return json.loads(self.table_files(key)[f"{key}.table.json"].read_text())
 
     def media(self, key: str) -> Path:

@@ -97,8 +97,8 @@ def stock(family: str) -> Stock:
         images = LlavaNextImageProcessorPil(**sizes, image_grid_pinpoints=PINPOINTS)
         model, processor = make_tiny_next(), LlavaNextProcessor(images, tokenizer, **expanding)
 
-    def prepare(texts: Sequence[str], pictures: Sequence[Image.Image]) -> Inputs:
-        return dict(processor(images=list(pictures) or None, text=list(texts), padding=True, return_tensors="pt"))
+    def prepare(texts: Sequence[str], images: Sequence[Image.Image]) -> Inputs:
+        return dict(processor(images=list(images) or None, text=list(texts), padding=True, return_tensors="pt"))
 
     return Stock(with_pad(model, tokenizer), tokenizer, prepare)
 
@@ -118,18 +118,18 @@ def with_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreT
     return model
 
 
-def _video(tokenizer: PreTrainedTokenizerBase, images: CLIPImageProcessorPil) -> Stock:
+def _video(tokenizer: PreTrainedTokenizerBase, processor: CLIPImageProcessorPil) -> Stock:
     def prepare(
-        texts: Sequence[str], pictures: Sequence[Image.Image], videos: Sequence[Sequence[Image.Image]] = ()
+        texts: Sequence[str], images: Sequence[Image.Image], videos: Sequence[Sequence[Image.Image]] = ()
     ) -> Inputs:
         patches = (IMAGE // 14) ** 2
         wide = [text.replace("<image>", "<image>" * patches) for text in texts]
         wide = [text.replace("<video>", "<video>" * (FRAMES * (patches + 1))) for text in wide]
         inputs = dict(tokenizer(wide, padding=True, return_tensors="pt", return_token_type_ids=False))
-        if pictures:
-            inputs["pixel_values_images"] = images(list(pictures), return_tensors="pt")["pixel_values"]
+        if images:
+            inputs["pixel_values_images"] = processor(list(images), return_tensors="pt")["pixel_values"]
         if videos:
-            pixels = [images(list(frames), return_tensors="pt")["pixel_values"] for frames in videos]
+            pixels = [processor(list(frames), return_tensors="pt")["pixel_values"] for frames in videos]
             inputs["pixel_values_videos"] = torch.stack(pixels)
         return inputs
 
@@ -139,10 +139,10 @@ def _video(tokenizer: PreTrainedTokenizerBase, images: CLIPImageProcessorPil) ->
 def _qwen(version: str) -> Stock:
     tokenizer, model = make_qwen_tokenizer(), make_tiny_qwen(version)
     tokenizer.padding_side = "left"
-    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 16 * 28 * 28, "longest_edge": 64 * 28 * 28})
+    processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 16 * 28 * 28, "longest_edge": 64 * 28 * 28})
 
-    def prepare(texts: Sequence[str], pictures: Sequence[Image.Image]) -> Inputs:
-        inputs: Inputs = dict(images(list(pictures), return_tensors="pt")) if pictures else {}
+    def prepare(texts: Sequence[str], images: Sequence[Image.Image]) -> Inputs:
+        inputs: Inputs = dict(processor(list(images), return_tensors="pt")) if images else {}
         counts = iter([int(grid.prod()) // 4 for grid in inputs.get("image_grid_thw", ())])
         wide = []
         for text in texts:

@@ -20,17 +20,17 @@ from eval.run import run
 from llava.errors import UserError
 from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
 
-PICTURE_IDS = ("p1", "p1", "p2")
+IMAGE_IDS = ("p1", "p1", "p2")
 
 
 def dataset(**changes) -> Dataset:
-    """Three questions, two about one picture whose name is their official id."""
+    """Three questions, two about one image whose name is their official id."""
     questions = tuple(
-        Question(f"{picture}#{number}", f"What is thing {number}?", "Short.", (f"{picture}.jpg",), "x", picture)
-        for number, picture in enumerate(PICTURE_IDS)
+        Question(f"{image}#{number}", f"What is thing {number}?", "Short.", (f"{image}.jpg",), "x", image)
+        for number, image in enumerate(IMAGE_IDS)
     )
-    pictures = Folder(Path("nowhere"))
-    return Dataset("a set", questions, pictures, "0", lambda asked, texts: Score({}, {}, {}), None, dict, **changes)
+    images = Folder(Path("nowhere"))
+    return Dataset("a set", questions, images, "0", lambda asked, texts: Score({}, {}, {}), None, dict, **changes)
 
 
 def written(tmp_path: Path, *rows: object, end: str = "\n") -> Path:
@@ -39,10 +39,10 @@ def written(tmp_path: Path, *rows: object, end: str = "\n") -> Path:
     return path
 
 
-OURS = [{"question_id": f"{p}#{n}", "text": f"t{n}"} for n, p in enumerate(PICTURE_IDS)]
+OURS = [{"question_id": f"{p}#{n}", "text": f"t{n}"} for n, p in enumerate(IMAGE_IDS)]
 LLAVA = [
     {"question_id": p, "prompt": f"What is thing {n}?\nShort.", "text": f"t{n}", "metadata": {}}
-    for n, p in enumerate(PICTURE_IDS)
+    for n, p in enumerate(IMAGE_IDS)
 ]
 LMMS = [
     {"doc_id": n, "doc": {"question": f"What is thing {n}?"}, "target": "x", "resps": [[f"t{n}"]]} for n in range(3)
@@ -60,10 +60,10 @@ def test_every_naming_is_joined(tmp_path, rows):
     assert found.texts == EXPECTED and not found.notes
 
 
-def test_lmms_evals_row_number_tells_questions_about_one_picture_apart(tmp_path):
-    rows = [{"doc_id": n, "doc": {"question_id": p}, "filtered_resps": [f"t{n}"]} for n, p in enumerate(PICTURE_IDS)]
+def test_lmms_evals_row_number_tells_questions_about_one_image_apart(tmp_path):
+    rows = [{"doc_id": n, "doc": {"question_id": p}, "filtered_resps": [f"t{n}"]} for n, p in enumerate(IMAGE_IDS)]
     assert read_answers(written(tmp_path, *rows), dataset()).texts == EXPECTED
-    rows[1]["doc_id"] = 2  # the row of a question about another picture
+    rows[1]["doc_id"] = 2  # the row of a question about another image
     with pytest.raises(UserError, match=r"without a prediction \(p1#1\)"):
         read_answers(written(tmp_path, *rows), dataset())
 
@@ -83,7 +83,7 @@ def test_lists_and_maps_are_read(tmp_path):
         assert read_answers(path, dataset()).texts == EXPECTED
 
 
-def test_prompts_tell_questions_about_one_picture_apart_whatever_the_order(tmp_path):
+def test_prompts_tell_questions_about_one_image_apart_whatever_the_order(tmp_path):
     found = read_answers(written(tmp_path, LLAVA[1], LLAVA[2], LLAVA[0]), dataset())
     assert found.texts == EXPECTED
     assert list(found.texts) == ["p1#1", "p2#2", "p1#0"], "the file's order is kept for metrics that match by position"
@@ -126,17 +126,15 @@ def test_ids_that_a_metric_knows_besides_the_questions_may_come_or_lack(tmp_path
     assert read_answers(written(tmp_path, *OURS), dataset(accepts=frozenset({"extra"}))).texts == EXPECTED
 
 
-def test_picture_ids_without_a_prompt_are_not_guessed(tmp_path):
-    rows = [{"question_id": p, "text": "a"} for p in PICTURE_IDS]
+def test_image_ids_without_a_prompt_are_not_guessed(tmp_path):
+    rows = [{"question_id": p, "text": "a"} for p in IMAGE_IDS]
     with pytest.raises(UserError, match=r"2 questions without a prediction"):
         read_answers(written(tmp_path, *rows), dataset())
 
 
 def test_prompts_of_other_questions_are_refused(tmp_path):
     """Answers to another benchmark with the same ids got a score; a few other prompts are noted."""
-    rows = [
-        {"question_id": f"{p}#{n}", "text": "t", "prompt": f"Count the birds {n}"} for n, p in enumerate(PICTURE_IDS)
-    ]
+    rows = [{"question_id": f"{p}#{n}", "text": "t", "prompt": f"Count the birds {n}"} for n, p in enumerate(IMAGE_IDS)]
     with pytest.raises(UserError, match=r"3 of 3 recorded prompts .* p1#0 was asked 'Count the birds 0'"):
         read_answers(written(tmp_path, *rows), dataset(), partial=True)
     rows[1:] = [row | {"prompt": f"what is  THING {n}?\nOther words."} for n, row in enumerate(rows[1:], start=1)]
@@ -333,8 +331,8 @@ def test_runs_that_differ_in_more_than_the_method_are_not_compared(tmp_path, cap
     assert named in capsys.readouterr().err
 
 
-def test_answers_about_other_pictures_are_not_scored(tmp_path, capsys):
-    """Their lines hold the hashes of the pictures, which scoring a file did not read."""
+def test_answers_about_other_images_are_not_scored(tmp_path, capsys):
+    """Their lines hold the hashes of the images, which scoring a file did not read."""
     data, other = write_gqa(tmp_path / "data"), other_data(tmp_path, "images")
     words = ["gqa", "--answers", f"{run_in(data, tmp_path / 'a')}/answers.jsonl", "--data"]
     assert score.main([*words, str(data)]) == 0
@@ -344,7 +342,7 @@ def test_answers_about_other_pictures_are_not_scored(tmp_path, capsys):
     assert score.main([*words, str(other), "--partial"]) == 0
     shown = capsys.readouterr().out
     assert "GQA testdev, 34 questions" in shown and "6 answers about other images" in shown
-    # Scoring needs no pictures; without them the score says that nobody compared them.
+    # Scoring needs no images; without them the score says that nobody compared them.
     (other / "gqa" / "data" / "images" / "n3.jpg").unlink()
     assert score.main([*words, str(other)]) == 0
     shown = capsys.readouterr().out

@@ -296,8 +296,8 @@ def test_release_equals_its_definition(tokens, crops, budget):
         assert actual[b].tolist() == expected
 
 
-def test_all_text_behind_the_planted_picture_is_read():
-    """The release compares the picture with the suffix and the template too: token 6 resembles a word of them."""
+def test_all_text_behind_the_planted_image_is_read():
+    """The release compares the image with the suffix and the template too: token 6 resembles a word of them."""
     visual, saliency = planted()
     assert 6 not in AttnMix(budget=4).prompt(state(visual, saliency)).kept[0].tolist()
     kept = AttnMix(budget=4, official=True).prompt(state(visual, saliency)).kept[0].tolist()
@@ -324,7 +324,7 @@ def stitched(grid: tuple[int, int], side: int) -> list[int]:
 
 
 def test_b2_saliency_comes_in_the_order_of_the_tokens():
-    """Tiles enter the release's sequence row by row of the whole picture, its saliency comes crop by crop.
+    """Tiles enter the release's sequence row by row of the whole image, its saliency comes crop by crop.
 
     So even with the right distance between crops it would keep other patches. Here both come crop by crop. With the
     wrong distance (B1) the two orders name the same patches, which is why `official` needs no order of its own.

@@ -74,9 +74,9 @@ def job(tmp_path):
     for number in range(4):
         drawn_image(number).save(tmp_path / f"{number}.png")
     (tmp_path / "2.png").write_bytes(b"no image")
-    pictures = Counting(tmp_path)
-    object.__setattr__(pictures, "opened", [])
-    data = Dataset("test", (), pictures, "", lambda *_: None, None, lambda _: {})
+    images = Counting(tmp_path)
+    object.__setattr__(images, "opened", [])
+    data = Dataset("test", (), images, "", lambda *_: None, None, lambda _: {})
     return SimpleNamespace(data=data, model=SimpleNamespace())
 
 
@@ -89,7 +89,7 @@ def test_an_unreadable_image_stays_with_its_questions(job):
     assert {one.kind for one in found if isinstance(one, Failure)} == {"image"}
     right = [one for one in found if isinstance(one, LoadedQuestion)]
     assert all(one.sample.image.size == (60, 44) for one in right)
-    assert all(one.digest == job.data.pictures.digest(*one.question.images) for one in right)
+    assert all(one.digest == job.data.images.digest(*one.question.images) for one in right)
 
 
 @pytest.mark.parametrize(("held", "opened"), [(ask.HELD_BYTES, [0, 1, 3]), (0, [0, 0, 1, 3])])
@@ -98,7 +98,7 @@ def test_an_image_is_read_once_for_its_questions_unless_images_take_too_much_mem
     asked = questions([1] * 12)
     with ReadAhead(job) as images:  # images 0, 0, 1, 3 and 0 again, which may be gone
         list(images.batches(iter([[asked[number]] for number in (0, 2, 3, 9, 1)])))
-    assert sorted(job.data.pictures.opened) == [f"{number}.png" for number in opened]
+    assert sorted(job.data.images.opened) == [f"{number}.png" for number in opened]
 
 
 def test_one_batch_is_read_ahead_and_no_more(job):

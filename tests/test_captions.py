@@ -11,7 +11,7 @@ from eval.metrics import captions
 from eval.metrics.captions import tokenize_ptb
 from eval.results.report import scored
 from llava.errors import UserError
-from tests.benchmark_files import cell, write_hub, write_picture
+from tests.benchmark_files import cell, write_hub, write_image
 
 VECTORS = Path(__file__).parent / "data" / "captions"
 
@@ -113,7 +113,7 @@ def test_flickr30k_from_the_mirror(tmp_path, no_java):
 
 def test_flickr30k_from_karpathys_file(tmp_path):
     root = tmp_path / "flickr30k"
-    write_picture(root / "flickr30k-images" / "7.jpg")
+    write_image(root / "flickr30k-images" / "7.jpg")
     records = [
         {"imgid": 7, "filename": "7.jpg", "split": "test", "sentences": [{"raw": text} for text in SENTENCES[0]]},
         {"imgid": 8, "filename": "8.jpg", "split": "train", "sentences": [{"raw": "unused"}]},
@@ -131,7 +131,7 @@ def nocaps(tmp_path) -> Path:
     domains = ["in-domain", "out-domain", "out-domain"]
     images = [{"id": n, "file_name": f"{n}.png", "domain": d} for n, d in enumerate(domains)]
     for image in images:
-        write_picture(root / "validation" / image["file_name"])
+        write_image(root / "validation" / image["file_name"])
     notes = [{"image_id": n, "id": 9, "caption": text} for n, texts in enumerate(SENTENCES) for text in texts]
     (root / "nocaps_val_4500_captions.json").write_text(json.dumps({"images": images, "annotations": notes}))
     (root / "nocaps_test_image_info.json").write_text(json.dumps({"images": images}))

@@ -118,9 +118,9 @@ def tiled(tmp_path_factory):
 @pytest.mark.parametrize("name", ["fastervlm+pyramiddrop", "hired+pyramiddrop"])  # HiRED splits by scores of its own
 def test_tiles_and_frames_share_what_the_first_method_leaves(name, tiled):
     """Every tile was given its part of the whole budget; the second method sees the tokens of all tiles together."""
-    pictures = drawn_image(0, (112, 112)), Video(tuple(drawn_image(frame) for frame in range(8)))
-    options = [{}, {"newlines": "keep"}, {"crops": "global"}, {"retention_ratio": 0.2}]
-    for model, image in zip(tiled, pictures, strict=True):
+    images = drawn_image(0, (112, 112)), Video(tuple(drawn_image(frame) for frame in range(8)))
+    options = [{}, {"newlines": "keep"}, {"tile_budget": "global"}, {"retention_ratio": 0.2}]
+    for model, image in zip(tiled, images, strict=True):
         sample, layout = Sample("q", QUESTIONS[0], image=image), model.views(image)[1]
         spec = spec_of(model.spec, layout)
         for one in options:
@@ -133,7 +133,7 @@ def test_tiles_and_frames_share_what_the_first_method_leaves(name, tiled):
             assert kept(found[2])[0][0] == kept(alone[2])[0][0]
             (audit,), (entering, *_) = found[1], alone[1][0].tokens_per_layer
             assert audit.tokens_per_layer == planned(reducer, spec) and audit.tokens_per_layer[0] == entering
-            own = reducer.for_picture(spec).budget
+            own = reducer.for_image(spec).budget
             assert abs(entering - (layout.tokens * own) ** 0.5) <= 1 and abs(audit.mean - own) <= 0.5
             oracle = contract.run(model, [sample], oracle_of(reducer, model.spec))[1][0]
             assert oracle.tokens_per_layer == audit.tokens_per_layer
@@ -152,7 +152,7 @@ def test_tiles_and_frames_share_what_the_first_method_leaves(name, tiled):
         ("divprune+fastv", {"fastv.layr": "2"}, "option of divprune.fastv 'fastv.layr'. Did you mean 'fastv.layer'"),
         ("divprune+fastv", {"fastv.newlines": "keep"}, "Unknown option of divprune.fastv 'fastv.newlines'"),
         ("divprune+fastv", {"divprune.retention_ratio": "0.5"}, "Unknown option"),
-        ("divprune+fastv", {"divprune.crops": "each", "crops": "global"}, "crops of divprune.fastv is given twice"),
+        ("divprune+fastv", {"divprune.tile_budget": "each", "tile_budget": "global"}, "tile_budget of divprune.fastv is given twice"),
         ("divprune+fastv", {"fastv.layer": "-1"}, "fastv.layer must be at least 0"),
         ("divprune+fastv", {"share": "2"}, "share must be between 0 and 1"),
         ("divprune+pyramiddrop", {"budget": 192}, "leaves 333 of 576 tokens. Of these, pyramiddrop cannot .*share may"),

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.drawn_images import state_with
 from torch import nn
 
 from baselines.dart import Dart, hash_order, highest, pick_different, shares
@@ -21,7 +22,6 @@ from llava.reduction.states import DecoderState
 from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests.attention_maps import eager_maps, real
 from tests.conftest import samples
-from tests.drawn_pictures import state_with
 
 GRID = PatchGrid(24, 24)
 LLAVA_15 = ModelSpec(576, 32, GRID, 24)
@@ -53,7 +53,7 @@ def test_fastv_keeps_what_the_map_of_the_layer_before_says(tiny, layer, budget):
 
 
 def test_fastv_planted_tokens_are_kept():
-    """Plant the answer: the last row of two pictures looks at three tokens each, every head at another."""
+    """Plant the answer: the last row of two images looks at three tokens each, every head at another."""
     weights = torch.full((2, 3, 1, 12), 0.01)
     for head, (first, second) in enumerate(zip((2, 5, 11), (0, 1, 7), strict=True)):
         weights[0, head, 0, first] = weights[1, head, 0, second] = 0.5
@@ -148,7 +148,7 @@ def test_pyramiddrop_the_third_partys_128_is_rounded_down():
 
 
 def dart_by_the_book(similarity: torch.Tensor, pivots: list[int], picks: tuple[int, ...]) -> list[int]:
-    """One picture, plain loops."""
+    """One image, plain loops."""
     kept = set(pivots)
     for turn, count in enumerate(picks):
         left = [token for token in range(similarity.shape[1]) if token not in kept]

@@ -100,7 +100,9 @@ def test_every_method_answers_at_every_budget_or_something_on_the_page_does(tiny
 
 def test_options_are_those_of_set(tiny, monkeypatch):
     monkeypatch.setattr(demo_page, "MAX_NEW_TOKENS", 1)
-    found = answer_beside_full(tiny, drawn_image(1), "a?", "fastv", 1, repeats=1, options=" schedule=kept\nfastv.layer=3 ")
+    found = answer_beside_full(
+        tiny, drawn_image(1), "a?", "fastv", 1, repeats=1, options=" schedule=kept\nfastv.layer=3 "
+    )
     assert found.reduced.answer.accounting.tokens_per_layer == (16, 16, 16, 1)
     for options, sentence in (
         ("schedule", "should look like"),
@@ -123,7 +125,7 @@ def test_tokens_on_padding_are_in_the_table(tiny, monkeypatch):
 
 
 @pytest.fixture
-def phone_picture(tmp_path) -> Path:
+def phone_image(tmp_path) -> Path:
     """60 x 44 pixels for a person, stored on its side."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
@@ -131,13 +133,13 @@ def phone_picture(tmp_path) -> Path:
     return tmp_path / "phone.jpg"
 
 
-def test_demo_gallery_and_client_show_a_phone_picture_as_a_person_sees_it(tiny, tmp_path, phone_picture, monkeypatch):
-    """All of them asked about a picture on its side."""
-    compared = demo_page.answer(tiny, str(phone_picture), "a?", True, "random", "", 8)
+def test_demo_gallery_and_client_show_a_phone_image_as_a_person_sees_it(tiny, tmp_path, phone_image, monkeypatch):
+    """All of them asked about an image on its side."""
+    compared = demo_page.answer(tiny, str(phone_image), "a?", True, "random", "", 8)
     (canvas,) = compared.full.answer.canvases
     left, top, right, bottom = canvas.box
     assert right - left > bottom - top
-    assert command.sample_of(str(phone_picture), "a?", "").image.size == (60, 44)
+    assert command.sample_of(str(phone_image), "a?", "").image.size == (60, 44)
     seen = []
 
     def embeddings(model, batch, reducer):
@@ -146,7 +148,7 @@ def test_demo_gallery_and_client_show_a_phone_picture_as_a_person_sees_it(tiny, 
 
     monkeypatch.setattr(serving, "prompt_embeddings", embeddings)
     monkeypatch.setattr(serving, "load_client_model", lambda *_: tiny)
-    flags = ["consensusdrop", "8", "--image", str(phone_picture), "--question", "a?", "--model", DEFAULT_MODEL]
+    flags = ["consensusdrop", "8", "--image", str(phone_image), "--question", "a?", "--model", DEFAULT_MODEL]
     assert serving.export_command([str(tmp_path / "prompts.safetensors"), *flags]) == 0 and seen == [(60, 44)]
 
 

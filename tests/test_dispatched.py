@@ -229,7 +229,7 @@ def test_no_method_makes_a_tensor_of_tokens_times_tokens_times_heads(method, mon
     tokens, heads = 1280, 4
     model = model_of(tokens, 64 * heads, 4, 3, torch.device("cpu"), "float32")
     kept = {"schedule": "kept"} if "schedule" in registry.options_of(registry.method(method)) else {}
-    for options in ({"crops": "global", **kept}, {}):  # some methods treat each tile alone
+    for options in ({"tile_budget": "global", **kept}, {}):  # some methods treat each tile alone
         with suppress(UserError):
             reducer = registry.build(method, tokens // 2, options)
             require(reducer, model.spec)

@@ -101,7 +101,7 @@ def test_answers_are_in_llavas_fields(main, data, tmp_path):
     main("--method", "uniform", "--budget", "16", "--output", "o")
     lines = [json.loads(line) for line in (tmp_path / "o" / "answers.jsonl").read_text().splitlines()]
     first = dict(lines[0])
-    picture = data / "gqa" / "data" / "images" / "n0.jpg"
+    image = data / "gqa" / "data" / "images" / "n0.jpg"
     assert len(first.pop("answer_id")) == 22 and len({line["answer_id"] for line in lines}) == 40
     assert first == {
         "question_id": "1000",
@@ -119,18 +119,18 @@ def test_answers_are_in_llavas_fields(main, data, tmp_path):
                 "kv_bytes": 16000,
                 "on_padding": None,
             },
-            "pictures": hashlib.sha256(picture.read_bytes()).hexdigest()[:16],
+            "images": hashlib.sha256(image.read_bytes()).hexdigest()[:16],
         },
     }
     predictions = json.loads((tmp_path / "o" / "predictions.json").read_text())
     assert predictions[0] == {"questionId": "1000", "prediction": fake_text("1000").lower().rstrip(".")}
 
 
-def test_questions_without_a_picture_neither_water_the_audit_down_nor_hide_a_deviation():
+def test_questions_without_an_image_neither_water_the_audit_down_nor_hide_a_deviation():
     seen = record(20.0, entering=[20, 20], merged=0, kv_bytes=10)
     unseen = record(0.0, asked=0.0, planned=0.0, visual_tokens=0, entering=[0, 0], merged=0, kv_bytes=2)
     summary = cost.summarise_audit([seen, unseen, unseen])
-    assert summary["mean_tokens_per_layer"] == 20 and summary["samples"] == 3 and summary["without_picture"] == 2
+    assert summary["mean_tokens_per_layer"] == 20 and summary["samples"] == 3 and summary["without_image"] == 2
     off = cost.off_budget([seen, unseen, unseen, unseen], Mine(rounding=1.5))
     assert (off["counted"], off["asked"], off["questions"]) == (20, 16, 1)
     assert cost.off_budget([seen, unseen], Mine(rounding=4)) is None
@@ -138,7 +138,7 @@ def test_questions_without_a_picture_neither_water_the_audit_down_nor_hide_a_dev
     assert cost.summarise_audit([unseen])["mean_tokens_per_layer"] == 0
 
 
-def test_tokens_on_padding_are_a_mean_over_pictures_or_not_known(main):
+def test_tokens_on_padding_are_a_mean_over_images_or_not_known(main):
     """They are told of no run a part of whose answers was stored before they were counted."""
     costs = {"entering": [20, 20], "merged": 0, "kv_bytes": 10}
     unseen = record(0.0, visual_tokens=0, **costs | {"entering": [0, 0]}, on_padding=0.0)
@@ -262,7 +262,7 @@ def test_wrong_flags(main, tmp_path, arguments, sentence):
 
 @pytest.mark.parametrize("planned", [True, False])
 def test_a_mean_off_the_budget_is_said_and_loses_nothing(data, tmp_path, capsys, planned):
-    """It ended the run without a result after all questions were answered, be it for one picture in sixty; and without
+    """It ended the run without a result after all questions were answered, be it for one image in sixty; and without
     a plan, where images decide how many tokens stay, nothing was said."""
     config = RunConfig("first", 16, data=data, output=tmp_path / "o", wandb="disabled", limit=30)
     result = run(config, FakeLlava(mean_error=1, planned=planned), FakeReducer())
@@ -499,7 +499,7 @@ def test_questions_come_in_the_order_of_llavas_file_with_the_suffix_apart(data):
     assert [q.id for q in dataset.questions] == [str(1039 - n) for n in range(40)]
     assert (first.question, first.suffix, first.image) == ("Is thing 39 there?", SHORT, "n4.jpg")
     sample = dataset.sample(first)
-    assert sample.image.size == (32, 32) and sample.image_ids == (dataset.pictures.digest("n4.jpg"),)
+    assert sample.image.size == (32, 32) and sample.image_ids == (dataset.images.digest("n4.jpg"),)
     assert sample.message == json.loads(lines[39])["text"]
 
 
@@ -582,7 +582,7 @@ def test_the_commit_is_this_repositorys_or_unknown(tmp_path):
     assert commit(tmp_path / "copy") == "unknown", "a copy inside another repository is not that one"
 
 
-# -- choices of reading pictures, and budgets as ratios ---------------------------------------------------------------
+# -- choices of reading images, and budgets as ratios ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -603,13 +603,13 @@ def test_what_is_neither_is_refused(text):
 
 
 def test_choices_are_parsed_and_refused():
-    assert pairs("--picture", ["merge=spatial", "force=672x672"]) == {"merge": "spatial", "force": "672x672"}
+    assert pairs("--image-option", ["merge=spatial", "force=672x672"]) == {"merge": "spatial", "force": "672x672"}
     assert [parse("force", "672x336"), parse("min_pixels", "7"), parse("merge", "a")] == [(672, 336), 7, "a"]
     for wrong in (["merge"], ["=spatial"], ["merge="]):
         with pytest.raises(UserError, match="should look like merge=spatial"):
-            pairs("--picture", wrong)
+            pairs("--image-option", wrong)
     with pytest.raises(UserError, match="given twice"):
-        pairs("--picture", ["merge=spatial", "merge=spatial_unpad"])
+        pairs("--image-option", ["merge=spatial", "merge=spatial_unpad"])
     for name, value in (("force", "672"), ("force", "ax3"), ("min_pixels", "on")):
         with pytest.raises(UserError, match=f"{name} should be"):
             parse(name, value)
@@ -628,13 +628,13 @@ def run_in(tmp_path, *arguments: str) -> dict:
 def test_the_convention_of_tiles_is_part_of_the_result(tmp_path):
     save_next_transformers(tmp_path / "next", make_tiny_next())
     arguments = ("--method", "fastervlm", "--budget", "20", "--model", str(tmp_path / "next"))
-    result = run_in(tmp_path, *arguments, "--picture", "merge=spatial", "--picture", "force=112x112")
-    assert result["settings"]["picture"] == {"merge": "spatial", "pinpoints": "original", "tiles": "112x112"}
+    result = run_in(tmp_path, *arguments, "--image-option", "merge=spatial", "--image-option", "force=112x112")
+    assert result["settings"]["image_options"] == {"merge": "spatial", "pinpoints": "original", "tiles": "112x112"}
     assert result["audit"]["mean_tokens_per_layer"] == 20 and result["audit"]["visual_tokens_before"] == 80
 
 
 @pytest.mark.parametrize("flags", [["--budget", "1/4"], ["--set", "consensusdrop.retention_ratio=0.25"]])
-def test_a_ratio_keeps_that_part_of_each_picture(tmp_path, flags):
+def test_a_ratio_keeps_that_part_of_each_image(tmp_path, flags):
     save_qwen_transformers(tmp_path / "qwen")
     result = run_in(tmp_path, "--method", "consensusdrop", *flags, "--model", str(tmp_path / "qwen"))
     assert any("no CLS token: in place of its attention" in note for note in result["remarks"])
@@ -667,8 +667,8 @@ def test_the_registry_refuses_a_budget_beside_a_ratio():
 def test_unknown_choices_end_in_one_sentence(tmp_path, tiny_path, capsys):
     write_gqa(tmp_path, count=2)
     known = ["--method", "full", "--data", str(tmp_path), "--wandb", "disabled"]
-    assert cli.main([*known, "--model", str(tiny_path), "--picture", "merge=spatial"]) == 2
+    assert cli.main([*known, "--model", str(tiny_path), "--image-option", "merge=spatial"]) == 2
     assert "leaves no choice of merge" in capsys.readouterr().err
     save_next_transformers(tmp_path / "next", make_tiny_next())
-    assert cli.main([*known, "--model", str(tmp_path / "next"), "--picture", "merg=spatial"]) == 2
+    assert cli.main([*known, "--model", str(tmp_path / "next"), "--image-option", "merg=spatial"]) == 2
     assert "Did you mean 'merge'" in capsys.readouterr().err

@@ -122,11 +122,11 @@ def test_questions_about_one_image_are_drawn_together(case):
     """112 questions of MMBench counted as being about 112 images, 15 of which differ: every row holds its own bytes.
     The same happened in DocVQA, InfographicVQA, MMMU and, between its tasks, in MME."""
     data, texts = case
-    first = {one.id: data.pictures.digest(one.images[0]) for one in data.questions if one.images and not one.about}
+    first = {one.id: data.images.digest(one.images[0]) for one in data.questions if one.images and not one.about}
     for labels in (data.labels(), data.labels(first)):
         of_content = {(first[name], labels[name]) for name in first}
         assert len(of_content) == len({label for _, label in of_content})
-        if data.pictures.noun == "images":
+        if data.images.noun == "images":
             assert len(of_content) == len({digest for digest, _ in of_content})
         score = data.score(list(texts), texts)
         for name in score.other_terms or [""]:
@@ -183,14 +183,14 @@ def spread_of_drawn(terms) -> float:
     return float(np.std([terms.value(counts @ rows) for counts in drawn]))
 
 
-def test_questions_and_pictures_are_there(case):
+def test_questions_and_images_are_there(case):
     data, _ = case
     assert len({question.id for question in data.questions}) == len(data.questions)
     data.check_images(data.questions)
     shown = next((question for question in data.questions if question.images), None)
     assert shown is not None and data.max_new_tokens >= 10
-    if not isinstance(data.pictures, Videos):
-        assert data.pictures.open(shown.images[0]).mode == "RGB"
+    if not isinstance(data.images, Videos):
+        assert data.images.open(shown.images[0]).mode == "RGB"
 
 
 def test_credit_of_one_answer_agrees_with_the_score(case):

@@ -76,7 +76,9 @@ def qwens(tmp_path_factory) -> list[Llava]:
 
 def test_a_tower_without_a_class_token_keeps_the_contract(name, qwens):
     """13 of 25 methods refused Qwen-VL for its missing token, ConsensusDrop among them."""
-    batch = [dataclasses.replace(one, image=one.image and drawn_image(4, (112, 112))) for one in samples(4, text_only=(2,))]
+    batch = [
+        dataclasses.replace(one, image=one.image and drawn_image(4, (112, 112))) for one in samples(4, text_only=(2,))
+    ]
     for model in qwens:
         reducers = contract.accepted(registry.method(name), {}, model)
         assert reducers or name == "full" or registry.method(name).needs_text_tower
@@ -92,7 +94,9 @@ def others(tmp_path_factory) -> dict[str, tuple[Llava, list[Sample]]]:
     save_transformers_layout(path / "wide", make_tiny_llava(num_hidden_layers=8, image=112), text_tower=True)
     save_text_tower(path / "tiled" / "text_tower", save_next_transformers(path / "tiled", make_tiny_next("mistral")))
     long = Sample("long", " ".join(QUESTIONS * 3), image=drawn_image(9))
-    crops = [Sample(f"q{i}", QUESTIONS[i], image=drawn_image(i, size)) for i, size in enumerate(((112, 112), (70, 112)))]
+    crops = [
+        Sample(f"q{i}", QUESTIONS[i], image=drawn_image(i, size)) for i, size in enumerate(((112, 112), (70, 112)))
+    ]
     return {
         "wide": (load(path / "wide", device="cpu"), [*samples(2), long]),
         "unpadded": (load(path / "tiled", device="cpu"), crops),
@@ -306,7 +310,7 @@ REFUSED = [  # method, budget and options; decoder layers of a model of 576 toke
     ("fastv 64 layer=-1", 32, "fastv.layer must be at least 0"),
     ("fastv 64 layer=32", 32, "32 layers"),
     ("globalcom2 8 temperature=nan", 32, "temperature must be above 0"),
-    ("globalcom2 8 crops=global", 32, "crops must be one of adaptive, each, thumbnail"),
+    ("globalcom2 8 tile_budget=global", 32, "tile_budget must be one of adaptive, each, thumbnail"),
     ("holov 64 chunks=7", 32, "holov.chunks must divide the 576 visual tokens"),
     ("prumerge 8 fixed=true", 32, "official=true"),
     ("prumerge_plus 64 official=true fixed=true", 32, "no such grid, near it are 55, 61, 65, 73"),

@@ -30,8 +30,8 @@ def logits(model, samples, name="full", budget=None):
     return model.logits(state.hidden)
 
 
-def ask(*pictures) -> list[Sample]:
-    return [Sample(f"q{i}", QUESTIONS[i], image=image) for i, image in enumerate(pictures)]
+def ask(*images) -> list[Sample]:
+    return [Sample(f"q{i}", QUESTIONS[i], image=image) for i, image in enumerate(images)]
 
 
 def expanded(model, sample, counts) -> torch.Tensor:
@@ -84,7 +84,7 @@ def test_methods_act_per_frame_or_over_all_frames(tmp_path):
 
 
 def test_assembled_positions_are_those_of_whole_prompts(tmp_path):
-    """Text, pictures of different shapes and padding, against the positions written down prompt by prompt."""
+    """Text, images of different shapes and padding, against the positions written down prompt by prompt."""
     save_qwen_transformers(tmp_path, make_tiny_qwen())
     model = load(tmp_path, device="cpu")
     batch = ask((drawn_image(0, (200, 120)), drawn_image(1, (90, 160))), drawn_image(2, (150, 150)), None)

@@ -55,8 +55,8 @@ def noise(*shape):
 def test_every_question_names_things_that_give_its_answer():
     """A wrong mask would make every measure wrong in silence."""
     for one in measures.questions("val"):
-        picture = measures.redraw(one.picture)
-        named = [picture.things[n] for n in one.targets]
+        image = measures.redraw(one.image)
+        named = [image.things[n] for n in one.targets]
         if one.family == "count":
             assert len(named) == int(one.answer), one
         elif one.family == "exist":
@@ -75,14 +75,14 @@ def test_every_question_names_things_that_give_its_answer():
 
 def test_masks_cover_the_pixels_of_their_thing():
     """A big shape of one colour: the patches of its mask are near that colour, their neighbours are grey."""
-    picture, drawn = measures.redraw(NAME), np.asarray(_image(NAME), np.float64)
+    image, drawn = measures.redraw(NAME), np.asarray(_image(NAME), np.float64)
     patches = drawn.reshape(24, 8, 24, 8, 3).mean((1, 3)).reshape(-1, 3)
-    number = next(n for n, thing in enumerate(picture.things) if thing.kind == "shape" and thing.big)
-    mask, centre = picture.patches([number]), picture.things[number]
+    number = next(n for n, thing in enumerate(image.things) if thing.kind == "shape" and thing.big)
+    mask, centre = image.patches([number]), image.things[number]
     rows, columns = np.divmod(np.flatnonzero(mask), 24)
     assert abs(rows.mean() * 8 + 4 - centre.y) < 6 and abs(columns.mean() * 8 + 4 - centre.x) < 6
     colourful = np.ptp(patches, axis=1)
-    assert colourful[mask].mean() > 2 * colourful[picture.owner == -1].mean()
+    assert colourful[mask].mean() > 2 * colourful[image.owner == -1].mean()
 
 
 def _image(name):
@@ -91,7 +91,7 @@ def _image(name):
     return Image.open(DEFAULT_DATA / "gqa" / "data" / "images" / f"{name}.jpg")
 
 
-def test_a_picture_that_differs_from_the_drawing_is_refused(tmp_path):
+def test_a_image_that_differs_from_the_drawing_is_refused(tmp_path):
     folder = tmp_path / "gqa" / "data" / "images"
     folder.mkdir(parents=True)
     shutil.copy(DEFAULT_DATA / "gqa" / "data" / "images" / "test00001n.jpg", folder / f"{NAME}.jpg")
@@ -175,12 +175,12 @@ def test_visual_attention_does_not_depend_on_the_question(toy, samples, notes):
 
 @pytest.mark.training
 def test_reading_backwards_changes_the_decoder_alone(toy, samples, notes):
-    """Scores stay in the order of the picture: the last token still looks at the named thing."""
+    """Scores stay in the order of the image: the last token still looks at the named thing."""
     backwards = measures.observe(toy, samples, reverse=True)
     for name in ("encoder", "cosine", "probe"):
         assert backwards[name] == pytest.approx(notes[name], rel=1e-4)
     one = measures.questions()[0]
-    mask = measures.redraw(one.picture).patches(one.targets)
+    mask = measures.redraw(one.image).patches(one.targets)
     assert backwards["last 2"][0] != pytest.approx(notes["last 2"][0], rel=1e-2)
     assert measures.auroc(backwards["last 2"][0], mask) > 0.9
 
@@ -193,9 +193,9 @@ def test_halves_are_exchanged_patch_by_patch():
 
 def test_measures_of_words():
     """A cosine that is its word's mask has AUROC 1; a control word knows nothing of it."""
-    picture = measures.redraw(NAME)
-    masks = np.stack([measures.word_mask(picture, word) for word in measures.WORDS])
-    found = measures.measure_words(masks.astype(float), picture)
+    image = measures.redraw(NAME)
+    masks = np.stack([measures.word_mask(image, word) for word in measures.WORDS])
+    found = measures.measure_words(masks.astype(float), image)
     there = masks.any(1)
     assert (found[there, 0] == 1).all() and np.isnan(found[~there]).all()
     assert found[there, 2] == pytest.approx(0.5)  # an absent word's cosine is 0 everywhere
@@ -220,7 +220,7 @@ def test_late_preference_is_zero_for_content_and_one_half_for_place():
 
 def test_collected_numbers_are_kept(toy, tmp_path, monkeypatch):
     first = measures.collect(toy, "as drawn", (NAME,), tmp_path)
-    monkeypatch.setattr(measures, "measure_picture", lambda *_: pytest.fail("measured twice"))
+    monkeypatch.setattr(measures, "measure_image", lambda *_: pytest.fail("measured twice"))
     again = measures.collect(toy, "as drawn", (NAME,), tmp_path)
     assert np.array_equal(first.values, again.values, equal_nan=True)
     assert first.of("encoder", "auroc") and first.of("encoder", "overlap 64")[first.asked[0].id] == pytest.approx(1)
@@ -289,10 +289,10 @@ def test_an_arm_is_one_with_another_only_if_its_answers_are():
     assert len({replace(probe, layer=3).key, replace(probe, probe="static").key, probe.key}) == 3
 
 
-def test_probes_are_compared_on_whole_pictures():
+def test_probes_are_compared_on_whole_images():
     asked = measures.questions()
-    first = {one.picture for one in asked[: fusion.ASKED]}
-    assert len(first) == 76 and asked[fusion.ASKED].picture not in first
+    first = {one.image for one in asked[: fusion.ASKED]}
+    assert len(first) == 76 and asked[fusion.ASKED].image not in first
     ids = [one.id for one in asked[: fusion.ASKED]]
 
     def answered(right, auroc=None):
@@ -333,7 +333,7 @@ def test_groups_of_questions_by_size_and_salience():
 
 @pytest.mark.training
 def test_only_page_writes_the_files_of_the_page(tmp_path, monkeypatch):
-    """`vtr findings attnmix --folder F --pictures 2` put two pictures' numbers into the page's figures and files."""
+    """`vtr findings attnmix --folder F --images 2` put two images' numbers into the page's figures and files."""
     docs, folder, scores = tmp_path / "docs", tmp_path / "f", {"findings_scores.csv"}
     monkeypatch.setattr(summary, "DOCS", docs)
     monkeypatch.setattr(sys, "argv", ["vtr"])
@@ -341,7 +341,7 @@ def test_only_page_writes_the_files_of_the_page(tmp_path, monkeypatch):
     def written(out):
         return {path.name for kind in ("images", "tables") for path in (out / kind).glob("*")}
 
-    arguments = ["--folder", str(folder), "--pictures", "2"]
+    arguments = ["--folder", str(folder), "--images", "2"]
     assert cli.main(["findings", "attnmix", *arguments]) == 0
     assert written(folder) == scores | {"findings_attnmix.png", "findings_words.csv"} and not docs.exists()
     assert cli.main(["findings", "visiondrop", *arguments, "--page"]) == 0

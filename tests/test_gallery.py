@@ -33,7 +33,7 @@ from tests.tiny_checkpoints_families import (
 )
 
 METHODS = [name for name in registry.names() if name != "full"]
-# On 4 x 4 patches of 15 pixels the picture lies on the second and third row.
+# On 4 x 4 patches of 15 pixels the image lies on the second and third row.
 SAMPLE = Sample("gallery", QUESTIONS[0], image=drawn_image(0, (60, 20)))
 EMPTY = {*range(4), *range(12, 16)}
 HOSTILE = "is there a star?</script><script>window.broken = 1</script><b>&"
@@ -113,7 +113,10 @@ def test_budgets_ascend_and_one_out_of_reach_is_a_reason(tiny):
 
 
 def test_one_image_and_a_question_are_needed(tiny):
-    for sample in (Sample("a", "two?", image=(drawn_image(0), drawn_image(1))), Sample("a", "  ", image=drawn_image(0))):
+    for sample in (
+        Sample("a", "two?", image=(drawn_image(0), drawn_image(1))),
+        Sample("a", "  ", image=drawn_image(0)),
+    ):
         with pytest.raises(UserError, match="one image or video and a question"):
             collect(tiny, sample, ["uniform"], (8,))
 
@@ -193,7 +196,9 @@ def test_frames_of_a_video_are_panels(tmp_path):
 def test_a_tower_without_class_token_has_all_maps(tmp_path):
     save_qwen_transformers(tmp_path / "qwen", make_tiny_qwen())
     model = load(tmp_path / "qwen", device="cpu")
-    found = collect(model, Sample("a", QUESTIONS[0], image=drawn_image(0, (112, 56))), ["visiondrop", "fastervlm"], (4,), 2)
+    found = collect(
+        model, Sample("a", QUESTIONS[0], image=drawn_image(0, (112, 56))), ["visiondrop", "fastervlm"], (4,), 2
+    )
     assert len(found.maps) == 4 and len(found.notes) == 1 and "has no CLS token" in found.notes[0]
     (panel,) = found.panels
     assert panel.image.size == (112, 56) and panel.grid.shape[1] == 2 * panel.grid.shape[0]

@@ -1,4 +1,4 @@
-"""What every method keeps of 20 seeded pictures has not changed (tests/golden.py writes the file)."""
+"""What every method keeps of 20 seeded images has not changed (tests/golden.py writes the file)."""
 
 import json
 

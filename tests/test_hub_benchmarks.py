@@ -309,14 +309,14 @@ def test_mmstar_of_lmms_eval_averages_second_level_categories(tmp_path):
 # -- MMMU ------------------------------------------------------------------------------------------------------------
 
 
-def mmmu_row(name: str, question: str, options: Sequence[str], answer: str, pictures: int = 1) -> dict[str, Any]:
+def mmmu_row(name: str, question: str, options: Sequence[str], answer: str, images: int = 1) -> dict[str, Any]:
     return {
         "id": f"validation_{name}",
         "question": question,
         "options": str(list(options)),
         "answer": answer,
         "question_type": "multiple-choice" if options else "open",
-        **{f"image_{number}": cell((number, 0, 0)) if number <= pictures else None for number in range(1, 8)},
+        **{f"image_{number}": cell((number, 0, 0)) if number <= images else None for number in range(1, 8)},
     }
 
 
@@ -335,7 +335,7 @@ def test_mmmu_official(tmp_path):
     assert choice.message == f"Who made <image 1> and <image 3>?\n(A) Ann\n(B) Bob\n\n{LETTER}"
     assert opened.message == f"How much in <image 1>?\n{SHORT}"
     assert (choice.images, several.images, opened.images) == (("0/image_1",), (), ("2/image_1",))
-    assert data.facts["without_picture_for_several_in_options"] == 1
+    assert data.facts["without_image_for_several_in_options"] == 1
     found = score(data, "(B)", "no idea", "It is 3.429")
     assert found.correct["validation_Math_15"] == 1 and found.values["drawn_at_random"] == 1
     assert data.submission({"validation_Math_15": "3.4", "validation_Art_Theory_1": "(A)."}) == {
@@ -343,7 +343,7 @@ def test_mmmu_official(tmp_path):
     }
 
 
-def test_mmmu_of_lmms_eval_shows_the_pictures_that_the_prompt_names(tmp_path):
+def test_mmmu_of_lmms_eval_shows_the_images_that_the_prompt_names(tmp_path):
     write_hub(tmp_path, "lmms-lab-encoder/MMMU", "validation", mmmu_rows())
     data = load(tmp_path, "mmmu", "lmms")
     choice, several, opened = data.questions
@@ -435,16 +435,16 @@ class Answered(Row):
     answer: str
 
 
-def test_rows_pictures_and_lists_of_them_of_either_owner(tmp_path):
+def test_rows_images_and_lists_of_them_of_either_owner(tmp_path):
     write_hub(tmp_path, "new/X", "test", [{"q": "a", "image": cell()}, {"q": "b", "image": cell("blue")}])
     table = open_table(tmp_path, ("new/X", "old/X"), None, "test")
     assert table.id == "new/X" and table.records(Row) == [{"q": "a"}, {"q": "b"}]
-    pictures = table.pictures()
-    assert pictures.missing(["0/image", "2/image"]) == ["2/image"]
-    assert pictures.open("1/image").getpixel((0, 0)) == (0, 0, 255)
+    images = table.images()
+    assert images.missing(["0/image", "2/image"]) == ["2/image"]
+    assert images.open("1/image").getpixel((0, 0)) == (0, 0, 255)
     write_hub(tmp_path, "old/Y", "test", [{"q": "a", "image": [cell(), cell("lime")]}])
     table = open_table(tmp_path, ("new/Y", "old/Y"), None, "test")
-    assert table.id == "old/Y" and table.pictures().open("0/image/1").getpixel((0, 0)) == (0, 255, 0)
+    assert table.id == "old/Y" and table.images().open("0/image/1").getpixel((0, 0)) == (0, 255, 0)
 
 
 def test_a_table_that_is_changed_in_place_is_read_again(tmp_path):
@@ -493,7 +493,7 @@ def test_a_snapshot_in_the_cache_of_the_hub_is_found_offline(tmp_path, cache, so
     assert (
         table.id == "old/X" and table.where == str(snapshot) and [row["q"] for row in table.records(Row)] == ["a", "b"]
     )
-    assert table.pictures().open("1/image").size
+    assert table.images().open("1/image").size
     # Another commit is another table.
     shutil.rmtree(written)
     write_hub(tmp_path / "w", "old/X", "test", rows("c"))

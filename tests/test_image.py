@@ -147,7 +147,7 @@ def test_too_long_and_empty_images_are_refused(size):
 def test_other_modes_are_what_pillow_makes_of_them(mode):
     image, processor = noise(30, 20).convert(mode), ImageProcessor(56, 56)
     assert processor(image).equal(processor(image.convert("RGB")))
-    assert processor(image).std() > 0.1, "there is still a picture"
+    assert processor(image).std() > 0.1, "there is still an image"
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "JPEG2000"])
@@ -219,7 +219,7 @@ def test_open_image_ignores_exif_rotation(tmp_path):
     assert open_image(tmp_path / "a.jpg").size == (9, 7)
 
 
-# What the standard says of each orientation: where the stored picture's first row and column are in the upright one.
+# What the standard says of each orientation: where the stored image's first row and column are in the upright one.
 STORED = {
     1: lambda upright: upright,
     2: lambda upright: upright[:, ::-1],
@@ -234,8 +234,8 @@ STORED = {
 
 @pytest.mark.parametrize("orientation", STORED)
 @pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "WEBP", "TIFF"])
-def test_a_phone_picture_is_turned_upright_for_people(tmp_path, orientation, kind):
-    """It was read as the sensor lies: "is the red circle above the blue square?" was asked of a picture on its side."""
+def test_a_phone_image_is_turned_upright_for_people(tmp_path, orientation, kind):
+    """It was read as the sensor lies: "is the red circle above the blue square?" was asked of an image on its side."""
     upright = Image.new("RGB", (96, 64), "white")
     draw = ImageDraw.Draw(upright)
     draw.ellipse((8, 4, 36, 28), fill="red")
@@ -296,7 +296,7 @@ def test_one_rule_for_all_kinds_of_files(kind, image, options, upright):
         assert np.array_equal(expected, np.asarray(image.convert("RGB")))
 
 
-def test_a_picture_of_400_million_pixels_is_refused(tmp_path):
+def test_a_image_of_400_million_pixels_is_refused(tmp_path):
     """Its file has 50 kB."""
     Image.new("1", (20_000, 20_000)).save(tmp_path / "wall.png")
     for upright in (False, True):
@@ -366,7 +366,7 @@ def test_an_eps_file_is_not_given_to_ghostscript(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("bounds", [{}, {"min_pixels": 90000, "max_pixels": 120000}])
-def test_pictures_of_all_sizes_equal_the_official_class(bounds):
+def test_images_of_all_sizes_equal_the_official_class(bounds):
     images = [drawn_image(i, size) for i, size in enumerate(QWEN_SIZES)]
     patches, grids = QwenImageProcessor(**bounds)(images)
     with old_pillow():
@@ -376,7 +376,7 @@ def test_pictures_of_all_sizes_equal_the_official_class(bounds):
     assert patches.dtype == torch.float32
 
 
-def test_a_picture_too_long_is_refused():
+def test_a_image_too_long_is_refused():
     processor = QwenImageProcessor()
     assert processor.grid((1400, 7))[0] == 1
     for size in ((1401, 7), (2, 401)):
@@ -505,7 +505,7 @@ def test_a_line_leaves_only_the_small_copy(size, newlines):
 
 
 def test_best_resolution_in_both_readings():
-    """Small pictures fit several resolutions equally well; the first of the list is another shape in each reading."""
+    """Small images fit several resolutions equally well; the first of the list is another shape in each reading."""
     assert best_resolution((300, 300), PINPOINTS, "original") == (336, 672)
     assert best_resolution((300, 300), PINPOINTS, "transformers") == (672, 336)
     draw, differ = np.random.default_rng(0), 0
@@ -535,7 +535,7 @@ def test_pixels_are_those_of_transformers(size, reading):
     assert len(ours) == theirs["pixel_values"].shape[1] or arrangement.patches == 16
 
 
-def test_a_forced_resolution_gives_every_picture_five_crops():
+def test_a_forced_resolution_gives_every_image_five_crops():
     """2,880 tokens, as papers say, where the checkpoint's own preprocessing gives up to 2,928."""
     forced = AnyresProcessor(TOWER, GRID, [(336, 336)], force=(672, 672), merge="spatial")
     for size in ((1, 1), (640, 480), (20, 900), (5000, 4000)):
@@ -553,7 +553,7 @@ def test_pinpoints_that_are_none(pinpoints):
 
 
 def empty_slowly(canvas: Image.Image, rows: int, columns: int) -> np.ndarray:
-    """[rows, columns]: the patches in which no pixel of a white picture is on its black canvas, pixel by pixel."""
+    """[rows, columns]: the patches in which no pixel of a white image is on its black canvas, pixel by pixel."""
     mask = np.asarray(canvas)[..., 0] > 0
     fine = mask.repeat(rows, 0).repeat(columns, 1)  # every patch is whole now: as many points as the canvas has pixels
     blocks = fine.reshape(rows, mask.shape[0], columns, mask.shape[1])
@@ -566,15 +566,15 @@ def empty_slowly(canvas: Image.Image, rows: int, columns: int) -> np.ndarray:
         ((32, 32), 8, 0),
         ((32, 24), 8, 16),  # 4:3, four pixels above and below are a row of patches each
         ((24, 32), 8, 16),
-        ((32, 25), 8, 8),  # three above, four below: one pixel of the picture is in the first row
-        ((32, 22), 8, 16),  # five: the second row has a pixel of the picture
+        ((32, 25), 8, 8),  # three above, four below: one pixel of the image is in the first row
+        ((32, 22), 8, 16),  # five: the second row has a pixel of the image
         ((33, 32), 8, 0),
         ((40, 1), 5, 20),
         ((1, 41), 5, 20),
         ((31, 10), 4, 8),
     ],
 )
-def test_a_patch_is_padding_if_no_pixel_of_the_picture_is_in_it(size, grid, number):
+def test_a_patch_is_padding_if_no_pixel_of_the_image_is_in_it(size, grid, number):
     """Methods keep tokens there, and nobody counted them."""
     side, white = max(size), Image.new("RGB", size, "white")
     expected = empty_slowly(pad_to_square(white, (0, 0, 0), side), grid, grid)  # of this size, nothing is resized

@@ -125,7 +125,7 @@ def test_memory_of_inference_mode_is_left_outside_of_it():
 # Weights with NaN or infinity end the run; they gave 0.0 % and exit code 0.
 
 
-# One value in each part that an answer about a picture goes through. None in a query projection: with few
+# One value in each part that an answer about an image goes through. None in a query projection: with few
 # tokens, the attention kernel for the CPU turns NaN scores into finite values.
 PARTS = {
     "decoder": lambda model: model.llm.layers[1].mlp.up_proj.weight,

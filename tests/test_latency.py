@@ -327,7 +327,7 @@ def test_a_timer_never_waits_for_the_device_before_it_is_read(monkeypatch):
 
 
 def test_preprocessing_is_neither_vision_nor_ttft(tiny, monkeypatch, clock):
-    """A sleep of 0.25 s while pictures are resized made vision and TTFT 0.26 s longer."""
+    """A sleep of 0.25 s while images are resized made vision and TTFT 0.26 s longer."""
     views = tiny.views
 
     def slow(one):
@@ -341,7 +341,7 @@ def test_preprocessing_is_neither_vision_nor_ttft(tiny, monkeypatch, clock):
 
 @pytest.mark.parametrize("method", sorted(set(registry.names())))
 def test_operations_per_question_do_not_depend_on_the_batch_size(tiny, method):
-    """2.50 GFLOP per question at batch size 1 were 0.79 at 8, because a batch shares the tower's pass over a picture.
+    """2.50 GFLOP per question at batch size 1 were 0.79 at 8, because a batch shares the tower's pass over an image.
 
     All questions are equally long: scores of shorter ones are computed with padding, which is counted.
     """

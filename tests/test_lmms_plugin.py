@@ -44,7 +44,7 @@ def test_arguments_are_those_of_our_own_command_line():
             "set.alpha": 0.5,
             "set.flag": True,
             "set.layers": "'1,2'",
-            "picture.merge": "spatial",
+            "image.merge": "spatial",
         }
     )
     assert found == RunConfig(
@@ -56,7 +56,7 @@ def test_arguments_are_those_of_our_own_command_line():
         batch_size=4,
         seed=3,
         options={"alpha": "0.5", "flag": "true", "layers": "1,2"},
-        picture={"merge": "spatial"},
+        image={"merge": "spatial"},
     )
 
 
@@ -106,16 +106,16 @@ class Lmms:
 class LlavaHf(Lmms):
     """Asks in batches of two, the longest first, and takes errors for empty answers, as lmms-eval's class does."""
 
-    def __init__(self, pretrained="llava", batch_size=2, chat=CHAT, pictures=True, **forgotten):
+    def __init__(self, pretrained="llava", batch_size=2, chat=CHAT, images=True, **forgotten):
         super().__init__()
-        self.stock, self.chat, self.pictures, self.seen = shared(pretrained), chat, pictures, []
+        self.stock, self.chat, self.images, self.seen = shared(pretrained), chat, images, []
         self.tokenizer, self.model = self.stock.tokenizer, self.stock.model
 
     def generate_until(self, requests):
         answers, order = {}, sorted(range(len(requests)), key=lambda number: -len(requests[number].args[0]))
         for pair in (order[start : start + 2] for start in range(0, len(order), 2)):
             texts = [self.chat.format(requests[number].args[0]) for number in pair]
-            images = [drawn_image(number) for number in pair] if self.pictures else []
+            images = [drawn_image(number) for number in pair] if self.images else []
             inputs = self.stock.prepare([text if images else text.replace("<image>", "") for text in texts], images)
             try:
                 ids = self.model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
@@ -251,7 +251,7 @@ def test_the_model_of_llavas_scripts_runs_under_a_method(tiny_path):
 
 
 def test_no_reduced_prompt_is_an_error(stand_in, capsys):
-    model = stand_in("reduced").Reduced(base="llava_hf", method="fastervlm", budget=4, pictures=False)
+    model = stand_in("reduced").Reduced(base="llava_hf", method="fastervlm", budget=4, images=False)
     sentence = ended(capsys, model.generate_until, asked(*TEXTS[:3]))
     assert "0 prompts were reduced by fastervlm: `generate` of this LlavaForConditionalGeneration" in sentence
 
@@ -394,7 +394,7 @@ def task(tmp_path_factory) -> Path:
     table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     table.to_parquet(str(folder / "test.parquet"))
     (folder / "embedded_gqa.py").write_text(
-        "def pictures(doc):\n    return [doc['image'].convert('RGB')]\n\n\n"
+        "def images(doc):\n    return [doc['image'].convert('RGB')]\n\n\n"
         "def text(doc, lmms_eval_specific_kwargs=None):\n"
         "    return doc['question'] + '\\nAnswer the question using a single word or phrase.'\n"
     )
@@ -406,7 +406,7 @@ dataset_kwargs:
     test: {folder / "test.parquet"}
 test_split: test
 output_type: generate_until
-doc_to_visual: !function embedded_gqa.pictures
+doc_to_visual: !function embedded_gqa.images
 doc_to_text: !function embedded_gqa.text
 doc_to_target: answer
 generation_kwargs:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.drawn_images import state_with
 
 from baselines.prumerge import (
     PruMerge,
@@ -24,7 +25,6 @@ from llava.pipeline.prefill import prefill
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests.conftest import samples
-from tests.drawn_pictures import state_with
 from tests.parity.harness import FOLDER, recording
 from tests.parity.model import draw
 
@@ -181,7 +181,7 @@ def peaked(count, tokens=576):
     return attention
 
 
-def test_prumerge_official_count_is_the_pictures_and_not_the_budgets():
+def test_prumerge_official_count_is_the_images_and_not_the_budgets():
     reducer = PruMerge(budget=64, official=True)
     attention = torch.cat([peaked(30), peaked(7)])
     first, second = encode(reducer, attention)
@@ -209,7 +209,7 @@ def test_prumerge_official_plus_keeps_about_four_times_the_outliers(share, about
     assert len(set(kept)) == len(kept)
 
 
-def test_prumerge_official_plus_survives_a_picture_without_outliers():
+def test_prumerge_official_plus_survives_an_image_without_outliers():
     """The release divides by zero."""
     attention = torch.linspace(0.001, 0.0011, 576)[None]
     (plan,) = encode(PruMergePlus(budget=64, official=True), attention)
@@ -219,7 +219,7 @@ def test_prumerge_official_plus_survives_a_picture_without_outliers():
 def test_prumerge_official_plus_survives_more_than_a_third_of_outliers():
     """The release's step is a third of one over the share, rounded down: 0 above a third, and arange fails.
 
-    No picture gets there by quartiles, which leave at most a quarter above the third.
+    No image gets there by quartiles, which leave at most a quarter above the third.
     """
     assert [len(released_grid(576, count)) for count in (97, 192, 193, 576)] == [575] * 4
     kept = PruMergePlus(budget=64, official=True).keep_adaptively(torch.rand(1, 576), 200)
@@ -376,10 +376,10 @@ def tower_by_the_book(tower, pixels, plan) -> tuple[torch.Tensor, list[list[int]
 def test_tome_the_tower_equals_a_plain_loop(tiny, budget):
     """Also in the second block, where sizes differ: attention counts a token as often as the patches it stands for."""
     batch = samples(3)
-    pictures = [sample.image for sample in batch]
-    pixels = torch.stack([tiny.image_processor(picture) for picture in pictures])
+    images = [sample.image for sample in batch]
+    pixels = torch.stack([tiny.image_processor(image) for image in images])
     reducer = ToMe(budget=budget, order="release")
-    images = tiny.encode_images(pictures, range(3), reducer, Timer(tiny.device))
+    images = tiny.encode_images(images, range(3), reducer, Timer(tiny.device))
     for row in range(3):
         expected, groups = tower_by_the_book(tiny.tower, pixels[row], removals(16, budget, 2))
         assert groups[0] == [0], "CLS stays alone"

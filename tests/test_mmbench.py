@@ -92,7 +92,7 @@ def rows(answers: bool = True) -> list[dict[str, str]]:
         base | first | {"index": "7", "A": "cat", "B": "dog", "answer": "B"},
         base | second | {"index": "8", "A": "hill", "B": "lake", "answer": "A"},
         base | first | {"index": "1000007", "A": "dog", "B": "cat", "answer": "A"},
-        # A short picture is the index of the row that has it.
+        # A short image is the index of the row that has it.
         base | second | {"index": "1000008", "A": "lake", "B": "hill", "answer": "B", "image": "8"},
     ]
     return table if answers else [{k: v for k, v in row.items() if k != "answer"} for row in table]
@@ -130,13 +130,13 @@ def test_llavas_wording(data):
     assert dataset.facts["source"] == "mmbench_dev_20230712.tsv"
 
 
-def test_pictures_stay_in_the_file_until_they_are_opened(data):
+def test_images_stay_in_the_file_until_they_are_opened(data):
     dataset = load(data)
     dataset.check_images(dataset.questions)
     colours = [dataset.sample(question).image.getpixel((0, 0)) for question in dataset.questions]
     assert colours == [(255, 0, 0), (0, 0, 255), (255, 0, 0), (0, 0, 255)]
     assert [question.images for question in dataset.questions] == [("7",), ("8",), ("7",), ("8",)]
-    assert dataset.pictures.fetch("7") == png("red", 40)
+    assert dataset.images.fetch("7") == png("red", 40)
 
 
 def test_a_row_may_name_a_row_whose_image_is_that_of_an_earlier_one(data, monkeypatch):
@@ -246,7 +246,7 @@ def test_a_split_without_answers_is_for_the_server(tmp_path):
 
 
 @pytest.mark.parametrize("column", [True, False])
-def test_scoring_needs_no_pictures(data, tmp_path, monkeypatch, column):
+def test_scoring_needs_no_images(data, tmp_path, monkeypatch, column):
     """`vtr score mmbench` refused a file without images, which it does not look at; asking still does."""
     bare = [{name: cell for name, cell in row.items() if name != "image"} for row in rows()]
     monkeypatch.setattr(f"{__name__}.rows", lambda answers=True: bare)
@@ -263,7 +263,7 @@ def test_scoring_needs_no_pictures(data, tmp_path, monkeypatch, column):
         load(data).check_images(load(data).questions)
 
 
-def test_a_damaged_picture_is_named(data):
+def test_a_damaged_image_is_named(data):
     path = data / "mmbench" / "mmbench_dev_20230712.tsv"
     path.write_text(path.read_text().replace("iVBOR", "iVB*R"))
     dataset = load(data)

@@ -16,13 +16,13 @@ from llava.errors import UserError
 from tests.benchmark_files import cell, edit_line, load, right_answers, scored, write_hub, write_lines
 
 VECTORS = Path(__file__).parent / "data" / "mme"
-# Of the fourteen, one with its pictures in images/ and one with everything in one folder, and one of cognition.
+# Of the fourteen, one with its images in images/ and one with everything in one folder, and one of cognition.
 TASKS = ("code_reasoning", "artwork", "count")
 NESTED = {"artwork"}
 
 
 def write_mme(folder: Path, images: int = 3) -> Path:
-    """The official layout; the second question of picture 2 has two spaces before its instruction."""
+    """The official layout; the second question of image 2 has two spaces before its instruction."""
     release = folder / "MME" / "MME_Benchmark_release_version"
     prompts = []
     for task in TASKS:
@@ -84,14 +84,14 @@ def test_a_text_is_read_by_its_first_four_characters(text, official, lmms):
 
 
 def scores_of(rights: dict[str, list[tuple[bool, bool]]], order=lambda names: names):
-    """The score of pictures whose two answers are right or wrong, by task.
+    """The score of images whose two answers are right or wrong, by task.
 
     Args:
         order: in which the questions are asked.
     """
     items, texts = {}, {}
-    for task, pictures in rights.items():
-        for k, pair in enumerate(pictures):
+    for task, images in rights.items():
+        for k, pair in enumerate(images):
             for n, right in enumerate(pair):
                 name = f"{task}/{k}#{n}"
                 items[name] = Item(task, f"{task}/{k}", f"{k}.txt", "q", "Yes")
@@ -178,7 +178,7 @@ def test_result_files_are_read_back_as_answers(data, tmp_path):
     dataset = load("mme", data)
     texts = right_answers(dataset, "artwork/images/0003.jpg#1")
     for name, content in dataset.submission(texts).items():
-        # The official files of other models name pictures, not text files.
+        # The official files of other models name images, not text files.
         write_file(tmp_path / name, content.replace(".txt\t", ".jpg\t"))
     out = tmp_path / "score.json"
     assert score.main(["mme", "--answers", str(tmp_path / "mme_results"), "--data", str(data), "--json", str(out)]) == 0

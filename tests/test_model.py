@@ -73,7 +73,7 @@ def test_full_tokens_equal_the_transformers_class(tiny, index):
 
 @pytest.mark.parametrize("reducer", [FULL, EveryOther(budget=16), EveryOther(budget=16, positions="original")])
 def test_batch_equals_single(tiny, reducer):
-    """Different prompts, pictures and a text-only prompt in one batch, left-padded."""
+    """Different prompts, images and a text-only prompt in one batch, left-padded."""
     batch = samples()
     together, state, record = logits(tiny, batch, reducer)
     audits = record.accounting(state)

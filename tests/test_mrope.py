@@ -10,7 +10,7 @@ PROMPTS = [
     [7],
     [3, (1, 4, 6), 5],
     [3, (1, 4, 6), 1, (1, 2, 2), 4],
-    [0, (1, 5, 2), 1, (1, 1, 3), 2],  # a picture at the very beginning
+    [0, (1, 5, 2), 1, (1, 1, 3), 2],  # an image at the very beginning
     [2, (2, 3, 3), 4],
 ]
 
@@ -99,7 +99,7 @@ def test_the_first_new_token_stands_behind_the_largest_number(tokens, expected):
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.6, 1.0])
 def test_renumbering_equals_the_definition(share, seed):
-    """Also with a picture of which nothing is left."""
+    """Also with an image of which nothing is left."""
     index, lengths, visual = thinned(PROMPTS, share, seed)
     place = mrope.keep(positions(PROMPTS), index)
     expected = [renumber_by_the_book(*one) for one in zip(place.tolist(), lengths, visual, strict=True)]
@@ -107,7 +107,7 @@ def test_renumbering_equals_the_definition(share, seed):
 
 
 def test_merged_tokens_behind_the_kept_ones_and_doubles_share_ranks():
-    """The order of a picture's tokens does not matter, and two tokens of one place stay at one place."""
+    """The order of an image's tokens does not matter, and two tokens of one place stay at one place."""
     straight = mrope.keep(positions([[1, (1, 3, 4), 1]]), torch.tensor([[0, 2, 4, 4, 11, 13]]))
     turn = torch.tensor([[0, 4, 1, 3, 2, 5]])
     expected = mrope.renumber(straight, [6], [[(1, 5)]])
@@ -116,8 +116,8 @@ def test_merged_tokens_behind_the_kept_ones_and_doubles_share_ranks():
     assert torch.equal(turned, mrope.keep(expected, turn))
 
 
-def test_pictures_side_by_side():
-    """No text between two pictures; transformers' function takes them for one and fails."""
+def test_images_side_by_side():
+    """No text between two images; transformers' function takes them for one and fails."""
     place = positions([[(1, 2, 2), (1, 1, 2), 1]])
     assert place[0, 4:].tolist() == [[2, 2, 2], [2, 2, 3], [4, 4, 4]]
     thin = mrope.keep(place, torch.tensor([[3, 5, 6]]))

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT at run time: the official merge of crops, and every method on pictures in several crops."""
+"""LLaVA-NeXT at run time: the official merge of crops, and every method on images in several crops."""
 
 import dataclasses
 
@@ -49,7 +49,7 @@ def name(request) -> str:
 
 
 def test_every_method_meets_its_budget_over_crops(name, model):
-    """Unpadded crops of any shape, budgets that crops do not divide, pictures with fewer tokens than the budget."""
+    """Unpadded crops of any shape, budgets that crops do not divide, images with fewer tokens than the budget."""
     if name in ("tome", "downsample") and model.anyres.merge != "spatial":
         with pytest.raises(UserError, match="merge=spatial"):
             run(model, batch(), registry.build(name, 20))
@@ -64,13 +64,13 @@ def test_every_method_meets_its_budget_over_crops(name, model):
                 continue
             full = model.views(sample.image)[1]
             assert audit.tokens_per_layer == planned(reducer, spec_of(model.spec, full)), (reducer, full.tokens)
-            # PyramidDrop's stages keep fixed shares, so it cannot keep nearly all of a small picture.
+            # PyramidDrop's stages keep fixed shares, so it cannot keep nearly all of a small image.
             if reducer.budget < full.patches * (0.5 if "pyramiddrop" in name else 1):
                 assert abs(audit.mean - reducer.budget) <= reducer.rounding
             assert audit.planned == audit.mean
 
 
-def test_every_method_takes_batches_as_single_pictures(name, model):
+def test_every_method_takes_batches_as_single_images(name, model):
     reducers = accepted(registry.method(name), {}, model, 1, BUDGETS)
     if not reducers or (name in ("tome", "downsample") and model.anyres.merge != "spatial"):
         return
@@ -94,9 +94,9 @@ def test_a_budget_of_all_tokens_changes_nothing(name, model):
 
 
 def test_every_other_split_meets_the_budget_too(name, model):
-    choices = options_of(registry.method(name))["crops"].metadata["choices"]
-    for crops in choices[1:] if name not in ("hired", "globalcom2") else choices:
-        reducer = registry.build(name, 24, {"crops": crops})
+    choices = options_of(registry.method(name))["tile_budget"].metadata["choices"]
+    for tile_budget in choices[1:] if name not in ("hired", "globalcom2") else choices:
+        reducer = registry.build(name, 24, {"tile_budget": tile_budget})
         require(reducer, model.spec)
         _, audits, record = run(model, batch()[1:3], reducer)
         assert all(abs(audit.mean - 24) <= (reducer.rounding if reducer.parts else 0) for audit in audits)
@@ -138,8 +138,8 @@ def test_kept_tokens_are_the_full_run_at_these_places(path):
         torch.testing.assert_close(tokens, whole[anchors])
 
 
-@pytest.mark.parametrize("crops", ["thumbnail", "global"])
-def test_other_splits_follow_saliency(path, crops):
+@pytest.mark.parametrize("tile_budget", ["thumbnail", "global"])
+def test_other_splits_follow_saliency(path, tile_budget):
     """A planted tile: CLS attention lies in the last tile, and in the quarter of the base image that it shows."""
     model = load(path, device="cpu", merge="spatial", force=(112, 112))
     real = model.encode_images
@@ -154,7 +154,7 @@ def test_other_splits_follow_saliency(path, crops):
         return found
 
     model.encode_images = planted
-    _, _, record = run(model, batch()[:1], registry.build("fastervlm", 20, {"crops": crops}))
+    _, _, record = run(model, batch()[:1], registry.build("fastervlm", 20, {"tile_budget": tile_budget}))
     crop = model.views(drawn_image(0))[1].origins()[:, 0]
     assert torch.bincount(crop[record.steps[0][0].reduction.kept[0]], minlength=5).tolist() == [4, 0, 0, 0, 16]
 
@@ -194,8 +194,8 @@ def test_wrong_choices_are_refused(path, tiny_path):
         require(registry.build("fastervlm", 3), load(path, device="cpu").spec)
 
 
-def test_a_budget_below_the_newline_tokens_of_some_picture_is_refused(path):
-    """A tall picture has more newline tokens than the largest one; keeping them all must fit into the budget."""
+def test_a_budget_below_the_newline_tokens_of_some_image_is_refused(path):
+    """A tall image has more newline tokens than the largest one; keeping them all must fit into the budget."""
     model = load(path, device="cpu")
     most = max(len(model.anyres.arrange(size).newlines) for size in model.anyres.pinpoints)
     assert most > len(model.largest.newlines)
@@ -213,13 +213,13 @@ def test_coordinates_are_those_of_each_tile_also_when_tiles_are_ranked_together(
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Look(registry.method("uniform")):
-        crops: str = "global"
+        tile_budget: str = "global"
 
         def prompt(self, state):
             found.append((state.coordinates(), state.tokens.shape[1]))
             return None
 
-    _, record = prefill(model, batch()[1:2], Look(budget=20, crops="global"))
+    _, record = prefill(model, batch()[1:2], Look(budget=20, tile_budget="global"))
     (layout,) = (image.layout for image in record.images[0])
     ((place, tokens),) = found
     grids = [(tile.rows, tile.columns) for tile in layout.crops if len(tile.patches)]

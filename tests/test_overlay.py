@@ -37,9 +37,9 @@ def merge(anchor: list[int], owner: list[int], place: str = "encoder", weight: l
     return Step(place, Reduction(torch.tensor([anchor]), len(owner), torch.tensor([owner]), weights))
 
 
-def middles(picture: Image.Image, grid: int) -> np.ndarray:
+def middles(image: Image.Image, grid: int) -> np.ndarray:
     """[grid, grid, 3]: the middle pixel of every patch."""
-    pixels = np.asarray(picture).astype(int)
+    pixels = np.asarray(image).astype(int)
     side = pixels.shape[0] // grid
     return pixels[side // 2 :: side, side // 2 :: side]
 
@@ -128,7 +128,7 @@ def test_steps_compose(trace, patches, assignment, kept):
 
 
 def test_padding_is_drawn_with_the_tokens_on_it():
-    """32 x 16 on a 4 x 4 grid: the picture lies on rows 1 and 2. Tokens kept beside it were cropped away unseen."""
+    """32 x 16 on a 4 x 4 grid: the image lies on rows 1 and 2. Tokens kept beside it were cropped away unseen."""
     wide = Image.new("RGB", (32, 16), (200, 200, 200))
     square = draw_overlay(wide, [prune([0, 4, 11], 16)], GRID, canvas=centred((32, 16), (32, 32)))
     padded = np.asarray(square).astype(int)
@@ -172,14 +172,14 @@ def test_kept_patches_of_both_views_are_clear_and_all_others_dim():
     assert ((tiles == 255) == clear).all()
 
 
-def test_tiles_are_drawn_on_the_picture_where_they_lie():
-    """With merge=spatial no padding is taken off the tiles, and the picture was drawn over it, stretched."""
-    picture = Image.new("RGB", (56, 14), "white")
+def test_tiles_are_drawn_on_the_image_where_they_lie():
+    """With merge=spatial no padding is taken off the tiles, and the image was drawn over it, stretched."""
+    image = Image.new("RGB", (56, 14), "white")
     for merge, sides in (("spatial", (56, 56)), ("spatial_unpad", (56, 14))):
         processor = AnyresProcessor(ImageProcessor(28, 28), (4, 4), [(56, 56)], merge=merge)
-        layout, canvas = processor.arrange(picture.size), processor.canvas(picture.size)
-        base, tiles = panels_of(picture, layout, canvas)
-        assert (base.image.size, tiles.image.size) == (picture.size, sides)
+        layout, canvas = processor.arrange(image.size), processor.canvas(image.size)
+        base, tiles = panels_of(image, layout, canvas)
+        assert (base.image.size, tiles.image.size) == (image.size, sides)
         assert tiles.grid.shape == (sides[1] // 7, 8)
         white = np.asarray(tiles.image).min((1, 2)) == 255
         assert np.flatnonzero(white).tolist() == list(range(21, 35) if merge == "spatial" else range(14))

@@ -261,7 +261,7 @@ def test_a_finished_table_asks_nothing_and_a_part_does_not_replace_it(made, monk
 
 @pytest.mark.table
 def test_a_table_is_not_rendered_from_answers_that_are_not_of_today(made, monkeypatch, capsys):
-    """--render printed the old scores after labels or pictures had changed, and float32 answers under "bfloat16"."""
+    """--render printed the old scores after labels or images had changed, and float32 answers under "bfloat16"."""
     folder, words = made
     monkeypatch.setattr("eval.ask.generate", None)
     part = ["--methods", "random", "--budgets", "8", "--times", "0", "--wandb", "disabled"]
@@ -283,14 +283,14 @@ def test_a_table_is_not_rendered_from_answers_that_are_not_of_today(made, monkey
         labels.write_text(right)
         sweep.dataset.cache_clear()
         assert table.main(one) == 0
-    picture = next((folder / "data" / "gqa").rglob("*.jpg"))
-    right = picture.read_bytes()
+    image = next((folder / "data" / "gqa").rglob("*.jpg"))
+    right = image.read_bytes()
     try:
-        Image.new("RGB", (64, 64), "red").save(picture)
+        Image.new("RGB", (64, 64), "red").save(image)
         assert table.main([*one, "--render"]) == 2
         assert "were asked about other images (" in capsys.readouterr().err
     finally:
-        picture.write_bytes(right)
+        image.write_bytes(right)
 
 
 def test_a_cell_has_every_number_of_its_run_in_its_place(tiny_path, monkeypatch, tmp_path):
@@ -319,8 +319,8 @@ def test_a_cell_has_every_number_of_its_run_in_its_place(tiny_path, monkeypatch,
         assert set(cell.clusters.values()) == {"n0.jpg", "n1.jpg"} and "--limit 4" in cell.command
 
 
-def test_times_of_another_picture_or_model_are_measured_anew(tiny, tmp_path):
-    """Only the question's id was compared: times of another data folder, picture or checkpoint were kept."""
+def test_times_of_another_image_or_model_are_measured_anew(tiny, tmp_path):
+    """Only the question's id was compared: times of another data folder, image or checkpoint were kept."""
     data, column = write_gqa(tmp_path / "data", count=2, images=1), spec.Column(benchmark="gqa", title="GQA")
     lines = [runs.RowAtBudget(None, None, sweep.Setting("full", None))]
     where, path, other = runs.RunTarget(PLACE, False, data), tmp_path / "a.times.jsonl", tmp_path / "b.times.jsonl"
@@ -330,8 +330,8 @@ def test_times_of_another_picture_or_model_are_measured_anew(tiny, tmp_path):
     assert first[0].ttft > 0 and runs.times_of(lines, column, where, tiny, 1, path) == first
     assert path.read_text() == kept, "nothing is measured twice"
     shutil.copytree(data, tmp_path / "copy")
-    for picture in (tmp_path / "copy" / "gqa").rglob("*.jpg"):
-        Image.new("RGB", (64, 64), "red").save(picture)
+    for image in (tmp_path / "copy" / "gqa").rglob("*.jpg"):
+        Image.new("RGB", (64, 64), "red").save(image)
     runs.times_of(lines, column, dataclasses.replace(where, data=tmp_path / "copy"), tiny, 1, path)
     assert path.read_text() != kept and len(path.read_text().splitlines()) == len(kept.splitlines())
     assert other.read_text() == "{}\n", "another table's times stay"
@@ -354,7 +354,7 @@ def test_the_list_for_the_ranks_is_deleted_and_no_other_one(monkeypatch, tmp_pat
 
 
 @pytest.mark.table
-def test_the_table_is_one_offline_wandb_run_with_its_files_and_pictures(made, monkeypatch, tmp_path):
+def test_the_table_is_one_offline_wandb_run_with_its_files_and_images(made, monkeypatch, tmp_path):
     without_wandb(monkeypatch, tmp_path)
     folder, words = made
     # It was decided twice, so the sentence about the ranks' GPUs was printed twice.
@@ -642,8 +642,8 @@ def test_visiondrop_on_videos_has_the_schedule_of_its_page(name):
         assert list(planned(reducer, model.spec)[::8]) == documented == [768, 192, 48, 16]
 
 
-def test_two_rows_of_one_method_have_a_picture_each(tiny, tmp_path):
-    """A release and our variant of it are one method; their pictures had one name."""
+def test_two_rows_of_one_method_have_an_image_each(tiny, tmp_path):
+    """A release and our variant of it are one method; their images had one name."""
     data, gqa = write_gqa(tmp_path / "data", count=2, images=1), spec.Column(benchmark="gqa", title="GQA")
     rows = [
         spec.Row(method="attnmix", label="A"),

@@ -193,7 +193,7 @@ def test_the_mirror_is_read_without_official_files(tmp_path, profile):
     assert dataset.facts["source"] == "lmms-lab/POPE"
     assert [q.id for q in dataset.questions[:2]] == ["adversarial/1", "adversarial/2"]
     assert dataset.questions[0].suffix == SHORT
-    # The picture of two questions, and of other categories, is the same.
+    # The image of two questions, and of other categories, is the same.
     assert {q.images for q in dataset.questions} == {("0/image",), ("2/image",)}
     dataset.check_images(dataset.questions)
     assert scored(dataset, answers(dataset)).values["f1"] == 100

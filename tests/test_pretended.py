@@ -70,11 +70,11 @@ def models(request, tmp_path_factory) -> dict[str, Llava]:
 
 
 def questions(model: Llava, count: int) -> list[Sample]:
-    """Pictures of different shapes, or a video among pictures."""
-    pictures = [drawn_image(0, (60, 44)), drawn_image(1, (60, 110)), drawn_image(2, (112, 50))]
+    """Images of different shapes, or a video among images."""
+    images = [drawn_image(0, (60, 44)), drawn_image(1, (60, 110)), drawn_image(2, (112, 50))]
     if model.takes_videos:
-        pictures[0] = Video(tuple(drawn_image(10 + frame, (70, 50)) for frame in range(8)))
-    return [Sample(f"q{i}", QUESTIONS[i], image=pictures[i]) for i in range(count)]
+        images[0] = Video(tuple(drawn_image(10 + frame, (70, 50)) for frame in range(8)))
+    return [Sample(f"q{i}", QUESTIONS[i], image=images[i]) for i in range(count)]
 
 
 def reducing(name: str, model: Llava) -> Reducer | None:

@@ -295,10 +295,10 @@ def test_qwen_and_llama_3_render_what_their_chat_templates_render():
     LLaVA-VL/LLaVA-NeXT's llava_llama_3 (system text, roles, style LLAMA_3) with the chat_template of
     meta-llama/Meta-Llama-3-8B-Instruct: header, two line ends, trimmed message, <|eot_id|>. A LLaVA-NeXT with a Llama-3
     decoder was loaded with vicuna_v1 and stop string "</s>", without a word."""
-    picture = "<|vision_start|><image><|vision_end|>"
-    assert conversation("qwen2_vl").slot == picture
-    assert render("qwen2_vl", picture + "Q1") == (
-        f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{picture}Q1<|im_end|>\n"
+    image = "<|vision_start|><image><|vision_end|>"
+    assert conversation("qwen2_vl").slot == image
+    assert render("qwen2_vl", image + "Q1") == (
+        f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{image}Q1<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
     assert render("llava_llama_3", "<image>\n Q1 \n") == (

@@ -16,7 +16,7 @@ from llava.model.qwen_vl import Merger, encode_qwen, signal_block
 from llava.reduction import modules
 from llava.reduction.scores import WITHOUT_CLS, TowerScore
 
-# Rows and columns that windows divide and that they do not, one picture within a window, a film, two of one size.
+# Rows and columns that windows divide and that they do not, one image within a window, a film, two of one size.
 GRIDS = [(1, 8, 12), (1, 4, 4), (1, 10, 6), (2, 6, 8), (1, 8, 12), (1, 2, 14)]
 SHARED = {"depth": 4, "num_heads": 4, "patch_size": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
 
@@ -63,11 +63,11 @@ def test_projected_features_equal_the_official_forward(family, window):
     visual, patches = tower(family, window), some_patches()
     with torch.inference_mode():
         expected = visual(patches, torch.tensor(GRIDS)).pooler_output
-        pictures = encode_qwen(visual, patches, GRIDS)
-        found = [Merger(visual)(one.features[0]) for one in pictures]
+        images = encode_qwen(visual, patches, GRIDS)
+        found = [Merger(visual)(one.features[0]) for one in images]
     assert expected.std() > 0.1
     torch.testing.assert_close(torch.cat(found), expected, atol=1e-5, rtol=1e-5)
-    assert [one.grid for one in pictures] == [(h // 2, w // 2) for _, h, w in GRIDS]
+    assert [one.grid for one in images] == [(h // 2, w // 2) for _, h, w in GRIDS]
     assert [len(part) for part in found] == [t * h * w // 4 for t, h, w in GRIDS]
 
 
@@ -78,9 +78,9 @@ def test_half_precision_loses_no_more_than_the_official_forward(visual):
         exact = visual(patches, grids).pooler_output
         visual.to(torch.bfloat16)
         official = visual(patches, grids).pooler_output
-        pictures = encode_qwen(visual, patches, GRIDS, [wanted])
-        ours = torch.cat([Merger(visual)(one.features[0]) for one in pictures])
-    assert ours.dtype == torch.bfloat16 and pictures[0].scores[wanted].dtype == torch.float32
+        images = encode_qwen(visual, patches, GRIDS, [wanted])
+        ours = torch.cat([Merger(visual)(one.features[0]) for one in images])
+    assert ours.dtype == torch.bfloat16 and images[0].scores[wanted].dtype == torch.float32
     assert (ours - exact).abs().mean() <= 1.2 * (official - exact).abs().mean()
 
 
@@ -156,12 +156,12 @@ def test_signals_equal_the_definition(visual, block, monkeypatch):
         expected = signals_by_the_book(visual, block, patches)
         received = expected[0]
         expected = *expected, received, received, received.log()  # in place of the scores of a CLS token
-        pictures = encode_qwen(visual, patches, GRIDS, wanted)
+        images = encode_qwen(visual, patches, GRIDS, wanted)
     for signal, values in zip(wanted, expected, strict=True):
-        found = torch.cat([one.scores[signal][0] for one in pictures])
+        found = torch.cat([one.scores[signal][0] for one in images])
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, values, atol=1e-6 if values.dim() == 1 else 1e-5, rtol=1e-4)
-    received = pictures[0].scores[wanted[0]][0]
+    received = images[0].scores[wanted[0]][0]
     torch.testing.assert_close(received.sum(), torch.tensor(0.25), atol=1e-6, rtol=0)
     assert received.max() > 1.5 * received.min(), "attention is flat, the comparison would show nothing"
 
@@ -178,7 +178,7 @@ def test_no_full_attention_map_is_held(visual, monkeypatch):
     assert all(scores.numel() <= 2000 or scores.shape[2] == 1 for scores in seen)
 
 
-def test_signals_move_to_a_block_that_sees_the_whole_picture():
+def test_signals_move_to_a_block_that_sees_the_whole_image():
     windowed, whole = tower("2.5"), tower("2")
     assert [signal_block(windowed, TowerScore("keys", block)) for block in (0, 1, 2, 3, -1, -2, -3, -4)] == [
         *(1, 1, 3, 3),

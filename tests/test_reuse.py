@@ -1,4 +1,4 @@
-"""Stored answers are used again only where code, prompts and pictures are those that they were made with."""
+"""Stored answers are used again only where code, prompts and images are those that they were made with."""
 
 import importlib.util
 import json
@@ -383,30 +383,30 @@ def test_the_hash_of_a_large_file_is_remembered(tmp_path, monkeypatch):
     assert len(read) == 5
 
 
-# -- pictures and prompts ------------------------------------------------------------------------------------------
+# -- images and prompts ------------------------------------------------------------------------------------------
 
 
-def test_changed_pictures_do_not_return_old_scores(data, tmp_path):
-    """A copy of POPE with noise in place of its pictures still scored 100.0, with no question asked."""
+def test_changed_images_do_not_return_old_scores(data, tmp_path):
+    """A copy of POPE with noise in place of its images still scored 100.0, with no question asked."""
     run(config(data, tmp_path / "o"), FakeLlava(), FakeReducer())
     Image.effect_noise((32, 32), 90).convert("RGB").save(data / "gqa" / "data" / "images" / "n3.jpg")
     model = FakeLlava()
     with pytest.raises(UserError, match=r"holds 6 answers to other images .* \(questions 1003, 1010, 1017, \.\.\.\)"):
         run(config(data, tmp_path / "o"), model, FakeReducer())
-    # Questions about the other pictures are not touched by it.
+    # Questions about the other images are not touched by it.
     assert run(config(data, tmp_path / "o", limit=3), model, FakeReducer())["asked"] == 3
     assert model.asked == []
 
 
-def test_a_picture_is_hashed_as_it_was_read(tmp_path, monkeypatch):
-    """It was opened first and hashed after: an answer could stand beside the hash of a picture that was never asked."""
+def test_a_image_is_hashed_as_it_was_read(tmp_path, monkeypatch):
+    """It was opened first and hashed after: an answer could stand beside the hash of an image that was never asked."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     real = Folder.open
 
     def replaced(self, name):
-        picture = real(self, name)
+        image = real(self, name)
         Image.new("RGB", (8, 8), "red").save(tmp_path / name)
-        return picture
+        return image
 
     folder = Folder(tmp_path)
     assert folder.read("a.png")[1] == folder.digest("a.png")

@@ -8,7 +8,7 @@ import pytest
 from eval.benchmarks import scienceqa
 from eval.score import score_file
 from llava.errors import UserError
-from tests.benchmark_files import cell, load, write_hub, write_picture
+from tests.benchmark_files import cell, load, write_hub, write_image
 
 EDGE = json.loads((Path(__file__).parent / "data" / "scienceqa" / "edge.json").read_text())
 PROBLEMS = {
@@ -55,15 +55,15 @@ def test_lmms_eval_reads_a_bare_letter_or_an_upper_case_one_with_a_full_stop(tex
     assert scienceqa.parse_lmms(text) == letter
 
 
-PICTURE = {"question": "Which is red?", "choices": ["sky", "rose"], "answer": 1, "hint": "Look.", "image": "image.png"}
+IMAGE = {"question": "Which is red?", "choices": ["sky", "rose"], "answer": 1, "hint": "Look.", "image": "image.png"}
 PROSE = {"question": "How much is 1 + 1?", "choices": ["1", "2", "3"], "answer": 1, "hint": "", "image": None}
 
 
 def write_official(folder: Path, prompts: bool = True) -> Path:
     data = folder / "scienceqa"
-    write_picture(data / "images" / "test" / "7" / "image.png")
+    write_image(data / "images" / "test" / "7" / "image.png")
     subjects = {"7": "natural science", "4": "social science"}
-    problems = {"7": PICTURE, "4": PROSE, "9": PROSE}
+    problems = {"7": IMAGE, "4": PROSE, "9": PROSE}
     problems = {name: problem | {"subject": subjects.get(name, "")} for name, problem in problems.items()}
     (data / "problems.json").write_text(json.dumps(problems))
     (data / "pid_splits.json").write_text(json.dumps({"test": ["4", "7"], "val": ["9"]}))
@@ -78,22 +78,22 @@ def write_official(folder: Path, prompts: bool = True) -> Path:
 
 
 def write_mirror(folder: Path) -> Path:
-    rows = [PROSE | {"image": None}, PICTURE | {"image": cell()}]
+    rows = [PROSE | {"image": None}, IMAGE | {"image": cell()}]
     return write_hub(folder, "lmms-lab/ScienceQA", "test", rows, "ScienceQA-FULL")
 
 
 @pytest.mark.parametrize("prompts", [True, False])
 def test_official_questions_with_and_without_an_image(tmp_path, prompts):
     data = load("scienceqa", write_official(tmp_path, prompts))
-    prose, picture = data.questions
-    assert picture.question == "Context: Look.\nWhich is red?\nA. sky\nB. rose"
-    assert picture.message == f"{picture.question}\n{LETTER}"
-    assert (picture.images, picture.answer) == (("7/image.png",), "B")
+    prose, image = data.questions
+    assert image.question == "Context: Look.\nWhich is red?\nA. sky\nB. rose"
+    assert image.message == f"{image.question}\n{LETTER}"
+    assert (image.images, image.answer) == (("7/image.png",), "B")
     assert (prose.images, prose.answer) == ((), "B")
     assert data.max_new_tokens == 1024
     assert data.facts == {"source": "official files", "profile": "llava", "questions": 2, "with an image": 1}
     data.check_images(data.questions)
-    assert data.sample(picture).image.size == (4, 4)
+    assert data.sample(image).image.size == (4, 4)
     assert data.sample(prose).image is None
 
 
@@ -137,6 +137,6 @@ def test_bad_files_are_named(tmp_path):
     (folder / "pid_splits.json").write_text(json.dumps({"test": ["4", "7", "9"]}))
     with pytest.raises(UserError, match=r"lacks 1 of the questions in .*pid_splits\.json, the first is 9\."):
         load("scienceqa", tmp_path)
-    (folder / "problems.json").write_text(json.dumps({"4": PROSE | {"answer": 3}, "7": PICTURE, "9": PROSE}))
+    (folder / "problems.json").write_text(json.dumps({"4": PROSE | {"answer": 3}, "7": IMAGE, "9": PROSE}))
     with pytest.raises(UserError, match=r"Problem 4 in .* the index of one of its 3 choices as answer, got 3\."):
         load("scienceqa", tmp_path)

@@ -9,7 +9,7 @@ from eval.benchmarks import seed
 from eval.benchmarks.llava_files import LETTER
 from eval.score import score_file
 from llava.errors import UserError
-from tests.benchmark_files import cell, load, write_hub, write_lines, write_picture
+from tests.benchmark_files import cell, load, write_hub, write_image, write_lines
 
 
 @pytest.mark.parametrize(
@@ -47,10 +47,10 @@ def test_of_questions_with_one_id_the_last_answer_stands_for_all():
 def records() -> list[dict]:
     """Two questions about one image with one id, and one about a video."""
     choices = {f"choice_{letter}": word for letter, word in zip("abcd", ("one", "two", "three", "four"), strict=True)}
-    picture = {"data_id": "p1", "data_type": "image"}
+    image = {"data_id": "p1", "data_type": "image"}
     return [
-        picture | choices | {"question_id": "49", "question": "How many?", "answer": "B", "question_type_id": 5},
-        picture | choices | {"question_id": "49", "question": "Which?", "answer": "A", "question_type_id": 1},
+        image | choices | {"question_id": "49", "question": "How many?", "answer": "B", "question_type_id": 5},
+        image | choices | {"question_id": "49", "question": "Which?", "answer": "A", "question_type_id": 1},
         choices
         | {"data_id": "clip", "data_type": "video", "question_id": "v0", "question": "What happens?", "answer": "D"}
         | {"question_type_id": 10},
@@ -60,7 +60,7 @@ def records() -> list[dict]:
 def write_official(folder: Path, prompts: bool = True) -> Path:
     data = folder / "seed_bench"
     for name in ("SEED-Bench-image/p1", "SEED-Bench-video-image/10_v0.png"):
-        write_picture(data / name)
+        write_image(data / name)
     (data / "SEED-Bench.json").write_text(json.dumps({"questions": records(), "question_type": {}}))
     lines = []
     images = ["SEED-Bench-image/p1"] * 2 + ["SEED-Bench-video-image/10_v0.png"]

@@ -99,8 +99,8 @@ def test_images_that_share_blocks(tmp_path, method, options):
         ask = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", timeout=120).chat.completions.create
         for sample in (first, first, *several[1:3], moved):
             image = base64.b64encode((tmp_path / f"{sample.image_ids[0]}.png").read_bytes()).decode()
-            picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}}
-            turn = {"role": "user", "content": [picture, {"type": "text", "text": sample.message}]}
+            image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}}
+            turn = {"role": "user", "content": [image, {"type": "text", "text": sample.message}]}
             more = {"logprobs": True, "top_logprobs": 5, "max_tokens": 32, "temperature": 0}
             answer = ask(model="tinyllava", messages=[turn], **more)
             (choice,), usage = answer.choices, answer.usage

@@ -110,7 +110,7 @@ NAMES = ("last", "question", "instruction", "after", "visual")
 
 
 def probe(look, drop_at: int | None = None, positions: str = "renumber") -> Reducer:
-    """A method that calls `look(state)` in front of layer 2, and may first drop tokens of some pictures."""
+    """A method that calls `look(state)` in front of layer 2, and may first drop tokens of some images."""
 
     class Probe(Reducer):
         def decoder_layers(self, layers):
@@ -120,7 +120,7 @@ def probe(look, drop_at: int | None = None, positions: str = "renumber") -> Redu
             if state.layer == 2:
                 look(state)
             elif drop_at is not None:
-                # Every other token of the pictures with an even number: afterwards there are two groups.
+                # Every other token of the images with an even number: afterwards there are two groups.
                 whole = torch.arange(16).expand(len(state.tokens), -1)
                 return [
                     Reduction(row[None] if int(name[1:]) % 2 else row[None, drop_at::2], 16)

@@ -18,7 +18,7 @@ from tests.conftest import samples
 LLAVA_15 = ModelSpec(576, 32, PatchGrid(24, 24), 24)
 
 
-# -- from the definition, one picture, plain loops --------------------------------------------------------------------
+# -- from the definition, one image, plain loops --------------------------------------------------------------------
 
 
 def raters_by_the_book(visual: torch.Tensor, words: torch.Tensor) -> list[int]:
@@ -182,7 +182,7 @@ def test_each_stage_keeps_what_the_map_of_the_layer_before_says(tiny, variant):
 
 
 def test_planted_heads_are_listened_to():
-    """Plant the answer: two of four heads look at the picture, and only they may say at what."""
+    """Plant the answer: two of four heads look at the image, and only they may say at what."""
     weights = torch.full((1, 4, 3, 6), 1e-3)
     weights[0, 1, :, 2] = weights[0, 3, :, 5] = 0.4
     weights[0, 0, :, 0] = weights[0, 2, :, 1] = 0.05

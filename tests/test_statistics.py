@@ -34,7 +34,7 @@ def drawn_f1(rng, count: int = 200, right: float = 0.8) -> SufficientStatistics:
 # -- intervals -----------------------------------------------------------------------------------------------------
 
 
-def test_interval_is_wilsons_with_the_spread_of_the_pictures():
+def test_interval_is_wilsons_with_the_spread_of_the_images():
     """By the definition: the standard error of a ratio, Satterthwaite's degrees of freedom, Wilson's equation."""
     rng = np.random.default_rng(3)
     asked = rng.integers(1, 7, 40)
@@ -51,7 +51,7 @@ def test_interval_is_wilsons_with_the_spread_of_the_pictures():
     assert (found.mean, found.method) == (pytest.approx(100 * p), "Wilson") and found.low < 100 * p < found.high
 
 
-def test_interval_of_f1_is_near_that_of_drawing_pictures_by_hand():
+def test_interval_of_f1_is_near_that_of_drawing_images_by_hand():
     terms = drawn_f1(np.random.default_rng(0), 2000)
     draw, values = np.random.default_rng(1), []
     for _ in range(2000):
@@ -72,7 +72,7 @@ SCORES = [
 @pytest.mark.parametrize(
     ("draw", "setting"), [*SCORES, (of_difference, (30, 4, 0.6, 0.2)), (of_difference, (100, 5, 0.9, 0.2))]
 )
-def test_intervals_of_few_pictures_cover(draw, setting):
+def test_intervals_of_few_images_cover(draw, setting):
     """The percentile bootstrap covered .874, .921 and .926 in the first three; docs/statistics.md has the table."""
     withheld, covered, missed = coverage(draw, setting, 600 if draw is of_score else 300)
     assert withheld == 100 if setting[0] < 20 else 91.5 < covered < 98.5 and missed < 7
@@ -91,17 +91,17 @@ def test_nearly_perfect_scores_have_a_bound_and_no_interval(wrong):
 
 
 def test_a_bound_that_says_nothing_is_left_out():
-    """One picture with some right answers was said to be "at most 100.0 with 95 % confidence"."""
+    """One image with some right answers was said to be "at most 100.0 with 95 % confidence"."""
     for right in ((1, 0, 0), (1, 1, 0), (1, 1, 1)):
         scores = {str(number): float(one) for number, one in enumerate(right)}
         found = interval(accuracy_terms(scores, dict.fromkeys(scores, "one")))
         assert found.method == "n/a: 1 image without spread; one image alone cannot show how far to trust the score"
-    # Three pictures, each with one right answer of three: the share of pictures with a right answer bounds nothing.
+    # Three images, each with one right answer of three: the share of images with a right answer bounds nothing.
     scores = {f"{image} {number}": float(number == 0) for image in "abc" for number in range(3)}
     assert interval(accuracy_terms(scores, {name: name[0] for name in scores})).method == "n/a: 3 images without spread"
 
 
-def test_bounds_count_pictures_not_their_questions():
+def test_bounds_count_images_not_their_questions():
     credits = dict.fromkeys(map(str, range(400)), 1.0)
     found = interval(accuracy_terms(credits, {name: str(int(name) // 10) for name in credits}))
     assert found.method == f"n/a: 40 images without spread; at least {100 * 0.05 ** (1 / 40):.1f} with 95 % confidence"
@@ -115,7 +115,7 @@ def test_single_questions_get_jeffreys_interval():
 
 
 def test_the_report_prints_the_interval_of_the_unit_that_was_drawn():
-    """The sentence had the interval by question where the documentation promises the one by picture."""
+    """The sentence had the interval by question where the documentation promises the one by image."""
     from eval.benchmarks.base import Question
 
     credits = {str(i): float(i // 2 < 15) for i in range(50)}
@@ -169,7 +169,7 @@ def test_every_exchange_by_the_book(kind, clusters):
     rng = np.random.default_rng(clusters)
     value, gradient = (f1, f1_gradient) if kind == "f1" else (accuracy, accuracy_gradient)
     asked = rng.integers(1, 5, clusters) if kind == "uneven clusters" else np.ones(clusters, int)
-    if kind == "f1":  # four yes/no questions per picture, with at least one true positive
+    if kind == "f1":  # four yes/no questions per image, with at least one true positive
         said, actual = rng.integers(1, 4, (2, 2, clusters))
         first, second = (
             np.stack([rng.integers(1, 1 + np.minimum(s, a)), s, a], 1) for s, a in zip(said, actual, strict=True)
@@ -200,7 +200,7 @@ def test_drawn_exchanges_never_give_p_zero(count):
     assert [statistics.p_text(p) for p in (1 / 10_001, 1e-4, 0.03412)] == ["< 0.0001", "0.0001", "0.0341"]
 
 
-def test_equal_pictures_give_the_sign_flip_test():
+def test_equal_images_give_the_sign_flip_test():
     """With one question per cluster the studentised test is the exact sign test of McNemar."""
     a = {str(i): float(i < 9) for i in range(12)}
     b = {str(i): float(i < 2 or i == 10) for i in range(12)}

@@ -44,7 +44,7 @@ def write_run(folder, data, method, budget, wrong=(), limit=None, images=(), tex
             "prompt": q.message,
             "text": texts[q.id] if texts else "wrong" if place in wrong else f"{q.answer.upper()}.",
             "answer_id": answer_id(settings_hash(settings), q.id),
-            "metadata": {"pictures": images.get(q.image, f"hash-of-{q.image}")},
+            "metadata": {"images": images.get(q.image, f"hash-of-{q.image}")},
         }
         for place, q in enumerate(asked)
     ]

@@ -56,7 +56,7 @@ def cell(model, data, folder, **changes) -> RunConfig:
     return RunConfig("uniform", 4, data=data, output=output, failed="again", wandb="disabled", **changes)
 
 
-def test_a_finished_setting_is_not_used_for_other_pictures_or_other_code(tiny, tmp_path, monkeypatch):
+def test_a_finished_setting_is_not_used_for_other_images_or_other_code(tiny, tmp_path, monkeypatch):
     """A sweep took finished settings by their configuration alone."""
     data, model = write_gqa(tmp_path / "data", count=6, images=2), CachingLlava(tiny)
     config = cell(model, data, tmp_path / "out", limit=4)
@@ -219,7 +219,7 @@ def test_two_data_folders_have_stores_of_their_own(tiny, tmp_path):
     assert default.parent.name == "gqa-testdev"
 
 
-def test_runs_of_other_model_files_or_pictures_are_not_put_in_one_table(tmp_path):
+def test_runs_of_other_model_files_or_images_are_not_put_in_one_table(tmp_path):
     """The tables of the toy models joined whatever results lay in their folders."""
 
     def folder(name, method, images="same", model_files="new"):
@@ -233,7 +233,7 @@ def test_runs_of_other_model_files_or_pictures_are_not_put_in_one_table(tmp_path
     full = folder("full", "full")
     check_table([full, folder("good", "random")], "new")
     with pytest.raises(UserError, match="differ in images: same and other; ask the questions of both again"):
-        check_table([full, folder("pictures", "random", images="other")], "new")
+        check_table([full, folder("images", "random", images="other")], "new")
     with pytest.raises(UserError, match="differ in model_files: new and old"):
         check_table([full, folder("weights", "random", model_files="old")], "new")
     with pytest.raises(UserError, match="holds answers of other files of the model"):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tests.drawn_images import arranged, counts_of, image_with, kept_of, parts_with, state_of
 
 from baselines.globalcom2 import SCORE, GlobalCom2, adjustment, equal_parts, split, split_as_released
 from baselines.hired import EARLY, LATE, HiRED, crop_budgets, crop_budgets_as_released, salient_patches
@@ -17,7 +18,6 @@ from llava.reduction.budget import planned
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import ModelSpec, PatchGrid, frames, single, spec_of, stitched
 from tests.conftest import QUESTIONS, drawn_image
-from tests.drawn_pictures import arranged, counts_of, kept_of, parts_with, picture_with, state_of
 from tests.parity import model as recipe
 from tests.parity.harness import FOLDER, parity_model, recording
 from tests.tiny_checkpoints_families import make_tiny_next, save_next_transformers
@@ -26,7 +26,7 @@ LLAVA = ModelSpec(576, 32, PatchGrid(24, 24), 24)
 
 
 def test_hired_and_globalcom2_through_the_model(tmp_path):
-    """The default meets its plan to the token; the releases' counts depend on the picture, so they have no plan."""
+    """The default meets its plan to the token; the releases' counts depend on the image, so they have no plan."""
     save_next_transformers(tmp_path / "tiny", make_tiny_next())
     model = load(tmp_path / "tiny", device="cpu")
     sample = Sample("a", QUESTIONS[0], image=drawn_image(3, (60, 100)))
@@ -45,11 +45,11 @@ def test_hired_and_globalcom2_through_the_model(tmp_path):
 def test_hired_and_globalcom2_rates_of_the_releases():
     """HiRED's is one of whole crops, GlobalCom²'s one of patches; newline tokens are tokens in ours."""
     spec = spec_of(LLAVA, arranged((640, 480)))
-    assert HiRED(budget=1, retention_ratio=0.2, official=True).for_picture(spec).budget == 576
-    assert HiRED(budget=1, retention_ratio=0.2).for_picture(spec).budget == round(0.2 * spec.visual_tokens)
+    assert HiRED(budget=1, retention_ratio=0.2, official=True).for_image(spec).budget == 576
+    assert HiRED(budget=1, retention_ratio=0.2).for_image(spec).budget == round(0.2 * spec.visual_tokens)
     spec = spec_of(LLAVA, arranged((672, 672)))
-    assert GlobalCom2(budget=1, retention_ratio=0.25, official=True).for_picture(spec).budget == 720
-    assert GlobalCom2(budget=1, retention_ratio=0.25).for_picture(spec).budget == 732
+    assert GlobalCom2(budget=1, retention_ratio=0.25, official=True).for_image(spec).budget == 720
+    assert GlobalCom2(budget=1, retention_ratio=0.25).for_image(spec).budget == 732
 
 
 # HiRED
@@ -62,7 +62,7 @@ def shown_by(sizes, index, length):
 
 
 def budgets_by_the_book(early, count, run, budget):
-    """Loops over patches and tiles; a tile shows the share of the picture that its rows and columns are."""
+    """Loops over patches and tiles; a tile shows the share of the image that its rows and columns are."""
     rows, columns = run.grid
     best = sorted(range(rows * columns), key=lambda i: (-early[i].item(), i))[:count]
     tiles, (down, across) = run.crops[1:], run.tiles
@@ -97,7 +97,7 @@ def strange() -> torch.Tensor:
     return early.flatten()
 
 
-def test_hired_planted_tile_gets_the_budget_and_not_a_strip_of_the_picture():
+def test_hired_planted_tile_gets_the_budget_and_not_a_strip_of_the_image():
     """HiRED@502d6dd cuts the flat 24 x 24 map into four runs of six rows: what it takes for the upper right tile is a
     strip over the whole width, and half of the budget goes to the upper left tile, where nothing is."""
     salient = salient_patches(strange(), 144)
@@ -105,7 +105,7 @@ def test_hired_planted_tile_gets_the_budget_and_not_a_strip_of_the_picture():
     assert crop_budgets_as_released(salient, 4, 100) == [50, 50, 0, 0]
 
 
-def test_hired_planted_tile_of_a_picture_whose_padding_was_cut_off():
+def test_hired_planted_tile_of_an_image_whose_padding_was_cut_off():
     """Half as wide as high: each tile shows twelve columns, and still half of the base image's width."""
     narrow = stitched((2, 2), (24, 24), (0, 48, 12, 36))
     assert [crop.columns for crop in narrow.crops[1:]] == [12] * 4
@@ -135,7 +135,7 @@ def drawn(row: int, arrays) -> dict[TowerScore, torch.Tensor]:
 
 @pytest.mark.parametrize("merge", ["spatial", "spatial_unpad"])
 def test_hired_official_selects_what_the_release_selects(merge):
-    """The official functions on drawn attention: before unpadding for all pictures, and what is left behind it where
+    """The official functions on drawn attention: before unpadding for all images, and what is left behind it where
     the release stitches tiles as LLaVA does."""
     _, arrays = recording(FOLDER / "hired-next-drawn.npz")
     compared = 0
@@ -177,12 +177,12 @@ def test_hired_what_unpadded_tiles_cannot_take_goes_to_the_base_image(size, coun
     assert len(kept_of(released, run, signals)) < 640 and planned(released, spec_of(LLAVA, run)) is None
 
 
-@pytest.mark.parametrize(("crops", "first"), [("content", 40), ("each", 16), ("thumbnail", 16), ("global", 75)])
-def test_hired_other_splits_stay_possible(crops, first):
+@pytest.mark.parametrize(("tile_budget", "first"), [("content", 40), ("each", 16), ("thumbnail", 16), ("global", 75)])
+def test_hired_other_splits_stay_possible(tile_budget, first):
     late = torch.linspace(1, 2, 576).repeat(5, 1)
     late[0, :75], late[0, 75:] = 3.0, 0.0
-    run, reducer = arranged((672, 672), "spatial"), HiRED(budget=80, crops=crops)
-    assert (EARLY in reducer.tower_scores(tiled=True)) == (crops == "content")
+    run, reducer = arranged((672, 672), "spatial"), HiRED(budget=80, tile_budget=tile_budget)
+    assert (EARLY in reducer.tower_scores(tiled=True)) == (tile_budget == "content")
     counts = counts_of(kept_of(reducer, run, {LATE: late, EARLY: late}), run)
     assert counts[0] == first and sum(counts) == 80
 
@@ -258,7 +258,7 @@ def test_globalcom2_the_release_loses_fractions_and_full_tiles():
 
 
 def test_globalcom2_a_tile_answers_for_what_it_shows():
-    """Three tiles above each other; padding leaves 8, 24 and 8 rows. Scores at the picture's upper third belong to the
+    """Three tiles above each other; padding leaves 8, 24 and 8 rows. Scores at the image's upper third belong to the
     middle tile, which shows three fifths of it; the release's equal thirds put them on the first."""
     run, score = stitched((3, 1), (24, 24), (16, 56, 0, 24)), torch.zeros(24, 24)
     score[5:8] = 10.0
@@ -297,7 +297,7 @@ def between(table, row, column, size):
 )
 def test_globalcom2_overview_is_the_small_copy_laid_over_the_tiles(run):
     values = torch.randn(len(run.crops), 16)
-    seen = picture_with(run, {SCORE: values})
+    seen = image_with(run, {SCORE: values})
     rows, columns = run.grid[0] * run.tiles[0], run.grid[1] * run.tiles[1]
     shown = [(n, c // 4, c % 4) for n, crop in enumerate(run.crops) for c in crop.patches.tolist() if n]
     places = [((n - 1) // run.tiles[1] * 4 + r, (n - 1) % run.tiles[1] * 4 + c) for n, r, c in shown]
@@ -316,14 +316,14 @@ def test_globalcom2_ranking_equals_its_definition():
     for part in parts_with(GlobalCom2(budget=300), run, {SCORE: values}):
         number, crop = part.numbers[0], run.crops[part.numbers[0]]
         own = values[number][crop.patches].double()
-        copy = overview(part.picture, number, SCORE).double()
+        copy = overview(part.image, number, SCORE).double()
         total = own / own.square().sum().sqrt() + copy / copy.square().sum().sqrt()
         order = sorted(range(len(own)), key=lambda i: -total[i].item())[: part.reducer.budget]
         assert part.reducer.encoder(state_of(part)).kept[0].tolist() == sorted(order)
 
 
 def test_globalcom2_the_small_copy_has_a_planted_say_in_every_tile():
-    """Tiles without an opinion of their own keep what the base image looks at: the centre of the picture."""
+    """Tiles without an opinion of their own keep what the base image looks at: the centre of the image."""
     run, values = stitched((2, 2), (24, 24), newline=False), torch.full((5, 576), 1.0)
     values[0].view(24, 24)[9:15, 9:15] = 9.0
     kept = [code for code in kept_of(GlobalCom2(budget=180), run, {SCORE: values}) if code >= 576]
@@ -383,7 +383,7 @@ def test_globalcom2_logits_are_those_of_the_release():
     torch.testing.assert_close(encoded.scores[SCORE], torch.from_numpy(arrays["logits"]), atol=2e-4, rtol=0)
 
 
-def test_globalcom2_a_picture_in_one_crop_is_its_own_small_copy():
+def test_globalcom2_an_image_in_one_crop_is_its_own_small_copy():
     values = torch.zeros(1, 16)
     values[0, [2, 7, 11]] = torch.tensor([3.0, 1.0, 2.0])
     assert kept_of(GlobalCom2(budget=3), single(4, 4), {SCORE: values}) == [2, 7, 11]

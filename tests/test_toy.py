@@ -82,7 +82,7 @@ def test_vocabularies_grow_behind_the_old_words_and_end_with_the_end_token(words
 
 @pytest.mark.parametrize("draw", [scene, large_scene])
 def test_answers_are_right_by_an_independent_reading(draw):
-    """Read the question's words again and answer from the list of things, the picture's centre at (96, 96)."""
+    """Read the question's words again and answer from the list of things, the image's centre at (96, 96)."""
     rng = np.random.default_rng(1)
     seen = dict.fromkeys(FAMILIES, 0)
     for index, dense in itertools.product(range(12), (False, True)):
@@ -258,7 +258,7 @@ def test_the_transformers_class_gives_the_same_logits(toy, dataset):
 
 
 def test_the_text_tower_completes_the_clip_model(toy, dataset):
-    """Vision tower of the checkpoint plus `text_tower/` is a whole CLIPModel, and it knows what is in a picture."""
+    """Vision tower of the checkpoint plus `text_tower/` is a whole CLIPModel, and it knows what is in an image."""
     tower = Path(DEFAULT_MODEL) / "text_tower"
     weights, clip = load_file(tower / "model.safetensors"), CLIPModel(CLIPConfig.from_pretrained(tower))
     vision = {f"vision_model.{name}": tensor for name, tensor in toy.tower.state_dict().items()}

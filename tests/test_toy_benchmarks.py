@@ -113,12 +113,12 @@ def test_pope_and_mme_have_as_many_yes_as_no():
 
 def test_pope_objects_are_there_or_not():
     asked = defaultdict(set)
-    pictures = {one.file: one for one in linked(300)}
+    images = {one.file: one for one in linked(300)}
     for category in choices.CATEGORIES:
         for line in (DATA / "pope" / "coco" / f"coco_pope_{category}.json").read_text().splitlines():
             row = json.loads(line)
             name = row["text"].removeprefix("Is there a ").removesuffix(" in the image?")
-            assert (name in objects(pictures[row["image"]])) == (row["label"] == "yes"), row
+            assert (name in objects(images[row["image"]])) == (row["label"] == "yes"), row
             asked[category, row["image"]].add(name)
     # The rules differ: what is common is not what goes together with the objects of an image.
     images = {image for _, image in asked}
@@ -140,7 +140,7 @@ def test_mmbench_rows_are_shifts_of_one_another(name):
 def test_small_copies_keep_the_colours_of_small_things():
     """A palette by median cut once turned a blue cross grey."""
     names = np.array(list(COLORS.values()))
-    for one in (drawn_image(LINKED + row, dense) for row in range(4) for dense in (False, True)):
+    for one in (picture(LINKED + row, dense) for row in range(4) for dense in (False, True)):
         for file in (one.compressed(ROW_QUALITY), one.png):
             pixels = np.asarray(Image.open(io.BytesIO(file)).convert("RGB")).astype(int)
             for thing in (thing for thing in one.things if thing.kind == "shape"):

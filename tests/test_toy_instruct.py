@@ -106,7 +106,7 @@ def test_claims_are_true_where_the_answer_is_yes():
     assert families == {"exist", "verify", "color", "count", "side", "digit"}
 
 
-def test_a_context_without_a_picture_says_the_answer():
+def test_a_context_without_an_image_says_the_answer():
     for _, pair in pairs("context_text"):
         context, text, *_ = pair.question.splitlines()
         truth = pair.options[LETTERS.index(pair.answer)]
@@ -187,7 +187,7 @@ def small():
 
 @pytest.mark.parametrize(("visual", "renumber"), [(576, False), (20, False), (20, True)])
 def test_packed_pairs_equal_separate_prompts(small, visual, renumber):
-    """Same logits for every word of every answer as in a prompt of its own; text-only ones see no picture."""
+    """Same logits for every word of every answer as in a prompt of its own; text-only ones see no image."""
     llava, parts = small
     names = [["short", "describe", "context_text", "letters"], ["context_text", "caption", "viz", "describe"]]
     rng = np.random.default_rng(0)
@@ -214,12 +214,12 @@ def test_packed_pairs_equal_separate_prompts(small, visual, renumber):
 def alone(llava, parts, features, kept, lines, row, mine, name, renumber):
     """Logits of one pair from the decoder's own forward."""
     table, start = parts.language_model.embed_tokens, torch.arange(3)
-    text, picture = table(lines.ids[row][mine]), parts.projector(features)
+    text, image = table(lines.ids[row][mine]), parts.projector(features)
     if name in BLIND:
         embeds, places = [text], [3 + torch.arange(len(text))]
     else:
         behind = 3 + (len(kept) if renumber else 576)
-        embeds = [picture, text]
+        embeds = [image, text]
         places = [3 + (torch.arange(len(kept)) if renumber else kept), behind + torch.arange(len(text))]
     embeds, places = torch.cat([table(torch.tensor(INSTRUCT_WORDS.prefix)), *embeds]), torch.cat([start, *places])
     states = parts.language_model(inputs_embeds=embeds[None], position_ids=places[None]).last_hidden_state[0]

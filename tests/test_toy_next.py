@@ -1,4 +1,4 @@
-"""The toy LLaVA-NeXT: large pictures, their tiles and token layouts, packed training; and what is shipped."""
+"""The toy LLaVA-NeXT: large images, their tiles and token layouts, packed training; and what is shipped."""
 
 import itertools
 
@@ -51,15 +51,15 @@ def corpus(tmp_path_factory):
 
 
 def test_no_range_of_seeds_meets_another():
-    pictures = [*LARGE_SEEDS.values(), *SMALL_SEEDS.values()]
-    starts = sorted([*pictures, *(first + DENSE_OFFSET for first in pictures), *VIDEO_SEEDS.values()])
+    images = [*LARGE_SEEDS.values(), *SMALL_SEEDS.values()]
+    starts = sorted([*images, *(first + DENSE_OFFSET for first in images), *VIDEO_SEEDS.values()])
     assert min(b - a for a, b in itertools.pairwise(starts)) >= DENSE_OFFSET
     assert all(first + count < DENSE_OFFSET for _, first, count in SPLITS.values())
     assert all(first + count < DENSE_OFFSET for first, count in VIDEO_SPLITS.values())
 
 
-def test_sources_follow_the_picture_row_by_row():
-    """A picture whose patches are painted with their own number: reading the run gives the numbers in order."""
+def test_sources_follow_the_image_row_by_row():
+    """An image whose patches are painted with their own number: reading the run gives the numbers in order."""
     numbers = np.arange(48 * 48).reshape(48, 48)
     painted = np.repeat(np.repeat(numbers, 8, 0), 8, 1)
     tiles = painted.reshape(2, 192, 2, 192).transpose(0, 2, 1, 3).reshape(4, 192, 192)
@@ -129,7 +129,7 @@ def test_visuals_hold_the_features_of_their_places(corpus):
             assert torch.equal(seen.features[1, column], table[source])
 
 
-def test_centres_are_the_place_in_the_picture(corpus):
+def test_centres_are_the_place_in_the_image(corpus):
     row = 0
     seen = visuals(corpus, [row], [whole_sequence(corpus, row)])
     where = centres(corpus, [row], seen)[0]
@@ -180,7 +180,7 @@ def test_packed_runs_equal_separate_prompts(corpus, small):
 
 
 def test_the_benchmark_is_what_the_generator_draws():
-    """Every 25th picture again; splits and the reading of the official files."""
+    """Every 25th image again; splits and the reading of the official files."""
     test, val = (benchmarks.get("gqa").load(DATA, split) for split in ("testdev", "val"))
     assert 1000 <= len(test.questions) <= 1500 and len(val.questions) >= 400
     for name, (split, first, count) in SPLITS.items():
@@ -195,11 +195,11 @@ def test_the_benchmark_is_what_the_generator_draws():
 
 @pytest.mark.training
 def test_transformers_gives_the_logits_of_training():
-    """Its class and its own preprocessing on a shipped picture, against our tiles, run and packed forward."""
+    """Its class and its own preprocessing on a shipped image, against our tiles, run and packed forward."""
     shipped = LlavaNextForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32).eval()
     dataset = benchmarks.get("gqa").load(DATA, "testdev")
     question = next(q for q in dataset.questions if q.image == "test00000d.jpg")
-    image = np.asarray(dataset.pictures.open(question.image))
+    image = np.asarray(dataset.images.open(question.image))
     ids = NEXT_WORDS.ids
     line = question_line(NEXT_WORDS, PlainQuestion("", question.question, question.answer))
     assert AutoTokenizer.from_pretrained(MODEL)(question.question).input_ids[1:] == [*line.asked[:-2]]

@@ -170,7 +170,7 @@ def test_transformers_gives_the_logits_of_training():
     data = benchmarks.get("video_qa").load(DATA, "test")
     question = data.questions[5]
     line = question_line(VIDEO_WORDS, PlainQuestion("", question.question, question.answer))
-    video, lines, parts = data.pictures.open(question.image), pack([[line]]), Trainee(model)
+    video, lines, parts = data.images.open(question.image), pack([[line]]), Trainee(model)
     with torch.inference_mode():
         frames = np.stack([np.asarray(frame) for frame in video.frames])
         seen = whole(tower_states(model.model.video_tower, frames).flatten(0, 1)[None])

@@ -205,7 +205,7 @@ def test_percent_of_full_needs_the_same_settings(tmp_path):
     assert report.percent_of_full(result("first", None), tmp_path / "z") is None
 
 
-def test_offline_run_holds_the_samples_and_the_pictures(whole):
+def test_offline_run_holds_the_samples_and_the_images(whole):
     folder, _, logged = whole
     table = logged.table("samples")
     assert table["columns"] == list(tracking.COLUMNS)
@@ -214,17 +214,17 @@ def test_offline_run_holds_the_samples_and_the_pictures(whole):
     assert [row[5] for row in table["data"]] == [answer["text"] for answer in answers]
     assert table["data"][1][3:] == ["Is thing 1 there?", "something else", answers[1]["text"], 0, 16]
     for number, row in enumerate(table["data"]):
-        drawn = number < tracking.TABLE_PICTURES
-        assert [cell is not None for cell in row[1:3]] == [drawn, drawn], "the table had no picture at all"
+        drawn = number < tracking.TABLE_IMAGES
+        assert [cell is not None for cell in row[1:3]] == [drawn, drawn], "the table had no image at all"
     files = logged.table_files("samples")
     original, kept = (Image.open(files[cell["path"]]) for cell in table["data"][1][1:3])
     assert original.size == kept.size == (64, 64)
     assert np.asarray(original).mean() > 1.5 * np.asarray(kept).mean()
 
-    pictures = logged.last("kept tokens")
-    assert pictures["count"] == tracking.PICTURES
-    assert "right, 16 of 64 tokens" in pictures["captions"][0]
-    files = [logged.folder / "files" / name for name in pictures["filenames"]]
+    images = logged.last("kept tokens")
+    assert images["count"] == tracking.IMAGES
+    assert "right, 16 of 64 tokens" in images["captions"][0]
+    files = [logged.folder / "files" / name for name in images["filenames"]]
     first = np.asarray(Image.open(files[0]).convert("RGB")).astype(int)
     # 32 x 32 enlarged twice, the unreduced original in front of the overlay.
     assert first.shape == (64, 2 * 64 + GAP, 3)

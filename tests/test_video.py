@@ -41,9 +41,9 @@ def write(path: Path, count: int, codec: str = "mpeg4", turn: int = 0) -> Path:
         if turn:
             stream.set_display_rotation(turn)
         for number in range(count):
-            picture = np.full((HEIGHT, WIDTH, 3), level(number), np.uint8)
-            picture[:, :16] = 255
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+            image = np.full((HEIGHT, WIDTH, 3), level(number), np.uint8)
+            image[:, :16] = 255
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image)))
         container.mux(stream.encode())
     return path
 

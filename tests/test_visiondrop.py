@@ -402,7 +402,7 @@ def test_planted_tokens_receive_the_most(attention):
 def test_causal_column_means_prefer_early_tokens():
     """Under uniform attention the released score is 71 times as high for the first of 48 tokens as for the last.
 
-    Keeping 30 then keeps the first 30, whatever the picture shows. Only bidirectional attention has no such preference.
+    Keeping 30 then keeps the first 30, whatever the image shows. Only bidirectional attention has no such preference.
     """
     ratio = {}
     for attention in ("causal", "visual", "bidirectional"):

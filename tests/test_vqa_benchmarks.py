@@ -12,14 +12,14 @@ from eval.metrics import vqa
 from eval.metrics.accuracy import mean_score
 from eval.score import score_file
 from llava.errors import UserError
-from tests.benchmark_files import cell, load, write_hub, write_json, write_picture
+from tests.benchmark_files import cell, load, write_hub, write_image, write_json
 
 VECTORS = Path(__file__).parent / "data" / "vqa"
 YES = ["yes"] * 10
 COKE = ["coke"] * 2 + ["pepsi"] * 8
 
 
-def with_pictures(rows: list[dict]) -> list[dict]:
+def with_images(rows: list[dict]) -> list[dict]:
     return [row | {"image": cell("blue")} for row in rows]
 
 
@@ -175,7 +175,7 @@ def test_vqav2_val_is_the_official_toolkit_behind_the_answer_processor(vqav2, an
 def test_vqav2_from_the_mirror(tmp_path):
     people = [{"answer": answer, "answer_id": number} for number, answer in enumerate(YES)]
     row = {"question_id": 7, "question": "Is it red?", "answers": people, "answer_type": "yes/no"}
-    write_hub(tmp_path, "lmms-lab/VQAv2", "validation", with_pictures([row]))
+    write_hub(tmp_path, "lmms-lab/VQAv2", "validation", with_images([row]))
     for profile, limit in (("llava", 128), ("lmms", 16)):
         data = load("vqav2", tmp_path, profile, "val")
         data.check_images(data.questions)
@@ -210,7 +210,7 @@ def textvqa(tmp_path) -> Path:
     ]
     write_json(folder / "llava_textvqa_val_v051_ocr.jsonl", rows)
     for name in OCR:
-        write_picture(folder / "train_images" / f"{name}.jpg")
+        write_image(folder / "train_images" / f"{name}.jpg")
     return tmp_path
 
 
@@ -224,7 +224,7 @@ def llava_answers(path: Path) -> Path:
     return write_json(path, rows)
 
 
-def test_textvqa_ids_prompts_and_pictures(textvqa):
+def test_textvqa_ids_prompts_and_images(textvqa):
     data = load("textvqa", textvqa)
     data.check_images(data.questions)
     assert [(q.id, q.official) for q in data.questions] == [("34604", "b2"), ("34603", "a1"), ("34602", "a1")]
@@ -257,7 +257,7 @@ def test_textvqa_of_lmms_has_no_ocr_tokens(textvqa):
 
 def test_textvqa_from_the_mirror(tmp_path):
     rows = [{**record, "ocr_tokens": OCR[record["image_id"]].split(", ")} for record in TEXTVQA]
-    write_hub(tmp_path, "lmms-lab-encoder/textvqa", "validation", with_pictures(rows))
+    write_hub(tmp_path, "lmms-lab-encoder/textvqa", "validation", with_images(rows))
     data = load("textvqa", tmp_path)
     data.check_images(data.questions)
     assert data.questions[0].message == textvqa_prompt(TEXTVQA[0])
@@ -339,7 +339,7 @@ def test_vizwiz_from_the_mirror(tmp_path):
     """lmms-eval puts the people's answers through the processor, VizWiz's own rule does not."""
     people = ["The can"] * 10
     rows = [{"question_id": "VizWiz_val_00000000", "question": "what IS this?", "answers": people, "category": "other"}]
-    write_hub(tmp_path, "lmms-lab/VizWiz-VQA", "val", with_pictures(rows))
+    write_hub(tmp_path, "lmms-lab/VizWiz-VQA", "val", with_images(rows))
     for profile, limit, accuracy in (("lmms", 1024, 100), ("llava", 128, 0)):
         data = load("vizwiz", tmp_path, profile, "val")
         data.check_images(data.questions)

@@ -45,15 +45,15 @@ def log(folder: Path, **changes) -> None:
     files = [folder / "table.md", folder / "table.csv"]
     for file in files:
         file.write_text(f"content of {file.name}")
-    picture = folder / "kept.png"
-    Image.new("RGB", (8, 8)).save(picture)
+    image = folder / "kept.png"
+    Image.new("RGB", (8, 8)).save(image)
     arguments = {
         "about": {"benchmark": "gqa", "model": "fake", "budgets": [64, 128]},
         "columns": COLUMNS,
         "rows": ROWS,
         "files": files,
         "points": POINTS,
-        "pictures": {"kept by consensusdrop": picture},
+        "images": {"kept by consensusdrop": image},
     }
     log_table_run("offline", folder, "LLaVA 1.5", **(arguments | changes))
 
@@ -62,7 +62,7 @@ def read_all(folder: Path) -> list[OfflineRun]:
     return [read_run(path) for path in find_runs(folder)]
 
 
-def test_a_table_reads_back_with_its_files_plots_and_pictures(tmp_path, capsys):
+def test_a_table_reads_back_with_its_files_plots_and_images(tmp_path, capsys):
     log(tmp_path / "t")
     (logged,) = read_all(tmp_path / "t")
     assert f"wandb sync {logged.folder}" in capsys.readouterr().out

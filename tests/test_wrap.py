@@ -61,7 +61,7 @@ def test_importing_the_package_is_cheap():
 
 
 def test_full_budget_gives_the_models_own_logits_and_ids(case):
-    """A batch with padding, two pictures in one prompt, and a prompt without any."""
+    """A batch with padding, two images in one prompt, and a prompt without any."""
     inputs = case.batch()
     plain, ids = last_logits(case.model, inputs), case.generate(inputs)
     with reduce(case.model, "full") as reduced:
@@ -69,7 +69,7 @@ def test_full_budget_gives_the_models_own_logits_and_ids(case):
         assert torch.equal(case.generate(inputs), ids)
     assert [audit.images for audit in reduced.accounting] == [2, 1, 1, 1]
     assert reduced.accounting[2].tokens_per_layer == (0,) * 4
-    # Only LLaVA-NeXT's sizes say where pictures lie; LLaVA-1.5's processor crops, unless a caller has padded before.
+    # Only LLaVA-NeXT's sizes say where images lie; LLaVA-1.5's processor crops, unless a caller has padded before.
     known = hasattr(case.model.config, "image_grid_pinpoints")
     assert [audit.on_padding is not None for audit in reduced.accounting] == [known, known, True, known]
 
@@ -105,7 +105,7 @@ def test_tokens_are_gone_from_every_layers_cache(case):
 
 
 def test_generates_what_our_own_model_answers(case, tmp_path, request):
-    """The same picture and prompt through `Llava.answer`, with the question known, under the same preprocessing."""
+    """The same image and prompt through `Llava.answer`, with the question known, under the same preprocessing."""
     family = request.node.callspec.params["case"]
     SAVERS[f"{HUB.get(family, family)} transformers"](tmp_path, case.model)
     ours = load(tmp_path, device="cpu", **({"reading": "transformers"} if family == "next" else {}))
@@ -157,7 +157,7 @@ def test_videos_keep_the_class_token_of_every_frame():
 
 
 def test_tiles_are_those_of_the_processor():
-    """Sizes at which the original reading takes other tiles; pixels padded to the batch's largest picture, or not."""
+    """Sizes at which the original reading takes other tiles; pixels padded to the batch's largest image, or not."""
     case, sizes = shared("next"), ((40, 90), (90, 40), (50, 50), (112, 112))
     assert any(best_resolution(size, PINPOINTS) != best_resolution(size, PINPOINTS, "transformers") for size in sizes)
     texts = [f"USER: <image> {QUESTIONS[i]} ASSISTANT:" for i in range(4)]
@@ -308,17 +308,17 @@ def test_the_score_of_a_beam_is_that_of_its_tokens(case):
 
 
 def test_sampling_draws_what_the_model_draws(case):
-    """Several answers per prompt: each picture stays with its prompt when rows are repeated.
+    """Several answers per prompt: each image stays with its prompt when rows are repeated.
 
-    The model itself gets every prompt three times: transformers 5.17 mixed the pictures up when it repeated rows.
+    The model itself gets every prompt three times: transformers 5.17 mixed the images up when it repeated rows.
     """
-    texts, pictures, seeds = [], [], iter(enumerate(SIZES))
+    texts, images, seeds = [], [], iter(enumerate(SIZES))
     for text in TEXTS:
         texts += [text] * 3
-        pictures += [drawn_image(*next(seeds)) for _ in range(text.count("<image>"))] * 3
+        images += [drawn_image(*next(seeds)) for _ in range(text.count("<image>"))] * 3
     options, drawn = {"do_sample": True, "temperature": 2.0}, []
     torch.manual_seed(3)
-    drawn.append(case.generate(case.prepare(texts, pictures), **options))
+    drawn.append(case.generate(case.prepare(texts, images), **options))
     torch.manual_seed(3)
     with reduce(case.model, "full"):
         drawn.append(case.generate(case.batch(), num_return_sequences=3, **options))

@@ -32,7 +32,7 @@ from tests.conftest import drawn_image
 from tests.stock_inputs import REDUCED, TEXTS, shared, stock
 from tests.tiny_checkpoints import make_tokenizer
 
-A, B = 90, 91  # two tokens that stand for pictures
+A, B = 90, 91  # two tokens that stand for images
 SLOT = IMAGE_TOKEN_INDEX
 
 
@@ -57,14 +57,14 @@ def own():
 
 
 def test_runs_become_slots_and_padding_goes():
-    """Neighbours of different lengths, two kinds of pictures, padding on both sides, a row without pictures."""
+    """Neighbours of different lengths, two kinds of images, padding on both sides, a row without images."""
     ids = torch.tensor([[7, A, A, A, A, A, 8], [A, B, B, 5, A, A, 0], [0, 0, 0, 0, 1, 2, 3]])
     mask = torch.tensor([[1] * 7, [1] * 6 + [0], [0] * 4 + [1] * 3])
-    pictures = ready(2, 3, 1, 2)
+    images = ready(2, 3, 1, 2)
     films = ready(2)
-    rows = samples(ids, mask, {A: pictures, B: films})
+    rows = samples(ids, mask, {A: images, B: films})
     assert [row.prompt.ids for row in rows] == [(7, SLOT, SLOT, 8), (SLOT, SLOT, 5, SLOT), (1, 2, 3)]
-    assert [row.images for row in rows] == [tuple(pictures[:2]), (pictures[2], films[0], pictures[3]), ()]
+    assert [row.images for row in rows] == [tuple(images[:2]), (images[2], films[0], images[3]), ()]
     assert [row.prompt.question for row in rows] == [(3, 4), (2, 3), (0, 3)]
     assert len({row.id for row in rows}) == 3
     assert samples(ids[2:], mask[2:], {})[0].id == rows[2].id
@@ -98,13 +98,13 @@ def test_without_questions_the_last_text_is_the_question(ids, span):
         ([7, A, 8, A], (2,), "its prompt 1 image tokens"),
     ],
 )
-def test_prompts_and_pictures_that_do_not_fit(row, counts, words):
+def test_prompts_and_images_that_do_not_fit(row, counts, words):
     with pytest.raises(UserError, match=words):
         samples(torch.tensor([row]), None, {A: ready(*counts)})
 
 
 def test_a_question_is_found_where_it_stands():
-    """The last place of several; behind, between and in front of pictures; exactly its tokens."""
+    """The last place of several; behind, between and in front of images; exactly its tokens."""
     tokenizer = make_tokenizer()
     words = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
     cat, before, after = words("is there a cat?"), words("USER:"), words("and a dog ASSISTANT:")
@@ -263,8 +263,8 @@ def test_inputs_that_tiles_need(name, change, words):
         case.generate(inputs)
 
 
-def test_a_budget_that_pictures_alone_can_meet():
-    """Five tokens of eight frames are refused when they come, not for pictures."""
+def test_a_budget_that_images_alone_can_meet():
+    """Five tokens of eight frames are refused when they come, not for images."""
     case = shared("video")
     inputs = case.batch(TEXTS[1:2])
     with reduce(case.model, "fastervlm", 5) as reduced:

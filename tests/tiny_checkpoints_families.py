@@ -50,7 +50,7 @@ def make_chatml_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_qwen_tokenizer() -> PreTrainedTokenizerFast:
-    """One id per word and no BOS; the tokens of ChatML and of pictures come last, as in Qwen's."""
+    """One id per word and no BOS; the tokens of ChatML and of images come last, as in Qwen's."""
     words = ["<unk>", *dict.fromkeys(f"{TEXT} system helpful You".split())]
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
@@ -121,7 +121,7 @@ def save_next_original(
 
 
 def make_tiny_video(temporal: bool = True) -> VideoLlavaForConditionalGeneration:
-    """A Video-LLaVA with 16 visual tokens per picture and 8 x 17 per video.
+    """A Video-LLaVA with 16 visual tokens per image and 8 x 17 per video.
 
     Args:
         temporal: its video tower attends over time, as the original's does and a conversion's does not.

@@ -256,7 +256,7 @@ class VisionDrop(Reducer):
         "scale with merge=target_plus_mean": "the sum that the release uses",
     }
 
-    crops: str = option(
+    tile_budget: str = option(
         "each", "the encoder stage splits the budget evenly over tiles, the decoder ranks all together", ("each",)
     )
     official: bool = option(False, "exactly as released: a merged token is its target plus the mean of the others")

@@ -161,16 +161,16 @@ def join(path: Path, rows: Sequence[Row], data: Dataset, partial: bool = False) 
             "nobody can say which answer counts, so remove all but one."
         )
     notes = check_prompts(path, answered, data)
-    unlike, absent = other_pictures(answered, data)
+    unlike, absent = other_images(answered, data)
     if absent:
-        what = f"{data.pictures.noun} of {counted(absent, 'answer')}"
-        notes.append(f"{data.pictures.where} lacks the {what}, so they were not compared")
+        what = f"{data.images.noun} of {counted(absent, 'answer')}"
+        notes.append(f"{data.images.where} lacks the {what}, so they were not compared")
     missing = [name for name in known if name not in texts and name not in data.accepts]
     kinds = (
         ("question", "without a prediction", missing),
         ("prediction", "for questions that are not in the question file", foreign),
         ("answer", "given twice in the same words", repeated),
-        ("answer", f"about other {data.pictures.noun} than {data.pictures.where} holds", unlike),
+        ("answer", f"about other {data.images.noun} than {data.images.where} holds", unlike),
     )
     problems = [f"{counted(len(ids), noun)} {what} ({first_names(ids)})" for noun, what, ids in kinds if ids]
     if problems and not partial:
@@ -180,14 +180,14 @@ def join(path: Path, rows: Sequence[Row], data: Dataset, partial: bool = False) 
         )
     texts = {name: text for name, text in texts.items() if name not in unlike}
     if not texts:
-        raise UserError(f"All answers in {path} are about other {data.pictures.noun} than {data.pictures.where} holds.")
+        raise UserError(f"All answers in {path} are about other {data.images.noun} than {data.images.where} holds.")
     notes += [f"the answer file has {problem}: left out" for problem in problems]
     if [name for name in texts if name in known] != [name for name in known if name in texts]:
         notes.append("the answers are not in the order of the question file")
     return Answers(texts, tuple(notes))
 
 
-def other_pictures(answered: Sequence[tuple[Question, Row]], data: Dataset) -> tuple[list[str], int]:
+def other_images(answered: Sequence[tuple[Question, Row]], data: Dataset) -> tuple[list[str], int]:
     """Ids of the questions that were asked about other images than they have now, by the hashes that our lines hold.
 
     Returns:
@@ -196,9 +196,9 @@ def other_pictures(answered: Sequence[tuple[Question, Row]], data: Dataset) -> t
     unlike, absent = [], 0
     for question, row in answered:
         if hashes := images_of(row.fields):
-            if data.pictures.missing(question.images):
+            if data.images.missing(question.images):
                 absent += 1
-            elif digest_of(data.pictures, question.images) != hashes:
+            elif digest_of(data.images, question.images) != hashes:
                 unlike.append(question.id)
     return unlike, absent
 

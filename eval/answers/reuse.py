@@ -103,8 +103,8 @@ def check_reuse(data: Dataset, questions: Iterable[Question], answers: Mapping[s
     """
     asked = [question for question in questions if question.id in answers]
     prompts = [one.id for one in asked if answers[one.id].get("prompt", one.message) != one.message]
-    images = [one.id for one in asked if images_of(answers[one.id]) != digest_of(data.pictures, one.images)]
-    for names, what in ((prompts, "to other prompts"), (images, f"to other {data.pictures.noun}")):
+    images = [one.id for one in asked if images_of(answers[one.id]) != digest_of(data.images, one.images)]
+    for names, what in ((prompts, "to other prompts"), (images, f"to other {data.images.noun}")):
         if names:
             raise UserError(
                 f"{folder} holds {len(names):,} answers {what} than the data have now (questions "
@@ -115,7 +115,7 @@ def check_reuse(data: Dataset, questions: Iterable[Question], answers: Mapping[s
 def images_of(line: Mapping[str, Any]) -> str | None:
     """Hashes of the images that a line of an answer file is about; None where it does not say them."""
     metadata = line.get("metadata")
-    return metadata.get("pictures") if isinstance(metadata, dict) else None
+    return metadata.get("images") if isinstance(metadata, dict) else None
 
 
 def images_digest(lines: Iterable[Mapping[str, Any]]) -> str:

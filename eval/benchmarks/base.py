@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from eval.answers.jsonl import Row, read_bytes
-from eval.benchmarks.media import Pictures, first_of_content
+from eval.benchmarks.media import Images, first_of_content
 from eval.metrics import Score
 from eval.metrics.accuracy import mean_score
 from eval.papers import read_yaml
@@ -36,7 +36,7 @@ class Question:
     Attributes:
         id: unique within the benchmark.
         question: without the answer-format instruction, which query-aware methods must not look at.
-        images: names in the data set's `pictures`; () for a question of text alone.
+        images: names in the data set's `images`; () for a question of text alone.
         answer: the reference, for tables.
         official: the benchmark's own id, where that is not unique or not a string.
         about: what questions about the same image share, where the images' names do not say it.
@@ -77,7 +77,7 @@ class Contents(Generic[Reference]):
     source: str
     questions: tuple[Question, ...]
     references: Mapping[str, Reference]
-    pictures: Pictures
+    images: Images
     fingerprint: str
 
     def dataset(
@@ -97,7 +97,7 @@ class Contents(Generic[Reference]):
             more: further fields of the Dataset.
         """
         about = {"source": self.source, "profile": profile} | dict(facts)
-        files = self.pictures, self.fingerprint
+        files = self.images, self.fingerprint
         return Dataset(title, self.questions, *files, score, sample_score, submission, facts=about, **more)
 
 
@@ -133,7 +133,7 @@ class Dataset:
 
     title: str
     questions: tuple[Question, ...]
-    pictures: Pictures
+    images: Images
     fingerprint: str
     score: Callable[[Sequence[str], Mapping[str, str]], Score]
     sample_score: Callable[[Question, str], float] | None
@@ -164,7 +164,7 @@ class Dataset:
         """
         shown = {one.id: one.images[0] for one in self.questions if one.images}
         if digests is None:
-            same = first_of_content(self.pictures, shown.values())
+            same = first_of_content(self.images, shown.values())
         else:
             first: dict[str, str] = {}
             known = {name: (digests.get(name) or image).split()[0] for name, image in shown.items()}
@@ -174,16 +174,16 @@ class Dataset:
     def check_images(self, questions: Iterable[Question]) -> None:
         """Fail before the run starts, not at question 9,000."""
         names = dict.fromkeys(name for question in questions for name in question.images)
-        missing = self.pictures.missing(names)
+        missing = self.images.missing(names)
         if missing:
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-            noun, where = self.pictures.noun, self.pictures.where
+            noun, where = self.images.noun, self.images.where
             raise UserError(f"{len(missing):,} of {len(names):,} {noun} are not in {where}: {shown}.")
 
     def sample(self, question: Question) -> "Sample":
         """The question with its images opened."""
         names = question.images
-        return self.with_images(question, [*map(self.pictures.open, names)], [*map(self.pictures.digest, names)])
+        return self.with_images(question, [*map(self.images.open, names)], [*map(self.images.digest, names)])
 
     @staticmethod
     def with_images(question: Question, opened: Sequence[Any], digests: Sequence[str]) -> "Sample":

@@ -106,7 +106,7 @@ class FlickrRow(TypedDict):
 
 @dataclass(frozen=True)
 class Image:
-    """An image: id, name in the data set's pictures, captions (none where only a server has them), part of the set."""
+    """An image: id, name in the data set's images, captions (none where only a server has them), part of the set."""
 
     id: str
     name: str

@@ -88,7 +88,7 @@ class MirrorQuestion(TypedDict):
     imageId: Id
 
 
-class MirrorPicture(TypedDict):
+class MirrorImage(TypedDict):
     """What is read of a row of the mirror's table of images."""
 
     id: Id
@@ -167,7 +167,7 @@ def read_mirror(data: Path, split: str, source: str) -> Contents[Any]:
     """The tables of the hub: question, answer and imageId of each question; id and encoded bytes of each image."""
     table = open_table(data, MIRROR, f"{split}_balanced_instructions", split, source)
     shown = open_table(data, MIRROR, f"{split}_balanced_images", split, source)
-    row_of = {str(record["id"]): row for row, record in enumerate(shown.records(MirrorPicture))}
+    row_of = {str(record["id"]): row for row, record in enumerate(shown.records(MirrorImage))}
     questions = []
     for record in table.records(MirrorQuestion):
         name, image = str(record["id"]), str(record["imageId"])
@@ -175,7 +175,7 @@ def read_mirror(data: Path, split: str, source: str) -> Contents[Any]:
             raise UserError(f"Question {name} in {table.where} is about image {image}, which has no row.")
         questions.append(Question(name, record["question"], SHORT, (f"{row_of[image]}/image",), record["answer"]))
     columns = list(MirrorQuestion.__annotations__)
-    return table.contents(unique(questions, table.where), {}, columns, shown.pictures())
+    return table.contents(unique(questions, table.where), {}, columns, shown.images())
 
 
 def submission(texts: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:

@@ -74,7 +74,7 @@ class Table:
         rows: list[dict[str, Any]] = self.rows.select_columns(list(columns)).to_list()
         return rows
 
-    def pictures(self, columns: Sequence[str] = ("image",)) -> Inline:
+    def images(self, columns: Sequence[str] = ("image",)) -> Inline:
         """Images named "ROW/COLUMN", or "ROW/COLUMN/NUMBER" where a cell is a list of them."""
         names: set[str] = set()
         for column in (name for name in columns if name in self.rows.column_names):
@@ -90,15 +90,15 @@ class Table:
         questions: Iterable[Question],
         references: Mapping[str, Reference],
         columns: Sequence[str],
-        pictures: Inline | None = None,
+        images: Inline | None = None,
     ) -> Contents[Reference]:
         """The questions that were made of the rows.
 
         Args:
             columns: those that questions and scores depend on.
-            pictures: by default those of the column "image".
+            images: by default those of the column "image".
         """
-        return Contents(self.id, tuple(questions), references, pictures or self.pictures(), self.fingerprint(columns))
+        return Contents(self.id, tuple(questions), references, images or self.images(), self.fingerprint(columns))
 
     def _bytes(self, name: str) -> bytes:
         row, column, *number = name.split("/")
@@ -332,8 +332,8 @@ def by_unique_id(rows: Iterable[Record], column: str = "question_id") -> dict[st
     return dict(zip(unique_ids(row[column] for row in rows), rows, strict=True))
 
 
-def picture_names(table: Table, keys: Iterable[Hashable] | None = None) -> list[str]:
-    """Per row the image's name in Table.pictures; rows with the same key share the first one's.
+def image_names(table: Table, keys: Iterable[Hashable] | None = None) -> list[str]:
+    """Per row the image's name in Table.images; rows with the same key share the first one's.
 
     Rows about one image then share one pass of the vision tower, and intervals can draw images.
 

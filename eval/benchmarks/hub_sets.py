@@ -31,10 +31,10 @@ import numpy as np
 from eval.benchmarks.base import PARTS, Benchmark, Dataset, Question, listed, no_submission
 from eval.benchmarks.hub import (
     check_answers,
+    image_names,
     letters,
     open_table,
     option_lines,
-    picture_names,
     ungraded,
     unique_ids,
     with_version,
@@ -85,7 +85,7 @@ class HubSet:
         config: configuration on the hub.
         hub_splits: our names of splits, which are lmms-eval's in its task names -> the hub's, where they differ.
         id: column with the question's id; rows without have their number for one, as in lmms-eval's samples.
-        picture: columns that together name the image, which several questions share; by default its content does.
+        image: columns that together name the image, which several questions share; by default its content does.
         submission: (rows by question id, texts) -> files for who scores them; None where nobody else does.
         upload: name of the file with the answers to split test, which a server reads; "" where all splits are scored.
         tokens: the longest answer.
@@ -103,7 +103,7 @@ class HubSet:
     config: str | None = None
     hub_splits: Mapping[str, str] = field(default_factory=dict)
     id: str = ""
-    picture: tuple[str, ...] = ()
+    image: tuple[str, ...] = ()
     submission: Callable[[Mapping[str, Any], Mapping[str, str]], dict[str, Any]] | None = None
     upload: str = ""
     tokens: int = 128
@@ -133,12 +133,12 @@ def load(profiles: Mapping[str, HubSet], data: Path, split: str, profile: str, s
     graded = not (one.upload and split == "test")
     if graded:
         check_answers(table.where, {name: ask.answer for name, ask in asked.items()})
-    pictures = picture_names(table, picture_keys(one.picture, rows) if one.picture else None)
+    images = image_names(table, image_keys(one.image, rows) if one.image else None)
     questions = []
-    for (name, ask), picture in zip(asked.items(), pictures, strict=True):
+    for (name, ask), image in zip(asked.items(), images, strict=True):
         answer = ask.answer if isinstance(ask.answer, str) else next(iter(ask.answer), "")
         official = str(records[name].get(one.id, ""))
-        questions.append(Question(name, ask.question, ask.suffix, (picture,), answer, official))
+        questions.append(Question(name, ask.question, ask.suffix, (image,), answer, official))
 
     def score(names: Sequence[str], texts: Mapping[str, str]) -> Score:
         wanted = {name: references[name] for name in names}
@@ -159,7 +159,7 @@ def load(profiles: Mapping[str, HubSet], data: Path, split: str, profile: str, s
     )
 
 
-def picture_keys(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Hashable]:
+def image_keys(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Hashable]:
     """Per row the columns that name its image, or the row's number where the table does not say it."""
     keys = [tuple(row.get(column) for column in columns) for row in rows]
     return [row if any(part in (None, "") for part in key) else key for row, key in enumerate(keys)]
@@ -318,7 +318,7 @@ def upload_documents(file: str, records: Mapping[str, DocumentRow], texts: Mappi
     return {file: [{"questionId": ids[name], "answer": text} for name, text in texts.items()]}
 
 
-def documents(title: str, kinds: str, picture: tuple[str, ...], upload: str, expected: Mapping[str, int]) -> HubSet:
+def documents(title: str, kinds: str, image: tuple[str, ...], upload: str, expected: Mapping[str, int]) -> HubSet:
     """One configuration of the repository DocVQA.
 
     Args:
@@ -336,7 +336,7 @@ def documents(title: str, kinds: str, picture: tuple[str, ...], upload: str, exp
         expected=expected,
         hub_splits={"val": "validation"},
         id="questionId",
-        picture=picture,
+        image=image,
         submission=partial(upload_documents, upload),
         upload=upload,
         tokens=32,

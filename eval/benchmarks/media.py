@@ -25,7 +25,7 @@ LONGEST_NAME = 255
 DIGITS = 16
 
 
-class Pictures(Protocol):
+class Images(Protocol):
     """Images by name.
 
     Attributes:
@@ -146,31 +146,31 @@ def file_digest(state: FileState) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
 
 
-def digest_of(pictures: Pictures, names: Iterable[str]) -> str:
+def digest_of(images: Images, names: Iterable[str]) -> str:
     """Hashes of the images of one question, in its order; "" for a question without images.
 
     The store keeps it with every answer and compares it before the answer is used again. Hashing a file takes a few
     hundredths of the time that decoding it takes.
     """
-    return " ".join(pictures.digest(name) for name in names)
+    return " ".join(images.digest(name) for name in names)
 
 
-def first_of_content(pictures: Pictures, names: Iterable[str]) -> dict[str, str]:
+def first_of_content(images: Images, names: Iterable[str]) -> dict[str, str]:
     """Name of an image -> the first of `names` that has the same content; its own name if it is not there.
 
     Equal content has equal size, so only files of which several have the same size are read. Videos are not read at
     all: their files have one name each, and are large.
     """
     names = list(dict.fromkeys(names))
-    absent = set(pictures.missing(names))
+    absent = set(images.missing(names))
     there = [name for name in names if name not in absent]
-    if isinstance(pictures, Files):
-        sizes = {name: (pictures.root / name).stat().st_size for name in there}
+    if isinstance(images, Files):
+        sizes = {name: (images.root / name).stat().st_size for name in there}
         count = Counter(sizes.values())
         there = [name for name in there if count[sizes[name]] > 1]
     first: dict[str, str] = {}
-    known = there if pictures.noun == "images" else ()
-    same = {name: first.setdefault(pictures.digest(name), name) for name in known}
+    known = there if images.noun == "images" else ()
+    same = {name: first.setdefault(images.digest(name), name) for name in known}
     return {name: same.get(name, name) for name in names}
 
 

@@ -63,7 +63,7 @@ REQUIRED = ("index", "question", "A", "B")
 
 
 # A shorter image is the index of another row that shows the same one.
-SHORTEST_PICTURE = 64
+SHORTEST_IMAGE = 64
 LONGEST_CELL = 1 << 30
 LONGEST_INDEX = 18
 
@@ -120,8 +120,8 @@ class Rows(Contents[Row]):
     """The rows of a split from either source; `load` adds the questions.
 
     Attributes:
-        references: rows by index, without the image; empty cells are None, words like "None" are kept. "picture" names
-            what `pictures` opens.
+        references: rows by index, without the image; empty cells are None, words like "None" are kept.
+            "image_name" names what `images` opens.
         stem: of the file to upload.
         columns: as the official file names and orders them.
     """
@@ -157,13 +157,13 @@ def load(edition: Edition, data: Path, split: str, profile: str = "llava", sourc
     official = official_file(data, source, title, [data / name for name in edition.files[split]], MIRROR)
     table = read_tsv(official) if official is not None else read_mirror(data, edition, split, source)
     rows = table.references
-    check_answers(rows.values(), table.pictures.where)
+    check_answers(rows.values(), table.images.where)
     if official is not None or not lmms:
         rows = as_pandas(rows)
     questions = []
     for index, row in rows.items():
         text, suffix = ask_lmms(row, edition) if lmms else (ask(row), edition.suffix)
-        questions.append(Question(index, text, suffix, (str(row["picture"]),), row.get("answer") or ""))
+        questions.append(Question(index, text, suffix, (str(row["image_name"]),), row.get("answer") or ""))
     table = replace(table, questions=tuple(questions), references=rows)
     scored = all(question.answer for question in questions)
     if not scored and any(question.answer for question in questions):
@@ -174,7 +174,7 @@ def load(edition: Edition, data: Path, split: str, profile: str = "llava", sourc
     if split == "dev" and edition.groups not in (None, groups):
         # Groups tell releases apart.
         notes = (f"the data has {groups:,} groups, the release of the published numbers has {edition.groups:,}",)
-    if absent := table.pictures.missing({str(row["picture"]) for row in rows.values()}):
+    if absent := table.images.missing({str(row["image_name"]) for row in rows.values()}):
         notes += (f"{len(absent):,} images are not there, so questions about one of them count as independent",)
     rule = infer_lmms if lmms else infer
     upload = f"mmbench_{edition.config}_{split}_results.xlsx" if lmms else f"{table.stem}.xlsx"
@@ -220,22 +220,22 @@ def read_tsv(path: Path) -> Rows:
             raise UserError(f"{where} has no question.")
         name = str(int(checked_index(row["index"] or "", where)))
         cell = row.pop("image", None)
-        picture = name if cell is None or cell in EMPTY else cell
+        image = name if cell is None or cell in EMPTY else cell
         if name in rows:
             raise UserError(f"{where} has the index {name}, which an earlier row has too.")
-        if len(picture) > SHORTEST_PICTURE:
-            first = first_row.setdefault(picture, name)
-            encoded[first], picture = picture, first
-        rows[name] = row | {"index": name, "picture": picture}
+        if len(image) > SHORTEST_IMAGE:
+            first = first_row.setdefault(image, name)
+            encoded[first], image = image, first
+        rows[name] = row | {"index": name, "image_name": image}
     if not rows:
         raise UserError(f"{path} has no rows.")
     for name, row in rows.items():
-        shown = str(row["picture"])
+        shown = str(row["image_name"])
         if shown in encoded:
             continue
         if shown not in rows:
             raise UserError(f"Row {name} in {path} shows the image of row {shown!r}, which is not there.")
-        row["picture"] = rows[shown]["picture"]  # its image may be that of an earlier row
+        row["image_name"] = rows[shown]["image"]  # its image may be that of an earlier row
 
     def fetch(name: str) -> bytes:
         try:
@@ -243,8 +243,8 @@ def read_tsv(path: Path) -> Rows:
         except (binascii.Error, ValueError) as error:
             raise UserError(f"{path}, index {name}, has no readable image ({error}); get the file again.") from error
 
-    pictures = Inline(str(path), frozenset(encoded), fetch)
-    return Rows(path.name, (), rows, pictures, fingerprint([path]), path.stem, columns)
+    images = Inline(str(path), frozenset(encoded), fetch)
+    return Rows(path.name, (), rows, images, fingerprint([path]), path.stem, columns)
 
 
 def as_pandas(rows: Mapping[str, Row]) -> dict[str, Row]:
@@ -299,12 +299,12 @@ def read_mirror(data: Path, edition: Edition, split: str, source: str) -> Rows:
             raise UserError(f"{table.where} has an index twice.")
         # The word "nan" may be an option to lmms-eval, an answer it is not: that is how the test split has none.
         answer = None if row.get("answer") in EMPTY else row.get("answer")
-        rows[index] = row | {"index": index, "picture": f"{number}/image", "answer": answer}
+        rows[index] = row | {"index": index, "image_name": f"{number}/image", "answer": answer}
     names = [name for name in MIRRORED if name in records[0] or name == "image"]
     source, stem = f"{table.id}, config {edition.config}", f"MMBench_{edition.config}_{split}"
     columns = tuple(column_name(name) for name in names if name != "E")
     mark = table.fingerprint([name for name in names if name != "image"])
-    return Rows(source, (), rows, table.pictures(), mark, stem, columns)
+    return Rows(source, (), rows, table.images(), mark, stem, columns)
 
 
 def column_name(name: str) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 
 from eval.answers.jsonl import Row, is_file, read_bytes
 from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed
-from eval.benchmarks.hub import Table, official_file, open_table, picture_names
+from eval.benchmarks.hub import Table, image_names, official_file, open_table
 from eval.benchmarks.llava_files import EVAL_ZIP, SHORT, Asked, read_prompts
 from eval.benchmarks.media import Folder, image_name
 from eval.benchmarks.records import Filled
@@ -153,7 +153,7 @@ def read_mirror(table: Table, profile: str) -> Contents[Item]:
     items: dict[str, Item] = {}
     seen: Counter[str] = Counter()
     rows = table.records(MirrorRow)
-    images = picture_names(table, (str(record["question_id"]) for record in rows))
+    images = image_names(table, (str(record["question_id"]) for record in rows))
     for row, (record, image) in enumerate(zip(rows, images, strict=True)):
         where = f"{table.where} row {row}"
         official, task = str(record["question_id"]), record["category"]
@@ -222,14 +222,14 @@ def read_folder(folder: Path, items: Mapping[str, Item]) -> list[Row]:
             where, fields = f"{file} line {number}", line.split("\t", 3)
             if len(fields) != 4:
                 raise UserError(f"{where} should have file, question, answer and prediction with tabs between them.")
-            picture, question, truth, text = fields
-            name = name_of.get((task, stem(picture), plain(question)))
+            image, question, truth, text = fields
+            name = name_of.get((task, stem(image), plain(question)))
             if name is not None and items[name].truth.lower() != truth.lower():
                 raise UserError(
                     f"{where} gives the right answer as {truth!r}, the benchmark's files as {items[name].truth!r}; "
                     "these are not results of the same data."
                 )
-            rows.append(Row(where, name or f"{task}/{picture} {question}", text))
+            rows.append(Row(where, name or f"{task}/{image} {question}", text))
     return rows
 
 

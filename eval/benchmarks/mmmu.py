@@ -38,7 +38,7 @@ COLUMNS = ("id", "question", "options", "answer", "question_type")
 IMAGES = tuple(f"image_{number}" for number in range(1, 8))
 EXPECTED = {"validation": 900, "test": 10500}
 
-PICTURE = re.compile(r"<image \d+>")
+IMAGE = re.compile(r"<image \d+>")
 SUBJECT = re.compile(r"[^_]+_(.+)_\d+")
 
 DOMAIN_OF: dict[str, str] = {subject: domain for domain, subjects in PARTS["mmmu"].items() for subject in subjects}
@@ -83,15 +83,15 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     if graded:
         check_answers(table.where, {name: record["answer"] for name, record in records.items()})
     forms = LMMS_FORMS if lmms else OFFICIAL_FORMS
-    pictures = table.pictures(IMAGES)
+    images = table.images(IMAGES)
     questions = []
     for row, (name, record) in enumerate(records.items()):
         if lmms:
-            shown = lmms_pictures(row, record, items[name], pictures)
+            shown = lmms_images(row, record, items[name], images)
         else:
             # The first image, or none for questions whose options hold several.
             first = f"{row}/image_1"
-            shown = () if several_in_options(items[name]) or first not in pictures.names else (first,)
+            shown = () if several_in_options(items[name]) or first not in images.names else (first,)
         questions.append(ask(name, record, items[name], lmms, shown))
     file = f"total_{'val' if graded else split}_output.json"
 
@@ -112,8 +112,8 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
 
     facts: dict[str, Any] = {"questions": len(table), "expected_questions": EXPECTED[split]}
     if not lmms:
-        facts["without_picture_for_several_in_options"] = sum(map(several_in_options, items.values()))
-    return table.contents(questions, items, COLUMNS, pictures).dataset(
+        facts["without_image_for_several_in_options"] = sum(map(several_in_options, items.values()))
+    return table.contents(questions, items, COLUMNS, images).dataset(
         f"MMMU {split}",
         profile,
         score if graded else ungraded("accuracy", file, "the MMMU challenge on EvalAI"),
@@ -151,7 +151,7 @@ def as_list(value: Any, what: str) -> list[str]:
     return [str(part) for part in value]
 
 
-def ask(name: str, record: Row, item: Item, lmms: bool, pictures: tuple[str, ...]) -> Question:
+def ask(name: str, record: Row, item: Item, lmms: bool, images: tuple[str, ...]) -> Question:
     """The question in the words of the profile.
 
     Blank lines as the programs print them: the authors' configuration shows one after the question too, but it is a
@@ -164,19 +164,19 @@ def ask(name: str, record: Row, item: Item, lmms: bool, pictures: tuple[str, ...
     elif lmms:
         text += "\n"
     suffix = SHORT if item.options is None else LETTER
-    return Question(name, text, suffix, pictures, record["answer"], record["id"])
+    return Question(name, text, suffix, images, record["answer"], record["id"])
 
 
-def lmms_pictures(row: int, record: Row, item: Item, pictures: Inline) -> tuple[str, ...]:
+def lmms_images(row: int, record: Row, item: Item, images: Inline) -> tuple[str, ...]:
     """Every image that question or options name, in the order of their numbers."""
     text = "\n".join([record["question"], *(item.options or {}).values()])
-    named = {f"{row}/{name.strip('<>').replace(' ', '_')}" for name in PICTURE.findall(text)}
-    return tuple(sorted(named & pictures.names))
+    named = {f"{row}/{name.strip('<>').replace(' ', '_')}" for name in IMAGE.findall(text)}
+    return tuple(sorted(named & images.names))
 
 
 def several_in_options(item: Item) -> bool:
     """Whether the options name more than one image."""
-    return len(PICTURE.findall("\n".join((item.options or {}).values()))) > 1
+    return len(IMAGE.findall("\n".join((item.options or {}).values()))) > 1
 
 
 # -- the metric ------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ class Entry:
     """One question with what the judge is told.
 
     Attributes:
-        image: its name in the data set's `pictures`.
+        image: its name in the data set's `images`.
         text: what LLaVA's profile asks.
         question: as the benchmark words it, which is what the judge sees.
     """

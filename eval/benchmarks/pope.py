@@ -26,7 +26,7 @@ import numpy as np
 
 from eval.answers.jsonl import is_file
 from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed
-from eval.benchmarks.hub import official_file, open_table, picture_names
+from eval.benchmarks.hub import image_names, official_file, open_table
 from eval.benchmarks.llava_files import EVAL_ZIP, SHORT, Asked, Line, as_number, each_once, json_lines, split_suffix
 from eval.benchmarks.media import Folder, image_name
 from eval.benchmarks.records import Filled, NotRequired, check_lines
@@ -159,7 +159,7 @@ def read_mirror(data: Path, split: str, source: str) -> Contents[Item]:
     table = open_table(data, MIRROR, None if split == "test" else "Full", split, source)
     questions, items = [], {}
     records = table.records(MirrorRow)
-    images = picture_names(table, (str(record.get("image_source") or row) for row, record in enumerate(records)))
+    images = image_names(table, (str(record.get("image_source") or row) for row, record in enumerate(records)))
     for row, (record, image) in enumerate(zip(records, images, strict=True)):
         where = f"{table.where} row {row}"
         category, label = record.get("category", split), record["answer"].lower().strip()

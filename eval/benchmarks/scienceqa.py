@@ -139,8 +139,8 @@ def read_official(path: Path, split: str) -> Contents[Problem]:
             file = records[name].get("image")
             shown = (image_name(f"{name}/{file}", str(path)),) if file else ()
             questions.append(ask(name, records[name], shown, problems[name]))
-    pictures = Folder(path.parent / "images" / split)
-    return Contents("official files", tuple(questions), problems, pictures, fingerprint(files))
+    images = Folder(path.parent / "images" / split)
+    return Contents("official files", tuple(questions), problems, images, fingerprint(files))
 
 
 def problems_of(path: Path, split: str) -> dict[str, Record]:
@@ -176,11 +176,11 @@ def from_prompts(
 def read_mirror(table: Table) -> Contents[Problem]:
     """The hub's table; its rows have no ids, so their numbers stand for them."""
     records = {str(row): record for row, record in enumerate(table.records(MirrorRow))}
-    pictures = table.pictures()
+    images = table.images()
     problems = {name: read_problem(record, f"{table.where} row {name}") for name, record in records.items()}
     questions = []
     for name, record in records.items():
-        shown = (f"{name}/image",) if f"{name}/image" in pictures.names else ()
+        shown = (f"{name}/image",) if f"{name}/image" in images.names else ()
         questions.append(ask(name, record, shown, problems[name]))
     return table.contents(questions, problems, ("question", "choices", "answer"))
 

@@ -166,7 +166,7 @@ def read_mirror(table: Table, every_frame: bool) -> Contents[Item]:
     """
     records = by_unique_id(table.records(Record))
     frames: dict[int, list[str]] = defaultdict(list)
-    names = table.pictures().names
+    names = table.images().names
     for name in sorted(names, key=lambda name: [int(part) for part in name.split("/") if part.isdigit()]):
         frames[int(name.split("/")[0])].append(name)
     first: dict[Any, int] = {}

@@ -329,12 +329,12 @@ def estimate(config: RunConfig, place: Placement | None = None) -> "Estimate | F
     """
     data, _ = read_questions(config)
     planned, device = data.questions[: config.limit], device_of(config.device)
-    unusual = config.text_tower, config.quantization, config.tensor_parallel, config.zero, config.picture
+    unusual = config.text_tower, config.quantization, config.tensor_parallel, config.zero, config.image_options
     if container := declared_class(config.model, *unusual):
         return estimate_family(config, container, data, planned, device)
     checkpoint = outline_checkpoint(config.model, config.text_tower)
-    model = runtime(checkpoint, torch.device("meta"), dict(config.picture))
-    if data.pictures.noun == "videos" and not model.takes_videos:
+    model = runtime(checkpoint, torch.device("meta"), dict(config.image_options))
+    if data.images.noun == "videos" and not model.takes_videos:
         raise UserError(f"{data.title} asks about videos, and {model.name} takes images only; choose a Video-LLaVA.")
     reducer = build_reducer(config, model.visual_tokens)
     require(reducer, model.spec)
@@ -426,7 +426,7 @@ def estimate_family(
 
     dtype = DTYPES[config.dtype]
     model: Any = load_family(config.model, container, dtype, device, weights=False)
-    if data.pictures.noun == "videos":
+    if data.images.noun == "videos":
         raise UserError(f"{data.title} asks about videos, and {model.name} takes images only; choose a Video-LLaVA.")
     reducer = build_reducer(config, model.visual_tokens)
     require_any(model, reducer)
@@ -536,7 +536,7 @@ def workload(
 
 def shape_of(model: Llava, data: Dataset, question: Question) -> QuestionShape:
     """What memory and time depend on in a question. An image is opened only where its size matters."""
-    video = data.pictures.noun == "videos"
+    video = data.images.noun == "videos"
     blank = Image.new("RGB", (1, 1))
     stand_in = Video((blank,)) if video else blank
     prompt = model.prompt(
@@ -548,7 +548,7 @@ def shape_of(model: Llava, data: Dataset, question: Question) -> QuestionShape:
         size = None  # the largest image
         if by_size:
             with suppress(UserError, OSError):  # an image that cannot be read here stands for the largest
-                opened: Any = data.pictures.open(name)
+                opened: Any = data.images.open(name)
                 size = opened.size
         images.append(layout_of(model, size, video))
     return QuestionShape(sum(token >= 0 for token in prompt.ids), tuple(images), " ".join(question.images))

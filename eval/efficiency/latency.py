@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         "model": args.shape or model.name,
         "distinct_layers": min(args.distinct, model.spec.layers) if args.shape else None,
         "layers": model.spec.layers,
-        "picture": model.conventions,
+        "image_options": model.conventions,
         "dtype": args.dtype,
         "lengths": list(lengths),
         "options": options,
@@ -152,13 +152,13 @@ def counts_of(model: Llava, rows: dict[str, Reducer], shapes: Llava | None) -> d
 
 
 def remembered(views: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The function, which prepares each picture once."""
-    known: dict[int, tuple[Any, Any]] = {}  # with the picture, so that no other one gets its id
+    """The function, which prepares each image once."""
+    known: dict[int, tuple[Any, Any]] = {}  # with the image, so that no other one gets its id
 
-    def prepared(picture: Any) -> Any:
-        if id(picture) not in known:
-            known[id(picture)] = picture, views(picture)
-        return known[id(picture)][1]
+    def prepared(image: Any) -> Any:
+        if id(image) not in known:
+            known[id(image)] = image, views(image)
+        return known[id(image)][1]
 
     return prepared
 
@@ -171,16 +171,16 @@ def models(args: argparse.Namespace) -> tuple[Llava, Llava | None]:
     if args.pages and not (args.shape and args.measurements):
         raise UserError("--pages makes the tables of a --shape again from the file --measurements; give both.")
     if not args.shape:
-        picture = {key: parse(key, text) for key, text in pairs("--picture", args.picture).items()}
-        return load(args.model, args.dtype, args.device, **picture), None
-    picture = reading_of(args.shape, pairs("--picture", args.picture))
+        options = {key: parse(key, text) for key, text in pairs("--image-option", args.image_option).items()}
+        return load(args.model, args.dtype, args.device, **options), None
+    options = reading_of(args.shape, pairs("--image-option", args.image_option))
     meta = torch.device("meta")
     placed = meta if args.pages else device_of(args.device)
-    outline = random_llava(args.shape, args.distinct, args.dtype, args.layers, device=meta, **picture)
+    outline = random_llava(args.shape, args.distinct, args.dtype, args.layers, device=meta, **options)
     if args.pages:
         return outline, None
     refuse_large_weights(outline, DTYPES[args.dtype].itemsize, placed)
-    model = random_llava(args.shape, args.distinct, args.dtype, args.layers, device=placed, **picture)
+    model = random_llava(args.shape, args.distinct, args.dtype, args.layers, device=placed, **options)
     return model, outline if args.counts else None
 
 
@@ -298,7 +298,7 @@ def parser() -> argparse.ArgumentParser:
     add("--shape", choices=tuple(SHAPES), help="random weights in the shape of an official model")
     add("--distinct", type=value(count), default=4, help="with --shape: layers with their own weights")
     add("--layers", type=value(count), help="with --shape: so many decoder layers instead of all")
-    add("--picture", action="append", default=[], metavar="KEY=VALUE", help="how images are read")
+    add("--image-option", action="append", default=[], metavar="KEY=VALUE", help="how images are read")
     sizes = "questions in a batch, each about its own image: 1, or 1,8,32"
     add("--batch-size", type=value(whole_numbers), help=sizes)
     add("--lengths", type=value(lengths_of), help="tokens of the answers: 1,16; 0 for the prefill alone")

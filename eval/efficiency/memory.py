@@ -96,7 +96,7 @@ def layout_of(model: Llava, size: tuple[int, int] | None = None, video: bool = F
 def visual_plan(model: Llava, reducer: Reducer, image: TokenLayout) -> tuple[int, ...]:
     """Visual tokens of one image that enter each decoder layer; the budget where a method decides by the image."""
     own = spec_of(model.spec, image)
-    return _plan(model, reducer, image) or (min(reducer.for_picture(own).budget, own.visual_tokens),) * own.layers
+    return _plan(model, reducer, image) or (min(reducer.for_image(own).budget, own.visual_tokens),) * own.layers
 
 
 def _plan(model: Llava, reducer: Reducer, image: TokenLayout) -> tuple[int, ...] | None:
@@ -104,7 +104,7 @@ def _plan(model: Llava, reducer: Reducer, image: TokenLayout) -> tuple[int, ...]
     own = spec_of(model.spec, image)
     if own.crops or own.newlines:
         return planned(reducer, own)
-    method = reducer.for_picture(own)
+    method = reducer.for_image(own)
     return method.with_budget(min(method.budget, own.visual_tokens)).tokens_per_layer(own)
 
 
@@ -387,14 +387,14 @@ class _Outlined(Llava):
         question = (start, len(slots) + words)
         return Prompt(tuple(token for part in ids for token in part), question, question, "")
 
-    def views(self, picture: Any) -> tuple[Tensor, TokenLayout]:
-        tower: Any = self.tower_of(picture.temporal)
+    def views(self, image: Any) -> tuple[Tensor, TokenLayout]:
+        tower: Any = self.tower_of(image.temporal)
         side = tower.config.image_size
-        return torch.empty(len(picture.crops), 3, side, side, device=self.pixels_on), picture
+        return torch.empty(len(image.crops), 3, side, side, device=self.pixels_on), image
 
-    def patches(self, pictures: Sequence[Any]) -> tuple[Tensor, tuple[Grid, ...]]:
+    def patches(self, images: Sequence[Any]) -> tuple[Tensor, tuple[Grid, ...]]:
         merge, tower = self.image_processor.merge, cast(Any, self.tower)
-        grids = tuple((1, picture.grid[0] * merge, picture.grid[1] * merge) for picture in pictures)
+        grids = tuple((1, image.grid[0] * merge, image.grid[1] * merge) for image in images)
         numbers = tower.patch_embed.proj.weight[0].numel()
         return torch.empty(sum(rows * columns for _, rows, columns in grids), numbers, device=self.pixels_on), grids
 
@@ -482,7 +482,7 @@ def tower_operations(model: Llava, reducer: Reducer, image: TokenLayout) -> int:
     grid = reducer.input_grid(model.layout) or (model.layout.rows, model.layout.columns)
     tokens = grid[0] * grid[1] + 1
     if "tower" in reducer.acts_in:  # merged block by block down to the budget: at least these
-        tokens = min(tokens, reducer.for_picture(spec_of(model.spec, image)).budget // len(image.crops) + 1)
+        tokens = min(tokens, reducer.for_image(spec_of(model.spec, image)).budget // len(image.crops) + 1)
     tower: Any = model.tower_of(image.temporal)
     blocks = model.select_layer % (len(tower.encoder.layers) + 1)
     return len(image.crops) * tower_flops(tower, grid[0] * grid[1], [(tokens, tokens)] * blocks)

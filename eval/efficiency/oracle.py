@@ -64,8 +64,8 @@ class Oracle(Reducer):
         method = self.method.with_budget(budget)
         return replace(self, budget=budget, retention_ratio=method.retention_ratio, method=method)
 
-    def for_picture(self, spec: ModelSpec) -> Self:
-        method = self.method.for_picture(spec)
+    def for_image(self, spec: ModelSpec) -> Self:
+        method = self.method.for_image(spec)
         return replace(self, budget=method.budget, retention_ratio=method.retention_ratio, method=method)
 
     def before_decoder(self, spec: ModelSpec) -> Self:
@@ -109,7 +109,7 @@ def oracle_of(reducer: Reducer, spec: ModelSpec) -> Oracle:
     Raises:
         UserError: the method's tokens depend on the image, so there is no schedule to follow.
     """
-    if planned(reducer.for_picture(spec), spec) is None:
+    if planned(reducer.for_image(spec), spec) is None:
         raise UserError(
             f"{reducer.name} keeps a number of tokens that depends on the image, so it has no oracle; "
             "set its options so that it keeps a budget."
@@ -118,7 +118,7 @@ def oracle_of(reducer: Reducer, spec: ModelSpec) -> Oracle:
         budget=reducer.budget,
         positions=reducer.positions,
         # Shares by content would have to be computed: every tile gets as much.
-        crops="global" if reducer.crops == "global" else "each",
+        tile_budget="global" if reducer.tile_budget == "global" else "each",
         retention_ratio=reducer.retention_ratio,
         newlines=reducer.newlines,
         method=reducer,
@@ -207,9 +207,9 @@ def oracles(reducers: dict[str, Reducer], spec: ModelSpec) -> tuple[dict[str, Re
             oracle = oracle_of(reducer, spec)
         except UserError:
             continue
-        plan, layers = planned(reducer.for_picture(spec), spec), reducer.decoder_layers(spec.layers)
+        plan, layers = planned(reducer.for_image(spec), spec), reducer.decoder_layers(spec.layers)
         grid = reducer.input_grid(spec.layout)
-        key = (stages_of(reducer), plan, layers, grid, oracle.crops, oracle.newlines, oracle.positions)
+        key = (stages_of(reducer), plan, layers, grid, oracle.tile_budget, oracle.newlines, oracle.positions)
         name_of[name] = known.setdefault(key, f"oracle of {name}")
         rows.setdefault(name_of[name], oracle)
     return rows, name_of

@@ -162,20 +162,20 @@ class Panel:
     grid: Ints
 
 
-def panels_of(picture: Image.Image | Video, layout: TokenLayout, canvas: Canvas | None = None) -> list[Panel]:
+def panels_of(image: Image.Image | Video, layout: TokenLayout, canvas: Canvas | None = None) -> list[Panel]:
     """The panels of an image or video.
 
     Args:
         layout: of the visual tokens whose indices the grids hold.
-        canvas: where the picture lies on what its patches cover; None if that is not known: they cover the picture.
+        canvas: where the image lies on what its patches cover; None if that is not known: they cover the image.
     """
     grids = grids_of(layout)
-    if isinstance(picture, Video):
+    if isinstance(image, Video):
         return [
             Panel(f"frame {number}", shrunk(frame), grid)
-            for number, (frame, grid) in enumerate(zip(picture.frames, grids, strict=True), start=1)
+            for number, (frame, grid) in enumerate(zip(image.frames, grids, strict=True), start=1)
         ]
-    photo = shrunk(picture)
+    photo = shrunk(image)
     if layout.tiles is None:
         return [Panel("image", with_padding(photo, canvas), grids[0])]
     table = stitched_grid(layout, layout.tiles)
@@ -346,10 +346,8 @@ GAP = 4  # pixels between panels
 def draw_answer(sample: Sample, answer: Answer) -> list[Image.Image]:
     """One overlay for every image of a sample."""
     return [
-        draw_overlay(picture, trace_of(answer.trace, number), layout, upscale_of(picture), canvas)
-        for number, (picture, layout, canvas) in enumerate(
-            zip(sample.images, answer.runs, answer.canvases, strict=True)
-        )
+        draw_overlay(image, trace_of(answer.trace, number), layout, upscale_of(image), canvas)
+        for number, (image, layout, canvas) in enumerate(zip(sample.images, answer.runs, answer.canvases, strict=True))
     ]
 
 
@@ -359,15 +357,15 @@ def trace_of(trace: Sequence[Step], number: int) -> list[Step]:
     return [step for step in trace if step.place.partition(" #")[2] == mark]
 
 
-def draw_original(picture: Image.Image | Video) -> Image.Image:
+def draw_original(image: Image.Image | Video) -> Image.Image:
     """The image without overlay and padding, as large as in `draw_answer`; of a video its frames in two rows."""
-    frames = picture.frames if isinstance(picture, Video) else [picture]
-    return frame_sheet([scaled(shrunk(frame), upscale_of(picture)) for frame in frames])
+    frames = image.frames if isinstance(image, Video) else [image]
+    return frame_sheet([scaled(shrunk(frame), upscale_of(image)) for frame in frames])
 
 
-def upscale_of(picture: Image.Image | Video) -> int:
+def upscale_of(image: Image.Image | Video) -> int:
     """Small images are drawn twice as large."""
-    first = picture.frames[0] if isinstance(picture, Video) else picture
+    first = image.frames[0] if isinstance(image, Video) else image
     return 2 if max(first.size) < 400 else 1
 
 
@@ -378,7 +376,7 @@ def frame_sheet(panels: Sequence[Image.Image]) -> Image.Image:
 
 
 def draw_overlay(
-    picture: Image.Image | Video,
+    image: Image.Image | Video,
     trace: Sequence[Step],
     layout: TokenLayout,
     upscale: int = 1,
@@ -398,10 +396,10 @@ def draw_overlay(
         patch. Of a video: its frames in two rows.
     """
     patches, layout = patches_of(trace, layout)
-    panels = panels_of(picture, layout, canvas)
+    panels = panels_of(image, layout, canvas)
     colours = colour_groups(patches, [panel.grid for panel in panels])
     drawn = [draw_panel(panel, patches, colours, upscale) for panel in panels]
-    return frame_sheet(drawn) if isinstance(picture, Video) else beside(drawn)
+    return frame_sheet(drawn) if isinstance(image, Video) else beside(drawn)
 
 
 def beside(panels: Sequence[Image.Image]) -> Image.Image:

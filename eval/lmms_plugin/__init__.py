@@ -17,11 +17,11 @@ from eval.__main__ import configurations, parser
 from eval.config import FULL, RunConfig
 from llava.errors import UserError, unknown
 
-# Model argument -> flag of `python -m eval`. "set.alpha=0.5" is an option of the method, "picture.merge=spatial" a
+# Model argument -> flag of `python -m eval`. "set.alpha=0.5" is an option of the method, "image.merge=spatial" a
 # choice of reading images. lmms-eval hands its own --batch_size and --device over, too.
 PLAIN = {"pretrained": "model", "batch_size": "batch-size", "text_tower": "text-tower"}
 PLAIN |= {name: name for name in ("method", "budget", "dtype", "device", "seed", "quantization")}
-GROUPS = ("set", "picture")
+GROUPS = ("set", "image")
 
 
 def configuration(arguments: Mapping[str, Any]) -> RunConfig:

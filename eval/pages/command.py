@@ -127,7 +127,7 @@ def demo(arguments: Sequence[str] | None = None) -> int:
     """
     p = parser_of("demo", demo.__doc__)
     p.add_argument("--text-tower", type=value(path_name), help="the CLIP of the vision tower, for cdpruner and trim")
-    p.add_argument("--picture", action="append", default=[], metavar="KEY=VALUE", help="as vtr eval has it")
+    p.add_argument("--image-option", action="append", default=[], metavar="KEY=VALUE", help="as vtr eval has it")
     p.add_argument("--host", default="127.0.0.1", help="address to serve on; 0.0.0.0 lets other machines in")
     p.add_argument("--port", type=value(count, maximum=65535), default=7860, help="port to serve on")
     args = p.parse_args(arguments)
@@ -154,7 +154,7 @@ def serve(args: Any) -> None:
 
     from llava.model.builder import load, parse
 
-    conventions = {key: parse(key, text) for key, text in pairs("--picture", args.picture).items()}
+    conventions = {key: parse(key, text) for key, text in pairs("--image-option", args.image_option).items()}
     model = load(args.model, args.dtype, args.device, text_tower=args.text_tower, **conventions)
     from eval.pages.demo import CSS, THEME, examples, layout
 

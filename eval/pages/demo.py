@@ -234,7 +234,7 @@ def nearest(spec: ModelSpec, asked: Way, step: int) -> Way | None:
 # The colours of eval.figures.overlay.
 LEGEND = (
     "Kept patches are the photograph itself, merged ones are tinted inside the outline of their group, and dropped "
-    "ones are dim and grey. Hatched patches are the padding that makes the picture a square."
+    "ones are dim and grey. Hatched patches are the padding that makes the image a square."
 )
 METHOD, BUDGET = "consensusdrop", 64
 LABELS = "All visual tokens", "Method"  # of the answers that are not there yet

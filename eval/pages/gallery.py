@@ -64,7 +64,7 @@ def score_maps(model: Llava, sample: Sample) -> dict[str, Floats]:
     """
     maps = {}
     for together in (False, True):
-        probe = Probe(budget=1, retention_ratio=0.9, crops="global" if together else "each")
+        probe = Probe(budget=1, retention_ratio=0.9, tile_budget="global" if together else "each")
         _, record = prefill(model, [sample], probe)
         for key, views in probe.found.items():
             if SCORES[key]["together"] == together:

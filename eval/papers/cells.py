@@ -122,7 +122,7 @@ def read_cell(line: RowAtBudget, column: Column, where: RunTarget, model: Llava)
         return f"{line.title} at {line.budget} on {column.title}: {off['remark']}"
     expected = store_settings(config, config.split, data, model, build_reducer(config, model.visual_tokens))
     stored = read_stored(place, data, expected=expected)
-    now = {one.id: digest_of(data.pictures, one.images) for one in data.questions[: where.limit]}
+    now = {one.id: digest_of(data.images, one.images) for one in data.questions[: where.limit]}
     check_images(stored.images, now, f"The answers in {folder} and the questions in {where.data}")
     texts = stored.texts
     score, judge_facts = score_answers(data, config.judge, asked, texts, stored.answers)
@@ -216,7 +216,7 @@ def command_of(line: RowAtBudget, column: Column, where: RunTarget, config: RunC
         words += [f"--model {shlex.quote(place.model)} --data {shlex.quote(data)}"]
     words += [f"--split {column.split}"] if column.split else []
     words += [f"--set {key}={value}" for key, value in options.items()]
-    words += [f"--picture {key}={value}" for key, value in place.picture.items()]
+    words += [f"--image-option {key}={value}" for key, value in place.image_options.items()]
     words += [f"--dtype {place.dtype}"] if place.dtype != "float32" else []
     words += [f"--batch-size {place.batch_size}"] if place.batch_size != RunConfig.batch_size else []
     words += [f"--judge {config.judge}"] if config.judge != RunConfig.judge else []

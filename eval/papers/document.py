@@ -277,7 +277,7 @@ class Document:
         facts: (name, text) lines under the title.
         points: for plots, one per method and budget: tokens, ttft_ms and score, the average in percent of full. Of an
             overview the score itself, with the bars of its interval.
-        pictures: caption -> file, what each method keeps of one image.
+        images: caption -> file, what each method keeps of one image.
         pairs: of an overview, the rows of the file of pairs.
         only_reported: nothing was measured.
     """
@@ -293,7 +293,7 @@ class Document:
     checks: Sequence[Check] = ()
     notes: Sequence[str] = field(default_factory=tuple)
     points: Sequence[Mapping[str, object]] = field(default_factory=tuple)
-    pictures: Mapping[str, Path] = field(default_factory=dict)
+    images: Mapping[str, Path] = field(default_factory=dict)
     pairs: Sequence[Sequence[str]] = ()
     only_reported: bool = False
 
@@ -372,8 +372,8 @@ def facts_of(table: Table, where: RunTarget, found: Measured, command: str) -> l
         ("Command", f"`{command}`"),
         ("Commit", ", ".join(commits) or "n/a"),
     ]
-    if place.picture:
-        facts.insert(3, ("Image options", ", ".join(f"{key}={value}" for key, value in place.picture.items())))
+    if place.image_options:
+        facts.insert(3, ("Image options", ", ".join(f"{key}={value}" for key, value in place.image_options.items())))
     return facts
 
 

@@ -19,7 +19,7 @@ from llava.pipeline.generate import generate
 
 GREY = "#bbbbbb"
 NEW_TOKENS = 16
-SIDE = 448  # longest side of a picture
+SIDE = 448  # longest side of an image
 
 
 def draw(path: Path, points: Sequence[Mapping[str, Any]], title: str, ours: str, scores: str) -> bool:
@@ -92,23 +92,23 @@ def best(points: Sequence[Mapping[str, Any]], ours: str) -> list[str]:
 def draw_kept(
     lines: Sequence[RowAtBudget], column: Column, where: RunTarget, model: Llava, folder: Path
 ) -> dict[str, Path]:
-    """Caption -> picture of the first question of a benchmark, for each method at the table's smallest budget."""
+    """Caption -> image of the first question of a benchmark, for each method at the table's smallest budget."""
     data = dataset(column.benchmark, where.data, split_of(column, where))
     sample = data.sample(data.questions[0])
     if not sample.images:
         return {}
     folder.mkdir(parents=True, exist_ok=True)
     smallest = lines[-1].budget
-    pictures = {}
+    images = {}
     for line in lines:
         if line.setting is None or line.budget not in (None, smallest):
             continue
         reducer = reducer_of(line.setting, model.visual_tokens)
         answer = generate(without_memory(model), [sample], reducer, max_new_tokens=NEW_TOKENS).answers[0]
-        picture = beside(draw_answer(sample, answer))
-        picture.thumbnail((SIDE * 2, SIDE))
+        image = beside(draw_answer(sample, answer))
+        image.thumbnail((SIDE * 2, SIDE))
         path = folder / f"{folder_name(line.title)}.jpg"
-        picture.save(path, quality=88)
+        image.save(path, quality=88)
         tokens = f"{answer.accounting.mean:.0f} of {answer.accounting.visual_tokens} tokens"
-        pictures[f"{line.title}, {tokens}: {sample.question} {answer.text}"] = path
-    return pictures
+        images[f"{line.title}, {tokens}: {sample.question} {answer.text}"] = path
+    return images

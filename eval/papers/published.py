@@ -63,7 +63,7 @@ class Value:
         value: in the unit of its column.
         source: the key of the source in the file.
         trust: "high" for authors in their own paper or code and for whole tables run again from official code,
-            "medium" for copies and pictures, "low" for notes of others.
+            "medium" for copies and images, "low" for notes of others.
         disputed: why the number should not be relied on; None where nothing is known against it.
         title: of the source.
         kind: who obtained the number (`KINDS`).

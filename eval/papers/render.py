@@ -56,10 +56,10 @@ def filled(template: str, values: Mapping[str, Any], left: str = "{", right: str
     return environment.from_string(text).render(values).rstrip("\n") + "\n"
 
 
-def markdown_page(document: Document, picture: str = "") -> str:
-    """The whole page; `picture` is the file of its figure, if there is one."""
+def markdown_page(document: Document, image: str = "") -> str:
+    """The whole page; `image` is the file of its figure, if there is one."""
     wide = wide_markdown(document.columns, document.blocks)
-    values = {"document": document, "picture": picture, "wide": wide, "markdown": markdown}
+    values = {"document": document, "image": image, "wide": wide, "markdown": markdown}
     values["legend"] = legend_of(document)
     return filled("table.md.j2", values)
 

@@ -131,7 +131,7 @@ def config_of(line: RowAtBudget, column: Column, where: RunTarget, model: Llava)
         options=line.setting.options,
         dtype=where.place.dtype,
         device=where.device,
-        picture=dict(where.place.picture),
+        image_options=dict(where.place.image_options),
         judge=where.judge if is_judged else "auto",
         failed="again",
         wandb=where.wandb,
@@ -170,8 +170,8 @@ def changed(options: Mapping[str, str], method: str) -> dict[str, str]:
 def open_model(where: RunTarget, place: Placement | None) -> CachingLlava:
     """The model; on the CPU where the ranks have their own, so that it takes no GPU's memory from them."""
     device = "cpu" if place is not None else where.device
-    picture = {key: parse(key, value) for key, value in where.place.picture.items()}
-    return CachingLlava(load(where.place.model, where.place.dtype, device, **picture))
+    options = {key: parse(key, value) for key, value in where.place.image_options.items()}
+    return CachingLlava(load(where.place.model, where.place.dtype, device, **options))
 
 
 def fill_cells(
@@ -237,7 +237,7 @@ def times_of(
     settings = {
         "model": model.name,
         "model_files": model.fingerprint,
-        "picture": model.conventions,
+        "image_options": model.conventions,
         "question": sample.message,
         "images": list(sample.image_ids),
         "benchmark": column.benchmark,

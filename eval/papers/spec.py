@@ -64,7 +64,7 @@ class Place(Part):
         data: folder of a bundled toy data set; empty for real data, whose folder the user names.
         benchmarks: the columns that it can fill; empty for all.
         tokens: visual tokens of an image without reduction, as the paper counts them.
-        picture: image options, the paper's convention of tiles.
+        image: image options, the paper's convention of tiles.
         convention: one of eval.papers.published.CONVENTIONS; published numbers of others are not compared with ours.
         dtype: of the weights.
         batch_size: questions asked at once.
@@ -75,7 +75,7 @@ class Place(Part):
     data: str = ""
     benchmarks: tuple[str, ...] = ()
     tokens: int = 576
-    picture: Mapping[str, str] = Field(default_factory=dict)
+    image_options: Mapping[str, str] = Field(default_factory=dict)
     convention: Convention = "unknown"
     dtype: str = "float32"
     batch_size: int = 8

@@ -120,7 +120,7 @@ def build_document(
     if args.wandb == "disabled" or args.render or not repeats:
         return document
     return dataclasses.replace(
-        document, pictures=draw_kept(lines, columns[0], where, model, folder / f"{table.name}-kept")
+        document, images=draw_kept(lines, columns[0], where, model, folder / f"{table.name}-kept")
     )
 
 
@@ -217,16 +217,16 @@ def write(document: "Document", folder: Path, tex_intervals: bool = False) -> li
 
     folder.mkdir(parents=True, exist_ok=True)
     table = document.table
-    picture, paths = folder / f"{table.name}.png", []
+    image, paths = folder / f"{table.name}.png", []
     scores = "mean over benchmarks, % of full"
     if table.kind == "overview":
         cell = document.entries[0].cell
         scores = cell.column.title + ("" if cell.whole else ", %")
     if table.kind in ("scores", "overview"):
-        has_picture = figure.draw(picture, document.points, document.title, document.ours, scores)
-        paths += [picture] if has_picture else []
+        has_image = figure.draw(image, document.points, document.title, document.ours, scores)
+        paths += [image] if has_image else []
     texts = {
-        "md": render.markdown_page(document, picture.name if paths else ""),
+        "md": render.markdown_page(document, image.name if paths else ""),
         "csv": render.csv_file(document),
         "tex": render.latex_file(document, tex_intervals),
         "html": render.html_page(document),
@@ -424,7 +424,7 @@ def log(mode: str, document: "Document", where: "RunTarget", folder: Path, files
         for c in cells
     ]
     about = {"model": where.place.model, "paper": document.table.paper, "limit": where.limit, "toy": where.is_toy}
-    log_table_run(mode, folder, document.table.identity, about, header, rows, files, document.points, document.pictures)
+    log_table_run(mode, folder, document.table.identity, about, header, rows, files, document.points, document.images)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def summarise_audit(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     padding = [tokens for record in records if (tokens := record.get("on_padding")) is not None]
     return {
         "samples": total,
-        "without_picture": total - len(records),
+        "without_image": total - len(records),
         "visual_tokens_before": fmean(record["visual_tokens"] for record in records),
         "entering_per_layer": [fmean(record["entering"][layer] for record in records) for layer in range(depth)],
         "mean_tokens_per_layer": fmean(record["mean"] for record in records),

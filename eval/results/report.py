@@ -210,8 +210,8 @@ def cost_lines(result: Mapping[str, Any]) -> list[str]:
     lines = [
         f"visual tokens entering each layer: {layers} (mean {audit['mean_tokens_per_layer']:.1f}, "
         f"{audit['merged_tokens']:.1f} of them merged, {empty}{number(audit['visual_tokens_before'])} before reduction)"
-        f"{pictured(audit)}",
-        f"key/value cache: {held} MB per question{pictured(audit)}{with_room}",
+        f"{share_with_image(audit)}",
+        f"key/value cache: {held} MB per question{share_with_image(audit)}{with_room}",
         *time_lines(timing),
     ]
     asked = result["throughput"]
@@ -228,10 +228,10 @@ def cost_lines(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def pictured(audit: Mapping[str, Any]) -> str:
-    """Of how many questions the means of an audit are, where some have no picture."""
+def share_with_image(audit: Mapping[str, Any]) -> str:
+    """Of how many questions the means of an audit are, where some have no image."""
     total = audit["samples"]
-    return of_some(total - audit["without_picture"], total, " with a picture") if audit["without_picture"] else ""
+    return of_some(total - audit["without_image"], total, " with an image") if audit["without_image"] else ""
 
 
 def of_some(some: int, total: int, which: str = "") -> str:
@@ -291,7 +291,7 @@ def sentence(result: Mapping[str, Any]) -> str:
     return (
         f"{result['method']} at {budget_text(result['budget'], ratio)} of {total} visual tokens: {score} "
         f"on {asked} {result['title']} questions{failed}; {tokens}"
-        f"{pictured(audit)}, KV {short(audit['kv_bytes_per_sample'] / 1e6, 100)} MB, TTFT {wait}{by}."
+        f"{share_with_image(audit)}, KV {short(audit['kv_bytes_per_sample'] / 1e6, 100)} MB, TTFT {wait}{by}."
     )
 
 

@@ -259,10 +259,10 @@ def numbers_of(result: Mapping[str, Any]) -> dict[str, float]:
 # -- logging -------------------------------------------------------------------------------------------------------
 
 TABLE_ROWS = 200
-TABLE_PICTURES = 32  # rows of the sample table with images
-PICTURES = 8
+TABLE_IMAGES = 32  # rows of the sample table with images
+IMAGES = 8
 SIDE = 448  # longest side of an image in the sample table
-COLUMNS = ("question_id", "picture", "kept tokens", "question", "reference", "answer", "credit", "tokens per layer")
+COLUMNS = ("question_id", "image", "kept tokens", "question", "reference", "answer", "credit", "tokens per layer")
 
 
 class Tracker:
@@ -277,7 +277,7 @@ class Tracker:
         self._wandb, self._run, self._output, self._resumed = wandb, run, output, resumed
         self._answered: int | None = None  # questions, once this process has answered any
         # The first samples of this process that have images, by id; drawn when the run is complete.
-        self._pictured: dict[str, tuple[Sample, Answer, float | None]] = {}
+        self._shown: dict[str, tuple[Sample, Answer, float | None]] = {}
 
     def send(self, action: Callable[[Any, Any], Any]) -> None:
         """Call `action(wandb, run)`; the first failure ends the logging and nothing else."""
@@ -310,8 +310,8 @@ class Tracker:
             return
         scores: Sequence[float | None] = credits or [None] * len(samples)
         for sample, answer, credit in zip(samples, batch.answers, scores, strict=True):
-            if len(self._pictured) < TABLE_PICTURES and answer.runs:
-                self._pictured[sample.id] = (sample, answer, credit)
+            if len(self._shown) < TABLE_IMAGES and answer.runs:
+                self._shown[sample.id] = (sample, answer, credit)
         self._answered = answered
         numbers = {
             "progress/answered": answered,
@@ -363,22 +363,22 @@ class Tracker:
         """The sample table with small images and overlays, and the first images beside what was kept of them."""
         from eval.figures.overlay import beside, draw_answer, draw_original
 
-        def thumbnails(pictures: Sequence[Any]) -> Any:
-            sheet = beside(pictures)
-            sheet.thumbnail((SIDE * len(pictures), SIDE))
+        def thumbnails(images: Sequence[Any]) -> Any:
+            sheet = beside(images)
+            sheet.thumbnail((SIDE * len(images), SIDE))
             return self._wandb.Image(sheet, file_type="jpg")
 
         data = []
-        for name, picture, kept, *rest in rows:
-            if picture is not None:
-                several = picture if isinstance(picture, tuple) else (picture,)
-                picture = thumbnails([draw_original(one) for one in several])
-            if name in self._pictured:
-                sample, answer, _ = self._pictured[name]
+        for name, image, kept, *rest in rows:
+            if image is not None:
+                several = image if isinstance(image, tuple) else (image,)
+                image = thumbnails([draw_original(one) for one in several])
+            if name in self._shown:
+                sample, answer, _ = self._shown[name]
                 kept = thumbnails(draw_answer(sample, answer))
-            data.append([name, picture, kept, *rest])
+            data.append([name, image, kept, *rest])
         gallery = []
-        for sample, answer, credit in list(self._pictured.values())[:PICTURES]:
+        for sample, answer, credit in list(self._shown.values())[:IMAGES]:
             tokens = f"{answer.accounting.mean:.0f} of {answer.accounting.visual_tokens} tokens"
             verdict = "" if credit is None else "right, " if credit == 1 else "wrong, "
             caption = f"{sample.question} {answer.text} ({verdict}{tokens})"

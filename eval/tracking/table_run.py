@@ -32,7 +32,7 @@ def log_table_run(
     rows: Sequence[Sequence[Any]],
     files: Sequence[Path],
     points: Sequence[Mapping[str, Any]],
-    pictures: Mapping[str, Path] | None = None,
+    images: Mapping[str, Path] | None = None,
 ) -> None:
     """Log a finished table as one W&B run; the same table in the same folder continues its run.
 
@@ -45,7 +45,7 @@ def log_table_run(
         files: the table as it was written (md, csv, tex, html).
         points: one per cell: `method`, `budget`, `tokens`, `ttft_ms`, `score` and, in a table of several benchmarks,
             `benchmark`; those without the number of an axis or without a score are left out of its plot.
-        pictures: caption -> image file of kept tokens.
+        images: caption -> image file of kept tokens.
 
     A failure of W&B, or a file that is not there, is reported on standard error and changes nothing else.
     """
@@ -58,8 +58,8 @@ def log_table_run(
         for key, (plot, axis) in AXES.items():
             if placed := [point for point in points if point[key] is not None and point["score"] is not None]:
                 content[plot] = wandb.Plotly(figure(placed, key, axis, name))
-        if pictures:
-            content[GALLERY] = [wandb.Image(str(path), caption=caption) for caption, path in pictures.items()]
+        if images:
+            content[GALLERY] = [wandb.Image(str(path), caption=caption) for caption, path in images.items()]
         # The step must not go back: starts of this run before this one, by the folders that W&B made.
         own = Path(run.dir).parent
         earlier = [file for file in own.parent.glob(f"*run-*/run-{run.id}.wandb") if file.parent != own]

@@ -227,7 +227,7 @@ def ours(args: argparse.Namespace) -> None:
     def calls(number: int) -> dict[str, Callable[[], float]]:
         return {name: partial(ttft, model, reducer, ask(number)) for name, reducer in runs.items()}
 
-    plans = {name: planned(one.for_picture(model.spec), model.spec) for name, one in methods.items()}
+    plans = {name: planned(one.for_image(model.spec), model.spec) for name, one in methods.items()}
     serve(described(model, f"{args.method} {args.set}", args) | {"visual tokens per layer": plans}, calls)
 
 

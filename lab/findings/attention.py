@@ -45,14 +45,14 @@ TITLES = {
 }
 MOVED, BACKWARDS = "late preference, halves exchanged, points", "late preference, read backwards, points"
 TOP = ", top 64"  # behind the two above: the late preference of the 64 highest
-AGREE = "rank agreement of two questions about a picture"
+AGREE = "rank agreement of two questions about an image"
 
 
 def measured(drawn: Collected, exchanged: Collected, backwards: Collected) -> dict[str, dict[str, Interval]]:
     """Score -> measure -> mean with its interval."""
     table = {}
     for place, score in enumerate(drawn.names):
-        cells = {title: mean(drawn.of(score, name), drawn.picture_of, scale) for title, (name, scale) in TITLES.items()}
+        cells = {title: mean(drawn.of(score, name), drawn.image_of, scale) for title, (name, scale) in TITLES.items()}
         counterparts = {MOVED: exchanged}
         # Scores before the decoder do not depend on the order of reading, and layer 0 is not read backwards.
         if score.split()[-1] not in ("encoder", "cosine", "probe", "0"):
@@ -60,10 +60,10 @@ def measured(drawn: Collected, exchanged: Collected, backwards: Collected) -> di
         for title, counterpart in counterparts.items():
             for name, part in (("late", ""), ("late 64", TOP)):
                 bias = position_bias(drawn, counterpart, score, name)
-                cells[title + part] = mean(bias, drawn.picture_of, 100)
-        pairs = zip(drawn.pictures, drawn.agreement[:, place], strict=True)
+                cells[title + part] = mean(bias, drawn.image_of, 100)
+        pairs = zip(drawn.images, drawn.agreement[:, place], strict=True)
         agreement = {name: float(x) for name, x in pairs if not np.isnan(x)}
-        cells[AGREE] = mean(agreement, {name: name for name in drawn.pictures})
+        cells[AGREE] = mean(agreement, {name: name for name in drawn.images})
         table[score] = cells
     return table
 
@@ -77,13 +77,13 @@ GROUPS = {"colour words": COLOR_NAMES, "shape words": SHAPES}
 
 
 def words(drawn: Collected) -> dict[str, dict[str, Interval]]:
-    """Group of words -> measure of WORD -> mean over pictures and words, with its interval."""
+    """Group of words -> measure of WORD -> mean over images and words, with its interval."""
     measured: dict[str, dict[str, Interval]] = {}
     for label, group in GROUPS.items():
-        picture_of = {f"{picture} {word}": picture for picture in drawn.pictures for word in group}
-        table = drawn.words[:, [WORDS.index(word) for word in group]].reshape(len(picture_of), len(WORD))
+        image_of = {f"{image} {word}": image for image in drawn.images for word in group}
+        table = drawn.words[:, [WORDS.index(word) for word in group]].reshape(len(image_of), len(WORD))
         measured[label] = {
-            measure: mean({name: float(x) for name, x in zip(picture_of, values, strict=True) if x == x}, picture_of)
+            measure: mean({name: float(x) for name, x in zip(image_of, values, strict=True) if x == x}, image_of)
             for measure, values in zip(WORD, table.T, strict=True)
         }
     return measured
@@ -92,8 +92,8 @@ def words(drawn: Collected) -> dict[str, dict[str, Interval]]:
 def profile(drawn: Collected, exchanged: Collected, score: str) -> np.ndarray:
     """[24] share of a score in each row of patches, 1 if even; every content counts once in each half."""
     place = drawn.names.index(score)
-    here = [number for number, name in enumerate(drawn.pictures) if name in exchanged.pictures]
-    # Of the exchanged picture the rows are stored by content; here they are needed by where they stood.
+    here = [number for number, name in enumerate(drawn.images) if name in exchanged.images]
+    # Of the exchanged image the rows are stored by content; here they are needed by where they stood.
     moved = np.roll(exchanged.rows[:, place].mean(0), 12)
     shares: np.ndarray = 12 * (drawn.rows[here, place].mean(0) + moved)
     return shares
@@ -133,7 +133,7 @@ def draw_alignment(
             title="Does a word's embedding find its object?",
         )
         left.legend(loc="lower right")
-        conditions = (("halves of the picture exchanged", MOVED), ("visual tokens read backwards", BACKWARDS))
+        conditions = (("halves of the image exchanged", MOVED), ("visual tokens read backwards", BACKWARDS))
         for index, (condition, title) in enumerate(conditions):
             known = {place: table[name][title] for place, name in enumerate(SCORES) if title in table[name]}
             places = np.array([*known]) + 0.16 * (2 * index - 1)
@@ -172,7 +172,7 @@ def report_misalignment(table: Mapping[str, Cells], drawn: Collected, out: Path)
     pairs = [(f"last {n}", other) for n in PAGE_LAYERS for other in (f"visual {n}", f"viewers {n}", "encoder")]
     kept = {score: drawn.of(score, "recall 64") for pair in pairs for score in pair}
     differences = {
-        f"{a} − {b}": {"difference, points": difference(kept[a], kept[b], drawn.picture_of, 100)} for a, b in pairs
+        f"{a} − {b}": {"difference, points": difference(kept[a], kept[b], drawn.image_of, 100)} for a, b in pairs
     }
     write_rows(out, "visiondrop_differences", differences)
     draw_misalignment(out / "images" / "findings_visiondrop.png", table)

@@ -11,7 +11,7 @@ from eval.command import exit_on_user_error, make_parser, value
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, count
 from llava.places import WORK, check_bundled, check_checkout
 
-EXCHANGED, BACKWARDS = 60, 20  # of the pictures: measured with halves exchanged, and read backwards, too
+EXCHANGED, BACKWARDS = 60, 20  # of the images: measured with halves exchanged, and read backwards, too
 
 
 @exit_on_user_error
@@ -19,10 +19,10 @@ def main() -> int:
     parser = make_parser("lab.findings.command", __doc__)
     parser.add_argument("paper", choices=("attnmix", "visiondrop", "consensusdrop"))
     parser.add_argument(
-        "--pictures",
+        "--images",
         type=value(count, minimum=2, maximum=300),
         default=100,
-        help=f"pictures of the test split that scores are measured on; of these, {EXCHANGED} are measured with their "
+        help=f"images of the test split that scores are measured on; of these, {EXCHANGED} are measured with their "
         f"halves exchanged and {BACKWARDS} with their visual tokens read backwards, too",
     )
     parser.add_argument(
@@ -45,9 +45,9 @@ def main() -> int:
     from llava.model.builder import load
 
     out = DOCS if args.page else args.folder
-    names = tuple(dict.fromkeys(one.picture for one in questions()))[: args.pictures]
+    names = tuple(dict.fromkeys(one.image for one in questions()))[: args.images]
     model = load(DEFAULT_MODEL, device="cpu")
-    counts = (args.pictures, EXCHANGED, BACKWARDS)
+    counts = (args.images, EXCHANGED, BACKWARDS)
     drawn, exchanged, backwards = (
         collect(model, condition, names[:number], args.folder)
         for condition, number in zip(CONDITIONS, counts, strict=True)

@@ -139,7 +139,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Answered:
-    """Question id -> number, of all questions or of those that name something in the picture.
+    """Question id -> number, of all questions or of those that name something in the image.
 
     Attributes:
         scores: sample score, 0 to 1.
@@ -188,14 +188,14 @@ def ask(model: CachingLlava, arm: Arm, limit: int | None) -> Answered:
             kept[question.id] = given.trace[-1].reduction.kept[0].tolist()
     answered = Answered(scores, {}, {})
     for one in questions():
-        picture = redraw(one.picture)
-        mask = picture.patches(one.targets)
+        image = redraw(one.image)
+        mask = image.patches(one.targets)
         if one.id not in scores or not mask.any():
             continue
         if one.id in reducer.seen:
             answered.auroc[one.id] = float(auroc(reducer.seen[one.id].double().numpy(), mask))
-        owners = picture.owner[kept[one.id]]
-        answered.hit[one.id] = float({n for n in one.targets if n in picture.owner} <= set(owners.tolist()))
+        owners = image.owner[kept[one.id]]
+        answered.hit[one.id] = float({n for n in one.targets if n in image.owner} <= set(owners.tolist()))
     return answered
 
 
@@ -214,8 +214,8 @@ def groups_of(salience: Values) -> dict[str, set[str]]:
     for family in dict.fromkeys(one.family for one in asked):
         groups[f"family: {family}"] = {one.id for one in asked if one.family == family}
     for label, ending in (("natural", "n"), ("dense", "d")):
-        groups[f"scene: {label}"] = {one.id for one in asked if one.picture.endswith(ending)}
-    patches = {one.id: float(redraw(one.picture).patches(one.targets).sum()) for one in asked}
+        groups[f"scene: {label}"] = {one.id for one in asked if one.image.endswith(ending)}
+    patches = {one.id: float(redraw(one.image).patches(one.targets).sum()) for one in asked}
     size = {name: count for name, count in patches.items() if count}
     known = {name: salience[name] for name in size if name in salience}
     for title, values in (("size of the named things", size), ("salience of the named things", known)):
@@ -230,16 +230,16 @@ def report_gains(model: CachingLlava, folder: Path, out: Path, salience: Values)
     """Points by which fusion beats each score alone, by group of questions, and their figure.
 
     Args:
-        salience: question id -> AUROC of the encoder's saliency on the named things, of the pictures where it is known.
+        salience: question id -> AUROC of the encoder's saliency on the named things, of the images where it is known.
     """
     answered = answer(model, [Arm(ranking, BUDGET) for ranking in ALPHA], folder)
     fused, encoder, cross = (answered[Arm(ranking, BUDGET)].scores for ranking in ALPHA)
-    pictures = {one.id: one.picture for one in questions()}
+    images = {one.id: one.image for one in questions()}
     gains = {}
     for label, ids in groups_of(salience).items():
         own = {name: fused[name] for name in ids}
         gains[f"{label} ({len(ids)})"] = {
-            f"{title}, {BUDGET} tokens, points": difference(own, other, pictures, 100)
+            f"{title}, {BUDGET} tokens, points": difference(own, other, images, 100)
             for title, other in ((OVER_ENCODER, encoder), (OVER_CROSS, cross))
         }
     write_rows(out, "fusion_gain", gains)
@@ -259,7 +259,7 @@ def draw_gains(path: Path, measured: Mapping[str, Mapping[str, Comparison]]) -> 
 
 # How good the probe may be.
 
-ASKED = 671  # questions in every arm: those of the first 76 pictures
+ASKED = 671  # questions in every arm: those of the first 76 images
 # (budget, half of it for merge targets, kind of noise, levels) of the arms with a worse probe.
 NOISE: tuple[tuple[int, bool, str, tuple[float, ...]], ...] = (
     (64, False, "smooth", (0.0, 0.5, 1.0, 1.5, 2.0, 4.0, INFINITE)),
@@ -284,18 +284,18 @@ LAYERS += [Arm("fused", 64, False, probe="contextual", layer=layer) for layer in
 
 def measured(answered: Mapping[Arm, Answered], arm: Arm) -> dict[str, Cell]:
     """Accuracies, differences, and how good the probe is."""
-    pictures = {one.id: one.picture for one in questions()}
+    images = {one.id: one.image for one in questions()}
     by_ranking = {ranking: answered[replace(arm, ranking=ranking).key] for ranking in ALPHA}
-    cells: dict[str, Cell] = {"AUROC of the probe": mean(by_ranking["cross-modal only"].auroc, pictures)}
+    cells: dict[str, Cell] = {"AUROC of the probe": mean(by_ranking["cross-modal only"].auroc, images)}
     for ranking, one in by_ranking.items():
-        cells[f"{ranking}, %"] = mean(one.scores, pictures, 100)
-        cells[f"{ranking}: every named thing kept in part, %"] = mean(one.hit, pictures, 100)
+        cells[f"{ranking}, %"] = mean(one.scores, images, 100)
+        cells[f"{ranking}: every named thing kept in part, %"] = mean(one.hit, images, 100)
     plain = Arm("fused", arm.budget, arm.merged)
     compared = {OVER_ENCODER: by_ranking["encoder only"], OVER_CROSS: by_ranking["cross-modal only"]}
     if arm.key != plain:
         compared[OVER_PROBE] = answered[plain]
     for title, other in compared.items():
-        cells[f"{title}, points"] = difference(by_ranking["fused"].scores, other.scores, pictures, 100)
+        cells[f"{title}, points"] = difference(by_ranking["fused"].scores, other.scores, images, 100)
     return cells
 
 

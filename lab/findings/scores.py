@@ -1,10 +1,10 @@
-"""All scores of the three papers on one picture, what they are worth against the true places, and their storage.
+"""All scores of the three papers on one image, what they are worth against the true places, and their storage.
 
-The files of the toy GQA hold no masks. A picture is a function of its name, so it is drawn again, compared with the
+The files of the toy GQA hold no masks. An image is a function of its name, so it is drawn again, compared with the
 stored file byte for byte, and the patches of its things are taken from the new drawing.
 
 A method that keeps every token notes what it could rank by; it goes through the ordinary pipeline, so a noted score is
-what the method of that name would receive. Every measure of every score is stored picture by picture, so that an
+what the method of that name would receive. Every measure of every score is stored image by image, so that an
 interrupted command goes on where it stopped.
 
 Shapes of measures: S scores (any number of leading axes), N patches in raster order. All values are float64.
@@ -45,15 +45,15 @@ from visiondrop.method import attention_inputs, visual_scores
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-# Pictures and questions.
+# Images and questions.
 
 PATCHES, HALF = 576, 288  # 24 along each side
 WORDS = (*COLOR_NAMES, *SHAPES)  # the content words whose things are known
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture and its things.
+class Scene:
+    """An image and its things.
 
     Attributes:
         name: without ".jpg"; ends in "n" for a natural and "d" for a dense scene.
@@ -76,20 +76,20 @@ class Asked:
 
     Attributes:
         family: one of the nine of lab/toy/data/questions.py.
-        targets: numbers of the things that it names, () where the picture has none of them.
+        targets: numbers of the things that it names, () where the image has none of them.
     """
 
     id: str
     family: str
     text: str
     answer: str
-    picture: str
+    image: str
     targets: tuple[int, ...]
 
 
 @cache
-def redraw(name: str, data: Path = DEFAULT_DATA) -> Picture:
-    """The picture of a name such as "test00012d", drawn again.
+def redraw(name: str, data: Path = DEFAULT_DATA) -> Scene:
+    """The image of a name such as "test00012d", drawn again.
 
     Raises:
         UserError: scikit-learn is missing, or the drawing differs from the stored file, whose masks would then be
@@ -103,7 +103,7 @@ def redraw(name: str, data: Path = DEFAULT_DATA) -> Picture:
             f"{name}.jpg is not what lab/toy/data/scenes.py draws here, so the masks of its objects are unknown; "
             "restore the file, or use the versions of numpy and pillow in requirements.txt."
         )
-    return Picture(name, drawn.things, drawn.owner.reshape(-1))
+    return Scene(name, drawn.things, drawn.owner.reshape(-1))
 
 
 def words_of(thing: Thing) -> set[str]:
@@ -140,15 +140,15 @@ def questions(split: str = "testdev", data: Path = DEFAULT_DATA) -> tuple[Asked,
     records = read_json(data / "gqa" / "data" / f"{split}_balanced_questions.json")
     asked = []
     for identity, record in records.items():
-        family, picture = record["types"]["detailed"], redraw(record["imageId"], data)
-        targets = targets_of(picture.things, family, record["semantic"])
-        asked.append(Asked(identity, family, record["question"], record["answer"], picture.name, targets))
+        family, image = record["types"]["detailed"], redraw(record["imageId"], data)
+        targets = targets_of(image.things, family, record["semantic"])
+        asked.append(Asked(identity, family, record["question"], record["answer"], image.name, targets))
     return tuple(asked)
 
 
-def word_mask(picture: Picture, word: str) -> Mask:
+def word_mask(image: Scene, word: str) -> Mask:
     """[576] bool, patches of the things that a colour or a shape word is true of; a frame has its colour."""
-    return picture.patches(n for n, thing in enumerate(picture.things) if word in words_of(thing))
+    return image.patches(n for n, thing in enumerate(image.things) if word in words_of(thing))
 
 
 def content_words(text: str) -> list[bool]:
@@ -239,7 +239,7 @@ class Observer(Reducer):
     Attributes:
         reversed: the decoder reads the visual tokens in the opposite order. Their features stay what they were, so
             only their places in the sequence differ.
-        notes: name -> [Q, 576] in raster order, for a batch of Q questions about one picture; for text rows
+        notes: name -> [Q, 576] in raster order, for a batch of Q questions about one image; for text rows
             [Q, T, 576] under "rows LAYER", with their mask [Q, T] under "exists".
     """
 
@@ -274,7 +274,7 @@ class Observer(Reducer):
 
     def decoder(self, state: DecoderState) -> Reduction | None:
         self._note_text(state.layer, *(state.attention(rows)[0] for rows in ROWS))
-        # Visual tokens do not see the question, so one question of the picture stands for all.
+        # Visual tokens do not see the question, so one question of the image stands for all.
         first = replace(state, ids=state.ids[:1], tokens=state.tokens[:1], sequence=state.sequence.rows([(0, 0)]))
         seen = attention_inputs(first, "causal")
         for kind, average in zip(VISUAL_KINDS, ("all", "viewers"), strict=True):
@@ -292,10 +292,10 @@ class Observer(Reducer):
 
 
 def observe(model: Llava, samples: Sequence[Sample], reverse: bool = False) -> dict[str, NDArray[np.float64]]:
-    """All scores of the questions about one picture.
+    """All scores of the questions about one image.
 
     Args:
-        samples: Q questions with the same picture.
+        samples: Q questions with the same image.
         reverse: feed the visual tokens to the decoder in the opposite order. Then the scores of layer 0 are left out.
 
     Returns:
@@ -325,30 +325,30 @@ def chosen_rows(question: str, kind: str, exists: NDArray[Any]) -> Mask:
     return {"question": exists, "content": content, "function": exists & ~content}[kind]
 
 
-# Numbers of pictures.
+# Numbers of images.
 
-# Each picture is seen as it is; with its upper and lower half exchanged; and with the decoder reading the visual
+# Each image is seen as it is; with its upper and lower half exchanged; and with the decoder reading the visual
 # tokens backwards. In the last two every content stands in the other half of the sequence.
 CONDITIONS = ("as drawn", "halves exchanged", "read backwards")
 # Of every question: how well a score finds the things that it names ("... of others": the same with the scores of the
-# picture's other questions, which name other things), NaN where there are none; where in the sequence a score lies; how
+# image's other questions, which name other things), NaN where there are none; where in the sequence a score lies; how
 # broad it is, and how far it agrees with the encoder's saliency.
 MEASURES = ("auroc", "auroc of others", "recall 64", "late", "late 64", "effective", "overlap 64")
 # Of every word: how well its cosine finds the patches of the things it is true of, and, as a control, those of the
-# words of the same class (colours or shapes) that nothing in the picture is.
+# words of the same class (colours or shapes) that nothing in the image is.
 WORD = ("auroc", "among things", "absent word", "absent word among things", "other word")
 
 
 @dataclass(frozen=True)
 class Collected:
-    """Numbers of a set of pictures under one condition. Q questions, S scores, P pictures, W words.
+    """Numbers of a set of images under one condition. Q questions, S scores, P images, W words.
 
     Attributes:
         names: of the S scores.
         values: [Q, S, measures], NaN where a score or a target does not exist.
         asked: the Q questions.
-        rows: [P, S, 24] share of a score in every row of patches of the picture, mean over its questions.
-        agreement: [P, S] mean rank correlation between the questions of a picture.
+        rows: [P, S, 24] share of a score in every row of patches of the image, mean over its questions.
+        agreement: [P, S] mean rank correlation between the questions of an image.
         words: [P, W, 5] the measures of WORD.
     """
 
@@ -365,30 +365,30 @@ class Collected:
         return {one.id: float(x) for one, x in zip(self.asked, column, strict=True) if not np.isnan(x)}
 
     @property
-    def pictures(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(one.picture for one in self.asked))
+    def images(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(one.image for one in self.asked))
 
     @property
-    def picture_of(self) -> dict[str, str]:
-        """Question id -> picture."""
-        return {one.id: one.picture for one in self.asked}
+    def image_of(self) -> dict[str, str]:
+        """Question id -> image."""
+        return {one.id: one.image for one in self.asked}
 
 
-def collect(model: Llava, condition: str, pictures: Sequence[str], folder: Path) -> Collected:
-    """Measure all scores of all questions about these pictures; what is in `folder` already is read from there."""
+def collect(model: Llava, condition: str, images: Sequence[str], folder: Path) -> Collected:
+    """Measure all scores of all questions about these images; what is in `folder` already is read from there."""
     data = benchmarks.get("gqa").load(DEFAULT_DATA, "testdev")
     by_id = {question.id: question for question in data.questions}
-    asked = [one for name in pictures for one in questions() if one.picture == name]
+    asked = [one for name in images for one in questions() if one.image == name]
     observer = Observer(budget=model.visual_tokens)
     home = folder / f"scores-{digest(model, observer)}" / condition.replace(" ", "-")
     home.mkdir(parents=True, exist_ok=True)
     arrays_of: dict[str, list[Array]] = {}
-    for name in tqdm(pictures, desc=condition, unit="picture", file=sys.stderr):
+    for name in tqdm(images, desc=condition, unit="image", file=sys.stderr):
         file = home / f"{name}.npz"
         if not file.is_file():
-            own = [one for one in asked if one.picture == name]
+            own = [one for one in asked if one.image == name]
             samples = [data.sample(by_id[one.id]) for one in own]
-            arrays = measure_picture(model, samples, own, condition)
+            arrays = measure_image(model, samples, own, condition)
             check_sources(model, observer)
             part = file.with_suffix(".part.npz")
             np.savez(part, **arrays)  # type: ignore[arg-type]
@@ -407,20 +407,18 @@ def digest(model: Llava, reducer: Reducer) -> str:
 
 
 def exchanged(image: Image.Image) -> Image.Image:
-    """The picture with its upper and lower half exchanged: every patch keeps its pixels."""
+    """The image with its upper and lower half exchanged: every patch keeps its pixels."""
     pixels = np.asarray(image)
     return Image.fromarray(np.roll(pixels, len(pixels) // 2, axis=0))
 
 
-def measure_picture(
-    model: Llava, samples: Sequence[Sample], asked: Sequence[Asked], condition: str
-) -> dict[str, Array]:
-    """The arrays of `Collected` for one picture.
+def measure_image(model: Llava, samples: Sequence[Sample], asked: Sequence[Asked], condition: str) -> dict[str, Array]:
+    """The arrays of `Collected` for one image.
 
     With halves exchanged all scores are moved back, so that index i is the same content in every condition; only the
     measures of lateness read where it stood.
     """
-    picture = redraw(asked[0].picture)
+    image = redraw(asked[0].image)
     moved = condition == "halves exchanged"
     if moved:
         samples = [
@@ -439,7 +437,7 @@ def measure_picture(
     scores = np.stack([notes[name] for name in known], axis=1)  # [Q, S, 576]
     values = np.full((len(asked), len(names), len(MEASURES)), np.nan)
     places = [names.index(name) for name in known]
-    values[:, places] = measure(scores, notes[ENCODER], picture, asked, late)
+    values[:, places] = measure(scores, notes[ENCODER], image, asked, late)
     rows, agreement = np.full((len(names), 24), np.nan), np.full(len(names), np.nan)
     rows[places] = share(scores).mean(0).reshape(len(known), 24, -1).sum(-1)
     if len(asked) > 1:
@@ -448,12 +446,12 @@ def measure_picture(
         "values": values.astype(np.float32),
         "rows": rows.astype(np.float32),
         "agreement": agreement.astype(np.float32),
-        "words": measure_words(word_cosines(model, tokens), picture).astype(np.float32),
+        "words": measure_words(word_cosines(model, tokens), image).astype(np.float32),
     }
 
 
-def measure(scores: Array, encoder: Array, picture: Picture, asked: Sequence[Asked], late: Mask) -> Array:
-    """[Q, S, measures] of the scores [Q, S, 576] of the questions about one picture.
+def measure(scores: Array, encoder: Array, image: Scene, asked: Sequence[Asked], late: Mask) -> Array:
+    """[Q, S, measures] of the scores [Q, S, 576] of the questions about one image.
 
     Args:
         encoder: [Q, 576], what agreement is measured with.
@@ -467,7 +465,7 @@ def measure(scores: Array, encoder: Array, picture: Picture, asked: Sequence[Ask
         **{name: np.full(scores.shape[:2], np.nan) for name in ("auroc", "auroc of others", "recall 64")},
     }
     for row, one in enumerate(asked):
-        mask = picture.patches(one.targets)
+        mask = image.patches(one.targets)
         if not mask.any():
             continue
         found["auroc"][row] = auroc(scores[row], mask)
@@ -489,11 +487,11 @@ def word_cosines(model: Llava, tokens: Array) -> Array:
     return cosines
 
 
-def measure_words(cosines: Array, picture: Picture) -> Array:
+def measure_words(cosines: Array, image: Scene) -> Array:
     """[W, 5] the measures of WORD; NaN for a word that is true of no thing, or where a control does not exist."""
     table = np.full((len(WORDS), len(WORD)), np.nan)
-    masks = np.stack([word_mask(picture, word) for word in WORDS])
-    things = picture.owner >= 0
+    masks = np.stack([word_mask(image, word) for word in WORDS])
+    things = image.owner >= 0
     for group in (range(len(COLOR_NAMES)), range(len(COLOR_NAMES), len(COLOR_NAMES) + len(SHAPES))):
         absent = [n for n in group if not masks[n].any()]
         for n in group:

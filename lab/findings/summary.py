@@ -1,4 +1,4 @@
-"""Means with intervals over pictures, the CSV files of them, and the axes of figures."""
+"""Means with intervals over images, the CSV files of them, and the axes of figures."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,19 +18,19 @@ DOCS = WORK / "docs"
 
 Cell = Interval | Comparison
 Cells = Mapping[str, Cell]
-Values = Mapping[str, float]  # question (or picture and word) -> number
+Values = Mapping[str, float]  # question (or image and word) -> number
 
 
 def terms(values: Values, groups: Mapping[str, str], scale: float) -> SufficientStatistics:
-    """A mean whose units are drawn by picture."""
-    return ratio_terms({name: values[name] for name in sorted(values)}, groups, "picture", scale)
+    """A mean whose units are drawn by image."""
+    return ratio_terms({name: values[name] for name in sorted(values)}, groups, "image", scale)
 
 
 def mean(values: Values, groups: Mapping[str, str], scale: float = 1) -> Interval:
-    """The mean with its 95 % interval over pictures.
+    """The mean with its 95 % interval over images.
 
     Args:
-        groups: name -> picture, for all names at least.
+        groups: name -> image, for all names at least.
         scale: 100 for percent.
     """
     return interval(terms(values, groups, scale))
@@ -46,7 +46,7 @@ def difference(a: Values, b: Values, groups: Mapping[str, str], scale: float = 1
 def position_bias(drawn: Collected, counterpart: Collected, score: str, measure: str = "late") -> dict[str, float]:
     """Question id -> how much more than half of a score lies in the second half of the sequence, for no content's sake.
 
-    Both contents of a picture, its upper and its lower half, stand once in the first and once in the second half of the
+    Both contents of an image, its upper and its lower half, stand once in the first and once in the second half of the
     sequence; the mean of both arrangements minus one half is 0 for a score that looks at content alone, 0.5 for one
     that looks at the second half alone and -0.5 for the first.
     """

@@ -89,7 +89,7 @@ def splits() -> str:
     ways: dict[str, list[str]] = {}
     for name in registry.names():
         if name != "full":
-            known = options_of(registry.method(name))["crops"]
+            known = options_of(registry.method(name))["tile_budget"]
             others = [choice for choice in known.metadata["choices"] if choice != known.default]
             way = f"`{known.default}`" + (f" ({', '.join(others)})" if others else "")
             ways.setdefault(way, []).append(f"`{name}`")
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     insert(PAGE, "methods", table())
     insert(PAGE, "budgets", budgets())
     insert(PAGE, "known deviations", known_deviations())
-    insert(PAGE, "crops", splits())
+    insert(PAGE, "tile_budget", splits())
     insert(FAMILIES, "families", families())
     write_readme()
     print(f"Tables are in {PAGE.relative_to(WORK)}.")

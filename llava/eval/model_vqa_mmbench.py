@@ -10,13 +10,13 @@ if not __package__:  # started by its path: `llava` and `eval` are those of this
 
 from eval.benchmarks.base import Question
 from eval.benchmarks.llava_files import LETTER, LETTER_CN
-from eval.benchmarks.media import Pictures
+from eval.benchmarks.media import Images
 from eval.benchmarks.mmbench import OPTIONS, as_pandas, ask, options_of, read_tsv
 from eval.command import exit_on_user_error
 from eval.llava_scripts import Asked, answer, decoding_flags, file_of, questions_parser
 
 
-def questions(args: Any) -> tuple[list[Asked], Pictures]:
+def questions(args: Any) -> tuple[list[Asked], Images]:
     """The rows of the table; with --all-rounds each as often as it has options, which move up by one every time."""
     table, asked = read_tsv(file_of(args.question_file)), []
     suffix = (LETTER_CN if args.lang == "cn" else LETTER) if args.single_pred_prompt else ""
@@ -28,8 +28,8 @@ def questions(args: Any) -> tuple[list[Asked], Pictures]:
             text = ask(row | dict(zip(OPTIONS, turned, strict=False)))
             fields = {"question_id": int(index), "round_id": number, "prompt": text}
             fields |= {"options": turned, "option_char": marks}
-            asked.append(Asked(Question(index, text, suffix, (str(row["picture"]),), ""), fields))
-    return asked, table.pictures
+            asked.append(Asked(Question(index, text, suffix, (str(row["image_name"]),), ""), fields))
+    return asked, table.images
 
 
 def eval_model(args: Any) -> None:

@@ -227,16 +227,16 @@ class FamilyWrapper(HFWrapper):
     def candidates(self, reducer: Reducer) -> list[ModelSpec]:
         return [replace(self.spec, visual_tokens=reducer.budget, layout=PatchGrid(1, reducer.budget)), self.spec]
 
-    def encode_images(self, pictures: Any, keys: Any, reducer: Reducer, timer: Timer) -> list[EncodedImage]:
+    def encode_images(self, images: Any, keys: Any, reducer: Reducer, timer: Timer) -> list[EncodedImage]:
         """The images, encoded already: their sizes were needed to find them in the prompts."""
-        return list(pictures)
+        return list(images)
 
-    def count_tower(self, operations: Any, picture: EncodedImage, images: int) -> None:
+    def count_tower(self, operations: Any, image: EncodedImage, images: int) -> None:
         pass  # operations of these towers are not counted
 
-    def groups(self, picture: EncodedImage) -> tuple[int, int, int]:
+    def groups(self, image: EncodedImage) -> tuple[int, int, int]:
         """Unused; positions come from `get_rope_index`."""
-        return 1, 1, picture.full.tokens
+        return 1, 1, image.full.tokens
 
     def views_of(self, name: str, given: Mapping[str, Any], reducer: Reducer) -> tuple[list[Owned], Any]:
         """What the tower and the projector make of all images or all videos of a call, and the model's own output."""
@@ -328,7 +328,7 @@ class FamilyWrapper(HFWrapper):
             views.append((EncodedImage(own, layout, layout, layout.tokens), i))
         return views
 
-    def pictures(self, name: str, views: Sequence[Owned], ids: Tensor, token: int) -> tuple[list[EncodedImage], Tensor]:
+    def images(self, name: str, views: Sequence[Owned], ids: Tensor, token: int) -> tuple[list[EncodedImage], Tensor]:
         """The images of a call, and `ids` [B, L] with image tokens also where a row break stands inside an image."""
         places, filled, done = (ids == token).nonzero().tolist(), ids.clone(), 0
         counts = [view.full.tokens - self.family.breaks * len(view.full.newlines) for view, _ in views]

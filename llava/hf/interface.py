@@ -386,10 +386,10 @@ class ScriptModel(nn.Module):
             if token != IMAGE_TOKEN_INDEX:
                 ids.append(token)
                 continue
-            picture = next(prepared, None)
-            if picture is None:
+            image = next(prepared, None)
+            if image is None:
                 raise UserError("The prompts have more <image> than there are images; give one image for each.")
-            ids += [self.hf_model.config.image_token_id] * picture.arrangement.tokens
+            ids += [self.hf_model.config.image_token_id] * image.arrangement.tokens
         return ids
 
     def _question(self, prompt: Sequence[int]) -> str:

@@ -140,7 +140,7 @@ class PreparedImage:
     Attributes:
         pixels: [C, 3, S, S].
         arrangement: its token layout.
-        canvas: where the picture lies on what the patches cover; None where pixels do not say it.
+        canvas: where the image lies on what the patches cover; None where pixels do not say it.
     """
 
     pixels: Tensor
@@ -175,11 +175,11 @@ class HFWrapper(Llava):
         prompt: Prompt = sample.prompt
         return prompt
 
-    def views(self, picture: PreparedImage) -> tuple[Tensor, TokenLayout]:
-        return picture.pixels, picture.arrangement
+    def views(self, image: PreparedImage) -> tuple[Tensor, TokenLayout]:
+        return image.pixels, image.arrangement
 
-    def canvas(self, picture: Any) -> Canvas | None:
-        return getattr(picture, "canvas", None)
+    def canvas(self, image: Any) -> Canvas | None:
+        return getattr(image, "canvas", None)
 
     def ready(self, given: Mapping[str, Any]) -> dict[int, list[PreparedImage]]:
         """The images of a call in order, by the id of their placeholder token.
@@ -216,30 +216,30 @@ class WrappedNext(HFWrapper, LlavaNext):
             shape = tuple(pixels.shape)
             raise UserError(f"{len(sizes)} images of {counts} tiles do not fit pixel_values of {shape}; {ONE_CALL}")
         runs = [self.anyres.arrange(size) for size in sizes]
-        pictures = [
+        images = [
             PreparedImage(crop[: len(run.crops)], run, self.anyres.canvas(size))
             for crop, run, size in zip(crops, runs, sizes, strict=True)
         ]
-        return {self.hf_model.config.image_token_id: pictures}
+        return {self.hf_model.config.image_token_id: images}
 
 
 class WrappedVideo(HFWrapper, VideoLlava):
     """Video-LLaVA: images, and videos whose frames keep their class tokens."""
 
     def ready(self, given: Mapping[str, Any]) -> dict[int, list[PreparedImage]]:
-        config, pictures = self.hf_model.config, {}
+        config, images = self.hf_model.config, {}
         for name in ("pixel_values", "pixel_values_images"):  # two names of one argument
             if given.get(name) is not None:
-                pictures = super().ready({"pixel_values": given[name]})
+                images = super().ready({"pixel_values": given[name]})
         if given.get("pixel_values_videos") is not None:
             videos = _pixels(given, 5, "pixel_values_videos")
             run = frames(videos.shape[1], self.layout.rows, self.layout.columns).with_cls
-            pictures[config.video_token_id] = [PreparedImage(video, run) for video in videos]
-        return pictures
+            images[config.video_token_id] = [PreparedImage(video, run) for video in videos]
+        return images
 
     def candidates(self, reducer: Reducer) -> list[ModelSpec]:
-        picture = spec_of(self.spec, single(self.layout.rows, self.layout.columns))
-        return [self.spec, picture]
+        image = spec_of(self.spec, single(self.layout.rows, self.layout.columns))
+        return [self.spec, image]
 
 
 def _pixels(given: Mapping[str, Any], axes: int, name: str = "pixel_values") -> Tensor:
@@ -400,22 +400,22 @@ def samples(
         rows = [row[kept].tolist() for row, kept in zip(ids, mask.bool(), strict=True)]
     if questions is not None and len(questions) != len(rows):
         raise UserError(f"There are {len(rows)} prompts and {len(questions)} questions; give one for each.")
-    waiting = {token: iter(pictures) for token, pictures in ready.items()}
+    waiting = {token: iter(images) for token, images in ready.items()}
     cut = [_with_slots(row, waiting) for row in rows]
-    used, count = sum(len(pictures) for _, pictures in cut), sum(map(len, ready.values()))
+    used, count = sum(len(images) for _, images in cut), sum(map(len, ready.values()))
     if used < count:
         raise UserError(f"The prompts have image tokens for {used} of {count} images; {ONE_CALL}")
     stock = []
-    for number, (row, pictures) in enumerate(cut):
+    for number, (row, images) in enumerate(cut):
         question = "" if questions is None else questions[number]
-        if questions is not None and tokenizer is not None and pictures:
+        if questions is not None and tokenizer is not None and images:
             span = question_span(row, question, tokenizer)
         else:
             span = text_span(row, marks)
         # The name depends only on the prompt, so that random choices do not change with the batch.
         name = hashlib.blake2b(str(row).encode(), digest_size=8).hexdigest()
         prompt = Prompt(tuple(row), question=span, instruction=span, text="")
-        stock.append(StockSample(name, question, image=tuple(pictures) or None, prompt=prompt))
+        stock.append(StockSample(name, question, image=tuple(images) or None, prompt=prompt))
     return stock
 
 
@@ -459,25 +459,25 @@ def question_span(ids: Sequence[int], question: str, tokenizer: PreTrainedTokeni
 
 def _with_slots(row: list[int], waiting: dict[int, Iterator[PreparedImage]]) -> tuple[list[int], list[PreparedImage]]:
     """A prompt with one placeholder per image, and its images."""
-    ids, pictures, place = [], [], 0
+    ids, images, place = [], [], 0
     while place < len(row):
         token = row[place]
         if token not in waiting:
             ids.append(token)
             place += 1
             continue
-        picture = next(waiting[token], None)
-        if picture is None:
+        image = next(waiting[token], None)
+        if image is None:
             raise UserError(f"The prompts have more image tokens than the images have visual tokens; {ONE_CALL}")
         # The length of each run is known, so images side by side are told apart.
-        count = picture.arrangement.tokens
+        count = image.arrangement.tokens
         if row[place : place + count] != [token] * count:
             room = next((n for n, other in enumerate(row[place:]) if other != token), len(row) - place)
             raise UserError(f"An image has {count} visual tokens, but its prompt {room} image tokens; {ONE_CALL}")
         ids.append(IMAGE_TOKEN_INDEX)
-        pictures.append(picture)
+        images.append(image)
         place += count
-    return ids, pictures
+    return ids, images
 
 
 def _spelled(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:

@@ -260,7 +260,7 @@ class FamilyReduced(Reduced):
         for name, pixels in MODALITIES.items():
             if given.get(pixels) is not None:
                 views, outputs[name] = runtime.views_of(name, given, reducer)
-                ready[tokens[name]], filled = runtime.pictures(name, views, filled, tokens[name])
+                ready[tokens[name]], filled = runtime.images(name, views, filled, tokens[name])
         batch: list[StockSample] = samples(filled, mask, ready, self.questions, runtime.tokenizer, runtime.marks)
         prompts, real = [runtime.prompt(sample) for sample in batch], mask.bool()
         stages = Stages(runtime, reducer, batch, Record([[] for _ in batch], [[] for _ in batch]), timer)

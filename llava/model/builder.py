@@ -55,8 +55,8 @@ def runtime(checkpoint: Checkpoint, device: torch.device, conventions: dict[str,
     known = list(inspect.signature(cls).parameters)[2:]
     for name in [name for name in conventions if name not in known]:
         if not known:
-            raise UserError(f"{checkpoint.name} leaves no choice of {name} in reading pictures; leave it out.")
-        raise unknown(f"choice of {checkpoint.family} in reading pictures", name, known)
+            raise UserError(f"{checkpoint.name} leaves no choice of {name} in reading images; leave it out.")
+        raise unknown(f"choice of {checkpoint.family} in reading images", name, known)
     chosen = {name: parse(name, value) for name, value in conventions.items() if value is not None}
     return cls(checkpoint, device, **chosen)
 

@@ -222,7 +222,7 @@ class Llava:
             has_text_tower=self.text_tower is not None,
         )
 
-    def groups(self, picture: EncodedImage) -> tuple[int, int, int] | None:
+    def groups(self, image: EncodedImage) -> tuple[int, int, int] | None:
         """Frames, rows and columns of an image's tokens, where positions have these axes."""
         return None
 
@@ -240,25 +240,25 @@ class Llava:
         room = self.hf_model.config.get_text_config().max_position_embeddings - self.layout.tokens
         return room if room > 0 else None
 
-    def views(self, picture: Any) -> tuple[Tensor, TokenLayout]:
+    def views(self, image: Any) -> tuple[Tensor, TokenLayout]:
         """What the tower sees of an image: pixels [C, 3, S, S], and the run of tokens that its C crops become."""
-        return self.image_processor(picture)[None], single(self.layout.rows, self.layout.columns)
+        return self.image_processor(image)[None], single(self.layout.rows, self.layout.columns)
 
-    def canvas(self, picture: Any) -> Canvas | None:
+    def canvas(self, image: Any) -> Canvas | None:
         """Where an image lies on what its patches cover; None for prepared pixels, of which only the caller knows."""
-        return self.image_processor.canvas(picture.size) if isinstance(picture, Image.Image) else None
+        return self.image_processor.canvas(image.size) if isinstance(image, Image.Image) else None
 
     def encode_images(
-        self, pictures: Sequence[Any], keys: Sequence[object], reducer: Reducer, timer: "Timer"
+        self, images: Sequence[Any], keys: Sequence[object], reducer: Reducer, timer: "Timer"
     ) -> list[EncodedImage]:
         """Preprocess images and run the tower on them, all tiles at once.
 
         Args:
-            pictures: PIL images.
+            images: PIL images.
             keys: one hashable name per image; here unused, a sweep over methods remembers images by them.
             timer: marked when preprocessing ends.
         """
-        views = [self.views(picture) for picture in pictures]
+        views = [self.views(image) for image in images]
         timer.mark("preprocess")
         encoded_images: dict[int, EncodedImage] = {}
         groups: dict[tuple[Reducer, bool, bool], list[int]] = {}
@@ -291,13 +291,13 @@ class Llava:
         """The vision tower for images, or for the frames of videos."""
         return self.tower
 
-    def count_tower(self, operations: "Operations", picture: EncodedImage, images: int) -> None:
+    def count_tower(self, operations: "Operations", image: EncodedImage, images: int) -> None:
         """Count the operations of the tower on all tiles of one image, and of scores and merging beside it.
 
         Args:
             images: of the batch that share this pass of the tower.
         """
-        encoded, tower = picture.encoded, self.tower_of(picture.full.temporal)
+        encoded, tower = image.encoded, self.tower_of(image.full.temporal)
         tiles, patches = len(encoded.features), encoded.grid[0] * encoded.grid[1]
         operations.add("tower", tiles_flops, tiles, tower_flops, tower, patches, encoded.tokens, images=images)
         if encoded.spent:

@@ -57,11 +57,11 @@ class LlavaNext(Llava):
             "tiles": "x".join(map(str, anyres.force)) if anyres.force else "best",
         }
 
-    def views(self, picture: Any) -> tuple[Tensor, TokenLayout]:
-        return self.anyres(picture)
+    def views(self, image: Any) -> tuple[Tensor, TokenLayout]:
+        return self.anyres(image)
 
-    def canvas(self, picture: Any) -> Canvas | None:
-        return self.anyres.canvas(picture.size) if isinstance(picture, Image.Image) else None
+    def canvas(self, image: Any) -> Canvas | None:
+        return self.anyres.canvas(image.size) if isinstance(image, Image.Image) else None
 
     @property
     def visual_tokens(self) -> int:

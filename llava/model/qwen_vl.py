@@ -87,37 +87,37 @@ class QwenVL(Llava):
         layers, blocks, known = len(self.llm.layers), len(self.tower.blocks), self.text_tower is not None
         return ModelSpec(self.visual_tokens, layers, self.layout, blocks, has_cls=False, has_text_tower=known)
 
-    def patches(self, pictures: Sequence[Any]) -> tuple[Tensor, tuple[Grid, ...]]:
+    def patches(self, images: Sequence[Any]) -> tuple[Tensor, tuple[Grid, ...]]:
         """Flattened patches of all images, one after another, and the grid of each."""
-        return self.image_processor([as_rgb(picture) for picture in pictures])
+        return self.image_processor([as_rgb(image) for image in images])
 
-    def canvas(self, picture: Any) -> Canvas | None:
+    def canvas(self, image: Any) -> Canvas | None:
         return WITHOUT_PADDING
 
     def encode_images(
-        self, pictures: Sequence[Any], keys: Sequence[object], reducer: Reducer, timer: "Timer"
+        self, images: Sequence[Any], keys: Sequence[object], reducer: Reducer, timer: "Timer"
     ) -> list[EncodedImage]:
         if "tower" in reducer.acts_in or "input_grid" in reducer.acts_in:
             raise MethodError(
                 f"{reducer.name} acts on pixels or inside a CLIP tower; {self.name} has a tower of another kind. "
                 "Choose a method that acts behind the tower."
             )
-        patches, grids = self.patches(pictures)
+        patches, grids = self.patches(images)
         timer.mark("preprocess")
         scores = reducer.tower_scores(tiled=False)
         encoded = encode_qwen(self.tower, patches.to(self.device, non_blocking=True), grids, scores)
         return [encoded_image_of(one, single(*one.grid), keep_cls=False) for one in encoded]
 
-    def count_tower(self, operations: "Operations", picture: EncodedImage, images: int) -> None:
+    def count_tower(self, operations: "Operations", image: EncodedImage, images: int) -> None:
         merge = self.image_processor.merge
-        grid = 1, picture.encoded.grid[0] * merge, picture.encoded.grid[1] * merge
+        grid = 1, image.encoded.grid[0] * merge, image.encoded.grid[1] * merge
         operations.add("tower", tower_flops, self.tower, grid, images=images)
-        for score in picture.encoded.scores:
+        for score in image.encoded.scores:
             operations.add("selection", score_flops, self.tower, score, grid, images=images)
 
-    def groups(self, picture: EncodedImage) -> tuple[int, int, int]:
+    def groups(self, image: EncodedImage) -> tuple[int, int, int]:
         """Frames, rows and columns of an image's tokens, from which their positions follow."""
-        return 1, *picture.encoded.grid
+        return 1, *image.encoded.grid
 
 
 # The vision transformer

@@ -54,22 +54,22 @@ class VideoLlava(Llava):
         return self.video_tower if temporal else self.tower
 
     def prompt(self, sample: Sample) -> Prompt:
-        video = any(isinstance(picture, Video) for picture in sample.images)
+        video = any(isinstance(image, Video) for image in sample.images)
         return build_prompt(sample, self.tokenizer, "llava_v1" if video else self.conversation, self.longest_text)
 
-    def views(self, picture: Any) -> tuple[Tensor, TokenLayout]:
-        if not isinstance(picture, Video):
-            return super().views(picture)
-        if len(picture.frames) != self.frames:
+    def views(self, image: Any) -> tuple[Tensor, TokenLayout]:
+        if not isinstance(image, Video):
+            return super().views(image)
+        if len(image.frames) != self.frames:
             raise UserError(
-                f"{self.name} takes {self.frames} frames of a video, got {len(picture.frames)}; "
+                f"{self.name} takes {self.frames} frames of a video, got {len(image.frames)}; "
                 f"read it with read_video(path, frames={self.frames})."
             )
-        return self.video_processor(picture), self._run()
+        return self.video_processor(image), self._run()
 
-    def canvas(self, picture: Any) -> Canvas | None:
+    def canvas(self, image: Any) -> Canvas | None:
         """Frames are cropped, images padded."""
-        return WITHOUT_PADDING if isinstance(picture, Video) else super().canvas(picture)
+        return WITHOUT_PADDING if isinstance(image, Video) else super().canvas(image)
 
     def _run(self) -> TokenLayout:
         return frames(self.frames, self.layout.rows, self.layout.columns).with_cls

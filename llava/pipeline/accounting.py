@@ -115,7 +115,7 @@ class TokenAccounting:
             that depends on the image.
         asked: visual tokens per image that the budget asks for, at most those that the images have.
         on_padding: mean visual tokens per layer and image, as `mean`, that stand at a patch without any pixel of the
-            picture. A merged token counts where it stands. None where the picture's place is not known.
+            image. A merged token counts where it stands. None where the image's place is not known.
     """
 
     tokens_per_layer: tuple[int, ...]
@@ -152,7 +152,7 @@ class SeenImage:
         inputs: how many these are for the method.
         planned: those planned to enter each layer; None if that depends on the image.
         asked: those that the budget asks for, as a mean over layers.
-        canvas: where the picture lies on what the patches cover; None if that is not known.
+        canvas: where the image lies on what the patches cover; None if that is not known.
     """
 
     layout: TokenLayout
@@ -229,7 +229,7 @@ class Answer:
         accounting: visual tokens entering each decoder layer, merged tokens, key/value bytes.
         trace: the reductions that were applied, in order, on the CPU.
         runs: the layout of the unreduced visual tokens of every image.
-        canvases: where each picture lies on what its patches cover, see SeenImage; as many as `runs`.
+        canvases: where each image lies on what its patches cover, see SeenImage; as many as `runs`.
     """
 
     id: str

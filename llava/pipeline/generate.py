@@ -46,9 +46,9 @@ def generate(
     """
     if not samples or max_new_tokens < 1:
         raise UserError(f"Needs a question and max_new_tokens of at least 1, got {len(samples)} and {max_new_tokens}.")
-    for picture in (picture for sample in samples for picture in sample.images):
-        if not model.takes_videos and not isinstance(picture, Image.Image):
-            kind = type(picture).__name__.lower()
+    for image in (image for sample in samples for image in sample.images):
+        if not model.takes_videos and not isinstance(image, Image.Image):
+            kind = type(image).__name__.lower()
             raise UserError(f"{model.name} takes images only, got a {kind}; choose a Video-LLaVA for videos.")
     timer = Timer(model.device, clock)
     if model.answers is not None:

@@ -167,7 +167,7 @@ class Stages:
             plan = plan_image(self.reducer, model.spec, one.full)
             inputs = one.full.tokens if plan.fits else one.inputs
             name = name if number == 0 else f"{name}#{number + 1}"
-            method = self.reducer.for_picture(plan.spec) if self.reducer.retention_ratio else self.reducer
+            method = self.reducer.for_image(plan.spec) if self.reducer.retention_ratio else self.reducer
             image = self.images[row] = BatchImage(name, one, plan, method, inputs)
             record.images[sample].append(SeenImage(one.full, inputs, plan.tokens, plan.asked, canvas))
             if one.step is not None:

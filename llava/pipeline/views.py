@@ -142,7 +142,7 @@ def groups_of(
 def parts_of(model: Llava, reducer: Reducer, row: Row, image: EncodedImage) -> list[View]:
     """The views of one image; tiles with a budget of 0 are left out."""
     spec, count = spec_of(model.spec, image.full), len(image.arrangement.crops)
-    reducer = reducer.for_picture(spec).before_decoder(spec)
+    reducer = reducer.for_image(spec).before_decoder(spec)
     if divided(reducer, count):
         given = shares(reducer, image.full, image.encoded.scores)
         return [

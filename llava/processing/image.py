@@ -90,7 +90,7 @@ def open_image(path: str | Path | BinaryIO, name: str | None = None, upright: bo
     Args:
         path: or the file's bytes as an open file.
         name: how errors call the image; its path if left out.
-        upright: turn the image as its EXIF data say, as for a person who looks at it. Phones store pictures as the
+        upright: turn the image as its EXIF data say, as for a person who looks at it. Phones store images as the
             sensor lies. The official benchmark scripts do not turn them, so benchmarks do not either. Pillow itself
             turns TIFF files, always.
 

@@ -4,7 +4,7 @@ The budget is the mean over decoder layers of the visual tokens that enter a lay
 32 (or 40) layers; they are scaled in proportion to another depth.
 
 An image with several tiles (the base image and the tiles of LLaVA-NeXT, or the frames of a video) has one budget. The
-option `crops` names the rule that splits it:
+option `tile_budget` names the rule that splits it:
 
 * "each": evenly, the convention of most papers (640 tokens are 128 for each of five tiles). What a tile with too few
   patches cannot take goes to the others, so that the image's budget is met exactly.
@@ -107,7 +107,7 @@ def asked_of(reducer: Reducer, spec: ModelSpec) -> int:
     This is the number, or the ratio of this image's tokens, and at most what the image has. A method that chooses
     among patches never has class tokens to keep, and newline tokens only with newlines=keep.
     """
-    own = reducer.for_picture(spec)
+    own = reducer.for_image(spec)
     most = spec.visual_tokens
     if chooses_patches(own) and not fits_budget(own, spec):
         most = spec.patches + (spec.newlines if own.newlines == "keep" else 0)
@@ -124,7 +124,7 @@ def planned(reducer: Reducer, spec: ModelSpec) -> tuple[int, ...] | None:
         return None
     kept = spec.newlines if chooses_patches(reducer) and reducer.newlines == "keep" else 0
     plan = tuple(kept + sum(layer) for layer in zip(*known, strict=True))
-    if then := reducer.for_picture(spec).then:
+    if then := reducer.for_image(spec).then:
         then, spec = in_decoder(then, spec, plan[0])
         return then.tokens_per_layer(spec)
     return plan
@@ -147,7 +147,7 @@ def require(reducer: Reducer, spec: ModelSpec) -> None:
     if reducer.parts:
         reducer.check(spec)  # calls this function for each part
         return
-    reducer = reducer.for_picture(spec)
+    reducer = reducer.for_image(spec)
     parts = {(reducer, spec)}
     if spec.crops or spec.newlines:
         if not 1 <= reducer.budget <= spec.visual_tokens:
@@ -186,13 +186,13 @@ def chooses_patches(reducer: Reducer) -> bool:
 
 def divided(reducer: Reducer, crops: int) -> bool:
     """Whether an image of so many tiles is reduced tile by tile."""
-    return crops > 1 and reducer.crops != "global" and chooses_patches(reducer)
+    return crops > 1 and reducer.tile_budget != "global" and chooses_patches(reducer)
 
 
 def fits_budget(reducer: Reducer, spec: ModelSpec) -> bool:
     """Whether an image with tiles or newline tokens has no more tokens than its budget, and is not reduced."""
     several = bool(spec.crops or spec.newlines)
-    return several and reducer.for_picture(spec).budget >= spec.visual_tokens
+    return several and reducer.for_image(spec).budget >= spec.visual_tokens
 
 
 def for_patches(reducer: Reducer, newlines: int) -> int:
@@ -202,7 +202,7 @@ def for_patches(reducer: Reducer, newlines: int) -> int:
 
 def over_crops(reducer: AnyReducer, spec: ModelSpec) -> list[tuple[AnyReducer, ModelSpec]]:
     """The method and the model spec for each tile, or for all tiles together; the budget is split evenly."""
-    reducer = reducer.for_picture(spec).before_decoder(spec)
+    reducer = reducer.for_image(spec).before_decoder(spec)
     if divided(reducer, len(spec.crops)):
         given = split_evenly(for_patches(reducer, spec.newlines), [crop.tokens for crop in spec.crops])
         return [(reducer.with_budget(share), spec.crop(number)) for number, share in enumerate(given) if share]
@@ -246,7 +246,7 @@ def shares(reducer: Reducer, arrangement: TokenLayout, scores: dict[TowerScore, 
     if own is not None:
         return own
     even = split_evenly(budget, sizes)
-    if reducer.crops == "each" or arrangement.tiles is None:
+    if reducer.tile_budget == "each" or arrangement.tiles is None:
         return even
     seen = covered(arrangement, scores[TowerScore("cls_attention")][0])
     return [even[0], *split_evenly(budget - even[0], sizes[1:], seen)]

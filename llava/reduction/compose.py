@@ -10,7 +10,7 @@ The second finds an image of K tokens, and its stages have the budget B as their
 stages included. With share=0 the second method does everything, with share=1 the first.
 
 Options are those of both methods, METHOD.OPTION on a command line and METHOD__OPTION in Python and in results.
-`positions`, `crops` and `newlines` of the first are the composition's own; every stage numbers positions as its method.
+`positions`, `tile_budget` and `newlines` of the first are the composition's own; every stage numbers positions as its method.
 """
 
 from dataclasses import dataclass, field, fields, make_dataclass
@@ -23,7 +23,7 @@ from llava.reduction.scores import TowerScore
 from llava.reduction.states import DecoderState, EncoderState, PromptState
 from llava.reduction.token_layout import ModelSpec
 
-OWN = ("positions", "crops", "newlines")  # of the first method, without its name
+OWN = ("positions", "tile_budget", "newlines")  # of the first method, without its name
 # Where each part may act, in words and as stages.
 PLACES = {
     "first": ("after the tower or before decoder layer 0", {"encoder", "prompt"}),
@@ -69,7 +69,7 @@ class Composed(Reducer):
                 "the image."
             )
         try:
-            require(*in_decoder(self.for_picture(spec).then, spec, plan[0]))
+            require(*in_decoder(self.for_image(spec).then, spec, plan[0]))
         except UserError as error:
             raise type(error)(
                 f"{self.name} at a share of {self.share:g}: {first.name} leaves {plan[0]} of {total} tokens. Of these, "
@@ -80,7 +80,7 @@ class Composed(Reducer):
         return planned(self, spec)
 
     def before_decoder(self, spec: ModelSpec) -> Any:
-        budget, total = self.for_picture(spec).budget, spec.visual_tokens
+        budget, total = self.for_image(spec).budget, spec.visual_tokens
         shared = 1 <= budget < total  # else the first method says what is wrong with the budget, or keeps everything
         return self.first.with_budget(round(total ** (1 - self.share) * budget**self.share) if shared else budget)
 
@@ -120,7 +120,7 @@ def composition(first: type[Reducer], second: type[Reducer]) -> type[Composed]:
             raise UserError(f"{name} is no method: the {role} one may act {where} only, and {part.name} {acts}.")
     options, deviations = [], {}
     for part in parts:
-        leaves = {"retention_ratio"} | ({"crops", "newlines"} if part is second else set())
+        leaves = {"retention_ratio"} | ({"tile_budget", "newlines"} if part is second else set())
         for key, known in options_of(part).items():
             if key not in leaves:
                 own = field(default=known.default, metadata=known.metadata)

@@ -108,7 +108,7 @@ class Reducer:
         budget: visual tokens per image, as a mean over decoder layers; merged tokens count.
         positions: "renumber" gives the shortened sequence contiguous position ids, as LLaVA does; "original" lets
             every token keep the position id it had.
-        crops: how the budget of an image is split over its tiles, see llava/reduction/budget.py. A method that
+        tile_budget: how the budget of an image is split over its tiles, see llava/reduction/budget.py. A method that
             acts only in the decoder ranks all tokens together.
         retention_ratio: ratio of each image's visual tokens to keep, for images that differ in size; `budget` is then
             that of the largest image. 0 for the same number of tokens everywhere.
@@ -128,7 +128,9 @@ class Reducer:
     budget: int
     positions: str = option("renumber", "position ids after a reduction", ("renumber", "original"))
 
-    crops: str = option("each", "the budget over tiles: even, by the base image's attention, or all together", SPLITS)
+    tile_budget: str = option(
+        "each", "the budget over tiles: even, by the base image's attention, or all together", SPLITS
+    )
     retention_ratio: float = option(
         0.0, "ratio of each image's visual tokens to keep, in place of a budget", least=0, most=1
     )
@@ -206,7 +208,7 @@ class Reducer:
         unchanged = budget == self.budget and not self.retention_ratio
         return self if unchanged else replace(self, budget=budget, retention_ratio=0.0)
 
-    def for_picture(self, spec: ModelSpec) -> Self:
+    def for_image(self, spec: ModelSpec) -> Self:
         """The same method at the budget of one image."""
         if self.retention_ratio:
             return self.with_budget(tokens_of(self.retention_ratio, spec.visual_tokens))
@@ -219,7 +221,7 @@ class Reducer:
     def crop_shares(
         self, arrangement: TokenLayout, scores: dict[TowerScore, torch.Tensor], budget: int
     ) -> list[int] | None:
-        """The method's own rule for the tokens of each tile of an image; None for the rule of `crops`.
+        """The method's own rule for the tokens of each tile of an image; None for the rule of `tile_budget`.
 
         Args:
             scores: [tiles, P, ...], of whole tiles before unpadding.
@@ -229,7 +231,7 @@ class Reducer:
 
     def split_scores(self) -> tuple[TowerScore, ...]:
         """Tower scores needed to split the budget over tiles, besides the method's own."""
-        return (TowerScore("cls_attention"),) if self.crops == "thumbnail" else ()
+        return (TowerScore("cls_attention"),) if self.tile_budget == "thumbnail" else ()
 
     def tower_scores(self, tiled: bool) -> tuple[TowerScore, ...]:
         """All tower scores to compute for images with or without tiles."""

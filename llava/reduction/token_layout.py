@@ -17,18 +17,18 @@ NEWLINE = -2  # tile, row and column of a newline token
 
 @dataclass(frozen=True)
 class Canvas:
-    """What the patches of an image cover, and where the picture lies on it; all else is padding.
+    """What the patches of an image cover, and where the image lies on it; all else is padding.
 
     Attributes:
         size: width and height, in a unit of its own.
-        box: left, top, right and bottom of the picture; outside of the canvas where some of the picture is cut off.
+        box: left, top, right and bottom of the image; outside of the canvas where some of the image is cut off.
     """
 
     size: tuple[int, int]
     box: tuple[int, int, int, int]
 
     def empty(self, grid: tuple[int, int]) -> Tensor:
-        """[rows, columns] bool: the patches of a grid that hold no part of any pixel of the picture."""
+        """[rows, columns] bool: the patches of a grid that hold no part of any pixel of the image."""
         (width, height), (left, top, right, bottom), (rows, columns) = self.size, self.box, grid
         down, across = height * torch.arange(rows + 1), width * torch.arange(columns + 1)  # edges of patches
         no_row = (down[1:] <= top * rows) | (down[:-1] >= bottom * rows)
@@ -218,7 +218,7 @@ def on_padding(layout: TokenLayout, canvas: Canvas) -> Tensor:
     """[N] bool: the visual tokens whose patch lies on padding as a whole; class and newline tokens do not.
 
     Args:
-        canvas: what the tiles cover together. A base image before them is the picture itself, stretched.
+        canvas: what the tiles cover together. A base image before them is the image itself, stretched.
     """
     found = torch.zeros(layout.tokens, dtype=torch.bool)
     if canvas == WITHOUT_PADDING:

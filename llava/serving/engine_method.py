@@ -273,8 +273,8 @@ class EngineTower(FamilyWrapper):
         self.projector = model.multi_modal_projector if served.family is CLIP else nn.Identity()
         self.newline = getattr(model, "image_newline", None)
 
-    def groups(self, picture: EncodedImage) -> tuple[int, int, int]:
-        return (1, *picture.encoded.grid)
+    def groups(self, image: EncodedImage) -> tuple[int, int, int]:
+        return (1, *image.encoded.grid)
 
     def reduce(self, images: Sequence[EncodedImage], beside: Sequence[Tensor] | None = None) -> list[Tensor]:
         """Of each image [K, D] tokens.

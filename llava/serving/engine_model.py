@@ -226,7 +226,7 @@ class Engine:
         seen = list[list[SeenImage]]()
         for sample in samples:
             # Which tokens are kept is not known; none of them is on padding where there is no padding.
-            canvases: list[Any] = [model.canvas(picture) for picture in sample.images]
+            canvases: list[Any] = [model.canvas(image) for image in sample.images]
             known = [one if plan.fits or not on_padding(layout, one).any() else None for one in canvases]
             seen.append([SeenImage(layout, whole.tokens, planned, plan.asked, canvas) for canvas in known])
         return asked, Record(seen, [[] for _ in samples]), [planned[0] * len(sample.images) for sample in samples]

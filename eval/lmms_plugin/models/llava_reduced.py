@@ -42,7 +42,7 @@ class LlavaReduced(lmms):
 
     Args:
         batch_size: questions answered at once; answers do not depend on it.
-        arguments: see eval.lmms_plugin; `set.KEY` and `picture.KEY` among them.
+        arguments: see eval.lmms_plugin; `set.KEY` and `image.KEY` among them.
     """
 
     is_simple = True
@@ -96,8 +96,8 @@ class LlavaReduced(lmms):
         context, _, visuals_of, number, task, split = request.args
         question, suffix = split_suffix(context)
         name = f"{task}/{split}/{number}"
-        pictures = tuple(opened(visual, name) for visual in visuals_of(self.task_dict[task][split][number]) or ())
-        return Sample(name, question, suffix, pictures[0] if len(pictures) == 1 else pictures or None)
+        images = tuple(opened(visual, name) for visual in visuals_of(self.task_dict[task][split][number]) or ())
+        return Sample(name, question, suffix, images[0] if len(images) == 1 else images or None)
 
     @ends_the_process
     def refuse(self, requests: Sequence[Any]) -> NoReturn:

@@ -98,10 +98,10 @@
         }
       }
     };
-    const within = (path, picture) => {
+    const within = (path, image) => {
       context.save();
       context.clip(path);
-      context.drawImage(picture, 0, 0, width, height);
+      context.drawImage(image, 0, 0, width, height);
       context.restore();
     };
 
