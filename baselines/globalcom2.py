@@ -61,26 +61,26 @@ def equal_parts(score: Tensor, grid: tuple[int, int], tiles: tuple[int, int]) ->
     return torch.zeros(tiles[0] * tiles[1], dtype=torch.double).scatter_add_(0, part, score.double()).tolist()
 
 
-def split(score: Tensor, arrangement: TokenLayout, temperature: float, budget: int) -> list[int]:
+def split(score: Tensor, layout: TokenLayout, temperature: float, budget: int) -> list[int]:
     """Split `budget`: the base image at the ratio of the whole image, each tile at a ratio adjusted by its richness.
 
     Args:
         score: [P] of the base image.
     """
-    sizes = [len(crop.patches) for crop in arrangement.crops]
+    sizes = [len(crop.patches) for crop in layout.crops]
     budget = min(budget, sum(sizes))
     first = int(budget * sizes[0] / sum(sizes) + 0.5)
-    factors = adjustment(covered(arrangement, score), temperature)
+    factors = adjustment(covered(layout, score), temperature)
     weights = [size * factor for size, factor in zip(sizes[1:], factors, strict=True)]
     return [first, *split_evenly(budget - first, sizes[1:], weights)]
 
 
-def split_as_released(score: Tensor, arrangement: TokenLayout, temperature: float, ratio: float) -> list[int]:
+def split_as_released(score: Tensor, layout: TokenLayout, temperature: float, ratio: float) -> list[int]:
     """Tokens of each tile: its own ratio of its own patches, rounded down."""
-    assert arrangement.tiles is not None  # crop_shares returns before this without tiles
-    factors = adjustment(equal_parts(score, arrangement.grid, arrangement.tiles), temperature)
+    assert layout.tiles is not None  # crop_shares returns before this without tiles
+    factors = adjustment(equal_parts(score, layout.grid, layout.tiles), temperature)
     ratios = [ratio, *(min(ratio * factor, 1.0) for factor in factors)]
-    return [int(len(crop.patches) * own) for crop, own in zip(arrangement.crops, ratios, strict=True)]
+    return [int(len(crop.patches) * own) for crop, own in zip(layout.crops, ratios, strict=True)]
 
 
 @register("globalcom2")
@@ -123,13 +123,13 @@ class GlobalCom2(Reducer):
     def scores(self) -> tuple[TowerScore, ...]:
         return (SCORE,)
 
-    def crop_shares(self, arrangement: TokenLayout, scores: dict[TowerScore, Tensor], budget: int) -> list[int] | None:
-        if self.tile_budget != "adaptive" or arrangement.tiles is None:
+    def crop_shares(self, layout: TokenLayout, scores: dict[TowerScore, Tensor], budget: int) -> list[int] | None:
+        if self.tile_budget != "adaptive" or layout.tiles is None:
             return None
         score = scores[SCORE][0].cpu()  # the one wait for the device: token counts become shapes
         if self.official:
-            return split_as_released(score, arrangement, self.temperature, min(1.0, self.budget / arrangement.patches))
-        return split(score, arrangement, self.temperature, budget)
+            return split_as_released(score, layout, self.temperature, min(1.0, self.budget / layout.patches))
+        return split(score, layout, self.temperature, budget)
 
     def encoder(self, state: EncoderState) -> Reduction | None:
         assert state.thumbnail is not None  # the pipeline sets it

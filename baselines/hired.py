@@ -41,14 +41,14 @@ def salient_patches(early: Tensor, count: int) -> Tensor:
     return torch.zeros_like(early).scatter_(0, keep_top(early[None], count)[0], 1.0)
 
 
-def crop_budgets(salient: Tensor, arrangement: TokenLayout, budget: int) -> list[int]:
+def crop_budgets(salient: Tensor, layout: TokenLayout, budget: int) -> list[int]:
     """Split a budget over the tiles of an image, in proportion to the salient patches in the region of each.
 
     Args:
         salient: [P], 1 for every salient patch of the base image.
     """
-    sizes = [len(tile.patches) for tile in arrangement.crops[1:]]
-    return split_evenly(budget, sizes, covered(arrangement, salient))
+    sizes = [len(tile.patches) for tile in layout.crops[1:]]
+    return split_evenly(budget, sizes, covered(layout, salient))
 
 
 def crop_budgets_as_released(salient: Tensor, tiles: int, budget: int) -> list[int]:
@@ -62,7 +62,7 @@ def crop_budgets_as_released(salient: Tensor, tiles: int, budget: int) -> list[i
     return (runs / runs.sum().clamp(min=1) * budget).int().clamp(max=len(salient)).tolist()
 
 
-def behind_unpadding(given: list[int], attention: Tensor, arrangement: TokenLayout) -> list[int]:
+def behind_unpadding(given: list[int], attention: Tensor, layout: TokenLayout) -> list[int]:
     """How many of the `given` best patches of each whole tile are left after unpadding.
 
     They are the best of the patches that are left, so the counts suffice.
@@ -72,7 +72,7 @@ def behind_unpadding(given: list[int], attention: Tensor, arrangement: TokenLayo
     """
     rank = attention.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     chosen = (rank < torch.tensor(given)[:, None]).long()
-    return [int(row[crop.patches].sum()) for row, crop in zip(chosen, arrangement.crops, strict=True)]
+    return [int(row[crop.patches].sum()) for row, crop in zip(chosen, layout.crops, strict=True)]
 
 
 @register("hired")
@@ -119,17 +119,17 @@ class HiRED(Scorer):
     def split_scores(self) -> tuple[TowerScore, ...]:
         return (*super().split_scores(), *((EARLY,) if self.tile_budget == "content" else ()))
 
-    def crop_shares(self, arrangement: TokenLayout, scores: dict[TowerScore, Tensor], budget: int) -> list[int] | None:
-        if self.tile_budget != "content" or arrangement.tiles is None:
+    def crop_shares(self, layout: TokenLayout, scores: dict[TowerScore, Tensor], budget: int) -> list[int] | None:
+        if self.tile_budget != "content" or layout.tiles is None:
             return None
-        base = len(arrangement.crops[0].patches)
+        base = len(layout.crops[0].patches)
         first = min(int(budget * self.alpha), base)
         early = scores[EARLY][0]
         salient = salient_patches(early, int(len(early) * (1 - self.alpha))).cpu()  # token counts become shapes
         if not self.official:
-            first = min(base, max(first, budget - (arrangement.patches - base)))
-            return [first, *crop_budgets(salient, arrangement, budget - first)]
-        tiles = len(arrangement.crops) - 1
+            first = min(base, max(first, budget - (layout.patches - base)))
+            return [first, *crop_budgets(salient, layout, budget - first)]
+        tiles = len(layout.crops) - 1
         rest = min(budget - first, tiles * len(salient))
         given = [first, *crop_budgets_as_released(salient, tiles, rest)]
-        return behind_unpadding(given, scores[LATE].cpu(), arrangement)
+        return behind_unpadding(given, scores[LATE].cpu(), layout)

@@ -152,7 +152,7 @@ def test_tiles_and_frames_share_what_the_first_method_leaves(name, tiled):
         ("divprune+fastv", {"fastv.layr": "2"}, "option of divprune.fastv 'fastv.layr'. Did you mean 'fastv.layer'"),
         ("divprune+fastv", {"fastv.newlines": "keep"}, "Unknown option of divprune.fastv 'fastv.newlines'"),
         ("divprune+fastv", {"divprune.retention_ratio": "0.5"}, "Unknown option"),
-        ("divprune+fastv", {"divprune.tile_budget": "each", "tile_budget": "global"}, "tile_budget of divprune.fastv is given twice"),
+        ("divprune+fastv", {"divprune.tile_budget": "each", "tile_budget": "global"}, "divprune.fastv is given twice"),
         ("divprune+fastv", {"fastv.layer": "-1"}, "fastv.layer must be at least 0"),
         ("divprune+fastv", {"share": "2"}, "share must be between 0 and 1"),
         ("divprune+pyramiddrop", {"budget": 192}, "leaves 333 of 576 tokens. Of these, pyramiddrop cannot .*share may"),

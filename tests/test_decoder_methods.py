@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.drawn_images import state_with
 from torch import nn
 
 from baselines.dart import Dart, hash_order, highest, pick_different, shares
@@ -22,6 +21,7 @@ from llava.reduction.states import DecoderState
 from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests.attention_maps import eager_maps, real
 from tests.conftest import samples
+from tests.drawn_images import state_with
 
 GRID = PatchGrid(24, 24)
 LLAVA_15 = ModelSpec(576, 32, GRID, 24)

@@ -407,12 +407,12 @@ NEXT_SIZES = [(1, 1), (2, 1), (28, 28), (28, 56), (29, 27), (57, 56), (64, 48), 
 NEXT_SIZES += [(31, 97), (300, 10), (10, 300), (150, 149), (2500, 400), (20_000, 10), (10, 20_000)]
 
 
-def run_of(arrangement, patches: int) -> list[int]:
+def run_of(layout, patches: int) -> list[int]:
     """Per token of the run: crop * patches + place in the crop; -1 for a newline. Every place is given once."""
-    given = [crop.indices for crop in arrangement.crops] + [arrangement.newlines]
-    assert torch.cat(given).sort().values.equal(torch.arange(arrangement.tokens))
-    run = torch.full((arrangement.tokens,), -1)
-    for number, crop in enumerate(arrangement.crops):
+    given = [crop.indices for crop in layout.crops] + [layout.newlines]
+    assert torch.cat(given).sort().values.equal(torch.arange(layout.tokens))
+    run = torch.full((layout.tokens,), -1)
+    for number, crop in enumerate(layout.crops):
         assert len(crop.patches) == crop.rows * crop.columns
         run[crop.indices] = number * patches + crop.patches
     return run.tolist()
@@ -456,11 +456,11 @@ def test_official_token_counts(row):
     tiles = row["grid_rows"], row["grid_cols"]
     top, bottom, left, right = unpadded(size, tiles, GRID)
     assert (bottom - top, right - left) == (row["unpadded_rows"], row["unpadded_cols"])
-    arrangement = processor.arrange(size)
-    assert arrangement.tiles == tiles
-    assert arrangement.tokens == row["tokens_total_base_plus_unpadded_plus_newlines"]
-    assert len(arrangement.newlines) == row["unpadded_rows"]
-    stitched = [number - 576 for number in run_of(arrangement, 576)[576:] if number >= 0]
+    layout = processor.arrange(size)
+    assert layout.tiles == tiles
+    assert layout.tokens == row["tokens_total_base_plus_unpadded_plus_newlines"]
+    assert len(layout.newlines) == row["unpadded_rows"]
+    stitched = [number - 576 for number in run_of(layout, 576)[576:] if number >= 0]
     assert (stitched[0], sum(stitched)) == (row["first_index"], row["index_sum"])
 
 
@@ -496,9 +496,9 @@ def test_both_roundings():
 def test_a_line_leaves_only_the_small_copy(size, newlines):
     """The original keeps no patch of the tiles; empty rows still end in a newline, rows that are cut off do not."""
     processor = AnyresProcessor(SMALL_CLIP, SMALL_GRID, [[28, 56]])
-    pixels, arrangement = processor(noise(*size))
-    assert run_of(arrangement, 16) == merged_slowly(size, (2, 1), SMALL_GRID, True) == [*range(16), *[-1] * newlines]
-    assert len(pixels) == len(arrangement.crops) == 1
+    pixels, layout = processor(noise(*size))
+    assert run_of(layout, 16) == merged_slowly(size, (2, 1), SMALL_GRID, True) == [*range(16), *[-1] * newlines]
+    assert len(pixels) == len(layout.crops) == 1
     kept_all, _ = AnyresProcessor(SMALL_CLIP, SMALL_GRID, [[28, 56]], merge="spatial")(noise(*size))
     assert kept_all[:1].equal(pixels)
     assert len(kept_all) == 3
@@ -523,24 +523,24 @@ def test_best_resolution_in_both_readings():
 @pytest.mark.parametrize("size", NEXT_SIZES)
 def test_pixels_are_those_of_transformers(size, reading):
     """The crops agree to the bit; only which resolution is taken differs, so the original gets turned ones."""
-    ours, arrangement = AnyresProcessor(SMALL_CLIP, SMALL_GRID, SMALL, reading=reading)(noise(*size))
+    ours, layout = AnyresProcessor(SMALL_CLIP, SMALL_GRID, SMALL, reading=reading)(noise(*size))
     pinpoints = [[w, h] if reading == "transformers" else [h, w] for w, h in SMALL]
     edges = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
     official = LlavaNextImageProcessorPil(**edges, image_grid_pinpoints=pinpoints)
     with old_pillow():
         theirs = official(noise(*size), return_tensors="pt")
     assert ours.dtype == torch.float32
-    assert ours.shape == (len(arrangement.crops), 3, 28, 28)
+    assert ours.shape == (len(layout.crops), 3, 28, 28)
     assert ours.equal(theirs["pixel_values"][0, : len(ours)].float())
-    assert len(ours) == theirs["pixel_values"].shape[1] or arrangement.patches == 16
+    assert len(ours) == theirs["pixel_values"].shape[1] or layout.patches == 16
 
 
 def test_a_forced_resolution_gives_every_image_five_crops():
     """2,880 tokens, as papers say, where the checkpoint's own preprocessing gives up to 2,928."""
     forced = AnyresProcessor(TOWER, GRID, [(336, 336)], force=(672, 672), merge="spatial")
     for size in ((1, 1), (640, 480), (20, 900), (5000, 4000)):
-        arrangement = forced.arrange(size)
-        assert (len(arrangement.crops), arrangement.tokens, arrangement.whole) == (5, 2880, True)
+        layout = forced.arrange(size)
+        assert (len(layout.crops), layout.tokens, layout.whole) == (5, 2880, True)
     assert AnyresProcessor(TOWER, GRID, PINPOINTS).arrange((1000, 1000)).tokens == 2928
 
 

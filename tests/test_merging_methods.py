@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.drawn_images import state_with
 
 from baselines.prumerge import (
     PruMerge,
@@ -25,6 +24,7 @@ from llava.pipeline.prefill import prefill
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests.conftest import samples
+from tests.drawn_images import state_with
 from tests.parity.harness import FOLDER, recording
 from tests.parity.model import draw
 

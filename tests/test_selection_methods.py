@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.drawn_images import state_with
 
 from baselines.cdpruner import CDPruner, unit_interval
 from baselines.divprune import DivPrune
@@ -17,6 +16,7 @@ from llava.reduction.ranking import farthest_apart, largest_determinant
 from llava.reduction.reducer import PromptState
 from llava.reduction.scores import TowerScore
 from tests.conftest import samples
+from tests.drawn_images import state_with
 from tests.parity import model as recipe
 from tests.parity.harness import FOLDER, parity_model, recording
 from tests.test_greedy import removed_by_the_book, volume_by_the_book

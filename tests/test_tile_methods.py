@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from tests.drawn_images import arranged, counts_of, image_with, kept_of, parts_with, state_of
 
 from baselines.globalcom2 import SCORE, GlobalCom2, adjustment, equal_parts, split, split_as_released
 from baselines.hired import EARLY, LATE, HiRED, crop_budgets, crop_budgets_as_released, salient_patches
@@ -18,6 +17,7 @@ from llava.reduction.budget import planned
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import ModelSpec, PatchGrid, frames, single, spec_of, stitched
 from tests.conftest import QUESTIONS, drawn_image
+from tests.drawn_images import arranged, counts_of, image_with, kept_of, parts_with, state_of
 from tests.parity import model as recipe
 from tests.parity.harness import FOLDER, parity_model, recording
 from tests.tiny_checkpoints_families import make_tiny_next, save_next_transformers

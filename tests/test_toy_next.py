@@ -133,9 +133,9 @@ def test_centres_are_the_place_in_the_image(corpus):
     row = 0
     seen = visuals(corpus, [row], [whole_sequence(corpus, row)])
     where = centres(corpus, [row], seen)[0]
-    arrangement = corpus.layout(row)
-    tall = len(arrangement.newlines)
-    wide = (arrangement.tokens - 576) // tall - 1
+    layout = corpus.layout(row)
+    tall = len(layout.newlines)
+    wide = (layout.tokens - 576) // tall - 1
     fifth = 576 + 5 * (wide + 1)
     for place, (x, y) in (
         (0, (0.5 / 24, 0.5 / 24)),
@@ -145,7 +145,7 @@ def test_centres_are_the_place_in_the_image(corpus):
         (fifth + wide - 1, (1 - 0.5 / wide, 5.5 / tall)),
     ):
         assert where[place].tolist() == pytest.approx([2 * x - 1, 2 * y - 1])
-    assert where[arrangement.newlines].isnan().all()
+    assert where[layout.newlines].isnan().all()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from eval import benchmarks, cli
+from eval import benchmarks
 from eval.config import ROOT
 from scripts.dev.wheel import INSTALLED
 

@@ -47,7 +47,7 @@ def position_bias(drawn: Collected, counterpart: Collected, score: str, measure:
     """Question id -> how much more than half of a score lies in the second half of the sequence, for no content's sake.
 
     Both contents of an image, its upper and its lower half, stand once in the first and once in the second half of the
-    sequence; the mean of both arrangements minus one half is 0 for a score that looks at content alone, 0.5 for one
+    sequence; the mean of both layouts minus one half is 0 for a score that looks at content alone, 0.5 for one
     that looks at the second half alone and -0.5 for the first.
     """
     a, b = drawn.of(score, measure), counterpart.of(score, measure)

@@ -389,7 +389,7 @@ class ScriptModel(nn.Module):
             image = next(prepared, None)
             if image is None:
                 raise UserError("The prompts have more <image> than there are images; give one image for each.")
-            ids += [self.hf_model.config.image_token_id] * image.arrangement.tokens
+            ids += [self.hf_model.config.image_token_id] * image.layout.tokens
         return ids
 
     def _question(self, prompt: Sequence[int]) -> str:

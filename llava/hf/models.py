@@ -139,12 +139,12 @@ class PreparedImage:
 
     Attributes:
         pixels: [C, 3, S, S].
-        arrangement: its token layout.
+        layout: its token layout.
         canvas: where the image lies on what the patches cover; None where pixels do not say it.
     """
 
     pixels: Tensor
-    arrangement: TokenLayout
+    layout: TokenLayout
     canvas: Canvas | None = None
 
 
@@ -176,7 +176,7 @@ class HFWrapper(Llava):
         return prompt
 
     def views(self, image: PreparedImage) -> tuple[Tensor, TokenLayout]:
-        return image.pixels, image.arrangement
+        return image.pixels, image.layout
 
     def canvas(self, image: Any) -> Canvas | None:
         return getattr(image, "canvas", None)
@@ -383,7 +383,7 @@ def samples(
     Args:
         ids: [B, L].
         mask: [B, L], 0 in the padding, on either side; None for no padding.
-        ready: images of the whole batch in order, with their `arrangement`, by the id of their placeholder token.
+        ready: images of the whole batch in order, with their `layout`, by the id of their placeholder token.
         questions: the question of every row without template, for methods that read it; without `questions`, it is
             the text that `text_span` finds.
         tokenizer: needed with `questions`.
@@ -470,7 +470,7 @@ def _with_slots(row: list[int], waiting: dict[int, Iterator[PreparedImage]]) -> 
         if image is None:
             raise UserError(f"The prompts have more image tokens than the images have visual tokens; {ONE_CALL}")
         # The length of each run is known, so images side by side are told apart.
-        count = image.arrangement.tokens
+        count = image.layout.tokens
         if row[place : place + count] != [token] * count:
             room = next((n for n, other in enumerate(row[place:]) if other != token), len(row) - place)
             raise UserError(f"An image has {count} visual tokens, but its prompt {room} image tokens; {ONE_CALL}")

@@ -32,14 +32,14 @@ class EncodedImage:
 
     Attributes:
         encoded: of its crops: features [C, n, D], scores [C, P, ...].
-        arrangement: of what the tower gave, class tokens among it where the method keeps them.
+        layout: of what the tower gave, class tokens among it where the method keeps them.
         full: of what the model takes without any reduction.
         inputs: tokens that the method starts from, those that it reduces inside the tower among them.
         step: where and how tokens were reduced up to here, if they were.
     """
 
     encoded: Encoded
-    arrangement: TokenLayout
+    layout: TokenLayout
     full: TokenLayout
     inputs: int
     step: tuple[str, Reduction] | None = None
@@ -47,11 +47,11 @@ class EncodedImage:
     @property
     def extra_cls(self) -> bool:
         """The class tokens are there for the method alone; the model itself drops them."""
-        return self.arrangement.crops[0].cls is not None and self.full.crops[0].cls is None
+        return self.layout.crops[0].cls is not None and self.full.crops[0].cls is None
 
     def crop_features(self, number: int, with_cls: bool) -> Tensor:
         """[n, D] features of a crop's patches, after its class token if that is wanted."""
-        crop, features = self.arrangement.crops[number], self.encoded.features[number]
+        crop, features = self.layout.crops[number], self.encoded.features[number]
         cls = int(crop.cls is not None)
         patches = features[cls:]
         if len(patches) != len(crop.patches):
@@ -60,7 +60,7 @@ class EncodedImage:
 
     def tile_score(self, score: TowerScore, number: int) -> Tensor:
         """[n, ...] values of a score at a crop's patches."""
-        values, patches = self.encoded.scores[score][number], self.arrangement.crops[number].patches
+        values, patches = self.encoded.scores[score][number], self.layout.crops[number].patches
         return values if len(values) == len(patches) else values[patches.to(values.device, non_blocking=True)]
 
 
@@ -76,7 +76,7 @@ def encoded_image_of(
     """
     start = full.with_cls if keep_cls else full
     if grid is not None and grid != full.grid:
-        pieces = [ViewReduction(crop.indices, coarse(crop.layout, grid)) for crop in full.crops]
+        pieces = [ViewReduction(crop.indices, coarse(crop.patch_grid, grid)) for crop in full.crops]
         whole = len(pieces) == 1
         step = ("input", pieces[0].reduction if whole else join(pieces, full.tokens)[0])
         return EncodedImage(encoded, full.shrunk(grid), full, start.tokens, step)

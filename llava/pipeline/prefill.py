@@ -222,7 +222,7 @@ class Stages:
         for row, image in self.images.items():
             slot_of[row] = slot = row if row in reduced else id(image.encoded)
             if slot not in slots:
-                if image.encoded.arrangement.is_one_tile:
+                if image.encoded.layout.is_one_tile:
                     slots[slot] = Features(image.encoded.encoded.features[0])
                 else:
                     slots[slot] = views.everything(image.encoded, image.plan.fits)
@@ -340,9 +340,9 @@ class Stages:
         whole: dict[tuple[Any, ...], list[Row]] = {}
         tiled: list[Row] = []
         for row, image in self.images.items():
-            arrangement = image.encoded.arrangement
-            if arrangement.is_one_tile:
-                shape = arrangement.layout, arrangement.tokens
+            layout = image.encoded.layout
+            if layout.is_one_tile:
+                shape = layout.patch_grid, layout.tokens
                 whole.setdefault((image.method, image.plan.spec, shape), []).append(row)
             elif not image.plan.fits:
                 tiled.append(row)
@@ -359,7 +359,7 @@ class Stages:
                 "ids": tuple(image.name for image in images),
                 "spec": images[0].plan.spec,
                 "features": features,
-                "layout": images[0].encoded.arrangement.layout,
+                "layout": images[0].encoded.layout.patch_grid,
                 "scores": scores,
                 "merged": merged,
                 "questions": tuple(self.samples[sample].question for sample, _ in rows),

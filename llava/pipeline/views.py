@@ -62,9 +62,9 @@ class View:
 
     @cached_property
     def layout(self) -> PatchGrid:
-        layout = self.image.arrangement.layout
+        layout = self.image.layout.patch_grid
         if len(self.numbers) == 1:
-            layout = self.image.arrangement.crops[self.numbers[0]].layout
+            layout = self.image.layout.crops[self.numbers[0]].patch_grid
         return replace(layout, has_cls=layout.has_cls and self.with_cls)
 
     @property
@@ -72,13 +72,15 @@ class View:
         """Patch grids of the tiles, where the view is several of them."""
         if len(self.numbers) == 1:
             return ()
-        tiles = self.image.arrangement.crops
-        return tuple(replace(tiles[n].layout, has_cls=tiles[n].cls is not None and self.with_cls) for n in self.numbers)
+        tiles = self.image.layout.crops
+        return tuple(
+            replace(tiles[n].patch_grid, has_cls=tiles[n].cls is not None and self.with_cls) for n in self.numbers
+        )
 
     @cached_property
     def indices(self) -> Tensor:
         """[n] indices of its tokens among the image's visual tokens."""
-        crops = self.image.arrangement.crops
+        crops = self.image.layout.crops
         return _side_by_side([crops[n].all_indices if self.with_cls else crops[n].indices for n in self.numbers])
 
     @cached_property
@@ -94,12 +96,12 @@ class View:
         """The sample's id, with a number from the second image on, and the tile."""
         sample, number = self.row
         name = samples[sample].id if number == 0 else f"{samples[sample].id}#{number + 1}"
-        return f"{name}/{self.numbers[0]}" if len(self.numbers) < len(self.image.arrangement.crops) else name
+        return f"{name}/{self.numbers[0]}" if len(self.numbers) < len(self.image.layout.crops) else name
 
     def reduced(self, reduction: Reduction, device: torch.device) -> ViewReduction:
         """A reduction of this view alone, as a part of the image's; blocks go by order of tiles, or of time."""
         number = self.numbers[0] if len(self.numbers) == 1 else 0
-        block = number if self.image.arrangement.temporal else min(number, 1)  # the base image, then all tiles
+        block = number if self.image.layout.temporal else min(number, 1)  # the base image, then all tiles
         return ViewReduction(self.indices.to(device, non_blocking=True), reduction, block)
 
 
@@ -141,7 +143,7 @@ def groups_of(
 
 def parts_of(model: Llava, reducer: Reducer, row: Row, image: EncodedImage) -> list[View]:
     """The views of one image; tiles with a budget of 0 are left out."""
-    spec, count = spec_of(model.spec, image.full), len(image.arrangement.crops)
+    spec, count = spec_of(model.spec, image.full), len(image.layout.crops)
     reducer = reducer.for_image(spec).before_decoder(spec)
     if divided(reducer, count):
         given = shares(reducer, image.full, image.encoded.scores)
@@ -184,11 +186,11 @@ def overview(image: EncodedImage, number: int, score: TowerScore) -> Tensor:
     The base image and the stitched, unpadded tiles show the same image, each stretched over its own grid. For the base
     image itself, and without tiles, the tile's own values.
     """
-    arrangement = image.arrangement
-    if number == 0 or arrangement.tiles is None:
+    layout = image.layout
+    if number == 0 or layout.tiles is None:
         return image.tile_score(score, number)
-    tiles, (heights, widths) = arrangement.crops[1:], arrangement.tile_sides()
-    table = image.encoded.scores[score][0].unflatten(0, arrangement.grid)
+    tiles, (heights, widths) = layout.crops[1:], layout.tile_sides()
+    table = image.encoded.scores[score][0].unflatten(0, layout.grid)
     size = (sum(heights), sum(widths))
     whole = F.interpolate(table[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
     row, column = divmod(number - 1, len(widths))
@@ -202,10 +204,10 @@ def everything(image: EncodedImage, plain: bool) -> Features:
     Args:
         plain: leave out class tokens that only the method uses.
     """
-    arrangement, plain = image.arrangement, plain and image.extra_cls
-    features = [image.crop_features(number, not plain) for number in range(len(arrangement.crops))]
-    places = [crop.indices if plain else crop.all_indices for crop in arrangement.crops]
-    order = torch.cat([*places, arrangement.newlines]).argsort()
+    layout, plain = image.layout, plain and image.extra_cls
+    features = [image.crop_features(number, not plain) for number in range(len(layout.crops))]
+    places = [crop.indices if plain else crop.all_indices for crop in layout.crops]
+    order = torch.cat([*places, layout.newlines]).argsort()
     return Features(torch.cat(features), order.to(features[0].device, non_blocking=True))
 
 
@@ -223,15 +225,15 @@ def join_views(reducer: Reducer, image: EncodedImage, pieces: list[ViewReduction
         the reduction, and [K] int64: for each output token its index among those of the views, newline tokens last.
     """
     newlines = newline_view(reducer, image, pieces[0].indices.device)
-    return join(pieces + newlines, image.arrangement.tokens)
+    return join(pieces + newlines, image.layout.tokens)
 
 
 def newline_view(reducer: Reducer, image: EncodedImage, device: torch.device) -> list[ViewReduction]:
     """The newline tokens of an image as a view that keeps all, if the method keeps them."""
-    places = image.arrangement.newlines.to(device, non_blocking=True)
+    places = image.layout.newlines.to(device, non_blocking=True)
     if reducer.newlines == "drop" or not len(places):
         return []
-    last = len(image.arrangement.crops) if image.arrangement.temporal else 1
+    last = len(image.layout.crops) if image.layout.temporal else 1
     return [ViewReduction(places, Reduction(torch.arange(len(places), device=device)[None], len(places)), last)]
 
 
@@ -253,7 +255,7 @@ def join_prompt(
         return Reduced([row], reduction)
     sample, number = row
     start = sequence.hidden.shape[1] - sequence.lengths[sample] + sequence.visual[sample][number][0]
-    tokens = sequence.hidden[sample, start : start + image.arrangement.tokens]
+    tokens = sequence.hidden[sample, start : start + image.layout.tokens]
     newlines = newline_view(reducer, image, order.device)
     merged = [
         tokens[view.indices[view.reduction.kept[0]]] if value is None else value

@@ -406,11 +406,11 @@ class AnyresProcessor:
         The image may have any mode; EXIF rotation is ignored, as in `open_image`.
         """
         image = as_rgb(image)
-        arrangement = self.arrange(image.size)
+        layout = self.arrange(image.size)
         crops = [resize(image, (self.clip.size, self.clip.size))]
-        if arrangement.tiles:
+        if layout.tiles:
             crops += cut(on_canvas(image, self.resolution(image.size)), self.tile)
-        return self.clip.crops(crops), arrangement
+        return self.clip.crops(crops), layout
 
 
 def _whole(value: float, reading: str) -> int:

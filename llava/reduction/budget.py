@@ -92,12 +92,12 @@ class ImagePlan:
 
 
 @lru_cache(maxsize=1024)
-def plan_image(reducer: Reducer, model: ModelSpec, arrangement: TokenLayout) -> ImagePlan:
+def plan_image(reducer: Reducer, model: ModelSpec, layout: TokenLayout) -> ImagePlan:
     """The plan of a method for the images of a model with one token layout; it is worked out once.
 
     It holds for every instance with the same options, so it never holds the instance.
     """
-    spec = spec_of(model, arrangement)
+    spec = spec_of(model, layout)
     return ImagePlan(spec, fits_budget(reducer, spec), planned(reducer, spec), asked_of(reducer, spec))
 
 
@@ -212,16 +212,16 @@ def over_crops(reducer: AnyReducer, spec: ModelSpec) -> list[tuple[AnyReducer, M
     return [(reducer.with_budget(min(reducer.budget, spec.visual_tokens)), spec)]
 
 
-def in_tower(reducer: Reducer, arrangement: TokenLayout) -> Reducer:
+def in_tower(reducer: Reducer, layout: TokenLayout) -> Reducer:
     """The method as it acts on the pixels or inside the tower, at the budget of one tile.
 
     Raises:
         UserError: the tiles would not all be reduced alike.
     """
-    count = len(arrangement.crops)
-    if reducer.acts_in.isdisjoint(("tower", "input_grid")) or (count == 1 and not len(arrangement.newlines)):
+    count = len(layout.crops)
+    if reducer.acts_in.isdisjoint(("tower", "input_grid")) or (count == 1 and not len(layout.newlines)):
         return reducer
-    refuse_unequal_crops(reducer, count, arrangement.whole)
+    refuse_unequal_crops(reducer, count, layout.whole)
     return reducer.with_budget(reducer.budget // count)
 
 
@@ -234,21 +234,21 @@ def refuse_unequal_crops(reducer: Reducer, crops: int, whole: bool) -> None:
         )
 
 
-def shares(reducer: Reducer, arrangement: TokenLayout, scores: dict[TowerScore, Tensor]) -> list[int]:
+def shares(reducer: Reducer, layout: TokenLayout, scores: dict[TowerScore, Tensor]) -> list[int]:
     """Tokens for each tile of one image.
 
     Args:
         scores: those of `tower_scores`, [tiles, P, ...], of whole tiles before unpadding.
     """
-    sizes = [len(crop.patches) for crop in arrangement.crops]
-    budget = for_patches(reducer, len(arrangement.newlines))
-    own = reducer.crop_shares(arrangement, scores, budget)
+    sizes = [len(crop.patches) for crop in layout.crops]
+    budget = for_patches(reducer, len(layout.newlines))
+    own = reducer.crop_shares(layout, scores, budget)
     if own is not None:
         return own
     even = split_evenly(budget, sizes)
-    if reducer.tile_budget == "each" or arrangement.tiles is None:
+    if reducer.tile_budget == "each" or layout.tiles is None:
         return even
-    seen = covered(arrangement, scores[TowerScore("cls_attention")][0])
+    seen = covered(layout, scores[TowerScore("cls_attention")][0])
     return [even[0], *split_evenly(budget - even[0], sizes[1:], seen)]
 
 
@@ -279,12 +279,12 @@ def split_evenly(budget: int, sizes: Sequence[int], weights: Sequence[float] | N
     return given
 
 
-def covered(arrangement: TokenLayout, score: Tensor) -> list[float]:
+def covered(layout: TokenLayout, score: Tensor) -> list[float]:
     """Sum of the base image's scores [P] over the region that each tile shows.
 
     The base image and the stitched, unpadded tiles show the same image, each stretched over its own grid.
     """
-    rows, columns = arrangement.grid
+    rows, columns = layout.grid
     # Shares become tensor lengths, so the host needs them: the one wait for the device.
     table = score.float().cpu().unflatten(0, (rows, columns))
 
@@ -293,5 +293,5 @@ def covered(arrangement: TokenLayout, score: Tensor) -> list[float]:
         ends = [sum(sizes[: index + 1]) * length // max(1, sum(sizes)) for index in range(len(sizes))]
         return [slice(start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
 
-    heights, widths = arrangement.tile_sides()
+    heights, widths = layout.tile_sides()
     return [table[row, column].sum().item() for row in regions(heights, rows) for column in regions(widths, columns)]

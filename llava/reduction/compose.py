@@ -10,7 +10,8 @@ The second finds an image of K tokens, and its stages have the budget B as their
 stages included. With share=0 the second method does everything, with share=1 the first.
 
 Options are those of both methods, METHOD.OPTION on a command line and METHOD__OPTION in Python and in results.
-`positions`, `tile_budget` and `newlines` of the first are the composition's own; every stage numbers positions as its method.
+`positions`, `tile_budget` and `newlines` of the first are the composition's own; every stage
+numbers positions as its method.
 """
 
 from dataclasses import dataclass, field, fields, make_dataclass

@@ -218,9 +218,7 @@ class Reducer:
         """The method that reduces an image before the decoder, at its budget; a composition gives its first method."""
         return self
 
-    def crop_shares(
-        self, arrangement: TokenLayout, scores: dict[TowerScore, torch.Tensor], budget: int
-    ) -> list[int] | None:
+    def crop_shares(self, layout: TokenLayout, scores: dict[TowerScore, torch.Tensor], budget: int) -> list[int] | None:
         """The method's own rule for the tokens of each tile of an image; None for the rule of `tile_budget`.
 
         Args:

@@ -106,7 +106,7 @@ class Tile:
         return self.indices if self.cls is None else torch.cat([torch.tensor([self.cls]), self.indices])
 
     @property
-    def layout(self) -> PatchGrid:
+    def patch_grid(self) -> PatchGrid:
         return PatchGrid(self.rows, self.columns, has_cls=self.cls is not None)
 
 
@@ -158,7 +158,7 @@ class TokenLayout:
         return heights, widths
 
     @cached_property
-    def layout(self) -> PatchGrid:
+    def patch_grid(self) -> PatchGrid:
         """Patch grid of all tokens, tile after tile; one row if the tiles have different shapes."""
         has_cls = self.crops[0].cls is not None
         shapes = {(crop.rows, crop.columns) for crop in self.crops}
@@ -321,13 +321,13 @@ class ModelSpec:
 
 
 @lru_cache(maxsize=1024)
-def spec_of(spec: ModelSpec, arrangement: TokenLayout) -> ModelSpec:
+def spec_of(spec: ModelSpec, layout: TokenLayout) -> ModelSpec:
     """The model spec with the tokens and tiles of one image."""
-    several = len(arrangement.crops) > 1
+    several = len(layout.crops) > 1
     return replace(
         spec,
-        visual_tokens=arrangement.tokens,
-        layout=replace(arrangement.layout, has_cls=False),
-        crops=tuple(PatchGrid(crop.rows, crop.columns) for crop in arrangement.crops) if several else (),
-        newlines=len(arrangement.newlines),
+        visual_tokens=layout.tokens,
+        layout=replace(layout.patch_grid, has_cls=False),
+        crops=tuple(PatchGrid(crop.rows, crop.columns) for crop in layout.crops) if several else (),
+        newlines=len(layout.newlines),
     )

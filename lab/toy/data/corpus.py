@@ -220,9 +220,9 @@ def owner_crops(owner: np.ndarray) -> np.ndarray:
     return np.stack([np.asarray(crop, np.int16) for crop in (small, *cut(canvas, SIDE))]) - 1
 
 
-def run_sources(arrangement: TokenLayout) -> np.ndarray:
+def run_sources(layout: TokenLayout) -> np.ndarray:
     """[N] int64: crop * 576 + patch of every token of the run, -1 for a newline."""
-    sources = np.full(arrangement.tokens, -1)
-    for number, crop in enumerate(arrangement.crops):
+    sources = np.full(layout.tokens, -1)
+    for number, crop in enumerate(layout.crops):
         sources[crop.indices.numpy()] = number * PATCHES + crop.patches.numpy()
     return sources

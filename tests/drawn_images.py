@@ -30,12 +30,10 @@ def arranged(size: tuple[int, int], merge: str = "spatial_unpad") -> TokenLayout
     return AnyresProcessor(SimpleNamespace(crop=336), (24, 24), pinpoints, merge=merge).arrange(size)
 
 
-def image_with(arrangement: TokenLayout, signals: Signals) -> EncodedImage:
+def image_with(layout: TokenLayout, signals: Signals) -> EncodedImage:
     """Signals [crops, P] over whole crops; features are all zero."""
     crops, patches = next(iter(signals.values())).shape
-    return encoded_image_of(
-        Encoded(torch.zeros(crops, patches, 1), signals, arrangement.grid), arrangement, keep_cls=False
-    )
+    return encoded_image_of(Encoded(torch.zeros(crops, patches, 1), signals, layout.grid), layout, keep_cls=False)
 
 
 def state_of(part) -> EncoderState:
@@ -43,25 +41,25 @@ def state_of(part) -> EncoderState:
     return EncoderState(**shared_fields(None, [Sample("a", "?")], [part]))
 
 
-def parts_with(reducer: Reducer, arrangement: TokenLayout, signals: Signals) -> list:
-    layout = PatchGrid(*arrangement.grid)
-    model = SimpleNamespace(spec=ModelSpec(layout.tokens, 4, layout, 24))
-    return parts_of(model, reducer, (0, 0), image_with(arrangement, signals))
+def parts_with(reducer: Reducer, layout: TokenLayout, signals: Signals) -> list:
+    patches = PatchGrid(*layout.grid)
+    model = SimpleNamespace(spec=ModelSpec(patches.tokens, 4, patches, 24))
+    return parts_of(model, reducer, (0, 0), image_with(layout, signals))
 
 
-def kept_of(reducer: Reducer, arrangement: TokenLayout, signals: Signals) -> list[int]:
+def kept_of(reducer: Reducer, layout: TokenLayout, signals: Signals) -> list[int]:
     """crop * P + patch of what is kept, in the order of the run; -1 for a newline token."""
-    places = [arrangement.newlines] if reducer.newlines == "keep" else []
-    for part in parts_with(reducer, arrangement, signals):
+    places = [layout.newlines] if reducer.newlines == "keep" else []
+    for part in parts_with(reducer, layout, signals):
         reduction = None if part.reducer.keeps_all(len(part.indices)) else part.reducer.encoder(state_of(part))
         places.append(part.indices if reduction is None else part.indices[reduction.kept[0]])
-    crop, row, column = arrangement.origins()[torch.cat(places).sort().values].unbind(1)
-    rows, columns = arrangement.grid
+    crop, row, column = layout.origins()[torch.cat(places).sort().values].unbind(1)
+    rows, columns = layout.grid
     return torch.where(crop == NEWLINE, -1, (crop * rows + row) * columns + column).tolist()
 
 
-def counts_of(codes: list[int], arrangement: TokenLayout) -> list[int]:
+def counts_of(codes: list[int], layout: TokenLayout) -> list[int]:
     """Kept patches of each crop."""
-    patches = arrangement.grid[0] * arrangement.grid[1]
+    patches = layout.grid[0] * layout.grid[1]
     crops = torch.tensor([code // patches for code in codes if code >= 0])
-    return torch.bincount(crops, minlength=len(arrangement.crops)).tolist()
+    return torch.bincount(crops, minlength=len(layout.crops)).tolist()
