@@ -83,7 +83,7 @@ def parser() -> Parser:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="how images are read, where the model's family leaves a choice: merge=spatial, reading=transformers, "
+        help="how images are read, where the model's family leaves a choice: merge=spatial, anyres_rule=transformers, "
         "force=672x672 (LLaVA-NeXT), min_pixels=N, max_pixels=N (Qwen)",
     )
     meanings = setting_help()

@@ -87,7 +87,7 @@ class Job:
         if check_files := getattr(self.model, "check_files", None):
             check_files()
 
-    def credits(self, questions: Sequence[Question], texts: Sequence[str]) -> list[float]:
+    def sample_scores(self, questions: Sequence[Question], texts: Sequence[str]) -> list[float]:
         """What each answer is worth; nothing where the benchmark has no sample score for a single answer."""
         judge = self.data.sample_score
         return [] if judge is None else [judge(q, text) for q, text in zip(questions, texts, strict=True)]
@@ -299,7 +299,7 @@ class Answered:
                 "text": answer.text,
                 "answer_id": answer_id(settings, part.sample.id),
                 "model_id": model,
-                "metadata": {"audit": cost.audit_record(answer.accounting), "images": part.digest},
+                "metadata": {"accounting": cost.accounting_record(answer.accounting), "images": part.digest},
             }
             for part, answer in zip(self.parts, self.batch.answers, strict=True)
         ]
@@ -380,13 +380,13 @@ class Progress:
     """The bar, W&B, and how far all replicas are together.
 
     Args:
-        credits: sample scores of the questions that were answered before; empty where the benchmark has none.
+        sample_scores: sample scores of the questions that were answered before; empty where the benchmark has none.
         before: their number.
     """
 
-    def __init__(self, job: Job, rank: Rank, tracker: tracking.Tracker, credits: Sequence[float], before: int):
+    def __init__(self, job: Job, rank: Rank, tracker: tracking.Tracker, sample_scores: Sequence[float], before: int):
         self._job, self._rank, self._tracker = job, rank, tracker
-        self._points, self.before, self.answered = sum(credits), before, 0
+        self._points, self.before, self.answered = sum(sample_scores), before, 0
         self.began = time.time()
         self.bar = tqdm(
             total=len(job.planned),
@@ -403,13 +403,13 @@ class Progress:
         self.answered += len(questions)
         if not self._rank.leads:
             return
-        credits = self._job.credits(questions, [answer.text for answer in batch.answers])
+        sample_scores = self._job.sample_scores(questions, [answer.text for answer in batch.answers])
         everyone = self.before + self._rank.count("answered", len(questions))
-        points = self._points + self._rank.count("points", round(MICRO * sum(credits))) / MICRO
+        points = self._points + self._rank.count("points", round(MICRO * sum(sample_scores))) / MICRO
         self.show(everyone)
-        accuracy = 100 * points / everyone if credits else None
+        accuracy = 100 * points / everyone if sample_scores else None
         samples = [part.sample for part in outcome.parts]
-        self._tracker.batch(samples, batch, credits, answered=everyone, accuracy=accuracy)
+        self._tracker.batch(samples, batch, sample_scores, answered=everyone, accuracy=accuracy)
 
     @property
     def everyone(self) -> int:
@@ -498,8 +498,8 @@ def ask(job: Job, sink: AnswerFiles | None, pending: Sequence[Question], progres
                     record["notes"] += limit.notes
                     sink.add(lines, record)
                 # Said after the first batch, as the result says it after the last: that may be hours later.
-                audits = [line["metadata"]["audit"] for line in lines]
-                if progress.answered == 0 and (off := cost.off_budget(audits, job.reducer, planned_only=True)):
+                accounts = [line["metadata"]["accounting"] for line in lines]
+                if progress.answered == 0 and (off := cost.off_budget(accounts, job.reducer, planned_only=True)):
                     print(f"Warning, first batch: {off['remark']}", file=sys.stderr)
                 progress.add(outcome)
                 failures.release()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from eval.benchmarks.llava_files import split_suffix
-from eval.results.cost import audit_record, off_budget, summarise_audit
+from eval.results.cost import accounting_record, off_budget, summarise_accounting
 from llava.budget import RETENTION_RATIO, budget_text
 from llava.errors import UserError
 from llava.hf.interface import ScriptModel
@@ -87,7 +87,7 @@ class UnderMethod:
         tokenizer: its tokenizer or processor; None where there is none, which methods that read the question refuse.
 
     Attributes:
-        audits: of every prompt so far, see `audit_record`.
+        accounts: of every prompt so far, see `accounting_record`.
 
     Raises:
         UserError: `reduce` does not take the model, or the method there.
@@ -110,7 +110,7 @@ class UnderMethod:
             text_tower=choice.text_tower,
             **choice.options,
         )
-        self.audits: list[dict[str, Any]] = []
+        self.accounts: list[dict[str, Any]] = []
         self._matches = reads and not self.scripted
         self._asked: dict[str, str] = {}
         self._end: str | None = None  # what the template writes after each text
@@ -150,7 +150,7 @@ class UnderMethod:
                 mask = torch.ones_like(ids) if kwargs.get("attention_mask") is None else kwargs["attention_mask"]
                 self.reduced.questions = [self._question(row[real.bool()]) for row, real in zip(ids, mask, strict=True)]
             output = original(*args, **kwargs)
-            self.audits += map(audit_record, self.reduced.accounting)
+            self.accounts += map(accounting_record, self.reduced.accounting)
             return output
         except Exception as error:
             self._failure = error
@@ -181,12 +181,12 @@ class UnderMethod:
     def close(self) -> None:
         """Print the visual tokens per layer; UserError if no image of any prompt was reduced."""
         reducer = self.reduced.reducer
-        if not any(record["visual_tokens"] for record in self.audits):
+        if not any(record["visual_tokens"] for record in self.accounts):
             raise UserError(
                 f"0 prompts were reduced by {reducer.name}: `generate` of this {type(self.model).__name__} was called "
-                f"with {len(self.audits):,} prompts and no image, so the answers say nothing of the method."
+                f"with {len(self.accounts):,} prompts and no image, so the answers say nothing of the method."
             )
-        conclude(self.audits, reducer)
+        conclude(self.accounts, reducer)
 
 
 class _Stopped(BaseException):
@@ -197,11 +197,11 @@ def without_images(text: str) -> str:
     return PLACEHOLDER.sub("", text)
 
 
-def conclude(audits: Sequence[Mapping[str, Any]], reducer: Reducer) -> None:
+def conclude(accounts: Sequence[Mapping[str, Any]], reducer: Reducer) -> None:
     """Print the visual tokens per layer that were counted, with a warning where the budget asks for others."""
-    if off := off_budget(audits, reducer):
+    if off := off_budget(accounts, reducer):
         print(f"Warning: {off['remark']}", file=sys.stderr)
-    mean, budget = summarise_audit(audits), budget_text(reducer.budget, reducer.retention_ratio)
+    mean, budget = summarise_accounting(accounts), budget_text(reducer.budget, reducer.retention_ratio)
     at = "" if reducer.name == "full" else f" at {budget}"
     print(
         f"{reducer.name}{at}: {mean['mean_tokens_per_layer']:.1f} visual tokens per layer, mean of "

@@ -193,14 +193,14 @@ def answer(args: Any, read: Callable[[Any], tuple[list[Asked], Images]], max_new
     job = Job(config, data, data.questions, model, reducer, settings, path.parent, started)
     name, lines = get_model_name_from_path(args.model_path), DurableLines(path)
     try:
-        audits = write_lines(job, part, lines, name)
+        accounts = write_lines(job, part, lines, name)
     finally:
         lines.close()
-    if audits and method != FULL:
-        mean = cost.summarise_audit(audits)["mean_tokens_per_layer"]
+    if accounts and method != FULL:
+        mean = cost.summarise_accounting(accounts)["mean_tokens_per_layer"]
         kept = budget_text(reducer.budget, reducer.retention_ratio)
         print(f"{method} at {kept}: {mean:.1f} visual tokens per layer.", file=sys.stderr)
-        if off := cost.off_budget(audits, reducer):
+        if off := cost.off_budget(accounts, reducer):
             print(f"Warning: {off['remark']}", file=sys.stderr)
 
 
@@ -225,7 +225,7 @@ def use_template(model: Any, name: str) -> None:
 
 
 def write_lines(job: Job, asked: Sequence[Asked], lines: DurableLines, model: str) -> list[dict[str, Any]]:
-    """Ask all questions; a line is written when those of all questions before it are. Returns the audits."""
+    """Ask all questions; a line is written when those of all questions before it are. Returns the accounts."""
     settings, limit = settings_hash(job.settings), BatchLimit()
     order = asking_order(job.planned, job.planned, job.model)
     done: dict[str, dict[str, Any]] = {}
@@ -250,4 +250,4 @@ def write_lines(job: Job, asked: Sequence[Asked], lines: DurableLines, model: st
                 break
     if failed is not None:
         raise UserError(f"Question {failed.question} failed: {failed.reason}") from failed.error
-    return [line["metadata"]["audit"] for line in done.values()]
+    return [line["metadata"]["accounting"] for line in done.values()]

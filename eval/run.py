@@ -214,8 +214,8 @@ def answer_questions(job: Job, store: AnswerStore, tracker: tracking.Tracker, ra
     }
     rank.put("run", plan)
     pending = [job.planned[place] for place in wanted]
-    credits = job.credits(done, [store.answers[question.id]["text"] for question in done])
-    progress = Progress(job, rank, tracker, credits, len(done))
+    sample_scores = job.sample_scores(done, [store.answers[question.id]["text"] for question in done])
+    progress = Progress(job, rank, tracker, sample_scores, len(done))
     with progress.bar:
         parts = [answer_part(job, store if rank.alone else None, pending, progress, rank)]
         if not rank.alone:
@@ -313,7 +313,7 @@ def summarise(job: Job, store: AnswerStore, throughput: dict[str, Any], ttft: di
         )
     asked = [question.id for question in answered]
     lines = [store.answers[name] for name in asked]
-    audits = [line["metadata"]["audit"] for line in lines]
+    accounts = [line["metadata"]["accounting"] for line in lines]
     score, judged = score_answers(job.data, job.config.judge, asked, texts(job, store), job.output / "answers.jsonl")
     timed = cost.checked(store.timing_of(asked), job.output / TIMING)
     flops = cost.summarise_flops(timed)
@@ -322,7 +322,7 @@ def summarise(job: Job, store: AnswerStore, throughput: dict[str, Any], ttft: di
     remarks += [*cost.mixed_batches(timed), *store.remarks]
     if without_cls := job.reducer.without_cls(job.model.spec):
         remarks.append(without_cls)
-    if off_budget := cost.off_budget(audits, job.reducer):
+    if off_budget := cost.off_budget(accounts, job.reducer):
         remarks.append(off_budget["remark"])
     result = {
         "title": job.data.title,
@@ -335,7 +335,7 @@ def summarise(job: Job, store: AnswerStore, throughput: dict[str, Any], ttft: di
         "available": len(job.data.questions),
         "partial": len(job.planned) < len(job.data.questions),
         **report.scored(score, answered, job.data.labels({line["question_id"]: images_of(line) for line in lines})),
-        "audit": cost.summarise_audit(audits),
+        "accounting": cost.summarise_accounting(accounts),
         "off_budget": off_budget,
         "counts_otherwise": job.reducer.deviates("uncounted") or None,
         "timing": cost.summarise_timing(timed, job.started) | {"ttft": ttft},
@@ -367,8 +367,8 @@ def sample_table(job: Job, store: AnswerStore) -> list[list[Any]]:
     answered = [question for question in job.planned if question.id in store.answers]
     for number, question in enumerate(answered[: tracking.TABLE_ROWS]):
         line = store.answers[question.id]
-        mean = line["metadata"]["audit"]["mean"]
+        mean = line["metadata"]["accounting"]["mean"]
         image = job.data.sample(question).image if number < tracking.TABLE_IMAGES else None
-        credit = job.data.sample_score(question, line["text"]) if job.data.sample_score is not None else None
-        rows.append([question.id, image, None, question.question, question.answer, line["text"], credit, mean])
+        sample_score = job.data.sample_score(question, line["text"]) if job.data.sample_score is not None else None
+        rows.append([question.id, image, None, question.question, question.answer, line["text"], sample_score, mean])
     return rows

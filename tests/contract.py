@@ -137,17 +137,17 @@ def check(reducer: Reducer, model: Llava, batch: list[Sample]) -> None:
         mean = sum(planned) / len(planned)
         assert abs(mean - reducer.budget) <= reducer.rounding, f"{label(reducer)}: plans {planned}, a mean of {mean:g}"
     alone = [run(model, [sample], reducer) for sample in batch]
-    records = [cost.audit_record(audit) for _, (audit,), _ in alone]
+    records = [cost.accounting_record(accounting) for _, (accounting,), _ in alone]
     off = cost.off_budget(records, reducer)
-    mean = cost.summarise_audit(records)["mean_tokens_per_layer"]
+    mean = cost.summarise_accounting(records)["mean_tokens_per_layer"]
     missed = planned is None and abs(mean - min(reducer.budget, model.visual_tokens)) > reducer.rounding
     assert bool(off) == missed, f"{label(reducer)}: {mean:g} tokens per layer, a result says of its budget: {off}"
     for size in SIZES:
-        logits, audits, record = run(model, batch[:size], reducer)
+        logits, accounts, record = run(model, batch[:size], reducer)
         for i, steps in enumerate(record.steps):
             question = batch[i].id
             if planned is not None and batch[i].image is not None:
-                counted = audits[i].tokens_per_layer
+                counted = accounts[i].tokens_per_layer
                 assert counted == planned, f"{label(reducer)}: {question}: plans {planned}, counted are {counted}"
             if steps:
                 check_order(reducer, question, steps)

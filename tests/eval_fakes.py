@@ -1,6 +1,6 @@
 """A model with the interface of llava.model.llava_arch.Llava that answers at once, and a small GQA to ask it.
 
-Its answers, audits, traces and timings depend on the question's id alone, so that two runs can be compared.
+Its answers, accounts, traces and timings depend on the question's id alone, so that two runs can be compared.
 """
 
 import json
@@ -80,10 +80,10 @@ class FakeLlava:
             step = Step("prompt", Reduction(torch.arange(kept)[None], self.visual_tokens))
             budget = float(reducer.budget)
             plan = budget if self.planned else None
-            audit = TokenAccounting((kept,) * LAYERS, self.visual_tokens, 0, 1000 * kept, 1, plan, asked=budget)
+            accounting = TokenAccounting((kept,) * LAYERS, self.visual_tokens, 0, 1000 * kept, 1, plan, asked=budget)
             runs = (single(8, 8),) * len(sample.images)
             nowhere = (None,) * len(runs)
-            answers.append(Answer(sample.id, fake_text(sample.id), (1,), audit, (step,), runs, nowhere))
+            answers.append(Answer(sample.id, fake_text(sample.id), (1,), accounting, (step,), runs, nowhere))
         count = len(samples)
         timing = Timing(0.001 * count, 0.0005 * count, 0.002 * count, 0.004 * count, preprocess=0.003 * count)
         images = sum(len(sample.images) for sample in samples)

@@ -581,7 +581,7 @@ def test_means_over_fewer_questions_than_were_asked_say_so(tmp_path, monkeypatch
     capsys.readouterr()
     model = FakeLlava()
     result = run(config(data, tmp_path / "o"), model, FakeReducer())
-    assert model.asked == [] and result["asked"] == 40 and result["audit"]["samples"] == 40
+    assert model.asked == [] and result["asked"] == 40 and result["accounting"]["samples"] == 40
     assert result["flops"]["questions"] == result["timing"]["questions"] == counted
     assert any(f"{counted} of 40 questions" in remark for remark in result["remarks"])
     printed = capsys.readouterr().out.splitlines()

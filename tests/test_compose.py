@@ -39,7 +39,7 @@ def test_is_the_first_method_and_then_the_second_on_what_it_left(name, count, ti
     """16 tokens and a budget of 4: the first method leaves 8, the second has a mean of 4 of these 8."""
     batch, (first, second) = samples(count, text_only=()), name.split("+")
     reducer = registry.build(name, 4)
-    logits, audits, record = contract.run(tiny, batch, reducer)
+    logits, accounts, record = contract.run(tiny, batch, reducer)
     before, after = registry.build(first, 8), registry.build(second, 4)
     stages = Stages(tiny, before, batch, Record([[] for _ in batch], [[] for _ in batch]), Timer(tiny.device))
     stages.encode_images()
@@ -68,9 +68,9 @@ def test_is_the_first_method_and_then_the_second_on_what_it_left(name, count, ti
     state = decoder.prefill(tiny.llm, sequence, after.decoder_layers(4), between)
     assert kept(record) == steps and all(len(own) > 1 for own in steps)
     torch.testing.assert_close(logits, tiny.logits(state.hidden), atol=1e-5, rtol=0)
-    for audit in audits:
-        assert audit.tokens_per_layer == reducer.tokens_per_layer(tiny.spec) == after.tokens_per_layer(spec)
-        assert audit.tokens_per_layer[0] == 8 and abs(audit.mean - 4) <= 0.5
+    for accounting in accounts:
+        assert accounting.tokens_per_layer == reducer.tokens_per_layer(tiny.spec) == after.tokens_per_layer(spec)
+        assert accounting.tokens_per_layer[0] == 8 and abs(accounting.mean - 4) <= 0.5
 
 
 def test_the_budget_is_shared_as_the_page_says():
@@ -131,12 +131,12 @@ def test_tiles_and_frames_share_what_the_first_method_leaves(name, tiled):
             first = dataclasses.replace(reducer.before_decoder(spec), retention_ratio=0)
             alone = contract.run(model, [sample], first)
             assert kept(found[2])[0][0] == kept(alone[2])[0][0]
-            (audit,), (entering, *_) = found[1], alone[1][0].tokens_per_layer
-            assert audit.tokens_per_layer == planned(reducer, spec) and audit.tokens_per_layer[0] == entering
+            (accounting,), (entering, *_) = found[1], alone[1][0].tokens_per_layer
+            assert accounting.tokens_per_layer == planned(reducer, spec) and accounting.tokens_per_layer[0] == entering
             own = reducer.for_image(spec).budget
-            assert abs(entering - (layout.tokens * own) ** 0.5) <= 1 and abs(audit.mean - own) <= 0.5
+            assert abs(entering - (layout.tokens * own) ** 0.5) <= 1 and abs(accounting.mean - own) <= 0.5
             oracle = contract.run(model, [sample], oracle_of(reducer, model.spec))[1][0]
-            assert oracle.tokens_per_layer == audit.tokens_per_layer
+            assert oracle.tokens_per_layer == accounting.tokens_per_layer
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_options_seeds_results_and_sources_know_both_parts():
     assert read == {"fastv": {"layer": "3"}, "random+fastv": {"fastv.layer": "3", "share": "0.3"}}
     config = RunConfig("random+fastv", 64, seed=7, options={**read["random+fastv"], "random.positions": "original"})
     reducer = build_reducer(config, 576)
-    assert (reducer.first.seed, reducer.first.positions, reducer.then.layer, reducer.then.positions) == (
+    assert (reducer.first.seed, reducer.first.positions, reducer.second.layer, reducer.second.positions) == (
         7, "original", 3, "original",
     )  # fmt: skip
     changed = changed_options("random+fastv", dataclasses.asdict(reducer))

@@ -47,7 +47,7 @@ def shapes():
 
 def waits_of(shapes, reducer) -> list[Call]:
     """Waits of one prefill between the copy of the pixels to the device and the choice of the first token."""
-    waits = [call for call in calls_of(shapes, reducer, question()) if call.waits]
+    waits = [call for call in calls_of(shapes, reducer, question()) if call.synchronisations]
     pixels = bool(waits) and waits[0].line.endswith(" encode_images")
     return waits[pixels:]
 
@@ -113,8 +113,8 @@ READINGS = {
 @pytest.mark.parametrize("run", READINGS.values(), ids=READINGS)
 def test_sees_what_makes_the_host_wait(run):
     """On the host itself nothing waits."""
-    assert [call.waits for call in counted(run, "meta")].count(True) == 1
-    assert not any(call.waits for call in counted(run))
+    assert [call.synchronisations for call in counted(run, "meta")].count(True) == 1
+    assert not any(call.synchronisations for call in counted(run))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_sees_what_makes_the_host_wait(run):
     ],
 )
 def test_sees_copies_that_block(run, waits):
-    assert sum(call.waits for call in counted(run, "meta")) == waits
+    assert sum(call.synchronisations for call in counted(run, "meta")) == waits
 
 
 # The oracle: as many tokens in every layer as the method, and nothing read of the image.
@@ -215,7 +215,9 @@ def test_a_method_that_reads_values_is_counted_where_there_are_some(tiny):
 
     found = count_prefill(tiny, reducer, asked, Readless())
     assert found.tokens_per_layer == (8,) * 4
-    assert found.waits is None, "a 0 would say that the host waits for nothing; on a CPU there is nothing to wait for"
+    assert found.synchronisations is None, (
+        "a 0 would say that the host waits for nothing; on a CPU there is nothing to wait for"
+    )
     with pytest.raises(NotImplementedError):
         count_prefill(Readless(), reducer, asked)
 

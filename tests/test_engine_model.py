@@ -107,7 +107,7 @@ def stored(folder: Path) -> dict[str, tuple[str, object]]:
     """Text and accounting by question, without tokens on padding, which are not known where vLLM chose them."""
     rows = [row for _, row in read_jsonl(folder / "answers.jsonl")]
     for row in rows:
-        row["metadata"]["audit"]["on_padding"] = None
+        row["metadata"]["accounting"]["on_padding"] = None
     return {row["question_id"]: (row["text"], row["metadata"]) for row in rows}
 
 

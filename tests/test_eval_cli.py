@@ -77,8 +77,8 @@ def test_the_last_line_is_the_result_in_words(main, tmp_path):
     assert result["sentence"] == out.splitlines()[-1]
     assert result["metrics"]["accuracy"] == 50 and not result["partial"]
     assert result["confidence"]["accuracy"]["low"] is None and result["timing"]["ttft"] is None
-    assert result["audit"]["entering_per_layer"] == [16, 16, 16]
-    assert result["audit"]["kv_bytes_per_sample"] == 16000
+    assert result["accounting"]["entering_per_layer"] == [16, 16, 16]
+    assert result["accounting"]["kv_bytes_per_sample"] == 16000
     per_question = {"preprocess": 3, "vision": 1, "selection": 0.5, "prefill": 2, "decode": 4}
     per_batch = {name: 8 * value for name, value in per_question.items()}
     assert result["timing"]["ms_per_question"] == pytest.approx(per_question)
@@ -109,7 +109,7 @@ def test_answers_are_in_llavas_fields(main, data, tmp_path):
         "text": fake_text("1000"),
         "model_id": "fake",
         "metadata": {
-            "audit": {
+            "accounting": {
                 "entering": [16, 16, 16],
                 "mean": 16,
                 "planned": 16,
@@ -126,16 +126,16 @@ def test_answers_are_in_llavas_fields(main, data, tmp_path):
     assert predictions[0] == {"questionId": "1000", "prediction": fake_text("1000").lower().rstrip(".")}
 
 
-def test_questions_without_an_image_neither_water_the_audit_down_nor_hide_a_deviation():
+def test_questions_without_an_image_neither_water_the_accounting_down_nor_hide_a_deviation():
     seen = record(20.0, entering=[20, 20], merged=0, kv_bytes=10)
     unseen = record(0.0, asked=0.0, planned=0.0, visual_tokens=0, entering=[0, 0], merged=0, kv_bytes=2)
-    summary = cost.summarise_audit([seen, unseen, unseen])
+    summary = cost.summarise_accounting([seen, unseen, unseen])
     assert summary["mean_tokens_per_layer"] == 20 and summary["samples"] == 3 and summary["without_image"] == 2
     off = cost.off_budget([seen, unseen, unseen, unseen], Mine(rounding=1.5))
     assert (off["counted"], off["asked"], off["questions"]) == (20, 16, 1)
     assert cost.off_budget([seen, unseen], Mine(rounding=4)) is None
     assert cost.off_budget([unseen], Mine()) is None
-    assert cost.summarise_audit([unseen])["mean_tokens_per_layer"] == 0
+    assert cost.summarise_accounting([unseen])["mean_tokens_per_layer"] == 0
 
 
 def test_tokens_on_padding_are_a_mean_over_images_or_not_known(main):
@@ -143,18 +143,18 @@ def test_tokens_on_padding_are_a_mean_over_images_or_not_known(main):
     costs = {"entering": [20, 20], "merged": 0, "kv_bytes": 10}
     unseen = record(0.0, visual_tokens=0, **costs | {"entering": [0, 0]}, on_padding=0.0)
     new, old = [record(20.0, **costs, on_padding=tokens) for tokens in (4.5, 1.5)], record(20.0, **costs)
-    assert cost.summarise_audit([*new, unseen])["mean_tokens_on_padding"] == 3
+    assert cost.summarise_accounting([*new, unseen])["mean_tokens_on_padding"] == 3
     for others in ([old], [record(20.0, **costs, on_padding=None)]):
-        assert cost.summarise_audit([*new, unseen, *others])["mean_tokens_on_padding"] is None
+        assert cost.summarise_accounting([*new, unseen, *others])["mean_tokens_on_padding"] is None
     code, printed, _ = main("--method", "uniform", "--budget", "16", "--output", "o")
     result = json.loads(Path("o/result.json").read_text())
-    assert not code and "padding" not in printed and result["audit"].pop("mean_tokens_on_padding") is None
-    known = report.cost_lines(result | {"audit": result["audit"] | {"mean_tokens_on_padding": 2.25}})
+    assert not code and "padding" not in printed and result["accounting"].pop("mean_tokens_on_padding") is None
+    known = report.cost_lines(result | {"accounting": result["accounting"] | {"mean_tokens_on_padding": 2.25}})
     assert "0.0 of them merged, 2.2 on padding" in known[0] and "padding" not in report.cost_lines(result)[0]
 
 
 def record(mean: float, asked: float = 16.0, planned: float | None = None, visual_tokens: int = 64, **more) -> dict:
-    """An audit."""
+    """An accounting."""
     return {"mean": mean, "asked": asked, "planned": planned, "visual_tokens": visual_tokens, **more}
 
 
@@ -267,7 +267,7 @@ def test_a_mean_off_the_budget_is_said_and_loses_nothing(data, tmp_path, capsys,
     config = RunConfig("first", 16, data=data, output=tmp_path / "o", wandb="disabled", limit=30)
     result = run(config, FakeLlava(mean_error=1, planned=planned), FakeReducer())
     assert (result["off_budget"]["counted"], result["off_budget"]["asked"]) == (17, 16)
-    assert result["off_budget"]["questions"] == 30 and result["audit"]["asked_tokens_per_layer"] == 16
+    assert result["off_budget"]["questions"] == 30 and result["accounting"]["asked_tokens_per_layer"] == 16
     found = json.loads((tmp_path / "o" / "limit30" / "result.json").read_text())
     assert found["off_budget"] == result["off_budget"]
     printed = capsys.readouterr()
@@ -316,7 +316,7 @@ def test_a_documented_rounding_is_accepted(data, tmp_path):
         rounding = 1.0
 
     config = RunConfig("first", 16, data=data, output=tmp_path / "o", wandb="disabled")
-    assert run(config, FakeLlava(mean_error=1), Rough())["audit"]["mean_tokens_per_layer"] == 17
+    assert run(config, FakeLlava(mean_error=1), Rough())["accounting"]["mean_tokens_per_layer"] == 17
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -629,8 +629,8 @@ def test_the_convention_of_tiles_is_part_of_the_result(tmp_path):
     save_next_transformers(tmp_path / "next", make_tiny_next())
     arguments = ("--method", "fastervlm", "--budget", "20", "--model", str(tmp_path / "next"))
     result = run_in(tmp_path, *arguments, "--image-option", "merge=spatial", "--image-option", "force=112x112")
-    assert result["settings"]["image_options"] == {"merge": "spatial", "pinpoints": "original", "tiles": "112x112"}
-    assert result["audit"]["mean_tokens_per_layer"] == 20 and result["audit"]["visual_tokens_before"] == 80
+    assert result["settings"]["image_options"] == {"merge": "spatial", "anyres_rule": "original", "tiles": "112x112"}
+    assert result["accounting"]["mean_tokens_per_layer"] == 20 and result["accounting"]["visual_tokens_before"] == 80
 
 
 @pytest.mark.parametrize("flags", [["--budget", "1/4"], ["--set", "consensusdrop.retention_ratio=0.25"]])
@@ -638,8 +638,8 @@ def test_a_ratio_keeps_that_part_of_each_image(tmp_path, flags):
     save_qwen_transformers(tmp_path / "qwen")
     result = run_in(tmp_path, "--method", "consensusdrop", *flags, "--model", str(tmp_path / "qwen"))
     assert any("no CLS token: in place of its attention" in note for note in result["remarks"])
-    before = result["audit"]["visual_tokens_before"]
-    assert result["audit"]["mean_tokens_per_layer"] == before / 4
+    before = result["accounting"]["visual_tokens_before"]
+    assert result["accounting"]["mean_tokens_per_layer"] == before / 4
     assert result["settings"]["config"]["retention_ratio"] == result["config"]["retention_ratio"] == 0.25
 
 

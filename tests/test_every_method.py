@@ -174,8 +174,8 @@ def test_a_second_image_is_reduced_on_its_own(name, tiny):
     reducer = reducing(name, tiny)
     planned = reducer.tokens_per_layer(tiny.spec)
     both = dataclasses.replace(samples(1)[0], image=(drawn_image(0), drawn_image(5)))
-    _, audits, record = run(tiny, [both, *samples(2)], reducer)
-    assert audits[0].images == 2 and audits[0].tokens_per_layer == tuple(2 * count for count in planned)
+    _, accounts, record = run(tiny, [both, *samples(2)], reducer)
+    assert accounts[0].images == 2 and accounts[0].tokens_per_layer == tuple(2 * count for count in planned)
     for number in ("", " #2"):
         steps = [s for s in record.steps[0] if s.place.endswith("#2") == bool(number)]
         assert len(steps) == len(record.steps[1])

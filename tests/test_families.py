@@ -49,7 +49,7 @@ def expanded(model, sample, counts) -> torch.Tensor:
 def test_next_agrees_with_the_transformers_class(tmp_path, size):
     """Under the transformers reading of the resolutions; newline tokens and unpadding included."""
     save_next_transformers(tmp_path, make_tiny_next("mistral"))
-    model = load(tmp_path, device="cpu", reading="transformers")
+    model = load(tmp_path, device="cpu", anyres_rule="transformers")
     (sample,) = ask(drawn_image(3, size))
     pixels, run = model.views(sample.image)
     sizes = torch.tensor([[size[1], size[0]]])

@@ -178,8 +178,10 @@ def test_a_run_says_what_was_run_and_what_was_not_counted(saved, tmp_path, capsy
         results.append((output / "answers.jsonl").read_text())
     assert sorted(results[0].splitlines()) == sorted(results[1].splitlines())
     result, printed = json.loads((output / "result.json").read_text()), capsys.readouterr().out
-    assert result["audit"]["entering_per_layer"] == [4.0] * 4 and result["audit"]["visual_tokens_before"] == 16
-    assert result["settings"]["image"] == {"image_processor": type(model.processor.image_processor).__name__}
+    assert (
+        result["accounting"]["entering_per_layer"] == [4.0] * 4 and result["accounting"]["visual_tokens_before"] == 16
+    )
+    assert result["settings"]["image_options"] == {"image_processor": type(model.processor.image_processor).__name__}
     assert result["settings"]["conversation"] == "chat template of InternVL3"
     assert {"config.json", "chat_template.jinja", "model.safetensors"} <= set(result["settings"]["model_files"])
     assert any("transformers' InternVL3" in remark for remark in result["remarks"])

@@ -25,12 +25,12 @@ from eval.papers.document import blocks, difference_to, entries, ours_text, publ
 from eval.papers.published import Published
 from eval.papers.runs import RowAtBudget, RunTarget, Time
 from eval.papers.sections import clear_differences, pair_rows, pairs_of, releases, sections_of
-from eval.papers.spec import read_yaml
 from eval.results.statistics import compare, holm, interval, terms_of
 from eval.statistics.answers import plain
 from eval.statistics.command import main as stats_command
 from eval.statistics.relative import p_value, pair
 from eval.sweep import Setting
+from eval.yaml_files import read_yaml
 from llava.errors import UserError
 from tests.test_statistics_command import write_run
 
@@ -103,7 +103,7 @@ def made(kind: str = "scores", only: str = "", ours: str = "consensusdrop"):
                 terms=terms,
                 normalise=normal,
                 texts=texts,
-                credits=result.correct,
+                sample_scores=result.correct,
                 clusters=clusters,
             )
     times = {index: Time(data("costs")[key(line)]["ttft"], "TTFT.") for index, line in enumerate(lines)}

@@ -476,7 +476,7 @@ def test_the_run_is_the_original_merge(size, merge, force):
 
 @pytest.mark.parametrize("size", NEXT_SIZES)
 def test_the_run_is_that_of_transformers_in_its_reading(size):
-    processor = AnyresProcessor(SMALL_CLIP, SMALL_GRID, SMALL, reading="transformers")
+    processor = AnyresProcessor(SMALL_CLIP, SMALL_GRID, SMALL, anyres_rule="transformers")
     width, height = processor.resolution(size)
     expected = merged_by_transformers(size, (height // 28, width // 28), SMALL_GRID, SMALL)
     assert run_of(processor.arrange(size), 16) == expected
@@ -519,12 +519,12 @@ def test_best_resolution_in_both_readings():
     assert differ > 100
 
 
-@pytest.mark.parametrize("reading", ["original", "transformers"])
+@pytest.mark.parametrize("anyres_rule", ["original", "transformers"])
 @pytest.mark.parametrize("size", NEXT_SIZES)
-def test_pixels_are_those_of_transformers(size, reading):
+def test_pixels_are_those_of_transformers(size, anyres_rule):
     """The crops agree to the bit; only which resolution is taken differs, so the original gets turned ones."""
-    ours, layout = AnyresProcessor(SMALL_CLIP, SMALL_GRID, SMALL, reading=reading)(noise(*size))
-    pinpoints = [[w, h] if reading == "transformers" else [h, w] for w, h in SMALL]
+    ours, layout = AnyresProcessor(SMALL_CLIP, SMALL_GRID, SMALL, anyres_rule=anyres_rule)(noise(*size))
+    pinpoints = [[w, h] if anyres_rule == "transformers" else [h, w] for w, h in SMALL]
     edges = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
     official = LlavaNextImageProcessorPil(**edges, image_grid_pinpoints=pinpoints)
     with old_pillow():

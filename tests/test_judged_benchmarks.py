@@ -168,7 +168,7 @@ def judged_run(folder: Path, data: Path, method: str, judge: str, score: float) 
     facts = {**found.facts, "judge": {"name": judge, "verdicts": str(folder / f"judgements-{judge}.jsonl")}}
     result = {"method": method, "budget": 4, "asked": 3, "limit": None, "main": "score", "failed": [], "facts": facts}
     result |= {"settings": settings, "labels": found.fingerprint, "metrics": {"score": 100 * score}}
-    write_json(folder / "result.json", result | {"audit": {"mean_tokens_per_layer": 4.0}})
+    write_json(folder / "result.json", result | {"accounting": {"mean_tokens_per_layer": 4.0}})
     return str(folder)
 
 

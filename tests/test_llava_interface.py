@@ -97,7 +97,7 @@ def test_prompts_of_a_batch_are_padded_and_their_images_taken_in_order(path):
     pixels = [process_images([image], processor, model.config)[0] for image in images]
     sizes, ids = [image.size for image in images], pad_sequence(rows, True, -1, "left")
     batch = model.generate(ids, images=pixels, image_sizes=sizes, attention_mask=ids != -1, **SIX)
-    assert [audit.tokens_per_layer[0] // audit.images for audit in model.reduced.accounting] == [6, 0, 6]
+    assert [accounting.tokens_per_layer[0] // accounting.images for accounting in model.reduced.accounting] == [6, 0, 6]
     parts = ((rows[0], slice(0, 1)), (rows[1], slice(0, 0)), (rows[2], slice(1, 3)))
     alone = [model.generate(row[None], pixels[own], sizes[own], **SIX) for row, own in parts]
     assert torch.equal(batch, torch.cat(alone))

@@ -215,7 +215,7 @@ def test_an_error_inside_generate_ends_the_run_and_restores_the_model(stand_in, 
         tried.append(args)
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(harnesses, "audit_record", fail)
+    monkeypatch.setattr(harnesses, "accounting_record", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         model.generate_until(asked(*TEXTS[:3]))
     assert len(tried) == 1  # of two batches
@@ -246,7 +246,7 @@ def test_the_model_of_llavas_scripts_runs_under_a_method(tiny_path):
     under = harnesses.UnderMethod(parts[1], harnesses.Choice("fastv", "7", {"layer": "1"}))
     with under.asking([]):
         assert ask(parts, *arguments).tolist() == ask(other, *arguments).tolist()
-    assert [record["mean"] for record in under.audits] == [7]
+    assert [record["mean"] for record in under.accounts] == [7]
     assert parts[1].reduced is own and "generate" not in vars(parts[1])
 
 
@@ -258,8 +258,8 @@ def test_no_reduced_prompt_is_an_error(stand_in, capsys):
 
 def test_another_mean_than_the_budget_is_a_warning(stand_in, capsys, monkeypatch):
     model = stand_in("reduced").Reduced(base="llava_hf", method="fastervlm", budget=4)
-    record = harnesses.audit_record
-    monkeypatch.setattr(harnesses, "audit_record", lambda audit: record(audit) | {"mean": 5.0})
+    record = harnesses.accounting_record
+    monkeypatch.setattr(harnesses, "accounting_record", lambda accounting: record(accounting) | {"mean": 5.0})
     model.generate_until(asked(*TEXTS[:3]))
     assert "Warning: 5.00 visual tokens entered a decoder layer on average" in capsys.readouterr().err
 

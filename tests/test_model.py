@@ -76,14 +76,14 @@ def test_batch_equals_single(tiny, reducer):
     """Different prompts, images and a text-only prompt in one batch, left-padded."""
     batch = samples()
     together, state, record = logits(tiny, batch, reducer)
-    audits = record.accounting(state)
+    accounts = record.accounting(state)
     answers = generate(tiny, batch, reducer, max_new_tokens=8).answers
     for i, sample in enumerate(batch):
         alone, single, single_record = logits(tiny, [sample], reducer)
         torch.testing.assert_close(together[i], alone[0], atol=1e-4, rtol=0)
-        assert single_record.accounting(single) == [audits[i]]
+        assert single_record.accounting(single) == [accounts[i]]
         # One sample without padding: the account equals the tensors' own size.
-        assert audits[i].kv_bytes == single.kv_bytes_held
+        assert accounts[i].kv_bytes == single.kv_bytes_held
         for ours, theirs in zip(record.steps[i], single_record.steps[0], strict=True):
             assert ours.place == theirs.place
             assert ours.reduction.kept.tolist() == theirs.reduction.kept.tolist()

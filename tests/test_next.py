@@ -57,17 +57,17 @@ def test_every_method_meets_its_budget_over_crops(name, model):
     reducers = accepted(registry.method(name), {}, model, 2, BUDGETS)
     assert reducers
     for reducer in reducers:
-        _, audits, _ = run(model, batch(), reducer)
-        for sample, audit in zip(batch(), audits, strict=True):
+        _, accounts, _ = run(model, batch(), reducer)
+        for sample, accounting in zip(batch(), accounts, strict=True):
             if sample.image is None:
-                assert audit.tokens_per_layer == (0,) * 4
+                assert accounting.tokens_per_layer == (0,) * 4
                 continue
             full = model.views(sample.image)[1]
-            assert audit.tokens_per_layer == planned(reducer, spec_of(model.spec, full)), (reducer, full.tokens)
+            assert accounting.tokens_per_layer == planned(reducer, spec_of(model.spec, full)), (reducer, full.tokens)
             # PyramidDrop's stages keep fixed shares, so it cannot keep nearly all of a small image.
             if reducer.budget < full.patches * (0.5 if "pyramiddrop" in name else 1):
-                assert abs(audit.mean - reducer.budget) <= reducer.rounding
-            assert audit.planned == audit.mean
+                assert abs(accounting.mean - reducer.budget) <= reducer.rounding
+            assert accounting.planned == accounting.mean
 
 
 def test_every_method_takes_batches_as_single_images(name, model):
@@ -75,11 +75,11 @@ def test_every_method_takes_batches_as_single_images(name, model):
     if not reducers or (name in ("tome", "downsample") and model.anyres.merge != "spatial"):
         return
     samples, (reducer,) = batch(), reducers
-    logits, audits, record = run(model, samples, reducer)
+    logits, accounts, record = run(model, samples, reducer)
     for i, sample in enumerate(samples):
-        alone, (audit,), single = run(model, [sample], reducer)
+        alone, (accounting,), single = run(model, [sample], reducer)
         torch.testing.assert_close(logits[i], alone[0], atol=2e-4, rtol=0)
-        assert audit == audits[i]
+        assert accounting == accounts[i]
         for ours, theirs in zip(record.steps[i], single.steps[0], strict=True):
             assert torch.equal(ours.reduction.kept, theirs.reduction.kept)
 
@@ -98,8 +98,8 @@ def test_every_other_split_meets_the_budget_too(name, model):
     for tile_budget in choices[1:] if name not in ("hired", "globalcom2") else choices:
         reducer = registry.build(name, 24, {"tile_budget": tile_budget})
         require(reducer, model.spec)
-        _, audits, record = run(model, batch()[1:3], reducer)
-        assert all(abs(audit.mean - 24) <= (reducer.rounding if reducer.parts else 0) for audit in audits)
+        _, accounts, record = run(model, batch()[1:3], reducer)
+        assert all(abs(accounting.mean - 24) <= (reducer.rounding if reducer.parts else 0) for accounting in accounts)
         for steps in record.steps:
             anchors = steps[0].reduction.kept[0]
             assert len(anchors.unique()) == len(anchors)
@@ -114,14 +114,17 @@ def test_newline_tokens_are_counted_once(path):
     for name in ("fastervlm", "consensusdrop", "globalcom2", "vscan", "visiondrop"):
         for budget, newlines, expected in ((14, "drop", 14), (20, "drop", 16), (20, "keep", 20)):
             reducer = registry.build(name, budget, {"newlines": newlines})
-            _, (audit,), record = run(model, [sample], reducer)
+            _, (accounting,), record = run(model, [sample], reducer)
             if name == "fastervlm":
                 there = torch.isin(layout.newlines, record.steps[0][0].reduction.kept[0])
                 assert there.all() == there.any() == (newlines == "keep")
-            assert abs(audit.mean - expected) <= reducer.rounding and audit.planned == audit.mean, (name, budget)
+            assert abs(accounting.mean - expected) <= reducer.rounding and accounting.planned == accounting.mean, (
+                name,
+                budget,
+            )
     # VisionDrop's decoder stages kept as many tokens less as there are newline tokens, and no run met its plan.
-    _, audits, _ = run(model, batch(), registry.build("visiondrop", 30, {"newlines": "keep"}))
-    assert [(audit.mean, audit.planned) for audit in audits[:-1]] == [(30, 30)] * 4
+    _, accounts, _ = run(model, batch(), registry.build("visiondrop", 30, {"newlines": "keep"}))
+    assert [(accounting.mean, accounting.planned) for accounting in accounts[:-1]] == [(30, 30)] * 4
 
 
 def test_kept_tokens_are_the_full_run_at_these_places(path):
@@ -203,8 +206,8 @@ def test_a_budget_below_the_newline_tokens_of_some_image_is_refused(path):
         require(registry.build("fastervlm", most, {"newlines": "keep"}), model.spec)
     reducer = registry.build("fastervlm", most + 5, {"newlines": "keep"})
     require(reducer, model.spec)
-    _, (audit,), _ = run(model, [Sample("tall", "where is it", image=drawn_image(0, (56, 168)))], reducer)
-    assert audit.mean == min(most + 5, audit.visual_tokens)
+    _, (accounting,), _ = run(model, [Sample("tall", "where is it", image=drawn_image(0, (56, 168)))], reducer)
+    assert accounting.mean == min(most + 5, accounting.visual_tokens)
 
 
 def test_coordinates_are_those_of_each_tile_also_when_tiles_are_ranked_together(path):

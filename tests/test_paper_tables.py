@@ -310,10 +310,10 @@ def test_a_cell_has_every_number_of_its_run_in_its_place(tiny_path, monkeypatch,
         assert cell.line is lines[index] and cell.column is column and not cell.whole
         assert (cell.value, cell.metric) == (result["metrics"]["accuracy"], "accuracy")
         assert (cell.low, cell.high) == (None, None) and cell.no_interval.startswith("2 images")
-        assert (cell.questions, cell.available) == (4, 6) and len(cell.texts) == len(cell.credits) == 4
-        assert cell.tokens == result["audit"]["mean_tokens_per_layer"] == tokens
-        assert cell.merged == result["audit"]["merged_tokens"] and (cell.merged > 0) == bool(index)
-        assert cell.kv_bytes == result["audit"]["kv_bytes_per_sample"]
+        assert (cell.questions, cell.available) == (4, 6) and len(cell.texts) == len(cell.sample_scores) == 4
+        assert cell.tokens == result["accounting"]["mean_tokens_per_layer"] == tokens
+        assert cell.merged == result["accounting"]["merged_tokens"] and (cell.merged > 0) == bool(index)
+        assert cell.kv_bytes == result["accounting"]["kv_bytes_per_sample"]
         assert cell.flops == result["flops"]["per_question"] > cell.kv_bytes
         assert (cell.commit, cell.finished) == (result["commit"] or "", result["finished"])
         assert set(cell.clusters.values()) == {"n0.jpg", "n1.jpg"} and "--limit 4" in cell.command
@@ -409,9 +409,9 @@ def test_a_method_that_fails_on_some_questions_has_no_score_and_the_table_goes_o
     # A run whose mean is off its plan is no cell at that budget either.
     results = (folder / "failing").rglob("result.json")
     (path,) = (path for path in results if read_json(path)["method"] == "random")
-    path.write_text(json.dumps(read_json(path) | {"off_budget": {"remark": "The audit counts 9.00."}}))
+    path.write_text(json.dumps(read_json(path) | {"off_budget": {"remark": "The accounting counts 9.00."}}))
     assert table.main([*words, *one, "--render", "--output", str(folder / "failed")]) == 0
-    assert "n/a: Random at 8 on GQA: The audit counts 9.00." in (folder / "failed" / "small.md").read_text()
+    assert "n/a: Random at 8 on GQA: The accounting counts 9.00." in (folder / "failed" / "small.md").read_text()
     # Nor are operations of some questions those of all: they stood beside the others without a word.
     for path in (folder / "failing").rglob("result.json"):
         result = read_json(path)

@@ -78,7 +78,18 @@ def check_whole(folder: Path, undisturbed: Path, files: set[str] = FILES, timed:
         assert (folder / name).read_bytes() == (undisturbed / name).read_bytes(), name
     assert {path.name for path in folder.iterdir()} == files
     result, expected = (json.loads((place / "result.json").read_text()) for place in (folder, undisturbed))
-    for key in ("main", "metrics", "confidence", "groups", "asked", "failed", "settings", "audit", "labels", "images"):
+    for key in (
+        "main",
+        "metrics",
+        "confidence",
+        "groups",
+        "asked",
+        "failed",
+        "settings",
+        "accounting",
+        "labels",
+        "images",
+    ):
         assert result[key] == expected[key], key
     if timed:
         check_records(folder)

@@ -11,7 +11,7 @@ from llava.errors import MethodError
 from llava.pipeline import sequence as columns
 from llava.pipeline.accounting import Applied, Record, SeenImage
 from llava.pipeline.positions import Piece
-from llava.pipeline.sequence import PromptBatch, Reduced, assemble
+from llava.pipeline.sequence import ImageReduction, PromptBatch, assemble
 from llava.reduction import PatchGrid, Reduction, keep_top, registry, split
 from llava.reduction.budget import scaled_layers, tokens_by_layer
 from llava.reduction.ranking import cached_by_sizes
@@ -70,7 +70,7 @@ def test_a_span_that_begins_right_behind_an_image_moves_with_it():
     seq = assemble([pieces, two], [(3, 5), (3, 4)], [(3, 6), (5, 6)])
     assert seq.question == ((6, 8), (6, 7)) and seq.instruction == ((6, 9), (11, 12))
     kept = Reduction(torch.tensor([[1, 3]]), 4)
-    out = seq.reduce([Reduced([image], kept) for image in ((0, 0), (1, 0), (1, 1))], True)
+    out = seq.reduce([ImageReduction([image], kept) for image in ((0, 0), (1, 0), (1, 1))], True)
     assert out.visual == (((2, 4),), ((2, 4), (5, 7)))
     assert out.question == ((4, 6), (4, 5)) and out.instruction == ((4, 7), (7, 8)) and out.after == ((4, 7), (7, 8))
     spans = zip(out.question, out.after, strict=True)
@@ -96,7 +96,7 @@ def test_merged_tokens_are_counted_of_every_image():
 def test_reduce_by_the_book(renumber):
     seq = sequence()
     reduction = Reduction(torch.tensor([[1, 3], [0, 2]]), 4)
-    out = seq.reduce([Reduced([(0, 0), (1, 0)], reduction)], renumber)
+    out = seq.reduce([ImageReduction([(0, 0), (1, 0)], reduction)], renumber)
     expected = [[0, 1, 3, 5, 6, 7, 8], [100, 101, 103, 105, 106], [200, 201, 202, 203, 204, 205]]
     for s, values in enumerate(expected):
         assert real(out, s, out.hidden) == values
@@ -113,7 +113,7 @@ def test_reduce_by_the_book(renumber):
 def test_reduce_puts_merged_values_at_their_anchors():
     seq = sequence()
     reduction = Reduction(torch.tensor([[0, 3]]), 4)
-    out = seq.reduce([Reduced([(1, 0)], reduction, torch.tensor([[[-1.0], [-2.0]]]))], True)
+    out = seq.reduce([ImageReduction([(1, 0)], reduction, torch.tensor([[[-1.0], [-2.0]]]))], True)
     assert real(out, 1, out.hidden) == [100, -1, -2, 105, 106]
     assert real(out, 0, out.hidden) == real(seq, 0, seq.hidden)
 
@@ -121,7 +121,7 @@ def test_reduce_puts_merged_values_at_their_anchors():
 def test_reduce_allows_a_token_twice():
     """Official AttnMix keeps some tokens twice; the seam must be able to reproduce that."""
     seq = sequence()
-    out = seq.reduce([Reduced([(0, 0)], Reduction(torch.tensor([[2, 2, 0]]), 4))], False)
+    out = seq.reduce([ImageReduction([(0, 0)], Reduction(torch.tensor([[2, 2, 0]]), 4))], False)
     assert real(out, 0, out.hidden)[2:5] == [4, 4, 2]
 
 
@@ -169,7 +169,7 @@ def test_spliced_tokens_are_those_that_are_put_in_their_columns(text, monkeypatc
     ]
     sequence = assemble(prompts, [(0, 0)] * 2, [(0, 0)] * 2)
     kept = torch.tensor([[0, 2, 5], [1, 2, 3]])
-    merged = [Reduced([(0, 0), (1, 0)], Reduction(kept, 6), torch.randn(2, 3, 4, generator=generator))]
+    merged = [ImageReduction([(0, 0), (1, 0)], Reduction(kept, 6), torch.randn(2, 3, 4, generator=generator))]
     found = sequence.reduce(merged, True)
     _, cuts = sequence._shorter({(0, 0): 3, (1, 0): 3})
     assert (sequence._spliced(merged, cuts) is None) == (text == (3, 5))

@@ -36,7 +36,7 @@ def write(folder: Path, record: dict[str, Any], method: str, budget: int, score:
     record |= {"method": method, "budget": budget}
     record["metrics"]["accuracy"] = score
     record["confidence"]["accuracy"] |= {"low": None if score is None else score - 2, "high": score and score + 2}
-    record["audit"]["mean_tokens_per_layer"] = float(budget)
+    record["accounting"]["mean_tokens_per_layer"] = float(budget)
     record["timing"]["ttft"] = {"median_ms": 10.0 + budget, "questions": 4, "batches": 12}
     record["flops"]["per_question"] = 1e9 * budget
     record["settings"] |= {"method": method, **changes}

@@ -31,7 +31,7 @@ def test_a_toy_checkpoint_runs_with_its_own_processor(name):
     folder, image = ASSETS / name, Image.open(IMAGES[name])
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    ours = load(folder, device="cpu", **({"reading": "transformers"} if name == "tinyllava_next" else {}))
+    ours = load(folder, device="cpu", **({"anyres_rule": "transformers"} if name == "tinyllava_next" else {}))
     sample = Sample("q", QUESTION, suffix="", image=image)
     prompt = ours.prompt(sample)
     inputs = processor(images=image, text=prompt.text, return_tensors="pt")

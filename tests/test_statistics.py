@@ -39,8 +39,8 @@ def test_interval_is_wilsons_with_the_spread_of_the_images():
     rng = np.random.default_rng(3)
     asked = rng.integers(1, 7, 40)
     right = rng.binomial(asked, 0.8)
-    credits = {f"{image}-{i}": float(i < right[image]) for image in range(40) for i in range(asked[image])}
-    found = interval(accuracy_terms(credits, {name: name.split("-")[0] for name in credits}))
+    sample_scores = {f"{image}-{i}": float(i < right[image]) for image in range(40) for i in range(asked[image])}
+    found = interval(accuracy_terms(sample_scores, {name: name.split("-")[0] for name in sample_scores}))
     p = right.sum() / asked.sum()
     shares = (right - p * asked) / asked.sum()
     kurtosis = 40 * (shares**4).sum() / (shares**2).sum() ** 2
@@ -81,12 +81,12 @@ def test_intervals_of_few_images_cover(draw, setting):
 @pytest.mark.parametrize("wrong", [0, 1])
 def test_nearly_perfect_scores_have_a_bound_and_no_interval(wrong):
     """Twenty right answers printed "100.0 to 100.0" once; with one or two errors no interval covers 93 to 97 %."""
-    credits = {str(i): float(i >= wrong) for i in range(200)}
-    found = interval(accuracy_terms(credits, each(credits)))
+    sample_scores = {str(i): float(i >= wrong) for i in range(200)}
+    found = interval(accuracy_terms(sample_scores, each(sample_scores)))
     least = 100 * stats.beta.ppf(0.05, 200 - wrong, 1 + wrong)
     assert (found.low, found.high) == (None, None)
     assert found.method.startswith("n/a: ") and found.method.endswith(f"; at least {least:.1f} with 95 % confidence")
-    flipped = interval(accuracy_terms({name: 1 - value for name, value in credits.items()}, each(credits)))
+    flipped = interval(accuracy_terms({name: 1 - value for name, value in sample_scores.items()}, each(sample_scores)))
     assert flipped.method.endswith(f"; at most {100 - least:.1f} with 95 % confidence")
 
 
@@ -102,14 +102,14 @@ def test_a_bound_that_says_nothing_is_left_out():
 
 
 def test_bounds_count_images_not_their_questions():
-    credits = dict.fromkeys(map(str, range(400)), 1.0)
-    found = interval(accuracy_terms(credits, {name: str(int(name) // 10) for name in credits}))
+    sample_scores = dict.fromkeys(map(str, range(400)), 1.0)
+    found = interval(accuracy_terms(sample_scores, {name: str(int(name) // 10) for name in sample_scores}))
     assert found.method == f"n/a: 40 images without spread; at least {100 * 0.05 ** (1 / 40):.1f} with 95 % confidence"
 
 
 def test_single_questions_get_jeffreys_interval():
-    credits = {str(i): float(i > 4) for i in range(50)}
-    found = interval(accuracy_terms(credits, each(credits)))
+    sample_scores = {str(i): float(i > 4) for i in range(50)}
+    found = interval(accuracy_terms(sample_scores, each(sample_scores)))
     assert (found.low, found.high) == pytest.approx(tuple(100 * stats.beta.ppf((0.025, 0.975), 45.5, 5.5)))
     assert found.method == "Jeffreys"
 
@@ -118,11 +118,11 @@ def test_the_report_prints_the_interval_of_the_unit_that_was_drawn():
     """The sentence had the interval by question where the documentation promises the one by image."""
     from eval.benchmarks.base import Question
 
-    credits = {str(i): float(i // 2 < 15) for i in range(50)}
-    questions = [Question(name, "", "", (f"{int(name) // 2}.jpg",), "") for name in credits]
+    sample_scores = {str(i): float(i // 2 < 15) for i in range(50)}
+    questions = [Question(name, "", "", (f"{int(name) // 2}.jpg",), "") for name in sample_scores]
     labels = {question.id: question.image for question in questions}
-    record = scored(Score({"accuracy": 60.0}, {}, credits), questions, labels)
-    by_image = interval(accuracy_terms(credits, labels))
+    record = scored(Score({"accuracy": 60.0}, {}, sample_scores), questions, labels)
+    by_image = interval(accuracy_terms(sample_scores, labels))
     found = record["confidence"]["accuracy"]
     assert (found["low"], found["high"], found["unit"]) == (by_image.low, by_image.high, "image")
     assert f"accuracy, 95 % CI by image: {by_image.low:.2f} to {by_image.high:.2f}" in score_lines(record)

@@ -62,7 +62,7 @@ def write_run(folder, data, method, budget, wrong=(), limit=None, images=(), tex
         "settings": settings,
         "labels": found.fingerprint,
         "config": {"retention_ratio": None},
-        "audit": {"mean_tokens_per_layer": float(budget)},
+        "accounting": {"mean_tokens_per_layer": float(budget)},
     }
     (results / "result.json").write_text(json.dumps(result | changes))
     return str(folder)
@@ -177,7 +177,7 @@ def test_loyalty_is_about_the_questions_with_an_image(data):
 
 def test_a_retention_ratio_counts_as_its_mean_of_tokens(data, tmp_path, capsys):
     full = write_run(tmp_path / "full", data, "full", 576)
-    ratio = {"config": {"retention_ratio": 0.11}, "audit": {"mean_tokens_per_layer": 63.7}}
+    ratio = {"config": {"retention_ratio": 0.11}, "accounting": {"mean_tokens_per_layer": 63.7}}
     run(data, full, write_run(tmp_path / "m", data, "consensusdrop", 64, **ratio))
     assert "| consensusdrop | 64 |" in capsys.readouterr().out
 

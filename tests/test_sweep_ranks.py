@@ -141,5 +141,5 @@ def test_ranks_that_hold_one_model_answer_as_one_process(how, tiny_path, data, a
     assert part["questions"] == 30 and part["rank"] == 0
     assert result["timing"]["ttft"]["batches"] == 10, "both ranks take part in the pass that times the first token"
     before = json.loads((alone / "result.json").read_text())
-    for key in ("metrics", "audit", "flops", "settings"):
+    for key in ("metrics", "accounting", "flops", "settings"):
         assert result[key] == before[key]

@@ -129,7 +129,9 @@ def test_a_sweep_writes_again_what_a_finished_run_has_lost(tiny, tmp_path, loss)
     fill(config, model)
     assert is_finished(config, model) and [(folder / name).read_bytes() for name in files] == before
     again = json.loads((folder / "result.json").read_text())
-    assert all(again[key] == first[key] for key in ("metrics", "asked", "audit", "settings", "labels", "submission"))
+    assert all(
+        again[key] == first[key] for key in ("metrics", "asked", "accounting", "settings", "labels", "submission")
+    )
     # A batch of which some answers were asked again has no time.
     assert again["timing"]["questions"] == 6 or "of 6 questions" in again["remarks"].pop()
     assert again["remarks"] == []

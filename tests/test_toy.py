@@ -244,8 +244,8 @@ def test_the_toy_model_answers(toy, dataset, method, budget, least):
     """Every 40th question: a broken checkpoint, prompt or preprocessing falls to chance, about 30 %."""
     questions = dataset.questions[::40]
     batch = generate(toy, [dataset.sample(q) for q in questions], registry.build(method, budget), max_new_tokens=4)
-    credits = [dataset.sample_score(q, a.text) for q, a in zip(questions, batch.answers, strict=True)]
-    assert sum(credits) / len(credits) >= least
+    sample_scores = [dataset.sample_score(q, a.text) for q, a in zip(questions, batch.answers, strict=True)]
+    assert sum(sample_scores) / len(sample_scores) >= least
 
 
 def test_the_transformers_class_gives_the_same_logits(toy, dataset):

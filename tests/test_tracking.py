@@ -51,9 +51,9 @@ def test_offline_run_reads_back_whole(whole):
     assert logged.config["versions"] == result["versions"]
     for name in ("accuracy", "binary", "open"):
         assert logged.summary[f"metrics/{name}"] == result["metrics"][name]
-    assert logged.summary["audit/mean_tokens_per_layer"] == 16
-    assert [logged.summary[f"audit/entering/layer {layer}"] for layer in range(3)] == [16, 16, 16]
-    assert logged.summary["audit/kv_bytes_per_sample"] == 16000
+    assert logged.summary["accounting/mean_tokens_per_layer"] == 16
+    assert [logged.summary[f"accounting/entering/layer {layer}"] for layer in range(3)] == [16, 16, 16]
+    assert logged.summary["accounting/kv_bytes_per_sample"] == 16000
     assert logged.summary["timing/batch/median_ms/prefill"] == pytest.approx(16)
     assert logged.summary["flops/language_model_per_question"] == 3 * 10**8
     (rank,) = result["throughput"]["ranks"]
@@ -75,7 +75,7 @@ def test_a_run_off_its_budget_has_a_tag(tmp_path, error):
     (logged,) = map(read_run, find_runs(tmp_path / "out"))
     assert ("off budget" in logged.tags) == bool(error)
     assert logged.summary["off_budget"] == (result["off_budget"]["remark"] if error else "")
-    assert logged.summary["audit/asked_tokens_per_layer"] == 16
+    assert logged.summary["accounting/asked_tokens_per_layer"] == 16
 
 
 def test_final_numbers_are_a_summary_and_no_charts(whole):

@@ -87,8 +87,8 @@ def test_official_toolkit_overall_per_type_and_per_question(annotations, answers
         kind: {group: round(share, 2) for group, (share, _) in table.items()} for kind, table in score.groups.items()
     }
     assert printed == {"answer_type": expected["perAnswerType"], "question_type": expected["perQuestionType"]}
-    credits = {name: round(100 * sample_score, 2) for name, sample_score in score.correct.items()}
-    assert credits == expected["per_question_percent"] and len(credits) == 200
+    sample_scores = {name: round(100 * sample_score, 2) for name, sample_score in score.correct.items()}
+    assert sample_scores == expected["per_question_percent"] and len(sample_scores) == 200
 
 
 def test_m4c_overall_and_per_question(answers, predictions):

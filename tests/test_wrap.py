@@ -67,11 +67,11 @@ def test_full_budget_gives_the_models_own_logits_and_ids(case):
     with reduce(case.model, "full") as reduced:
         torch.testing.assert_close(case.model(**inputs).logits, plain, atol=2e-4, rtol=0)
         assert torch.equal(case.generate(inputs), ids)
-    assert [audit.images for audit in reduced.accounting] == [2, 1, 1, 1]
+    assert [accounting.images for accounting in reduced.accounting] == [2, 1, 1, 1]
     assert reduced.accounting[2].tokens_per_layer == (0,) * 4
     # Only LLaVA-NeXT's sizes say where images lie; LLaVA-1.5's processor crops, unless a caller has padded before.
     known = hasattr(case.model.config, "image_grid_pinpoints")
-    assert [audit.on_padding is not None for audit in reduced.accounting] == [known, known, True, known]
+    assert [accounting.on_padding is not None for accounting in reduced.accounting] == [known, known, True, known]
 
 
 def test_padding_on_the_right_is_no_different(case):
@@ -93,7 +93,7 @@ def test_tokens_are_gone_from_every_layers_cache(case):
                 **inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True
             )
         for layer, held in enumerate(out.past_key_values.layers):
-            entering = [audit.tokens_per_layer[layer] for audit in reduced.accounting]
+            entering = [accounting.tokens_per_layer[layer] for accounting in reduced.accounting]
             # Two of the three new tokens were fed.
             lengths = [text + count + 2 for text, count in zip(case.text_tokens(inputs), entering, strict=True)]
             assert held.keys.shape[-2] == max(lengths)
@@ -101,14 +101,17 @@ def test_tokens_are_gone_from_every_layers_cache(case):
             assert segment.valid.sum(1).tolist() == lengths
         assert entering[0] < 16 and max(lengths) < inputs["input_ids"].shape[1]
         assert [len(trace) > 0 for trace in reduced.traces] == [True, True, False, True]
-        assert all(isinstance(audit, TokenAccounting) and audit.planned == audit.mean for audit in reduced.accounting)
+        assert all(
+            isinstance(accounting, TokenAccounting) and accounting.planned == accounting.mean
+            for accounting in reduced.accounting
+        )
 
 
 def test_generates_what_our_own_model_answers(case, tmp_path, request):
     """The same image and prompt through `Llava.answer`, with the question known, under the same preprocessing."""
     family = request.node.callspec.params["case"]
     SAVERS[f"{HUB.get(family, family)} transformers"](tmp_path, case.model)
-    ours = load(tmp_path, device="cpu", **({"reading": "transformers"} if family == "next" else {}))
+    ours = load(tmp_path, device="cpu", **({"anyres_rule": "transformers"} if family == "next" else {}))
     # Square, so that padding and cropping are the same; resized by neither side in another way.
     image = drawn_image(5, (112, 112))
     sample = Sample("q", QUESTIONS[2], suffix="", image=image)
@@ -148,12 +151,12 @@ def test_videos_keep_the_class_token_of_every_frame():
     with reduce(case.model, "full") as reduced:
         torch.testing.assert_close(case.model(**inputs).logits, plain, atol=2e-4, rtol=0)
         assert torch.equal(case.generate(inputs), ids)
-        assert [audit.visual_tokens for audit in reduced.accounting] == [FRAMES * 17, 16, 0]
+        assert [accounting.visual_tokens for accounting in reduced.accounting] == [FRAMES * 17, 16, 0]
     # The newer name of the same pixels.
     inputs["pixel_values"] = inputs.pop("pixel_values_images")
     with reduce(case.model, "fastervlm", budget=8) as reduced:
         case.model(**inputs)
-        assert [audit.tokens_per_layer for audit in reduced.accounting] == [(8,) * 4, (8,) * 4, (0,) * 4]
+        assert [accounting.tokens_per_layer for accounting in reduced.accounting] == [(8,) * 4, (8,) * 4, (0,) * 4]
 
 
 def test_tiles_are_those_of_the_processor():

@@ -15,7 +15,7 @@ from eval.answers.jsonl import Row, read_bytes
 from eval.benchmarks.media import Images, first_of_content
 from eval.metrics import Score
 from eval.metrics.accuracy import mean_score
-from eval.papers import read_yaml
+from eval.yaml_files import read_yaml
 from llava.errors import UserError
 from llava.places import ASSETS, CHECKOUT, check_bundled
 

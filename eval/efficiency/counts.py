@@ -37,7 +37,7 @@ SIZES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecuti
 # In inference mode attention arrives whole; which kernel it becomes is seen only in its parts.
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
-# Operations and waits
+# Operations and synchronisations
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class Call:
         line: the innermost line of the project that called it, as "folder/file.py:12 function".
         name: of the ATen operation, or of the Python function that waits.
         kernel: it is no view, so it launches a kernel.
-        waits: the host waits for the device here.
+        synchronisations: the host waits for the device here.
     """
 
     part: str
     line: str
     name: str
     kernel: bool = False
-    waits: bool = False
+    synchronisations: bool = False
 
 
 class OperationCounter(TorchDispatchMode):
@@ -81,15 +81,15 @@ class OperationCounter(TorchDispatchMode):
         self.calls += [Call(part, *call) for call in self._part]
         self._part.clear()
 
-    def note(self, name: str, kernel: bool = False, waits: bool = False) -> None:
-        self._part.append((source_line(sys._getframe(2)), name, kernel, waits))
+    def note(self, name: str, kernel: bool = False, synchronisations: bool = False) -> None:
+        self._part.append((source_line(sys._getframe(2)), name, kernel, synchronisations))
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name, kernel = function.overloadpacket.__name__, not function.is_view
         early = waits_for_values(name, args, kwargs)
         if early and not self._in_attention:
-            self.note(name, kernel, waits=True)  # before the call, which fails where there are no values
+            self.note(name, kernel, synchronisations=True)  # before the call, which fails where there are no values
         out = self._attend(args, kwargs) if function is ATTENTION else function(*args, **kwargs)
         if not early and not self._in_attention:
             self.note(name, kernel, copies_from_host(args, out) and not kwargs.get("non_blocking"))
@@ -120,7 +120,7 @@ class PythonWaits(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(function, "__name__", "")
         if waits_in_python(name, args, kwargs or {}):
-            self.counter.note(name, waits=True)
+            self.counter.note(name, synchronisations=True)
         return function(*args, **(kwargs or {}))
 
 
@@ -192,7 +192,7 @@ def first_token(model: Llava, reducer: Reducer, samples: list[Sample], timer: Ti
 
 @torch.inference_mode()
 def calls_of(model: Llava, reducer: Reducer, samples: list[Sample]) -> list[Call]:
-    """Operations and waits of one prefill of a batch up to the choice of the first token.
+    """Operations and synchronisations of one prefill of a batch up to the choice of the first token.
 
     Preprocessing, which no device takes part in, is left out. On the "meta" device the first value that the host reads
     ends the prefill: then the calls up to that one are returned.
@@ -205,7 +205,7 @@ def calls_of(model: Llava, reducer: Reducer, samples: list[Sample]) -> list[Call
                 first_token(model, reducer, samples, MarkedTimer(model.device, counter.mark))
         except (NotImplementedError, RuntimeError, TypeError):
             counter.mark("unfinished")
-            read = any(call.waits for call in counter.calls if call.part == "unfinished")
+            read = any(call.synchronisations for call in counter.calls if call.part == "unfinished")
             if model.device.type != "meta" or not read:
                 raise  # another error
     return [call for call in counter.calls if call.part != "preprocess"]
@@ -244,12 +244,13 @@ class Counts(Computed):
     Attributes:
         operations: ATen operations that were dispatched, views included, on the measured model.
         kernels: those that are no views.
-        waits: how often the host waited for the device; None where it was counted on a CPU, on which nothing waits.
+        synchronisations: how often the host waited for the device; None where it was counted on a CPU, on which
+            nothing waits.
     """
 
     operations: int
     kernels: int
-    waits: int | None
+    synchronisations: int | None
 
 
 def count_prefill(model: Llava, reducer: Reducer, samples: list[Sample], shapes: Llava | None = None) -> Counts:
@@ -260,7 +261,8 @@ def count_prefill(model: Llava, reducer: Reducer, samples: list[Sample], shapes:
 
     Args:
         shapes: the same model on the meta device, which computes shapes alone and counts products and bytes in seconds,
-            and the waits of a model on a CPU; of methods that read values products and bytes are counted on `model`.
+            and the synchronisations of a model on a CPU; of methods that read values products and bytes are counted
+            on `model`.
     """
     asked = calls_of(model, reducer, samples)
     waiting, held = None if model.device.type == "cpu" else asked, None
@@ -274,7 +276,7 @@ def count_prefill(model: Llava, reducer: Reducer, samples: list[Sample], shapes:
         **vars(held or computed(model, reducer, samples)),
         operations=sum(call.name not in READS for call in asked),
         kernels=sum(call.kernel for call in asked),
-        waits=None if waiting is None else sum(call.waits for call in waiting),
+        synchronisations=None if waiting is None else sum(call.synchronisations for call in waiting),
     )
 
 

@@ -306,7 +306,7 @@ def parser() -> argparse.ArgumentParser:
     add_machine_flags(flags)
     on_off = argparse.BooleanOptionalAction
     add("--oracle", action=on_off, default=True, help="measure as many tokens chosen for free")
-    add("--counts", action=on_off, default=True, help="count operations, waits and bytes")
+    add("--counts", action=on_off, default=True, help="count operations, synchronisations and bytes")
     add("--gate", type=value(count), metavar="N", help="accuracy gate: ask N questions of GQA first")
     add("--data", type=Path, default=DEFAULT_DATA, help="folder that holds the questions of the gate")
     kept = "write every measurement to this file and continue from what is there"

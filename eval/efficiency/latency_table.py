@@ -147,7 +147,7 @@ def counted(rows: dict[str, dict[str, Any]]) -> str:
         for quantity in ("operations", "kernels"):
             line.append((quantity, str(own[quantity])))
             line.append(("beside oracle", f"{own[quantity] - oracle[quantity]:+d}" if oracle else "n/a"))
-        line.append(("waits", "n/a" if own["waits"] is None else str(own["waits"])))
+        line.append(("synchronisations", "n/a" if own["synchronisations"] is None else str(own["synchronisations"])))
         line += [("accuracy", f"{100 * row['accuracy']:.1f}")] if "accuracy" in row else []
         lines.append(line)
     return table(lines)

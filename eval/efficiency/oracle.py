@@ -55,7 +55,7 @@ class Oracle(Reducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "acts_in", stages_of(self.method))
-        object.__setattr__(self, "then", self.method.then)
+        object.__setattr__(self, "second", self.method.second)
 
     def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...] | None:
         return self.method.tokens_per_layer(spec)

@@ -17,7 +17,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPTextConfig, LlamaModel, PreTrainedModel, PreTrainedTokenizerFast
 
-from eval.papers import read_yaml
+from eval.yaml_files import read_yaml
 from llava.model.builder import DTYPES, FAMILIES, parse
 from llava.model.checkpoint.config import CLIP_L_336, Family
 from llava.model.checkpoint.load import HF_CLASSES, Checkpoint, hf_class

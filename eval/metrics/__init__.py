@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.papers import read_yaml
+from eval.yaml_files import read_yaml
 
 Array = NDArray[np.float64]
 WORDS: dict[str, str] = read_yaml(Path(__file__).with_name("words.yaml"))

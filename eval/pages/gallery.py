@@ -39,7 +39,7 @@ from eval.figures.overlay import (
     patches_of,
 )
 from eval.pages import asset, environment, inline_json
-from eval.papers import read_yaml
+from eval.yaml_files import read_yaml
 from llava.budget import tokens_of
 from llava.errors import UserError
 from llava.model.llava_arch import Llava

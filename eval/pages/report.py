@@ -35,7 +35,7 @@ RESULT = "result.json"
 REPLACED = re.compile(r"replaced-\d+")
 
 
-class Audit(TypedDict):
+class Accounting(TypedDict):
     mean_tokens_per_layer: Number
     kv_bytes_per_sample: Number
 
@@ -55,7 +55,7 @@ class Result(TypedDict):
     main: str
     metrics: dict[str, Number | None]
     confidence: dict[str, Any]
-    audit: Audit
+    accounting: Accounting
     settings: Settings
     title: NotRequired[str]
     available: NotRequired[int]
@@ -169,7 +169,7 @@ def row_of(result: Mapping[str, Any], folder: Path) -> Row:
     Args:
         folder: of the result, relative to the folder that was searched.
     """
-    main, settings, audit = result["main"], result["settings"], result["audit"]
+    main, settings, accounting = result["main"], result["settings"], result["accounting"]
     interval = interval_of(result) or {}
     ttft, batch, timed = time_of(result)
     available, config = result.get("available", result["asked"]), settings.get("config", {})
@@ -188,11 +188,11 @@ def row_of(result: Mapping[str, Any], folder: Path) -> Row:
         low=finite(interval.get("low")),
         high=finite(interval.get("high")),
         interval=str(interval.get("method", "")),
-        tokens=audit["mean_tokens_per_layer"],
+        tokens=accounting["mean_tokens_per_layer"],
         ttft=ttft,
         batch=batch,
         timed=timed,
-        kv=audit["kv_bytes_per_sample"] / 1e6,
+        kv=accounting["kv_bytes_per_sample"] / 1e6,
         gflop=None if flops is None else flops / 1e9,
         questions=result["asked"],
         available=available,

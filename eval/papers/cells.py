@@ -43,7 +43,7 @@ class Cell:
         kv_bytes, flops: per question.
         terms: sums by unit that `value` follows from, for averages and tests.
         normalise: the benchmark's own form of an answer, for loyalty.
-        texts, credits: question id -> answer, sample score (empty where single answers have none).
+        texts, sample_scores: question id -> answer, sample score (empty where single answers have none).
         clusters: question id -> image, of the questions that have one.
         other_judge: "" or, of a judged score, that another model graded it than the published ones.
         stored: the run; None for a cell that was not read from one.
@@ -73,7 +73,7 @@ class Cell:
     terms: SufficientStatistics = field(repr=False, compare=False)
     normalise: Normalise = field(repr=False, compare=False)
     texts: Mapping[str, str] = field(repr=False, compare=False)
-    credits: Mapping[str, float] = field(repr=False, compare=False)
+    sample_scores: Mapping[str, float] = field(repr=False, compare=False)
     clusters: Mapping[str, str] = field(repr=False, compare=False)
     other_judge: str = ""
     stored: Stored | None = field(default=None, repr=False, compare=False)
@@ -132,7 +132,7 @@ def read_cell(line: RowAtBudget, column: Column, where: RunTarget, model: Llava)
     metric, value = metric_of(column, result, {result["main"], *score.other_terms})
     terms = terms_of(score, labels, metric)
     found = result["confidence"].get(metric, {"low": None, "high": None, "method": f"{metric} has none"})
-    audit, counted, flops = result["audit"], result["flops"]["per_question"], report.operations_of(result)
+    accounting, counted, flops = result["accounting"], result["flops"]["per_question"], report.operations_of(result)
     return Cell(
         line,
         shown(column, metric),
@@ -143,9 +143,9 @@ def read_cell(line: RowAtBudget, column: Column, where: RunTarget, model: Llava)
         metric in result["points"],
         len(asked),
         len(data.questions),
-        audit["mean_tokens_per_layer"],
-        audit["merged_tokens"],
-        audit["kv_bytes_per_sample"],
+        accounting["mean_tokens_per_layer"],
+        accounting["merged_tokens"],
+        accounting["kv_bytes_per_sample"],
         flops,
         folder,
         command_of(line, column, where, config),
@@ -160,7 +160,7 @@ def read_cell(line: RowAtBudget, column: Column, where: RunTarget, model: Llava)
         stored.judged(judge_facts),
         found["method"].removeprefix("n/a: ") if found["low"] is None else "",
         f"{result['timing']['questions']:,} of {len(asked):,} questions" if flops != counted else "",
-        audit.get("mean_tokens_on_padding"),
+        accounting.get("mean_tokens_on_padding"),
     )
 
 

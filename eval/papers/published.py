@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import StrictFloat, ValidationError, model_validator
 
 from eval.config import FULL
-from eval.papers import Part, first_problem, read_yaml
+from eval.yaml_files import Part, first_problem, read_yaml
 from llava.errors import UserError, unknown
 from llava.reduction import registry
 

@@ -15,9 +15,10 @@ from typing import Any
 import yaml
 
 from eval.config import FULL
-from eval.papers import published, read_yaml
+from eval.papers import published
 from eval.papers.published import OTHER_METHODS, RANGES, SAME_TOKENS, TRUST, Published, share
 from eval.papers.spec import Budget, Column, Table
+from eval.yaml_files import read_yaml
 from llava.budget import count_or_ratio
 from llava.errors import UserError, suggestion
 from llava.reduction import registry

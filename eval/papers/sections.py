@@ -188,14 +188,14 @@ def clusters_of(row: Mapping[str, Cell]) -> dict[str, str]:
 
 def hard_text(row: Mapping[str, Cell], full: Mapping[str, Cell], control: Mapping[str, Cell]) -> str:
     """Accuracy on the hard questions of all benchmarks that score single answers, and how many these are."""
-    credits: dict[str, float] = {}
+    sample_scores: dict[str, float] = {}
     for name, cell in row.items():
-        if name in control and cell.credits and full[name].credits and control[name].credits:
-            hard = hard_questions(full[name].credits, control[name].credits)["group_a"]
-            credits |= {f"{name} {key}": cell.credits[key] for key in hard if key in cell.clusters}
-    if not credits:
+        if name in control and cell.sample_scores and full[name].sample_scores and control[name].sample_scores:
+            hard = hard_questions(full[name].sample_scores, control[name].sample_scores)["group_a"]
+            sample_scores |= {f"{name} {key}": cell.sample_scores[key] for key in hard if key in cell.clusters}
+    if not sample_scores:
         return "n/a"
-    return f"{score_text(interval(accuracy_terms(credits, clusters_of(row))))} of {len(credits):,}"
+    return f"{score_text(interval(accuracy_terms(sample_scores, clusters_of(row))))} of {len(sample_scores):,}"
 
 
 def needed(found: Measured) -> Section:

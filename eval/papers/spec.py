@@ -11,8 +11,9 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from eval import benchmarks
 from eval.config import FULL
-from eval.papers import Part, first_problem, published, read_yaml
+from eval.papers import published
 from eval.papers.published import Convention
+from eval.yaml_files import Part, first_problem, read_yaml
 from llava.budget import count_or_ratio
 from llava.errors import UserError, suggestion, unknown
 from llava.places import PACKAGES

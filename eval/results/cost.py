@@ -39,17 +39,17 @@ class Line(TypedDict):
     dtype: NotRequired[str]
 
 
-def audit_record(audit: TokenAccounting) -> dict[str, Any]:
-    """One sample's audit as it stands in the answer file."""
+def accounting_record(accounting: TokenAccounting) -> dict[str, Any]:
+    """One sample's accounting as it stands in the answer file."""
     return {
-        "entering": list(audit.tokens_per_layer),
-        "mean": audit.mean,
-        "planned": audit.planned,
-        "asked": audit.asked,
-        "visual_tokens": audit.visual_tokens,
-        "merged": audit.merged,
-        "kv_bytes": audit.kv_bytes,
-        "on_padding": audit.on_padding,
+        "entering": list(accounting.tokens_per_layer),
+        "mean": accounting.mean,
+        "planned": accounting.planned,
+        "asked": accounting.asked,
+        "visual_tokens": accounting.visual_tokens,
+        "merged": accounting.merged,
+        "kv_bytes": accounting.kv_bytes,
+        "on_padding": accounting.on_padding,
     }
 
 
@@ -79,7 +79,7 @@ def checked(lines: Sequence[Mapping[str, Any]], path: Path) -> Sequence[Mapping[
     return lines
 
 
-def summarise_audit(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise_accounting(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means of what was really computed, over the samples that have an image: the others have no visual tokens.
 
     Tokens on padding are None if they are not known of one of them, as of answers of earlier versions.
@@ -109,7 +109,7 @@ def off_budget(
     that adapts to the image may keep more of one and less of another, as long as the mean is the budget.
 
     Args:
-        records: audits.
+        records: accounts.
         reducer: the method. Where it says that it counts otherwise (known_deviations, "uncounted"), its plan is what
             was asked for.
         planned_only: leave out images of which the method has no plan: the mean of a few says nothing.

@@ -200,18 +200,19 @@ def metric_text(name: str, value: float | None, points: Collection[str] = ()) ->
 
 def cost_lines(result: Mapping[str, Any]) -> list[str]:
     """Tokens, bytes, times, questions per second (and of each rank where there were several) and FLOPs of a run."""
-    audit, timing, flops = result["audit"], result["timing"], result["flops"]
-    layers = ", ".join(number(tokens) for tokens in audit["entering_per_layer"])
-    held, room = short(audit["kv_bytes_per_sample"] / 1e6, 100), timing["kv_bytes_allocated"]
+    accounting, timing, flops = result["accounting"], result["timing"], result["flops"]
+    layers = ", ".join(number(tokens) for tokens in accounting["entering_per_layer"])
+    held, room = short(accounting["kv_bytes_per_sample"] / 1e6, 100), timing["kv_bytes_allocated"]
     with_room = f", {short(room / 1e6, 100)} MB held while answering (padding, room for new tokens)" if room else ""
     timed = "" if timing["questions"] == result["asked"] else of_some(timing["questions"], result["asked"])
     # None where it is not known, absent from results of earlier versions.
-    empty = "" if (padding := audit.get("mean_tokens_on_padding")) is None else f"{padding:.1f} on padding, "
+    empty = "" if (padding := accounting.get("mean_tokens_on_padding")) is None else f"{padding:.1f} on padding, "
     lines = [
-        f"visual tokens entering each layer: {layers} (mean {audit['mean_tokens_per_layer']:.1f}, "
-        f"{audit['merged_tokens']:.1f} of them merged, {empty}{number(audit['visual_tokens_before'])} before reduction)"
-        f"{share_with_image(audit)}",
-        f"key/value cache: {held} MB per question{share_with_image(audit)}{with_room}",
+        f"visual tokens entering each layer: {layers} (mean {accounting['mean_tokens_per_layer']:.1f}, "
+        f"{accounting['merged_tokens']:.1f} of them merged, {empty}"
+        f"{number(accounting['visual_tokens_before'])} before reduction)"
+        f"{share_with_image(accounting)}",
+        f"key/value cache: {held} MB per question{share_with_image(accounting)}{with_room}",
         *time_lines(timing),
     ]
     asked = result["throughput"]
@@ -228,10 +229,10 @@ def cost_lines(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def share_with_image(audit: Mapping[str, Any]) -> str:
-    """Of how many questions the means of an audit are, where some have no image."""
-    total = audit["samples"]
-    return of_some(total - audit["without_image"], total, " with an image") if audit["without_image"] else ""
+def share_with_image(accounting: Mapping[str, Any]) -> str:
+    """Of how many questions the means of an accounting are, where some have no image."""
+    total = accounting["samples"]
+    return of_some(total - accounting["without_image"], total, " with an image") if accounting["without_image"] else ""
 
 
 def of_some(some: int, total: int, which: str = "") -> str:
@@ -270,7 +271,7 @@ def batch_text(questions: int) -> str:
 
 def sentence(result: Mapping[str, Any]) -> str:
     """The result in words: what, how good, how sure, on how much, at which cost."""
-    audit, timing, main, ci = result["audit"], result["timing"], result["main"], interval_of(result)
+    accounting, timing, main, ci = result["accounting"], result["timing"], result["main"], interval_of(result)
     score = "answers written, no score"
     if (value := result["metrics"].get(main)) is not None:
         sure = f" (95 % CI {ends(ci, 1)})" if ci else ""
@@ -287,22 +288,22 @@ def sentence(result: Mapping[str, Any]) -> str:
     failed = f" ({len(result['failed']):,} more failed)" if result.get("failed") else ""
     ratio = result["settings"]["config"].get(RETENTION_RATIO)
     total = "each image's" if ratio else result["visual_tokens"]
-    tokens = f"{audit['mean_tokens_per_layer']:.1f} tokens per layer{off_text(result)}"
+    tokens = f"{accounting['mean_tokens_per_layer']:.1f} tokens per layer{off_text(result)}"
     return (
         f"{result['method']} at {budget_text(result['budget'], ratio)} of {total} visual tokens: {score} "
         f"on {asked} {result['title']} questions{failed}; {tokens}"
-        f"{share_with_image(audit)}, KV {short(audit['kv_bytes_per_sample'] / 1e6, 100)} MB, TTFT {wait}{by}."
+        f"{share_with_image(accounting)}, KV {short(accounting['kv_bytes_per_sample'] / 1e6, 100)} MB, TTFT {wait}{by}."
     )
 
 
 def off_text(result: Mapping[str, Any]) -> str:
     """What the sentence says of a mean that is not the budget; "" where it is."""
-    audit = result["audit"]
+    accounting = result["accounting"]
     if off := result["off_budget"]:
         over = f"{off['questions']:,} question{'' if off['questions'] == 1 else 's'}"
         return f" where {off['asked']:.1f} were asked for (mean over {over})"
-    asked = audit["asked_tokens_per_layer"]
-    if (reason := result["counts_otherwise"]) and f"{asked:.1f}" != f"{audit['mean_tokens_per_layer']:.1f}":
+    asked = accounting["asked_tokens_per_layer"]
+    if (reason := result["counts_otherwise"]) and f"{asked:.1f}" != f"{accounting['mean_tokens_per_layer']:.1f}":
         return f" where {asked:.1f} were asked for ({reason})"
     return ""
 

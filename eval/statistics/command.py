@@ -91,7 +91,7 @@ def read_run(folder: Path, data: Dataset, judge: str = "auto") -> Run:
     return Run(
         stored.judged(judge_facts),
         result["method"],
-        round(result["audit"]["mean_tokens_per_layer"]) if ratio else int(result["budget"]),
+        round(result["accounting"]["mean_tokens_per_layer"]) if ratio else int(result["budget"]),
         {key: value for key, value in result["settings"]["config"].items() if key not in ("budget", RETENTION_RATIO)},
         score,
         terms_of(score, data.labels(stored.images)),

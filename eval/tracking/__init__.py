@@ -230,14 +230,14 @@ def headline(result: Mapping[str, Any], output: Path) -> tuple[Any, ...]:
         report.percent_of_full(result, output),
         result["main"],
         result["asked"],
-        result["audit"]["mean_tokens_per_layer"],
-        result["audit"]["kv_bytes_per_sample"],
+        result["accounting"]["mean_tokens_per_layer"],
+        result["accounting"]["kv_bytes_per_sample"],
     )
 
 
 def numbers_of(result: Mapping[str, Any]) -> dict[str, float]:
     """Every number of the result by a flat name."""
-    tree = {key: result[key] for key in ("metrics", "confidence", "audit", "timing", "flops")}
+    tree = {key: result[key] for key in ("metrics", "confidence", "accounting", "timing", "flops")}
     numbers = {
         name.replace(".", "/"): value
         for name, value in flatten(tree).items()
@@ -251,8 +251,8 @@ def numbers_of(result: Mapping[str, Any]) -> dict[str, float]:
     numbers["failed"] = len(result["failed"])
     if report.operations_of(result) is None:  # of fewer questions than other runs
         numbers.pop("flops/per_question", None)
-    for layer, tokens in enumerate(result["audit"]["entering_per_layer"]):
-        numbers[f"audit/entering/layer {layer}"] = tokens
+    for layer, tokens in enumerate(result["accounting"]["entering_per_layer"]):
+        numbers[f"accounting/entering/layer {layer}"] = tokens
     return numbers
 
 
@@ -262,7 +262,7 @@ TABLE_ROWS = 200
 TABLE_IMAGES = 32  # rows of the sample table with images
 IMAGES = 8
 SIDE = 448  # longest side of an image in the sample table
-COLUMNS = ("question_id", "image", "kept tokens", "question", "reference", "answer", "credit", "tokens per layer")
+COLUMNS = ("question_id", "image", "kept tokens", "question", "reference", "answer", "sample_score", "tokens per layer")
 
 
 class Tracker:
@@ -296,22 +296,22 @@ class Tracker:
         self,
         samples: Sequence["Sample"],
         batch: "Batch",
-        credits: Sequence[float],
+        sample_scores: Sequence[float],
         answered: int,
         accuracy: float | None,
     ) -> None:
         """One batch is stored.
 
         Args:
-            credits: score of each answer; empty where the benchmark has none for single answers.
+            sample_scores: score of each answer; empty where the benchmark has none for single answers.
             accuracy: percent, over all `answered` questions so far, or None.
         """
         if self._run is None:
             return
-        scores: Sequence[float | None] = credits or [None] * len(samples)
-        for sample, answer, credit in zip(samples, batch.answers, scores, strict=True):
+        scores: Sequence[float | None] = sample_scores or [None] * len(samples)
+        for sample, answer, sample_score in zip(samples, batch.answers, scores, strict=True):
             if len(self._shown) < TABLE_IMAGES and answer.runs:
-                self._shown[sample.id] = (sample, answer, credit)
+                self._shown[sample.id] = (sample, answer, sample_score)
         self._answered = answered
         numbers = {
             "progress/answered": answered,
@@ -378,9 +378,9 @@ class Tracker:
                 kept = thumbnails(draw_answer(sample, answer))
             data.append([name, image, kept, *rest])
         gallery = []
-        for sample, answer, credit in list(self._shown.values())[:IMAGES]:
+        for sample, answer, sample_score in list(self._shown.values())[:IMAGES]:
             tokens = f"{answer.accounting.mean:.0f} of {answer.accounting.visual_tokens} tokens"
-            verdict = "" if credit is None else "right, " if credit == 1 else "wrong, "
+            verdict = "" if sample_score is None else "right, " if sample_score == 1 else "wrong, "
             caption = f"{sample.question} {answer.text} ({verdict}{tokens})"
             for original, overlay in zip(sample.images, draw_answer(sample, answer), strict=True):
                 gallery.append(self._wandb.Image(beside([draw_original(original), overlay]), caption=caption))

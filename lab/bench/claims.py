@@ -20,9 +20,9 @@ from eval.command import exit_on_user_error, make_parser
 from eval.config import FULL
 from eval.efficiency.counts import Computed, computed
 from eval.efficiency.shapes import noise_batches, random_llava, reading_of
-from eval.papers import Part, read_yaml
 from eval.papers.published import Trust
 from eval.tables import insert, left_aligned, markdown
+from eval.yaml_files import Part, read_yaml
 from llava.places import WORK, check_checkout
 from llava.reduction import registry
 

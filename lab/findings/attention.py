@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from eval.papers import read_yaml
 from eval.results.statistics import Interval
 from eval.tables import COLOURS, MARKERS
+from eval.yaml_files import read_yaml
 from lab.findings.scores import WORD, WORDS, Collected
 from lab.findings.summary import (
     LEVEL,

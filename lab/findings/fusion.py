@@ -130,7 +130,7 @@ class Arm:
         )
 
     @property
-    def key(self) -> "Arm":
+    def canonical_arm(self) -> "Arm":
         """The arm whose answers are the same: without noise its kind has no effect, without a probe nothing of it."""
         if self.ranking == "encoder only":
             return Arm(self.ranking, self.budget, self.merged)
@@ -160,7 +160,7 @@ def answer(model: CachingLlava, arms: Iterable[Arm], folder: Path, limit: int | 
     Returns:
         The arm's `key` -> its answers.
     """
-    keys = list(dict.fromkeys(arm.key for arm in arms))
+    keys = list(dict.fromkeys(arm.canonical_arm for arm in arms))
     model.expect([arm.reducer() for arm in keys])
     answered = {}
     for arm in tqdm(keys, desc="arms", file=sys.stderr):
@@ -276,7 +276,9 @@ OVER_PROBE = "fused − fused with the probe as it is"
 
 # The fused arms of NOISE, each once; and those of probes without noise, the first of which is the default.
 NOISY = list(
-    dict.fromkeys(Arm("fused", budget, merged, kind, x).key for budget, merged, kind, levels in NOISE for x in levels)
+    dict.fromkeys(
+        Arm("fused", budget, merged, kind, x).canonical_arm for budget, merged, kind, levels in NOISE for x in levels
+    )
 )
 LAYERS = [Arm("fused", 64, False, layer=layer) for layer in range(3)]
 LAYERS += [Arm("fused", 64, False, probe="contextual", layer=layer) for layer in range(1, 5)]
@@ -285,14 +287,14 @@ LAYERS += [Arm("fused", 64, False, probe="contextual", layer=layer) for layer in
 def measured(answered: Mapping[Arm, Answered], arm: Arm) -> dict[str, Cell]:
     """Accuracies, differences, and how good the probe is."""
     images = {one.id: one.image for one in questions()}
-    by_ranking = {ranking: answered[replace(arm, ranking=ranking).key] for ranking in ALPHA}
+    by_ranking = {ranking: answered[replace(arm, ranking=ranking).canonical_arm] for ranking in ALPHA}
     cells: dict[str, Cell] = {"AUROC of the probe": mean(by_ranking["cross-modal only"].auroc, images)}
     for ranking, one in by_ranking.items():
         cells[f"{ranking}, %"] = mean(one.scores, images, 100)
         cells[f"{ranking}: every named thing kept in part, %"] = mean(one.hit, images, 100)
     plain = Arm("fused", arm.budget, arm.merged)
     compared = {OVER_ENCODER: by_ranking["encoder only"], OVER_CROSS: by_ranking["cross-modal only"]}
-    if arm.key != plain:
+    if arm.canonical_arm != plain:
         compared[OVER_PROBE] = answered[plain]
     for title, other in compared.items():
         cells[f"{title}, points"] = difference(by_ranking["fused"].scores, other.scores, images, 100)
@@ -307,7 +309,7 @@ def report_probes(model: CachingLlava, folder: Path, out: Path) -> None:
     write_rows(out, "probe_quality", {noise_label(arm): cells_of[arm] for arm in NOISY})
     write_rows(out, "probe_layers", {layer_label(arm): cells_of[arm] for arm in LAYERS})
     curves = {
-        kind: [cells_of[Arm("fused", budget, merged, kind, x).key] for x in levels]
+        kind: [cells_of[Arm("fused", budget, merged, kind, x).canonical_arm] for x in levels]
         for budget, merged, kind, levels in NOISE
         if (budget, merged) == (64, False)
     }
@@ -329,7 +331,9 @@ def noise_label(arm: Arm) -> str:
 
 def layer_label(arm: Arm) -> str:
     """The first cell of a row."""
-    return f"{arm.probe}, layer {arm.layer}" + (" (as it is)" if arm.key == Arm(arm.ranking, 64, False) else "")
+    return f"{arm.probe}, layer {arm.layer}" + (
+        " (as it is)" if arm.canonical_arm == Arm(arm.ranking, 64, False) else ""
+    )
 
 
 def draw_quality(path: Path, noisy: Mapping[str, Sequence[Cells]], layers: Mapping[str, Cells]) -> None:

@@ -71,7 +71,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Asked:
+class AnnotatedQuestion:
     """A question with what it speaks of.
 
     Attributes:
@@ -135,14 +135,14 @@ def targets_of(things: Sequence[Thing], family: str, program: Sequence[Mapping[s
 
 
 @cache
-def questions(split: str = "testdev", data: Path = DEFAULT_DATA) -> tuple[Asked, ...]:
+def questions(split: str = "testdev", data: Path = DEFAULT_DATA) -> tuple[AnnotatedQuestion, ...]:
     """All questions of a split in the order of the benchmark, with the things that they name."""
     records = read_json(data / "gqa" / "data" / f"{split}_balanced_questions.json")
     asked = []
     for identity, record in records.items():
         family, image = record["types"]["detailed"], redraw(record["imageId"], data)
         targets = targets_of(image.things, family, record["semantic"])
-        asked.append(Asked(identity, family, record["question"], record["answer"], image.name, targets))
+        asked.append(AnnotatedQuestion(identity, family, record["question"], record["answer"], image.name, targets))
     return tuple(asked)
 
 
@@ -354,7 +354,7 @@ class Collected:
 
     names: tuple[str, ...]
     values: Array
-    asked: tuple[Asked, ...]
+    asked: tuple[AnnotatedQuestion, ...]
     rows: Array
     agreement: Array
     words: Array
@@ -412,7 +412,9 @@ def exchanged(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.roll(pixels, len(pixels) // 2, axis=0))
 
 
-def measure_image(model: Llava, samples: Sequence[Sample], asked: Sequence[Asked], condition: str) -> dict[str, Array]:
+def measure_image(
+    model: Llava, samples: Sequence[Sample], asked: Sequence[AnnotatedQuestion], condition: str
+) -> dict[str, Array]:
     """The arrays of `Collected` for one image.
 
     With halves exchanged all scores are moved back, so that index i is the same content in every condition; only the
@@ -450,7 +452,7 @@ def measure_image(model: Llava, samples: Sequence[Sample], asked: Sequence[Asked
     }
 
 
-def measure(scores: Array, encoder: Array, image: Scene, asked: Sequence[Asked], late: Mask) -> Array:
+def measure(scores: Array, encoder: Array, image: Scene, asked: Sequence[AnnotatedQuestion], late: Mask) -> Array:
     """[Q, S, measures] of the scores [Q, S, 576] of the questions about one image.
 
     Args:

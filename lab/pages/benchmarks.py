@@ -79,7 +79,7 @@ def score_rows(results: Path) -> list[list[str]]:
                 f"{full['questions']:,}",
                 number(full),
                 number(reduced),
-                f"{reduced['audit']['mean_tokens_per_layer']:.0f} of {full['audit']['mean_tokens_per_layer']:.0f}",
+                " of ".join(f"{one['accounting']['mean_tokens_per_layer']:.0f}" for one in (reduced, full)),
             ]
         )
     return rows

@@ -16,10 +16,10 @@ import torch
 from eval.efficiency.estimate import Estimate, Rates, Workload
 from eval.efficiency.memory import GIB, QuestionShape, layout_of
 from eval.efficiency.shapes import official
-from eval.papers import Part, read_yaml
 from eval.papers.runs import RowAtBudget, RunTarget, columns_of, lines_of
 from eval.papers.spec import Table
 from eval.sweep import reducer_of
+from eval.yaml_files import Part, read_yaml
 from lab.pages.memory import size_of
 from llava.errors import unknown
 from llava.model.llava_arch import Llava

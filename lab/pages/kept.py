@@ -15,7 +15,7 @@ from eval import benchmarks
 from eval.command import exit_on_user_error
 from eval.config import FULL
 from eval.figures.overlay import draw_answer, legend, save_small
-from eval.papers import read_yaml
+from eval.yaml_files import read_yaml
 from llava.model.builder import load
 from llava.pipeline.generate import generate
 from llava.places import ASSETS, WORK, check_checkout

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eval.papers import read_yaml
+from eval.yaml_files import read_yaml
 from lab.toy import clip
 from lab.toy.clip import COLUMN, PANEL, SHAPE
 from lab.toy.data.corpus import Corpus, write_scenes

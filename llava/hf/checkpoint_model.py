@@ -1,8 +1,8 @@
 """The families of `llava.hf.families` in the evaluation pipeline: their checkpoints, and answers to questions.
 
 A prompt is what the checkpoint's own processor makes of its chat template, with images before the message of the
-benchmark. transformers' `generate` decodes it greedily inside `FamilyReduced`; other settings of the checkpoint's
-generation_config.json than its end tokens are not used.
+benchmark. transformers' `generate` decodes it greedily inside `FamilyReductionContext`; other settings of the
+checkpoint's generation_config.json than its end tokens are not used.
 
 Where torchvision is missing, a processor is built without its part for videos, which are not taken here.
 
@@ -33,7 +33,7 @@ from llava.errors import MethodError, UserError
 from llava.file_state import FileState
 from llava.hf.families import FamilyWrapper, kinds_of, why_not
 from llava.hf.models import StockSample
-from llava.hf.reduce import FamilyReduced, require_any
+from llava.hf.reduce import FamilyReductionContext, require_any
 from llava.model.checkpoint.config import refuse_activations
 from llava.model.checkpoint.files import about_snapshot, files_of, locate, name_of
 from llava.model.checkpoint.load import real_vocabulary, refuse_long_vocabulary
@@ -155,7 +155,7 @@ class FamilyModel(FamilyWrapper):
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
         ends = [-1] if ignore_eos else sorted(self.end_ids)
-        with FamilyReduced(self, reducer, [sample.question for sample in samples], timer) as reduced:
+        with FamilyReductionContext(self, reducer, [sample.question for sample in samples], timer) as reduced:
             output: Any = self.hf_model.generate(
                 **given,
                 max_new_tokens=max_new_tokens,

@@ -28,7 +28,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import ANSWER_FORMATS, MODES
 from llava.errors import UserError
 from llava.hf.models import WRAPPERS, PreparedImage
-from llava.hf.patch import Reduced
+from llava.hf.patch import ReductionContext
 from llava.hf.reduce import reduce
 from llava.model.checkpoint.load import Checkpoint
 from llava.model.multimodal_encoder.clip_encoder import encode
@@ -123,7 +123,7 @@ class ScriptModel(nn.Module):
 
     Attributes:
         config: the fields of config.json; those that scripts read are there for the transformers layout, too.
-        reduced: see `llava.hf.patch.Reduced`; `reduced.accounting` counts the tokens of the last prompts.
+        reduced: see `llava.hf.patch.ReductionContext`; `reduced.accounting` counts the tokens of the last prompts.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class ScriptModel(nn.Module):
         self.use(method, budget, **options)
         self.eval()
 
-    def use(self, method: str, budget: Any = None, **options: Any) -> Reduced:
+    def use(self, method: str, budget: Any = None, **options: Any) -> ReductionContext:
         """Run under another method from the next call on.
 
         Args: see `llava.reduce`.

@@ -298,7 +298,7 @@ def wrap_model(
         family=family,
         frames=frames_of_video,
     )
-    conventions: dict[str, Any] = {"reading": "transformers"} if family == "llava_next" else {}
+    conventions: dict[str, Any] = {"anyres_rule": "transformers"} if family == "llava_next" else {}
     return WRAPPERS[family](checkpoint, device_of(model), **conventions)
 
 

@@ -5,9 +5,9 @@
     reduced.accounting[0].tokens_per_layer  # visual tokens that entered each decoder layer
 
 Inside the context, a call of the model with pixels runs the staged forward: dropped tokens are neither computed nor
-cached. A call without pixels runs the model's own forward. `Reduced` says what is patched: attributes of this one model
-object, whose class and all other objects stay as they are. The model is restored when the context exits, also after an
-error. What cannot be done on a reduced prompt is refused with a UserError.
+cached. A call without pixels runs the model's own forward. `ReductionContext` says what is patched: attributes of this
+one model object, whose class and all other objects stay as they are. The model is restored when the context exits, also
+after an error. What cannot be done on a reduced prompt is refused with a UserError.
 
 Read: transformers 5.23.0, cache_utils.py, generation/utils.py and the models of llava, llava_next, video_llava
 Differs from it: a prefill returns the logits of the last token only; prompts padded on the right give what prompts
@@ -133,7 +133,7 @@ class ReducedCache(DynamicCache):
 # The context
 
 
-class Reduced:
+class ReductionContext:
     """What `reduce` returns; entering it patches the model, leaving it restores the model.
 
     Patched, as attributes of this one model object (`llava.hf.patch`):
@@ -174,7 +174,7 @@ class Reduced:
         self._runtime, self._state = runtime, state_of(self._model)
         self._overrides: list[Override] = []
 
-    def __enter__(self) -> "Reduced":
+    def __enter__(self) -> "ReductionContext":
         model = self._model
         inner = inner_of(model)
         if isinstance(model.forward, Override) or isinstance(inner.forward, Override):

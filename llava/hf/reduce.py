@@ -6,11 +6,11 @@
 
 LLaVA, LLaVA-NeXT and Video-LLaVA run the staged forward that answers benchmarks (patch.py).
 
-The families of `llava.hf.families.FAMILIES` run their own forward on shorter prompts (`FamilyReduced`). The method's
-stages before the decoder run on the model's visual tokens as on LLaVA's (llava/pipeline/prefill.py). The stock forward
-then gets what is left: shorter `input_ids`, the position ids of the kept tokens, and the kept or merged tokens as
-`mm_encoder_outputs`. Masks, scales and kernels are the model's own, so that keeping all tokens gives its logits bit for
-bit. Stages between decoder layers are hooks in front of these layers.
+The families of `llava.hf.families.FAMILIES` run their own forward on shorter prompts (`FamilyReductionContext`). The
+method's stages before the decoder run on the model's visual tokens as on LLaVA's (llava/pipeline/prefill.py). The stock
+forward then gets what is left: shorter `input_ids`, the position ids of the kept tokens, and the kept or merged tokens
+as `mm_encoder_outputs`. Masks, scales and kernels are the model's own, so that keeping all tokens gives its logits bit
+for bit. Stages between decoder layers are hooks in front of these layers.
 
 Read: transformers 5.23.0, modeling of the families, generation/utils.py, masking_utils.py, cache_utils.py
 """
@@ -34,7 +34,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError
 from llava.hf.families import FAMILIES, MODALITIES, FamilyWrapper, declared, flat, why_not
 from llava.hf.models import COPIES, ONE_CALL, HFWrapper, StockSample, samples, wrap_model
-from llava.hf.patch import Override, Reduced, ReducedCache, held_by
+from llava.hf.patch import Override, ReducedCache, ReductionContext, held_by
 from llava.pipeline import positions
 from llava.pipeline.accounting import Record, Timer
 from llava.pipeline.decoder import Segment, causal_mask, rotary_angles
@@ -56,7 +56,7 @@ def reduce(
     tokenizer: PreTrainedTokenizerBase | None = None,
     text_tower: str | Path | None = None,
     **options: Any,
-) -> "Reduced":
+) -> "ReductionContext":
     """A context in which a Hugging Face model runs under a method.
 
     Args:
@@ -115,8 +115,8 @@ def reduce(
             '(budget="1/9"). "full" keeps all.'
         )
     if isinstance(runtime, FamilyWrapper):
-        return FamilyReduced(runtime, reducer, questions)
-    return Reduced(runtime, reducer, questions)
+        return FamilyReductionContext(runtime, reducer, questions)
+    return ReductionContext(runtime, reducer, questions)
 
 
 def require_any(runtime: HFWrapper, reducer: Reducer) -> None:
@@ -183,8 +183,8 @@ class Running:
     segments: list[Segment] = field(default_factory=list)
 
 
-class FamilyReduced(Reduced):
-    """`Reduced` for the families of FAMILIES: the model's own forward runs, on shorter prompts.
+class FamilyReductionContext(ReductionContext):
+    """`ReductionContext` for the families of FAMILIES: the model's own forward runs, on shorter prompts.
 
     Attributes:
         timer: of the stages up to the decoder's end; of each call its own if None.
@@ -205,7 +205,7 @@ class FamilyReduced(Reduced):
     # Hooks of layers hold this object; a copy of the model would keep them.
     __reduce_ex__ = Override.__reduce_ex__
 
-    def __enter__(self) -> "FamilyReduced":
+    def __enter__(self) -> "FamilyReductionContext":
         super().__enter__()
         self._running: Running | None = None
         self._continued: list[Segment] = []

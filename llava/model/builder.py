@@ -102,7 +102,7 @@ def load(
         zero: ZeRO-Inference, for a decoder that does not fit one device: its weights are partitioned over the ranks of
             the group (without one, a group of one is joined) and fetched layer by layer from "cpu" or,
             with "none", from the devices of the others.
-        conventions: how images are read, where a family leaves a choice: `merge`, `reading` and `force` of
+        conventions: how images are read, where a family leaves a choice: `merge`, `anyres_rule` and `force` of
             llava.model.llava_next.LlavaNext, `min_pixels` and `max_pixels` of llava.model.qwen_vl.QwenVL.
     """
     if dtype not in DTYPES:

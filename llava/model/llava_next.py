@@ -23,7 +23,7 @@ class LlavaNext(Llava):
 
     Args:
         merge: "spatial_unpad" or "spatial"; None takes the checkpoint's own.
-        reading: of the resolutions, "original" or "transformers".
+        anyres_rule: of the resolutions, "original" or "transformers".
         force: (width, height) that every image is put on; the tables of most papers: twice the tower's side, and
             "spatial", which is 2,880 tokens for each image.
     """
@@ -33,7 +33,7 @@ class LlavaNext(Llava):
         checkpoint: Any,
         device: torch.device,
         merge: Literal["spatial_unpad", "spatial"] | None = None,
-        reading: Literal["original", "transformers"] = "original",
+        anyres_rule: Literal["original", "transformers"] = "original",
         force: tuple[int, int] | None = None,
     ):
         super().__init__(checkpoint, device)
@@ -41,7 +41,7 @@ class LlavaNext(Llava):
             checkpoint.image_processor,
             (self.layout.rows, self.layout.columns),
             checkpoint.model.config.image_grid_pinpoints,
-            reading,
+            anyres_rule,
             merge or checkpoint.merge or "spatial_unpad",
             force,
         )
@@ -53,7 +53,7 @@ class LlavaNext(Llava):
         anyres = self.anyres
         return {
             "merge": anyres.merge,
-            "pinpoints": anyres.reading,
+            "anyres_rule": anyres.anyres_rule,
             "tiles": "x".join(map(str, anyres.force)) if anyres.force else "best",
         }
 

@@ -24,7 +24,7 @@ from llava.model.llava_arch import EncodedImage, Llava
 from llava.pipeline import decoder, views
 from llava.pipeline.accounting import Applied, Record, SeenImage, Timer
 from llava.pipeline.positions import Piece
-from llava.pipeline.sequence import PromptBatch, Reduced, Row, assemble
+from llava.pipeline.sequence import ImageReduction, PromptBatch, Row, assemble
 from llava.pipeline.views import Features, Group
 from llava.processing.prompt import Prompt, Sample
 from llava.reduction.budget import ImagePlan, plan_image
@@ -275,7 +275,7 @@ class Stages:
             for reduction, own in self.call_method(group, "prompt", state, state.tokens.shape[1]):
                 values = self._merged_values(reduction, state, own)
                 if not group.views:
-                    reduced.append(Reduced(group.images[own.start : own.stop], reduction, values))
+                    reduced.append(ImageReduction(group.images[own.start : own.stop], reduction, values))
                     continue
                 for row, view in enumerate(group.views[own.start : own.stop]):
                     value = None if values is None else values[row].to(state.tokens.dtype)
@@ -306,7 +306,7 @@ class Stages:
                 spec = self.images[sample, number].plan.spec
                 groups.setdefault((stop - start, spec), []).append((sample, number))
         alone = len(groups) == 1 and all(len(spans) == 1 for spans in sequence.visual)
-        reduced: list[Reduced] = []
+        reduced: list[ImageReduction] = []
         for (count, _), rows in groups.items():
             image, prompts = self.images[rows[0]], [sequence, entered, self.start]
             if not alone:  # else every prompt has one image of the group
@@ -328,8 +328,8 @@ class Stages:
             self.record.operations.add("selection", int, state.flops + sum(part.flops for part, _ in parts))
             for reduction, own in parts:
                 values = self._merged_values(reduction, state, own)
-                reduced.append(Reduced(rows[own.start : own.stop], reduction, values))
-        sequence = self._shorten(sequence, reduced, f"layer {layer}", self.reducer.then or self.reducer)
+                reduced.append(ImageReduction(rows[own.start : own.stop], reduction, values))
+        sequence = self._shorten(sequence, reduced, f"layer {layer}", self.reducer.second or self.reducer)
         self.timer.mark("selection")
         return sequence
 
@@ -402,7 +402,9 @@ class Stages:
             operations.add("selection", int, len(merged) * reduction.apply_flops(merged.shape[-1]))
         return values
 
-    def _shorten(self, sequence: PromptBatch, reduced: list[Reduced], place: str, method: Reducer) -> PromptBatch:
+    def _shorten(
+        self, sequence: PromptBatch, reduced: list[ImageReduction], place: str, method: Reducer
+    ) -> PromptBatch:
         """Record reductions and apply them to the prompts; `method` says which position ids these then have."""
         for part in reduced:
             for row, (sample, number) in enumerate(part.images):

@@ -31,7 +31,7 @@ class Rotary:
 
 
 @dataclass(frozen=True)
-class Reduced:
+class ImageReduction:
     """Images with one reduction.
 
     Attributes:
@@ -171,7 +171,7 @@ class PromptBatch:
         position = positions.renumber(self.position, self.lengths, self.visual)
         return replace(self, position=position, contiguous=position.dim() == 2, rotary=None)
 
-    def reduce(self, reduced: list[Reduced], renumber: bool) -> "PromptBatch":
+    def reduce(self, reduced: list[ImageReduction], renumber: bool) -> "PromptBatch":
         """Replace the visual tokens of images by their reductions' output tokens.
 
         Args:
@@ -252,7 +252,7 @@ class PromptBatch:
         )
         return shorter, tuple(cuts)
 
-    def _spliced(self, reduced: list[Reduced], cuts: tuple[tuple[Cut, ...], ...]) -> Tensor | None:
+    def _spliced(self, reduced: list[ImageReduction], cuts: tuple[tuple[Cut, ...], ...]) -> Tensor | None:
         """Hidden states with merged tokens in place of one image per prompt, all in the same columns; else None."""
         samples = range(len(self.lengths))
         alone = len(reduced) == 1 and reduced[0].images == [(sample, 0) for sample in samples]

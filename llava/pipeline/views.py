@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava.model.llava_arch import EncodedImage, Llava
-from llava.pipeline.sequence import PromptBatch, Reduced, Row
+from llava.pipeline.sequence import ImageReduction, PromptBatch, Row
 from llava.processing.prompt import Sample
 from llava.reduction.budget import divided, over_crops, shares
 from llava.reduction.merging import Reduction, ViewReduction, join, stack
@@ -243,7 +243,7 @@ def join_prompt(
     row: Row,
     image: EncodedImage,
     pieces: list[tuple[ViewReduction, Tensor | None]],
-) -> Reduced:
+) -> ImageReduction:
     """The reduction of an image before decoder layer 0 from those of its views.
 
     Args:
@@ -252,7 +252,7 @@ def join_prompt(
     views, values = [view for view, _ in pieces], [value for _, value in pieces]
     reduction, order = join_views(reducer, image, views)
     if all(value is None for value in values):
-        return Reduced([row], reduction)
+        return ImageReduction([row], reduction)
     sample, number = row
     start = sequence.hidden.shape[1] - sequence.lengths[sample] + sequence.visual[sample][number][0]
     tokens = sequence.hidden[sample, start : start + image.layout.tokens]
@@ -261,4 +261,4 @@ def join_prompt(
         tokens[view.indices[view.reduction.kept[0]]] if value is None else value
         for view, value in zip([*views, *newlines], [*values, *[None] * len(newlines)], strict=True)
     ]
-    return Reduced([row], reduction, torch.cat(merged)[order][None])
+    return ImageReduction([row], reduction, torch.cat(merged)[order][None])

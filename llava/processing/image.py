@@ -49,7 +49,7 @@ STEPS = (*QWEN_STEPS, "do_center_crop")
 # Raster formats only: for EPS, whatever the file's name, Pillow would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")
 
-READINGS = ("original", "transformers")
+ANYRES_RULES = ("original", "transformers")
 MERGES = ("spatial_unpad", "spatial")
 
 LARGEST_SIDE = 2**14  # pixels of a preprocessor's sizes
@@ -272,7 +272,7 @@ def parse_pinpoints(pinpoints: Any, tile: int) -> tuple[Size, ...]:
     return tuple((first, second) for first, second in pinpoints)
 
 
-def best_resolution(size: Size, pinpoints: Sequence[Size], reading: str = "original") -> Size:
+def best_resolution(size: Size, pinpoints: Sequence[Size], anyres_rule: str = "original") -> Size:
     """Return the (width, height) that keeps most of the image's pixels; of equals the smallest, then the first.
 
     Args:
@@ -288,7 +288,7 @@ def best_resolution(size: Size, pinpoints: Sequence[Size], reading: str = "origi
         kept = min(int(width * scale) * int(height * scale), width * height)
         return kept, kept - resolution[0] * resolution[1]
 
-    candidates = pinpoints if reading == "original" else [(second, first) for first, second in pinpoints]
+    candidates = pinpoints if anyres_rule == "original" else [(second, first) for first, second in pinpoints]
     return max(candidates, key=kept_and_wasted)
 
 
@@ -316,7 +316,7 @@ def cut(canvas: Image.Image, tile: int) -> list[Image.Image]:
 
 
 def unpadded(
-    size: Size, tiles: tuple[int, int], grid: tuple[int, int], reading: str = "original"
+    size: Size, tiles: tuple[int, int], grid: tuple[int, int], anyres_rule: str = "original"
 ) -> tuple[int, int, int, int]:
     """Return the rows (from, to) and columns (from, to) of stitched patches that are not padding.
 
@@ -331,9 +331,9 @@ def unpadded(
     (width, height), rows, columns = size, tiles[0] * grid[0], tiles[1] * grid[1]
     # The quotient first, then the product: another order of these floats gives one row more or less on exact ties.
     if width / height > columns / rows:
-        margin = (rows - _whole(height * (columns / width), reading)) // 2
+        margin = (rows - _whole(height * (columns / width), anyres_rule)) // 2
         return margin, rows - margin, 0, columns
-    margin = (columns - _whole(width * (rows / height), reading)) // 2
+    margin = (columns - _whole(width * (rows / height), anyres_rule)) // 2
     return 0, rows, margin, columns - margin
 
 
@@ -345,7 +345,7 @@ class AnyresProcessor:
         clip: size, mean and deviation of a tile; its padding is not used, since every tile is square.
         grid: rows and columns of patches of a tile.
         pinpoints: resolutions to choose from, in any form that `parse_pinpoints` reads.
-        reading: the anyres convention, "original" or "transformers", see the head of this file.
+        anyres_rule: the anyres convention, "original" or "transformers", see the head of this file.
         merge: "spatial_unpad", the checkpoints' own: padding is removed and a newline token ends every row of stitched
             patches. "spatial": neither, all patches of every tile, as in the tables of most papers.
         force: (width, height) for every image whatever its shape, with padding. Papers with 2,880 tokens take
@@ -355,13 +355,13 @@ class AnyresProcessor:
     clip: ImageProcessor
     grid: tuple[int, int]
     pinpoints: Any
-    reading: Literal["original", "transformers"] = "original"
+    anyres_rule: Literal["original", "transformers"] = "original"
     merge: Literal["spatial_unpad", "spatial"] = "spatial_unpad"
     force: Size | None = None
 
     def __post_init__(self) -> None:
-        if self.reading not in READINGS:
-            raise unknown("reading of the resolutions", self.reading, READINGS)
+        if self.anyres_rule not in ANYRES_RULES:
+            raise unknown("anyres_rule", self.anyres_rule, ANYRES_RULES)
         if self.merge not in MERGES:
             raise unknown("merge of the tiles", self.merge, MERGES)
         if self.force is not None and not _is_resolution(self.force, self.tile):
@@ -378,7 +378,7 @@ class AnyresProcessor:
 
     def resolution(self, size: Size) -> Size:
         """Return (width, height) of the canvas for an image of this size."""
-        return self.force or best_resolution(size, self.pinpoints, self.reading)
+        return self.force or best_resolution(size, self.pinpoints, self.anyres_rule)
 
     def arrange(self, size: Size) -> TokenLayout:
         """Return the token layout of an image of this (width, height).
@@ -391,7 +391,7 @@ class AnyresProcessor:
         tiles = height // self.tile, width // self.tile
         if self.merge == "spatial":
             return stitched(tiles, self.grid, newline=False)
-        run = stitched(tiles, self.grid, unpadded(size, tiles, self.grid, self.reading))
+        run = stitched(tiles, self.grid, unpadded(size, tiles, self.grid, self.anyres_rule))
         empty = run.patches == len(run.crops[0].patches)
         return replace(run, crops=run.crops[:1], tiles=None) if empty else run
 
@@ -413,8 +413,8 @@ class AnyresProcessor:
         return self.clip.crops(crops), layout
 
 
-def _whole(value: float, reading: str) -> int:
-    return int(value) if reading == "original" else int(round(value, 7))
+def _whole(value: float, anyres_rule: str) -> int:
+    return int(value) if anyres_rule == "original" else int(round(value, 7))
 
 
 def _is_resolution(pair: Any, tile: int) -> bool:

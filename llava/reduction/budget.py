@@ -124,21 +124,21 @@ def planned(reducer: Reducer, spec: ModelSpec) -> tuple[int, ...] | None:
         return None
     kept = spec.newlines if chooses_patches(reducer) and reducer.newlines == "keep" else 0
     plan = tuple(kept + sum(layer) for layer in zip(*known, strict=True))
-    if then := reducer.for_image(spec).then:
-        then, spec = in_decoder(then, spec, plan[0])
-        return then.tokens_per_layer(spec)
+    if second := reducer.for_image(spec).second:
+        second, spec = in_decoder(second, spec, plan[0])
+        return second.tokens_per_layer(spec)
     return plan
 
 
-def in_decoder(then: Reducer, spec: ModelSpec, entering: int) -> tuple[Reducer, ModelSpec]:
+def in_decoder(second: Reducer, spec: ModelSpec, entering: int) -> tuple[Reducer, ModelSpec]:
     """The second method of a composition, and the model as it finds it.
 
     Args:
-        then: at the budget of the image.
+        second: at the budget of the image.
         entering: tokens of the image that the first method leaves; they are in one row.
     """
     own = replace(spec, visual_tokens=entering, layout=PatchGrid(1, entering), crops=(), newlines=0)
-    return then.with_budget(min(then.budget, entering)), own
+    return second.with_budget(min(second.budget, entering)), own
 
 
 @lru_cache(maxsize=256)

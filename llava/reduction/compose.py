@@ -38,18 +38,18 @@ class Composed(Reducer):
 
     Attributes:
         first: the method before the decoder; `before_decoder` gives it its budget.
-        then: the method between decoder layers.
+        second: the method between decoder layers.
     """
 
     first: ClassVar[Reducer]
-    then: ClassVar[Reducer]
+    second: ClassVar[Reducer]
 
     share: float = option(
         0.5, "the first method leaves N^(1-share) B^share of N tokens at a budget of B; 0: all, 1: B", least=0, most=1
     )
 
     def __post_init__(self) -> None:
-        for role, part in zip(("first", "then"), self.parts, strict=True):
+        for role, part in zip(("first", "second"), self.parts, strict=True):
             names = {key: _field_name(key, part, role == "first") for key in options_of(part)}
             values = {key: getattr(self, name) for key, name in names.items() if name in options_of(type(self))}
             # Its own sentence about a wrong value comes before that of the composition.
@@ -70,7 +70,7 @@ class Composed(Reducer):
                 "the image."
             )
         try:
-            require(*in_decoder(self.for_image(spec).then, spec, plan[0]))
+            require(*in_decoder(self.for_image(spec).second, spec, plan[0]))
         except UserError as error:
             raise type(error)(
                 f"{self.name} at a share of {self.share:g}: {first.name} leaves {plan[0]} of {total} tokens. Of these, "
@@ -100,12 +100,12 @@ class Composed(Reducer):
         return None if first.keeps_all(state.tokens.shape[1]) else first.prompt(state)
 
     def decoder_layers(self, layers: int) -> tuple[int, ...]:
-        return self.then.decoder_layers(layers)
+        return self.second.decoder_layers(layers)
 
     def decoder(self, state: DecoderState) -> Reductions:
         start, stop = state.start.images[0]  # of the images of a state as many tokens entered layer 0
-        then, state.spec = in_decoder(self.then, state.spec, stop - start)
-        return then.decoder(state)
+        second, state.spec = in_decoder(self.second, state.spec, stop - start)
+        return second.decoder(state)
 
 
 def composition(first: type[Reducer], second: type[Reducer]) -> type[Composed]:

@@ -102,7 +102,7 @@ class Reducer:
             own), "uncounted" (the mean is off the budget) and "unused OPTION" (its values change nothing on a small
             image), or one of them and " with OPTION=VALUE", for the options that make it so.
         parts: the two methods of a composition (llava/reduction/compose.py).
-        then: of an instance of a composition, its second method.
+        second: of an instance of a composition, its second method.
 
     Attributes:
         budget: visual tokens per image, as a mean over decoder layers; merged tokens count.
@@ -123,7 +123,7 @@ class Reducer:
     needs_text_tower: ClassVar[bool] = False
     known_deviations: ClassVar[dict[str, str]] = {}
     parts: ClassVar[tuple[type["Reducer"], ...]] = ()
-    then: ClassVar["Reducer | None"] = None
+    second: ClassVar["Reducer | None"] = None
 
     budget: int
     positions: str = option("renumber", "position ids after a reduction", ("renumber", "original"))

@@ -93,7 +93,7 @@ def with_short_prompts(model: Any) -> Any:
 # Models
 
 
-class Reduced:
+class ReducedModelMixin:
     """What all models do; comes before the vLLM class."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -117,7 +117,7 @@ class Reduced:
         return EngineTower(self, self.served, [*built, *[None] * missing])
 
 
-class ClipModel(Reduced):
+class ClipModel(ReducedModelMixin):
     # transformers 5 saves the tower without the level that the engine's class has.
     hf_to_vllm_mapper = LlavaNextForConditionalGeneration.hf_to_vllm_mapper | WeightsMapper(
         orig_to_new_regex={re.compile(r"^(model\.)?vision_tower\.(?!vision_model\.)"): r"\1vision_tower.vision_model."}
@@ -157,7 +157,7 @@ def ask_for_positions() -> None:
     runner._gather_mm_embeddings = asking
 
 
-class QwenModel(Reduced):
+class QwenModel(ReducedModelMixin):
     """Positions of an image's tokens come behind their channels, as with vLLM's own pruning of videos."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -241,7 +241,7 @@ class ReducedQwen3(QwenModel, Qwen3VLForConditionalGeneration):
 
 
 @with_short_prompts
-class ReducedInternVL(Reduced, InternS1ForConditionalGeneration):
+class ReducedInternVL(ReducedModelMixin, InternS1ForConditionalGeneration):
     def attentions(self) -> list[Any]:
         return [layer.attention for layer in self.vision_tower.encoder.layer]
 

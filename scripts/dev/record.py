@@ -47,7 +47,7 @@ TABLES = {
     "visiondrop/llava_next_7b": "fastv,visiondrop",
 }
 LIMIT = 6
-SCORES = ("asked", "failed", "metrics", "confidence", "groups", "audit", "off_budget")  # of result.json
+SCORES = ("asked", "failed", "metrics", "confidence", "groups", "accounting", "off_budget")  # of result.json
 KEPT: dict[str, list[Any]] = {}
 # What depends on the clock, the machine or the code's own hash: whole names, and parts of names.
 ONCE = ("run", "finished")

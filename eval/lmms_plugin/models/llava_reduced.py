@@ -16,7 +16,7 @@ from eval.benchmarks.llava_files import split_suffix
 from eval.config import build_reducer
 from eval.harnesses import conclude, ends_the_process, refuse_ranks
 from eval.lmms_plugin import configuration
-from eval.results.cost import audit_record
+from eval.results.cost import accounting_record
 from eval.run import load_model
 from llava.budget import budget_text
 from llava.errors import UserError
@@ -70,7 +70,7 @@ class LlavaReduced(lmms):
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Greedy answers in the order of the requests."""
         texts = [""] * len(requests)
-        audits: list[dict[str, Any]] = []
+        accounts: list[dict[str, Any]] = []
         by_length: dict[int, list[int]] = defaultdict(list)
         for place, request in enumerate(requests):
             _, settings, _, _, task, _ = request.args
@@ -85,10 +85,10 @@ class LlavaReduced(lmms):
                     for place, answer in zip(chunk, batch.answers, strict=True):
                         texts[place] = answer.text
                         self.cache_hook.add_partial("generate_until", requests[place].args[:2], answer.text)
-                    audits += [audit_record(answer.accounting) for answer in batch.answers]
+                    accounts += [accounting_record(answer.accounting) for answer in batch.answers]
                     bar.update(len(chunk))
-        if audits:
-            conclude(audits, self.reducer)
+        if accounts:
+            conclude(accounts, self.reducer)
         return texts
 
     def sample(self, request: Any) -> Sample:

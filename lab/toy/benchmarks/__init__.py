@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import yaml
 from PIL import Image, ImageFilter
 
-from eval.papers import read_yaml
+from eval.yaml_files import read_yaml
 from lab.toy.data.formats import LETTERS, Pair, compose
 from lab.toy.data.scenes import Scene, Thing, scene
 from lab.toy.data.vocabulary import COLOR_NAMES, DIGITS, SHAPES

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from eval.papers import read_yaml
+from eval.yaml_files import read_yaml
 
 WORDS: dict[str, Any] = read_yaml(Path(__file__).with_name("words.yaml"))
 COLORS: dict[str, tuple[int, int, int]] = {name: tuple(rgb) for name, rgb in WORDS["colors"].items()}
