@@ -1,12 +1,14 @@
 """Record what every method keeps, answers and scores, to see after a change of the code that nothing else changed.
 
-    python scripts/dev/record.py before.json                         # 25 methods x 5 models x 2 budgets
+    python scripts/dev/record.py before.json                         # 25 methods on 12 models, and two tables
     python scripts/dev/record.py after.json --against before.json    # exit code 1 and a list where they differ
     python scripts/dev/record.py some.json --methods visiondrop,fastv --models tinyllava
 
 Holds for each model, method and budget: the tokens kept at every reduction of every question, the answers, the metrics
-with their intervals and the tokens per layer, or the sentence with which the method refuses; and the cells of two
-papers' tables. Compare records of one machine only: near ties fall otherwise on another kind of processor.
+with their intervals and the tokens per layer, or the sentence with which the method refuses. The same without a score
+for `reduce` on tiny models of six families; the tokens that images become inside a serving engine, whose tower a stand-in
+plays; and the cells of two papers' tables. Compare records of one machine only: near ties fall otherwise on another kind
+of processor.
 """
 
 import argparse
@@ -31,7 +33,10 @@ unwatched, pipeline.generate = pipeline.generate, lambda *arguments, **options: 
 
 from eval import cli  # noqa: E402
 from eval.__main__ import main as evaluate  # noqa: E402
+from llava import reduce  # noqa: E402
+from llava.errors import UserError  # noqa: E402
 from llava.reduction import registry  # noqa: E402
+from tests import engine_stand_in, stock_families  # noqa: E402
 from tests.tiny_checkpoints_families import save_qwen_transformers  # noqa: E402
 
 # model -> data folder, benchmark and the two budgets. Qwen's weights are random, from a fixed seed.
@@ -46,6 +51,8 @@ TABLES = {
     "consensusdrop/llava15_7b": "fastervlm,visiondrop,consensusdrop,divprune",
     "visiondrop/llava_next_7b": "fastv,visiondrop",
 }
+# Names of tests.stock_families: windows, tiles, packed tiles, one direction less, padded images, row breaks.
+FAMILIES = ("qwen2_5_vl", "internvl3", "onevision", "gemma3", "idefics3", "mistral3")
 LIMIT = 6
 SCORES = ("asked", "failed", "metrics", "confidence", "groups", "accounting", "off_budget")  # of result.json
 KEPT: dict[str, list[Any]] = {}
@@ -112,6 +119,22 @@ def record_table(name: str) -> list[dict[str, str]]:
     return [{key: value for key, value in row.items() if steady({key: value})} for row in csv.DictReader(lines)]
 
 
+def record_family(name: str, method: str) -> dict[str, Any]:
+    """What `reduce` keeps and generates on a tiny model, of prompts with one and with two images."""
+    model, inputs, tokens = stock_families.tiny(name), stock_families.call(name, (1, 2)), stock_families.count(name)
+    cells: dict[str, Any] = {}
+    for budget in ("all",) if method == "full" else (tokens // 3, tokens * 5 // 8):
+        try:
+            with reduce(model, method, None if method == "full" else budget) as reduced:
+                output = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        except UserError as error:
+            cells[str(budget)] = str(error)
+            continue
+        steps = [[[step.reduction.kept.tolist(), step.reduction.inputs] for step in trace] for trace in reduced.traces]
+        cells[str(budget)] = {"kept": steps, "ids": output.tolist()}
+    return cells
+
+
 def differences(before: Any, after: Any, where: str = "") -> Iterator[str]:
     """Where two records differ, one line each; only what both hold is compared."""
     if isinstance(before, dict) and isinstance(after, dict):
@@ -137,7 +160,11 @@ def main() -> int:
     registry.load_all()
     methods = args.methods.split(",") if args.methods else sorted(registry.METHODS)
     target, earlier = args.file.resolve(), args.against and json.loads(args.against.read_text())
-    record: dict[str, Any] = {"answers": {}, "tables": {}}
+    record: dict[str, Any] = {"answers": {}, "tables": {}, "families": {}, "engine": {}}
+    for method in methods:
+        record["engine"][method] = engine_stand_in.kept_tokens(method)
+        for name in FAMILIES:
+            record["families"].setdefault(name, {})[method] = record_family(name, method)
     with TemporaryDirectory() as folder:
         os.chdir(folder)
         save_qwen_transformers(Path(folder) / "tinyqwen")
