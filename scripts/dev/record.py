@@ -5,10 +5,10 @@
     python scripts/dev/record.py some.json --methods visiondrop,fastv --models tinyllava
 
 Holds for each model, method and budget: the tokens kept at every reduction of every question, the answers, the metrics
-with their intervals and the tokens per layer, or the sentence with which the method refuses. The same without a score
-for `reduce` on tiny models of six families; the tokens that images become inside a serving engine, whose tower a stand-in
-plays; and the cells of two papers' tables. Compare records of one machine only: near ties fall otherwise on another kind
-of processor.
+with their intervals and the tokens per layer, or the sentence with which the method refuses. The same without scores
+for `reduce` on tiny models of six families, the tokens that images become inside a serving engine (a stand-in plays its
+tower), and the cells of two papers' tables. Compare records of one machine only: near ties fall otherwise on another
+kind of processor.
 """
 
 import argparse
