@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,14 @@ CACHE_BYTES = 4 << 30  # in a sweep, which comes back to every image
 RUN_BYTES = 512 << 20  # in a single run, whose questions about one image stand near each other
 
 
-class CachingLlava(Llava):
+# At run time the class stands before the model's own class, whatever that is.
+if TYPE_CHECKING:
+    Base = Llava
+else:
+    Base = object
+
+
+class CachingLlava(Base):
     """A LLaVA that keeps the tower's output for the images it has seen, in the memory of this process.
 
     CLS and every score asked for so far are kept for each image, so that methods share one pass of the tower; what a
@@ -40,8 +47,7 @@ class CachingLlava(Llava):
 
     def __new__(cls, model: Llava, cache_bytes: int = CACHE_BYTES) -> "CachingLlava":
         """Of the model's own family: what this class leaves alone is done as that family does it."""
-        own = cls if type(model) is Llava else type(f"{cls.__name__}{type(model).__name__}", (cls, type(model)), {})
-        return object.__new__(own)
+        return object.__new__(type(f"{cls.__name__}{type(model).__name__}", (cls, type(model)), {}))
 
     def __init__(self, model: Llava, cache_bytes: int = CACHE_BYTES):
         self.__dict__.update(model.__dict__)
@@ -132,7 +138,7 @@ def without_memory(model: Llava) -> Llava:
 
 def can_remember(model: Llava) -> bool:
     """Whether the images of a model go through a CLIP tower in the common way; Qwen's have a tower of another kind."""
-    return type(model).encode_images is Llava.encode_images
+    return getattr(type(model), "encode_images", None) is Llava.encode_images
 
 
 def with_own_memory(encoded: Encoded) -> Encoded:

@@ -16,8 +16,8 @@ import torch
 from eval.results import cost
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
-from llava.pipeline import prefill as stages
-from llava.pipeline.prefill import prefill
+from llava.pipeline import stages
+from llava.pipeline.generate import prefill
 from llava.processing.prompt import Sample
 from llava.reduction.budget import require
 from llava.reduction.merging import Trace

@@ -43,8 +43,8 @@ def state_of(part) -> EncoderState:
 
 def parts_with(reducer: Reducer, layout: TokenLayout, signals: Signals) -> list:
     patches = PatchGrid(*layout.grid)
-    model = SimpleNamespace(spec=ModelSpec(patches.tokens, 4, patches, 24))
-    return parts_of(model, reducer, (0, 0), image_with(layout, signals))
+    spec = ModelSpec(patches.tokens, 4, patches, 24)
+    return parts_of(spec, reducer, (0, 0), image_with(layout, signals))
 
 
 def kept_of(reducer: Reducer, layout: TokenLayout, signals: Signals) -> list[int]:

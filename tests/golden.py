@@ -22,7 +22,7 @@ from eval.efficiency.shapes import noise
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.model.llava_arch import Llava
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import prefill
 from llava.processing.prompt import Sample
 from llava.reduction import registry
 from llava.reduction.reducer import Reducer

@@ -19,8 +19,7 @@ from llava.model.builder import load
 from llava.model.llava_arch import Llava
 from llava.pipeline import decoder
 from llava.pipeline.accounting import TokenAccounting
-from llava.pipeline.generate import generate
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import generate, prefill
 from llava.processing.prompt import Sample
 from llava.reduction.registry import build
 from tests.conftest import QUESTIONS, drawn_image

@@ -11,10 +11,10 @@ from eval.config import RunConfig, build_reducer, changed_options, options_by_me
 from eval.efficiency.oracle import oracle_of
 from llava.errors import UserError
 from llava.model.builder import load
-from llava.pipeline import decoder
 from llava.pipeline.accounting import Record, Timer
-from llava.pipeline.prefill import Stages, embed
-from llava.pipeline.sequence import Reduced
+from llava.pipeline.generate import encode_images, run_decoder
+from llava.pipeline.sequence import ImageReduction
+from llava.pipeline.stages import Stages, embed
 from llava.processing.prompt import Sample
 from llava.processing.video import Video
 from llava.reduction import DecoderState, ModelSpec, PatchGrid, compose, registry
@@ -42,7 +42,7 @@ def test_is_the_first_method_and_then_the_second_on_what_it_left(name, count, ti
     logits, accounts, record = contract.run(tiny, batch, reducer)
     before, after = registry.build(first, 8), registry.build(second, 4)
     stages = Stages(tiny, before, batch, Record([[] for _ in batch], [[] for _ in batch]), Timer(tiny.device))
-    stages.encode_images()
+    stages.take_images(*encode_images(tiny, batch, before, stages.record, stages.timer))
     sequence = embed(tiny, before, [tiny.prompt(sample) for sample in batch], stages.images)
     if "prompt" in before.acts_in:
         sequence = stages.reduce_prompt(sequence)
@@ -63,9 +63,9 @@ def test_is_the_first_method_and_then_the_second_on_what_it_left(name, count, ti
         for row, own in enumerate(reduction.kept.tolist()):
             steps[row].append(own)
         rows, merged = [(row, 0) for row in range(count)], reduction.apply(tokens) if reduction.merges else None
-        return now.reduce([Reduced(rows, reduction, merged)], after.positions == "renumber")
+        return now.reduce([ImageReduction(rows, reduction, merged)], after.positions == "renumber")
 
-    state = decoder.prefill(tiny.llm, sequence, after.decoder_layers(4), between)
+    state = run_decoder(tiny.llm, sequence, after.decoder_layers(4), between)
     assert kept(record) == steps and all(len(own) > 1 for own in steps)
     torch.testing.assert_close(logits, tiny.logits(state.hidden), atol=1e-5, rtol=0)
     for accounting in accounts:

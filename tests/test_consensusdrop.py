@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from consensusdrop.method import FUSIONS, ConsensusDrop, fuse, pool_attention, rank01
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import prefill
 from llava.reduction import keep_top, registry
 from llava.reduction.merging import ANCHORS, WEIGHTS, choose_anchors, merge_plan, others
 from llava.reduction.reducer import PromptState

@@ -12,7 +12,7 @@ import torch
 from eval import ask
 from llava.errors import MethodError, UserError
 from llava.model.builder import load
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import prefill
 from llava.reduction import (
     EncoderState,
     MethodMetadata,

@@ -13,7 +13,7 @@ from baselines.pyramiddrop import PyramidDrop
 from baselines.vscan import DEEP, SHALLOW, VScan, keep_top_of_windows, windows
 from llava.errors import UserError
 from llava.pipeline.accounting import mean_visual_tokens
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import prefill
 from llava.pipeline.sequence import PromptBatch
 from llava.reduction import registry
 from llava.reduction.reducer import PromptState

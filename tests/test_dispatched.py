@@ -16,7 +16,7 @@ from lab.bench.growth import model_of
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.model.checkpoint.config import CLIP_L_336
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import prefill
 from llava.reduction import registry
 from llava.reduction.budget import require
 from tests.allocations import metered_peak

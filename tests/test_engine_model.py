@@ -22,11 +22,10 @@ from llava.errors import MethodError, UserError
 from llava.model.builder import load
 from llava.pipeline import decoder
 from llava.pipeline.accounting import Timer
-from llava.pipeline.generate import generate
+from llava.pipeline.generate import generate, run_decoder, until_decoder
 from llava.pipeline.sequence import PromptBatch
 from llava.processing.prompt import Prompt, Sample
 from llava.reduction.registry import build
-from llava.serving.client import until_decoder
 from tests.conftest import samples
 
 
@@ -66,11 +65,11 @@ class FakeLLM:
             ids = tuple(-200 if token == slot else token for token in prompt["prompt_token_ids"])
             model.prompt = lambda sample: Prompt(ids, (1, 1), (1, 1), "")
             sample = Sample("0", "", image=tuple(prompt.get("multi_modal_data", {}).get("image", ())))
-            hidden = until_decoder(model, [sample], self.method, Timer(model.device))[0].hidden[0]
+            hidden = until_decoder(model, [sample], self.method, Timer(model.device)).start.hidden[0]
         llm, length = self.model.llm, len(hidden)
         span = ((0, 1),)
         sequence = PromptBatch(hidden[None], torch.arange(length)[None], (length,), ((),), span, span, span)
-        state, ids = decoder.prefill(llm, sequence, (), None), []
+        state, ids = run_decoder(llm, sequence, (), None), []
         last = state.hidden
         while True:
             ids.append(int(self.model.logits(last).argmax()))

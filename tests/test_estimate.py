@@ -21,8 +21,7 @@ from llava.model.builder import load, runtime
 from llava.model.checkpoint import files
 from llava.model.checkpoint.load import outline_checkpoint
 from llava.pipeline.decoder import step
-from llava.pipeline.generate import generate
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import generate, prefill
 from llava.processing.video import Video
 from llava.reduction import registry
 from llava.reduction.budget import require

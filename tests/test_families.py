@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llava.model.builder import load
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import prefill
 from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample
 from llava.processing.video import Video
 from llava.reduction import registry

@@ -15,8 +15,7 @@ from llava import reduce
 from llava.errors import MethodError, UserError
 from llava.hf import families
 from llava.model.builder import load
-from llava.pipeline.generate import generate
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import generate, prefill
 from llava.processing.prompt import Sample
 from llava.reduction import registry
 from tests.checkpoint_files import drop_weights, edit

@@ -15,8 +15,7 @@ from llava.errors import UserError
 from llava.model.builder import load
 from llava.pipeline import decoder
 from llava.pipeline.decoder import BLOCK, PreallocatedLayer
-from llava.pipeline.generate import generate
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import generate, prefill
 from llava.reduction import registry
 from tests.conftest import samples
 from tests.eval_fakes import write_gqa

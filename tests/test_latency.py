@@ -18,8 +18,7 @@ from eval.efficiency.oracle import chosen_options, oracles
 from eval.results import cost, report
 from llava.errors import UserError
 from llava.pipeline.accounting import Timer
-from llava.pipeline.generate import generate
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import generate, prefill
 from llava.reduction import registry
 from llava.reduction.merging import Reduction
 from tests.conftest import drawn_image, samples

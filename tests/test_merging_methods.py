@@ -20,7 +20,7 @@ from baselines.tome import ToMe, merge_most_similar, removals, smallest_budget
 from baselines.visionzip import VisionZip, zip_tokens
 from llava.errors import UserError
 from llava.pipeline.accounting import Timer
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import prefill
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests.conftest import samples

@@ -7,8 +7,7 @@ import torch
 
 from baselines.controls import Full
 from llava.errors import UserError
-from llava.pipeline.generate import generate
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import generate, prefill
 from llava.processing.prompt import IMAGE_TOKEN_INDEX
 from llava.reduction import Reduction, keep_top
 from llava.reduction.reducer import DecoderState, Reducer

@@ -7,7 +7,7 @@ import torch
 
 from llava.errors import UserError
 from llava.model.builder import load
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import prefill
 from llava.processing.prompt import Sample
 from llava.reduction import PatchGrid, registry
 from llava.reduction.budget import planned, require

@@ -12,7 +12,7 @@ from eval.efficiency.shapes import narrow, random_llava
 from lab.bench import peers
 from lab.bench.peers import compare
 from llava.errors import UserError
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import prefill
 from llava.reduction import registry
 
 FAKE = """

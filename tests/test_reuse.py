@@ -190,17 +190,17 @@ def test_the_packages_that_are_followed_are_those_of_models_and_methods():
 def test_a_rank_with_other_code_names_it(data):
     """Ranks import later than each other: "other questions or another model" did not say that code was edited."""
     job = run_module.prepare(config(data, data / "o"), FakeLlava(), FakeReducer())
-    other = {**job.settings, "code": job.settings["code"] | {"llava/pipeline/prefill.py": "0"}}
+    other = {**job.settings, "code": job.settings["code"] | {"llava/pipeline/stages.py": "0"}}
     plan = {"settings": other, "planned": len(job.planned)}
     rank = SimpleNamespace(number=1, report=lambda phase: None, get=lambda key: plan)
-    with pytest.raises(UserError, match=r"Rank 1 .*llava/pipeline/prefill\.py"):
+    with pytest.raises(UserError, match=r"Rank 1 .*llava/pipeline/stages\.py"):
         run_module.follow_first_rank(job, rank)
 
 
 def test_the_sources_of_a_method_are_its_own_and_the_models(tiny):
     """Editing one method must not invalidate the answers of all others."""
     found = answer_sources(tiny, registry.build("consensusdrop", 4))
-    assert {"consensusdrop/method.py", "llava/model/llava_arch.py", "llava/pipeline/prefill.py"} <= found.keys()
+    assert {"consensusdrop/method.py", "llava/model/llava_arch.py", "llava/pipeline/stages.py"} <= found.keys()
     assert {"llava/model/checkpoint/load.py", "llava/reduction/merging.py"} <= found.keys(), (
         "imports inside functions count"
     )

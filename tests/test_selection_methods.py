@@ -11,7 +11,7 @@ from baselines.fastervlm import FasterVLM
 from baselines.scope import Scope
 from baselines.trim import TRIM, keep_and_average, outliers
 from baselines.vispruner import VisPruner
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import prefill
 from llava.reduction.ranking import farthest_apart, largest_determinant
 from llava.reduction.reducer import PromptState
 from llava.reduction.scores import TowerScore

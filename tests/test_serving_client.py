@@ -19,7 +19,7 @@ from eval import serving
 from eval.config import DEFAULT_MODEL, ROOT
 from llava.errors import UserError
 from llava.model.builder import load
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import prefill
 from llava.processing.prompt import Sample
 from llava.reduction.registry import build, names
 from llava.serving import client
@@ -93,7 +93,9 @@ def test_embeddings_are_what_enters_the_decoder(tiny, tiny_path, method, monkeyp
     front = client.load_client_model(tiny_path, reducer, device="cpu")
     assert sum(1 for _ in front.llm.layers[1:].parameters()) == 0 and front.spec == tiny.spec
     started = {}
-    monkeypatch.setattr("llava.pipeline.decoder.prefill", lambda llm, sequence, *_: started.update(s=sequence) or 1 / 0)
+    monkeypatch.setattr(
+        "llava.pipeline.generate.run_decoder", lambda llm, sequence, *_: started.update(s=sequence) or 1 / 0
+    )
     with pytest.raises(ZeroDivisionError):
         prefill(tiny, asked, reducer)
     whole = started["s"]

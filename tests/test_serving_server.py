@@ -22,8 +22,7 @@ from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError
 from llava.model.builder import load
-from llava.pipeline.generate import generate
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import generate, prefill
 from llava.processing.prompt import Sample
 from llava.reduction.registry import build
 from llava.serving.client import Server

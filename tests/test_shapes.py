@@ -14,8 +14,7 @@ from lab.bench.growth import exponent, grid, main, model_of
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.model.multimodal_encoder.clip_encoder import encode
-from llava.pipeline.generate import generate
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import generate, prefill
 from llava.reduction import registry
 from llava.reduction.ranking import distinct
 from tests.conftest import drawn_image, samples

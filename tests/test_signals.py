@@ -5,7 +5,7 @@ import torch
 
 from llava.model.multimodal_encoder.clip_encoder import encode
 from llava.pipeline.decoder import step
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import prefill
 from llava.reduction import Reduction, registry
 from llava.reduction.reducer import Reducer
 from llava.reduction.scores import TowerScore

@@ -8,7 +8,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from baselines.sparsevlm import TABLES, SparseVLM, density_peaks, keep_and_recycle, recycled, text_raters
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import prefill
 from llava.pipeline.sequence import PromptBatch
 from llava.reduction import keep_top
 from llava.reduction.token_layout import ModelSpec, PatchGrid

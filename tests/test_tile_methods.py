@@ -9,7 +9,7 @@ from baselines.globalcom2 import SCORE, GlobalCom2, adjustment, equal_parts, spl
 from baselines.hired import EARLY, LATE, HiRED, crop_budgets, crop_budgets_as_released, salient_patches
 from llava.model.builder import load
 from llava.model.multimodal_encoder.clip_encoder import encode
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import prefill
 from llava.pipeline.views import overview
 from llava.processing.prompt import Sample
 from llava.reduction import registry

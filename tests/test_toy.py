@@ -24,8 +24,7 @@ from lab.toy.stages import Settings, Stage, scene_lines
 from lab.toy.train import train
 from llava.errors import UserError
 from llava.model.builder import load
-from llava.pipeline.generate import generate
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import generate, prefill
 from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample, build_prompt
 from llava.reduction import registry
 from tests.test_model import transformers_inputs

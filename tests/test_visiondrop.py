@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import visiondrop.method
 from llava.pipeline import decoder
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import prefill
 from llava.reduction import registry
 from llava.reduction.scores import TowerScore
 from llava.reduction.states import EncoderState

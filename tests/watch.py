@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from unittest.mock import patch
 
-from llava.pipeline import prefill as module
-from llava.pipeline.prefill import BatchImage, Stages
-from llava.pipeline.sequence import PromptBatch, Row
+from llava.pipeline import generate as module
+from llava.pipeline.sequence import ImageKey, PromptBatch
+from llava.pipeline.stages import BatchImage, Stages
 
 
 @dataclass
@@ -19,7 +19,7 @@ class Watched:
         sequences: by stage, "embedded", "prompt" and "layer N", as each stage returned them.
     """
 
-    images: dict[Row, BatchImage] = field(default_factory=dict)
+    images: dict[ImageKey, BatchImage] = field(default_factory=dict)
     sequences: dict[str, PromptBatch] = field(default_factory=dict)
 
 

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from llava.model.llava_arch import Llava
 from llava.pipeline.accounting import Record, Timer
 from llava.pipeline.decoder import Prefilled
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import prefill
 from llava.places import PACKAGES
 from llava.processing.prompt import Sample
 from llava.reduction.reducer import Reducer

@@ -29,7 +29,7 @@ from llava.model.llava_next import LlavaNext
 from llava.model.qwen_vl import QwenVL
 from llava.model.video_llava import VideoLlava
 from llava.pipeline.decoder import BLOCK
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import prefill
 from llava.processing.image import Grid
 from llava.processing.prompt import Prompt, Sample
 from llava.reduction.budget import planned

@@ -44,8 +44,7 @@ from llava.budget import tokens_of
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
 from llava.pipeline.accounting import Batch
-from llava.pipeline.generate import generate
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import generate, prefill
 from llava.processing.prompt import Sample
 from llava.reduction import PromptState, Reducer, Step, TowerScore, registry
 from llava.reduction.token_layout import TokenLayout, on_padding

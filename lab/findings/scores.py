@@ -37,7 +37,7 @@ from lab.toy.data.scenes import Thing, scene
 from lab.toy.data.vocabulary import COLOR_NAMES, PATTERNS, SHAPES, SIZES
 from llava.errors import UserError, optional_imports
 from llava.model.llava_arch import Llava
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import prefill
 from llava.processing.prompt import Sample
 from llava.reduction import DecoderState, PromptState, Reducer, Reduction, TowerScore
 from visiondrop.method import attention_inputs, visual_scores

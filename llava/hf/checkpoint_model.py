@@ -37,6 +37,7 @@ from llava.hf.reduce import FamilyReductionContext, require_any
 from llava.model.checkpoint.config import refuse_activations
 from llava.model.checkpoint.files import about_snapshot, files_of, locate, name_of
 from llava.model.checkpoint.load import real_vocabulary, refuse_long_vocabulary
+from llava.model.llava_arch import LoadedModel
 from llava.pipeline.accounting import Answer, Batch, Timer, Timing
 from llava.processing.json_files import read_json
 from llava.processing.prompt import Prompt, Sample
@@ -50,7 +51,7 @@ SIZE = 1024  # pixels along the edges of the image whose visual tokens stand for
 TILES = "Tiles between which the prompt has text count as images: budgets and means per image are those of a tile."
 
 
-class FamilyModel(FamilyWrapper):
+class FamilyModel(FamilyWrapper, LoadedModel):
     """A checkpoint that answers questions about images.
 
     Args:
@@ -90,7 +91,7 @@ class FamilyModel(FamilyWrapper):
         given = self.inputs([Sample("", "?", image=Image.new("RGB", (SIZE, SIZE)))])
         tokens = int((given["input_ids"] == self.token("image")).sum())
         has_cls = self.family.cls is not None
-        return ModelSpec(tokens, len(self.llm.layers), PatchGrid(1, tokens), len(self.blocks), has_cls)
+        return ModelSpec(tokens, len(self.llm.layers), PatchGrid(1, tokens), len(self.tower.blocks), has_cls)
 
     @cached_property
     def _countable(self) -> bool:

@@ -13,12 +13,10 @@ tiles that a family separates by text are one image each.
 Read: transformers 5.23.0, modeling of the families in FAMILIES
 """
 
-import copy
 import inspect
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any
@@ -27,18 +25,17 @@ import torch
 import transformers
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from llava.errors import UserError
-from llava.hf.models import ONE_CALL, HFWrapper, device_of, inner_of, takes_mask
+from llava.hf.models import ONE_CALL, ModelCalls, device_of, inner_of, takes_mask
 from llava.model.llava_arch import EncodedImage
 from llava.model.multimodal_encoder.clip_encoder import Encoded
-from llava.pipeline.accounting import Timer
-from llava.reduction.ranking import in_float32
+from llava.model.multimodal_encoder.stock_tower import Call, StockTower
 from llava.reduction.reducer import Reducer
-from llava.reduction.scores import WITHOUT_CLS, TowerScore, by_block
+from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import ModelSpec, PatchGrid, Tile, TokenLayout, frames, single
-from llava.transformers_names import ALL_ATTENTION_FUNCTIONS, kernel_of, set_kernel
+from llava.transformers_names import kernel_of
 from llava.versions import advice
 
 MODALITIES = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -163,12 +160,15 @@ def said(kind: str) -> str:
 # The tower
 
 
-Wanted = dict[TowerScore, Any]  # a score and the attention module it is read from
+Calls = Mapping[TowerScore, Sequence[Call]]  # what the block of each score handed to its attention kernel
 Owned = tuple[EncodedImage, int]  # a tile, a frame or a packed image, and the number of the image or video it is of
 
 
-class FamilyWrapper(HFWrapper):
+class FamilyWrapper(ModelCalls):
     """A stock model: its visual tokens, their scores and their places in prompts. It changes nothing of the model."""
+
+    axes = False  # positions of prompts come from the model's own `get_rope_index`
+    clip = None
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None):
         container: Any = model
@@ -182,13 +182,14 @@ class FamilyWrapper(HFWrapper):
                 f"{self.family.title} cannot be reduced with transformers {transformers.__version__}, whose forward "
                 f"takes all visual tokens of an image; {advice('transformers')}."
             )
-        self.axes = self.family.axes
         llm = inner.text_model if hasattr(inner, "text_model") else inner.language_model
         self.llm = getattr(llm, "model", llm)
         self.head = container.get_output_embeddings()
         self.projector = inner.multi_modal_projector if self.family.output == "last_hidden_state" else nn.Identity()
-        self.blocks: Any = inner.get_submodule(self.family.tower)
-        self._set_windows(container.config.vision_config)
+        vision, layer = container.config.vision_config, getattr(container.config, "vision_feature_layer", -1)
+        last = self.family.block or (layer if isinstance(layer, int) and layer < 0 else -1)
+        blocks: Any = inner.get_submodule(self.family.tower)
+        self.tower = StockTower(blocks, vision, self.family.cls, self.family.runs, last)
         self.inner, self.newline = inner, None
         with align_module_device(inner):  # weights that accelerate has offloaded
             if getattr(inner, "image_newline", None) is not None:
@@ -199,24 +200,12 @@ class FamilyWrapper(HFWrapper):
         self.per_image = self.per_image.union(*taken) - {"kwargs"}
         self.used = self.used | self.per_image | {self.family.types}
 
-    def _set_windows(self, vision: Any) -> None:
-        """Note which tower blocks attend within whole images, and the edge of a window of the others, in tokens."""
-        self.whole: Sequence[int] = range(len(self.blocks))
-        self.window = 0
-        if hasattr(vision, "fullatt_block_indexes"):
-            self.whole = sorted(vision.fullatt_block_indexes)
-            self.window = vision.window_size // vision.spatial_merge_size // vision.patch_size
-
     @cached_property
     def spec(self) -> ModelSpec:
         """Only the processor knows how large images are: the longest prompt stands for the largest."""
         most = self.hf_model.config.get_text_config().max_position_embeddings
         has_cls = self.family.cls is not None
-        return ModelSpec(most, len(self.llm.layers), PatchGrid(1, most), len(self.blocks), has_cls)
-
-    @property
-    def visual_tokens(self) -> int:
-        return self.spec.visual_tokens
+        return ModelSpec(most, len(self.llm.layers), PatchGrid(1, most), len(self.tower.blocks), has_cls)
 
     def token(self, name: str) -> int:
         """The id that stands for a visual token of an image or video in prompts; -1 for none."""
@@ -227,73 +216,33 @@ class FamilyWrapper(HFWrapper):
     def candidates(self, reducer: Reducer) -> list[ModelSpec]:
         return [replace(self.spec, visual_tokens=reducer.budget, layout=PatchGrid(1, reducer.budget)), self.spec]
 
-    def encode_images(self, images: Any, keys: Any, reducer: Reducer, timer: Timer) -> list[EncodedImage]:
-        """The images, encoded already: their sizes were needed to find them in the prompts."""
-        return list(images)
-
-    def count_tower(self, operations: Any, image: EncodedImage, images: int) -> None:
-        pass  # operations of these towers are not counted
-
-    def groups(self, image: EncodedImage) -> tuple[int, int, int]:
-        """Unused; positions come from `get_rope_index`."""
-        return 1, 1, image.full.tokens
-
     def views_of(self, name: str, given: Mapping[str, Any], reducer: Reducer) -> tuple[list[Owned], Any]:
         """What the tower and the projector make of all images or all videos of a call, and the model's own output."""
         family, encoder = self.family, self.encoders[name]
         if encoder is None or (name == "video" and not family.videos):
             raise UserError(f"reduce() takes no videos of {family.title}; give the frames as images.")
-        wanted = {score: attention_of(self.blocks[self._block(score)]) for score in reducer.tower_scores(family.packed)}
         names = inspect.signature(encoder).parameters
-        with recording(wanted.values()) as seen, align_module_device(self.inner):
+        with self.tower.recording(reducer.tower_scores(family.packed)) as calls, align_module_device(self.inner):
             out = encoder(**{key: given[key] for key in names if given.get(key) is not None}, return_dict=True)
         if family.packed:
-            return self._packed(given, out.pooler_output, wanted, seen), out
+            return self._packed(given, out.pooler_output, calls), out
         tokens, pieces = flat(getattr(out, family.output)), self._frames(name, given, out)
         patches = [rows * columns for _, rows, columns in pieces]
         unit = sum(patches) // len(tokens)  # patches that become one token, a square of them
         side = math.isqrt(unit)
         if sum(patches) != unit * len(tokens) or side * side != unit:
             raise UserError(f"{sum(patches)} patches do not become {len(tokens)} visual tokens; {ONE_CALL}")
-        scores = self._scores_of_tokens(wanted, seen, [(rows, columns) for _, rows, columns in pieces], side)
+        grids = [(rows, columns) for _, rows, columns in pieces]
+        scores = self.tower.scores_of_tokens(calls, grids, side, self.device)
         views = []
         for i, (owner, rows, columns) in enumerate(pieces):
             grid = rows // side, columns // side
             layout = layout_of(1, *grid, name == "video", family.breaks)
             part, tokens = tokens.tensor_split([patches[i] // unit])
-            own = Encoded(part[None], {score: values[i][None] for score, values in scores.items()}, grid)
+            spent = self.tower.score_flops(calls, patches[i])
+            own = Encoded(part[None], {score: values[i][None] for score, values in scores.items()}, grid, spent=spent)
             views.append((EncodedImage(own, layout, layout, layout.tokens), 0 if family.tiles else owner))
         return views, out
-
-    def _scores_of_tokens(
-        self, wanted: Wanted, seen: Mapping[Any, Any], grids: Sequence[tuple[int, int]], side: int
-    ) -> dict[TowerScore, list[Tensor]]:
-        """Of each score what each view's tokens have, [n] or [n, d]; a token of several patches has their mean."""
-        scores = {}
-        for score, module in wanted.items():
-            kind, stand_in = score.kind, None
-            if self.family.cls is None and kind in WITHOUT_CLS:
-                kind, stand_in = "received_attention", WITHOUT_CLS[kind]
-            values = scores_of(kind, seen[module], self.family.cls, [rows * columns for rows, columns in grids])
-            values = [part.to(self.device) for part in values]
-            own = [grouped(part, grid, side, self.family.runs) for part, grid in zip(values, grids, strict=True)]
-            if self.window:
-                shapes = [(rows // side, columns // side) for rows, columns in grids]
-                own = [by_rows(part, *shape, self.window) for part, shape in zip(own, shapes, strict=True)]
-            scores[score] = own if stand_in is None else [stand_in(part) for part in own]
-        return scores
-
-    def _block(self, score: TowerScore) -> int:
-        """The tower block a score is read from; the last but one stands for the one whose output is projected.
-
-        In a tower of windows it is the next that attends within whole images.
-        """
-        depth, layer = len(self.blocks), self.family.block or getattr(self.hf_model.config, "vision_feature_layer", -1)
-        layer = layer if isinstance(layer, int) and layer < 0 else -1
-        (index,) = by_block((score,), depth)
-        if score.index(depth) < 0:
-            index = min(index + layer + 2, depth - 1)
-        return next((block for block in self.whole if block >= index), self.whole[-1])
 
     def _frames(self, name: str, given: Mapping[str, Any], out: Any) -> list[tuple[int, int, int]]:
         """Of each tile or frame the number of its image or video, and rows and columns of its patches."""
@@ -310,7 +259,7 @@ class FamilyWrapper(HFWrapper):
             sides = torch.tensor(given["pixel_values"].shape[-2:]).expand(len(out.last_hidden_state), 2) // patch
         return [(owner, rows, columns) for owner, (rows, columns) in enumerate(sides.tolist())]
 
-    def _packed(self, given: Mapping[str, Any], tokens: Sequence[Tensor], wanted: Wanted, seen: Any) -> list[Owned]:
+    def _packed(self, given: Mapping[str, Any], tokens: Sequence[Tensor], calls: Calls) -> list[Owned]:
         """Images that the model packs itself, all tiles of each together."""
         vision = self.hf_model.config.vision_config
         side = vision.image_size // vision.patch_size
@@ -319,12 +268,13 @@ class FamilyWrapper(HFWrapper):
         sizes = [(int(height), int(width)) for height, width in torch.as_tensor(given["image_sizes"]).tolist()]
         layouts = [self.packed_layout(size, side, alone[i] if alone else False) for i, size in enumerate(sizes)]
         tiles = [len(layout.crops) for layout in layouts]
-        scores = self._scores_of_tokens(wanted, seen, [(side, side)] * sum(tiles), 1)
+        scores = self.tower.scores_of_tokens(calls, [(side, side)] * sum(tiles), 1, self.device)
         stacked = {score: torch.stack(own).split(tiles) for score, own in scores.items()}
+        spent = self.tower.score_flops(calls, side * side)
         views = []
         for i, (part, layout) in enumerate(zip(tokens, layouts, strict=True)):
             features: Any = [part[crop.indices.to(part.device)] for crop in layout.crops]
-            own = Encoded(features, {score: values[i] for score, values in stacked.items()}, (side, side))
+            own = Encoded(features, {score: values[i] for score, values in stacked.items()}, (side, side), spent=spent)
             views.append((EncodedImage(own, layout, layout, layout.tokens), i))
         return views
 
@@ -361,7 +311,7 @@ def joined(views: list[EncodedImage]) -> EncodedImage:
         return first
     layout = layout_of(len(views), *parts[0].grid, first.full.temporal, False)
     scores = {score: torch.cat([part.scores[score] for part in parts]) for score in parts[0].scores}
-    encoded = Encoded(torch.cat([part.features for part in parts]), scores, parts[0].grid)
+    encoded = Encoded(torch.cat([part.features for part in parts]), scores, parts[0].grid, spent=parts[0].spent)
     return EncodedImage(encoded, layout, layout, layout.tokens)
 
 
@@ -369,25 +319,6 @@ def flat(output: Any) -> Tensor:
     """[n, D] of a tensor [..., D] or of several."""
     parts = [output] if isinstance(output, Tensor) else output
     return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
-
-
-def grouped(values: Tensor, grid: tuple[int, int], side: int, runs: bool) -> Tensor:
-    """[P, ...] of patches -> [n, ...], the mean over the patches of each token."""
-    if side == 1:
-        return values
-    if runs:
-        return values.view(-1, side * side, *values.shape[1:]).mean(1)
-    rows, columns = grid
-    squares = values.view(rows // side, side, columns // side, side, *values.shape[1:])
-    means: Tensor = squares.mean((1, 3)).flatten(0, 1)
-    return means
-
-
-def by_rows(values: Tensor, rows: int, columns: int, side: int) -> Tensor:
-    """[n, ...] of tokens that stand window by window, of side x side tokens -> in raster order."""
-    row, column = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).T
-    window = row // side * columns + column // side
-    return values[window.argsort(stable=True).argsort().to(values.device)]
 
 
 @lru_cache(maxsize=256)
@@ -430,120 +361,3 @@ def packed_layout(inner: Any, size: tuple[int, int], side: int, alone: bool = Fa
         crops.append(Tile(len(row[index].unique()), len(column[index].unique()), inside, index))
     newlines = (behind & (row < 0)).nonzero().flatten()
     return TokenLayout(tuple(crops), newlines, (side, side), (down, across) if down else None)
-
-
-# Attention of the tower. Its queries and keys are those that a block hands to its attention kernel, after all norms and
-# rotations; the model's own kernel runs on them. Keys that methods compare are taken before, as they are projected:
-# turned keys of two alike patches differ by where they stand.
-
-QUERY_ROWS = 256  # whose attention is held at once
-RECORDING = "recorded_attention"  # of transformers' attention kernels
-Seen = tuple[Tensor, Tensor, Tensor, Tensor | None, float]  # queries, keys, projected keys [B, H, P, d], mask, scale
-
-
-def attention_of(block: nn.Module) -> nn.Module:
-    """The attention of a tower block."""
-    names = ("attn", "self_attn", "attention")
-    found: nn.Module = next(part for name, part in block.named_modules() if name.rpartition(".")[2] in names)
-    return found
-
-
-def _record(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> Any:
-    config = module.config
-    scale = options.get("scaling") or query.shape[-1] ** -0.5
-    own, config.keys = config.keys.tensor_split([key.shape[2]], 1)  # images and frames may come one by one
-    own = own.unflatten(-1, (key.shape[1], -1)).transpose(1, 2)
-    config.seen.append((query, key, own, attention_mask, scale))
-    known = vars(sys.modules[type(module).__module__])  # Llama 4 has a kernel of its own for its tower
-    eager = known.get("vision_eager_attention_forward", known["eager_attention_forward"])
-    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(kernel_of(config.own), eager)
-    module.config = config.own  # which FlashAttention reads again
-    try:
-        return kernel(module, query, key, value, attention_mask, **options)
-    finally:
-        module.config = config
-
-
-AttentionInterface.register(RECORDING, _record)
-
-
-@contextmanager
-def recording(modules: Iterable[Any]) -> Iterator[dict[Any, list[Seen]]]:
-    """Attention modules write down what they hand to their kernel; several times where a call has several."""
-    seen: dict[Any, list[Seen]] = {module: [] for module in modules}
-    configs, hooks = {module: module.config for module in seen}, []
-
-    def keep(module: Any, layer: nn.Module, args: Any, output: Tensor) -> None:
-        keys = output if hasattr(module, "k_proj") else output.chunk(3, -1)[1]
-        module.config.keys = keys if keys.dim() == 3 else keys[None]
-
-    try:
-        for module, config in configs.items():
-            projection = module.k_proj if hasattr(module, "k_proj") else module.qkv
-            hooks.append(projection.register_forward_hook(partial(keep, module)))
-            module.config = copy.copy(config)
-            module.config.seen, module.config.own = seen[module], config
-            set_kernel(module.config, RECORDING)
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, config in configs.items():
-            module.config = config
-
-
-def scores_of(kind: str, seen: Sequence[Seen], cls: int | None, patches: Sequence[int]) -> list[Tensor]:
-    """A tower score of every view, [P] or [P, d] float32.
-
-    Args:
-        kind: a key of TOWER_SCORES; one of the class token only where there is one.
-        cls: place of the class token among the tokens of each call, 0 or -1; None for no class token.
-        patches: of each view, in order.
-    """
-    parts, skip = [], int(cls is not None)
-    for query, key, projected, mask, scale in seen:
-        query, key = in_float32(query), in_float32(projected if kind in ("keys", "whole_keys") else key)
-        if cls == -1:
-            query, key = query.roll(1, 2), key.roll(1, 2)
-        if key.shape[1] != query.shape[1]:
-            key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-        allowed = None
-        if mask is not None and mask.dim() == 2:  # of padding, as FlashAttention takes it
-            allowed = mask.bool()[:, None, None].expand(-1, 1, query.shape[2], -1)
-        elif mask is not None:  # of padding, or of images side by side
-            allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-            allowed = allowed.expand(len(query), 1, *mask.shape[2:])
-        elif key.shape[2] == sum(patches) and len(patches) > 1:  # side by side, which FlashAttention sees by positions
-            image = torch.arange(len(patches)).repeat_interleave(torch.tensor(patches)).to(key.device)
-            allowed = (image[:, None] == image)[None, None]
-        if kind == "keys":
-            values = key.mean(1)
-        elif kind == "whole_keys":
-            values = key.transpose(1, 2).flatten(2)
-        elif kind == "received_attention":
-            values = received(query[:, :, skip:], key, None if allowed is None else allowed[:, :, skip:], scale)
-        elif kind == "fused_cls_attention":
-            query, key = (part.transpose(1, 2).flatten(2)[:, None] for part in (query, key))
-            values = (query[:, :, :1] @ key.mT * query.shape[-1] ** -0.5).softmax(-1).mean((1, 2))
-        else:
-            products = query[:, :, :1] @ key.mT * scale
-            values = (products if kind == "cls_logits" else products.softmax(-1)).mean((1, 2))
-        values = values[:, skip:]
-        real = None if allowed is None else allowed.diagonal(dim1=2, dim2=3)[:, 0, skip:]
-        parts.append(values.flatten(0, 1) if real is None else values[real])
-    return list(torch.cat(parts).split(list(patches)))
-
-
-def received(query: Tensor, key: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
-    """[B, P] the attention that each key gets, mean over heads and over the rows that see it; rows in slices."""
-    total, rows = key.new_zeros(len(key), key.shape[2]), query.shape[2]
-    for start in range(0, rows, QUERY_ROWS):
-        part = slice(start, start + QUERY_ROWS)
-        weights = query[:, :, part] @ key.mT * scale
-        if allowed is None:
-            total += weights.softmax(-1).sum((1, 2))
-        else:
-            weights = weights.masked_fill(~allowed[:, :, part], torch.finfo(weights.dtype).min).softmax(-1)
-            total += (weights * allowed[:, :, part]).sum((1, 2))
-    seeing = rows if allowed is None else allowed.sum(2).clamp(min=1)[:, 0]
-    return total / (seeing * query.shape[1])

@@ -148,18 +148,35 @@ class PreparedImage:
     canvas: Canvas | None = None
 
 
-class HFWrapper(Llava):
-    """What all families do with prepared images and prompts; comes before the family's own model wrapper.
-
-    For LLaVA-1.5 it is all: one square of pixels per image, whether the processor cropped or padded it.
+class ModelCalls:
+    """What `reduce` knows of a Hugging Face model and of the arguments of its calls, for every family.
 
     Attributes:
+        hf_model: the model; it is not changed.
+        device: where prompts are put together.
+        tokenizer: None where no question is searched for.
+        llm: its decoder.
+        spec: what methods may know of it.
         used: arguments of the model's forward that it uses.
         per_image: those among them with one entry per image, not one row per prompt.
     """
 
+    hf_model: Any
+    device: torch.device
+    tokenizer: Any
+    text_tower: str | Path | None
+    llm: Any
     used: frozenset[str] = USED
     per_image: frozenset[str] = frozenset(VISUAL)
+
+    @property
+    def spec(self) -> ModelSpec:
+        raise NotImplementedError
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of the largest image before any reduction."""
+        return self.spec.visual_tokens
 
     @cached_property
     def marks(self) -> frozenset[int]:
@@ -174,6 +191,17 @@ class HFWrapper(Llava):
     def prompt(self, sample: Any) -> Prompt:
         prompt: Prompt = sample.prompt
         return prompt
+
+    def candidates(self, reducer: Reducer) -> list[ModelSpec]:
+        """Specs a budget may refer to; one must accept it."""
+        return [self.spec]
+
+
+class HFWrapper(ModelCalls, Llava):
+    """A model of the staged forward, whose processor has prepared the images.
+
+    For LLaVA-1.5 this is all: one square of pixels per image, whether the processor cropped or padded it.
+    """
 
     def views(self, image: PreparedImage) -> tuple[Tensor, TokenLayout]:
         return image.pixels, image.layout
@@ -192,10 +220,6 @@ class HFWrapper(Llava):
         """
         pixels, run = _pixels(given, 4), single(self.layout.rows, self.layout.columns)
         return {self.hf_model.config.image_token_id: [PreparedImage(one[None], run) for one in pixels]}
-
-    def candidates(self, reducer: Reducer) -> list[ModelSpec]:
-        """Specs that a budget may refer to; the method must accept one of them."""
-        return [self.spec]
 
 
 class WrappedNext(HFWrapper, LlavaNext):

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from llava.errors import UserError
 from llava.hf.models import (
     COPIES,
     HFWrapper,
+    ModelCalls,
     by_name,
     device_hooks,
     has_pixels,
@@ -43,7 +44,7 @@ from llava.hf.models import (
 )
 from llava.pipeline.accounting import Record, TokenAccounting
 from llava.pipeline.decoder import Prefilled, Segment, step
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import prefill
 from llava.reduction.merging import Trace
 from llava.reduction.reducer import Reducer
 from llava.transformers_names import (
@@ -163,7 +164,7 @@ class ReductionContext:
         record, segments: of the last prefill.
     """
 
-    def __init__(self, runtime: HFWrapper, reducer: Reducer, questions: Sequence[str] | None = None):
+    def __init__(self, runtime: ModelCalls, reducer: Reducer, questions: Sequence[str] | None = None):
         self.reducer, self.questions = reducer, questions
         self.accounting: list[TokenAccounting] = []
         self.traces: list[Trace] = []
@@ -347,7 +348,7 @@ class ReductionContext:
                 "The model was changed after reduce(...): a module, a setting or its device; leave the block and call "
                 "reduce() again."
             )
-        runtime, copies = self._runtime, given.get(COPIES, 1)
+        runtime, copies = cast(HFWrapper, self._runtime), given.get(COPIES, 1)
         ids, mask = given["input_ids"][::copies], given.get("attention_mask")
         mask = None if mask is None else mask[::copies]
         batch = samples(ids, mask, runtime.ready(given), self.questions, runtime.tokenizer, runtime.marks)

@@ -7,7 +7,7 @@
 LLaVA, LLaVA-NeXT and Video-LLaVA run the staged forward that answers benchmarks (patch.py).
 
 The families of `llava.hf.families.FAMILIES` run their own forward on shorter prompts (`FamilyReductionContext`). The
-method's stages before the decoder run on the model's visual tokens as on LLaVA's (llava/pipeline/prefill.py). The stock
+method's stages before the decoder run on the model's visual tokens as on LLaVA's (llava/pipeline/stages.py). The stock
 forward then gets what is left: shorter `input_ids`, the position ids of the kept tokens, and the kept or merged tokens
 as `mm_encoder_outputs`. Masks, scales and kernels are the model's own, so that keeping all tokens gives its logits bit
 for bit. Stages between decoder layers are hooks in front of these layers.
@@ -33,13 +33,13 @@ from llava.budget import RETENTION_RATIO
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError
 from llava.hf.families import FAMILIES, MODALITIES, FamilyWrapper, declared, flat, why_not
-from llava.hf.models import COPIES, ONE_CALL, HFWrapper, StockSample, samples, wrap_model
+from llava.hf.models import COPIES, ONE_CALL, HFWrapper, ModelCalls, StockSample, samples, wrap_model
 from llava.hf.patch import Override, ReducedCache, ReductionContext, held_by
 from llava.pipeline import positions
 from llava.pipeline.accounting import Record, Timer
 from llava.pipeline.decoder import Segment, causal_mask, rotary_angles
-from llava.pipeline.prefill import Stages, embed
-from llava.pipeline.sequence import PromptBatch
+from llava.pipeline.sequence import ImageKey, PromptBatch
+from llava.pipeline.stages import Stages, embed
 from llava.reduction.budget import require
 from llava.reduction.reducer import Reducer
 from llava.reduction.registry import build, names
@@ -80,6 +80,7 @@ def reduce(
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if questions is not None and (isinstance(questions, str) or tokenizer is None):
         raise UserError("`questions` is a list with one string per prompt, and needs `tokenizer` (or the processor).")
+    runtime: HFWrapper | FamilyWrapper
     if isinstance(model, HFWrapper):
         runtime = model
     else:
@@ -95,7 +96,7 @@ def reduce(
         )
     if family and (why := why_not(family, config, reducer)):
         raise UserError(why)
-    if "tower" in reducer.acts_in and "flash" in kernel_of(runtime.tower.config):
+    if isinstance(runtime, HFWrapper) and "tower" in reducer.acts_in and "flash" in kernel_of(runtime.tower.config):
         raise UserError(
             f"{method} merges inside the tower, whose attention then takes a mask that FlashAttention does not have; "
             "load the model with another attn_implementation for its vision_config, as 'sdpa'."
@@ -119,7 +120,7 @@ def reduce(
     return ReductionContext(runtime, reducer, questions)
 
 
-def require_any(runtime: HFWrapper, reducer: Reducer) -> None:
+def require_any(runtime: ModelCalls, reducer: Reducer) -> None:
     """Raise UserError if no image or video that the model takes can be reduced to the budget."""
     errors = []
     for spec in runtime.candidates(reducer):
@@ -264,7 +265,12 @@ class FamilyReductionContext(ReductionContext):
         batch: list[StockSample] = samples(filled, mask, ready, self.questions, runtime.tokenizer, runtime.marks)
         prompts, real = [runtime.prompt(sample) for sample in batch], mask.bool()
         stages = Stages(runtime, reducer, batch, Record([[] for _ in batch], [[] for _ in batch]), timer)
-        stages.encode_images()
+        encoded: dict[ImageKey, Any] = {}
+        for row, sample in enumerate(batch):
+            encoded |= {(row, number): image for number, image in enumerate(sample.images)}
+        for image in encoded.values():
+            stages.record.operations.add("selection", int, len(image.encoded.features) * image.encoded.spent)
+        stages.take_images(encoded)
         places = []
         for sample, prompt in enumerate(prompts):
             done, own = 0, list[int]()
@@ -366,7 +372,7 @@ class FamilyReductionContext(ReductionContext):
 
     def _place(self, position: Tensor) -> Tensor:
         """Position ids [B, L] or [B, L, 3] as the model takes them."""
-        return (position.permute(2, 0, 1) if self._runtime.axes else position) + self._runtime.family.first
+        return (position.permute(2, 0, 1) if self._runtime.family.axes else position) + self._runtime.family.first
 
     def _shortened(self, running: Running, token: int | None, output: Any) -> Tensor:
         """[K, D] of what the model has for every visual token: reduced as the tokens were.

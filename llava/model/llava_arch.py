@@ -111,74 +111,43 @@ if TYPE_CHECKING:
     from llava.pipeline.accounting import Batch, Operations, Timer
 
 
-class Llava:
-    """Modules and preprocessing of one checkpoint.
+class LoadedModel:
+    """What a run knows of a model that was read from files, whichever forward answers its questions.
 
-    Args:
-        checkpoint: what `llava.model.checkpoint.load.load_checkpoint` returned.
-        device: where the modules are.
+    Attributes:
+        hf_model: the model of transformers.
+        device: where prompts are put together.
+        name: hub id or folder name.
+        notes: sentences about what was assumed or left out when it was read.
+        conversation, stop: name of the prompt template, and the text that ends an answer; None where it is the end
+            token, which needs no search in the decoded text.
+        vocabulary: rows of the head that stand for a token.
+        spread: the decoder is spread over the ranks of a process group, which all answer the same questions.
+        loaded_with: keyword arguments of `llava.model.builder.load`, by which another process can load it.
+        answers: what answers a batch in place of the staged forward of llava/pipeline/generate.py; None for that.
+        engine: the engine that `answers` asks (llava/serving/engine_model.py).
+        takes_videos: a sample may hold a llava.processing.video.Video in place of an image.
     """
 
-    def __init__(self, checkpoint: Any, device: torch.device):
-        container = checkpoint.model
-        self.hf_model = container
-        self.device = device
-        self.tokenizer = checkpoint.tokenizer
-        self.image_processor = checkpoint.image_processor
-        self.use_template(checkpoint.conversation)
-        self.name = checkpoint.name
-        self.notes = checkpoint.notes
-        self.vocabulary = checkpoint.vocabulary
-        self._files = checkpoint.files
-        # The decoder is spread over the ranks of a process group, which all answer the same questions.
-        self.spread: bool = checkpoint.spread
-        self.text_tower = checkpoint.text_tower
-        self.llm: Any = container.model.language_model
-        self.head: Any = container.lm_head
-        self._read_tower()
-
-    def _read_tower(self) -> None:
-        """Find the vision tower and the projector in the container, and the patches of one crop."""
-        inner = self.hf_model.model
-        self.tower: Any = inner.image_tower if hasattr(inner, "image_tower") else inner.vision_tower
-        self.projector: nn.Module = inner.multi_modal_projector
-        self.select_layer: int = self.hf_model.config.vision_feature_layer
-        self.layout = PatchGrid(*patch_grid(self.tower))
-
-    # Keyword arguments of llava.model.builder.load that this model was loaded with.
+    hf_model: Any
+    device: torch.device
+    tokenizer: Any
+    name: str
+    notes: tuple[str, ...]
+    conversation: str
+    stop: str | None
+    vocabulary: int
+    spread: bool
     loaded_with: dict[str, Any]
-
-    # Positions have three axes: frame, row and column.
-    axes: bool = False
-
-    # Sequence may hold llava.processing.video.Video in place of an image.
-    takes_videos: bool = False
-
-    # What answers a batch in place of the staged forward (llava/hf/checkpoint_model.py).
     answers: Callable[..., "Batch"] | None = None
-
-    # The engine that `answers` asks (llava/serving/engine_model.py).
     engine: Any = None
-
-    # The learned vector after every row of stitched tiles; an image of one crop has none.
-    newline: Tensor | None = None
-
-    def use_template(self, conversation: str) -> None:
-        """Write prompts by a template, a key of `llava.conversation.MODES`."""
-        stop = stop_string(conversation)
-        self.conversation = conversation
-        # The text that ends an answer; None where it is the end token, which needs no search in the decoded text.
-        self.stop = None if stop == getattr(self.tokenizer, "eos_token", None) else stop
+    takes_videos: bool = False
+    _files: Any
 
     @property
     def conventions(self) -> dict[str, Any]:
         """Choices of reading an image that answers depend on; part of every result."""
         return {}
-
-    @property
-    def visual_tokens(self) -> int:
-        """Visual tokens of one image before any reduction."""
-        return self.layout.tokens
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
@@ -197,17 +166,79 @@ class Llava:
             )
         return hashes_of(self._files)
 
-    @cached_property
-    def text_tower_fingerprint(self) -> dict[str, str]:
-        """The same for the CLIP text tower; part of a result only for the methods that read it."""
-        return hashes_of(self.clip.files)
-
     def check_files(self) -> None:
-        """Raise UserError if a file of the checkpoint has changed since it was read, or one of a text tower in use.
+        """Raise UserError if a file of the checkpoint has changed since it was read.
 
         Weights that need no conversion stay mapped: where their file is written to, they change in the running model.
         """
         check_same(self._files, self.fingerprint)
+
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=not special)
+        return text
+
+
+class Llava(LoadedModel):
+    """Modules and preprocessing of a checkpoint whose questions are answered by llava/pipeline/generate.py.
+
+    Args:
+        checkpoint: what `llava.model.checkpoint.load.load_checkpoint` returned.
+        device: where the modules are.
+
+    Attributes:
+        llm, head, tower, projector: its modules.
+        layout: patch grid of one tile.
+        axes: positions have three axes: frame, row and column.
+        newline: the learned vector after every row of stitched tiles; an image in one tile has none.
+        text_tower: folder or hub id of the CLIP whose text half methods may read.
+    """
+
+    axes: bool = False
+    newline: Tensor | None = None
+
+    def __init__(self, checkpoint: Any, device: torch.device):
+        container = checkpoint.model
+        self.hf_model = container
+        self.device = device
+        self.tokenizer = checkpoint.tokenizer
+        self.image_processor = checkpoint.image_processor
+        self.use_template(checkpoint.conversation)
+        self.name = checkpoint.name
+        self.notes = checkpoint.notes
+        self.vocabulary = checkpoint.vocabulary
+        self._files = checkpoint.files
+        self.spread = checkpoint.spread
+        self.text_tower = checkpoint.text_tower
+        self.llm: Any = container.model.language_model
+        self.head: Any = container.lm_head
+        self._read_tower()
+
+    def _read_tower(self) -> None:
+        """Find the vision tower and the projector in the container, and the patches of one tile."""
+        inner = self.hf_model.model
+        self.tower: Any = inner.image_tower if hasattr(inner, "image_tower") else inner.vision_tower
+        self.projector: nn.Module = inner.multi_modal_projector
+        self.select_layer: int = self.hf_model.config.vision_feature_layer
+        self.layout = PatchGrid(*patch_grid(self.tower))
+
+    def use_template(self, conversation: str) -> None:
+        """Write prompts by a template, a key of `llava.conversation.MODES`."""
+        stop = stop_string(conversation)
+        self.conversation = conversation
+        self.stop = None if stop == getattr(self.tokenizer, "eos_token", None) else stop
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of one image before any reduction."""
+        return self.layout.tokens
+
+    @cached_property
+    def text_tower_fingerprint(self) -> dict[str, str]:
+        """`fingerprint` of the CLIP text tower; part of a result only for the methods that read it."""
+        return hashes_of(self.clip.files)
+
+    def check_files(self) -> None:
+        super().check_files()
         if "clip" in vars(self):
             check_same(self.clip.files, self.text_tower_fingerprint)
 
@@ -222,10 +253,6 @@ class Llava:
             has_text_tower=self.text_tower is not None,
         )
 
-    def groups(self, image: EncodedImage) -> tuple[int, int, int] | None:
-        """Frames, rows and columns of an image's tokens, where positions have these axes."""
-        return None
-
     @cached_property
     def clip(self) -> Any:
         """The CLIP text tower, read from its files when a method first asks for it."""
@@ -236,7 +263,7 @@ class Llava:
 
     @cached_property
     def longest_text(self) -> int | None:
-        """Text tokens that the decoder has positions for beside the visual tokens of one tile or frame."""
+        """Text tokens that the decoder has positions for, next to the visual tokens of one tile or frame."""
         room = self.hf_model.config.get_text_config().max_position_embeddings - self.layout.tokens
         return room if room > 0 else None
 
@@ -311,10 +338,6 @@ class Llava:
         # The head gets a 3-D input: tensor-parallel heads index the last of three axes.
         logits: Tensor = self.head(self.llm.norm(hidden))[:, -1, : self.vocabulary].float()
         return logits
-
-    def decode(self, ids: Sequence[int], special: bool = False) -> str:
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=not special)
-        return text
 
 
 def tiles_flops(tiles: int, function: Callable[..., int], *arguments: Any) -> int:

@@ -1,4 +1,4 @@
-"""The decoder and its cache: prefill with reductions before any layer, then one token at a time.
+"""The decoder and its cache: layers between which nothing is reduced, and one token at a time.
 
 Each layer has its own key/value length and its own mask of valid keys.
 
@@ -9,9 +9,7 @@ blocks, so a long `max_new_tokens` costs memory only as an answer becomes long.
 Read: transformers 5.23.0, cache_utils.py (DynamicLayer, whose contract `PreallocatedLayer` keeps).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,18 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, DynamicLayer
 
-from llava.pipeline import positions
-from llava.pipeline.sequence import PromptBatch, Rotary, on_device
+from llava.pipeline.sequence import PromptBatch
 from llava.transformers_names import CACHE, kernel_of
 
 BLOCK = 32  # columns of space that are added at once
 # cuDNN's attention, which torch prefers on the newest GPUs, plans anew for every size and stride. A growing cache has
 # others at each step.
 torch.backends.cuda.enable_cudnn_sdp(False)
-
-# (sequence, layer, the sequence as it entered the layer before, keys of that layer) -> shorter sequence
-ReduceAt = Callable[[PromptBatch, int, PromptBatch, Tensor], PromptBatch]
-# (llm, sequence, layers, cosines and sines, cache) -> hidden states [B, L, D] behind the layers and before the last one
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -191,56 +184,6 @@ def run_segment(
         entered = hidden
         hidden = llm.layers[index](entered, attention_mask=mask, position_embeddings=rotary, **{CACHE: cache})
     return hidden.to(device), entered.to(device)
-
-
-def prefill(
-    llm: Any,
-    sequence: PromptBatch,
-    stages: tuple[int, ...],
-    reduce_at: ReduceAt | None,
-) -> Prefilled:
-    """Run all layers on the prompts.
-
-    Args:
-        llm: layers and rotary_emb (a LlamaModel).
-        stages: layers before which `reduce_at` is called; layer 0 is not one of them.
-    """
-    # Every layer gets its own length and its own space. Without the configuration, which could set a sliding window; it
-    # is not applied, see the notes of llava.model.checkpoint.load.
-    cache, before, depth = DynamicCache(), sequence, len(llm.layers)
-    cache.layer_class_to_replicate = PreallocatedLayer
-    held_by: list[Any] = cache.layers  # one more from layer to layer
-    # Whether the angle of a position depends on how long the prompt is.
-    follows_length = getattr(llm.rotary_emb, "rope_type", "default") in ("dynamic", "longrope")
-    segments = []
-    for first, last in pairwise((0, *sorted({stage for stage in stages if 0 < stage < depth}), depth)):
-        if first and reduce_at is not None:
-            sequence = reduce_at(sequence, first, before, held_by[first - 1].keys.to(sequence.hidden.device))
-        if sequence.rotary is not None:
-            rotary = sequence.rotary.cos, sequence.rotary.sin
-        else:
-            rotary = rotary_angles(llm, sequence.hidden, sequence.position)
-            if sequence.position.dim() == 2 and not follows_length:
-                sequence = replace(sequence, rotary=Rotary(*rotary))
-        lengths, width = sequence.lengths, sequence.hidden.shape[1]
-        counts = tuple(sum(stop - start for start, stop in spans) for spans in sequence.visual)
-        valid = sequence.valid() if min(lengths) < width else None
-        if sequence.contiguous:
-            following = on_device(lengths, sequence.position.device)[:, None]
-        else:
-            following = positions.next_position(sequence.position)
-        segments.append(Segment(range(first, last), lengths, counts, valid, following))
-        hidden, entered = run_segment(llm, sequence, range(first, last), rotary, cache)
-        before, sequence = replace(sequence, hidden=entered), replace(sequence, hidden=hidden)
-    # Counted now, because decoding makes the cache longer. Where heads are split over ranks, this one holds some.
-    held, used = 0, [0] * len(sequence.lengths)
-    for segment in segments:
-        for layer in (held_by[index] for index in segment.layers):
-            size = (layer.keys.nbytes + layer.values.nbytes) * llm.config.num_key_value_heads // layer.keys.shape[1]
-            token = size // (len(used) * layer.keys.shape[-2])
-            held += size
-            used = [total + length * token for total, length in zip(used, segment.lengths, strict=True)]
-    return Prefilled(sequence.hidden[:, -1:], cache, segments, used, held)
 
 
 def run_layers(llm: Any, sequence: PromptBatch, count: int) -> Tensor:

@@ -16,7 +16,7 @@ from llava.pipeline.positions import Piece, Span
 from llava.reduction.merging import Reduction
 from llava.reduction.ranking import cached_by_sizes, gather_tokens, places
 
-Row = tuple[int, int]  # (sample, number of the image in its prompt)
+ImageKey = tuple[int, int]  # (sample, number of the image in its prompt)
 Samples = tuple[int, ...] | None  # numbers of samples, one of them as often as wanted; None for all, in order
 Cut = tuple[int, int, int]  # a reduced image: its first column, its tokens before and after
 KEPT_MASK = 2**18  # numbers of a mask that is kept for the next question of the same lengths: 256 KB
@@ -40,7 +40,7 @@ class ImageReduction:
         values: [images, K, D] of the output tokens where these are merged; None where they are the kept tokens.
     """
 
-    images: list[Row]
+    images: list[ImageKey]
     reduction: Reduction
     values: Tensor | None = None
 
@@ -142,7 +142,7 @@ class PromptBatch:
         make = unseen_kept if count <= KEPT_MASK else unseen
         return make(columns, padding, width, device)
 
-    def rows(self, rows: list[Row]) -> "PromptBatch":
+    def rows(self, rows: list[ImageKey]) -> "PromptBatch":
         """One row per image: its whole prompt, with only this image's span as visual tokens.
 
         Padding is cut to the longest of these prompts.
@@ -160,7 +160,7 @@ class PromptBatch:
             tuple(self.after[s] for s in samples),
         )
 
-    def keys_of(self, keys: Tensor, rows: list[Row]) -> Tensor:
+    def keys_of(self, keys: Tensor, rows: list[ImageKey]) -> Tensor:
         """[B, Hkv, L, d] keys of these prompts -> those of `rows(rows)`."""
         width = max(self.lengths[sample] for sample, _ in rows)
         keys = self.of_samples(keys, tuple(sample for sample, _ in rows))
@@ -214,7 +214,7 @@ class PromptBatch:
         shorter = replace(shorter, hidden=hidden, position=position, contiguous=False, rotary=None)
         return shorter.renumbered() if renumber else shorter
 
-    def _shorter(self, counts: dict[Row, int]) -> tuple["PromptBatch", tuple[tuple[Cut, ...], ...]]:
+    def _shorter(self, counts: dict[ImageKey, int]) -> tuple["PromptBatch", tuple[tuple[Cut, ...], ...]]:
         """These prompts with the lengths and spans that they have after a reduction, and what is cut out of each.
 
         Args:
@@ -379,7 +379,7 @@ def sources(lengths: tuple[int, ...], width: int, cuts: tuple[tuple[Cut, ...], .
 
 @cached_by_sizes
 def image_places(
-    lengths: tuple[int, ...], visual: tuple[tuple[Span, ...], ...], images: tuple[Row, ...], device: torch.device
+    lengths: tuple[int, ...], visual: tuple[tuple[Span, ...], ...], images: tuple[ImageKey, ...], device: torch.device
 ) -> Tensor:
     """[n] int64, the places of images' visual tokens in the prompts of a padded batch written as one line."""
     width, places = max(lengths), []

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.model.llava_arch import EncodedImage, Llava
-from llava.pipeline.sequence import ImageReduction, PromptBatch, Row
+from llava.model.llava_arch import EncodedImage
+from llava.pipeline.sequence import ImageKey, ImageReduction, PromptBatch
 from llava.processing.prompt import Sample
 from llava.reduction.budget import divided, over_crops, shares
 from llava.reduction.merging import Reduction, ViewReduction, join, stack
@@ -49,7 +49,7 @@ class View:
         spec: the model as if the view were the whole image.
     """
 
-    row: Row
+    row: ImageKey
     image: EncodedImage
     numbers: tuple[int, ...]
     reducer: Reducer
@@ -121,29 +121,34 @@ class Group:
     """
 
     reducer: Reducer
-    images: list[Row]
+    images: list[ImageKey]
     fields: dict[str, Any]
     views: tuple[View, ...] = ()
 
 
 def groups_of(
-    model: Llava, reducer: Reducer, samples: Sequence[Sample], images: dict[Row, EncodedImage]
+    spec: ModelSpec, clip: Any, reducer: Reducer, samples: Sequence[Sample], images: dict[ImageKey, EncodedImage]
 ) -> list[Group]:
-    """The views of images with several tiles, in groups of the same shape."""
+    """The views of images with several tiles, in groups of the same shape.
+
+    Args:
+        spec: of the model.
+        clip: the CLIP text tower, for methods that read it; else None.
+    """
     groups: dict[tuple[Any, ...], list[View]] = {}
     for row, image in images.items():
-        for view in parts_of(model, reducer, row, image):
+        for view in parts_of(spec, reducer, row, image):
             shape = view.reducer, view.spec, view.layout, len(view.indices)
             groups.setdefault(shape, []).append(view)
     return [
-        Group(views[0].reducer, [view.row for view in views], shared_fields(model, samples, views), tuple(views))
+        Group(views[0].reducer, [view.row for view in views], shared_fields(clip, samples, views), tuple(views))
         for views in groups.values()
     ]
 
 
-def parts_of(model: Llava, reducer: Reducer, row: Row, image: EncodedImage) -> list[View]:
+def parts_of(model: ModelSpec, reducer: Reducer, row: ImageKey, image: EncodedImage) -> list[View]:
     """The views of one image; tiles with a budget of 0 are left out."""
-    spec, count = spec_of(model.spec, image.full), len(image.layout.crops)
+    spec, count = spec_of(model, image.full), len(image.layout.crops)
     reducer = reducer.for_image(spec).before_decoder(spec)
     if divided(reducer, count):
         given = shares(reducer, image.full, image.encoded.scores)
@@ -156,7 +161,7 @@ def parts_of(model: Llava, reducer: Reducer, row: Row, image: EncodedImage) -> l
     return [View(row, image, tuple(range(count)), resized, spec)]
 
 
-def shared_fields(model: Llava, samples: Sequence[Sample], parts: list[View]) -> dict[str, Any]:
+def shared_fields(clip: Any, samples: Sequence[Sample], parts: list[View]) -> dict[str, Any]:
     """Fields that the states of stages 1 and 2 share; all views are of one group."""
     first, encoded = parts[0], [part.image.encoded for part in parts]
     merged = [one.merged.only(part.numbers[0]) for one, part in zip(encoded, parts, strict=True) if one.merged]
@@ -175,7 +180,7 @@ def shared_fields(model: Llava, samples: Sequence[Sample], parts: list[View]) ->
         "merged": stack(merged) if merged else None,
         "questions": tuple(samples[part.row[0]].question for part in parts),
         "messages": tuple(samples[part.row[0]].message for part in parts),
-        "clip": model.clip if first.reducer.needs_text_tower else None,
+        "clip": clip,
         "thumbnail": thumbnail,
     }
 
@@ -240,7 +245,7 @@ def newline_view(reducer: Reducer, image: EncodedImage, device: torch.device) ->
 def join_prompt(
     reducer: Reducer,
     sequence: PromptBatch,
-    row: Row,
+    row: ImageKey,
     image: EncodedImage,
     pieces: list[tuple[ViewReduction, Tensor | None]],
 ) -> ImageReduction:

@@ -1,12 +1,19 @@
 """Tower scores: importance scores and keys that methods read from blocks of the vision tower.
 
-Each is computed from the query rows it needs, in float32, apart from the forward pass, which can therefore always use
-the fused attention kernel. Shapes: B images, N patches, D channels, H heads, T text rows.
+A score is defined once, in TOWER_SCORES, by the attention of one block: the queries of some tokens, the keys of all,
+and how many operations their products take. Every tower hands over its attention as a `BlockAttention`: CLIP's is
+computed from a block's input (`ClipAttention` below), other towers and serving engines write down what their own
+attention was given (llava/model/multimodal_encoder/stock_tower.py). To add a score, write a function of a
+`BlockAttention` and register it; nothing else needs to know it.
+
+Scores are computed in float32, apart from the forward pass, which can therefore always use a fused attention kernel.
+Shapes: B images, P patches, C = 1 class token or 0 before them, D channels, H heads of d channels.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Protocol
 
 import torch
 from einops import rearrange
@@ -16,20 +23,9 @@ from llava.errors import UserError, unknown
 from llava.reduction.modules import VisionAttention, VisionBlock, linear_flops
 from llava.reduction.ranking import in_float32
 
-BY_HEADS = "b n (h d) -> b h n d"
-
-# A tower without a CLS token: what is made of `received_attention` in place of each score of that token. Logits of an
-# attention are its logarithm, up to a constant. VisPruner's author gives the rule: Theia-4869/VisPruner, issue 1.
-WITHOUT_CLS: dict[str, Callable[[Tensor], Tensor]] = {
-    "cls_attention": torch.clone,
-    "fused_cls_attention": torch.clone,
-    "cls_logits": lambda received: received.clamp(min=1e-12).log(),
-}
-WITHOUT_CLS_RULE = (
-    "the tower has no CLS token: in place of its attention stands the attention that a patch receives, mean over heads "
-    "and over all patches of its image, then over the patches of a token (in Qwen2.5-VL of the next block that attends "
-    "within whole images); no CLS token is kept, so the budget counts patches alone"
-)
+# Rows of an attention map that are held at once; fewer where they would hold more than WEIGHTS numbers.
+ROWS = 64
+WEIGHTS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -52,122 +48,211 @@ class TowerScore:
         return min(int(self.block * blocks / self.depth + 0.5), blocks - 1) if self.depth else self.block
 
 
-@dataclass(frozen=True)
-class BlockInput:
-    """What the scores of a tower block are computed from.
+# -- what a score reads
+
+
+class BlockAttention(Protocol):
+    """The attention of one tower block over B images.
 
     Attributes:
-        attention: of the block, a CLIPEncoderLayer.
-        normed: [B, 1+N, D] its input, CLS first.
-        keys: [B, 1+N, D] its keys, all heads side by side.
+        cls: C, 1 if a class token stands before the patches, else 0.
+        scale: factor of the products of queries and keys.
+        keys: [B, H, C + P, d] float32 as the block compares them, after norms and rotations.
+        projected_keys: [B, H, C + P, d] float32, before these. Methods compare keys of patches with each other; after a
+            rotation, keys of two similar patches differ because they stand at different places.
+    """
+
+    @property
+    def cls(self) -> int: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def keys(self) -> Tensor: ...
+    @property
+    def projected_keys(self) -> Tensor: ...
+
+    def queries(self, tokens: slice) -> Tensor:
+        """[B, H, n, d] float32, queries of these tokens, as the block compares them."""
+        ...
+
+
+@dataclass(frozen=True)
+class ClipAttention:
+    """The attention of a CLIPEncoderLayer, computed from its input as far as a score asks for it.
+
+    Attributes:
+        attention: of the block.
+        normed: [B, 1 + P, D] its input, CLS first.
     """
 
     attention: VisionAttention
     normed: Tensor
-    keys: Tensor
+    cls: int = 1
+
+    @property
+    def scale(self) -> float:
+        return self.attention.scale
 
     @cached_property
-    def head_keys(self) -> Tensor:
-        """[B, H, 1+N, d] float32, the keys by heads."""
-        return in_float32(rearrange(self.keys, BY_HEADS, h=self.attention.num_heads))
+    def keys(self) -> Tensor:
+        return self._by_heads(self.attention.k_proj(self.normed))
+
+    @property
+    def projected_keys(self) -> Tensor:
+        return self.keys  # CLIP turns no keys
+
+    def queries(self, tokens: slice) -> Tensor:
+        return self._by_heads(self.attention.q_proj(self.normed[:, tokens]))
+
+    def _by_heads(self, states: Tensor) -> Tensor:
+        return in_float32(rearrange(states, "b n (h d) -> b h n d", h=self.attention.num_heads))
 
 
-def cls_attention(seen: BlockInput) -> Tensor:
+# -- the scores
+
+
+def cls_attention(block: BlockAttention) -> Tensor:
     """Attention of the CLS token to the patches, mean over heads.
 
     Returns:
-        [B, N] float32. The softmax runs over CLS and patches, so a row sums to less than 1.
+        [B, P]. The softmax runs over CLS and patches, so a row sums to less than 1.
     """
-    attention = seen.attention
-    query = in_float32(rearrange(attention.q_proj(seen.normed[:, :1]), BY_HEADS, h=attention.num_heads))
-    weights = (query @ seen.head_keys.mT * attention.scale).softmax(-1)
+    weights = (block.queries(slice(0, 1)) @ block.keys.mT * block.scale).softmax(-1)
     return weights[:, :, 0, 1:].mean(1)
 
 
-def cls_logits(seen: BlockInput) -> Tensor:
+def cls_logits(block: BlockAttention) -> Tensor:
     """Products of the CLS query with the patches' keys, scaled as in attention, before the softmax, mean over heads.
 
     Returns:
-        [B, N] float32, of any sign.
+        [B, P], of any sign.
     """
-    attention = seen.attention
-    query, key = attention.q_proj(seen.normed[:, :1]).float(), seen.keys[:, 1:].float()
     # The sum of the heads' products is the product over all channels.
-    products: Tensor = (query @ key.transpose(-1, -2))[:, 0] * (attention.scale / attention.num_heads)
+    query, key = side_by_side(block.queries(slice(0, 1))), side_by_side(block.keys[:, :, 1:])
+    products: Tensor = (query @ key.mT)[:, 0] * (block.scale / block.keys.shape[1])
     return products
 
 
-def received_attention(seen: BlockInput) -> Tensor:
-    """Average attention each patch receives from all patches, mean over heads: a saliency without CLS.
-
-    Returns:
-        [B, N] float32. Query rows are processed in slices, so the full attention map is never held.
-    """
-    attention = seen.attention
-    query = in_float32(rearrange(attention.q_proj(seen.normed[:, 1:]), BY_HEADS, h=attention.num_heads))
-    key = seen.head_keys.mT
-    received = key.new_zeros(seen.normed.shape[:2])
-    for rows in query.split(64, dim=2):
-        received += (rows @ key * attention.scale).softmax(-1).sum((1, 2))
-    return received[:, 1:] / (query.shape[1] * query.shape[2])
-
-
-def keys(seen: BlockInput) -> Tensor:
-    """Keys of the patches, mean over heads: the similarity space of VisionZip-like merging.
-
-    Returns:
-        [B, N, d] float32, not normalised.
-    """
-    return seen.head_keys[:, :, 1:].mean(1)
-
-
-def mean_keys(block: VisionBlock, normed: Tensor) -> Tensor:
-    """[B, n, D] normed inputs of a block's attention -> keys [B, n, d] float32, mean over heads."""
-    attention = block.self_attn
-    mean: Tensor = rearrange(attention.k_proj(normed), BY_HEADS, h=attention.num_heads).float().mean(1)
-    return mean
-
-
-def fused_cls_attention(seen: BlockInput) -> Tensor:
+def fused_cls_attention(block: BlockAttention) -> Tensor:
     """Attention of the CLS token to the patches with all heads taken as one: softmax(q k / sqrt(D)), as PruMerge does.
 
     Returns:
-        [B, N] float32, a row sums to less than 1.
+        [B, P]; a row sums to less than 1.
     """
-    query, key = seen.attention.q_proj(seen.normed[:, :1]).float(), seen.keys.float()
-    shares: Tensor = (query @ key.transpose(-1, -2) * key.shape[-1] ** -0.5).softmax(-1)[:, 0, 1:]
+    query, key = side_by_side(block.queries(slice(0, 1))), side_by_side(block.keys)
+    shares: Tensor = (query @ key.mT * key.shape[-1] ** -0.5).softmax(-1)[:, 0, 1:]
     return shares
 
 
-def whole_keys(seen: BlockInput) -> Tensor:
-    """Keys of the patches, all heads side by side.
+def received_attention(block: BlockAttention) -> Tensor:
+    """Attention that each patch receives, mean over heads and over the patches that attend: a saliency without CLS.
 
     Returns:
-        [B, N, D] float32, not normalised.
+        [B, P]. Query rows are processed in slices, so the full attention map is never held.
     """
-    return seen.keys[:, 1:].float()
+    query, key = block.queries(slice(block.cls, None)), block.keys.mT
+    images, heads, patches, _ = query.shape
+    received = key.new_zeros(images, key.shape[-1])
+    for rows in query.split(max(1, min(ROWS, WEIGHTS // (images * heads * key.shape[-1]))), dim=2):
+        received += (rows @ key * block.scale).softmax(-1).sum((1, 2))
+    return received[:, block.cls :] / (heads * patches)
 
 
-TOWER_SCORES: dict[str, Callable[[BlockInput], Tensor]] = {
-    "cls_attention": cls_attention,
-    "cls_logits": cls_logits,
-    "received_attention": received_attention,
-    "keys": keys,
-    "fused_cls_attention": fused_cls_attention,
-    "whole_keys": whole_keys,
+def keys(block: BlockAttention) -> Tensor:
+    """[B, P, d] keys of the patches, mean over heads, not normalised: the space in which VisionZip and others merge."""
+    return block.projected_keys[:, :, block.cls :].mean(1)
+
+
+def whole_keys(block: BlockAttention) -> Tensor:
+    """[B, P, D] keys of the patches, all heads side by side, not normalised."""
+    return side_by_side(block.projected_keys[:, :, block.cls :])
+
+
+def side_by_side(states: Tensor) -> Tensor:
+    """[B, H, n, d] -> [B, n, H * d]."""
+    return states.transpose(1, 2).flatten(2)
+
+
+@dataclass(frozen=True)
+class ScoreKind:
+    """A kind of tower score.
+
+    Attributes:
+        compute: from the attention of a block.
+        queries: the tokens whose queries it reads: "cls", "patches" or "" for none.
+        reads_cls: the class token is among the keys that these are compared with.
+    """
+
+    compute: Callable[[BlockAttention], Tensor]
+    queries: str = ""
+    reads_cls: bool = True
+
+    def rows(self, patches: int) -> int:
+        """Queries per image."""
+        return {"cls": 1, "patches": patches, "": 0}[self.queries]
+
+    def product_flops(self, patches: int, cls: int, width: int) -> int:
+        """Operations of one image's products of queries and keys.
+
+        Args:
+            cls: class tokens, 0 or 1.
+            width: channels of all heads together.
+        """
+        return 2 * self.rows(patches) * (patches + cls * self.reads_cls) * width
+
+
+TOWER_SCORES: dict[str, ScoreKind] = {
+    "cls_attention": ScoreKind(cls_attention, "cls"),
+    "cls_logits": ScoreKind(cls_logits, "cls", reads_cls=False),
+    "fused_cls_attention": ScoreKind(fused_cls_attention, "cls"),
+    "received_attention": ScoreKind(received_attention, "patches"),
+    "keys": ScoreKind(keys),
+    "whole_keys": ScoreKind(whole_keys),
 }
+
+# A tower without a CLS token: what is made of `received_attention` in place of each score of that token. Logits of an
+# attention are its logarithm, up to a constant. VisPruner's author gives the rule: Theia-4869/VisPruner, issue 1.
+WITHOUT_CLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "cls_attention": torch.clone,
+    "fused_cls_attention": torch.clone,
+    "cls_logits": lambda received: received.clamp(min=1e-12).log(),
+}
+WITHOUT_CLS_RULE = (
+    "the tower has no CLS token: in place of its attention stands the attention that a patch receives, mean over heads "
+    "and over all patches of its image, then over the patches of a token (in Qwen2.5-VL of the next block that attends "
+    "within whole images); no CLS token is kept, so the budget counts patches alone"
+)
+
+
+def score_kind(score: TowerScore) -> ScoreKind:
+    """How a score is computed.
+
+    Raises:
+        UserError: there is no such score.
+    """
+    if score.kind not in TOWER_SCORES:
+        raise unknown("tower score", score.kind, TOWER_SCORES)
+    return TOWER_SCORES[score.kind]
 
 
 @lru_cache(maxsize=256)
 def by_block(scores: tuple[TowerScore, ...], depth: int) -> dict[int, list[TowerScore]]:
-    """Scores by the block they are read from, in a tower of `depth` blocks."""
+    """Scores by the block they are read from, in a tower of `depth` blocks.
+
+    Raises:
+        UserError: a score or its block does not exist.
+    """
     blocks: dict[int, list[TowerScore]] = {}
     for score in scores:
         index = score.index(depth)
         if not -depth <= index < depth:
             raise UserError(f"TowerScore {score.kind} needs tower block {index}, but the tower has {depth} blocks.")
+        score_kind(score)
         blocks.setdefault(index % depth, []).append(score)
     return blocks
+
+
+# -- CLIP's towers
 
 
 def block_scores(asked: Sequence[TowerScore], block: VisionBlock, hidden: Tensor) -> dict[TowerScore, Tensor]:
@@ -175,30 +260,21 @@ def block_scores(asked: Sequence[TowerScore], block: VisionBlock, hidden: Tensor
 
     Args:
         block: a CLIPEncoderLayer.
-        hidden: [B, 1+N, D] the block's input, CLS first.
+        hidden: [B, 1 + P, D] the block's input, CLS first.
     """
     # What the attention in space of a video block works on is what attention over time makes of its input.
     before_space = getattr(block, "before_space", None)
-    normed = block.layer_norm1(hidden if before_space is None else before_space(hidden))
-    seen = BlockInput(block.self_attn, normed, block.self_attn.k_proj(normed))
-    scores = {}
-    for score in asked:
-        if score.kind not in TOWER_SCORES:
-            raise unknown("tower score", score.kind, TOWER_SCORES)
-        scores[score] = TOWER_SCORES[score.kind](seen)
-    return scores
+    seen = ClipAttention(block.self_attn, block.layer_norm1(hidden if before_space is None else before_space(hidden)))
+    return {score: score_kind(score).compute(seen) for score in asked}
 
 
 def score_flops(scores: tuple[TowerScore, ...], blocks: Sequence[VisionBlock], patches: int) -> int:
-    """Operations of scores for one image, matrix products only; those of one block all read the same keys."""
+    """Operations of scores for one image: the keys of each block once, the queries of each score, and products."""
     total = 0
     for index, asked in by_block(scores, len(blocks)).items():
-        query = blocks[index].self_attn.q_proj
-        total += linear_flops(blocks[index].self_attn.k_proj, patches + 1)
-        for score in asked:
-            if score.kind in ("keys", "whole_keys"):
-                continue
-            queries = patches if score.kind == "received_attention" else 1
-            seen = patches if score.kind == "cls_logits" else patches + 1
-            total += linear_flops(query, queries) + 2 * queries * seen * query.out_features
+        attention = blocks[index].self_attn
+        total += linear_flops(attention.k_proj, patches + 1)
+        for kind in map(score_kind, asked):
+            total += linear_flops(attention.q_proj, kind.rows(patches))
+            total += kind.product_flops(patches, 1, attention.q_proj.out_features)
     return total

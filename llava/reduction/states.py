@@ -27,7 +27,7 @@ from llava.transformers_names import KERNEL
 
 if TYPE_CHECKING:
     from llava.pipeline.positions import Span
-    from llava.pipeline.sequence import PromptBatch, Row
+    from llava.pipeline.sequence import ImageKey, PromptBatch
 
 TEXT_ROWS = ("question", "instruction", "after", "last", "visual")
 
@@ -147,7 +147,7 @@ class PromptState(EncoderState):
     """
 
     tokens: Tensor
-    rows: tuple[Row, ...] = ()
+    rows: tuple[ImageKey, ...] = ()
     members: Tensor | None = None
     # The pipeline always sets them; a test of a method that reads no text may leave them out.
     sequence: PromptBatch = None  # type: ignore[assignment]
@@ -323,7 +323,7 @@ class DecoderState(State):
 # Rows of the prompts. Spans are in a sample's own coordinates, without padding.
 
 
-def text_spans(sequence: PromptBatch, name: str, images: Sequence[Row] = ()) -> list[Span]:
+def text_spans(sequence: PromptBatch, name: str, images: Sequence[ImageKey] = ()) -> list[Span]:
     """Spans of text tokens by name, one of TEXT_ROWS; see `PromptState.text`.
 
     Args:
@@ -350,7 +350,7 @@ def seeing_spans(sequence: PromptBatch, name: str) -> list[Span]:
     return [(start, stop) if stop > image else (length - 1, length) for (start, stop), (image, _), length in spans]
 
 
-def at_images(tensor: Tensor, sequence: PromptBatch, rows: Sequence[Row], members: Tensor | None) -> Tensor:
+def at_images(tensor: Tensor, sequence: PromptBatch, rows: Sequence[ImageKey], members: Tensor | None) -> Tensor:
     """[B, N, ...] rows of `tensor` [S, L, ...] at the visual tokens of images; see `PromptState`."""
     if not rows:
         return sequence.take(tensor, [image for (image,) in sequence.visual])

@@ -2,7 +2,7 @@
 
 pixels  an engine with the method inside (llava/serving/plugin.py): requests hold images and text
 embeds  an engine that knows of no method: requests hold whole prompts as embeddings, which `prompt_embeddings` makes as
-        a benchmark does (llava/pipeline/prefill.py); for methods that read the question
+        a benchmark does (llava/pipeline/generate.py); for methods that read the question
 
 Official code read: vLLM 0.32.0, renderers/embed_utils.py (a request's embeddings are a file of torch.save, in base64)
 and entrypoints/openai/completion
@@ -28,9 +28,8 @@ from llava.model.checkpoint.config import default_mode, identify
 from llava.model.checkpoint.files import folder_of, locate, name_of
 from llava.model.checkpoint.load import load_checkpoint
 from llava.model.llava_arch import Llava
-from llava.pipeline.accounting import Record, Timer
-from llava.pipeline.prefill import Stages, embed
-from llava.pipeline.sequence import PromptBatch
+from llava.pipeline.accounting import Timer
+from llava.pipeline.generate import until_decoder
 from llava.processing.json_files import read_json
 from llava.processing.prompt import Sample, read_tokenizer
 from llava.reduction.budget import require
@@ -163,27 +162,8 @@ def prompt_embeddings(model: Llava, samples: Sequence[Sample], reducer: Reducer)
         samples: with or without images.
     """
     refuse_gaps(reducer)
-    sequence, _ = until_decoder(model, samples, reducer, Timer(model.device))
+    sequence = until_decoder(model, samples, reducer, Timer(model.device)).start
     return [row[-length:].cpu() for row, length in zip(sequence.hidden, sequence.lengths, strict=True)]
-
-
-def until_decoder(
-    model: Llava, samples: Sequence[Sample], reducer: Reducer, timer: Timer
-) -> tuple[PromptBatch, Record]:
-    """The prompts of a batch as they enter decoder layer 0; see `llava.pipeline.prefill.prefill`."""
-    record = Record([[] for _ in samples], [[] for _ in samples])
-    prompts = [model.prompt(sample) for sample in samples]
-    stages = Stages(model, reducer, samples, record, timer)
-    if any(sample.images for sample in samples):
-        stages.encode_images()
-    else:
-        timer.mark("preprocess")
-    sequence = embed(model, reducer, prompts, stages.images)
-    timer.mark("prefill")
-    if stages.images and "prompt" in reducer.acts_in:
-        sequence = stages.reduce_prompt(sequence)
-        timer.mark("selection")
-    return sequence, record
 
 
 # Requests

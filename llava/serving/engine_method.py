@@ -6,8 +6,9 @@ before the decoder. `why_not_pixels` says what stands against a method. The clie
 the decoder, and send whole prompts as embeddings (llava/serving/client.py).
 
 The engine's own tower and projector run. What they make goes through the stages that answer benchmarks
-(llava/pipeline/prefill.py), in prompts that are an image and nothing else. Tower scores come from the queries and keys
-that the tower hands to its attention kernel, as in llava/hf/families.py. Nothing here imports the engine.
+(llava/pipeline/stages.py), in prompts that are an image and nothing else. Tower scores come from the queries and keys
+that the tower hands to its attention kernel (llava/model/multimodal_encoder/stock_tower.py). Nothing here
+imports the engine.
 
 Differs from the pipeline: where positions have three axes, text after an image keeps the positions that it has with all
 visual tokens (`positions=original`); an engine numbers it before it knows which tokens are kept.
@@ -27,14 +28,14 @@ from torch import Tensor, nn
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError, unknown
-from llava.hf.families import FAMILIES, Family, FamilyWrapper, Seen, joined, layout_of, scores_of
-from llava.hf.models import StockSample
+from llava.hf.families import FAMILIES, Family, joined, layout_of
 from llava.model.llava_arch import EncodedImage, encoded_image_of
 from llava.model.multimodal_encoder.clip_encoder import Encoded
+from llava.model.multimodal_encoder.stock_tower import Call, StockTower
 from llava.pipeline.accounting import Record, Timer
-from llava.pipeline.prefill import Stages, embed
+from llava.pipeline.stages import Stages, embed
 from llava.processing.image import AnyresProcessor, ImageProcessor
-from llava.processing.prompt import Prompt
+from llava.processing.prompt import Prompt, Sample
 from llava.reduction.budget import plan_image, require
 from llava.reduction.reducer import Reducer
 from llava.reduction.registry import build
@@ -253,8 +254,8 @@ def _served(settings: str, architecture: str, written: str) -> EngineMethod:
 # Inside the engine
 
 
-class EngineTower(FamilyWrapper):
-    """Tower and projector of an engine's model as the stages see them.
+class EngineTower:
+    """Tower and projector of an engine's model as the stages see them (`llava.pipeline.stages.StagedModel`).
 
     Args:
         model: the engine's.
@@ -264,17 +265,16 @@ class EngineTower(FamilyWrapper):
 
     def __init__(self, model: Any, served: EngineMethod, attentions: Sequence[Any]):
         weight = next(model.parameters())
-        self.hf_model, self.device, self.family, self.served = model, weight.device, served.family, served
-        self.spec, self.axes, self.blocks = served.spec, served.family.axes, attentions
-        self._set_windows(model.config.vision_config)
+        self.engine_model, self.device, self.served = model, weight.device, served
+        family, layer = served.family, getattr(model.config, "vision_feature_layer", -1)
+        last = family.block or (layer if isinstance(layer, int) and layer < 0 else -1)
+        self.tower = StockTower(attentions, model.config.vision_config, family.cls, family.runs, last)
+        self.spec, self.axes, self.clip = served.spec, family.axes, None
         width = model.config.get_text_config().hidden_size
         layers = [None] * served.spec.layers
         self.llm = SimpleNamespace(embed_tokens=lambda ids: weight.new_empty(len(ids), width), layers=layers)
         self.projector = model.multi_modal_projector if served.family is CLIP else nn.Identity()
         self.newline = getattr(model, "image_newline", None)
-
-    def groups(self, image: EncodedImage) -> tuple[int, int, int]:
-        return (1, *image.encoded.grid)
 
     def reduce(self, images: Sequence[EncodedImage], beside: Sequence[Tensor] | None = None) -> list[Tensor]:
         """Of each image [K, D] tokens.
@@ -284,10 +284,9 @@ class EngineTower(FamilyWrapper):
                 positions have three axes, three channels follow: frame, row and column from the image's start.
         """
         reducer = self.served.reducer
-        asked: list[Any] = list(images)
-        samples = [StockSample(str(number), "", image=(one,), prompt=ONLY_IMAGE) for number, one in enumerate(asked)]
+        samples = [Sample(str(number), "") for number in range(len(images))]
         stages = Stages(self, reducer, samples, Record([[] for _ in images], [[] for _ in images]), Timer(self.device))
-        stages.encode_images()
+        stages.take_images({(number, 0): image for number, image in enumerate(images)})
         sequence = embed(self, reducer, [ONLY_IMAGE] * len(images), stages.images)
         if "prompt" in reducer.acts_in:
             sequence = stages.reduce_prompt(sequence)
@@ -316,12 +315,11 @@ class EngineTower(FamilyWrapper):
         layouts = [self.served.layout(side * side, size) for size in sizes]
         counts = [len(layout.crops) for layout in layouts]  # tiles of which unpadding leaves nothing are not computed
         crops = torch.cat([own[:count] for own, count in zip(pixels, counts, strict=True)])
-        with self.watched(tiled) as seen:
-            features = self.hf_model.vision_tower(crops, feature_select_strategy="full")
-        scores = {
-            score: torch.stack(scores_of(score.kind, parts, 0, [side * side] * len(crops)))
-            for score, parts in seen.items()
-        }
+        with self.watched(tiled) as calls:
+            features = self.engine_model.vision_tower(crops, feature_select_strategy="full")
+        grids = [(side, side)] * len(crops)
+        found = self.tower.scores_of_tokens(calls, grids, 1, self.device)
+        scores = {score: torch.stack(values) for score, values in found.items()}
         encoded = Encoded(features if reducer.keep_cls else features[:, 1:], scores, (side, side))
         ends = torch.tensor(counts).cumsum(0).tolist()
         parts = [encoded.rows(slice(end - count, end)) for end, count in zip(ends, counts, strict=True)]
@@ -338,12 +336,15 @@ class EngineTower(FamilyWrapper):
             grids: of each tile rows and columns of its tokens.
             owners: of each tile the number of its image, ascending.
         """
-        with self.watched() as seen:
+        with self.watched() as calls:
             tokens = encode()
-        width, counts = self.hf_model.config.get_text_config().hidden_size, [rows * columns for rows, columns in grids]
+        width, counts = (
+            self.engine_model.config.get_text_config().hidden_size,
+            [rows * columns for rows, columns in grids],
+        )
         side = self.served.merge
         patches = [(rows * side, columns * side) for rows, columns in grids]
-        scores = self._scores_of_tokens({score: score for score in seen}, seen, patches, side)
+        scores = self.tower.scores_of_tokens(calls, patches, side, self.device)
         views: list[list[EncodedImage]] = [[] for _ in {*owners}]
         beside: list[list[Tensor]] = [[] for _ in {*owners}]
         for i, (own, grid, owner) in enumerate(zip(tokens.split(counts), grids, owners, strict=True)):
@@ -354,13 +355,14 @@ class EngineTower(FamilyWrapper):
         return self.reduce([joined(run) for run in views], [torch.cat(run) for run in beside])
 
     @contextmanager
-    def watched(self, tiled: bool = False) -> Iterator[dict[TowerScore, list[Seen]]]:
+    def watched(self, tiled: bool = False) -> Iterator[dict[TowerScore, list[Call]]]:
         """Scores of the method -> what the attention of their blocks is given meanwhile."""
-        wanted = {score: self.blocks[self._block(score)] for score in self.served.reducer.tower_scores(tiled)}
-        seen: dict[Any, list[Seen]] = {module: [] for module in wanted.values()}
+        tower, scores = self.tower, self.served.reducer.tower_scores(tiled)
+        wanted = {score: tower.blocks[tower.block_of(score)] for score in scores}
+        calls: dict[Any, list[Call]] = {module: [] for module in wanted.values()}
         projected: dict[Any, Tensor] = {}  # keys before norms and rotation
         hooks = []
-        for module in seen:
+        for module in calls:
             parts = dict(module.named_children())
             name = next(name for name in ("k_proj", "qkv_proj", "qkv") if name in parts)
 
@@ -369,12 +371,12 @@ class EngineTower(FamilyWrapper):
                 projected[module] = output if name == "k_proj" else output.chunk(3, -1)[1]
 
             def note(inner: Any, args: tuple[Any, ...], given: dict[str, Any], module: Any = module) -> None:
-                seen[module] += handed_over(inner, projected[module], *args, **given)
+                calls[module] += handed_over(inner, projected[module], *args, **given)
 
             hooks.append(parts[name].register_forward_hook(keep))
             hooks.append(parts["attn"].register_forward_pre_hook(note, with_kwargs=True))
         try:
-            yield {score: seen[module] for score, module in wanted.items()}
+            yield {score: calls[module] for score, module in wanted.items()}
         finally:
             for hook in hooks:
                 hook.remove()
@@ -382,7 +384,7 @@ class EngineTower(FamilyWrapper):
 
 def handed_over(
     attention: Any, projected: Tensor, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Any = None, **others: Any
-) -> list[Seen]:
+) -> list[Call]:
     """What a call of an engine's attention for encoders is given, image by image where `cu_seqlens` says so.
 
     Args:
@@ -401,4 +403,4 @@ def handed_over(
     parts = [part.reshape(rows, columns, count, -1).transpose(1, 2) for part, count in given]
     lengths = [columns] if cu_seqlens is None else cu_seqlens.diff().tolist()
     cut = zip(*(part.split(lengths, 2) for part in parts), strict=True)
-    return [(*triple, None, attention.scale) for triple in cut]
+    return [Call(own_query, own_key, own_projected, None, attention.scale) for own_query, own_key, own_projected in cut]

@@ -28,6 +28,7 @@ from llava.errors import MethodError, UserError
 from llava.model.llava_arch import Llava
 from llava.pipeline.accounting import Answer, Batch, Record, SeenImage, Timer, Timing
 from llava.pipeline.decoder import Prefilled, Segment
+from llava.pipeline.generate import until_decoder
 from llava.processing.image import as_rgb, pad_to_square
 from llava.processing.json_files import read_json
 from llava.processing.prompt import Sample
@@ -35,7 +36,7 @@ from llava.reduction.budget import plan_image
 from llava.reduction.reducer import Reducer
 from llava.reduction.token_layout import on_padding, single
 from llava.serving import register
-from llava.serving.client import EMBEDS, PIXELS, until_decoder
+from llava.serving.client import EMBEDS, PIXELS
 from llava.serving.engine_method import refuse_gaps, served_by, why_not_anywhere
 
 if TYPE_CHECKING:
@@ -233,7 +234,9 @@ class Engine:
 
     def _embeds(self, samples: Sequence[Sample], timer: Timer) -> tuple[list[dict[str, Any]], Record, list[int]]:
         """The same of prompts as embeddings."""
-        sequence, record = until_decoder(self.model, samples, self.reducer, timer)
+        stages = until_decoder(self.model, samples, self.reducer, timer)
+        timer.mark("prefill")
+        sequence, record = stages.start, stages.record
         rows = zip(sequence.hidden, sequence.lengths, strict=True)
         asked = [{"prompt_embeds": row[-length:].clone().cpu()} for row, length in rows]
         return asked, record, [sum(stop - start for start, stop in spans) for spans in sequence.visual]

@@ -22,7 +22,7 @@ from llava.model.checkpoint.config import hf_key, hf_tower_key
 from llava.model.llava_arch import Llava
 from llava.model.multimodal_encoder.clip_text_encoder import ClipText
 from llava.pipeline import decoder
-from llava.pipeline.prefill import prefill
+from llava.pipeline.generate import prefill
 from llava.processing.prompt import IMAGE_TOKEN_INDEX, Prompt, Sample
 from llava.reduction import Step, registry
 from tests.parity import model as recipe

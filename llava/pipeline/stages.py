@@ -1,4 +1,4 @@
-"""Prefill: from prompts and images to the decoder's state after the last prompt token.
+"""The stages of a batch in which a method may act, and what they need of a model.
 
 stage 0  tower    merge inside blocks of the vision tower (llava/model/multimodal_encoder/clip_encoder.py)
 stage 1  encoder  reduce features before the projector
@@ -9,64 +9,62 @@ stage 3  decoder  reduce between two decoder layers
 
 A method receives images whose tokens have one shape together. An image in one tile takes this file; one in several
 tiles or frames is divided into views before stages 1 and 2, and their reductions are joined (llava/pipeline/views.py).
+
+LLaVA's own models go through all stages in llava/pipeline/generate.py. The families that run their own forward
+(llava/hf/reduce.py) and serving engines (llava/serving/engine_method.py) bring images that are encoded already.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.model.llava_arch import EncodedImage, Llava
+from llava.model.llava_arch import EncodedImage
 from llava.pipeline import decoder, views
 from llava.pipeline.accounting import Applied, Record, SeenImage, Timer
 from llava.pipeline.positions import Piece
-from llava.pipeline.sequence import ImageReduction, PromptBatch, Row, assemble
+from llava.pipeline.sequence import ImageKey, ImageReduction, PromptBatch, assemble
 from llava.pipeline.views import Features, Group
 from llava.processing.prompt import Prompt, Sample
 from llava.reduction.budget import ImagePlan, plan_image
 from llava.reduction.merging import Reduction, ViewReduction, stack
-from llava.reduction.modules import layer_flops, prefill_flops, projector_flops
+from llava.reduction.modules import layer_flops, projector_flops
 from llava.reduction.reducer import Reducer, check_reductions
 from llava.reduction.states import DecoderState, EncoderState, PromptState, at_images
-from llava.reduction.token_layout import ModelSpec
+from llava.reduction.token_layout import Canvas, ModelSpec
 
 
-@torch.inference_mode()
-def prefill(
-    model: Llava, samples: Sequence[Sample], reducer: Reducer, timer: Timer | None = None
-) -> tuple[decoder.Prefilled, Record]:
-    """Run a batch up to the hidden state that predicts the first token.
+class StagedModel(Protocol):
+    """What the stages need of a model.
 
-    Args:
-        timer: marked after "preprocess" (tokenizing prompts, resizing images on the CPU), "vision" (tower and
-            projector), "selection" (the method's own functions, and applying what they return) and "prefill"
-            (embedding and assembling prompts, running the decoder).
+    Attributes:
+        device: where prompts are put together.
+        spec: what methods may know of the model.
+        llm: the decoder, with `embed_tokens` and `layers`.
+        projector: from features to visual tokens; an identity where features are visual tokens already.
+        newline: the learned vector after every row of stitched tiles; None without one.
+        axes: positions have three axes: frame, row and column.
+        clip: the CLIP text tower, for methods that compare questions with images in CLIP's space.
     """
-    timer, record = timer or Timer(model.device), Record([[] for _ in samples], [[] for _ in samples])
-    prompts = [model.prompt(sample) for sample in samples]
-    stages, layers = Stages(model, reducer, samples, record, timer), tuple[int, ...]()
-    if any(sample.images for sample in samples):
-        stages.encode_images()
-        if "decoder" in reducer.acts_in:
-            layers = reducer.decoder_layers(len(model.llm.layers))
-    else:
-        timer.mark("preprocess")
-    sequence = embed(model, reducer, prompts, stages.images)
-    if stages.images and "prompt" in reducer.acts_in:
-        timer.mark("prefill")
-        sequence = stages.reduce_prompt(sequence)
-        timer.mark("selection")
-    stages.start = sequence
-    prefilled = decoder.prefill(model.llm, sequence, layers, stages.reduce_between_layers)
-    timer.mark("prefill")
-    for sample in range(len(samples)):
-        lengths = tuple(segment.lengths[sample] for segment in prefilled.segments for _ in segment.layers)
-        record.operations.add("prefill", prefill_flops, model.llm.layers, lengths, model.head)
-    return prefilled, record
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def spec(self) -> ModelSpec: ...
+    @property
+    def llm(self) -> Any: ...
+    @property
+    def projector(self) -> Any: ...
+    @property
+    def newline(self) -> Tensor | None: ...
+    @property
+    def axes(self) -> bool: ...
+    @property
+    def clip(self) -> Any: ...
 
 
 @dataclass
@@ -92,7 +90,9 @@ class BatchImage:
     tokens: Tensor = field(init=False)
 
 
-def embed(model: Llava, reducer: Reducer, prompts: list[Prompt], images: dict[Row, BatchImage]) -> PromptBatch:
+def embed(
+    model: StagedModel, reducer: Reducer, prompts: list[Prompt], images: dict[ImageKey, BatchImage]
+) -> PromptBatch:
     """Embed the text of every prompt and put visual tokens where "<image>" stands."""
     # Of each prompt the ids before, between and after its images.
     texts: list[list[list[int]]] = []
@@ -116,7 +116,7 @@ def embed(model: Llava, reducer: Reducer, prompts: list[Prompt], images: dict[Ro
         for number, run in enumerate(runs):
             if number:
                 image = images[sample, number - 1]
-                groups = model.groups(image.encoded) if model.axes else None
+                groups = (1, *image.encoded.encoded.grid) if model.axes else None
                 inputs, kept = (image.inputs, image.kept) if gaps else (len(image.tokens), None)
                 pieces.append(Piece(image.tokens, inputs, kept, image=True, groups=groups))
             pieces.append(Piece(next(embedded), len(run)))
@@ -131,48 +131,44 @@ class Stages:
     """The stages of one batch in which a method may act.
 
     Attributes:
-        images: those of the batch by sample and number, from `encode_images` on.
+        images: those of the batch by sample and number, from `take_images` on.
         run_layers: (llm, prompts, count) -> hidden states after the first decoder layers.
         start: the prompts as they entered decoder layer 0.
     """
 
-    model: Llava
+    model: StagedModel
     reducer: Reducer
     samples: Sequence[Sample]
     record: Record
     timer: Timer
-    images: dict[Row, BatchImage] = field(default_factory=dict)
+    images: dict[ImageKey, BatchImage] = field(default_factory=dict)
     run_layers: Callable[[Any, PromptBatch, int], Tensor] = decoder.run_layers
     start: PromptBatch = field(init=False)
 
     # -- stage 1: before the projector
 
-    def encode_images(self) -> None:
-        """Send all images through the tower, let the method reduce their features, and project these."""
-        model, record = self.model, self.record
-        sources: dict[object, Any] = {}  # questions about the same image share one pass of the tower
-        keys: dict[Row, object] = {}
-        for sample, asked in enumerate(self.samples):
-            for number, source in enumerate(asked.images):
-                key = keys[sample, number] = asked.image_ids[number] if asked.image_ids else object()
-                sources.setdefault(key, source)
-        encoded = model.encode_images(list(sources.values()), list(sources), self.reducer, self.timer)
-        by_key = dict(zip(sources, encoded, strict=True))
-        users = Counter(keys.values())
-        for key, one in by_key.items():
-            model.count_tower(record.operations, one, users[key])
-        for (sample, number), key in keys.items():
-            one, row, name = by_key[key], (sample, number), self.samples[sample].id
-            canvas = model.canvas(sources[key])
-            plan = plan_image(self.reducer, model.spec, one.full)
-            inputs = one.full.tokens if plan.fits else one.inputs
+    def take_images(
+        self, encoded: Mapping[ImageKey, EncodedImage], canvases: Mapping[ImageKey, Canvas | None] | None = None
+    ) -> None:
+        """Plan every image, let the method reduce its features, and project these.
+
+        Args:
+            encoded: the images of the batch after the tower, in the order of the prompts. Questions about the same
+                image share one object.
+            canvases: where each image lies on what its patches cover; None where that is not known.
+        """
+        for key, one in encoded.items():
+            (sample, number), name = key, self.samples[key[0]].id
             name = name if number == 0 else f"{name}#{number + 1}"
+            plan = plan_image(self.reducer, self.model.spec, one.full)
+            inputs = one.full.tokens if plan.fits else one.inputs
             method = self.reducer.for_image(plan.spec) if self.reducer.retention_ratio else self.reducer
-            image = self.images[row] = BatchImage(name, one, plan, method, inputs)
-            record.images[sample].append(SeenImage(one.full, inputs, plan.tokens, plan.asked, canvas))
+            image = self.images[key] = BatchImage(name, one, plan, method, inputs)
+            canvas = canvases[key] if canvases else None
+            self.record.images[sample].append(SeenImage(one.full, inputs, plan.tokens, plan.asked, canvas))
             if one.step is not None:
-                self._apply(row, image, *one.step)
-        reduced: dict[Row, Features] = {}
+                self._apply(key, image, *one.step)
+        reduced: dict[ImageKey, Features] = {}
         if "encoder" in self.reducer.acts_in:
             self.timer.mark("vision")
             reduced = self._reduce_features()
@@ -180,10 +176,10 @@ class Stages:
         self._project(reduced)
         self.timer.mark("vision")
 
-    def _reduce_features(self) -> dict[Row, Features]:
+    def _reduce_features(self) -> dict[ImageKey, Features]:
         """Features of every image that the method reduces, after the reduction."""
-        reduced: dict[Row, Features] = {}
-        tiles: dict[Row, list[tuple[ViewReduction, Tensor]]] = {}
+        reduced: dict[ImageKey, Features] = {}
+        tiles: dict[ImageKey, list[tuple[ViewReduction, Tensor]]] = {}
         for group in self._groups():
             features = group.fields["features"]
             for reduction, rows in self.call_method(group, "encoder", EncoderState(**group.fields), features.shape[1]):
@@ -207,18 +203,18 @@ class Stages:
         # In the order of the images, because they are projected in this order.
         return {image: reduced[image] for image in self.images if image in reduced}
 
-    def _apply(self, row: Row, image: BatchImage, place: str, reduction: Reduction, index: int = 0) -> None:
+    def _apply(self, row: ImageKey, image: BatchImage, place: str, reduction: Reduction, index: int = 0) -> None:
         """Record a reduction up to stage 1, and which of the image's tokens are left."""
         sample, number = row
         self.record.reductions[sample].append(Applied(place, number, reduction, index))
         kept = reduction.kept[index]
         image.kept = kept if image.kept is None else image.kept[kept]
 
-    def _project(self, reduced: dict[Row, Features]) -> None:
+    def _project(self, reduced: dict[ImageKey, Features]) -> None:
         """Project the remaining features of all images at once; an image that is not reduced is projected only once."""
         model = self.model
-        slots: dict[Row | int, Features] = dict(reduced.items())
-        slot_of: dict[Row, Row | int] = {}
+        slots: dict[ImageKey | int, Features] = dict(reduced.items())
+        slot_of: dict[ImageKey, ImageKey | int] = {}
         for row, image in self.images.items():
             slot_of[row] = slot = row if row in reduced else id(image.encoded)
             if slot not in slots:
@@ -231,7 +227,7 @@ class Stages:
         for slot, length in zip(slots, lengths, strict=True):
             self.record.operations.add("projector", projector_flops, model.projector, length, images=users[slot])
         projected = model.projector((values[0] if len(values) == 1 else torch.cat(values))[None])[0].split(lengths)
-        tokens: dict[Row | int, Tensor] = {}
+        tokens: dict[ImageKey | int, Tensor] = {}
         for (slot, features), own in zip(slots.items(), projected, strict=True):
             tokens[slot] = own if features.order is None else views.with_newlines(own, features.order, model.newline)
         for row, image in self.images.items():
@@ -242,7 +238,7 @@ class Stages:
     def reduce_prompt(self, sequence: PromptBatch) -> PromptBatch:
         """Let the method reduce every image with the text available, and shorten the prompts."""
         model, reduced = self.model, []
-        tiles: dict[Row, list[tuple[ViewReduction, Tensor | None]]] = {}
+        tiles: dict[ImageKey, list[tuple[ViewReduction, Tensor | None]]] = {}
         after_layers: dict[int, Tensor] = {}
 
         def run_layers(count: int) -> Tensor:
@@ -300,7 +296,7 @@ class Stages:
         self.timer.mark("prefill")
         gather = getattr(self.model.llm.layers[layer - 1].self_attn, "gather", None)
         keys = keys if gather is None else gather(keys, 1)
-        groups: dict[tuple[int, ModelSpec], list[Row]] = {}  # as many visual tokens, now and at the start
+        groups: dict[tuple[int, ModelSpec], list[ImageKey]] = {}  # as many visual tokens, now and at the start
         for sample, spans in enumerate(sequence.visual):
             for number, (start, stop) in enumerate(spans):
                 spec = self.images[sample, number].plan.spec
@@ -337,8 +333,8 @@ class Stages:
 
     def _groups(self) -> list[Group]:
         """All images, and the views of those with several tiles, as they are given to the method in stages 1 and 2."""
-        whole: dict[tuple[Any, ...], list[Row]] = {}
-        tiled: list[Row] = []
+        whole: dict[tuple[Any, ...], list[ImageKey]] = {}
+        tiled: list[ImageKey] = []
         for row, image in self.images.items():
             layout = image.encoded.layout
             if layout.is_one_tile:
@@ -370,7 +366,8 @@ class Stages:
             groups.append(Group(method, rows, fields))
         if tiled:
             several = {row: self.images[row].encoded for row in tiled}
-            groups += views.groups_of(self.model, self.reducer, self.samples, several)
+            clip = self.model.clip if self.reducer.needs_text_tower else None
+            groups += views.groups_of(self.model.spec, clip, self.reducer, self.samples, several)
         return groups
 
     def call_method(self, group: Group, stage: str, state: EncoderState, tokens: int) -> list[tuple[Reduction, range]]:

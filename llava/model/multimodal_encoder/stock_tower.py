@@ -1,0 +1,264 @@
+"""Tower scores of a vision tower whose own forward runs, such as those of transformers' families and of engines.
+
+While the tower runs, the attention modules that a method reads write down what they hand to their kernel: queries and
+keys after all norms and rotations, and keys as they are projected. The model's own kernel computes on. Afterwards the
+recorded calls are cut into views (a tile, a frame or a whole image), and each view is a `BlockAttention` for the scores
+of llava/reduction/scores.py.
+
+Read: transformers 5.23.0, integrations/sdpa_attention.py, modeling of the families in llava/hf/families.py
+"""
+
+import copy
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from llava.reduction.ranking import in_float32
+from llava.reduction.scores import TOWER_SCORES, WITHOUT_CLS, TowerScore, by_block
+from llava.transformers_names import ALL_ATTENTION_FUNCTIONS, kernel_of, set_kernel
+
+RECORDING = "recorded_attention"  # the name of our kernel among those of transformers
+
+
+class Call(NamedTuple):
+    """What an attention module handed to its kernel.
+
+    Attributes:
+        query, key: [B, H, n, d] after norms and rotations; keys may have fewer heads than queries.
+        projected: [B, H, n, d] keys before them.
+        mask: what the kernel is given, or None: of padding, or of images that stand side by side.
+        scale: of the products.
+    """
+
+    query: Tensor
+    key: Tensor
+    projected: Tensor
+    mask: Tensor | None
+    scale: float
+
+
+@dataclass(frozen=True)
+class RecordedAttention:
+    """The attention of one block over B views of equal size; see `llava.reduction.scores.BlockAttention`."""
+
+    call: Call
+    cls: int
+
+    @property
+    def scale(self) -> float:
+        return self.call.scale
+
+    @cached_property
+    def keys(self) -> Tensor:
+        return self._as_queries(self.call.key)
+
+    @cached_property
+    def projected_keys(self) -> Tensor:
+        return self._as_queries(self.call.projected)
+
+    def queries(self, tokens: slice) -> Tensor:
+        return in_float32(self.call.query[:, :, tokens])
+
+    def _as_queries(self, keys: Tensor) -> Tensor:
+        """In float32, each head as often as query heads read it."""
+        keys = in_float32(keys)
+        shared = self.call.query.shape[1] // keys.shape[1]
+        return keys if shared == 1 else keys.repeat_interleave(shared, 1)
+
+
+def views_of(calls: Sequence[Call], patches: Sequence[int], cls: int | None) -> list[RecordedAttention]:
+    """Recorded calls, cut into views in their order; views that one call holds as equal rows stay together.
+
+    Args:
+        patches: of each view.
+        cls: place of the class token among a view's tokens, 0 or -1; None where there is none.
+    """
+    extra, views, done = int(cls is not None), [], 0
+    for call in calls:
+        if cls == -1:  # in front, as everywhere else
+            query, key, projected = (part.roll(1, 2) for part in call[:3])
+            call = call._replace(query=query, key=key, projected=projected)
+        images, tokens = call.query.shape[0], call.query.shape[2]
+        if call.mask is None and tokens == patches[done] + extra:
+            views.append(RecordedAttention(call, extra))
+            done += images
+            continue
+        # Rows with padding, or with several views side by side.
+        real = None if call.mask is None else real_tokens(call.mask, images)
+        for row in range(images):
+            places = torch.arange(tokens, device=call.query.device) if real is None else real[row].nonzero()[:, 0]
+            start = 0
+            while start < len(places):
+                own = places[start : start + patches[done] + extra]
+                query, key, projected = (part[row, :, own][None] for part in call[:3])
+                views.append(RecordedAttention(Call(query, key, projected, None, call.scale), extra))
+                start, done = start + len(own), done + 1
+    return views
+
+
+def real_tokens(mask: Tensor, images: int) -> Tensor:
+    """[B, n] bool: False for padding, in the mask of an attention kernel."""
+    if mask.dim() == 2:  # as FlashAttention takes it
+        return mask.bool()
+    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return allowed.expand(images, 1, *mask.shape[2:]).diagonal(dim1=2, dim2=3)[:, 0]  # a real token sees itself
+
+
+class StockTower:
+    """The blocks of a tower, and how its patches become visual tokens.
+
+    Args:
+        blocks: in order; None for a block that an engine does not build.
+        vision: configuration of the tower.
+        cls: place of the class token, 0 or -1; None for no class token.
+        runs: the patches of a token follow one another; otherwise they are a square of the grid.
+        last: the block, as a negative index, that a method's default block stands for, see `block_of`.
+    """
+
+    def __init__(self, blocks: Sequence[Any], vision: Any, cls: int | None, runs: bool, last: int = -1):
+        self.blocks, self.cls, self.runs, self.last = blocks, cls, runs, last
+        # Which blocks attend within whole images, and the edge of a window of the others, in tokens.
+        self.whole: Sequence[int] = range(len(blocks))
+        self.window = 0
+        if hasattr(vision, "fullatt_block_indexes"):
+            self.whole = sorted(vision.fullatt_block_indexes)
+            self.window = vision.window_size // vision.spatial_merge_size // vision.patch_size
+
+    def block_of(self, score: TowerScore) -> int:
+        """The tower block a score is read from; the last but one stands for the one whose output is projected.
+
+        In a tower of windows it is the next that attends within whole images: in a windowed block a patch is compared
+        with its window alone, and what it receives cannot be compared between windows.
+
+        Raises:
+            UserError: there is no such score or block.
+        """
+        depth = len(self.blocks)
+        (index,) = by_block((score,), depth)
+        if score.index(depth) < 0:
+            index = min(index + self.last + 2, depth - 1)
+        return next((block for block in self.whole if block >= index), self.whole[-1])
+
+    @contextmanager
+    def recording(self, scores: Iterable[TowerScore]) -> Iterator[dict[TowerScore, list[Call]]]:
+        """Score -> what its block hands to its attention kernel meanwhile; several calls where it has several."""
+        modules = {score: attention_of(self.blocks[self.block_of(score)]) for score in scores}
+        with recording(modules.values()) as calls:
+            yield {score: calls[module] for score, module in modules.items()}
+
+    def scores_of_tokens(
+        self,
+        calls: Mapping[TowerScore, Sequence[Call]],
+        grids: Sequence[tuple[int, int]],
+        side: int,
+        device: torch.device,
+    ) -> dict[TowerScore, list[Tensor]]:
+        """Of each score the values of every view's tokens, [n] or [n, d]; a token of several patches has their mean.
+
+        Args:
+            grids: of every view rows and columns of patches.
+            side: patches along the edge of a token.
+        """
+        patches, found = [rows * columns for rows, columns in grids], {}
+        for score, recorded in calls.items():
+            kind, stand_in = score.kind, None
+            if self.cls is None and kind in WITHOUT_CLS:
+                kind, stand_in = "received_attention", WITHOUT_CLS[kind]
+            views = views_of(recorded, patches, self.cls)
+            values = [row.to(device) for view in views for row in TOWER_SCORES[kind].compute(view)]
+            tokens = [grouped(row, grid, side, self.runs) for row, grid in zip(values, grids, strict=True)]
+            if self.window:
+                shapes = [(rows // side, columns // side) for rows, columns in grids]
+                tokens = [by_rows(row, *shape, self.window) for row, shape in zip(tokens, shapes, strict=True)]
+            found[score] = tokens if stand_in is None else [stand_in(row) for row in tokens]
+        return found
+
+    def score_flops(self, calls: Mapping[TowerScore, Sequence[Call]], patches: int) -> int:
+        """Operations of a view's scores: products alone, because queries and keys are those of the tower itself."""
+        total = 0
+        for score, recorded in calls.items():
+            stands_in = self.cls is None and score.kind in WITHOUT_CLS
+            kind = TOWER_SCORES["received_attention" if stands_in else score.kind]
+            width = recorded[0].query.shape[1] * recorded[0].query.shape[3]
+            total += kind.product_flops(patches, int(self.cls is not None), width)
+        return total
+
+
+def grouped(values: Tensor, grid: tuple[int, int], side: int, runs: bool) -> Tensor:
+    """[P, ...] of patches -> [n, ...], the mean over the patches of each token."""
+    if side == 1:
+        return values
+    if runs:
+        return values.view(-1, side * side, *values.shape[1:]).mean(1)
+    rows, columns = grid
+    squares = values.view(rows // side, side, columns // side, side, *values.shape[1:])
+    means: Tensor = squares.mean((1, 3)).flatten(0, 1)
+    return means
+
+
+def by_rows(values: Tensor, rows: int, columns: int, side: int) -> Tensor:
+    """[n, ...] of tokens that stand window by window, of side x side tokens -> in raster order."""
+    row, column = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).T
+    window = row // side * columns + column // side
+    return values[window.argsort(stable=True).argsort().to(values.device)]
+
+
+# -- recording in a transformers model
+
+
+def attention_of(block: nn.Module) -> nn.Module:
+    """The attention of a tower block."""
+    names = ("attn", "self_attn", "attention")
+    found: nn.Module = next(part for name, part in block.named_modules() if name.rpartition(".")[2] in names)
+    return found
+
+
+def _record(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> Any:
+    config = module.config
+    scale = options.get("scaling") or query.shape[-1] ** -0.5
+    own, config.keys = config.keys.tensor_split([key.shape[2]], 1)  # images and frames may come one by one
+    own = own.unflatten(-1, (key.shape[1], -1)).transpose(1, 2)
+    config.calls.append(Call(query, key, own, attention_mask, scale))
+    known = vars(sys.modules[type(module).__module__])  # Llama 4 has a kernel of its own for its tower
+    eager = known.get("vision_eager_attention_forward", known["eager_attention_forward"])
+    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(kernel_of(config.own), eager)
+    module.config = config.own  # which FlashAttention reads again
+    try:
+        return kernel(module, query, key, value, attention_mask, **options)
+    finally:
+        module.config = config
+
+
+AttentionInterface.register(RECORDING, _record)
+
+
+@contextmanager
+def recording(modules: Iterable[Any]) -> Iterator[dict[Any, list[Call]]]:
+    """Attention modules write down what they hand to their kernel."""
+    calls: dict[Any, list[Call]] = {module: [] for module in modules}
+    configs, hooks = {module: module.config for module in calls}, []
+
+    def keep(module: Any, layer: nn.Module, args: Any, output: Tensor) -> None:
+        keys = output if hasattr(module, "k_proj") else output.chunk(3, -1)[1]
+        module.config.keys = keys if keys.dim() == 3 else keys[None]
+
+    try:
+        for module, config in configs.items():
+            projection = module.k_proj if hasattr(module, "k_proj") else module.qkv
+            hooks.append(projection.register_forward_hook(partial(keep, module)))
+            module.config = copy.copy(config)
+            module.config.calls, module.config.own = calls[module], config
+            set_kernel(module.config, RECORDING)
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, config in configs.items():
+            module.config = config
