@@ -204,7 +204,7 @@ def test_measures_of_words():
 def test_late_preference_is_zero_for_content_and_one_half_for_place():
     late = np.arange(576) >= 288
     content, place = noise(576), late + 1e-9
-    asked = (measures.Asked("q", "color", "", "", "p", (0,)),)
+    asked = (measures.AnnotatedQuestion("q", "color", "", "", "p", (0,)),)
 
     def one(score, where):
         values = np.full((1, 1, len(measures.MEASURES)), np.nan)
@@ -264,7 +264,7 @@ def test_a_degraded_probe(toy, samples):
 def test_arms_are_asked_once_and_stored(toy, tmp_path, monkeypatch):
     wanted = [Arm("encoder only", 32), Arm("encoder only", 32, True, "white", 1.0), Arm("fused", 32)]
     first = fusion.answer(toy, wanted, tmp_path, limit=4)
-    assert list(first) == [wanted[0], wanted[2]] and wanted[1].key == wanted[0]
+    assert list(first) == [wanted[0], wanted[2]] and wanted[1].canonical_arm == wanted[0]
     assert len(first[wanted[2]].scores) == 4 and first[wanted[0]].auroc == {}
     assert all(x in (0, 1) for x in first[wanted[2]].hit.values())
     monkeypatch.setattr(fusion, "ask", lambda *_: pytest.fail("asked twice"))
@@ -283,10 +283,13 @@ def test_another_layers_probe_ranks_as_the_methods_own_option(toy, samples):
 
 def test_an_arm_is_one_with_another_only_if_its_answers_are():
     probe = Arm("fused", 64, False, probe="contextual", layer=2)
-    assert replace(probe, kind="smooth").key == probe.key == probe
-    assert replace(probe, kind="smooth", noise=1.0).key == replace(probe, kind="smooth", noise=1.0)
-    assert replace(probe, ranking="encoder only", noise=1.0).key == Arm("encoder only", 64, False)
-    assert len({replace(probe, layer=3).key, replace(probe, probe="static").key, probe.key}) == 3
+    assert replace(probe, kind="smooth").canonical_arm == probe.canonical_arm == probe
+    assert replace(probe, kind="smooth", noise=1.0).canonical_arm == replace(probe, kind="smooth", noise=1.0)
+    assert replace(probe, ranking="encoder only", noise=1.0).canonical_arm == Arm("encoder only", 64, False)
+    assert (
+        len({replace(probe, layer=3).canonical_arm, replace(probe, probe="static").canonical_arm, probe.canonical_arm})
+        == 3
+    )
 
 
 def test_probes_are_compared_on_whole_images():

@@ -56,7 +56,7 @@ def test_arguments_are_those_of_our_own_command_line():
         batch_size=4,
         seed=3,
         options={"alpha": "0.5", "flag": "true", "layers": "1,2"},
-        image={"merge": "spatial"},
+        image_options={"merge": "spatial"},
     )
 
 
