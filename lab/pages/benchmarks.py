@@ -3,7 +3,7 @@
     python -m lab.pages.benchmarks pages      # from the benchmarks' own metadata
     python -m lab.pages.benchmarks scores     # from finished runs of scripts/tables/embedded_benchmarks.sh
 
-Writes between markers of docs/evaluation.md, and docs/tables/embedded_benchmarks.csv.
+Writes between markers of docs/benchmarks.md, and docs/tables/embedded_benchmarks.csv.
 """
 
 import re
@@ -23,7 +23,7 @@ from eval.tables import insert, interval_text, markdown, write_csv
 from llava.errors import UserError
 from llava.places import WORK, check_checkout
 
-PAGE = WORK / "docs" / "evaluation.md"
+PAGE = WORK / "docs" / "benchmarks.md"
 RESULTS = WORK / "results" / "benchmarks"
 OURS = ("video_qa",)  # sets of this repository alone, which no paper reports
 

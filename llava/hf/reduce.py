@@ -266,8 +266,8 @@ class FamilyReductionContext(ReductionContext):
         prompts, real = [runtime.prompt(sample) for sample in batch], mask.bool()
         stages = Stages(runtime, reducer, batch, Record([[] for _ in batch], [[] for _ in batch]), timer)
         encoded: dict[ImageKey, Any] = {}
-        for row, sample in enumerate(batch):
-            encoded |= {(row, number): image for number, image in enumerate(sample.images)}
+        for row, one in enumerate(batch):
+            encoded |= {(row, number): image for number, image in enumerate(one.images)}
         for image in encoded.values():
             stages.record.operations.add("selection", int, len(image.encoded.features) * image.encoded.spent)
         stages.take_images(encoded)
