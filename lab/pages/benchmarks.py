@@ -3,7 +3,8 @@
     python -m lab.pages.benchmarks pages      # from the benchmarks' own metadata
     python -m lab.pages.benchmarks scores     # from finished runs of scripts/tables/embedded_benchmarks.sh
 
-`pages` writes between markers of docs/evaluation.md, `scores` of docs/toy_results.md and docs/tables/embedded_benchmarks.csv.
+`pages` writes between markers of docs/evaluation.md; `scores` between those of docs/toy_results.md, and writes
+docs/tables/embedded_benchmarks.csv.
 """
 
 import re
