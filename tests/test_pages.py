@@ -136,9 +136,9 @@ def test_methods_and_benchmarks_are_counted():
     counted = re.search(r"\*\*(\d+) \[methods\]\(docs/methods\.md\)\*\*", text)
     assert counted and int(counted[1]) == len(registry.names())
     assert methods.readme_table() in text, "run `vtr tables methods`"
-    counted = re.search(r"\*\*(\d+) \[benchmarks\]\(docs/evaluation\.md#benchmarks\)\*\*", text)
-    sections = (ROOT / "docs" / "evaluation.md").read_text().partition("<!-- begin data -->")[2].count("\n### ")
-    assert counted and int(counted[1]) == sections, "docs/evaluation.md has a section per benchmark"
+    counted = re.search(r"\*\*(\d+) \[benchmarks\]\(docs/benchmarks\.md\)\*\*", text)
+    sections = (ROOT / "docs" / "benchmarks.md").read_text().partition("<!-- begin data -->")[2].count("\n### ")
+    assert counted and int(counted[1]) == sections, "docs/benchmarks.md has a section per benchmark"
 
 
 def test_the_page_of_methods_is_up_to_date():

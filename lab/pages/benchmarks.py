@@ -3,7 +3,7 @@
     python -m lab.pages.benchmarks pages      # from the benchmarks' own metadata
     python -m lab.pages.benchmarks scores     # from finished runs of scripts/tables/embedded_benchmarks.sh
 
-`pages` writes between markers of docs/evaluation.md; `scores` between those of docs/toy_results.md, and writes
+`pages` writes between markers of docs/benchmarks.md; `scores` between those of docs/toy_results.md, and writes
 docs/tables/embedded_benchmarks.csv.
 """
 
@@ -24,7 +24,7 @@ from eval.tables import insert, interval_text, markdown, write_csv
 from llava.errors import UserError
 from llava.places import WORK, check_checkout
 
-PAGE = WORK / "docs" / "evaluation.md"
+PAGE = WORK / "docs" / "benchmarks.md"
 TOY_PAGE = WORK / "docs" / "toy_results.md"
 RESULTS = WORK / "results" / "benchmarks"
 OURS = ("video_qa",)  # sets of this repository alone, which no paper reports
