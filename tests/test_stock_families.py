@@ -13,6 +13,8 @@ from llava.errors import UserError
 from llava.hf import families
 from llava.hf.families import FAMILIES, Family, FamilyWrapper, packed_layout
 from llava.hf.models import inner_of, wrap_model
+from llava.model.multimodal_encoder import stock_tower
+from llava.model.multimodal_encoder.stock_tower import attention_of
 from llava.reduction import registry
 from tests.stock_families import IMAGE, MODELS, NAMES, OLD, PACKED, QWEN_LIKE, VIDEO, call, count, tiny
 from tests.stock_inputs import TEXTS, shared
@@ -227,7 +229,7 @@ def test_scores_belong_to_the_tokens_that_their_patches_become(name):
             (((view, _),), _) = wrapper.views_of("image", inputs, reducer)
         return view
 
-    block = wrapper.blocks[wrapper._block(score)]
+    block = wrapper.tower.blocks[wrapper.tower.block_of(score)]
     hook = [part for part in block.modules() if isinstance(part, torch.nn.Linear)][-1].register_forward_hook(poke)
     try:
         for patch in (0, 1, 5, 14):
@@ -238,9 +240,9 @@ def test_scores_belong_to_the_tokens_that_their_patches_become(name):
             moved = (change.view(-1, change.shape[-1]).abs().amax(1) > 1e-5).nonzero().flatten().tolist()
             side = 1 if name in ("paligemma", *PACKED) else 2
             grid = plain.encoded.grid[0] * side, plain.encoded.grid[1] * side
-            owners = families.grouped(torch.eye(grid[0] * grid[1]), grid, side, wrapper.family.runs)
-            if wrapper.window:
-                owners = families.by_rows(owners, *plain.encoded.grid, wrapper.window)
+            owners = stock_tower.grouped(torch.eye(grid[0] * grid[1]), grid, side, wrapper.family.runs)
+            if wrapper.tower.window:
+                owners = stock_tower.by_rows(owners, *plain.encoded.grid, wrapper.tower.window)
             owner = owners[:, patch].argmax().item()
             assert moved == [owner], (
                 f"{name}: patch {patch} should change the visual token {owner} alone, it changes {moved or 'none'}: "
@@ -259,7 +261,7 @@ def test_scores_are_the_attention_of_the_tower(name):
         (((view, _),), _) = FamilyWrapper(model).views_of("image", inputs, reducer)
         model.set_attn_implementation("eager")
         (((eager, _),), _) = FamilyWrapper(model).views_of("image", inputs, reducer)
-        attention = families.attention_of(FamilyWrapper(model).blocks[-1])
+        attention = attention_of(FamilyWrapper(model).tower.blocks[-1])
         hook = attention.register_forward_hook(lambda module, args, output: maps.append(output[1]))
         model.get_image_features(pixel_values=inputs["pixel_values"])
         hook.remove()

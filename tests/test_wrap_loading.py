@@ -16,9 +16,11 @@ from torch import nn
 
 from llava import reduce
 from llava.errors import UserError
-from llava.hf.families import FAMILIES, scores_of
+from llava.hf.families import FAMILIES
 from llava.hf.models import device_hooks
+from llava.model.multimodal_encoder.stock_tower import Call, views_of
 from llava.reduction.modules import layer_flops
+from llava.reduction.scores import TOWER_SCORES
 from tests import stock_families
 from tests.pretended import pretended
 from tests.stock_inputs import shared
@@ -152,10 +154,10 @@ def test_padding_of_a_tower_that_runs_flash_attention():
     real = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
     whole, padding = real[:, None, None].expand(-1, 1, 6, -1), real.int()
     for kind in ("received_attention", "keys"):
-        pairs = zip(
-            *(scores_of(kind, [(query, key, key, mask, 0.3)], None, [6, 4]) for mask in (whole, padding)), strict=True
-        )
-        assert all(torch.equal(*pair) for pair in pairs)
+        views = [views_of([Call(query, key, key, mask, 0.3)], [6, 4], None) for mask in (whole, padding)]
+        compute = TOWER_SCORES[kind].compute
+        assert [len(own) for own in views] == [2, 2]
+        assert all(torch.equal(compute(one), compute(other)) for one, other in zip(*views, strict=True))
 
 
 class Int8(nn.Module):

@@ -207,6 +207,10 @@ class FamilyWrapper(ModelCalls):
         has_cls = self.family.cls is not None
         return ModelSpec(most, len(self.llm.layers), PatchGrid(1, most), len(self.tower.blocks), has_cls)
 
+    @property
+    def visual_tokens(self) -> int:
+        return self.spec.visual_tokens
+
     def token(self, name: str) -> int:
         """The id that stands for a visual token of an image or video in prompts; -1 for none."""
         config = self.hf_model.config

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook
@@ -169,14 +169,12 @@ class ModelCalls:
     used: frozenset[str] = USED
     per_image: frozenset[str] = frozenset(VISUAL)
 
-    @property
-    def spec(self) -> ModelSpec:
-        raise NotImplementedError
+    if TYPE_CHECKING:  # from Llava or FamilyWrapper
 
-    @property
-    def visual_tokens(self) -> int:
-        """Visual tokens of the largest image before any reduction."""
-        return self.spec.visual_tokens
+        @property
+        def spec(self) -> ModelSpec: ...
+        @property
+        def visual_tokens(self) -> int: ...
 
     @cached_property
     def marks(self) -> frozenset[int]:

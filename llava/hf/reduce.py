@@ -268,7 +268,7 @@ class FamilyReductionContext(ReductionContext):
         encoded: dict[ImageKey, Any] = {}
         for row, one in enumerate(batch):
             encoded |= {(row, number): image for number, image in enumerate(one.images)}
-        for image in encoded.values():
+        for image in (one for one in encoded.values() if one.encoded.spent):
             stages.record.operations.add("selection", int, len(image.encoded.features) * image.encoded.spent)
         stages.take_images(encoded)
         places = []
