@@ -8,7 +8,7 @@ output `cache`, those before it `past_key_values`.
 Read: transformers 5.20.0 to 5.24.0, modeling_outputs.py, configuration_utils.py, generation/utils.py, models/llama
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -32,6 +32,11 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.utils import output_capturing
 
+try:  # in older versions a tower works these out itself
+    from transformers import vision_utils
+except ImportError:
+    vision_utils = None  # type: ignore[assignment]
+
 # The cache of keys and values, as an argument of models and layers and in their outputs.
 CACHE_NAMES = ("cache", "past_key_values")
 CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)})
@@ -54,6 +59,26 @@ def cache_of(given: Any) -> Any:
     if not isinstance(given, Mapping):  # the output is a tuple
         return None
     return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+
+
+def vision_arguments(tower: Any, grids: Sequence[tuple[int, int, int]], device: torch.device) -> dict[str, Any]:
+    """Arguments of a Qwen2-VL or Qwen2.5-VL tower, worked out on the host, so that it waits for no value of the device.
+
+    Args:
+        grids: frames, rows and columns of patches of each image.
+    """
+    grid, config = torch.tensor(grids), tower.config
+    if not hasattr(vision_utils, "get_vision_window_index"):
+        return {"grid_thw": grid.to(device)}
+    merge = config.spatial_merge_size
+    given = {
+        "grid_thw": grid,
+        "position_ids": vision_utils.get_vision_position_ids(grid, merge).to(device, non_blocking=True),
+    }
+    if hasattr(config, "window_size"):
+        index, lengths = vision_utils.get_vision_window_index(grid, merge, config.window_size, config.patch_size)
+        given |= {"window_index": index.to(device, non_blocking=True), "cu_window_seqlens": lengths}
+    return given
 
 
 def output_of(logits: Tensor, cache: Any) -> CausalLMOutputWithPast:

@@ -145,7 +145,7 @@ def test_a_method_reads_the_question_alone(saved, name):
 def test_after_full_memory_a_family_answers_as_before(saved, method):
     """Hooks and replaced configurations of the tower and the decoder must not outlive a batch that did not fit."""
     _, _, model = saved("internvl3")
-    parts = [model.tower.blocks[0], model.llm.layers[0], model.llm.layers[-1]]
+    parts = [model.stock_tower.blocks[0], model.llm.layers[0], model.llm.layers[-1]]
     expected = [answer.token_ids for answer in ask(model, method=method, budget="1/2").answers]
 
     def state():

@@ -1,4 +1,6 @@
-"""The staged vision transformer against transformers', and its signals against loops over transformers' own states."""
+"""Tower scores of Qwen's vision transformers against loops over transformers' own states, and operations."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +13,11 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransforme
 from transformers.vision_utils import get_vision_window_index
 
 from llava.errors import UserError
-from llava.model import qwen_vl as qwen_vision
-from llava.model.qwen_vl import Merger, encode_qwen, signal_block
-from llava.reduction import modules
+from llava.model.multimodal_encoder.stock_tower import StockTower
+from llava.model.qwen_vl import tower_flops
+from llava.reduction import modules, scores
 from llava.reduction.scores import WITHOUT_CLS, TowerScore
+from llava.transformers_names import vision_arguments
 
 # Rows and columns that windows divide and that they do not, one image within a window, a film, two of one size.
 GRIDS = [(1, 8, 12), (1, 4, 4), (1, 10, 6), (2, 6, 8), (1, 8, 12), (1, 2, 14)]
@@ -58,39 +61,22 @@ def visual(request):
     return tower(request.param)
 
 
-@pytest.mark.parametrize(("family", "window"), [("2.5", 4), ("2.5", 8), ("2.5", 12), ("2.5", 16), ("2", 8)])
-def test_projected_features_equal_the_official_forward(family, window):
-    visual, patches = tower(family, window), some_patches()
+def scores_of(visual, patches, grids, wanted):
+    """Score -> [tokens, ...] of all images together, and the merger's output; a frame counts as an image."""
+    stock = StockTower(visual.blocks, visual.config, cls=None, runs=True, last=-2)
+    with stock.recording(wanted) as calls:
+        output = visual(patches, **vision_arguments(visual, grids, torch.device("cpu")))
+    frames = [(rows, columns) for count, rows, columns in grids for _ in range(count)]
+    found = stock.scores_of_tokens(calls, frames, 2, torch.device("cpu"))
+    return {score: torch.cat(values) for score, values in found.items()}, output.pooler_output
+
+
+def test_arguments_worked_out_on_the_host_change_nothing(visual):
+    patches = some_patches()
     with torch.inference_mode():
         expected = visual(patches, torch.tensor(GRIDS)).pooler_output
-        images = encode_qwen(visual, patches, GRIDS)
-        found = [Merger(visual)(one.features[0]) for one in images]
-    assert expected.std() > 0.1
-    torch.testing.assert_close(torch.cat(found), expected, atol=1e-5, rtol=1e-5)
-    assert [one.grid for one in images] == [(h // 2, w // 2) for _, h, w in GRIDS]
-    assert [len(part) for part in found] == [t * h * w // 4 for t, h, w in GRIDS]
-
-
-def test_half_precision_loses_no_more_than_the_official_forward(visual):
-    patches, grids = some_patches(), torch.tensor(GRIDS)
-    wanted = TowerScore("received_attention")
-    with torch.inference_mode():
-        exact = visual(patches, grids).pooler_output
-        visual.to(torch.bfloat16)
-        official = visual(patches, grids).pooler_output
-        images = encode_qwen(visual, patches, GRIDS, [wanted])
-        ours = torch.cat([Merger(visual)(one.features[0]) for one in images])
-    assert ours.dtype == torch.bfloat16 and images[0].scores[wanted].dtype == torch.float32
-    assert (ours - exact).abs().mean() <= 1.2 * (official - exact).abs().mean()
-
-
-def test_the_projector_takes_any_number_of_groups(visual):
-    """Reductions act before the merger: a subset projects to the same rows, with or without a batch axis."""
-    with torch.inference_mode():
-        features = encode_qwen(visual, some_patches(), GRIDS)[0].features[0]
-        tokens = Merger(visual)(features)
-        torch.testing.assert_close(Merger(visual)(features[[3, 7]]), tokens[[3, 7]])
-        torch.testing.assert_close(Merger(visual)(torch.stack([features, features.flip(0)]))[1], tokens.flip(0))
+        _, found = scores_of(visual, patches, GRIDS, [TowerScore("received_attention")])
+    assert expected.std() > 0.1 and torch.equal(found, expected)
 
 
 # Signals
@@ -149,67 +135,69 @@ def signals_by_the_book(visual, index: int, patches: torch.Tensor):
 
 @pytest.mark.parametrize("block", [1, 3])
 def test_signals_equal_the_definition(visual, block, monkeypatch):
-    monkeypatch.setattr(qwen_vision, "QUERY_ROWS", 7)  # slices that do not divide the patches
+    monkeypatch.setattr(scores, "ROWS", 7)  # slices that do not divide the patches
     patches = some_patches()
     wanted = [TowerScore(kind, block) for kind in ("received_attention", "keys", "whole_keys", *WITHOUT_CLS)]
     with torch.inference_mode():
         expected = signals_by_the_book(visual, block, patches)
         received = expected[0]
         expected = *expected, received, received, received.log()  # in place of the scores of a CLS token
-        images = encode_qwen(visual, patches, GRIDS, wanted)
+        found, _ = scores_of(visual, patches, GRIDS, wanted)
     for signal, values in zip(wanted, expected, strict=True):
-        found = torch.cat([one.scores[signal][0] for one in images])
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found, values, atol=1e-6 if values.dim() == 1 else 1e-5, rtol=1e-4)
-    received = images[0].scores[wanted[0]][0]
+        assert found[signal].dtype == torch.float32
+        torch.testing.assert_close(found[signal], values, atol=1e-6 if values.dim() == 1 else 1e-5, rtol=1e-4)
+    received = found[wanted[0]][: GRIDS[0][1] * GRIDS[0][2] // 4]
     torch.testing.assert_close(received.sum(), torch.tensor(0.25), atol=1e-6, rtol=0)
     assert received.max() > 1.5 * received.min(), "attention is flat, the comparison would show nothing"
 
 
 def test_no_full_attention_map_is_held(visual, monkeypatch):
-    """The largest tensor that softmax ever sees stays within the bounds on rows and on scores."""
+    """The largest tensor that softmax ever sees stays within the bounds on rows and on numbers."""
     seen, softmax = [], torch.Tensor.softmax
     monkeypatch.setattr(torch.Tensor, "softmax", lambda self, *a, **k: seen.append(self) or softmax(self, *a, **k))
-    monkeypatch.setattr(qwen_vision, "QUERY_ROWS", 5)
-    monkeypatch.setattr(qwen_vision, "SCORES", 2000)
+    monkeypatch.setattr(scores, "ROWS", 5)
+    monkeypatch.setattr(scores, "WEIGHTS", 2000)
     with torch.inference_mode():
-        encode_qwen(visual, some_patches(), GRIDS, [TowerScore("received_attention")])
-    assert max(scores.shape[2] for scores in seen) <= 5
-    assert all(scores.numel() <= 2000 or scores.shape[2] == 1 for scores in seen)
+        scores_of(visual, some_patches(), GRIDS, [TowerScore("received_attention")])
+    assert seen and max(weights.shape[2] for weights in seen) <= 5
+    assert all(weights.numel() <= 2000 or weights.shape[2] == 1 for weights in seen)
 
 
 def test_signals_move_to_a_block_that_sees_the_whole_image():
+    def block_of(visual, *score, **more):
+        stock = StockTower(visual.blocks, visual.config, cls=None, runs=True, last=-2)
+        return stock.block_of(TowerScore("keys", *score, **more))
+
     windowed, whole = tower("2.5"), tower("2")
-    assert [signal_block(windowed, TowerScore("keys", block)) for block in (0, 1, 2, 3, -1, -2, -3, -4)] == [
-        *(1, 1, 3, 3),
-        *(3, 3, 1, 1),
-    ]
-    assert [signal_block(whole, TowerScore("keys", block)) for block in (0, 2, -2)] == [0, 2, 2]
-    assert signal_block(windowed, TowerScore("keys", 5, depth=24)) == 1
+    assert [block_of(windowed, block) for block in (0, 1, 2, 3, -1, -2, -3, -4)] == [1, 1, 3, 3, 3, 3, 1, 1]
+    assert [block_of(whole, block) for block in (0, 2, -2)] == [0, 2, 2]
+    assert block_of(windowed, 5, depth=24) == 1
     windowed.config.fullatt_block_indexes = [0, 1]
-    assert signal_block(windowed, TowerScore("keys")) == 1, "no such block behind it: the last one there is"
+    assert block_of(windowed) == 1, "no such block behind it: the last one there is"
 
 
 def test_signals_that_cannot_be_had_are_refused():
-    visual = tower("2.5")
+    stock = StockTower(range(4), SimpleNamespace(), cls=None, runs=True)
     with pytest.raises(UserError, match="Unknown tower score"):
-        encode_qwen(visual, some_patches(), GRIDS, [TowerScore("values")])
+        stock.block_of(TowerScore("values"))
     with pytest.raises(UserError, match="has 4 blocks"):
-        signal_block(visual, TowerScore("keys", -5))
+        stock.block_of(TowerScore("keys", -5))
 
 
 # Operations
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", [grid for grid in GRIDS if grid[0] == 1])
 @pytest.mark.parametrize("kind", ["received_attention", "keys"])
 def test_flops_equal_what_torch_counts(visual, grid, kind):
     """Attention by plain matrix products, which torch's counter sees on every machine."""
     signal, patches = TowerScore(kind), some_patches([grid])
+    stock = StockTower(visual.blocks, visual.config, cls=None, runs=True, last=-2)
     with sdpa_kernel(SDPBackend.MATH), torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        (one,) = encode_qwen(visual, patches, [grid], [signal])
-        tower_and_signal = counter.get_total_flops()
-        Merger(visual)(one.features[0])
-    expected = qwen_vision.tower_flops(visual, grid) + qwen_vision.score_flops(visual, signal, grid)
-    assert tower_and_signal == expected
-    assert counter.get_total_flops() - expected == modules.projector_flops(visual.merger, len(one.features[0]))
+        with stock.recording([signal]) as calls:
+            visual(patches, **vision_arguments(visual, [grid], torch.device("cpu")))
+        tower_and_merger = counter.get_total_flops()
+        stock.scores_of_tokens(calls, [grid[1:]], 2, torch.device("cpu"))
+    merger = modules.projector_flops(visual.merger, grid[1] * grid[2] // 4)
+    assert tower_and_merger == tower_flops(visual, grid[1:]) + merger
+    assert counter.get_total_flops() - tower_and_merger == stock.score_flops(calls, grid[1] * grid[2])

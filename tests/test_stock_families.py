@@ -229,7 +229,7 @@ def test_scores_belong_to_the_tokens_that_their_patches_become(name):
             (((view, _),), _) = wrapper.views_of("image", inputs, reducer)
         return view
 
-    block = wrapper.tower.blocks[wrapper.tower.block_of(score)]
+    block = wrapper.stock_tower.blocks[wrapper.stock_tower.block_of(score)]
     hook = [part for part in block.modules() if isinstance(part, torch.nn.Linear)][-1].register_forward_hook(poke)
     try:
         for patch in (0, 1, 5, 14):
@@ -241,8 +241,8 @@ def test_scores_belong_to_the_tokens_that_their_patches_become(name):
             side = 1 if name in ("paligemma", *PACKED) else 2
             grid = plain.encoded.grid[0] * side, plain.encoded.grid[1] * side
             owners = stock_tower.grouped(torch.eye(grid[0] * grid[1]), grid, side, wrapper.family.runs)
-            if wrapper.tower.window:
-                owners = stock_tower.by_rows(owners, *plain.encoded.grid, wrapper.tower.window)
+            if wrapper.stock_tower.window:
+                owners = stock_tower.by_rows(owners, *plain.encoded.grid, wrapper.stock_tower.window)
             owner = owners[:, patch].argmax().item()
             assert moved == [owner], (
                 f"{name}: patch {patch} should change the visual token {owner} alone, it changes {moved or 'none'}: "
@@ -261,7 +261,7 @@ def test_scores_are_the_attention_of_the_tower(name):
         (((view, _),), _) = FamilyWrapper(model).views_of("image", inputs, reducer)
         model.set_attn_implementation("eager")
         (((eager, _),), _) = FamilyWrapper(model).views_of("image", inputs, reducer)
-        attention = attention_of(FamilyWrapper(model).tower.blocks[-1])
+        attention = attention_of(FamilyWrapper(model).stock_tower.blocks[-1])
         hook = attention.register_forward_hook(lambda module, args, output: maps.append(output[1]))
         model.get_image_features(pixel_values=inputs["pixel_values"])
         hook.remove()

@@ -35,6 +35,7 @@ from llava.model.checkpoint.files import locate
 from llava.model.checkpoint.load import free_memory, outline_checkpoint
 from llava.model.llava_arch import Llava
 from llava.model.multimodal_encoder.clip_text_encoder import ClipText
+from llava.model.qwen_vl import QwenVL
 from llava.processing.json_files import read_json
 from llava.processing.prompt import Sample
 from llava.processing.video import Video
@@ -195,7 +196,8 @@ class Estimate:
         count = self.work.questions / self.batches
         images = [image for shape in shapes for image in shape.images]
         passes = self.work.passes / self.batches
-        early = not reducer.acts_in.isdisjoint(("tower", "input_grid", "encoder"))
+        # Qwen's merger makes the tokens that a method reduces, so it sees all of them.
+        early = not isinstance(model, QwenVL) and not reducer.acts_in.isdisjoint(("tower", "input_grid", "encoder"))
         vision = 0.0
         if images:
             seen = [memory.visual_plan(model, reducer, image)[0] if early else image.patches for image in images]

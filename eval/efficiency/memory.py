@@ -478,7 +478,7 @@ def tower_operations(model: Llava, reducer: Reducer, image: TokenLayout) -> int:
     if isinstance(model, QwenVL):
         merge = model.image_processor.merge
         rows, columns = image.grid
-        return qwen_vl.tower_flops(model.tower, (1, rows * merge, columns * merge))
+        return qwen_vl.tower_flops(model.tower, (rows * merge, columns * merge))
     grid = reducer.input_grid(model.layout) or (model.layout.rows, model.layout.columns)
     tokens = grid[0] * grid[1] + 1
     if "tower" in reducer.acts_in:  # merged block by block down to the budget: at least these
@@ -495,7 +495,8 @@ def decoder_operations(model: Llava, prompt: Sequence[int]) -> int:
 
 
 def projector_operations(model: Llava, tokens: int) -> int:
-    return projector_flops(model.projector, tokens)
+    tower: Any = model.tower
+    return projector_flops(tower.merger if isinstance(model, QwenVL) else model.projector, tokens)
 
 
 def step_operations(model: Llava, prompt: Sequence[int]) -> int:

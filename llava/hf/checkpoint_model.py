@@ -91,7 +91,7 @@ class FamilyModel(FamilyWrapper, LoadedModel):
         given = self.inputs([Sample("", "?", image=Image.new("RGB", (SIZE, SIZE)))])
         tokens = int((given["input_ids"] == self.token("image")).sum())
         has_cls = self.family.cls is not None
-        return ModelSpec(tokens, len(self.llm.layers), PatchGrid(1, tokens), len(self.tower.blocks), has_cls)
+        return ModelSpec(tokens, len(self.llm.layers), PatchGrid(1, tokens), len(self.stock_tower.blocks), has_cls)
 
     @cached_property
     def _countable(self) -> bool:

@@ -189,7 +189,7 @@ class FamilyWrapper(ModelCalls):
         vision, layer = container.config.vision_config, getattr(container.config, "vision_feature_layer", -1)
         last = self.family.block or (layer if isinstance(layer, int) and layer < 0 else -1)
         blocks: Any = inner.get_submodule(self.family.tower)
-        self.tower = StockTower(blocks, vision, self.family.cls, self.family.runs, last)
+        self.stock_tower = StockTower(blocks, vision, self.family.cls, self.family.runs, last)
         self.inner, self.newline = inner, None
         with align_module_device(inner):  # weights that accelerate has offloaded
             if getattr(inner, "image_newline", None) is not None:
@@ -205,7 +205,7 @@ class FamilyWrapper(ModelCalls):
         """Only the processor knows how large images are: the longest prompt stands for the largest."""
         most = self.hf_model.config.get_text_config().max_position_embeddings
         has_cls = self.family.cls is not None
-        return ModelSpec(most, len(self.llm.layers), PatchGrid(1, most), len(self.tower.blocks), has_cls)
+        return ModelSpec(most, len(self.llm.layers), PatchGrid(1, most), len(self.stock_tower.blocks), has_cls)
 
     @property
     def visual_tokens(self) -> int:
@@ -226,7 +226,7 @@ class FamilyWrapper(ModelCalls):
         if encoder is None or (name == "video" and not family.videos):
             raise UserError(f"reduce() takes no videos of {family.title}; give the frames as images.")
         names = inspect.signature(encoder).parameters
-        with self.tower.recording(reducer.tower_scores(family.packed)) as calls, align_module_device(self.inner):
+        with self.stock_tower.recording(reducer.tower_scores(family.packed)) as calls, align_module_device(self.inner):
             out = encoder(**{key: given[key] for key in names if given.get(key) is not None}, return_dict=True)
         if family.packed:
             return self._packed(given, out.pooler_output, calls), out
@@ -237,13 +237,13 @@ class FamilyWrapper(ModelCalls):
         if sum(patches) != unit * len(tokens) or side * side != unit:
             raise UserError(f"{sum(patches)} patches do not become {len(tokens)} visual tokens; {ONE_CALL}")
         grids = [(rows, columns) for _, rows, columns in pieces]
-        scores = self.tower.scores_of_tokens(calls, grids, side, self.device)
+        scores = self.stock_tower.scores_of_tokens(calls, grids, side, self.device)
         views = []
         for i, (owner, rows, columns) in enumerate(pieces):
             grid = rows // side, columns // side
             layout = layout_of(1, *grid, name == "video", family.breaks)
             part, tokens = tokens.tensor_split([patches[i] // unit])
-            spent = self.tower.score_flops(calls, patches[i])
+            spent = self.stock_tower.score_flops(calls, patches[i])
             own = Encoded(part[None], {score: values[i][None] for score, values in scores.items()}, grid, spent=spent)
             views.append((EncodedImage(own, layout, layout, layout.tokens), 0 if family.tiles else owner))
         return views, out
@@ -272,9 +272,9 @@ class FamilyWrapper(ModelCalls):
         sizes = [(int(height), int(width)) for height, width in torch.as_tensor(given["image_sizes"]).tolist()]
         layouts = [self.packed_layout(size, side, alone[i] if alone else False) for i, size in enumerate(sizes)]
         tiles = [len(layout.crops) for layout in layouts]
-        scores = self.tower.scores_of_tokens(calls, [(side, side)] * sum(tiles), 1, self.device)
+        scores = self.stock_tower.scores_of_tokens(calls, [(side, side)] * sum(tiles), 1, self.device)
         stacked = {score: torch.stack(own).split(tiles) for score, own in scores.items()}
-        spent = self.tower.score_flops(calls, side * side)
+        spent = self.stock_tower.score_flops(calls, side * side)
         views = []
         for i, (part, layout) in enumerate(zip(tokens, layouts, strict=True)):
             features: Any = [part[crop.indices.to(part.device)] for crop in layout.crops]

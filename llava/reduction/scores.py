@@ -56,23 +56,35 @@ class BlockAttention(Protocol):
 
     Attributes:
         cls: C, 1 if a class token stands before the patches, else 0.
+        heads: H.
         scale: factor of the products of queries and keys.
         keys: [B, H, C + P, d] float32 as the block compares them, after norms and rotations.
         projected_keys: [B, H, C + P, d] float32, before these. Methods compare keys of patches with each other; after a
             rotation, keys of two similar patches differ because they stand at different places.
+        flat_keys, flat_projected_keys: the same with all heads side by side, [B, C + P, D].
     """
 
     @property
     def cls(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
     @property
     def scale(self) -> float: ...
     @property
     def keys(self) -> Tensor: ...
     @property
     def projected_keys(self) -> Tensor: ...
+    @property
+    def flat_keys(self) -> Tensor: ...
+    @property
+    def flat_projected_keys(self) -> Tensor: ...
 
     def queries(self, tokens: slice) -> Tensor:
         """[B, H, n, d] float32, queries of these tokens, as the block compares them."""
+        ...
+
+    def flat_queries(self, tokens: slice) -> Tensor:
+        """[B, n, D] float32, the same with all heads side by side."""
         ...
 
 
@@ -90,22 +102,33 @@ class ClipAttention:
     cls: int = 1
 
     @property
+    def heads(self) -> int:
+        return self.attention.num_heads
+
+    @property
     def scale(self) -> float:
         return self.attention.scale
 
     @cached_property
-    def keys(self) -> Tensor:
-        return self._by_heads(self.attention.k_proj(self.normed))
+    def flat_keys(self) -> Tensor:
+        return in_float32(self.attention.k_proj(self.normed))
 
-    @property
-    def projected_keys(self) -> Tensor:
-        return self.keys  # CLIP turns no keys
+    @cached_property
+    def keys(self) -> Tensor:
+        return self._by_heads(self.flat_keys)
+
+    # CLIP turns no keys.
+    flat_projected_keys = property(lambda self: self.flat_keys)
+    projected_keys = property(lambda self: self.keys)
+
+    def flat_queries(self, tokens: slice) -> Tensor:
+        return in_float32(self.attention.q_proj(self.normed[:, tokens]))
 
     def queries(self, tokens: slice) -> Tensor:
-        return self._by_heads(self.attention.q_proj(self.normed[:, tokens]))
+        return self._by_heads(self.flat_queries(tokens))
 
     def _by_heads(self, states: Tensor) -> Tensor:
-        return in_float32(rearrange(states, "b n (h d) -> b h n d", h=self.attention.num_heads))
+        return rearrange(states, "b n (h d) -> b h n d", h=self.attention.num_heads)
 
 
 # -- the scores
@@ -128,8 +151,8 @@ def cls_logits(block: BlockAttention) -> Tensor:
         [B, P], of any sign.
     """
     # The sum of the heads' products is the product over all channels.
-    query, key = side_by_side(block.queries(slice(0, 1))), side_by_side(block.keys[:, :, 1:])
-    products: Tensor = (query @ key.mT)[:, 0] * (block.scale / block.keys.shape[1])
+    query, key = block.flat_queries(slice(0, 1)), block.flat_keys[:, 1:]
+    products: Tensor = (query @ key.mT)[:, 0] * (block.scale / block.heads)
     return products
 
 
@@ -139,7 +162,7 @@ def fused_cls_attention(block: BlockAttention) -> Tensor:
     Returns:
         [B, P]; a row sums to less than 1.
     """
-    query, key = side_by_side(block.queries(slice(0, 1))), side_by_side(block.keys)
+    query, key = block.flat_queries(slice(0, 1)), block.flat_keys
     shares: Tensor = (query @ key.mT * key.shape[-1] ** -0.5).softmax(-1)[:, 0, 1:]
     return shares
 
@@ -165,12 +188,7 @@ def keys(block: BlockAttention) -> Tensor:
 
 def whole_keys(block: BlockAttention) -> Tensor:
     """[B, P, D] keys of the patches, all heads side by side, not normalised."""
-    return side_by_side(block.projected_keys[:, :, block.cls :])
-
-
-def side_by_side(states: Tensor) -> Tensor:
-    """[B, H, n, d] -> [B, n, H * d]."""
-    return states.transpose(1, 2).flatten(2)
+    return block.flat_projected_keys[:, block.cls :]
 
 
 @dataclass(frozen=True)

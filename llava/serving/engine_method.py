@@ -268,7 +268,7 @@ class EngineTower:
         self.engine_model, self.device, self.served = model, weight.device, served
         family, layer = served.family, getattr(model.config, "vision_feature_layer", -1)
         last = family.block or (layer if isinstance(layer, int) and layer < 0 else -1)
-        self.tower = StockTower(attentions, model.config.vision_config, family.cls, family.runs, last)
+        self.stock_tower = StockTower(attentions, model.config.vision_config, family.cls, family.runs, last)
         self.spec, self.axes, self.clip = served.spec, family.axes, None
         width = model.config.get_text_config().hidden_size
         layers = [None] * served.spec.layers
@@ -318,7 +318,7 @@ class EngineTower:
         with self.watched(tiled) as calls:
             features = self.engine_model.vision_tower(crops, feature_select_strategy="full")
         grids = [(side, side)] * len(crops)
-        found = self.tower.scores_of_tokens(calls, grids, 1, self.device)
+        found = self.stock_tower.scores_of_tokens(calls, grids, 1, self.device)
         scores = {score: torch.stack(values) for score, values in found.items()}
         encoded = Encoded(features if reducer.keep_cls else features[:, 1:], scores, (side, side))
         ends = torch.tensor(counts).cumsum(0).tolist()
@@ -344,7 +344,7 @@ class EngineTower:
         )
         side = self.served.merge
         patches = [(rows * side, columns * side) for rows, columns in grids]
-        scores = self.tower.scores_of_tokens(calls, patches, side, self.device)
+        scores = self.stock_tower.scores_of_tokens(calls, patches, side, self.device)
         views: list[list[EncodedImage]] = [[] for _ in {*owners}]
         beside: list[list[Tensor]] = [[] for _ in {*owners}]
         for i, (own, grid, owner) in enumerate(zip(tokens.split(counts), grids, owners, strict=True)):
@@ -357,7 +357,7 @@ class EngineTower:
     @contextmanager
     def watched(self, tiled: bool = False) -> Iterator[dict[TowerScore, list[Call]]]:
         """Scores of the method -> what the attention of their blocks is given meanwhile."""
-        tower, scores = self.tower, self.served.reducer.tower_scores(tiled)
+        tower, scores = self.stock_tower, self.served.reducer.tower_scores(tiled)
         wanted = {score: tower.blocks[tower.block_of(score)] for score in scores}
         calls: dict[Any, list[Call]] = {module: [] for module in wanted.values()}
         projected: dict[Any, Tensor] = {}  # keys before norms and rotation

@@ -55,6 +55,10 @@ class RecordedAttention:
     def scale(self) -> float:
         return self.call.scale
 
+    @property
+    def heads(self) -> int:
+        return self.call.query.shape[1]
+
     @cached_property
     def keys(self) -> Tensor:
         return self._as_queries(self.call.key)
@@ -63,14 +67,30 @@ class RecordedAttention:
     def projected_keys(self) -> Tensor:
         return self._as_queries(self.call.projected)
 
+    @property
+    def flat_keys(self) -> Tensor:
+        return side_by_side(self.keys)
+
+    @property
+    def flat_projected_keys(self) -> Tensor:
+        return side_by_side(self.projected_keys)
+
     def queries(self, tokens: slice) -> Tensor:
         return in_float32(self.call.query[:, :, tokens])
+
+    def flat_queries(self, tokens: slice) -> Tensor:
+        return side_by_side(self.queries(tokens))
 
     def _as_queries(self, keys: Tensor) -> Tensor:
         """In float32, each head as often as query heads read it."""
         keys = in_float32(keys)
         shared = self.call.query.shape[1] // keys.shape[1]
         return keys if shared == 1 else keys.repeat_interleave(shared, 1)
+
+
+def side_by_side(states: Tensor) -> Tensor:
+    """[B, H, n, d] -> [B, n, H * d]."""
+    return states.transpose(1, 2).flatten(2)
 
 
 def views_of(calls: Sequence[Call], patches: Sequence[int], cls: int | None) -> list[RecordedAttention]:
