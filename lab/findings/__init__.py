@@ -1,4 +1,4 @@
-"""The analyses behind the three papers, repeated on the toy model, where the objects' true places are known.
+"""Repeat the analyses of the three papers on the toy model, where the true places of objects are known.
 
 `docs/findings.md` has the results; `vtr findings attnmix|visiondrop|consensusdrop` makes them.
 """
