@@ -60,7 +60,7 @@ class Rates:
         device: its name, with the number of threads on a CPU.
         operations: floating point operations per second of a matrix product.
         bandwidth: bytes per second that a copy inside its memory reads and writes.
-        bus: bytes per second from the machine's memory to the device; on a CPU `bandwidth` / 2.
+        bus: bytes per second from the machine's memory to the device; without CUDA it is `bandwidth` / 2.
     """
 
     device: str

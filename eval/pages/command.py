@@ -123,7 +123,7 @@ def toy_sample(model: "Llava") -> "Sample":
 
 @exit_on_user_error
 def demo(arguments: Sequence[str] | None = None) -> int:
-    """Start a local web page: ask about an image, with a method beside all visual tokens.
+    """Start a local web page: ask about an image, and compare a method with all visual tokens.
 
     vtr demo
     vtr demo --model liuhaotian/llava-v1.5-7b --dtype float16

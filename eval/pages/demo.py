@@ -421,15 +421,10 @@ def shown(compared: Comparison, model: Llava) -> list[Any]:
     """Values of the outputs, in their order."""
     values: list[Any] = [gr.update(value="", visible=False), gr.update(choices=[], visible=False)]
     for side in (compared.full, compared.reduced):
-        values += [gr.update(value=side.answer.text, label=label_of(side)), side.overlay]
+        mean = side.answer.accounting.mean
+        label = f"All visual tokens: {mean:,.0f}" if side.name == FULL else f"{side.name}: {mean:,.1f} visual tokens"
+        values += [gr.update(value=side.answer.text, label=label), side.overlay]
     return [*values, table(compared, model)]
-
-
-def label_of(side: Side) -> str:
-    """ "fastv: 64.0 visual tokens"."""
-    if side.name == FULL:
-        return f"All visual tokens: {side.answer.accounting.mean:,.0f}"
-    return f"{side.name}: {side.answer.accounting.mean:,.1f} visual tokens"
 
 
 def table(compared: Comparison, model: Llava) -> str:

@@ -326,8 +326,8 @@ def observe(model: Llava, samples: Sequence[Sample], reverse: bool = False) -> d
 CONDITIONS = ("as drawn", "halves exchanged", "read backwards")
 # Measures of a score for each question. "auroc", "recall 64": how well the score finds the things that the question
 # names, NaN if there are none; "auroc of others": how well the scores of the image's questions about other things find
-# them; "late", "late 64": how much of the score lies in the second half of the sequence; "effective": how broad the
-# score is; "overlap 64": how far it agrees with the encoder's saliency.
+# them; "late", "late 64": how much of the score, and how many of its 64 highest values, lie in the second half of the
+# sequence; "effective": how broad the score is; "overlap 64": how far it agrees with the encoder's saliency.
 MEASURES = ("auroc", "auroc of others", "recall 64", "late", "late 64", "effective", "overlap 64")
 # Measures of each word's cosine. "auroc", "among things": how well it finds the patches of the things that the word
 # describes, among all patches and among those of things. As controls, how well the cosines of other words of its class

@@ -22,7 +22,7 @@ Values = Mapping[str, float]  # question (or image and word) -> number
 
 
 def terms(values: Values, groups: Mapping[str, str], scale: float) -> SufficientStatistics:
-    """The sufficient statistics of a mean, whose questions are resampled by image."""
+    """The sufficient statistics of a mean over questions, which are clustered by image."""
     return ratio_terms({name: values[name] for name in sorted(values)}, groups, "image", scale)
 
 

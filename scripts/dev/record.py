@@ -119,7 +119,7 @@ def differences(before: Any, after: Any, where: str = "") -> Iterator[str]:
         for key in before:
             if key in after:
                 yield from differences(before[key], after[key], f"{where}/{key}")
-            elif where.count("/") > 2:  # below a model and a method, everything must be in both
+            elif where.count("/") > 2:  # below a model and a method, nothing of `before` may be missing
                 yield f"{where}/{key} is missing"
     elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         for place, (old, new) in enumerate(zip(before, after, strict=True)):

@@ -172,9 +172,8 @@ def try_core(trial: Trial, toy: str) -> None:
 
 def try_extras(trial: Trial, toy: str) -> None:
     """Try every command, in an order in which results exist before other commands read them."""
-    with socket.create_server(
-        ("127.0.0.1", 0)
-    ) as server:  # takes a port, since the demo would run for ever on a free one
+    # The demo must find its port taken, because on a free one it would serve for ever.
+    with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         for name, calls in CALLS.items():
             for arguments, code in calls:
