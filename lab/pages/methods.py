@@ -1,4 +1,4 @@
-"""Write the tables of methods in docs/methods.md and docs/models/families.md from the metadata of the methods.
+"""Write the tables of methods in README.md, docs/methods.md and docs/models/families.md from the methods' metadata.
 
 python -m lab.pages.methods
 """
@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from textwrap import fill
 
 from eval.command import exit_on_user_error, make_parser
 from eval.tables import insert, left_aligned, markdown
@@ -30,6 +29,12 @@ BUDGETS = (192, 128, 64)
 CROP = PatchGrid(24, 24)
 LLAVA_NEXT_7B = replace(LLAVA_15_7B, visual_tokens=2880, layout=replace(CROP, crops=5), crops=(CROP,) * 5)
 NEXT_BUDGETS = (640, 320, 160)
+
+
+def source_of(name: str) -> str:
+    """The method's name as a link from docs/ to its file."""
+    path = Path(*registry.method(name).__module__.split(".")).with_suffix(".py")
+    return f"[`{name}`](../{path})"
 
 
 def budget_cell(name: str, budget: int, facts: ModelSpec = LLAVA_15_7B) -> str:
@@ -58,9 +63,9 @@ def table() -> str:
         unusual = ([] if about.order == "raster" else [about.order]) + [positions] * (positions != "renumber")
         paper = f"[{about.paper}]({about.url})" if about.paper else "control"
         rest = "; ".join([about.rest, *unusual])
-        path = Path(*registry.method(name).__module__.split(".")).with_suffix(".py")
-        linked = f"[`{name}`](../{path})"
-        rows.append([linked, about.acts, about.score or "–", rest, about.needs or "–", paper, about.code or "–"])
+        rows.append(
+            [source_of(name), about.acts, about.score or "–", rest, about.needs or "–", paper, about.code or "–"]
+        )
     head = ["method", "acts", "score", "other tokens; order and positions if unusual", "needs", "paper"]
     return left_aligned(markdown([*head, "official code read"], rows))
 
@@ -115,16 +120,21 @@ def families() -> str:
     return "\n".join([markdown(["method", *table], rows), "", *notes])
 
 
+def readme_table() -> str:
+    """One row per method, in short: name, where it acts and its paper; the controls come last."""
+    rows = []
+    for name in sorted(registry.names(), key=lambda name: not registry.method(name).metadata.paper):
+        about = registry.method(name).metadata
+        paper = f"[{about.paper}]({about.url})" if about.paper else "control"
+        rows.append([source_of(name).replace("(../", "("), about.acts, paper])
+    return left_aligned(markdown(["method", "acts", "paper"], rows))
+
+
 def write_readme() -> None:
-    """Write the number of methods and their names into README.md."""
-    names = registry.names()
-    controls = [name for name in names if not registry.method(name).metadata.paper]
-    listed = [f"`{name}`" for name in names if name not in controls]
-    text = f"{' '.join(listed)}, and the controls {' '.join(f'`{name}`' for name in controls)}."
-    start = rf"**{len(names)} [methods](docs/methods.md)** (where each acts, its score, what it needs, paper, "
-    paragraph = fill(f"{start}official code, tokens per layer): {text}", 175, break_on_hyphens=False)
-    page = README.read_text()
-    README.write_text(re.sub(r"^\*\*\d+ \[methods\].*?\n\n", paragraph + "\n\n", page, flags=re.DOTALL | re.MULTILINE))
+    """Write the number of methods and their table into README.md."""
+    insert(README, "readme methods", readme_table())
+    count = f"**{len(registry.names())} [methods]"
+    README.write_text(re.sub(r"\*\*\d+ \[methods\]", count, README.read_text()))
 
 
 @exit_on_user_error
