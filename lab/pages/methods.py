@@ -63,9 +63,8 @@ def table() -> str:
         unusual = ([] if about.order == "raster" else [about.order]) + [positions] * (positions != "renumber")
         paper = f"[{about.paper}]({about.url})" if about.paper else "control"
         rest = "; ".join([about.rest, *unusual])
-        rows.append(
-            [source_of(name), about.acts, about.score or "–", rest, about.needs or "–", paper, about.code or "–"]
-        )
+        row = [source_of(name), about.acts, about.score or "–", rest, about.needs or "–", paper, about.code or "–"]
+        rows.append(row)
     head = ["method", "acts", "score", "other tokens; order and positions if unusual", "needs", "paper"]
     return left_aligned(markdown([*head, "official code read"], rows))
 
