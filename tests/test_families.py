@@ -96,7 +96,7 @@ def test_assembled_positions_are_those_of_whole_prompts(tmp_path):
         parts, number = [0], 0
         for token in model.prompt(sample).ids:
             if token == IMAGE_TOKEN_INDEX:
-                parts += [model.groups(found.images[i, number].encoded), 0]
+                parts += [(1, *found.images[i, number].encoded.encoded.grid), 0]
                 number += 1
             else:
                 parts[-1] += 1

@@ -14,6 +14,7 @@ from eval.run import run
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.pipeline import decoder
+from llava.pipeline import generate as generation
 from llava.pipeline.decoder import BLOCK, PreallocatedLayer
 from llava.pipeline.generate import generate, prefill
 from llava.reduction import registry
@@ -40,7 +41,7 @@ def test_decoding_equals_concatenated_caches(tiny, monkeypatch, method, attentio
     config = tiny.llm.config
     monkeypatch.setattr(config, "_attn_implementation", attention)
     ours, state = decoded(tiny, samples(5), reducer)
-    monkeypatch.setattr(decoder, "PreallocatedLayer", DynamicLayer)
+    monkeypatch.setattr(generation, "PreallocatedLayer", DynamicLayer)
     theirs, expected = decoded(tiny, samples(5), reducer)
     assert torch.equal(ours, theirs)
     for one, other in zip(state.cache.layers, expected.cache.layers, strict=True):

@@ -44,11 +44,6 @@ class EncodedImage:
     inputs: int
     step: tuple[str, Reduction] | None = None
 
-    @property
-    def extra_cls(self) -> bool:
-        """The class tokens are there for the method alone; the model itself drops them."""
-        return self.layout.crops[0].cls is not None and self.full.crops[0].cls is None
-
     def crop_features(self, number: int, with_cls: bool) -> Tensor:
         """[n, D] features of a crop's patches, after its class token if that is wanted."""
         crop, features = self.layout.crops[number], self.encoded.features[number]
@@ -298,7 +293,9 @@ class Llava(LoadedModel):
             tower, grid, merger = self.tower_of(temporal), None, None
             if inside:
                 grid = sized.input_grid(self.layout)
-                merger = self._merger(sized, tower, len(pixels)) if "tower" in sized.acts_in else None
+                if "tower" in sized.acts_in:
+                    blocks = sized.merging_blocks(self.select_layer % (len(tower.encoder.layers) + 1))
+                    merger = TowerMerger(sized, self.spec, tower, blocks, len(pixels)) if blocks else None
             # The class tokens of a video's frames are visual tokens.
             scores, with_cls = sized.tower_scores(tiled), keep_cls or temporal
             encoded = encode(tower, pixels, self.select_layer, scores, grid, with_cls, merger)
@@ -308,11 +305,6 @@ class Llava(LoadedModel):
                 encoded_images[index] = encoded_image_of(own, full, keep_cls, grid)
                 done += len(crops)
         return [encoded_images[index] for index in range(len(views))]
-
-    def _merger(self, reducer: Reducer, tower: Any, tiles: int) -> TowerMerger | None:
-        """What merges tokens inside the tower as a method says."""
-        blocks = reducer.merging_blocks(self.select_layer % (len(tower.encoder.layers) + 1))
-        return TowerMerger(reducer, self.spec, tower, blocks, tiles) if blocks else None
 
     def tower_of(self, temporal: bool) -> Any:
         """The vision tower for images, or for the frames of videos."""

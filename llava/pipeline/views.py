@@ -209,7 +209,9 @@ def everything(image: EncodedImage, plain: bool) -> Features:
     Args:
         plain: leave out class tokens that only the method uses.
     """
-    layout, plain = image.layout, plain and image.extra_cls
+    layout = image.layout
+    # Class tokens that are there for the method alone; the model itself drops them.
+    plain = plain and layout.crops[0].cls is not None and image.full.crops[0].cls is None
     features = [image.crop_features(number, not plain) for number in range(len(layout.crops))]
     places = [crop.indices if plain else crop.all_indices for crop in layout.crops]
     order = torch.cat([*places, layout.newlines]).argsort()

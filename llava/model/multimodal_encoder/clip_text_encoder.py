@@ -110,28 +110,23 @@ class ClipText(nn.Module):
         numbers = torch.from_numpy(np.concatenate([*ids, pooled, slots]))
         numbers = numbers.to(self.text_projection.weight.device, non_blocking=True)
         tokens, pooled_at, slot = numbers.split([len(rows) * longest, len(rows), len(rows)])
-        hidden = self._hidden(tokens.view(len(rows), longest)).flatten(0, 1).index_select(0, pooled_at)
-        embedded = self.text_projection(self.text_model.final_layer_norm(hidden))
-        flops = self._text_flops(len(rows), longest)
+        # All layers, in half of the operations of the tower's own forward.
+        tower, embeddings = self.text_model, self.text_model.embeddings
+        hidden: Tensor = embeddings.token_embedding(tokens.view(len(rows), longest))
+        hidden = hidden + embeddings.position_embedding.weight[:longest]
+        for layer in tower.encoder.layers:
+            hidden = layer(hidden, None, is_causal=True)
+        ends = hidden.flatten(0, 1).index_select(0, pooled_at)
+        embedded = self.text_projection(tower.final_layer_norm(ends))
+        linears = [layer for layer in tower.modules() if isinstance(layer, nn.Linear)]
+        attention = len(tower.encoder.layers) * 4 * longest * longest * tower.config.hidden_size
+        row = sum(linear_flops(layer, longest) for layer in linears) + attention
+        flops = len(rows) * (row + linear_flops(self.text_projection, 1))
         mask = torch.ones(len(chunks), most, dtype=torch.bool, device=embedded.device)
         if len(rows) < mask.numel():
             mask = torch.zeros_like(mask).flatten().index_fill_(0, slot, True).view_as(mask)
             embedded = embedded.new_zeros(mask.numel(), embedded.shape[-1]).index_copy_(0, slot, embedded)
         return embedded.unflatten(0, mask.shape), mask, flops
-
-    def _hidden(self, ids: Tensor) -> Tensor:
-        """Hidden states [R, L, D] after all layers, in half of the operations of the tower's own forward."""
-        embeddings = self.text_model.embeddings
-        hidden: Tensor = embeddings.token_embedding(ids) + embeddings.position_embedding.weight[: ids.shape[1]]
-        for layer in self.text_model.encoder.layers:
-            hidden = layer(hidden, None, is_causal=True)
-        return hidden
-
-    def _text_flops(self, rows: int, length: int) -> int:
-        layers = [layer for layer in self.text_model.modules() if isinstance(layer, nn.Linear)]
-        width, depth = self.text_model.config.hidden_size, len(self.text_model.encoder.layers)
-        row = sum(linear_flops(layer, length) for layer in layers) + depth * 4 * length * length * width
-        return rows * (row + linear_flops(self.text_projection, 1))
 
     def image(self, features: Tensor) -> tuple[Tensor, int]:
         """Patch features [B, N, D] -> [B, N, P] float32, through the tower's last norm and CLIP's projection.
