@@ -17,7 +17,7 @@ from eval.metrics.accuracy import percent
 
 
 def analysis_of(name: str, problem: Record, row: Row | None) -> dict[str, Any]:
-    """What the official output says of one answer; a question without one has failed."""
+    """The official output for one answer; a question without an answer has failed."""
     prompt, text = (row.prompt or "", row.text) if row else ("Unknown", FAILED)
     return {
         "question_id": name,
