@@ -141,25 +141,18 @@ class PruMerge(Reducer):
         if self.adaptive:
             # The number of tokens depends on the image, so the host waits for the device once.
             rows = zip(attention.split(1), keys.split(1), outliers(attention).tolist(), strict=True)
-            return [self._merge(self.keep_adaptively(row, count), row, key, state) for row, key, count in rows]
-        kept = self.keep_as_released(attention) if self.official else self.keep(attention)
-        return self._merge(kept, attention, keys, state)
+            return [self._merge(self.keep(row, count), row, key, state) for row, key, count in rows]
+        return self._merge(self.keep(attention), attention, keys, state)
 
-    def keep(self, attention: Tensor) -> Tensor:
-        """[B, N] -> [B, budget - 1] indices, ascending."""
-        return keep_top(attention, self.budget - 1)
-
-    def keep_as_released(self, attention: Tensor) -> Tensor:
-        """[B, N] -> [B, budget - 1] indices in the release's order."""
-        return by_attention(attention, self.budget - 1)
-
-    def keep_adaptively(self, attention: Tensor, count: int) -> Tensor:
-        """[1, N] -> [1, K] indices in the release's order.
+    def keep(self, attention: Tensor, found: int | None = None) -> Tensor:
+        """[B, N] -> [B, K] indices of kept tokens, ascending, or with `official` in the release's order.
 
         Args:
-            count: outliers of this image.
+            found: number of outliers of the only image, which the release keeps; None keeps budget - 1 tokens.
         """
-        return by_attention(attention, count)
+        if not self.official:
+            return keep_top(attention, self.budget - 1)
+        return by_attention(attention, self.budget - 1 if found is None else found)
 
     def _merge(self, kept: Tensor, attention: Tensor, keys: Tensor, state: EncoderState) -> Reduction:
         # The average of the others gets the place of the one with the highest attention among them.
@@ -213,24 +206,23 @@ class PruMergePlus(PruMerge):
                 f"more; a budget of {self.budget} has no such grid, near it are {', '.join(map(str, near))}."
             )
 
-    def keep(self, attention: Tensor) -> Tensor:
-        """[B, N] -> [B, budget - 1] indices, ascending: the highest, and tokens spread evenly over the others."""
-        count = round((self.budget - 1) * self.spatial)
-        top = keep_top(attention, self.budget - 1 - count)
-        rest = others(top, attention.shape[1])
-        step = torch.arange(count, device=rest.device) * rest.shape[1] // max(count, 1)
-        return torch.cat([top, rest[:, step]], 1).sort(dim=1).values
-
-    def keep_as_released(self, attention: Tensor) -> Tensor:
-        """[B, N] -> [B, budget - 1] indices: half by attention, half on a grid, which may repeat a token."""
-        half = (self.budget - 1) // 2
-        grid = torch.tensor(fixed_grid(attention.shape[1], half), device=attention.device)
-        return torch.cat([by_attention(attention, half), grid.expand(len(attention), -1)], 1)
-
-    def keep_adaptively(self, attention: Tensor, count: int) -> Tensor:
-        """[1, N] -> [1, K] indices: the outliers, then a grid of about three times as many that starts at index 0."""
-        top, total = super().keep_adaptively(attention, count), attention.shape[1]
-        indices = range(0, total - 1, max(1, total // count // 3)) if count else range(1)
-        grid = torch.tensor(indices, device=attention.device)
+    def keep(self, attention: Tensor, found: int | None = None) -> Tensor:
+        total, device = attention.shape[1], attention.device
+        if not self.official:
+            # The highest, and tokens spread evenly over the others.
+            count = round((self.budget - 1) * self.spatial)
+            top = keep_top(attention, self.budget - 1 - count)
+            rest = others(top, total)
+            step = torch.arange(count, device=device) * rest.shape[1] // max(count, 1)
+            return torch.cat([top, rest[:, step]], 1).sort(dim=1).values
+        if found is None:
+            # The release's fixed branch: half by attention, half on a grid, which may repeat a token.
+            half = (self.budget - 1) // 2
+            grid = torch.tensor(fixed_grid(total, half), device=device)
+            return torch.cat([by_attention(attention, half), grid.expand(len(attention), -1)], 1)
+        # The outliers, and a grid of about three times as many that starts at index 0.
+        top = by_attention(attention, found)
+        indices = range(0, total - 1, max(1, total // found // 3)) if found else range(1)
+        grid = torch.tensor(indices, device=device)
         fresh = grid[~torch.isin(grid, top)]
         return torch.cat([top, fresh.unsqueeze(0)], 1)

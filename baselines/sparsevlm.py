@@ -186,7 +186,7 @@ class SparseVLM(Staged):
         return tuple(counts)
 
     def reduce(self, state: DecoderState, keep: int) -> Reduction:
-        # The raters are chosen once, by the embeddings that enter layer 0.
+        # The raters are chosen by the embeddings that enter layer 0, so they are the same at every stage.
         start = state.start
         index, exists = start.row_index(seeing_spans(start, "after"))
         words, visual = gather_tokens(start.hidden, index).float(), start.take(start.hidden, start.images).float()

@@ -81,8 +81,8 @@ class VisionZip(Reducer):
             everything = torch.arange(tokens - patches, tokens, device=saliency.device)
             return Reduction(everything.expand(len(saliency), -1), tokens)
 
-        # Dominant tokens, CLS first, are kept as they are. Every n-th of the others is a target, which becomes a
-        # contextual token with the others that are most similar to it.
+        # Dominant tokens, CLS first, are kept as they are. Every n-th of the others is a target: it and the tokens with
+        # the most similar keys become a contextual token.
         contextual = min(round(self.budget * self.contextual), self.budget - 1)
         kept, rest = split(saliency, self.budget - contextual - has_cls)
         weights = "anchor_plus_mean" if self.official else "mean"

@@ -230,7 +230,7 @@ def test_prumerge_official_plus_survives_more_than_a_third_of_outliers():
     No image gets there by quartiles, which leave at most a quarter above the third.
     """
     for count in (97, 192, 193, 200, 576):
-        kept = PruMergePlus(budget=64, official=True).keep_adaptively(torch.rand(1, 576), count)
+        kept = PruMergePlus(budget=64, official=True).keep(torch.rand(1, 576), count)
         assert sorted(kept[0].tolist()) in (list(range(575)), list(range(576)))
 
 
@@ -246,7 +246,7 @@ def test_prumerge_fixed_branch_repeats_tokens_and_forgets_as_many():
     attention = torch.full((1, 24), 0.01)
     attention[0, [4, 1, 20]] = torch.tensor([0.3, 0.2, 0.1])
     reducer = PruMergePlus(budget=7, official=True, fixed=True)
-    assert reducer.keep_as_released(attention).tolist() == [[4, 1, 20, 4, 12, 20]]
+    assert reducer.keep(attention).tolist() == [[4, 1, 20, 4, 12, 20]]
     plan = encode(reducer, attention, torch.eye(24)[None])
     kept = {0, 1, 2, 4, 12, 20}  # 0 and 2 are forgotten
     assert {i for i, weight in enumerate(plan.merge_matrix[0, -1].tolist()) if weight > 0} == set(range(24)) - kept
