@@ -52,7 +52,7 @@ class VisPruner(Reducer):
         order = state.scores[TowerScore("cls_attention")].argsort(dim=1, descending=True, stable=True)
         important = int(self.budget * self.important)
         kept, rest = order[:, :important], order[:, important:]
-        if important < self.budget:  # the rest of the budget is left of the others when near-duplicates are removed
+        if important < self.budget:  # near-duplicates of the others are removed until the rest of the budget is left
             diverse = distinct(gather_tokens(state.features, rest), self.budget - important, state.matmul)
             kept = torch.cat([kept, rest.gather(1, diverse)], 1)
         return Reduction(kept.sort(dim=1).values, state.features.shape[1])

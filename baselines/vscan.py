@@ -118,14 +118,15 @@ class VScan(Reducer):
         total = state.tokens.shape[1]
         if first >= total:
             return None
+        # Half by the shallow block, the same number in each window; the others by the deep block, over the whole image.
+        shallow, deep = state.scores[SHALLOW], state.scores[DEEP]
         window, count = windows(state.layout, self.window)
         window = window.to(state.tokens.device, non_blocking=True)
-        near = keep_top_of_windows(state.scores[SHALLOW], window, local, count)
-        far = keep_top(state.scores[DEEP].scatter(1, near, -torch.inf), first - local)
+        near = keep_top_of_windows(shallow, window, local, count)
+        far = keep_top(deep.scatter(1, near, -torch.inf), first - local)
         kept = torch.cat([near, far], 1).sort(1).values
         # Each token that is not kept is averaged into the most similar kept one, by cosine of tokens.
-        rest, score = others(kept, total), state.scores[DEEP]
-        return merge_plan(kept, rest, 0, score, state.tokens, "retained", "mean")
+        return merge_plan(kept, others(kept, total), 0, deep, state.tokens, "retained", "mean")
 
     def decoder(self, state: DecoderState) -> Reduction | None:
         tokens = planned(self, state.spec)

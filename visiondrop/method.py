@@ -32,7 +32,6 @@ from llava.reduction import (
     ModelSpec,
     Reducer,
     Reduction,
-    State,
     TowerScore,
     UserError,
     angles_of,
@@ -309,7 +308,7 @@ class VisionDrop(Reducer):
         if keep_cls:
             # CLS gets the highest score, so that it is kept and its key is never compared.
             score, keys = F.pad(score, (1, 0), value=float("inf")), F.pad(keys, (0, 0, 1, 0))
-        return self._reduce(state, score, keys, dominant, contextual)
+        return self._reduce(score, keys, dominant, contextual)
 
     def decoder(self, state: DecoderState) -> Reduction | None:
         dominant, contextual = decoder_stages(self, state.spec)[state.layer]
@@ -317,10 +316,11 @@ class VisionDrop(Reducer):
             return None  # this stage has nothing to do
         seen = attention_inputs(state, self.attention)
         score = visual_scores(state, seen, self.attention, self.average, self.diagonal)
-        return self._reduce(state, score, merge_metric(state, seen, self.metric), dominant, contextual)
+        metric = merge_metric(state, seen, self.metric)
+        return self._reduce(score, metric, dominant, contextual)
 
-    def _reduce(self, state: State, score: Tensor, metric: Tensor, dominant: int, contextual: int) -> Reduction:
-        """Keep the `dominant` best tokens, merge the others into `contextual` of them."""
+    def _reduce(self, score: Tensor, metric: Tensor, dominant: int, contextual: int) -> Reduction:
+        """Keep the `dominant` best tokens, and merge the others into `contextual` of them."""
         weights = MERGES["target_plus_mean" if self.official else self.merge]
         retained, rest = split(score, dominant)
         appended = self.order == "appended"
