@@ -19,9 +19,9 @@ class MethodError(UserError):
     """A method broke its contract. Not the question is at fault, so this ends a run at once."""
 
 
-# How errors other than torch's OutOfMemoryError say that memory ran out: the CPU's allocator, the libraries of CUDA and
-# ROCm (cuBLAS and cuDNN allocate beside torch), their runtimes, oneAPI and C++. Statuses with further meanings are left
-# out: CUBLAS_STATUS_NOT_INITIALIZED and CUDNN_STATUS_NOT_SUPPORTED also follow wrong shapes and failed assertions.
+# How errors other than torch's OutOfMemoryError say that memory ran out: errors of the CPU's allocator, the libraries of
+# CUDA and ROCm (cuBLAS and cuDNN allocate without torch), their runtimes, oneAPI and C++. Statuses that can also mean
+# wrong shapes or failed assertions are left out: CUBLAS_STATUS_NOT_INITIALIZED and CUDNN_STATUS_NOT_SUPPORTED.
 _NO_MEMORY = re.compile(
     r"out of memory|(can't|cannot) allocate memory|not enough memory|_ALLOC(ATION)?_FAILED\b|"
     r"Error(MemoryAllocation|OutOfMemory)\b|_OUT_OF_(DEVICE|HOST)_MEMORY\b|std::bad_alloc",
@@ -45,11 +45,11 @@ def release_memory(error: BaseException) -> None:
     """
     import torch  # not needed for any other error
 
-    behind: BaseException | None = error
-    while behind is not None:
-        behind.__traceback__ = None
-        behind = behind.__cause__ or behind.__context__
-    gc.collect()  # of cycles, in which an autograd graph or a partly made cache may be caught
+    current: BaseException | None = error
+    while current is not None:
+        current.__traceback__ = None
+        current = current.__cause__ or current.__context__
+    gc.collect()  # an autograd graph or an unfinished cache may be part of a reference cycle
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
 

@@ -29,7 +29,7 @@ WORK = CHECKOUT or Path()
 
 
 def bundled() -> Path | None:
-    """The folder of toy models and toy data: the checkout's assets/, else that of the installed toy wheel, if any."""
+    """The folder of toy models and toy data: the checkout's assets/, else the installed toy wheel's folder, if any."""
     if CHECKOUT and (CHECKOUT / "assets").is_dir():
         return CHECKOUT / "assets"
     found = find_spec(TOY_PACKAGE)

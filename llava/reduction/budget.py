@@ -231,7 +231,7 @@ def shares(reducer: Reducer, layout: TokenLayout, scores: dict[TowerScore, Tenso
     """Tokens for each tile of one image.
 
     Args:
-        scores: those of `tower_scores`, [tiles, P, ...], of whole tiles before unpadding.
+        scores: the scores that `tower_scores` names, [tiles, P, ...], of whole tiles before unpadding.
     """
     sizes = [len(crop.patches) for crop in layout.crops]
     budget = for_patches(reducer, len(layout.newlines))

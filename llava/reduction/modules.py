@@ -76,7 +76,7 @@ def linear_flops(layer: nn.Linear, rows: int) -> int:
 
 
 def _linears(module: Module) -> list[nn.Linear]:
-    """All modules with the sizes of a linear layer; DeepSpeed's split layers, which have those of the whole, too."""
+    """All modules with the sizes of a linear layer, including DeepSpeed's split layers with the whole layer's sizes."""
     return [cast(nn.Linear, part) for part in module.modules() if hasattr(part, "in_features")]
 
 
