@@ -19,7 +19,7 @@ class MethodError(UserError):
     """A method broke its contract. Not the question is at fault, so this ends a run at once."""
 
 
-# How errors other than torch's OutOfMemoryError say that memory ran out: errors of the CPU's allocator, the libraries of
+# How errors other than torch's OutOfMemoryError say that memory ran out: those of the CPU's allocator, the libraries of
 # CUDA and ROCm (cuBLAS and cuDNN allocate without torch), their runtimes, oneAPI and C++. Statuses that can also mean
 # wrong shapes or failed assertions are left out: CUBLAS_STATUS_NOT_INITIALIZED and CUDNN_STATUS_NOT_SUPPORTED.
 _NO_MEMORY = re.compile(
