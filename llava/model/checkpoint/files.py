@@ -1,9 +1,9 @@
 """Files of checkpoints: find or download them, read and check them without running code that they hold, and hash them.
 
-Stored answers are filed under the hashes of the files that made them. Changing any byte makes another model. A file of
-many gigabytes is read once (1.4 GB/s on one core), and its hash is remembered in the user's cache folder for as long as
-the file's state stays the same (llava/file_state.py). Files are hashed after loading, so their state is recorded before
-it. A file that changes in between is refused, because nobody could say which content was loaded.
+Stored answers are filed under the hashes of the model's files, so that with any changed byte it is another model. A
+file of many gigabytes is read once (1.4 GB/s on one core), and its hash is remembered in the user's cache folder for as
+long as the file's state stays the same (llava/file_state.py). Files are hashed after loading, and their state is
+recorded before. A file that changes in between is refused, because nobody could say which content was loaded.
 """
 
 import hashlib
