@@ -3,12 +3,12 @@
 Paper: https://arxiv.org/abs/2501.09532 and https://aclanthology.org/2025.findings-acl.258 (the equations of neither
     were available)
 Official code read: JiayiV/AdaV@58d1f8d, llava/model/language_model/llava_llama.py, generate
-Differs from it: a token that both rankings choose counts once and the budget is met; saliency is ranked over all tiles
-    together, in the order of the tokens; the text is the question. `official` does as the release in all of these.
-    docs/attnmix.md explains each difference.
+Differs from it: a token that both rankings choose counts once, so that the budget is met; saliency is ranked over all
+    tiles together, in the order of the tokens; the text is the question. `official` follows the release in all of
+    these. docs/attnmix.md explains each difference.
 
-Shapes: B images, N visual tokens (all tiles of an image together), T text tokens, D channels of the decoder; C tiles of
-n tokens and V output tokens in the released form.
+Shapes: B images, N visual tokens (all tiles of an image together), T text tokens, D channels of the decoder; in the
+released form C tiles of n tokens, and V output tokens. B1 to B6 number the faults that docs/attnmix.md lists.
 """
 
 from collections.abc import Callable
@@ -38,9 +38,9 @@ MatMul = Callable[[Tensor, Tensor], Tensor]
 def text_scores(
     text: Tensor, exists: Tensor, visual: Tensor, temperature: float, matmul: MatMul = torch.matmul
 ) -> Tensor:
-    """[B, N] float32, text score of each visual token: its largest weight over the text tokens.
+    """[B, N] float32, the text score of each visual token: the largest weight that a text token gives it.
 
-    The weights of a text token are the softmax of cosine / temperature over all visual tokens.
+    A text token's weights are the softmax of cosine / temperature over all visual tokens.
 
     Args:
         text: [B, T, D] word embeddings, as they enter the decoder.
@@ -53,21 +53,21 @@ def text_scores(
 
 
 def ordered(score: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, N] scores -> the same in float32 in descending order, and their indices; ties to the lower index."""
+    """[B, N] scores -> float32 scores in descending order and their indices; ties go to the lower index."""
     return score.float().sort(dim=1, descending=True, stable=True)
 
 
 def best_split(first: Tensor, second: Tensor) -> Tensor:
-    """[B] int64, how many of K tokens go to the first of two rankings so that the kept masses balance.
+    """[B] int64, how many of K tokens go to the first of two rankings.
 
-    The split has the largest product (and so geometric mean) of the two masses; on a tie the first ranking gets fewer
-    tokens. The scale of either ranking has no effect. A peaked ranking gets few tokens, a flat one many.
+    The split has the largest product (and so the largest geometric mean) of the masses that both keep; on a tie the
+    first ranking gets fewer tokens. A peaked ranking gets few tokens, a flat one many; its scale has no effect.
 
     Args:
         first, second: [B, K] scores in descending order, at least 0.
     """
     # Mass of the best k of each ranking, k = 0 .. K. Flipped, the second has the mass of its best K - k.
-    if first.is_cuda:  # its `cumsum` adds in no fixed order, and ranks that share a model kept different tokens
+    if first.is_cuda:  # `cumsum` adds in no fixed order there, and ranks that share a model kept different tokens
         upper = torch.ones(first.shape[1], first.shape[1], device=first.device).triu()
         sums = [scores @ upper for scores in (first, second)]
     else:
@@ -82,7 +82,7 @@ def forced_count(budget: int, floor: float) -> int:
 
 
 def adaptive_count(text: Tensor, saliency: Tensor, budget: int, floor: float) -> Tensor:
-    """[B] int64, tokens that are chosen by text: its least share and its part of the rest.
+    """[B] int64, tokens that are chosen by text: its guaranteed share, and its part of the rest.
 
     Args:
         text, saliency: [B, at least budget] scores in descending order.
@@ -94,7 +94,7 @@ def adaptive_count(text: Tensor, saliency: Tensor, budget: int, floor: float) ->
 
 
 def mix(text: Tensor, saliency: Tensor, count: Tensor, budget: int) -> Tensor:
-    """[B, budget] indices, ascending: the best `count` by text, then the most salient of the others.
+    """[B, budget] indices, ascending: the best `count` by text, and the most salient of the others.
 
     Args:
         text, saliency: [B, N] scores.
@@ -104,49 +104,41 @@ def mix(text: Tensor, saliency: Tensor, count: Tensor, budget: int) -> Tensor:
     return keep_top(saliency.float().masked_fill(place < count.unsqueeze(1), torch.inf), budget)
 
 
-# Distance of the indices of two neighbouring tiles. It should be n; with 1 all salient indices point into tile 0 (B1).
+# Distance between the indices of neighbouring tiles. It should be n; at 1 all salient indices point into tile 0 (B1).
 STRIDE = 1
 
 
 def released_count(budget: int, crops: int, mix: str) -> int:
-    """V, the tokens kept at a budget: equally many of every tile, and an even number for two rankings (B5)."""
+    """V, the tokens kept at a budget: the same number of every tile, and an even number for two rankings (B5)."""
     return budget // crops * crops if mix == "t2i" else 2 * (budget // 2 // crops) * crops
-
-
-def salient_by_crop(saliency: Tensor, crops: int, size: int, stride: int) -> tuple[Tensor, Tensor]:
-    """The most salient tokens tile after tile, in descending order inside each tile only.
-
-    Args:
-        saliency: [B, N].
-        size: tokens taken of each tile.
-        stride: see STRIDE.
-
-    Returns:
-        Scores [B, C * size] and their indices, int64.
-    """
-    inside = saliency.float().unflatten(1, (crops, -1))
-    score, place = inside.sort(dim=2, descending=True, stable=True)
-    start = torch.arange(crops, device=saliency.device)[:, None] * stride
-    return score[:, :, :size].flatten(1), (place[:, :, :size] + start).flatten(1)
 
 
 def released_tokens(
     text: Tensor, saliency: Tensor, crops: int, budget: int, floor: float, mix: str = "adaptive", stride: int = STRIDE
 ) -> Tensor:
-    """[B, V] indices, ascending; a token that both rankings choose is in it twice (B4).
+    """[B, V] indices, ascending; a token that both rankings choose occurs twice (B4).
 
     Args:
         text: [B, N] scores by text; unused with "cls".
         saliency: [B, N]; unused with "t2i".
         floor: share of V forced from each ranking; for saliency these come from the first tiles, not the best (B3).
         mix: "adaptive", "t2i" or "cls".
+        stride: see STRIDE.
     """
     total = released_count(budget, crops, mix)
     if mix == "t2i":
         return keep_top(text, total)
-    value, place = salient_by_crop(saliency, crops, total // crops, stride)
+
+    # The most salient tokens tile after tile, in descending order inside each tile only.
+    inside: Tensor = saliency.float().unflatten(1, (crops, -1))
+    value, place = inside.sort(dim=2, descending=True, stable=True)
+    start = torch.arange(crops, device=saliency.device)[:, None] * stride
+    size = total // crops
+    value, place = value[:, :, :size].flatten(1), (place[:, :, :size] + start).flatten(1)  # [B, V]
     if mix == "cls":
         return place.sort(dim=1).values
+
+    # The forced ones first, and the others by saliency over all tiles; then as many of each ranking as it gets.
     forced = forced_count(total, floor)
     rest, again = ordered(value[:, forced:])
     value = torch.cat([value[:, :forced], rest], 1)
@@ -166,7 +158,7 @@ def released_tokens(
 @register("attnmix")
 @dataclass(frozen=True, kw_only=True)
 class AttnMix(Reducer):
-    """Compares visual tokens with word embeddings, so it needs no text tower and runs no decoder layer."""
+    """Compares visual tokens with word embeddings, so that it needs no text tower and runs no decoder layer."""
 
     summary: ClassVar[str] = (
         "highest similarity to the question's words and highest CLS attention, split by their geometric mean"
@@ -226,23 +218,20 @@ class AttnMix(Reducer):
 
     def prompt(self, state: PromptState) -> Reduction | None:
         tokens, crops = state.tokens.shape[1], state.layout.crops
-        zeros = torch.zeros(state.tokens.shape[:2], device=state.tokens.device)
-        text = zeros if self.mix == "cls" else self._text_scores(state)
-        saliency = zeros if self.mix == "t2i" else state.scores[self.scores()[0]]
+        text = saliency = torch.zeros(state.tokens.shape[:2], device=state.tokens.device)
+        if self.mix != "cls":
+            embeddings, exists = state.text("after" if self.official else self.text)
+            text = text_scores(embeddings, exists, state.tokens, self.temperature, state.matmul)
+        if self.mix != "t2i":
+            saliency = state.scores[self.scores()[0]]
         if self.official:
             return Reduction(released_tokens(text, saliency, crops, self.budget, self.floor, self.mix), tokens)
-        return Reduction(mix(text, saliency, self._text_count(text, saliency), self.budget), tokens)
+        if self.mix == "adaptive":
+            count = adaptive_count(ordered(text)[0], ordered(saliency)[0], self.budget, self.floor)
+        else:
+            share = {"t2i": self.budget, "cls": 0, "half": self.budget // 2}[self.mix]
+            count = torch.full((len(text),), share, device=text.device)
+        return Reduction(mix(text, saliency, count, self.budget), tokens)
 
     def _kept(self, crops: int) -> int:
         return released_count(self.budget, crops, self.mix) if self.official else self.budget
-
-    def _text_scores(self, state: PromptState) -> Tensor:
-        rows = "after" if self.official else self.text
-        return text_scores(*state.text(rows), state.tokens, self.temperature, state.matmul)
-
-    def _text_count(self, text: Tensor, saliency: Tensor) -> Tensor:
-        """[B] int64, how many tokens are chosen by text."""
-        if self.mix == "adaptive":
-            return adaptive_count(ordered(text)[0], ordered(saliency)[0], self.budget, self.floor)
-        share = {"t2i": self.budget, "cls": 0, "half": self.budget // 2}[self.mix]
-        return torch.full((len(text),), share, device=text.device)

@@ -1,10 +1,10 @@
-"""Base class of the baselines that drop tokens between decoder layers: layers of the stages, and tokens each keeps.
+"""Base class of the baselines that drop visual tokens before some decoder layers, in one or several stages.
 
-The tokens that the first stage keeps determine those of the later stages. They are chosen so that the mean over layers
-of the visual tokens that enter a layer equals the budget.
+The number of tokens that the first stage keeps determines those of the later stages. It is chosen so that the mean over
+layers of the visual tokens that enter a layer equals the budget.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
@@ -29,22 +29,11 @@ SCHEDULE = "mean: the budget is the mean over all layers; kept: over the layers 
 
 
 def proportional(first: int, parts: Sequence[int]) -> tuple[int, ...]:
-    """Tokens of each stage in proportion to `parts`, `first` at the first stage: rounded down, at least 1.
+    """Tokens that each stage keeps if the first keeps `first`: in proportion to `parts`, rounded down, at least 1.
 
     Parts 4, 2, 1 halve the tokens at each stage.
     """
     return tuple(max(1, first * part // parts[0]) for part in parts)
-
-
-def largest_within(budget: int, most: int, total_of: Callable[[int], int], depth: int) -> int | None:
-    """The x in 1..most for which `total_of(x)`, a sum over layers that grows with x, is nearest to the budget.
-
-    Returns:
-        x whose mean over `depth` layers is nearest to `budget` (the smaller x on a tie), or None if even that one is
-        off by more than half a token.
-    """
-    best = min(range(1, most + 1), key=lambda x: (abs(total_of(x) - budget * depth), x))
-    return best if abs(total_of(best) - budget * depth) <= depth / 2 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +49,7 @@ class Staged(Reducer):
 
     @property
     def published(self) -> tuple[int, ...]:
-        """Decoder layers of the stages in a model of 32; a method with one schedule makes it a class attribute."""
+        """Decoder layers of the stages in a model of 32 layers; a class attribute in a method with one schedule."""
         return ()
 
     def score(self, state: DecoderState) -> Tensor:
@@ -68,11 +57,11 @@ class Staged(Reducer):
         raise TypeError(f"{type(self).__name__} must define score() or reduce()")
 
     def reduce(self, state: DecoderState, keep: int) -> Reduction | None:
-        """The reduction that keeps `keep` of the visual tokens, fewer than there are."""
+        """Keep `keep` of the visual tokens, which is fewer than there are."""
         return Reduction(keep_top(self.score(state), keep), state.tokens.shape[1])
 
     def keeps(self, first: int, tokens: int) -> tuple[int, ...]:
-        """Tokens that each stage keeps of an image with `tokens` if the first stage keeps `first`."""
+        """Tokens that each stage keeps of an image with `tokens` tokens if the first stage keeps `first`."""
         return (first,)
 
     def fixed(self, spec: ModelSpec) -> tuple[int, ...] | None:
@@ -80,7 +69,7 @@ class Staged(Reducer):
         return None
 
     def counts(self, keeps: Sequence[int], tokens: int) -> tuple[int, ...]:
-        """Visual tokens after each stage, merged ones included, of an image with `tokens`."""
+        """Visual tokens after each stage, merged ones included, of an image with `tokens` tokens."""
         return tuple(keeps)
 
     def decoder_layers(self, layers: int) -> tuple[int, ...]:
@@ -103,7 +92,7 @@ class Staged(Reducer):
 
 @dataclass(frozen=True, kw_only=True)
 class OneStage(Staged):
-    """Drops visual tokens before one decoder layer; those that are kept keep their position ids."""
+    """Drops visual tokens before one decoder layer; kept tokens keep their position ids."""
 
     published: ClassVar[tuple[int, ...]] = (2,)
 
@@ -120,10 +109,10 @@ class OneStage(Staged):
 def plan(method: Staged, spec: ModelSpec, exact: bool = False) -> tuple[int, ...]:
     """Tokens that each stage keeps.
 
-    If the image is so small that every schedule stays below the budget, the one with most tokens is used.
+    Every schedule of a small image may stay below the budget. Then the one with most tokens is used.
 
     Args:
-        exact: raise in that case.
+        exact: raise an error in that case, too.
 
     Raises:
         UserError: no schedule has the budget as its mean.
@@ -134,17 +123,20 @@ def plan(method: Staged, spec: ModelSpec, exact: bool = False) -> tuple[int, ...
     fixed = method.fixed(spec)
     if fixed is not None:
         return fixed
-    start = stages[0] if method.schedule == "kept" else 0
+    start = stages[0] if method.schedule == "kept" else 0  # first of the layers that are counted
+    counted = depth - start
 
     def total_of(first: int, method: Staged = method) -> int:
         counts = method.counts(method.keeps(first, tokens), tokens)
         return sum(tokens_by_layer(tokens, stages, counts, depth)[start:])
 
-    first = largest_within(method.budget, tokens, total_of, depth - start)
-    if first is not None:
+    # The first stage keeps the number whose mean is nearest to the budget, the smaller one on a tie.
+    wanted = method.budget * counted
+    first = min(range(1, tokens + 1), key=lambda x: (abs(total_of(x) - wanted), x))
+    if abs(total_of(first) - wanted) <= counted / 2:
         return method.keeps(first, tokens)
     # Schedules may depend on the budget, so the limits are those at the lowest and the highest budget.
-    smallest, largest = (total_of(x, replace(method, budget=x)) / (depth - start) for x in (1, tokens))
+    smallest, largest = (total_of(x, replace(method, budget=x)) / counted for x in (1, tokens))
     if method.budget > largest and not exact:
         return replace(method, budget=tokens).keeps(tokens, tokens)
     if method.budget > largest:

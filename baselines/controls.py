@@ -25,13 +25,13 @@ from llava.reduction import (
     seed_of,
 )
 
-WIDEST = 2.0  # largest stretch of a patch
+WIDEST = 2.0  # largest ratio of a patch's sides after downsampling
 
 
 @register("full")
 @dataclass(frozen=True, kw_only=True)
 class Full(Reducer):
-    """No reduction; the budget can only be the number of visual tokens."""
+    """Reduces nothing; the only budget is the number of visual tokens."""
 
     summary: ClassVar[str] = "no reduction, the reference of every table"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(acts="nowhere", rest="nothing")
@@ -47,7 +47,7 @@ class Full(Reducer):
 @register("random")
 @dataclass(frozen=True, kw_only=True)
 class Random(Reducer):
-    """Seeded by the sample's id, so the draw does not depend on batch, order or process."""
+    """The sample's id seeds the draw, so that it does not depend on batch, order or process."""
 
     summary: ClassVar[str] = "tokens drawn at random, seeded per question"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
@@ -100,7 +100,7 @@ class Uniform(Reducer):
 
 
 def grid_of(layout: PatchGrid, budget: int) -> tuple[int, int] | None:
-    """rows x columns = budget with the least stretched patches, or None if that would stretch them too much."""
+    """(rows, columns) of the grid of `budget` patches that stretches them least; None if all stretch them too much."""
     best = None
     for rows in range(1, min(layout.rows, budget) + 1):
         columns, rest = divmod(budget, rows)
@@ -117,7 +117,7 @@ def grid_of(layout: PatchGrid, budget: int) -> tuple[int, int] | None:
 @register("downsample")
 @dataclass(frozen=True, kw_only=True)
 class Downsample(Reducer):
-    """Pixels are resized (bicubic, antialiased), the tower's position table is interpolated."""
+    """Resizes the pixels (bicubic, antialiased) and interpolates the tower's position table."""
 
     summary: ClassVar[str] = "a smaller image with budget patches"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(acts="before the tower", rest="averaged by resizing")

@@ -2,10 +2,12 @@
 
 Paper: https://arxiv.org/abs/2502.11494
 Official code read: ModelTC/LightCompress@9701d03, llmc/compression/token_reduction/dart.py (a port; the authors'
-repository could not be had)
-Differs from it: pivots choose in a fixed order, image before text and by descending key norm (theirs in the order
-of a Python set, which changes the greedy choice); keeps exactly the budget (theirs 8 * (T // 8) + 4 after the layer).
-`official` does both as they do.
+repository was not available)
+Differs from it: pivots choose in a fixed order, image before text and by descending key norm (theirs: in the order of a
+Python set, which changes the greedy choice). It keeps exactly the budget (theirs keeps 8 * (T // 8) + 4 tokens after
+the layer). `official` follows the release in both.
+
+Shapes: B images, N visual tokens, P pivots, L tokens of the padded prompts.
 """
 
 from collections.abc import Sequence
@@ -34,26 +36,16 @@ if TYPE_CHECKING:
 PIVOTS = 4  # of the image, and as many of the text
 
 
-def highest(score: Tensor, count: int) -> Tensor:
-    """[B, count] positions of the highest scores, best first; equal scores go to the lower index."""
-    return score.argsort(dim=1, descending=True, stable=True)[:, :count]
-
-
-def shares(tokens: int, pivots: int) -> tuple[int, ...]:
-    """How many of `tokens` each pivot picks: equally many, and one more for the first ones if it does not divide."""
-    return tuple(tokens // pivots + (i < tokens % pivots) for i in range(pivots))
-
-
 def pick_different(similarity: Tensor, pivots: Tensor, picks: Sequence[int]) -> Tensor:
     """Each pivot in turn picks the tokens least similar to it among those that are not taken yet.
 
     Args:
-        similarity: [B, P, N] of every pivot, in the order of their turns, to the N visual tokens.
-        pivots: [B, I] positions of the pivots that are visual tokens themselves.
-        picks: tokens that each of the P pivots takes.
+        similarity: [B, P, N] similarity of each pivot, in the order of their turns, to the visual tokens.
+        pivots: [B, I] indices of the pivots that are visual tokens themselves.
+        picks: number of tokens that each of the P pivots takes.
 
     Returns:
-        [B, I + sum(picks)] positions of pivots and picked tokens, ascending.
+        [B, I + sum(picks)] indices of pivots and picked tokens, ascending.
     """
     chosen, free = [pivots], torch.ones_like(similarity[:, 0], dtype=torch.bool).scatter(1, pivots, False)
     for turn, count in enumerate(picks):
@@ -64,7 +56,7 @@ def pick_different(similarity: Tensor, pivots: Tensor, picks: Sequence[int]) -> 
 
 
 def hash_order(columns: Tensor, sequence: "PromptBatch") -> Tensor:
-    """[B, P] columns of the padded sequence in the iteration order of a Python set of their positions.
+    """[B, P] columns of the padded prompts, reordered as a Python set of their positions iterates.
 
     The order depends on integer hashes, so the host needs the values and waits for the device.
     """
@@ -78,7 +70,7 @@ def hash_order(columns: Tensor, sequence: "PromptBatch") -> Tensor:
 @register("dart")
 @dataclass(frozen=True, kw_only=True)
 class Dart(OneStage):
-    """Needs keys and hidden states, no attention."""
+    """Reads keys and hidden states, but no attention."""
 
     summary: ClassVar[str] = "keep pivots with large keys and the tokens least similar to them"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
@@ -102,17 +94,7 @@ class Dart(OneStage):
         return (min(self.budget // turns * turns + PIVOTS, spec.visual_tokens),) if self.official else None
 
     def reduce(self, state: DecoderState, keep: int) -> Reduction:
-        image, columns = self._pivots(state, min(PIVOTS, keep))
-        if self.official:
-            columns = hash_order(columns, state.sequence)
-        pivots = gather_tokens(state.sequence.hidden, columns)
-        pivots, tokens = (F.normalize(state.llm.norm(t).float(), dim=-1) for t in (pivots, state.tokens))
-        similarity = state.matmul(pivots, tokens.transpose(1, 2))
-        picks = shares(keep - image.shape[1], columns.shape[1])
-        return Reduction(pick_different(similarity, image, picks), state.tokens.shape[1])
-
-    def _pivots(self, state: DecoderState, images: int) -> tuple[Tensor, Tensor]:
-        """Image pivots [B, images] among the visual tokens; all pivots [B, images + 4] as columns of the sequence."""
+        # The text that pivots come from: all after the image, or the question where that is too short.
         sequence = state.sequence
         pairs = zip(sequence.after, sequence.question, strict=True)
         spans = [after if after[1] - after[0] >= PIVOTS else question for after, question in pairs]
@@ -121,9 +103,22 @@ class Dart(OneStage):
             raise UserError(
                 f"dart takes {PIVOTS} pivots from the text after the image; a prompt has {shortest} tokens."
             )
-        size = state.keys.float().abs().sum((1, 3))  # [B, L], L1 norm over all heads
         words, exists = sequence.row_index(spans)
         visual, _ = sequence.row_index(sequence.images)
-        text = highest(size.gather(1, words).masked_fill(~exists, -torch.inf), PIVOTS)
-        image = highest(size.gather(1, visual), images)
-        return image, torch.cat([visual.gather(1, image), words.gather(1, text)], 1)
+
+        # Pivots: the visual and text tokens with the largest keys, by L1 norm over all heads; ties to the lower index.
+        size = state.keys.float().abs().sum((1, 3))  # [B, L]
+        word_size = size.gather(1, words).masked_fill(~exists, -torch.inf)
+        text = word_size.argsort(dim=1, descending=True, stable=True)[:, :PIVOTS]
+        image = size.gather(1, visual).argsort(dim=1, descending=True, stable=True)[:, : min(PIVOTS, keep)]
+        columns = torch.cat([visual.gather(1, image), words.gather(1, text)], 1)
+        if self.official:
+            columns = hash_order(columns, sequence)
+
+        # Each pivot picks the tokens least similar to it: equally many, one more for the first ones if need be.
+        pivots = gather_tokens(sequence.hidden, columns)
+        pivots, tokens = (F.normalize(state.llm.norm(t).float(), dim=-1) for t in (pivots, state.tokens))
+        similarity = state.matmul(pivots, tokens.transpose(1, 2))  # [B, P, N]
+        rest, turns = keep - image.shape[1], columns.shape[1]
+        picks = [rest // turns + (turn < rest % turns) for turn in range(turns)]
+        return Reduction(pick_different(similarity, image, picks), state.tokens.shape[1])

@@ -2,8 +2,8 @@
 
 Paper: https://arxiv.org/abs/2503.02175
 Official code read: vbdi/divprune@799e2d9, LLaVA/llava/model/llava_arch.py, DivPrune
-Differs from it: distances are in float32 (theirs are in the model's float16, where many choices depend on rounding),
-    and no token is chosen twice (theirs can be, once only duplicates are left).
+Differs from it: distances are in float32 (theirs: in the model's float16, where many choices depend on rounding), and
+    no token is chosen twice (in theirs one can be, when only duplicates are left).
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from llava.reduction import MethodMetadata, PromptState, Reducer, Reduction, far
 @register("divprune")
 @dataclass(frozen=True, kw_only=True)
 class DivPrune(Reducer):
-    """Compares projected tokens, so it acts after the projector."""
+    """Acts after the projector, as it compares projected tokens."""
 
     summary: ClassVar[str] = "the most diverse tokens: greedily the one farthest from all chosen"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
@@ -35,6 +35,5 @@ class DivPrune(Reducer):
     )
 
     def prompt(self, state: PromptState) -> Reduction | None:
-        tokens = state.tokens.shape[1]
         chosen = farthest_apart(state.tokens, self.budget, state.matmul)
-        return Reduction(chosen.sort(dim=1).values, tokens)
+        return Reduction(chosen.sort(dim=1).values, state.tokens.shape[1])

@@ -2,7 +2,7 @@
 
 Paper: https://arxiv.org/abs/2412.01818v1 (version 1; version 3 of the same number is VisPruner)
 Official code read: Theia-4869/FasterVLM@f5d5f12, llava/model/llava_arch.py, encode_images
-Differs from it: attention is ranked in float32 (theirs is in the model's float16, where different values tie), and only
+Differs from it: attention is ranked in float32 (theirs: in the model's float16, where different values tie), and only
     the kept patches are projected.
 """
 

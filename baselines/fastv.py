@@ -2,8 +2,8 @@
 
 Paper: https://arxiv.org/abs/2403.06764
 Official code read: pkunlp-icler/FastV@d165972, src/FastV/lmms-eval/fastv_kvcache.py
-Differs from it: runs layer K-1 once (theirs runs it twice and caches its keys twice); batches, any number of visual
-tokens, image span and depth. The budget is a mean over layers; `schedule=kept` counts as the release does.
+Differs from it: it runs layer K-1 once (theirs runs it twice and caches its keys twice), and takes batches and any
+number of visual tokens, image span and depth. The budget is a mean over layers; `schedule=kept` counts as the release.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from llava.reduction import DecoderState, MethodMetadata, register
 @register("fastv")
 @dataclass(frozen=True, kw_only=True)
 class FastV(OneStage):
-    """Prunes once, in the prefill; the caches of earlier layers keep every token."""
+    """Prunes once, during the prefill; the caches of earlier layers keep every token."""
 
     summary: ClassVar[str] = "rank by the last prompt token's attention in an early decoder layer, prune once"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(

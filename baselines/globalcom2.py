@@ -3,13 +3,13 @@
 Paper: https://arxiv.org/abs/2501.05179
 Official code read: xuyang-liu16/GlobalCom2@96b2d00, llava/model/llava_arch.py (generate_scale_for_crop_features,
     compress_thumbnail, compress_crops) and multimodal_encoder/apply_customvit.py
-Differs from it: newline tokens count (theirs come on top of the budget); a tile's richness is summed over the region
-    that it shows (theirs over equal parts of the base image, whatever unpadding cuts off a tile); the budget is met:
-    fractions and what a full tile cannot take go to other tiles (theirs are lost). `official` does as the release in
-    these three, with budget / patches of the image as ratio. In both: kept tokens are in raster order (theirs: the
-    base image's best first, and those of tiles with fewer columns after unpadding at indices of whole tiles), and rows
-    that unpadding cuts off have no newline token (theirs keep it). An image of one tile is its own base image (the
-    release does not reduce it).
+Differs from it: newline tokens count (theirs come on top of the budget). A tile's richness is summed over the region
+    that it shows (theirs: over equal parts of the base image, whatever unpadding cuts off). The budget is met, because
+    fractions and tokens that do not fit into a tile go to other tiles (theirs are lost). `official` follows the release
+    in these three; its ratio is budget / patches of the image. Two more differences remain with it. Kept tokens are in
+    raster order (theirs: the best of the base image first, and in tiles that lost columns to unpadding at the indices
+    of whole tiles). Rows that unpadding cuts off have no newline token (theirs keep it). An image of one tile is its
+    own base image (the release does not reduce it).
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ EPS = 1e-8
 
 
 def adjustment(richness: Sequence[float], temperature: float) -> list[float]:
-    """Factor of each tile's ratio: 1 + softmax(richness / temperature) - the mean of that softmax."""
+    """The factor by which each tile's ratio changes: 1 + softmax(richness / temperature) - mean of the softmax."""
     best = max(richness)
     powers = [exp((value - best) / temperature) for value in richness]
     weights = [power / (sum(powers) + EPS) for power in powers]
@@ -52,35 +52,13 @@ def adjustment(richness: Sequence[float], temperature: float) -> list[float]:
 
 
 def equal_parts(score: Tensor, grid: tuple[int, int], tiles: tuple[int, int]) -> list[float]:
-    """Sums of the base image's scores [P] over equal parts, one for each tile; the last part takes the remainder."""
+    """Sum the base image's scores [P] over equal parts, one for each tile; the last part takes the remainder."""
     row, column = (
         (torch.arange(length) // max(1, length // parts)).clamp(max=parts - 1)
         for length, parts in zip(grid, tiles, strict=True)
     )
     part = (row[:, None] * tiles[1] + column).flatten()
     return torch.zeros(tiles[0] * tiles[1], dtype=torch.double).scatter_add_(0, part, score.double()).tolist()
-
-
-def split(score: Tensor, layout: TokenLayout, temperature: float, budget: int) -> list[int]:
-    """Split `budget`: the base image at the ratio of the whole image, each tile at a ratio adjusted by its richness.
-
-    Args:
-        score: [P] of the base image.
-    """
-    sizes = [len(crop.patches) for crop in layout.crops]
-    budget = min(budget, sum(sizes))
-    first = int(budget * sizes[0] / sum(sizes) + 0.5)
-    factors = adjustment(covered(layout, score), temperature)
-    weights = [size * factor for size, factor in zip(sizes[1:], factors, strict=True)]
-    return [first, *split_evenly(budget - first, sizes[1:], weights)]
-
-
-def split_as_released(score: Tensor, layout: TokenLayout, temperature: float, ratio: float) -> list[int]:
-    """Tokens of each tile: its own ratio of its own patches, rounded down."""
-    assert layout.tiles is not None  # crop_shares returns before this without tiles
-    factors = adjustment(equal_parts(score, layout.grid, layout.tiles), temperature)
-    ratios = [ratio, *(min(ratio * factor, 1.0) for factor in factors)]
-    return [int(len(crop.patches) * own) for crop, own in zip(layout.crops, ratios, strict=True)]
 
 
 @register("globalcom2")
@@ -99,7 +77,7 @@ class GlobalCom2(Reducer):
         code="xuyang-liu16/GlobalCom2@96b2d00",
     )
 
-    # Not "global": scores are normalised tile by tile, so they do not compare patches of different tiles.
+    # Not "global": scores are normalised per tile, so those of different tiles cannot be compared.
     tile_budget: str = option(
         "adaptive", "the budget over tiles: by the paper's rule, or others", ("adaptive", "each", "thumbnail")
     )
@@ -126,10 +104,20 @@ class GlobalCom2(Reducer):
     def crop_shares(self, layout: TokenLayout, scores: dict[TowerScore, Tensor], budget: int) -> list[int] | None:
         if self.tile_budget != "adaptive" or layout.tiles is None:
             return None
-        score = scores[SCORE][0].cpu()  # the one wait for the device: token counts become shapes
+        score = scores[SCORE][0].cpu()  # of the base image; the one wait for the device, as token counts become shapes
+        richness = equal_parts(score, layout.grid, layout.tiles) if self.official else covered(layout, score)
+        factors = adjustment(richness, self.temperature)
+        sizes = [len(crop.patches) for crop in layout.crops]
         if self.official:
-            return split_as_released(score, layout, self.temperature, min(1.0, self.budget / layout.patches))
-        return split(score, layout, self.temperature, budget)
+            # Each tile keeps its own ratio of its own patches, rounded down.
+            ratio = min(1.0, self.budget / layout.patches)
+            ratios = [ratio, *(min(ratio * factor, 1.0) for factor in factors)]
+            return [int(size * own) for size, own in zip(sizes, ratios, strict=True)]
+        # The base image keeps the ratio of the whole image; the tiles share the rest by size times factor.
+        budget = min(budget, sum(sizes))
+        first = int(budget * sizes[0] / sum(sizes) + 0.5)
+        weights = [size * factor for size, factor in zip(sizes[1:], factors, strict=True)]
+        return [first, *split_evenly(budget - first, sizes[1:], weights)]
 
     def encoder(self, state: EncoderState) -> Reduction | None:
         assert state.thumbnail is not None  # the pipeline sets it

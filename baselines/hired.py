@@ -3,12 +3,13 @@
 Paper: https://arxiv.org/abs/2408.10945
 Official code read: hasanar1f/HiRED@502d6dd, transformers/src/transformers/models/llava/modeling_llava.py and
     llava_next/modeling_llava_next.py, both under the same fork
-Differs from it: nothing known for one tile, as in LLaVA-1.5. With tiles, salient patches are counted in the region that
-    each tile shows (the release cuts the flat map of 24 x 24 into one run per tile: strips of whole rows); fractions
-    and what a full tile cannot take go to other tiles, and what no tile can take to the base image (lost in the
-    release); only patches that unpadding leaves can be chosen (the release chooses padding too and cuts it off
-    afterwards). `official` does as the release in these three.
-    Neither swaps rows and columns of tiles, as its fork does when their numbers differ: there other tokens are kept.
+Differs from it: no difference is known for one tile, as in LLaVA-1.5. With tiles there are three. Salient patches are
+    counted in the region that each tile shows (the release cuts the flat 24 x 24 map into one run per tile: strips of
+    whole rows). Fractions and tokens that do not fit into a tile go to other tiles, and to the base image if all tiles
+    are full (the release loses them). Only patches that unpadding leaves can be chosen (the release also chooses
+    padding and cuts it off afterwards). `official` follows the release in these three.
+    The release's fork swaps rows and columns of tiles when their numbers differ, and then keeps other tokens. Neither
+    variant does that here.
 """
 
 from dataclasses import dataclass
@@ -37,12 +38,12 @@ LATE, EARLY = TowerScore("cls_attention"), TowerScore("cls_attention", 0)
 
 
 def salient_patches(early: Tensor, count: int) -> Tensor:
-    """[P] float32: 1 for the `count` patches of the base image with the highest early attention [P], else 0."""
+    """[P] float32: 1 for the `count` patches of the base image with the highest early attention [P], 0 for others."""
     return torch.zeros_like(early).scatter_(0, keep_top(early[None], count)[0], 1.0)
 
 
 def crop_budgets(salient: Tensor, layout: TokenLayout, budget: int) -> list[int]:
-    """Split a budget over the tiles of an image, in proportion to the salient patches in the region of each.
+    """Split a budget over the tiles in proportion to the salient patches in the region that each tile shows.
 
     Args:
         salient: [P], 1 for every salient patch of the base image.
@@ -52,7 +53,7 @@ def crop_budgets(salient: Tensor, layout: TokenLayout, budget: int) -> list[int]
 
 
 def crop_budgets_as_released(salient: Tensor, tiles: int, budget: int) -> list[int]:
-    """Like `crop_budgets`, over consecutive runs of the flat map; rounded down in float32, at most a whole tile."""
+    """Like `crop_budgets`, but over consecutive runs of the flat map, rounded down in float32, at most a whole tile."""
     if len(salient) % tiles:
         raise UserError(
             f"hired.official cuts the {len(salient)} patches of the base image into equal runs, one for each tile, and "
@@ -62,23 +63,10 @@ def crop_budgets_as_released(salient: Tensor, tiles: int, budget: int) -> list[i
     return (runs / runs.sum().clamp(min=1) * budget).int().clamp(max=len(salient)).tolist()
 
 
-def behind_unpadding(given: list[int], attention: Tensor, layout: TokenLayout) -> list[int]:
-    """How many of the `given` best patches of each whole tile are left after unpadding.
-
-    They are the best of the patches that are left, so the counts suffice.
-
-    Args:
-        attention: [tiles, P], of whole tiles.
-    """
-    rank = attention.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    chosen = (rank < torch.tensor(given)[:, None]).long()
-    return [int(row[crop.patches].sum()) for row, crop in zip(chosen, layout.crops, strict=True)]
-
-
 @register("hired")
 @dataclass(frozen=True, kw_only=True)
 class HiRED(Scorer):
-    """With one tile this is FasterVLM. Frames of a video get equal budgets."""
+    """With one tile it keeps what FasterVLM keeps. Frames of a video get equal budgets."""
 
     summary: ClassVar[str] = "highest CLS attention; the budget of tiles by early attention"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
@@ -131,5 +119,9 @@ class HiRED(Scorer):
             return [first, *crop_budgets(salient, layout, budget - first)]
         tiles = len(layout.crops) - 1
         rest = min(budget - first, tiles * len(salient))
-        given = [first, *crop_budgets_as_released(salient, tiles, rest)]
-        return behind_unpadding(given, scores[LATE].cpu(), layout)
+        given = torch.tensor([first, *crop_budgets_as_released(salient, tiles, rest)])
+        # The release chooses among the patches of whole tiles, and unpadding cuts off some of the chosen ones. Those
+        # that are left are the best of the patches that are left, so their number suffices.
+        rank = scores[LATE].cpu().argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        chosen = (rank < given[:, None]).long()
+        return [int(row[crop.patches].sum()) for row, crop in zip(chosen, layout.crops, strict=True)]

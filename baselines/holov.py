@@ -2,11 +2,15 @@
 
 Paper: https://arxiv.org/abs/2510.02912
 Official code read: obananas/HoloV@1d2e65e, llava/model/utils.py, HoloV
-Differs from it: inside a chunk tokens are ranked by the score that also ranks the chunk (the release ranks by attention
-    alone, so that variance never chooses a token); what a full chunk cannot take goes to the others in proportion to
-    their scores (the release appends zero vectors instead); tokens stay in raster order (the release: by attention
-    inside each chunk). `official` does as the release in all three. Both need chunks of one size. With tiles, both cut
-    each tile into chunks (the release: the joined tokens of all tiles; 42 to 54 of 64 tokens agree at 672 x 672).
+Differs from it: inside a chunk, tokens are ranked by the score that also ranks the chunk (the release ranks them by
+    attention alone, so that variance never chooses a token). Tokens that do not fit into a chunk go to the others in
+    proportion to their scores (the release appends zero vectors instead). Tokens stay in raster order (the release:
+    sorted by attention inside each chunk). `official` follows the release in all three. Both need chunks of one size.
+    With tiles, both cut each tile into chunks (the release: the joined tokens of all tiles; at 672 x 672 pixels 42 to
+    54 of 64 tokens agree).
+
+Shapes: B images, N tokens, P chunks of S = N / P tokens, D channels. A chunk is consecutive in raster order; 16 chunks
+of LLaVA-1.5's 24 x 24 patches have 1.5 rows each.
 """
 
 from collections.abc import Callable
@@ -32,9 +36,6 @@ from llava.reduction import (
 MatMul = Callable[[Tensor, Tensor], Tensor]
 ATTENTION_SCALE = 1e3
 EPS = 1e-6
-
-# Shapes: B images, N tokens, P chunks of S = N / P tokens, D channels. A chunk is consecutive in raster order, 1.5 rows
-# of LLaVA-1.5's 24 x 24 patches with 16 chunks.
 
 
 def token_scores(tokens: Tensor, attention: Tensor, chunks: int, alpha: float, matmul: MatMul = torch.matmul) -> Tensor:
@@ -62,7 +63,7 @@ def token_scores(tokens: Tensor, attention: Tensor, chunks: int, alpha: float, m
 
 
 def deal_as_released(score: Tensor, budget: int) -> Tensor:
-    """[B, P] chunk scores -> tokens of each chunk, in proportion; may exceed the size of a chunk."""
+    """[B, P] chunk scores -> [B, P] tokens of each chunk, in proportion; they may exceed the size of a chunk."""
     share = score / (score.sum(1, keepdim=True) + EPS)
     given = (share * budget).floor().long()
     left = budget - given.sum(1, keepdim=True)
@@ -72,13 +73,13 @@ def deal_as_released(score: Tensor, budget: int) -> Tensor:
 def deal(score: Tensor, size: int, budget: int) -> Tensor:
     """[B, P] chunk scores -> [B, P] int64 tokens of each chunk, at most `size` each, `budget` in sum.
 
-    In proportion to the scores; what a full chunk cannot take goes to the others in the same proportion. Fractions are
-    cut off; the tokens that remain go one each to the chunks with the highest scores.
+    Tokens are dealt in proportion to the scores; those that do not fit into a chunk go to the others in the same
+    proportion. Fractions are cut off, and the remaining tokens go one each to the chunks with the highest scores.
     """
     score = score.clamp(min=EPS * EPS)  # so that a chunk without attention can take tokens when all others are full
     chunks = score.shape[1]
-    # As a full chunk leaves more to the others, the full ones are the highest, and as few as leave no other one full.
-    # All numbers of full chunks are tried at once: [B, P + 1, P].
+    # The full chunks are those with the highest scores. Their number is the smallest at which no other chunk would be
+    # full, too. All numbers are tried at once: [B, P + 1, P].
     number = torch.arange(chunks + 1, device=score.device)
     full = ranks(score)[:, None] < number[:, None]
     left = score[:, None].masked_fill(full, 0).sum(2, keepdim=True).clamp(min=EPS * EPS)
@@ -91,14 +92,8 @@ def deal(score: Tensor, size: int, budget: int) -> Tensor:
     return given + (ranks(score.masked_fill(full, -1)) < left)
 
 
-def keep_dealt(score: Tensor, given: Tensor, budget: int) -> Tensor:
-    """[B, budget] indices, ascending: of each chunk the `given` [B, P] tokens with the highest `score` [B, P, S]."""
-    kept = (ranks(score) < given.unsqueeze(-1)).flatten(1)
-    return kept.byte().argsort(dim=1, descending=True, stable=True)[:, :budget]
-
-
 def reduction_as_released(attention: Tensor, given: Tensor, budget: int) -> Reduction:
-    """Tokens chunk after chunk, highest attention first, and zero vectors where chunks have too few tokens.
+    """Tokens chunk by chunk, highest attention first, then zero vectors where chunks have too few tokens.
 
     Args:
         attention: [B, P, S].
@@ -110,7 +105,7 @@ def reduction_as_released(attention: Tensor, given: Tensor, budget: int) -> Redu
     count = given.clamp(min=0, max=size)
     slot = (count.cumsum(1) - count).unsqueeze(-1) + order
     assignment = torch.where(order < count.unsqueeze(-1), slot, -1).flatten(1)
-    # A zero vector has the index of a dropped token and no members: kept tokens first, then dropped ones.
+    # Kept tokens first, then dropped ones: a zero vector has the index of a dropped token, and no members.
     kept = torch.where(assignment < 0, tokens, assignment).argsort(dim=1, stable=True)[:, :budget]
     return Reduction(kept, tokens, assignment, (assignment >= 0).float())
 
@@ -118,7 +113,7 @@ def reduction_as_released(attention: Tensor, given: Tensor, budget: int) -> Redu
 @register("holov")
 @dataclass(frozen=True, kw_only=True)
 class HoloV(Reducer):
-    """Scores projected tokens, so it acts after the projector."""
+    """Acts after the projector, as it scores projected tokens."""
 
     summary: ClassVar[str] = "budget split over chunks by attention and variance"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
@@ -156,11 +151,13 @@ class HoloV(Reducer):
     def prompt(self, state: PromptState) -> Reduction | None:
         tokens = state.tokens.shape[1]
         attention = state.scores[TowerScore("cls_attention")]
-        # The largest number of equal chunks: an unpadded tile can have any number of patches.
+        # An unpadded tile can have any number of patches: the largest number of equal chunks.
         chunks = next(count for count in range(self.chunks, 0, -1) if tokens % count == 0)
         score = token_scores(state.tokens, attention, chunks, self.alpha, state.matmul)
         if self.official:
             given = deal_as_released(score.mean(-1), self.budget)
             return reduction_as_released(attention.unflatten(1, (chunks, -1)), given, self.budget)
         given = deal(score.mean(-1), score.shape[-1], self.budget)
-        return Reduction(keep_dealt(score, given, self.budget), tokens)
+        best = (ranks(score) < given.unsqueeze(-1)).flatten(1)  # of each chunk as many as it was given
+        kept = best.byte().argsort(dim=1, descending=True, stable=True)[:, : self.budget]
+        return Reduction(kept, tokens)

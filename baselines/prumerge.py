@@ -1,16 +1,19 @@
-"""PruMerge: patches with the highest CLS attention, merged with their nearest by key, and one token for the others.
+"""PruMerge: keep the patches with the highest CLS attention, add their nearest by key, and average all others.
 
-PruMerge+ chooses a quarter of its tokens by attention and spreads the rest over the image.
+PruMerge+ chooses a quarter of its tokens by attention and spreads the others over the image.
 
 Paper: https://arxiv.org/abs/2403.15388
 Official code read: 42Shawn/LLaVA-PruMerge@097c041, llava/model/multimodal_encoder/clip_encoder.py,
     token_prune_merge_advanced and token_prune_merge_advanced_plus
-Differs from it: keeps budget - 1 tokens and the one for the others (the release keeps as many as attention has
+Differs from it: it keeps budget - 1 tokens and one average of the others (the release keeps as many as attention has
     outliers), divides each merged token by the sum of its weights (the release does not), and stays in raster order
-    (the release: by attention). `official` does as the release in all three; `fixed` with it takes the release's other
-    branch, which keeps a given number of tokens. PruMerge+ spreads tokens over those that attention did not choose, so
-    that their number is exact; its `official` works for images without outliers and for images with more than a third
-    of outliers (the release divides by zero, or steps by zero): the spread tokens are then the first one, or all.
+    (the release: sorted by attention). `official` follows the release in all three; with `fixed` it takes the release's
+    other branch, which keeps a given number of tokens. PruMerge+ spreads tokens over those that attention did not
+    choose, so that their number is exact. Its `official` also works for images without outliers and for images with
+    more than a third of outliers (the release fails with a division or a step of zero): it then spreads over the first
+    token alone, or over all.
+
+Shapes: B images, N tokens, K kept tokens, D channels of the keys.
 """
 
 from collections.abc import Callable
@@ -42,39 +45,32 @@ NEIGHBOURS = 32
 
 
 def by_attention(attention: Tensor, count: int) -> Tensor:
-    """[B, N] -> [B, count] indices, highest first, ties to the lower index."""
+    """[B, N] -> [B, count] indices of the highest, best first; ties go to the lower index."""
     return attention.argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
 def outliers(attention: Tensor) -> Tensor:
-    """[B, N] -> [B] int64, number of values more than 1.5 interquartile ranges above the third quartile."""
+    """[B, N] -> [B] int64, the number of values more than 1.5 interquartile ranges above the third quartile."""
     low, high = torch.quantile(attention, torch.tensor([0.25, 0.75], device=attention.device), dim=1)
     number: Tensor = (attention > (high + 1.5 * (high - low)).unsqueeze(1)).sum(1)
     return number
 
 
-def left_over(kept: Tensor, total: int) -> Tensor:
-    """[B, K] indices -> the other [B, N-K] indices, ascending.
-
-    If `kept` has an index twice, the lowest of the others is missing, as in the release.
-    """
-    places = torch.arange(total, device=kept.device).expand(len(kept), -1)
-    return places.scatter(1, kept, -1).sort(dim=1).values[:, kept.shape[1] :]
-
-
 def shares(kept: Tensor, attention: Tensor, keys: Tensor, neighbours: int, matmul: MatMul = torch.matmul) -> Tensor:
-    """[B, K+1, N] float32 merge matrix: K kept tokens, then the one for the others.
+    """[B, K+1, N] float32 merge matrix: K kept tokens, then the average of the others.
 
-    A kept token has weight 1 and each of its nearest tokens, kept or not, the weight of its attention. In the last
-    output token, each of the others has the weight of its attention.
+    A kept token has weight 1, and each of its nearest tokens, kept or not, has its attention as weight. In the last
+    output token, each of the others has its attention as weight.
 
     Args:
         kept: [B, K] indices.
         attention: [B, N].
         keys: [B, N, D]; the nearest tokens are those with the highest cosine.
     """
-    batch, total = attention.shape
-    count, rest = kept.shape[1], left_over(kept, total)
+    (batch, total), count = attention.shape, kept.shape[1]
+    # The others, ascending. As in the release, the lowest one is missing for every index that `kept` has twice.
+    places = torch.arange(total, device=kept.device).expand(batch, -1)
+    rest = places.scatter(1, kept, -1).sort(dim=1).values[:, count:]
     listed = torch.cat([kept, rest], 1)
     unit = F.normalize(keys.float(), dim=-1)
     cosine = matmul(gather_tokens(unit, kept), gather_tokens(unit, listed).transpose(1, 2))  # [B, K, N]
@@ -95,7 +91,7 @@ def shares(kept: Tensor, attention: Tensor, keys: Tensor, neighbours: int, matmu
 @register("prumerge")
 @dataclass(frozen=True, kw_only=True)
 class PruMerge(Reducer):
-    """Queries and keys are those of the tower's last block, all heads taken as one."""
+    """Reads queries and keys of the tower's last block, with all heads taken as one."""
 
     summary: ClassVar[str] = "highest CLS attention, supplemented by near keys, and one token for the rest"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
@@ -145,33 +141,26 @@ class PruMerge(Reducer):
         if self.adaptive:
             # The number of tokens depends on the image, so the host waits for the device once.
             rows = zip(attention.split(1), keys.split(1), outliers(attention).tolist(), strict=True)
-            return [self._merge(self.keep_adaptively(row, count), row, key, state) for row, key, count in rows]
-        kept = self.keep_as_released(attention) if self.official else self.keep(attention)
-        return self._merge(kept, attention, keys, state)
+            return [self._merge(self.keep(row, count), row, key, state) for row, key, count in rows]
+        return self._merge(self.keep(attention), attention, keys, state)
 
-    def keep(self, attention: Tensor) -> Tensor:
-        """[B, N] -> [B, budget - 1] indices, ascending."""
-        return keep_top(attention, self.budget - 1)
-
-    def keep_as_released(self, attention: Tensor) -> Tensor:
-        """[B, N] -> [B, budget - 1] indices in the release's order."""
-        return by_attention(attention, self.budget - 1)
-
-    def keep_adaptively(self, attention: Tensor, count: int) -> Tensor:
-        """[1, N] -> [1, K] indices in the release's order.
+    def keep(self, attention: Tensor, found: int | None = None) -> Tensor:
+        """[B, N] -> [B, K] indices of kept tokens, ascending, or with `official` in the release's order.
 
         Args:
-            count: outliers of this image.
+            found: number of outliers of the only image, which the release keeps; None keeps budget - 1 tokens.
         """
-        return by_attention(attention, count)
+        if not self.official:
+            return keep_top(attention, self.budget - 1)
+        return by_attention(attention, self.budget - 1 if found is None else found)
 
     def _merge(self, kept: Tensor, attention: Tensor, keys: Tensor, state: EncoderState) -> Reduction:
-        # The token for the others gets the place of the one of them with the highest attention.
+        # The average of the others gets the place of the one with the highest attention among them.
         outputs = torch.cat([kept, attention.scatter(1, kept, -1).argmax(1, keepdim=True)], 1)
         if self.official:
             matrix = shares(kept, attention, keys, self.neighbours, state.matmul)
         else:
-            # A lower bound, so that attention that underflows to zero does not give 0/0.
+            # Clamped, so that attention that underflows to zero does not give 0/0.
             matrix = shares(kept, attention.clamp(min=1e-12), keys, self.neighbours, state.matmul)
             matrix = matrix / matrix.sum(-1, keepdim=True)
         return Reduction(outputs, attention.shape[1], merge_matrix=matrix, appended=1)
@@ -180,35 +169,16 @@ class PruMerge(Reducer):
 # PruMerge+
 
 
-def spread(taken: Tensor, total: int, count: int) -> Tensor:
-    """[B, count] indices, ascending, spread evenly over those that are not in `taken` [B, K]."""
-    rest = others(taken, total)
-    step = torch.arange(count, device=rest.device) * rest.shape[1] // max(count, 1)
-    return rest[:, step]
-
-
-def released_grid(total: int, found: int) -> range:
-    """The indices that the release adds to `found` outliers: about three times as many, from index 0 on."""
-    if found == 0:
-        return range(1)
-    return range(0, total - 1, max(1, total // found // 3))
-
-
 def fixed_grid(total: int, count: int) -> range:
-    """Indices of the release's fixed branch: every n-th from the middle of the first step."""
+    """Indices that the release's fixed branch adds: every n-th, starting in the middle of the first step."""
     step = total // count
     return range(step // 2, total - 1, step)
-
-
-def released_budgets(total: int) -> list[int]:
-    """Budgets whose fixed grid has as many indices as attention chooses; at others the release fails."""
-    return [2 * count + 1 for count in range(1, total // 2) if len(fixed_grid(total, count)) == count]
 
 
 @register("prumerge_plus")
 @dataclass(frozen=True, kw_only=True)
 class PruMergePlus(PruMerge):
-    """Spread tokens are merged with their nearest tokens like the others."""
+    """Merges the spread tokens with their nearest tokens, like those chosen by attention."""
 
     summary: ClassVar[str] = "PruMerge with tokens spread over the image"
     metadata: ClassVar[MethodMetadata] = replace(
@@ -226,7 +196,9 @@ class PruMergePlus(PruMerge):
 
     def check(self, spec: ModelSpec) -> None:
         super().check(spec)
-        fitting = released_budgets(spec.visual_tokens)
+        # Elsewhere the release fails: its grid has another number of indices than attention chooses.
+        total = spec.visual_tokens
+        fitting = [2 * count + 1 for count in range(1, total // 2) if len(fixed_grid(total, count)) == count]
         if self.fixed and self.budget not in fitting:
             near = sorted(sorted(fitting, key=lambda budget: abs(budget - self.budget))[:4])
             raise UserError(
@@ -234,19 +206,23 @@ class PruMergePlus(PruMerge):
                 f"more; a budget of {self.budget} has no such grid, near it are {', '.join(map(str, near))}."
             )
 
-    def keep(self, attention: Tensor) -> Tensor:
-        count = round((self.budget - 1) * self.spatial)
-        top = keep_top(attention, self.budget - 1 - count)
-        return torch.cat([top, spread(top, attention.shape[1], count)], 1).sort(dim=1).values
-
-    def keep_as_released(self, attention: Tensor) -> Tensor:
-        """As many tokens by attention as on a grid; the grid may repeat a token."""
-        half = (self.budget - 1) // 2
-        grid = torch.tensor(fixed_grid(attention.shape[1], half), device=attention.device)
-        return torch.cat([by_attention(attention, half), grid.expand(len(attention), -1)], 1)
-
-    def keep_adaptively(self, attention: Tensor, count: int) -> Tensor:
-        top = super().keep_adaptively(attention, count)
-        grid = torch.tensor(released_grid(attention.shape[1], count), device=attention.device)
+    def keep(self, attention: Tensor, found: int | None = None) -> Tensor:
+        total, device = attention.shape[1], attention.device
+        if not self.official:
+            # The highest, and tokens spread evenly over the others.
+            count = round((self.budget - 1) * self.spatial)
+            top = keep_top(attention, self.budget - 1 - count)
+            rest = others(top, total)
+            step = torch.arange(count, device=device) * rest.shape[1] // max(count, 1)
+            return torch.cat([top, rest[:, step]], 1).sort(dim=1).values
+        if found is None:
+            # The release's fixed branch: half by attention, half on a grid, which may repeat a token.
+            half = (self.budget - 1) // 2
+            grid = torch.tensor(fixed_grid(total, half), device=device)
+            return torch.cat([by_attention(attention, half), grid.expand(len(attention), -1)], 1)
+        # The outliers, and a grid of about three times as many that starts at index 0.
+        top = by_attention(attention, found)
+        indices = range(0, total - 1, max(1, total // found // 3)) if found else range(1)
+        grid = torch.tensor(indices, device=device)
         fresh = grid[~torch.isin(grid, top)]
         return torch.cat([top, fresh.unsqueeze(0)], 1)

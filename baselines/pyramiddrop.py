@@ -2,9 +2,9 @@
 
 Paper: https://arxiv.org/abs/2410.17247
 Official code read: Cooperx521/PyramidDrop@6444f30, llava/model/modeling_llama_pdrop.py
-Differs from it: the paper's stages have a mean of 270 tokens and no other mean is published. By default the stages
-before layers 2, 10 and 20 halve the tokens, with the first count fitted to the budget; `schedule` has the published
-ones.
+Differs from it: the paper's stages have a mean of 270 tokens, and no other mean is published. By default stages before
+layers 2, 10 and 20 halve the tokens, and the first count is fitted to the budget; `schedule` offers the published
+stages.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ HALVING = (4, 2, 1)
 # Schedules as ratios of all visual tokens: (decoder layers of 32, ratio kept after each).
 SHARES = {
     "paper": ((8, 16, 24), (0.5, 0.25, 0.125)),
-    # In the evaluation scripts of other projects, as "PyramidDrop at 128 tokens".
+    # Evaluation scripts of other projects call this "PyramidDrop at 128 tokens".
     "third_party": ((2, 10, 20), (0.32, 0.16, 0.08)),
 }
 

@@ -2,7 +2,7 @@
 
 Paper: https://arxiv.org/abs/2510.24214
 Official code read: kinredon/SCOPE@6bf7306, scope/clip_encoder.py, SCOPE
-Differs from it: nothing known; alpha, there an environment variable, is an option.
+Differs from it: no difference is known. alpha, an environment variable in the release, is an option.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from llava.reduction import (
 @register("scope")
 @dataclass(frozen=True, kw_only=True)
 class Scope(Reducer):
-    """Chooses by saliency and coverage together; the question is not used."""
+    """Chooses by saliency and coverage together, without the question."""
 
     summary: ClassVar[str] = "greedy gain in coverage, weighted by CLS attention"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
@@ -43,8 +43,7 @@ class Scope(Reducer):
         return (TowerScore("cls_attention"),)
 
     def encoder(self, state: EncoderState) -> Reduction | None:
-        tokens = state.features.shape[1]
         # The release sums over heads; the mean differs by a constant factor, so the choices are the same.
         weight = state.scores[TowerScore("cls_attention")].pow(self.alpha)
         chosen = cover_greedily(state.features, weight, self.budget, state.matmul)
-        return Reduction(chosen.sort(dim=1).values, tokens)
+        return Reduction(chosen.sort(dim=1).values, state.features.shape[1])

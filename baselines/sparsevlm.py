@@ -1,12 +1,12 @@
-"""SparseVLM: in stages, keep the visual tokens with the highest attention of the text raters, and recycle some others.
+"""SparseVLM: in stages, keep the visual tokens to which the text raters attend most, and recycle some of the others.
 
 Paper: https://arxiv.org/abs/2410.04417
 Official code read: Gumpest/SparseVLMs@26a5f48, llava/model/language_model/modelling_sparse_llama.py, score.py, utils.py
-Differs from it: of equally dense tokens the higher-scored one counts as denser (theirs adds random noise of 1e-6); a
-cluster is the mean of its members (theirs divides by their number plus 1e-6); a single recycled token stays in its
-place; if no word is a rater, all words are. The release has four tables and counts a layer that prunes its own output
-as pruned; by default its proportions are fitted to the tokens that enter the layers. `schedule=release` takes its
-tables; there is no `official`.
+Differs from it: of equally dense tokens, the one with the higher score counts as denser (theirs adds random noise of
+1e-6). A cluster is the mean of its members (theirs divides by their number plus 1e-6). A single recycled token stays in
+its place. If no word is a rater, all words are. The release has four tables, and counts a layer that prunes its own
+output as pruned; by default its proportions are fitted to the tokens that enter the layers. `schedule=release` takes
+its tables; there is no `official`.
 
 Shapes: B images, N visual tokens, T words, M recycled tokens, D channels.
 """
@@ -43,8 +43,8 @@ def text_raters(relation: Tensor, exists: Tensor) -> Tensor:
         exists: [B, T], False for padding.
 
     Returns:
-        [B, T] bool: the words with more than the mean weight in the visual tokens' softmax over words; all words if
-        there is none.
+        [B, T] bool: words whose weight in the visual tokens' softmax over words is above the mean; all words if there
+        is none.
     """
     gained = relation.float().masked_fill(~exists[:, None], -torch.inf).softmax(-1).mean(1)
     above = (gained > gained.sum(1, keepdim=True) / exists.sum(1, keepdim=True)) & exists
@@ -52,7 +52,7 @@ def text_raters(relation: Tensor, exists: Tensor) -> Tensor:
 
 
 def recycled(dropped: int) -> tuple[int, int]:
-    """(tokens that are recycled, clusters they form) of `dropped` tokens."""
+    """How many of `dropped` tokens are recycled, and how many clusters they form."""
     tokens = int(dropped * 0.3) + 1
     return tokens, tokens // 10 + 1
 
@@ -61,9 +61,9 @@ def density_peaks(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Cluster [B, M, D] tokens around density peaks: dense tokens that are far from every denser token.
 
     Returns:
-        [B, count] indices of the centres, best first, and [B, M] the number of the cluster of each token.
+        [B, count] indices of the centres, best first, and [B, M] the cluster of each token.
     """
-    # From differences: from products, small distances between long vectors would be lost to rounding.
+    # Computed from differences, as products would lose small distances between long vectors to rounding.
     distance = torch.cdist(tokens, tokens, compute_mode="donot_use_mm_for_euclid_dist") / tokens.shape[-1] ** 0.5
     near = distance.topk(count, dim=-1, largest=False).values
     density = (-(near**2).mean(-1)).exp()
@@ -78,12 +78,12 @@ def density_peaks(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def keep_and_recycle(score: Tensor, tokens: Tensor, keep: int) -> Reduction:
-    """Keep the best tokens and average the best of the rest into clusters, which come after the kept tokens.
+    """Keep the best tokens, and average the best of the others into clusters, which come after the kept tokens.
 
     Args:
         score: [B, N].
         tokens: [B, N, D].
-        keep: tokens kept as they are, below N.
+        keep: number of tokens kept as they are, below N.
     """
     total = score.shape[1]
     used, clusters = recycled(total - keep)
@@ -102,18 +102,18 @@ def keep_and_recycle(score: Tensor, tokens: Tensor, keep: int) -> Reduction:
     return Reduction(outputs, total, assignment, weight, appended=clusters)
 
 
-# Budget -> tokens that the three stages keep, recycled ones not counted.
+# Budget -> tokens that the three stages keep, without recycled ones.
 TABLES = {
     "v1": {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},
     "v2": {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)},
 }
-TOKENS, HEADS, SHARP = 576, 32, 14  # the tables' visual tokens; heads of the model, and how many v2 uses
+TOKENS, HEADS, SHARP = 576, 32, 14  # visual tokens in the tables; heads of their model, and how many of them v2 uses
 
 
 @register("sparsevlm")
 @dataclass(frozen=True, kw_only=True)
 class SparseVLM(Staged):
-    """The layer before each stage runs on all its tokens; its attention ranks them."""
+    """Ranks tokens by the attention of the layer before each stage, which has run on all of them."""
 
     summary: ClassVar[str] = (
         "rank by the attention of the text raters in three decoder stages; recycle some of the rest"
@@ -186,15 +186,14 @@ class SparseVLM(Staged):
         return tuple(counts)
 
     def reduce(self, state: DecoderState, keep: int) -> Reduction:
-        score = self._score(state)
-        if self.variant == "v1":
-            return keep_and_recycle(score, state.tokens, keep)
-        return Reduction(keep_top(score, keep), state.tokens.shape[1])
+        # The raters are chosen by the embeddings that enter layer 0, so they are the same at every stage.
+        start = state.start
+        index, exists = start.row_index(seeing_spans(start, "after"))
+        words, visual = gather_tokens(start.hidden, index).float(), start.take(start.hidden, start.images).float()
+        raters = text_raters(state.matmul(visual, words.transpose(1, 2)), exists)  # [B, T]
 
-    def _score(self, state: DecoderState) -> Tensor:
-        """[B, N], attention of the raters in the layer before."""
-        raters = self._raters(state)
-        # Rows of all words: only the device knows which of them are raters, and the host should not wait for it.
+        # Their attention ranks the tokens. The rows of all words are computed, because only the device knows which of
+        # them are raters, and the host should not wait for it.
         weights, _ = state.attention("after", at="previous")  # [B, H, T, N]
         if self.variant == "v2":
             weights = weights / rotary_scores(state)[:, None]
@@ -202,19 +201,16 @@ class SparseVLM(Staged):
         if self.variant == "v2":
             heads = max(1, int(SHARP * given.shape[1] / HEADS + 0.5))
             given = gather_tokens(given, keep_top(given.sum(-1), heads))
-        return given.mean(1)
-
-    def _raters(self, state: DecoderState) -> Tensor:
-        start = state.start
-        index, exists = start.row_index(seeing_spans(start, "after"))
-        words, visual = gather_tokens(start.hidden, index).float(), start.take(start.hidden, start.images).float()
-        return text_raters(state.matmul(visual, words.transpose(1, 2)), exists)
+        score = given.mean(1)
+        if self.variant == "v1":
+            return keep_and_recycle(score, state.tokens, keep)
+        return Reduction(keep_top(score, keep), state.tokens.shape[1])
 
 
 def rotary_scores(state: DecoderState) -> Tensor:
-    """[B, T, N], attention scores between words and visual tokens with all queries and keys equal to ones.
+    """[B, T, N] attention scores between words and visual tokens if all entries of queries and keys were 1.
 
-    At positions p and r the score is 2 sum(cos p cos r + sin p sin r) over frequencies, which falls with distance.
+    At positions p and r the score is 2 sum(cos p cos r + sin p sin r) over frequencies; it falls with their distance.
     """
     entered = state.entered
     index, _ = entered.row_index(seeing_spans(entered, "after"))

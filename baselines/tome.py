@@ -2,8 +2,8 @@
 
 Paper: https://arxiv.org/abs/2210.09461
 Official code read: facebookresearch/ToMe@af95e4b, tome/merge.py and tome/patch/timm.py
-Differs from it: it runs in CLIP; the number of tokens to merge is planned block by block so that the budget is met
-exactly; raster order is restored after the tower (`order=release` keeps the order of the last matching; there is no
+Differs from it: it runs in CLIP. The number of tokens to merge is planned for each block so that the budget is met
+exactly. Raster order is restored after the tower (`order=release` keeps the order of the last matching; there is no
 `official`).
 
 Shapes: B images, n tokens in a block, CLS first, d channels of the keys.
@@ -31,12 +31,12 @@ from llava.reduction import (
 
 
 def removals(patches: int, budget: int, blocks: int) -> tuple[int, ...]:
-    """Patches that each block merges away so that `budget` are left: as equal as possible, earlier blocks more.
+    """Patches that each block merges away so that `budget` are left: equal numbers, or one more in earlier blocks.
 
     A block can merge at most half of its patches, which limits the last blocks of a small budget.
 
     Returns:
-        one number per block; their sum is less than patches - budget if the budget cannot be reached.
+        One number per block. Their sum is less than patches - budget if the budget cannot be reached.
     """
     plan, left, remaining = [], budget, patches - budget
     for block in reversed(range(blocks)):
@@ -44,13 +44,6 @@ def removals(patches: int, budget: int, blocks: int) -> tuple[int, ...]:
         plan.append(share)
         left, remaining = left + share, remaining - share
     return tuple(reversed(plan))
-
-
-def smallest_budget(patches: int, blocks: int) -> int:
-    """Patches that are left if every block merges as many as it can."""
-    for _ in range(blocks):
-        patches -= patches // 2
-    return patches
 
 
 def merge_most_similar(
@@ -61,11 +54,11 @@ def merge_most_similar(
     Args:
         keys: [B, n, d]; similarity is their cosine.
         sizes: [B, n] number of patches merged into each token.
-        count: number of pairs to merge, those of highest similarity; at most half of the tokens. CLS is not merged.
+        count: number of pairs to merge, those with the highest similarity; at most half of the tokens. CLS is not
+            merged.
 
     Returns:
-        a reduction whose outputs are the unmerged even tokens in order, CLS first, then all odd ones; averages are
-        weighted by size.
+        The outputs are the unmerged even tokens in order, CLS first, then all odd ones. Averages are weighted by size.
     """
     count = min(count, (keys.shape[1] - 1) // 2)
     unit = F.normalize(keys, dim=-1)
@@ -112,7 +105,9 @@ class ToMe(Reducer):
     def check(self, spec: ModelSpec) -> None:
         super().check(spec)
         blocks = spec.tower_blocks - 1  # LLaVA takes the output of the last block but one
-        least = smallest_budget(spec.visual_tokens, blocks)
+        least = spec.visual_tokens
+        for _ in range(blocks):
+            least -= least // 2
         if self.budget < least:
             why = f"each of the {blocks} blocks up to the features can merge at most half of the tokens"
             raise refuse_budget(self.name, self.budget, least, spec.visual_tokens, why)

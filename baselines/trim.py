@@ -2,8 +2,9 @@
 
 Paper: https://arxiv.org/abs/2409.10994
 Official code read: FreedomIntelligence/TRIM@f5a232d, llava/model/multimodal_encoder/clip_encoder.py
-Differs from it: the mean is one of the budget's tokens; the text is the question alone, all chunks of it if it is too
-long for CLIP. official=true: the mean is one token more; the text is the whole user message, cut off at CLIP's length.
+Differs from it: the mean is one of the budget's tokens. The text is the question alone, in several chunks if it is too
+long for CLIP. official=true: the mean comes on top of the budget, and the text is the whole user message, cut off at
+CLIP's length.
 
 Shapes: B images, N visual tokens, K output tokens.
 """
@@ -28,9 +29,9 @@ from llava.reduction import (
 
 
 def keep_and_average(kept: Tensor, total: int) -> Reduction:
-    """Keep tokens `kept` [B, K-1] unchanged and append the plain mean of all others.
+    """Keep the tokens `kept` [B, K-1] unchanged and append the plain mean of all others.
 
-    The mean gets the index of the last token that was averaged.
+    The mean gets the index of the last token in it.
     """
     batch, count = kept.shape
     slots = torch.arange(count, device=kept.device).expand(batch, -1)
@@ -43,7 +44,7 @@ def keep_and_average(kept: Tensor, total: int) -> Reduction:
 
 
 def outliers(score: Tensor) -> Tensor:
-    """[B, N] float32 -> [B] int64, number of scores more than 1.5 interquartile ranges above the third quartile."""
+    """[B, N] float32 -> [B] int64, the number of scores more than 1.5 interquartile ranges above the third quartile."""
     low, high = score.quantile(torch.tensor([0.25, 0.75], device=score.device), dim=1, keepdim=True)
     number: Tensor = (score > high + 1.5 * (high - low)).sum(1)
     return number

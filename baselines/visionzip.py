@@ -2,16 +2,18 @@
 
 Paper: https://arxiv.org/abs/2412.04467
 Official code read: dvlab-research/VisionZip@3151f6d, visionzip/clip_encoder.py and visionzip/utils.py
-Differs from it: contextual tokens are averages, as in the paper; the release, and `official` here, adds the mean of the
-    members to their target, which nearly doubles a token's norm. A budget is split in the release's proportion. With
-    tiles, `official` too keeps contextual tokens in raster order of the tiles' grid (the release: tile after tile).
+Differs from it: contextual tokens are averages, as in the paper. The release, and `official` here, adds the mean of the
+    members to their target, which nearly doubles a token's norm. Any budget is split in the release's proportion. With
+    tiles, contextual tokens are in raster order of the stitched tiles, also with `official` (the release: tile after
+    tile).
+
+Shapes: B images, N patches, d channels of the keys.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from llava.reduction import (
     EncoderState,
@@ -29,28 +31,10 @@ from llava.reduction import (
 CONTEXTUAL_SHARE = 10 / 64  # 54 + 10, 108 + 20 and 162 + 30 in the release, CLS among the first
 
 
-def zip_tokens(
-    saliency: Tensor, keys: Tensor, dominant: int, contextual: int, weights: str, cls: bool = True
-) -> Reduction:
-    """Dominant tokens in raster order, CLS first, then contextual ones in the raster order of their targets.
-
-    Args:
-        saliency: [B, N] attention of CLS.
-        keys: [B, N, d] of the same block, mean over heads.
-        dominant: tokens kept as they are, CLS among them; at least 1.
-        contextual: tokens that the rest is merged into; every n-th of the rest is a target.
-        weights: "mean" (a group is averaged) or "anchor_plus_mean" (the mean of the others is added to the target).
-        cls: there is a CLS token before the N patches; without one, all dominant tokens are patches.
-    """
-    kept, rest = split(saliency, dominant - cls)
-    plan = merge_plan(kept, rest, contextual, saliency, keys, "stride", weights, True)
-    return plan.with_cls() if cls else plan
-
-
 @register("visionzip")
 @dataclass(frozen=True, kw_only=True)
 class VisionZip(Reducer):
-    """The CLS token is one of the tokens that the decoder sees."""
+    """Keeps the CLS token as one of the budget's tokens, where the tower has one."""
 
     summary: ClassVar[str] = (
         "CLS, the tokens with its highest attention, and averages of the rest around evenly spaced targets"
@@ -74,7 +58,7 @@ class VisionZip(Reducer):
         "scale with official=true": "the release adds the mean of its members to a contextual token",
     }
 
-    # Every tile keeps its own class token, so tokens of all tiles are not ranked together.
+    # Every tile keeps its own class token, so the tokens of all tiles cannot be ranked together.
     tile_budget: str = option(
         "each", "the budget over tiles: even, or by the base image's attention", ("each", "thumbnail")
     )
@@ -86,20 +70,21 @@ class VisionZip(Reducer):
         if not 0 <= self.contextual < 1:
             raise UserError(f"visionzip.contextual must be at least 0 and below 1, got {self.contextual}.")
 
-    def split(self) -> tuple[int, int]:
-        """Dominant (CLS among them) and contextual tokens."""
-        contextual = min(round(self.budget * self.contextual), self.budget - 1)
-        return self.budget - contextual, contextual
-
     def scores(self) -> tuple[TowerScore, ...]:
         return TowerScore("cls_attention"), TowerScore("keys")
 
     def encoder(self, state: EncoderState) -> Reduction:
-        saliency, keys = (state.scores[score] for score in self.scores())
+        saliency, keys = (state.scores[score] for score in self.scores())  # [B, N], and [B, N, d] as mean over heads
         patches, tokens = saliency.shape[1], state.features.shape[1]
-        if self.budget >= patches:
+        has_cls = tokens > patches
+        if self.budget >= patches:  # all patches without CLS, as LLaVA has them without reduction
             everything = torch.arange(tokens - patches, tokens, device=saliency.device)
-            return Reduction(everything.expand(len(saliency), -1), tokens)  # LLaVA itself drops CLS
-        dominant, contextual = self.split()
+            return Reduction(everything.expand(len(saliency), -1), tokens)
+
+        # Dominant tokens, CLS first, are kept as they are. Every n-th of the others is a target: it and the tokens with
+        # the most similar keys become a contextual token.
+        contextual = min(round(self.budget * self.contextual), self.budget - 1)
+        kept, rest = split(saliency, self.budget - contextual - has_cls)
         weights = "anchor_plus_mean" if self.official else "mean"
-        return zip_tokens(saliency, keys, dominant, contextual, weights, cls=tokens > patches)
+        plan = merge_plan(kept, rest, contextual, saliency, keys, "stride", weights, appended=True)
+        return plan.with_cls() if has_cls else plan

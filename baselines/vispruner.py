@@ -2,8 +2,8 @@
 
 Paper: https://arxiv.org/abs/2412.01818 (version 3)
 Official code read: Theia-4869/VisPruner@aefa01a, llava/model/llava_arch.py, encode_images
-Differs from it: works with an odd number of important tokens and at tiny budgets (theirs raises IndexError); scores are
-    in float32 and ties go to the earlier entry; all cosines are computed once, not once per round.
+Differs from it: it works with an odd number of important tokens and at tiny budgets (theirs raises IndexError). Scores
+    are in float32, and ties go to the earlier entry. All cosines are computed once, not once per round.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from llava.reduction import (
 @register("vispruner")
 @dataclass(frozen=True, kw_only=True)
 class VisPruner(Reducer):
-    """Keeps important tokens and diverse tokens; the question is not used."""
+    """Keeps important and diverse tokens, without the question."""
 
     summary: ClassVar[str] = "highest CLS attention, then the rest without near-duplicates"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
@@ -49,11 +49,10 @@ class VisPruner(Reducer):
         return (TowerScore("cls_attention"),)
 
     def encoder(self, state: EncoderState) -> Reduction | None:
-        tokens = state.features.shape[1]
         order = state.scores[TowerScore("cls_attention")].argsort(dim=1, descending=True, stable=True)
         important = int(self.budget * self.important)
         kept, rest = order[:, :important], order[:, important:]
-        if important < self.budget:
+        if important < self.budget:  # near-duplicates of the others are removed until the rest of the budget is left
             diverse = distinct(gather_tokens(state.features, rest), self.budget - important, state.matmul)
             kept = torch.cat([kept, rest.gather(1, diverse)], 1)
-        return Reduction(kept.sort(dim=1).values, tokens)
+        return Reduction(kept.sort(dim=1).values, state.features.shape[1])

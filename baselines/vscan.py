@@ -1,10 +1,10 @@
-"""VScan: keep tokens by CLS attention, per window and overall; in the middle decoder layer, by attention of the text.
+"""VScan: keep tokens by CLS attention, per window and overall; then, in the decoder's middle, by the text's attention.
 
 Paper: https://arxiv.org/abs/2505.22654
 Official code read: Tencent/SelfEvolvingAgent@a82450e, VScan/llava/model/llava_arch.py (encode_images, token_merging),
 VScan/llava/model/modeling_llama_x.py (layer_prune)
 Differs from it: tokens that do not divide evenly over the windows go to the windows with the best tokens left
-(official=true: they are missing); budgets other than its 64 keep the proportion of its stages, 96 and 32.
+(official=true: these tokens are missing). Budgets other than its 64 keep the proportion of its stages, 96 and 32.
 
 Shapes: B images, N visual tokens, K of them kept.
 """
@@ -40,7 +40,7 @@ DEEP = TowerScore("cls_attention", -2)
 
 
 def windows(layout: PatchGrid, side: int) -> tuple[Tensor, int]:
-    """[N] int64 window of each patch, and the number of windows; windows at the border may be smaller."""
+    """[N] int64 window of each patch, and the number of windows. Windows at the border may be smaller."""
     across = -(-layout.columns // side)
     row = torch.arange(layout.rows) // side
     column = torch.arange(layout.columns) // side
@@ -55,8 +55,8 @@ def keep_top_of_windows(score: Tensor, window: Tensor, count: int, windows: int)
         window: [N] window of each token, below `windows`.
 
     Returns:
-        [B, count] int64: the best of every window, then the second best of every window, and so on; of the last rank,
-        if not all fit, those with the highest score.
+        [B, count] int64: the best of every window, then the second best of every window, and so on. If not all of the
+        last rank fit, those with the highest score are taken.
     """
     order = score.float().argsort(dim=1, descending=True, stable=True)
     home = window[order]
@@ -67,7 +67,7 @@ def keep_top_of_windows(score: Tensor, window: Tensor, count: int, windows: int)
 @register("vscan")
 @dataclass(frozen=True, kw_only=True)
 class VScan(Reducer):
-    """Two stages: projected tokens before the decoder, hidden states before its middle layer."""
+    """Acts in two stages: on projected tokens before the decoder, and on hidden states before its middle layer."""
 
     summary: ClassVar[str] = "CLS attention in windows and overall, merge the rest; then the last token's attention"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
@@ -96,7 +96,8 @@ class VScan(Reducer):
     def counts(self, spec: ModelSpec) -> tuple[int, int, int]:
         """Tokens chosen in the windows, all tokens kept by the first stage, and tokens kept by the second stage."""
         (stage,), depth = self.decoder_layers(spec.layers), spec.layers
-        # 3 : 1 as 96 : 32, less at the borders: the second stage keeps at least one token, the first at most all.
+        # 96 to 32 in the release, so the first stage keeps 3/2 of the budget, or less at the ends: it keeps at most all
+        # tokens, and leaves at least one for the second stage.
         first = min(3 * self.budget // 2, (depth * self.budget - (depth - stage)) // stage, spec.visual_tokens)
         second = int((depth * self.budget - stage * first) / (depth - stage) + 0.5)
         local = first // 2
@@ -117,20 +118,21 @@ class VScan(Reducer):
         total = state.tokens.shape[1]
         if first >= total:
             return None
+        # Half by the shallow block, the same number in each window; the others by the deep block, over the whole image.
+        shallow, deep = state.scores[SHALLOW], state.scores[DEEP]
         window, count = windows(state.layout, self.window)
         window = window.to(state.tokens.device, non_blocking=True)
-        near = keep_top_of_windows(state.scores[SHALLOW], window, local, count)
-        far = keep_top(state.scores[DEEP].scatter(1, near, -torch.inf), first - local)
+        near = keep_top_of_windows(shallow, window, local, count)
+        far = keep_top(deep.scatter(1, near, -torch.inf), first - local)
         kept = torch.cat([near, far], 1).sort(1).values
         # Each token that is not kept is averaged into the most similar kept one, by cosine of tokens.
-        rest, score = others(kept, total), state.scores[DEEP]
-        return merge_plan(kept, rest, 0, score, state.tokens, "retained", "mean")
+        return merge_plan(kept, others(kept, total), 0, deep, state.tokens, "retained", "mean")
 
     def decoder(self, state: DecoderState) -> Reduction | None:
         tokens = planned(self, state.spec)
         assert tokens is not None  # it never depends on the image
-        second, total = tokens[state.layer], state.tokens.shape[1]
-        if second >= total:
+        keep, total = tokens[state.layer], state.tokens.shape[1]
+        if keep >= total:
             return None
-        weights, _ = state.attention("last", at="next")
-        return Reduction(keep_top(weights.mean(1)[:, 0], second), total)
+        weights, _ = state.attention("last", at="next")  # [B, H, 1, N]
+        return Reduction(keep_top(weights.mean(1)[:, 0], keep), total)

@@ -4,13 +4,12 @@ Paper: https://arxiv.org/abs/2602.00946 (abstract only)
 Official code read: none was released.
 Differs from it: unknown. docs/consensusdrop.md separates fact from reconstruction.
 
-The encoder saliency `v` is dense and the cross-modal saliency `c` is sparse, so their values are not on one scale, but
-their ranks are. `alpha` is the weight of the encoder: 1 is encoder only, 0 is cross-modal only.
+The encoder saliency `v` is dense and the cross-modal saliency `c` is sparse. Their values are therefore not on one
+scale, but their ranks are. `alpha` is the weight of the encoder: 1 is encoder only, 0 is cross-modal only.
 
 Shapes: B images, N visual tokens, T text rows, H heads.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar
@@ -36,132 +35,78 @@ from llava.reduction import (
 )
 
 TINY = 1e-12
+FUSIONS = ("rank", "raw", "minmax", "zscore", "log", "rrf", "cross_first", "gate")
 
 
-def rank01(score: Tensor, top: int = 0) -> Tensor:
-    """Ranks scaled to [0, 1], 1 for the highest score; equal scores rank by lower index.
-
-    Args:
-        top: rank only the `top` highest, all others get 0 (the low values of a sparse score are noise); 0 ranks all.
-    """
-    total = score.shape[1]
-    counted = top or total
-    return (1 - ranks(score) / max(counted - 1, 1)).clamp(min=0)
+def rank01(score: Tensor) -> Tensor:
+    """Ranks scaled to [0, 1], 1 for the highest score; equal scores rank by lower index."""
+    return 1 - ranks(score) / max(score.shape[1] - 1, 1)
 
 
-def _rank(v: Tensor, c: Tensor, alpha: float, cross_top: int, **_: object) -> Tensor:
-    """F1: convex combination of ranks, times a common denominator.
-
-    Returns:
-        [B, N] int64: whole numbers, so that equal sums of ranks are equal and the lower index is kept on every device.
-    """
-    share = Fraction(alpha).limit_denominator(1_000_000)
-    last, last_cross = v.shape[1] - 1, max((cross_top or v.shape[1]) - 1, 1)
-    rank, rank_cross = ranks(torch.stack([v, c])).unbind()
-    encoder, cross = last - rank, (last_cross - rank_cross).clamp(min=0)
-    return share.numerator * last_cross * encoder + (share.denominator - share.numerator) * max(last, 1) * cross
-
-
-def _raw(v: Tensor, c: Tensor, alpha: float, **_: object) -> Tensor:
-    """Control: weighted mean of the raw values.
-
-    A product of softmaxes, softmax(v)^alpha softmax(c)^(1 - alpha), keeps the same tokens: its logarithm is this mean
-    and a constant. A common temperature divides both values and changes nothing.
-    """
-    return alpha * v + (1 - alpha) * c
-
-
-def _minmax(v: Tensor, c: Tensor, alpha: float, **_: object) -> Tensor:
-    """F2: weighted mean of the scores scaled to [0, 1]."""
-
-    def stretch(score: Tensor) -> Tensor:
+def rescaled(score: Tensor, rule: str) -> Tensor:
+    """[B, N] scores on the scale on which a rule of `fuse` averages them."""
+    if rule == "minmax":  # F2: from 0 to 1
         low, high = score.amin(1, keepdim=True), score.amax(1, keepdim=True)
         return (score - low) / (high - low).clamp(min=TINY)
-
-    return alpha * stretch(v) + (1 - alpha) * stretch(c)
-
-
-def _zscore(v: Tensor, c: Tensor, alpha: float, **_: object) -> Tensor:
-    """F3: weighted mean of the scores scaled to mean 0 and standard deviation 1."""
-
-    def standard(score: Tensor) -> Tensor:
+    if rule == "zscore":  # F3: mean 0 and standard deviation 1
         centred = score - score.mean(1, keepdim=True)
         return centred / centred.square().mean(1, keepdim=True).sqrt().clamp(min=TINY)
-
-    return alpha * standard(v) + (1 - alpha) * standard(c)
-
-
-def _log(v: Tensor, c: Tensor, alpha: float, **_: object) -> Tensor:
-    """F4: weighted product of the two distributions."""
-
-    def normal(score: Tensor) -> Tensor:
-        return (score / score.sum(1, keepdim=True).clamp(min=TINY)).clamp(min=TINY)
-
-    return alpha * normal(v).log() + (1 - alpha) * normal(c).log()
-
-
-def _rrf(v: Tensor, c: Tensor, alpha: float, **_: object) -> Tensor:
-    """F5: reciprocal rank fusion, 1 / (60 + rank)."""
-    total = v.shape[1]
-
-    def reciprocal(score: Tensor) -> Tensor:
-        rank = (1 - rank01(score)) * (total - 1) + 1
+    if rule == "log":  # F4: a weighted product of two distributions
+        return (score / score.sum(1, keepdim=True).clamp(min=TINY)).clamp(min=TINY).log()
+    if rule == "rrf":  # F5: reciprocal rank fusion, 1 / (60 + rank)
+        rank = (1 - rank01(score)) * (score.shape[1] - 1) + 1
         return 1 / (60.0 + rank)
-
-    return alpha * reciprocal(v) + (1 - alpha) * reciprocal(c)
-
-
-def _cross_first(v: Tensor, c: Tensor, alpha: float, keep: int, **_: object) -> Tensor:
-    """F6: the tokens with the highest cross-modal saliency first, then the encoder's, up to `keep` tokens."""
-    head = round((1 - alpha) * keep)
-    chosen = rank01(c) > 1 - (head - 0.5) / max(c.shape[1] - 1, 1) if head else torch.zeros_like(c, dtype=torch.bool)
-    return rank01(v) + 2 * chosen.float()
+    # "raw", a control: as they are. A product of softmaxes, softmax(v)^alpha softmax(c)^(1 - alpha), keeps the same
+    # tokens, as its logarithm is this mean and a constant. A common temperature divides both and changes nothing.
+    return score
 
 
-def _gate(v: Tensor, c: Tensor, **_: object) -> Tensor:
-    """F7: the encoder's score times 1 + cross-modal saliency / its mean. `alpha` is not used."""
-    return v * (1 + c / c.mean(1, keepdim=True).clamp(min=TINY))
-
-
-FUSIONS: dict[str, Callable[..., Tensor]] = {
-    "rank": _rank,
-    "raw": _raw,
-    "minmax": _minmax,
-    "zscore": _zscore,
-    "log": _log,
-    "rrf": _rrf,
-    "cross_first": _cross_first,
-    "gate": _gate,
-}
-
-
-def fuse(v: Tensor, c: Tensor | None, rule: str, keep: int, **choices: float) -> Tensor:
-    """Consensus score, higher is kept.
+def fuse(v: Tensor, c: Tensor | None, rule: str, keep: int, alpha: float, cross_top: float = 0) -> Tensor:
+    """[B, N] consensus score, higher is kept.
 
     Args:
         v: [B, N] encoder saliency, at least 0.
         c: [B, N] cross-modal saliency, at least 0; None ranks by the encoder alone.
-        rule: a key of FUSIONS.
-        keep: tokens that will be retained (used by cross_first).
-        choices: alpha, cross_top.
+        rule: one of FUSIONS.
+        keep: number of tokens that will be retained (used by "cross_first").
+        alpha: weight of the encoder, 0 to 1.
+        cross_top: "rank" ranks this many of the highest cross-modal scores, and all others get 0 (the low values of a
+            sparse score are noise); 0 ranks all.
     """
     if c is None:
         return rank01(v)
-    return FUSIONS[rule](v, c, keep=keep, **choices)
+    total = v.shape[1]
+    if rule == "rank":
+        # F1: weighted mean of the ranks times a common denominator. In whole numbers, equal sums of ranks are equal,
+        # and the lower index is kept on every device.
+        share = Fraction(alpha).limit_denominator(1_000_000)
+        last, last_cross = total - 1, max((cross_top or total) - 1, 1)
+        rank, rank_cross = ranks(torch.stack([v, c])).unbind()
+        encoder, cross = last - rank, (last_cross - rank_cross).clamp(min=0)
+        return share.numerator * last_cross * encoder + (share.denominator - share.numerator) * max(last, 1) * cross
+    if rule == "cross_first":
+        # F6: the tokens with the highest cross-modal saliency first, then the encoder's.
+        head = round((1 - alpha) * keep)
+        first = rank01(c) > 1 - (head - 0.5) / max(total - 1, 1) if head else torch.zeros_like(c, dtype=torch.bool)
+        return rank01(v) + 2 * first.float()
+    if rule == "gate":
+        # F7: the encoder's score times 1 + cross-modal saliency / its mean, without alpha.
+        return v * (1 + c / c.mean(1, keepdim=True).clamp(min=TINY))
+    return alpha * rescaled(v, rule) + (1 - alpha) * rescaled(c, rule)
 
 
-# Anchors and their share were chosen on the toy validation split, see docs/consensusdrop.md. VisionZip merges into
-# 10/64 of its tokens (54 + 10, 108 + 20, 162 + 30) with stride anchors.
+# Anchors and their share were chosen on the toy validation split, see docs/consensusdrop.md. For comparison, VisionZip
+# merges into 10/64 of its tokens (54 + 10, 108 + 20, 162 + 30) with stride anchors.
 MERGED_SHARE = 0.5
 
 
 def pool_attention(weights: Tensor, rows: Tensor | None, heads: str, pooling: str) -> Tensor:
-    """Cross-modal saliency c [B, N] from attention [B, H, T, N] of text rows.
+    """Cross-modal saliency c [B, N] from the attention [B, H, T, N] of text rows.
 
     Args:
         rows: [B, T] bool, the rows that exist; None if all do.
-        heads: "mean" over all heads, or "sharp" for the half of the heads with the lowest entropy (attention of
-            the others is spread over the whole image).
+        heads: "mean" over all heads, or "sharp" for the half of the heads with the lowest entropy (the other heads
+            spread their attention over the whole image).
         pooling: "mean" or "max" over rows.
     """
     count = weights.shape[2] if rows is None else rows.sum(-1)[:, None].clamp(min=1)
@@ -204,7 +149,7 @@ class ConsensusDrop(Reducer):
         0.5, "weight of the encoder in the ranking: 1 encoder only, 0 cross-modal only", least=0, most=1
     )
     fusion: str = option(
-        "rank", "rule that fuses the two rankings; raw ranks as a product of their softmaxes does", tuple(FUSIONS)
+        "rank", "rule that fuses the two rankings; raw ranks as a product of their softmaxes does", FUSIONS
     )
     cross_top: int = option(0, "rank fusion: rank only so many of the cross-modal scores, 0 for all", least=0)
     probe: str = option("static", "inputs of the probe: embeddings, or real layer inputs", ("static", "contextual"))
@@ -258,18 +203,23 @@ class ConsensusDrop(Reducer):
         return TowerScore("cls_attention", self.block), TowerScore("keys", self.block)
 
     def cross_saliency(self, state: PromptState) -> Tensor:
-        """[B, N] how much the text rows attend to each visual token."""
+        """[B, N] float32, how much the text rows attend to each visual token."""
         attention = state.text_attention(self.probe_layer, self.query, self.rope, self.probe == "contextual")
         return pool_attention(*attention, self.heads, self.pooling)[:, int(self.cls_token) :]
 
     def prompt(self, state: PromptState) -> Reduction | None:
+        # How important each token is to the encoder and to the question.
         saliency, keys = (state.scores[score] for score in self.scores())
         weighted = self.fusion == "gate" or self.alpha < 1  # else the cross-modal saliency has weight 0
         cross = self.cross_saliency(state) if weighted else None
+
+        # The tokens with the highest consensus of both are retained.
         budget = self.budget - self.cls_token
         merged = 0 if self.anchors == "retained" else round(budget * self.merged_share)
-        score = fuse(saliency, cross, self.fusion, budget - merged, alpha=self.alpha, cross_top=self.cross_top)
+        score = fuse(saliency, cross, self.fusion, budget - merged, self.alpha, self.cross_top)
         retained, rest = split(score, budget - merged)
+
+        # The others are merged, guided by the encoder's keys.
         appended = self.order == "appended"
         plan = merge_plan(retained, rest, merged, saliency, keys, self.anchors, self.weights, appended)
         plan = plan.with_cls() if self.cls_token else plan

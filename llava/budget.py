@@ -1,4 +1,4 @@
-"""How a budget is written: as a number of visual tokens, or as a ratio of each image's."""
+"""How a budget is written: as a number of visual tokens, or as a ratio of each image's tokens."""
 
 import os
 import re
@@ -21,7 +21,7 @@ def count_or_ratio(budget: object) -> int | float:
         An integer of at least 1, or the ratio as a float above 0 and up to 1.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the budget is neither.
     """
     text = str(budget)
     if COUNT.fullmatch(text) and int(text) >= 1:
@@ -38,9 +38,9 @@ def count_or_ratio(budget: object) -> int | float:
 
 
 def or_environment(method: str | None, budget: Any) -> tuple[str | None, Any]:
-    """A method and a budget, each from VTR_METHOD or VTR_BUDGET where it is None; standard error says when they act.
+    """A method and a budget. VTR_METHOD and VTR_BUDGET replace those that are None, and standard error says so.
 
-    Scripts written for LLaVA name neither, and the one who starts them can.
+    Scripts written for LLaVA have no options for them, but the environment can be set before they start.
     """
     given = {"VTR_METHOD": method, "VTR_BUDGET": budget}
     acting = [name for name, value in given.items() if value is None and os.environ.get(name)]
@@ -52,7 +52,7 @@ def or_environment(method: str | None, budget: Any) -> tuple[str | None, Any]:
 
 
 def budget_text(budget: int | None, ratio: float | None = None) -> str:
-    """A budget as a person writes it: "64", or with a ratio of each image's tokens "1/9" or "0.35"."""
+    """A budget as a person writes it: "64", or for a ratio of each image's tokens "1/9" or "0.35"."""
     if not ratio:
         return str(budget)
     short, simple = f"{ratio:.6g}", Fraction(ratio).limit_denominator(1000)

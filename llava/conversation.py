@@ -1,17 +1,17 @@
 """The prompt templates of the LLaVA and Qwen-VL checkpoints.
 
-Templates are data: a checkpoint was trained on these characters, so every character must match. The texts are those of
-the official code; tests/test_prompt.py compares the rendered prompts.
+Templates are data. A checkpoint was trained on these characters, so every character must match. The texts are those of
+the official code, and tests/test_prompt.py compares the rendered prompts.
 
-Questions here are single turns, which `render` writes. Scripts written for LLaVA's own package add turns to a copy of
-one of `conv_templates` and ask it for the prompt.
+Questions of this project are single turns, which `render` writes. Scripts written for LLaVA's own package add turns to
+a copy of one of `conv_templates` and ask it for the prompt.
 
 Official code read: haotian-liu/LLaVA@c121f04, llava/conversation.py; chat_template of Qwen/Qwen2-VL-7B-Instruct, which
 Qwen2.5-VL has word for word; LLaVA-VL/LLaVA-NeXT@df17966, llava/conversation.py, whose llava_llama_3 renders with the
 chat_template of meta-llama/Meta-Llama-3-8B-Instruct
-Differs from it: MODES are those of checkpoints that can be loaded here. conv_templates has the names that scripts use,
-without default, v0, llama_2 and templates of other decoders; an unknown name is an error. stop_string of
-mistral_instruct is "</s>" (theirs is the separator before a turn); the headers of llava_llama_3 are those of training.
+Differs from it: MODES has the templates of checkpoints that can be loaded here. conv_templates has the names that
+scripts use, without default, v0, llama_2 and templates of other decoders; an unknown name is an error. stop_string of
+mistral_instruct is "</s>" (theirs is the separator before a turn). The headers of llava_llama_3 are those of training.
 """
 
 from dataclasses import dataclass, field, replace
@@ -32,7 +32,7 @@ ANSWER_FORMATS = (
 
 @dataclass(frozen=True)
 class Template:
-    """One template. A prompt is `system`, `user`, the message and `assistant`; the answer of the model follows.
+    """One template. A prompt is `system`, `user`, the message and `assistant`; the model's answer follows.
 
     Attributes:
         system: text before the user's turn.
@@ -40,8 +40,8 @@ class Template:
         assistant: text between the message and its answer.
         stop: text that ends an answer.
         slot: text of an image before the message; the visual tokens replace "<image>" in it.
-        trim: spaces and line ends at both ends of a message are removed.
-        answered: an answer, in place of the braces, between `assistant` and the next turn.
+        trim: whether spaces and line ends at both ends of a message are removed.
+        answered: text between `assistant` and the next turn, with the answer in place of the braces.
     """
 
     system: str
@@ -106,7 +106,7 @@ def conversation(mode: str) -> Template:
 
 
 def stop_string(mode: str) -> str:
-    """Return the text that ends an answer. Cut it off if it is no special token of the tokenizer."""
+    """Return the text that ends an answer. Cut it off the answer if the tokenizer has no special token for it."""
     return conversation(mode).stop
 
 
@@ -116,11 +116,11 @@ def render(mode: str, message: str) -> str:
     return template.system + template.user + (message.strip() if template.trim else message) + template.assistant
 
 
-# Conversations, as scripts for LLaVA write them down
+# Conversations, for scripts written for LLaVA
 
 
 class SeparatorStyle(Enum):
-    """How a template divides turns, by LLaVA's names; scripts take the text that ends an answer by it."""
+    """How a template separates turns, by LLaVA's names; scripts choose the text that ends an answer by it."""
 
     SINGLE = 1
     TWO = 2
@@ -133,18 +133,19 @@ class SeparatorStyle(Enum):
 
 @dataclass
 class Conversation:
-    """The turns of a conversation, with the fields of LLaVA's own, which scripts read and set.
+    """The turns of a conversation, with the fields of LLaVA's class, which scripts read and set.
 
     Attributes:
         system: text before the first turn, without the separator that follows it.
-        roles: with which the user's and the model's turns begin.
-        messages: [role, message] of the turns, the user's and the model's in turns; None where the model shall
-            continue. The message may be a tuple that begins with the text: (text, image, how the image is shown).
-        offset: messages at the beginning that are an example.
-        sep_style: how turns are divided.
-        sep: text that ends a turn; in the styles TWO and PLAIN the user's, in LLAMA_2 text before a user's turn.
-        sep2: text that ends an answer where it is not `sep`.
-        version: where "mmtag" is in it, the image of the first message stands in a turn of its own.
+        roles: texts with which the user's and the model's turns begin.
+        messages: [role, message] of alternating turns of the user and the model; None where the model shall continue.
+            The message may be a tuple that begins with the text: (text, image, how the image is shown).
+        offset: number of messages at the beginning that are an example.
+        sep_style: how turns are separated.
+        sep: text that ends a turn; in the styles TWO and PLAIN only the user's turn. In LLAMA_2, text before a user's
+            turn.
+        sep2: text that ends an answer if it is not `sep`.
+        version: if it contains "mmtag", the image of the first message has a turn of its own.
     """
 
     system: str
@@ -166,11 +167,18 @@ class Conversation:
         """The text of all turns, which ends where the model continues if the last message is None.
 
         Raises:
-            UserError: the style LLAMA_2 has no first message, in which the system's text would stand.
+            UserError: in the style LLAMA_2 there is no first message, which would hold the system's text.
         """
         style, text = self.sep_style, self.system
         if style is SeparatorStyle.LLAMA_2:
-            return self._instructions()
+            text, system = "", f"<<SYS>>\n{self.system}\n<</SYS>>\n\n" if self.system else ""
+            for number, (_, message) in enumerate(self._texts()):
+                if not number and not message:
+                    raise UserError("The first message of this template must be a text of the user; append it first.")
+                if message:
+                    text += f" {message} {self.sep2}" if number % 2 else f"{self.sep}[INST] {system}{message} [/INST]"
+                system = ""
+            return text.removeprefix(self.sep)
         if style is not SeparatorStyle.PLAIN and not (style is SeparatorStyle.CHATML and not text):
             text += self._ended("")
         for number, (role, message) in enumerate(self._texts()):
@@ -181,7 +189,7 @@ class Conversation:
         return text
 
     def _texts(self) -> list[tuple[str, str]]:
-        """Role and text of every turn, with "<image>" where the first message has an image."""
+        """Role and text of every turn, with "<image>" for an image of the first message."""
         texts = [(role, message[0] if isinstance(message, tuple) else message or "") for role, message in self.messages]
         if texts and isinstance(self.messages[0][1], tuple):
             role, text = texts[0][0], texts[0][1].replace("<image>", "").strip()
@@ -190,23 +198,12 @@ class Conversation:
         return texts
 
     def _ended(self, text: str, number: int = 0) -> str:
-        """The text of a turn with what ends it; `number` counts the turns."""
+        """The text of turn `number` with the text that ends it."""
         if self.sep_style is SeparatorStyle.LLAMA_3:
             text = text.strip()
         if self.sep_style in (SeparatorStyle.TWO, SeparatorStyle.PLAIN) and number % 2:
             return f"{text}{self.sep2 or ''}"
         return f"{text}{self.sep}\n" if self.sep_style is SeparatorStyle.CHATML else text + self.sep
-
-    def _instructions(self) -> str:
-        """The prompt in the style LLAMA_2, whose first message holds the system's text."""
-        text, system = "", f"<<SYS>>\n{self.system}\n<</SYS>>\n\n" if self.system else ""
-        for number, (_, message) in enumerate(self._texts()):
-            if not number and not message:
-                raise UserError("The first message of this template must be a text of the user; append it first.")
-            if message:
-                text += f" {message} {self.sep2}" if number % 2 else f"{self.sep}[INST] {system}{message} [/INST]"
-            system = ""
-        return text.removeprefix(self.sep)
 
 
 class _Known(dict[str, Conversation]):
@@ -277,6 +274,6 @@ conv_templates = _Known(
         "mpt": Conversation(f"<|im_start|>system\n{ASSISTED}", **_MPT),
         "qwen_1_5": _QWEN,
         "qwen_2": _QWEN,
-        "qwen2_vl": _QWEN,  # not a name of LLaVA's: that of the checkpoints in MODES, with the same texts
+        "qwen2_vl": _QWEN,  # LLaVA does not have this name; MODES has it, with the same texts
     }
 )

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this", and which errors of others mean that memory ran out."""
+"""The exception that means "the user can fix this", errors that mean that memory ran out, and missing packages."""
 
 import errno
 import gc
@@ -9,19 +9,19 @@ from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """Bad input. The message is one sentence: what was expected, what came, what to do.
+    """Bad input. The message says what was expected, what came and what to do.
 
     Command lines print it alone, without a traceback, and exit with code 2.
     """
 
 
 class MethodError(UserError):
-    """A method broke its contract. It is no fault of a question, so it ends a run at once."""
+    """A method broke its contract. Not the question is at fault, so this ends a run at once."""
 
 
-# How errors other than torch's OutOfMemoryError say that memory ran out: the CPU's allocator, the libraries of CUDA and
-# ROCm (cuBLAS and cuDNN allocate beside torch), their runtimes, oneAPI and C++. Statuses with further meanings are left
-# out: CUBLAS_STATUS_NOT_INITIALIZED and CUDNN_STATUS_NOT_SUPPORTED also follow wrong shapes and failed assertions.
+# How errors other than torch's OutOfMemoryError say that memory ran out: those of the CPU's allocator, the libraries of
+# CUDA and ROCm (cuBLAS and cuDNN allocate without torch), their runtimes, oneAPI and C++. Statuses that can also mean
+# wrong shapes or failed assertions are left out: CUBLAS_STATUS_NOT_INITIALIZED and CUDNN_STATUS_NOT_SUPPORTED.
 _NO_MEMORY = re.compile(
     r"out of memory|(can't|cannot) allocate memory|not enough memory|_ALLOC(ATION)?_FAILED\b|"
     r"Error(MemoryAllocation|OutOfMemory)\b|_OUT_OF_(DEVICE|HOST)_MEMORY\b|std::bad_alloc",
@@ -39,28 +39,31 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release_memory(error: BaseException) -> None:
-    """Give back what a call that ran out of memory still holds: tensors in the frames of its errors, and cached blocks.
+    """Free what a call that ran out of memory still holds: tensors in the frames of its errors, and cached blocks.
 
-    The errors stay without their tracebacks.
+    The errors lose their tracebacks.
     """
     import torch  # not needed for any other error
 
-    behind: BaseException | None = error
-    while behind is not None:
-        behind.__traceback__ = None
-        behind = behind.__cause__ or behind.__context__
-    gc.collect()  # of cycles, in which an autograd graph or a partly made cache may be caught
+    current: BaseException | None = error
+    while current is not None:
+        current.__traceback__ = None
+        current = current.__cause__ or current.__context__
+    gc.collect()  # an autograd graph or an unfinished cache may be part of a reference cycle
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
 
 
 def how_to_get(name: str, offline: bool, data: bool = False) -> str:
-    """What to do about a repository of the hub that is neither in the hub's cache nor can be fetched; without a stop.
+    """What to do about a repository of the hub that is not in the hub's cache and cannot be fetched.
 
     Args:
         name: owner/name.
-        offline: the libraries were told to download nothing.
-        data: a data set, not a model.
+        offline: whether the libraries were told to download nothing.
+        data: True for a data set, False for a model.
+
+    Returns:
+        The end of a sentence, without its full stop.
     """
     from huggingface_hub import constants
 
@@ -77,7 +80,7 @@ def how_to_get(name: str, offline: bool, data: bool = False) -> str:
     )
 
 
-# What only a part of the project needs: extra of pyproject.toml -> the modules that its packages install.
+# Extra of pyproject.toml, for what only a part of the project needs -> the modules that its packages install.
 EXTRAS = {
     "eval": (
         *("av", "datasets", "filelock", "openai", "openpyxl", "pandas", "pyarrow", "pycocoevalcap", "scipy"),
@@ -87,7 +90,7 @@ EXTRAS = {
     "cluster": ("deepspeed", "wandb", "wandb_workspaces"),
     "train": ("sklearn",),
 }
-# Packages that are not called like their module.
+# Module -> its package, where the names differ.
 PACKAGES = {
     "pyarrow": "datasets",
     "sklearn": "scikit-learn",
@@ -98,13 +101,13 @@ PACKAGES = {
 
 @contextmanager
 def optional_imports(module: str | None = None) -> Iterator[None]:
-    """Around code that may import packages of EXTRAS, or as the decorator of a function that does.
+    """Context for code that may import packages of EXTRAS, or decorator of a function that does.
 
     Args:
-        module: what is imported; None for any module whose absence the error states.
+        module: the module that is imported; None for the one that the ImportError names.
 
     Raises:
-        UserError: in place of an ImportError of one of them. It names the package and the command that installs it.
+        UserError: instead of an ImportError. It names the package and the command that installs it.
     """
     try:
         yield
@@ -126,7 +129,7 @@ def how_to_install(extra: str) -> str:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence that asks whether the nearest known name was meant; "" where none is near."""
+    """The sentence " Did you mean ...?" with the nearest known name; "" if none is near."""
     close = get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 

@@ -1,10 +1,10 @@
-"""What scripts written for LLaVA's own package call to prepare images and prompts, with its names and arguments.
+"""The functions that scripts written for LLaVA call to prepare images and prompts, with LLaVA's names and arguments.
 
-All of it forwards to `llava.processing`, so that pixels and ids are those of every other command here.
+They forward to `llava.processing`, so that pixels and ids are the same as in every other command here.
 
 Official code read: haotian-liu/LLaVA@c121f04, llava/mm_utils.py
-Differs from it: KeywordsStoppingCriteria looks at the answer alone, and an empty keyword ends nothing; an aspect ratio
-that is not known is an error.
+Differs from it: KeywordsStoppingCriteria looks at the answer alone, and an empty keyword ends nothing; an unknown
+aspect ratio is an error.
 """
 
 import ast
@@ -37,9 +37,9 @@ from llava.processing.prompt import tokenize
 
 
 def get_model_name_from_path(model_path: str) -> str:
-    """The last part of a path or hub id; of a checkpoint-NUMBER of a training, its folder's name and this one.
+    """The last part of a path or hub id; FOLDER_checkpoint-NUMBER for a checkpoint of a training.
 
-    Of a folder in the hub's cache it is the model's name, from which scripts choose the conversation, not the commit's.
+    For a folder in the hub's cache it is the model's name, by which scripts choose the conversation, not the commit.
     """
     snapshot = snapshot_of(model_path.rstrip("/"))
     *folders, name = (snapshot[0] if snapshot else model_path).strip("/").split("/")
@@ -49,7 +49,7 @@ def get_model_name_from_path(model_path: str) -> str:
 
 
 def load_image_from_base64(image: str | bytes) -> Image.Image:
-    """The RGB image whose file is written as base64, as in MMBench's tables."""
+    """The RGB image of a file that is encoded as base64, as in MMBench's tables."""
     return open_image(BytesIO(b64decode(image)), "in base64")
 
 
@@ -62,11 +62,11 @@ def expand2square(pil_img: Image.Image, background_color: tuple[int, int, int]) 
 
 
 def process_images(images: Sequence[Image.Image], image_processor: CLIPImageProcessorPil, model_cfg: Any) -> Any:
-    """Pixels as `image_aspect_ratio` of the model's configuration says.
+    """Prepare pixels as `image_aspect_ratio` of the model's configuration says.
 
     Returns:
         [B, 3, S, S], padded to squares ("pad") or with the sides cut off (None, "square"); for "anyres"
-        [B, 1 + tiles, 3, S, S], or a list of [1 + tiles, 3, S, S] where images have different numbers of tiles.
+        [B, 1 + tiles, 3, S, S], or a list of [1 + tiles, 3, S, S] if images have different numbers of tiles.
     """
     aspect = getattr(model_cfg, "image_aspect_ratio", None)
     if aspect == "anyres":
@@ -92,7 +92,7 @@ def process_anyres_image(image: Image.Image, processor: CLIPImageProcessorPil, g
 
 
 def select_best_resolution(original_size: Size, possible_resolutions: Sequence[Size]) -> Size:
-    """The (width, height) that keeps most of an image's pixels; of equals the smallest, then the first."""
+    """The (width, height) that keeps most of an image's pixels; on a tie the smallest, then the first."""
     return best_resolution(original_size, possible_resolutions)
 
 
@@ -102,7 +102,7 @@ def resize_and_pad_image(image: Image.Image, target_resolution: Size) -> Image.I
 
 
 def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
-    """Square tiles of an image, row by row, `patch_size` pixels wide; black where they reach beyond it."""
+    """Square tiles of an image, row by row, `patch_size` pixels wide; black where they extend beyond the image."""
     return cut(image, patch_size)
 
 
@@ -113,9 +113,9 @@ def get_anyres_image_grid_shape(image_size: Size, grid_pinpoints: Any, patch_siz
 
 
 def _resolutions(grid_pinpoints: Any, tile: int) -> tuple[Size, ...]:
-    """Resolutions of a configuration, which may be written as a text."""
+    """Resolutions of a configuration, which may be given as text."""
     if isinstance(grid_pinpoints, str):
-        with suppress(ValueError, SyntaxError):  # parse_pinpoints says what is expected
+        with suppress(ValueError, SyntaxError):  # then parse_pinpoints raises an error that says what is expected
             grid_pinpoints = ast.literal_eval(grid_pinpoints)
     return parse_pinpoints(grid_pinpoints, tile)
 
@@ -134,10 +134,10 @@ def tokenizer_image_token(
 
 
 class KeywordsStoppingCriteria(StoppingCriteria):
-    """Whether every answer of a batch holds one of the keywords.
+    """Stops when every answer of a batch contains one of the keywords.
 
     Args:
-        input_ids: [B, L] of the prompts, which ids that begin with them repeat.
+        input_ids: [B, L] ids of the prompts. Output ids may begin with them.
     """
 
     def __init__(self, keywords: Sequence[str], tokenizer: PreTrainedTokenizerBase, input_ids: Tensor):

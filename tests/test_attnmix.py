@@ -220,9 +220,9 @@ def test_single_rankings_are_what_they_say():
 @pytest.mark.parametrize("budget", [8, 9])
 def test_half_is_half(budget):
     """Without overlap, half by text (rounded down) and the rest by saliency."""
-    text, saliency = row([1.0] * 8 + [0.0] * 24), row([0.0] * 16 + [1.0] * 16)
-    count = AttnMix(budget=budget, mix="half")._text_count(text, saliency)
-    kept = mix(text, saliency, count, budget)
+    visual = torch.stack([*[torch.eye(8)[0]] * 8, *[torch.eye(8)[7]] * 24])[None]  # the question is the first word
+    given = state(visual, row([0.0] * 16 + [1.0] * 16))
+    kept = AttnMix(budget=budget, mix="half").prompt(given).kept
     assert (kept < 8).sum() == budget // 2 and (kept >= 16).sum() == budget - budget // 2
 
 

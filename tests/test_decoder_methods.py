@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from baselines.dart import Dart, hash_order, highest, pick_different, shares
+from baselines import dart
+from baselines.dart import Dart, hash_order, pick_different
 from baselines.fastv import FastV
 from baselines.pyramiddrop import PyramidDrop
 from baselines.vscan import DEEP, SHALLOW, VScan, keep_top_of_windows, windows
@@ -15,7 +16,7 @@ from llava.errors import UserError
 from llava.pipeline.accounting import mean_visual_tokens
 from llava.pipeline.generate import prefill
 from llava.pipeline.sequence import PromptBatch
-from llava.reduction import registry
+from llava.reduction import gather_tokens, registry
 from llava.reduction.reducer import PromptState
 from llava.reduction.states import DecoderState
 from llava.reduction.token_layout import ModelSpec, PatchGrid
@@ -167,24 +168,25 @@ def test_dart_the_batched_choice_is_the_greedy_one(tokens, picks):
         assert found[row].tolist() == dart_by_the_book(similarity[row], pivots[row].tolist(), picks)
 
 
-def planted_state(text: int = 6) -> DecoderState:
-    """Two prompts: 2 tokens, 10 visual ones, `text` words; the visual tokens 3 and 5 point away from everything."""
-    hidden = torch.zeros(2, 12 + text, 4)
-    hidden[..., 0] = 1 + torch.rand(2, 12 + text)
+def planted_state(text: int = 6, visual: int = 10) -> DecoderState:
+    """Two prompts: 2 tokens, `visual` ones, `text` words; the visual tokens 3 and 5 point away from everything."""
+    stop = 2 + visual
+    hidden = torch.zeros(2, stop + text, 4)
+    hidden[..., 0] = 1 + torch.rand(2, stop + text)
     hidden[:, 2 + 3] = torch.tensor([-1.0, 0, 0, 0])
     hidden[:, 2 + 5] = torch.tensor([-3.0, 0.1, 0, 0])
-    keys = torch.ones(2, 2, 12 + text, 3)
+    keys = torch.ones(2, 2, stop + text, 3)
     # Large keys, of either sign: visual tokens 9, 0, 1, 8 in this order, and the last words.
     for size, token in zip((9, 8, 7, 6), (9, 0, 1, 8), strict=True):
         keys[:, 1, 2 + token] = -size
     keys[:, 0, -4:] = 5
-    span = ((12, 12 + text),) * 2
+    span = ((stop, stop + text),) * 2
     sequence = PromptBatch(
-        hidden, torch.arange(12 + text).expand(2, -1), (12 + text,) * 2, (((2, 12),),) * 2, span, span, span
+        hidden, torch.arange(stop + text).expand(2, -1), (stop + text,) * 2, (((2, stop),),) * 2, span, span, span
     )
     return DecoderState(
         ids=("a", "b"),
-        tokens=hidden[:, 2:12],
+        tokens=hidden[:, 2:stop],
         sequence=sequence,
         llm=SimpleNamespace(norm=nn.Identity()),
         layer=1,
@@ -204,15 +206,28 @@ def test_dart_fewer_tokens_than_pivots_are_the_best_pivots():
     assert Dart(budget=1).reduce(planted_state(), 1).kept.tolist() == [[9]] * 2
 
 
-def test_dart_pivots_take_turns_by_falling_key_norm_image_first():
+def picked(monkeypatch, state: DecoderState, keep: int) -> tuple[list, list, list]:
+    """Columns of all pivots, indices of the image's, and how many tokens each picks."""
+    seen = []
+    monkeypatch.setattr(dart, "gather_tokens", lambda *given: seen.append(given[1].tolist()) or gather_tokens(*given))
+    monkeypatch.setattr(
+        dart,
+        "pick_different",
+        lambda _, *given: seen.extend((given[0].tolist(), given[1])) or pick_different(_, *given),
+    )
+    Dart(budget=1).reduce(state, keep)
+    return tuple(seen)
+
+
+def test_dart_pivots_take_turns_by_falling_key_norm_image_first(monkeypatch):
     """The original goes through a Python set: the order of its pivots is that of integer hashes, and what is kept hangs
     on it. Two pivots that would like the same token show who comes first."""
     similarity = torch.tensor([[[9.0, 0.0, 0.1, 0.2], [9.0, 0.0, 0.3, 0.1]]])
     pivots = torch.tensor([[0]])
     assert pick_different(similarity, pivots, (1, 1)).tolist() == [[0, 1, 3]]
     assert pick_different(similarity.flip(1), pivots, (1, 1)).tolist() == [[0, 1, 2]]
-    image, columns = Dart(budget=6)._pivots(planted_state(), 4)
-    assert image.tolist() == [[9, 0, 1, 8]] * 2 and columns.tolist() == [[11, 2, 3, 10, 14, 15, 16, 17]] * 2
+    columns, image, _ = picked(monkeypatch, planted_state(), 6)
+    assert image == [[9, 0, 1, 8]] * 2 and columns == [[11, 2, 3, 10, 14, 15, 16, 17]] * 2
 
 
 def test_dart_official_pivots_come_in_the_order_of_a_set():
@@ -230,16 +245,21 @@ def test_dart_official_keeps_up_to_four_more():
         assert Dart(budget=budget, official=True).tokens_per_layer(LLAVA_15) == (576,) * 2 + (keep,) * 30
 
 
-def test_dart_equal_scores_go_to_the_lower_index():
-    assert highest(torch.tensor([[1.0, 2, 2, 1, 2]]), 4).tolist() == [[1, 2, 4, 0]]
+def test_dart_equal_scores_go_to_the_lower_index(monkeypatch):
+    state = planted_state()
+    state.keys[:] = 1.0
+    state.keys[:, :, [2 + 1, 2 + 2, 2 + 4]] = 2.0
+    columns, image, _ = picked(monkeypatch, state, 6)
+    assert image == [[1, 2, 4, 0]] * 2 and columns == [[3, 4, 6, 2, 12, 13, 14, 15]] * 2
     assert pick_different(torch.zeros(1, 1, 5), torch.tensor([[1]]), (2,)).tolist() == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize(
     ("tokens", "expected"), [(162, (21, 21, *(20,) * 6)), (64, (8,) * 8), (3, (1, 1, 1, *(0,) * 5))]
 )
-def test_dart_shares_add_up(tokens, expected):
-    assert shares(tokens, 8) == expected and sum(expected) == tokens
+def test_dart_shares_add_up(tokens, expected, monkeypatch):
+    *_, picks = picked(monkeypatch, planted_state(visual=tokens + 20), 4 + tokens)
+    assert tuple(picks) == expected and sum(expected) == tokens
 
 
 @pytest.mark.parametrize(("budget", "keep"), [(192, 166), (128, 98), (64, 30)])
@@ -280,7 +300,8 @@ def test_dart_keys_and_hidden_states_of_the_model_decide(tiny):
         final = tiny.llm.norm(state.sequence.hidden[0])
         similarity = torch.stack([torch.cosine_similarity(final[p], final[start:stop], dim=-1) for p in image + text])
         keep = reduction.kept.shape[1]
-        expected = dart_by_the_book(similarity, [place - start for place in image], shares(keep - 4, 8))
+        picks = [(keep - 4 - turn + 7) // 8 for turn in range(8)]
+        expected = dart_by_the_book(similarity, [place - start for place in image], picks)
     assert reduction.kept[0].tolist() == expected
 
 

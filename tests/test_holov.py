@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from baselines.holov import HoloV, deal, deal_as_released, keep_dealt, reduction_as_released, token_scores
+from baselines.holov import HoloV, deal, deal_as_released, reduction_as_released, token_scores
 from llava.reduction.reducer import PromptState
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import ModelSpec, PatchGrid
@@ -147,5 +147,6 @@ def test_variety_has_a_say_inside_a_chunk():
 
 
 def test_keeping_takes_what_was_dealt():
-    score = torch.tensor([[[1.0, 3.0, 2.0], [5.0, 5.0, 5.0]]])
-    assert keep_dealt(score, torch.tensor([[2, 1]]), 3).tolist() == [[1, 2, 3]]
+    """The first chunk has twice the second one's attention: two tokens and one; equal ones go by index."""
+    attention = torch.tensor([[0.02, 0.06, 0.04, 0.02, 0.02, 0.02]])
+    assert prompt(HoloV(budget=3, chunks=2, alpha=0.0), torch.randn(1, 6, 5), attention).kept.tolist() == [[1, 2, 3]]

@@ -1,5 +1,7 @@
 """Methods that merge, in the tower or behind it, against definitions in loops, planted answers and the releases."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,15 +11,11 @@ from baselines.prumerge import (
     PruMerge,
     PruMergePlus,
     fixed_grid,
-    left_over,
     outliers,
-    released_budgets,
-    released_grid,
     shares,
-    spread,
 )
-from baselines.tome import ToMe, merge_most_similar, removals, smallest_budget
-from baselines.visionzip import VisionZip, zip_tokens
+from baselines.tome import ToMe, merge_most_similar, removals
+from baselines.visionzip import VisionZip
 from llava.errors import UserError
 from llava.pipeline.accounting import Timer
 from llava.pipeline.generate import prefill
@@ -54,22 +52,22 @@ def zip_by_the_book(features, saliency, keys, dominant, contextual, added):
     return torch.stack(tokens), [0, *(i + 1 for i in sorted(best)), *(i + 1 for i in targets)]
 
 
-@pytest.mark.parametrize("weights", ["mean", "anchor_plus_mean"])
-@pytest.mark.parametrize(("tokens", "dominant", "contextual"), [(20, 5, 3), (36, 9, 7), (36, 1, 4), (12, 6, 1)])
-def test_visionzip_equals_its_definition(tokens, dominant, contextual, weights):
-    features, saliency, keys = torch.randn(3, tokens + 1, 8), torch.rand(3, tokens), torch.randn(3, tokens, 6)
-    plan = zip_tokens(saliency, keys, dominant, contextual, weights)
-    for i, merged in enumerate(plan.apply(features)):
-        expected, places = zip_by_the_book(
-            features[i], saliency[i], keys[i], dominant, contextual, weights == "anchor_plus_mean"
-        )
-        assert plan.kept[i].tolist() == places
-        torch.testing.assert_close(merged, expected)
-
-
 def zip_state(saliency, keys, features):
     signals = {TowerScore("cls_attention"): saliency, TowerScore("keys"): keys}
     return state_with(features, signals, layout=PatchGrid(4, 4, has_cls=True))
+
+
+@pytest.mark.parametrize("official", [False, True])
+@pytest.mark.parametrize(("tokens", "dominant", "contextual"), [(20, 5, 3), (36, 9, 7), (36, 1, 4), (12, 6, 1)])
+def test_visionzip_equals_its_definition(tokens, dominant, contextual, official):
+    features, saliency, keys = torch.randn(3, tokens + 1, 8), torch.rand(3, tokens), torch.randn(3, tokens, 6)
+    budget = dominant + contextual
+    reducer = VisionZip(budget=budget, contextual=contextual / budget, official=official)
+    plan = reducer.encoder(zip_state(saliency, keys, features))
+    for i, merged in enumerate(plan.apply(features)):
+        expected, places = zip_by_the_book(features[i], saliency[i], keys[i], dominant, contextual, official)
+        assert plan.kept[i].tolist() == places
+        torch.testing.assert_close(merged, expected)
 
 
 def test_visionzip_planted_tokens_are_kept_and_planted_twins_are_merged():
@@ -90,9 +88,16 @@ def test_visionzip_planted_tokens_are_kept_and_planted_twins_are_merged():
 
 def test_visionzip_budgets_are_split_as_in_the_release():
     """54 + 10, 108 + 20, 162 + 30, and 27 + 5 for a crop of LLaVA-NeXT; CLS is one of the first number."""
+    state = zip_state(torch.rand(1, 576), torch.rand(1, 576, 2), torch.zeros(1, 577, 1))
+
+    def split(budget: int, **options) -> tuple[int, int]:
+        plan = VisionZip(budget=budget, **options).encoder(state)
+        assert plan.kept[0, 0] == 0 and plan.kept.shape[1] == budget
+        return budget - plan.appended, plan.appended
+
     splits = {192: (162, 30), 128: (108, 20), 64: (54, 10), 32: (27, 5)}
-    assert {budget: VisionZip(budget=budget).split() for budget in splits} == splits
-    assert all(VisionZip(budget=budget, contextual=0.99).split()[0] >= 1 for budget in range(1, 577))
+    assert {budget: split(budget) for budget in splits} == splits
+    assert all(split(budget, contextual=0.99)[0] >= 1 for budget in range(1, 576))
 
 
 # PruMerge and PruMerge+
@@ -163,8 +168,11 @@ def test_prumerge_planted_attention_takes_a_quarter_of_plus_and_the_rest_is_spre
 
 
 def test_prumerge_spread_tokens_are_every_nth_of_what_is_left():
-    assert spread(torch.tensor([[0, 2], [5, 1]]), 10, 4).tolist() == [[1, 4, 6, 8], [0, 3, 6, 8]]
-    assert spread(torch.tensor([[0, 1]]), 4, 0).shape == (1, 0)
+    attention = torch.full((2, 10), 0.01)
+    attention[0, [0, 2]] = attention[1, [5, 1]] = 0.3
+    kept = PruMergePlus(budget=7, spatial=4 / 6).keep(attention).tolist()
+    assert kept == [sorted([0, 2, *[1, 4, 6, 8]]), sorted([5, 1, *[0, 3, 6, 8]])]
+    assert PruMergePlus(budget=3, spatial=0.0).keep(attention).tolist() == [[0, 2], [1, 5]]
 
 
 def test_prumerge_outliers_equal_numpys_quartiles():
@@ -221,9 +229,9 @@ def test_prumerge_official_plus_survives_more_than_a_third_of_outliers():
 
     No image gets there by quartiles, which leave at most a quarter above the third.
     """
-    assert [len(released_grid(576, count)) for count in (97, 192, 193, 576)] == [575] * 4
-    kept = PruMergePlus(budget=64, official=True).keep_adaptively(torch.rand(1, 576), 200)
-    assert sorted(kept[0].tolist()) in (list(range(575)), list(range(576)))
+    for count in (97, 192, 193, 200, 576):
+        kept = PruMergePlus(budget=64, official=True).keep(torch.rand(1, 576), count)
+        assert sorted(kept[0].tolist()) in (list(range(575)), list(range(576)))
 
 
 def test_prumerge_official_extra_token_is_zero_when_nothing_is_left():
@@ -238,18 +246,21 @@ def test_prumerge_fixed_branch_repeats_tokens_and_forgets_as_many():
     attention = torch.full((1, 24), 0.01)
     attention[0, [4, 1, 20]] = torch.tensor([0.3, 0.2, 0.1])
     reducer = PruMergePlus(budget=7, official=True, fixed=True)
-    assert reducer.keep_as_released(attention).tolist() == [[4, 1, 20, 4, 12, 20]]
-    assert left_over(torch.tensor([[4, 1, 20, 4, 12, 20]]), 24)[0, 0] == 3, "0 and 2 are forgotten"
+    assert reducer.keep(attention).tolist() == [[4, 1, 20, 4, 12, 20]]
     plan = encode(reducer, attention, torch.eye(24)[None])
-    assert (plan.merge_matrix[0, -1, [0, 2]] == 0).all() and (plan.merge_matrix[0, -1, 3] > 0).all()
+    kept = {0, 1, 2, 4, 12, 20}  # 0 and 2 are forgotten
+    assert {i for i, weight in enumerate(plan.merge_matrix[0, -1].tolist()) if weight > 0} == set(range(24)) - kept
     # The other copy is the nearest of a token that is there twice: its share is 1 + its own attention.
     assert plan.merge_matrix[0, 0, 4] == pytest.approx(1.3) and plan.merge_matrix[0, 3, 4] == pytest.approx(1.3)
 
 
 def test_prumerge_fixed_branch_knows_its_budgets():
-    assert {65, 49, 129, 193} <= set(released_budgets(576)) and 64 not in released_budgets(576)
     assert list(fixed_grid(576, 32)) == list(range(9, 576, 18))
-    PruMergePlus(budget=65, official=True, fixed=True).check(LLAVA)
+    for budget in (49, 65, 129, 193):
+        PruMergePlus(budget=budget, official=True, fixed=True).check(LLAVA)
+    for budget in (63, 64, 67):  # the grid of 31 tokens has 32, and the grid of 33 has 34
+        with pytest.raises(UserError, match=rf"a budget of {budget} has no such grid, near it are .*61, 65"):
+            PruMergePlus(budget=budget, official=True, fixed=True).check(LLAVA)
 
 
 # ToMe
@@ -330,15 +341,22 @@ def test_tome_llava_budgets_are_spread_over_23_blocks(budget, expected):
 @pytest.mark.parametrize("blocks", [1, 2, 5, 23])
 @pytest.mark.parametrize("patches", [16, 37, 576])
 def test_tome_every_budget_that_halving_can_reach_is_met_exactly(patches, blocks):
-    for budget in range(smallest_budget(patches, blocks), patches + 1):
+    least = patches
+    for _ in range(blocks):
+        least = math.ceil(least / 2)
+    for budget in range(least, patches + 1):
         left, plan = patches, removals(patches, budget, blocks)
         for block, count in enumerate(plan):
             assert count <= left // 2, "a matching merges at most half"
             assert removals(left, budget, blocks - block)[0] == count, "what is left of the plan is a plan"
             left -= count
         assert left == budget
-    below = smallest_budget(patches, blocks) - 1
+    below, spec = least - 1, ModelSpec(patches, 4, PatchGrid(1, patches), blocks + 1)
     assert below < 1 or sum(removals(patches, below, blocks)) < patches - below
+    ToMe(budget=least).check(spec)
+    if below:
+        with pytest.raises(UserError, match=f"reaches {least} to {patches}"):
+            ToMe(budget=below).check(spec)
 
 
 def test_tome_too_small_budgets_are_refused(tiny):

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from baselines._staged import largest_within, proportional
-from llava.errors import MethodError
+from baselines._staged import OneStage, Staged, plan, proportional
+from llava.errors import MethodError, UserError
 from llava.pipeline import sequence as columns
 from llava.pipeline.accounting import Applied, Record, SeenImage
 from llava.pipeline.positions import Piece
@@ -16,7 +16,7 @@ from llava.reduction import PatchGrid, Reduction, keep_top, registry, split
 from llava.reduction.budget import scaled_layers, tokens_by_layer
 from llava.reduction.ranking import cached_by_sizes
 from llava.reduction.reducer import check_reductions
-from llava.reduction.token_layout import CLS, single
+from llava.reduction.token_layout import CLS, ModelSpec, single
 
 
 def test_keep_top_finds_planted_tokens_and_of_equal_ones_those_with_the_lower_index():
@@ -278,14 +278,24 @@ def by_the_book(budget, most, total_of, depth):
 
 @pytest.mark.parametrize("budget", [37, 38, 64, 100, 128, 192, 300, 323, 324, 325, 576])
 def test_the_fitted_count_is_the_nearest(budget):
+    class Halving(Staged):
+        published = (2, 10, 20)
+
+        def keeps(self, first, tokens):
+            return proportional(first, (4, 2, 1))
+
     def total_of(x):
         return sum(tokens_by_layer(576, (2, 10, 20), proportional(x, (4, 2, 1)), 32))
 
-    found = largest_within(budget, 576, total_of, 32)
-    assert found == by_the_book(budget, 576, total_of, 32)
-    assert (found is None) == (budget > 324)
+    spec, first = ModelSpec(576, 32, PatchGrid(24, 24), 24), by_the_book(budget, 576, total_of, 32)
+    assert (first is None) == (budget > 324)
+    if first is not None:
+        assert plan(Halving(budget=budget), spec, exact=True) == proportional(first, (4, 2, 1))
+    elif budget < 576:
+        with pytest.raises(UserError, match=r"reaches 36\.94 to 324"):
+            plan(Halving(budget=budget), spec, exact=True)
 
 
 def test_of_two_counts_equally_near_the_smaller_is_taken():
-    """A budget of 3 in two layers is 6 tokens; 5 and 7 are equally far."""
-    assert largest_within(3, 4, lambda x: 2 * x + 1, 2) == 2
+    """A budget of 3 in three layers is 9 tokens; with 4 in the first, 2 and 3 in the others are equally far."""
+    assert plan(OneStage(budget=3, layer=1), ModelSpec(4, 3, PatchGrid(2, 2), 2), exact=True) == (2,)

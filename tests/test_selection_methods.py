@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from baselines.cdpruner import CDPruner, unit_interval
+from baselines import cdpruner
+from baselines.cdpruner import CDPruner
 from baselines.divprune import DivPrune
 from baselines.fastervlm import FasterVLM
 from baselines.scope import Scope
@@ -218,7 +219,11 @@ def test_cdpruner_budgets_beyond_the_rank(budget):
 
 def test_cdpruner_tokens_worth_the_same_are_kept_by_diversity_alone():
     """No spread of relevance: the release divides zero by zero."""
-    assert torch.equal(unit_interval(torch.full((2, 5), 0.3)), torch.ones(2, 5))
+    tokens = torch.randn(2, 9, 4)
+    state = state_with(tokens, tokens=tokens)
+    state.relevance = lambda *_, **__: torch.full((2, 9), 0.3)
+    alone = largest_determinant(tokens, torch.ones(2, 9), 4)
+    assert torch.equal(CDPruner(budget=4).prompt(state).kept, alone.sort(1).values)
     chosen = largest_determinant(torch.ones(1, 6, 4), torch.ones(1, 6), 4)
     assert chosen.tolist() == [[0, 1, 2, 3]]
 
@@ -234,15 +239,20 @@ def test_cdpruner_only_texts_too_long_for_clip_differ_in_the_release(tiny):
     assert torch.equal(*both[0]) and not torch.equal(*both[1])
 
 
-def test_cdpruner_recorded_choices_of_the_release():
+def test_cdpruner_recorded_choices_of_the_release(monkeypatch):
     """Selection alone at 192 of 576, in the order of choice."""
+    chosen = []
+    choose = lambda *given: chosen.append(largest_determinant(*given)) or chosen[-1]  # noqa: E731
+    monkeypatch.setattr(cdpruner, "largest_determinant", choose)
     _, arrays = recording(FOLDER / "cdpruner-192-drawn.npz")
     for row, case in enumerate(arrays["cases"][:5]):
         tokens = F.normalize(recipe.draw(f"cdpruner-features-{case}", (576, 256)), dim=-1)
         image = F.normalize(recipe.draw(f"cdpruner-image-{case}", (576, 64)), dim=-1)
         text = F.normalize(recipe.draw(f"cdpruner-text-{case}", (64,)), dim=-1)
-        worth = unit_interval(-(image @ text)[None])
-        assert largest_determinant(tokens[None], worth, 192)[0].tolist() == arrays["order"][row].tolist()
+        state = state_with(tokens[None], tokens=tokens[None])
+        state.relevance = lambda *_, worth=-(image @ text)[None], **__: worth
+        CDPruner(budget=192).prompt(state)
+        assert chosen[row][0].tolist() == arrays["order"][row].tolist()
 
 
 def trim_by_the_book(tiny, features, text, kept: int, sign: int = -1) -> tuple[list[int], torch.Tensor]:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from baselines.globalcom2 import SCORE, GlobalCom2, adjustment, equal_parts, split, split_as_released
+from baselines.globalcom2 import SCORE, GlobalCom2, adjustment, equal_parts
 from baselines.hired import EARLY, LATE, HiRED, crop_budgets, crop_budgets_as_released, salient_patches
 from llava.model.builder import load
 from llava.model.multimodal_encoder.clip_encoder import encode
@@ -194,6 +194,12 @@ def scores(run, seed=0) -> torch.Tensor:
     return torch.randn(len(run.crops), 576, generator=torch.Generator().manual_seed(seed))
 
 
+def split(score, run, temperature, budget, official=False) -> list[int]:
+    """Tokens of each tile, by the base image's scores [P]."""
+    reducer = GlobalCom2(budget=budget, temperature=temperature, official=official)
+    return reducer.crop_shares(run, {SCORE: score[None]}, budget)
+
+
 def test_globalcom2_adjustment_equals_its_formula():
     richness = [3.0, -8.0, 20.0, 0.5]
     powers = [math.exp(value / 10) for value in richness]
@@ -250,11 +256,11 @@ def test_globalcom2_the_release_loses_fractions_and_full_tiles():
     2,592; ours gives the rest to the other tiles."""
     run, score = stitched((2, 2), (24, 24), newline=False), torch.zeros(24, 24)
     score[12:, 12:] = 10.0
-    assert split_as_released(score.flatten(), run, 10.0, 0.9) == [518, 388, 388, 388, 576]
+    assert split(score.flatten(), run, 10.0, 2592, official=True) == [518, 388, 388, 388, 576]
     assert split(score.flatten(), run, 10.0, 2592) == [518, 500, 499, 499, 576]
-    assert split_as_released(torch.zeros(576), run, 10.0, 0.25) == [144] * 5
-    assert sum(split_as_released(torch.zeros(576), run, 10.0, 640 / 2880)) == 640
-    assert sum(split_as_released(torch.zeros(576), run, 10.0, 642 / 2880)) == 640  # five times 128.4
+    assert split(torch.zeros(576), run, 10.0, 720, official=True) == [144] * 5
+    assert sum(split(torch.zeros(576), run, 10.0, 640, official=True)) == 640
+    assert sum(split(torch.zeros(576), run, 10.0, 642, official=True)) == 640  # five times 128.4
 
 
 def test_globalcom2_a_tile_answers_for_what_it_shows():
@@ -264,7 +270,7 @@ def test_globalcom2_a_tile_answers_for_what_it_shows():
     score[5:8] = 10.0
     assert [len(tile.patches) for tile in run.crops[1:]] == [192, 576, 192]
     assert split(score.flatten(), run, 10.0, 400) == [150, 26, 198, 26]
-    found = split_as_released(score.flatten(), run, 10.0, 400 / 1536)
+    found = split(score.flatten(), run, 10.0, 400, official=True)
     assert found[1] > 2 * found[3] and found[2] == int(576 * (400 / 1536) * (2 / 3))
 
 

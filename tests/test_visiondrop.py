@@ -28,9 +28,7 @@ from visiondrop.method import (
     geometric_means,
     merge_metric,
     plan,
-    received_attention,
     stages_of,
-    viewers,
     visual_scores,
 )
 
@@ -391,12 +389,15 @@ def toy_look(count: int, prefix: int, attention: str, strong=()) -> AttentionInp
     return AttentionInputs(hidden[:, ahead:], None, keys, later, ((ahead, ahead + count),))
 
 
+def toy_scores(look: AttentionInputs, *choices) -> torch.Tensor:
+    return visual_scores(SimpleNamespace(llm=SimpleNamespace(layers=[toy_layer()]), layer=0), look, *choices)
+
+
 @pytest.mark.parametrize("attention", ["causal", "visual", "bidirectional"])
 def test_planted_tokens_receive_the_most(attention):
     """Plant the answer: every token asks for what tokens 3 and 9 hold."""
-    received = received_attention(toy_layer(), toy_look(16, 5, attention, (3, 9)), False)
-    received = received / viewers(16, attention, False, received.device)
-    assert sorted(received[0].topk(2).indices.tolist()) == [3, 9]
+    score = toy_scores(toy_look(16, 5, attention, (3, 9)), attention, "viewers", False)
+    assert sorted(score[0].topk(2).indices.tolist()) == [3, 9]
 
 
 def test_causal_column_means_prefer_early_tokens():
@@ -406,9 +407,8 @@ def test_causal_column_means_prefer_early_tokens():
     """
     ratio = {}
     for attention in ("causal", "visual", "bidirectional"):
-        received = received_attention(toy_layer(), toy_look(48, 35, attention), True).detach()
         for average in ("all", "viewers"):
-            score = received if average == "all" else received / viewers(48, attention, True, received.device)
+            score = toy_scores(toy_look(48, 35, attention), attention, average, True).detach()
             ratio[attention, average] = float(score[0, 0] / score[0, -1])
             if (attention, average) == ("causal", "all"):
                 assert score[0].topk(30).indices.sort().values.tolist() == list(range(30))

@@ -2,13 +2,14 @@
 
 Paper: https://arxiv.org/abs/2506.22283
 Official code read: Ruixxxx/VisionDrop@f7a9444, llava/visionzip and llava/model/modeling_llama_visiondrop.py
-Differs from it: merged tokens are means (theirs adds the mean to the target token, as `official` does); batches,
-several images, grouped-query heads, any budget and depth. With tiles, `official` too reduces all of them in the decoder
-(theirs: the first view alone) and keeps merged tokens in raster order of the tiles' grid (theirs: tile after tile).
+Differs from it: merged tokens are means (theirs adds the mean to the target token, as `official` does). It takes
+batches, several images, grouped-query heads, and any budget and depth. With tiles, also with `official`, the decoder
+stages reduce all of them (theirs: the first view alone), and merged tokens are in raster order of the stitched tiles
+(theirs: tile after tile).
 
-Stages cut the decoder into segments; the first starts at layer 0 with the tokens that the encoder stage keeps. How many
-each keeps is in the release's README.md and scripts/v1_5/visiondrop_eval for an average of 32 alone; the rule for
-other budgets is ours (docs/visiondrop.md).
+Stages cut the decoder into segments. The first segment starts at layer 0 with the tokens that the encoder stage keeps.
+The release says how many tokens each segment has for an average of 32 alone (README.md, scripts/v1_5/visiondrop_eval);
+the rule for other budgets is ours (docs/visiondrop.md).
 
 Shapes: B images, n visual tokens, W keys up to the last visual token, H heads of width d, D channels.
 """
@@ -25,14 +26,12 @@ from torch import Tensor
 
 from llava.reduction import (
     AttentionInputs,
-    DecoderLayer,
     DecoderState,
     EncoderState,
     MethodMetadata,
     ModelSpec,
     Reducer,
     Reduction,
-    State,
     TowerScore,
     UserError,
     angles_of,
@@ -62,7 +61,7 @@ ATTENTIONS = ("causal", "visual", "bidirectional")
 AVERAGES = ("all", "viewers")
 METRICS = ("rotated", "unrotated", "hidden")
 MERGES = {"mean": "mean", "target_plus_mean": "anchor_plus_mean", "none": "none"}
-FREE = ("budget", "official", "layers", "start", "ratio")  # arguments of the release
+FREE = ("budget", "official", "layers", "start", "ratio")  # options that the release has, too
 SLICE = 2**24  # attention weights held at a time: 64 MB in float32
 
 
@@ -72,14 +71,14 @@ SLICE = 2**24  # attention weights held at a time: 64 MB in float32
 def plan(budget: int, widths: tuple[int, ...], most: int, start: float, ratio: int) -> tuple[tuple[int, int], ...]:
     """(dominant, contextual) tokens of every segment; their sums have the mean `budget` over layers.
 
-    A multiple of the released schedule where there is one (four equal segments, a multiple of 32), else geometric.
+    For four equal segments and a multiple of 32 this is a multiple of the released schedule, otherwise it is geometric.
 
     Args:
         budget: mean tokens per layer, below `most`.
         widths: layers in each segment.
         most: tokens of the unreduced image.
         start: tokens of the first segment as a multiple of the budget.
-        ratio: dominant tokens for one contextual.
+        ratio: dominant tokens for each contextual one.
     """
     equal = len(widths) == len(PUBLISHED) and len(set(widths)) == 1
     released = equal and budget % PUBLISHED_BUDGET == 0 and budget * PUBLISHED_START <= most
@@ -91,19 +90,18 @@ def plan(budget: int, widths: tuple[int, ...], most: int, start: float, ratio: i
 
 
 def dominant_and_contextual(total: int, ratio: int) -> tuple[int, int]:
-    """(dominant, contextual) tokens of `total`.
+    """Split `total` tokens into (dominant, contextual), with at least one dominant token.
 
     Args:
-        ratio: dominant tokens for one contextual; 0 makes all of them dominant.
-
-    Ratio 7 gives the published pairs: ceil(total / 8) contextual tokens. At least one token is dominant.
+        ratio: dominant tokens for each contextual one; 0 makes all of them dominant. 7 gives the published pairs, with
+            ceil(total / 8) contextual tokens.
     """
     contextual = min(-(-total // (ratio + 1)), total - 1) if ratio else 0
     return total - contextual, contextual
 
 
 def geometric_means(budget: int, widths: tuple[int, ...], most: int, start: float) -> tuple[float, ...]:
-    """Tokens of every segment before rounding: first * lambda^k, at least 1, with the mean `budget` over layers.
+    """Tokens of segment k before rounding: first * factor^k, at least 1, with the mean `budget` over layers.
 
     The first segment gets `start` times the budget, or less if the image has fewer tokens or if no token would be left
     for later layers.
@@ -126,7 +124,7 @@ def geometric_means(budget: int, widths: tuple[int, ...], most: int, start: floa
 def geometric(budget: int, widths: tuple[int, ...], most: int, start: float) -> tuple[int, ...]:
     """The non-increasing integers nearest to `geometric_means` whose mean over layers is the budget.
 
-    Among all counts within REACH of the geometric values, those with the mean nearest to the budget, and among these
+    Of all counts within REACH of the geometric values, it takes those with the mean nearest to the budget, and of these
     the ones with the least squared distance. The mean is exact unless the segment widths make that impossible.
     """
     ideal = geometric_means(budget, widths, most, start)
@@ -144,16 +142,16 @@ def geometric(budget: int, widths: tuple[int, ...], most: int, start: float) -> 
     return min((abs(total - wanted), *candidate) for (total, _), candidate in best.items())[-1]
 
 
-# Attention that the visual tokens of a decoder layer receive from each other, without text among the queries. It is
-# computed for the visual rows alone and in slices.
+# Attention that the visual tokens of a decoder layer receive from each other. Only the rows of visual tokens are
+# computed, in slices.
 
 
 def attention_inputs(state: DecoderState, attention: str) -> AttentionInputs:
     """Prepare a kind of attention; its operations are counted in `state.flops`.
 
     Args:
-        attention: "causal", the layer's own: every visual token sees the text and images before it, and visual
-            tokens up to itself. "visual": only the latter. "bidirectional": all visual tokens of its image.
+        attention: What every visual token sees. "causal", as in the layer itself: all before it, and itself.
+            "visual": the visual tokens before it, and itself. "bidirectional": all visual tokens of its image.
     """
     if attention == "causal":
         # No visual token sees the text after the image, so that text needs no keys.
@@ -168,19 +166,18 @@ def attention_inputs(state: DecoderState, attention: str) -> AttentionInputs:
     return AttentionInputs(rows, angles, keys, unseen, ((0, count),) * batch)
 
 
-def received_attention(layer: DecoderLayer, seen: AttentionInputs, diagonal: bool) -> Tensor:
-    """Attention that each visual token receives: mean over heads, sum over visual tokens.
+def visual_scores(state: DecoderState, seen: AttentionInputs, attention: str, average: str, diagonal: bool) -> Tensor:
+    """[B, n] float32, mean attention that each visual token receives, over heads and visual tokens; higher is kept.
 
     Args:
-        layer: a decoder layer.
+        seen: `attention_inputs` of this kind of `attention`.
+        average: mean over "all" visual tokens, with zeros from those that cannot see the token, or over its "viewers",
+            which can.
         diagonal: count the attention of a token to itself.
-
-    Returns:
-        [B, n] float32. Rows are processed in slices, so the full attention map is never held.
     """
-    batch, count, width = *seen.rows.shape[:2], seen.keys.shape[2]
+    layer, batch, count, width = state.llm.layers[state.layer], *seen.rows.shape[:2], seen.keys.shape[2]
     heads = layer.self_attn.q_proj.out_features // layer.self_attn.head_dim
-    step = max(1, SLICE // (batch * heads * width))
+    step = max(1, SLICE // (batch * heads * width))  # rows at a time, so that the whole map is never held
     received = []
     for start in range(0, count, step):
         rows, angles, unseen = seen.rows, seen.angles, seen.unseen
@@ -193,34 +190,22 @@ def received_attention(layer: DecoderLayer, seen: AttentionInputs, diagonal: boo
             own = torch.eye(count, dtype=torch.bool, device=weights.device)
             weights = weights.masked_fill(own[start : start + step], 0)
         received.append(weights.sum(1))
-    return sum(received[1:], received[0])
-
-
-def viewers(count: int, attention: str, diagonal: bool, device: torch.device) -> Tensor:
-    """[n] float32, the number of visual tokens that may see each one; at least 1, as it is used as a divisor."""
+    total = sum(received[1:], received[0])
+    if average == "all":
+        return total / count
     if attention == "bidirectional":
-        number = torch.full((count,), float(count), device=device)
+        viewers = torch.full((count,), float(count), device=total.device)
     else:
-        number = torch.arange(count, 0, -1, device=device, dtype=torch.float32)
-    return (number if diagonal else number - 1).clamp(min=1)
-
-
-def visual_scores(state: DecoderState, seen: AttentionInputs, attention: str, average: str, diagonal: bool) -> Tensor:
-    """[B, n] float32, mean attention received by every visual token, higher is more important.
-
-    Args:
-        average: mean over "all" visual tokens, with zeros from those that cannot see the token, or over its "viewers".
-    """
-    received = received_attention(state.llm.layers[state.layer], seen, diagonal)
-    count = received.shape[1]
-    return received / (count if average == "all" else viewers(count, attention, diagonal, received.device))
+        viewers = torch.arange(count, 0, -1, device=total.device, dtype=torch.float32)
+    return total / (viewers if diagonal else viewers - 1).clamp(min=1)
 
 
 def merge_metric(state: DecoderState, seen: AttentionInputs, metric: str) -> Tensor:
-    """[B, n, d] (or [B, n, D]) float32 vectors; merging compares tokens by their cosine.
+    """[B, n, d] (or [B, n, D]) float32 vectors by whose cosine merging compares tokens.
 
     Args:
-        metric: keys of the next layer, mean over heads, "rotated" by position or "unrotated"; or the "hidden" states.
+        metric: "rotated" or "unrotated" for the next layer's keys with or without rotation by position, as mean over
+            heads; or "hidden" for the hidden states.
     """
     if metric == "hidden":
         return state.tokens.float()
@@ -318,13 +303,12 @@ class VisionDrop(Reducer):
         if dominant + contextual >= patches:
             if not keep_cls:
                 return None
-            # All patches without CLS, as LLaVA has them without reduction.
-            every = torch.arange(1, patches + 1, device=score.device)
+            every = torch.arange(1, patches + 1, device=score.device)  # without CLS, as LLaVA does without reduction
             return Reduction(every.expand(images, -1), patches + 1)
         if keep_cls:
-            # CLS gets the highest score, so it is kept and its key is never compared.
+            # CLS gets the highest score, so that it is kept and its key is never compared.
             score, keys = F.pad(score, (1, 0), value=float("inf")), F.pad(keys, (0, 0, 1, 0))
-        return self._reduce(state, score, keys, dominant, contextual)
+        return self._reduce(score, keys, dominant, contextual)
 
     def decoder(self, state: DecoderState) -> Reduction | None:
         dominant, contextual = decoder_stages(self, state.spec)[state.layer]
@@ -332,10 +316,11 @@ class VisionDrop(Reducer):
             return None  # this stage has nothing to do
         seen = attention_inputs(state, self.attention)
         score = visual_scores(state, seen, self.attention, self.average, self.diagonal)
-        return self._reduce(state, score, merge_metric(state, seen, self.metric), dominant, contextual)
+        metric = merge_metric(state, seen, self.metric)
+        return self._reduce(score, metric, dominant, contextual)
 
-    def _reduce(self, state: State, score: Tensor, metric: Tensor, dominant: int, contextual: int) -> Reduction:
-        """Keep the `dominant` best tokens, merge the others into `contextual` of them."""
+    def _reduce(self, score: Tensor, metric: Tensor, dominant: int, contextual: int) -> Reduction:
+        """Keep the `dominant` best tokens, and merge the others into `contextual` of them."""
         weights = MERGES["target_plus_mean" if self.official else self.merge]
         retained, rest = split(score, dominant)
         appended = self.order == "appended"
@@ -344,7 +329,7 @@ class VisionDrop(Reducer):
 
 @lru_cache(maxsize=256)
 def stages_of(method: VisionDrop, spec: ModelSpec) -> dict[int, tuple[int, int]]:
-    """(dominant, contextual) tokens from each stage's layer on; layer 0 is for the encoder stage."""
+    """Layer before which a stage acts -> (dominant, contextual) tokens it keeps; 0 for the encoder stage."""
     layers = method.decoder_layers(spec.layers)
     if method.budget >= spec.visual_tokens:
         return dict.fromkeys((0, *layers), (spec.visual_tokens, 0))
@@ -355,10 +340,10 @@ def stages_of(method: VisionDrop, spec: ModelSpec) -> dict[int, tuple[int, int]]
 
 @lru_cache(maxsize=256)
 def decoder_stages(method: VisionDrop, spec: ModelSpec) -> dict[int, tuple[int, int]]:
-    """(dominant, contextual) tokens of an image with all its tiles from each decoder stage's layer on.
+    """Layer before which a decoder stage acts -> (dominant, contextual) tokens it keeps of an image with all its tiles.
 
-    With tiles, contextual ones are the sum of what the stage would keep of each tile; all tokens are ranked together,
-    newline tokens that are kept among them.
+    With tiles, the number of contextual tokens is the sum of those of each tile. All tokens are ranked together,
+    including newline tokens that are kept.
     """
     tokens = planned(method, spec)
     assert tokens is not None  # it never depends on the image

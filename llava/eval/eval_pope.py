@@ -1,14 +1,14 @@
 """Print POPE's numbers of an answer file for each category, as LLaVA's module of this name does.
 
-Differs from LLaVA's: categories come in the order of the paper, labels belong to questions and not to places in a file,
-an answer that is missing is an error, and a quotient without a denominator is 0 and said on standard error.
+Differs from LLaVA's: categories are in the order of the paper, labels are joined by question and not by line, a missing
+answer is an error, and a division by zero gives 0 with a note on standard error.
 """
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if not __package__:  # started by its path: `llava` and `eval` are those of this checkout
+if not __package__:  # started by its path: import `llava` and `eval` from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from eval.answers.reading import read_rows

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # started by its path: `llava` and `eval` are those of this checkout
+if not __package__:  # started by its path: import `llava` and `eval` from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from eval.answers.jsonl import Row, write_file
@@ -17,7 +17,7 @@ from eval.metrics.accuracy import percent
 
 
 def analysis_of(name: str, problem: Record, row: Row | None) -> dict[str, Any]:
-    """What the official output says of one answer; a question without one has failed."""
+    """The official output for one answer; a question without an answer has failed."""
     prompt, text = (row.prompt or "", row.text) if row else ("Unknown", FAILED)
     return {
         "question_id": name,

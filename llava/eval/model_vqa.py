@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # started by its path: `llava` and `eval` are those of this checkout
+if not __package__:  # started by its path: import `llava` and `eval` from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from eval.command import exit_on_user_error

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # started by its path: `llava` and `eval` are those of this checkout
+if not __package__:  # started by its path: import `llava` and `eval` from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from eval.benchmarks.base import Question
@@ -17,7 +17,7 @@ from eval.llava_scripts import Asked, answer, decoding_flags, file_of, questions
 
 
 def questions(args: Any) -> tuple[list[Asked], Images]:
-    """The rows of the table; with --all-rounds each as often as it has options, which move up by one every time."""
+    """One question per row of the table; with --all-rounds one per option, and the options rotate by one each time."""
     table, asked = read_tsv(file_of(args.question_file)), []
     suffix = (LETTER_CN if args.lang == "cn" else LETTER) if args.single_pred_prompt else ""
     for index, row in as_pandas(table.references).items():

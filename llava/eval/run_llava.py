@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # started by its path: `llava` and `eval` are those of this checkout
+if not __package__:  # started by its path: import `llava` and `eval` from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
@@ -52,7 +52,7 @@ def load_image(image_file: str) -> Image.Image:
 
 
 def prompt_of(query: str, mode: str) -> str:
-    """The prompt, with the image where the query has a place for it, or else before the query."""
+    """The prompt, with the image at the placeholder in the query, or else before the query."""
     placed = query.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN)
     turns = conv_templates[mode].copy()
     turns.append_message(turns.roles[0], placed if placed != query else f"{DEFAULT_IMAGE_TOKEN}\n{query}")
@@ -64,8 +64,8 @@ def eval_model(args: Any) -> None:
     """Print the answer.
 
     Args:
-        args: model_path, model_base, query, conv_mode (None: by the model's name), image_file (several with `sep`
-            between them), temperature, top_p, num_beams, max_new_tokens; also method, budget and set.
+        args: model_path, model_base, query, conv_mode (None to choose by the model's name), image_file (one or several,
+            separated by `sep`), temperature, top_p, num_beams, max_new_tokens; also method, budget and set.
     """
     method, budget, given = chosen_method(args)
     options: dict[str, Any] = {**given}

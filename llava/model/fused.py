@@ -1,17 +1,18 @@
-"""Fewer kernels in a decoder layer: transformers' modules replaced by what torch has fused.
+"""Fewer kernels in a decoder layer: modules of transformers are replaced by fused ones of torch.
 
-A short prefill on a GPU is bound by the host, which launches one kernel after the other. transformers' RMSNorm is a
-chain of six kernels in float32 and of eight in half precision, its rotary embedding one of five for queries and for
-keys. A layer of Llama, Mistral or Qwen launched 34 kernels in a prefill (38 in half precision); now it launches 20, and
-two more in a decoding step, which write the cache (`tests/test_fused.py` counts them).
+The host limits a short prefill on a GPU, because it launches one kernel after the other. transformers' RMSNorm is a
+chain of six kernels in float32 and of eight in half precision, and its rotary embedding takes five for queries and five
+for keys. A layer of Llama, Mistral or Qwen launched 34 kernels in a prefill (38 in half precision). Now it launches 20,
+and in a decoding step two more, which write the cache (`tests/test_fused.py` counts them).
 
-* `nn.RMSNorm` is one kernel on CUDA. In float32 on a CPU it has the bits of the chain and is faster. In half precision
-  both compute in float32; the chain rounds before it multiplies by the weight and again after, torch only after: a
-  quarter of the numbers differ by one unit in the last place, and torch's are nearer to the exact ones (at most 0.4 %
-  off in bfloat16, where the chain is 0.8 % off). There a CPU keeps the chain, which is faster for long prompts.
-* Rotary embedding adds the two products into the halves of the first one: three kernels, no negated copy and no
-  concatenation. A product is not rounded before it is added: float32 differs by less than 1e-6 of the largest
-  number. A CPU keeps transformers' own.
+* `nn.RMSNorm` is one kernel on CUDA. In float32 on a CPU it computes the same bits as the chain and is faster. In half
+  precision both compute in float32, but the chain rounds before and after it multiplies by the weight, and torch only
+  after. A quarter of the numbers then differ by one unit in the last place, and torch's are nearer to the exact ones
+  (at most 0.4 % off in bfloat16; the chain is up to 0.8 % off). In half precision a CPU keeps the chain, which is
+  faster for long prompts.
+* Rotary embedding adds the two products into the halves of the first one: three kernels, without negated copy and
+  concatenation. A product is not rounded before it is added, so float32 differs by less than 1e-6 of the largest
+  number. A CPU keeps the rotation of transformers.
 
 Only models that are loaded here are changed; `llava.reduce` leaves the user's model as it is.
 
@@ -33,21 +34,21 @@ from llava.transformers_names import (
     refuse_others,
 )
 
-# Classes of these families are alike; Gemma's norm, for one, adds 1 to its weight.
+# The classes of these families are alike. Others are not: Gemma's norm, for example, adds 1 to its weight.
 NORMS, ATTENTIONS = (
     {f"{family}{kind}" for family in ("Llama", "Mistral", "Qwen2", "Qwen2VL", "Qwen2_5_VL")}
     for kind in ("RMSNorm", "Attention")
 )
-# What a layer gives to its attention besides: the cache, and what changes nothing with the kernels of loaded models.
+# Other arguments of a layer's attention: the cache, and those without effect on the kernels of loaded models.
 GIVEN = frozenset({*CACHE_NAMES, "position_ids", "use_cache"})
 
 
 def fuse(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Replace norms and attention in place, before ranks cut the model; weights are shared, their names stay.
+    """Replace norms and attention in place, before ranks cut the model. Weights are shared and keep their names.
 
     Args:
         model: an HF model, or a decoder.
-        dtype, device: in and on which the modules will compute.
+        dtype, device: dtype and device of the computation.
     """
     on_gpu = device.type == "cuda"
     for parent in list(model.modules()):
@@ -73,7 +74,7 @@ def attend(
     Args:
         position_embeddings: cosine and sine, [B, L, d] each.
         attention_mask: [B, 1, L, W], for the kernel.
-        given: the cache by the name that the installed transformers has for it; no cache for no earlier tokens.
+        given: the cache by its name in the installed transformers; without a cache there are no earlier tokens.
 
     Raises:
         UserError: there is another argument, which the layer's own attention may use.

@@ -1,40 +1,39 @@
 """One model over several ranks: the choice, the ranks' process group, tensor parallelism and ZeRO-Inference.
 
-The HF model is built around the mapped files (`mapped_model`); then every rank takes its part of the decoder (`split`
-or `partition`) and casts what it has kept. transformers' own loading casts every weight to the requested dtype, so each
-rank would hold a whole copy before the first weight is cut. Towers, projector and embeddings are whole on every rank,
-so that all ranks compute the same scores before the decoder.
+The HF model is built around the mapped files (`mapped_model`). Then every rank takes its part of the decoder (`split`
+or `partition`) and casts only that. The loading of transformers would cast every weight to the requested dtype, so that
+each rank would hold a whole copy before the first weight is cut. Towers, projector and embeddings are whole on every
+rank, so that all ranks compute the same scores before the decoder.
 
 Tensor parallelism: every rank of a replica holds a part of each decoder layer, cut by DeepSpeed.
-    Split: the projections of attention (by heads) and MLP, and the head (by its input, as DeepSpeed does). The head of
-    a 34B is 0.9 GB in bfloat16 and is read for every token; the sum of its parts is one row of logits per sample. Where
-    the key/value heads cannot be dealt equally, the first ranks have one more, with its queries.
+    The projections of attention (by heads) and MLP are split, and the head (by its input, as DeepSpeed does it). The
+    head of a 34B model is 0.9 GB in bfloat16 and is read for every token; the sum of its parts is one row of logits per
+    sample. If the key/value heads cannot be dealt equally, the first ranks have one more, with its queries.
 
-    Communicated per layer: two sums over ranks of the hidden states, [B, L, D] each; at the end of a pass one of the
-    logits [B, 1, V]. Where a method reads the decoder's attention, queries and keys are gathered, not the attention:
-    keys are L x Hkv x d and queries T x H x d numbers in the model's dtype, the attention of T rows T x H x L in
-    float32. The keys are fewer from T = Hkv x d / 2 H rows on (64 for Llama's 32 heads of 128, 9 for grouped-query
-    heads with four key heads per 28), and every rank then ranks by the float32 numbers that one process would compute,
-    in the same order.
+    Each layer communicates two sums of the hidden states over ranks, [B, L, D] each, and a pass ends with one sum of
+    the logits [B, 1, V]. If a method reads the decoder's attention, the ranks gather queries and keys instead of the
+    attention. Keys are L x Hkv x d and queries T x H x d numbers in the model's dtype; the attention of T rows is
+    T x H x L numbers in float32. The keys are fewer from T = Hkv x d / 2 H rows on (64 for Llama's 32 heads of 128, 9
+    for grouped-query heads with four key heads per 28). Every rank then ranks by the float32 numbers that one process
+    would compute, in the same order.
 
 ZeRO-Inference: the decoder's matrices are kept in pieces, and gathered module by module while they compute.
-    For a decoder that does not fit one device: its matrices lie in the memory of the host, or in equal parts on the
-    devices of several ranks. Norms and biases are gathered once and stay. The head is part of it unless it shares its
-    weight with the embeddings. All ranks of the group answer the same questions, so they run equally many forwards,
-    which gathering over ranks requires.
+    This is for a decoder that does not fit on one device: its matrices are in the memory of the host, or in equal parts
+    on the devices of several ranks. Norms and biases are gathered once and stay. The head is partitioned, too, unless
+    it shares its weight with the embeddings. All ranks of the group answer the same questions, because gathering
+    requires that they run the same number of forwards.
 
-    Every weight is cast and partitioned layer by layer; a rank never holds more than its partition and one layer.
-    Nothing outside DeepSpeed's hooks reads a partitioned `weight`: probe and scores call the layer's own norm and
-    projections.
+    Weights are cast and partitioned layer by layer, so that a rank never holds more than its partition and one layer.
+    Only DeepSpeed's hooks read a partitioned `weight`: probe and scores call the layer's own norm and projections.
 
 Paper: https://arxiv.org/abs/1909.08053 (Megatron-LM), https://arxiv.org/abs/1910.02054 (ZeRO),
 https://arxiv.org/abs/2207.00032 (DeepSpeed Inference)
 Official code read: deepspeedai/DeepSpeed@v0.19.8, deepspeed/comm/comm.py and torch.py, deepspeed/inference/engine.py,
 deepspeed/module_inject, deepspeed/runtime/zero/partition_parameters.py, parameter_offload.py and
 partitioned_param_coordinator.py
-Differs from it: no shared-memory kernel on the CPU, which DeepSpeed would compile for a minute when it is first used.
-Tensor parallelism: the policy names the decoder's layers, because DeepSpeed's automatic one also cuts CLIP's heads; the
-weights keep the dtype of the file until they are cut, because DeepSpeed casts the whole module first. ZeRO: decoder and
+Differs from it: there is no shared-memory kernel on the CPU, which DeepSpeed would compile for a minute at first use.
+Tensor parallelism: the policy names the decoder's layers, because DeepSpeed's automatic policy also cuts CLIP's heads.
+Weights keep the dtype of the file until they are cut, because DeepSpeed casts the whole module first. ZeRO: decoder and
 head are partitioned, not the whole model; linear layers keep torch's own kernel.
 """
 
@@ -45,7 +44,6 @@ import os
 import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -65,7 +63,7 @@ OFFLOADS = ("none", "cpu")
 SUMMED = ("self_attn.o_proj", "mlp.down_proj")
 
 # Ranks wait for each other as long as it takes, for example while the first one asks a judge; the usual limit is ten
-# minutes. One that hangs is found by the process that started them (`--timeout`), not by the group.
+# minutes. The process that started the ranks finds one that hangs (`--timeout`); the group does not.
 PATIENCE = timedelta(days=30)
 
 # The choice
@@ -76,8 +74,8 @@ class Parallel:
     """A checked choice.
 
     Attributes:
-        tensor: ranks that each hold a part of every decoder layer; 1 splits nothing.
-        offload: with ZeRO-Inference, where the partitions are kept, "none" (on the device) or "cpu"; None without it.
+        tensor: number of ranks that each hold a part of every decoder layer; 1 splits nothing.
+        offload: where ZeRO-Inference keeps the partitions, "none" (on the device) or "cpu"; None without it.
     """
 
     tensor: int = 1
@@ -85,7 +83,7 @@ class Parallel:
 
     @property
     def ranks(self) -> int:
-        """Parts into which the decoder's matrices are cut."""
+        """Number of parts into which the decoder's matrices are cut."""
         return self.tensor if self.offload is None else group_size()
 
 
@@ -126,8 +124,8 @@ def check_heads(config: PretrainedConfig, tensor_parallel: int, name: str) -> No
     """Raise UserError if the decoder has fewer key/value heads than there are ranks.
 
     Args:
-        config: of the HF model.
-        name: of the checkpoint.
+        config: configuration of the HF model.
+        name: name of the checkpoint.
     """
     heads = config.get_text_config().num_key_value_heads
     if heads < tensor_parallel:
@@ -147,7 +145,7 @@ def join(rank: int, size: int, address: str, port: int, device: str) -> None:
     launcher has set it. On a GPU, LOCAL_RANK is the number of this rank's device.
 
     Args:
-        rank: of this process, 0 <= rank < size.
+        rank: rank of this process, 0 <= rank < size.
         size: number of ranks.
         address, port: where rank 0 listens.
         device: "cpu" (gloo), or "cuda" or "cuda:1" (NCCL).
@@ -166,14 +164,19 @@ def join(rank: int, size: int, address: str, port: int, device: str) -> None:
     deepspeed = import_deepspeed(place.type)
     if place.type == "cuda":
         torch.cuda.set_device(int(local))
-    with _without_shared_memory_kernel():
+    # `import deepspeed.comm.torch as ...` would give torch itself, which deepspeed.comm imports under that name.
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    build_kernel, backend.build_shm_op = backend.build_shm_op, lambda: None  # no shared-memory kernel
+    try:
         deepspeed.init_distributed(
             "nccl" if place.type == "cuda" else "gloo", auto_mpi_discovery=False, timeout=PATIENCE, verbose=False
         )
+    finally:
+        backend.build_shm_op = build_kernel
 
 
 def import_deepspeed(kind: str) -> Any:
-    """The module deepspeed, which computes on this kind of device.
+    """Import deepspeed for computing on this kind of device.
 
     Args:
         kind: "cpu" or "cuda".
@@ -197,20 +200,8 @@ def import_deepspeed(kind: str) -> Any:
     return deepspeed
 
 
-@contextmanager
-def _without_shared_memory_kernel() -> Iterator[None]:
-    # `import deepspeed.comm.torch as ...` would give torch itself, which deepspeed.comm imports under that name.
-    backend: Any = importlib.import_module("deepspeed.comm.torch")
-    build = backend.build_shm_op
-    backend.build_shm_op = lambda: None
-    try:
-        yield
-    finally:
-        backend.build_shm_op = build
-
-
 def join_alone(device: torch.device) -> None:
-    """Join a group of one, unless this process has joined one already."""
+    """Join a group of one rank, unless this process is already in a group."""
     if not dist.is_initialized():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -219,14 +210,14 @@ def join_alone(device: torch.device) -> None:
 
 
 def device_of_rank(device: torch.device) -> torch.device:
-    """The device of this rank: the one chosen, and on CUDA without a number the one that the rank joined with."""
+    """The device of this rank: the chosen one, or for CUDA without a number the one that the rank joined with."""
     if device.type != "cuda" or device.index is not None:
         return device
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def leave() -> None:
-    """Wait for the other ranks and leave the group; nothing happens in a process that has joined none."""
+    """Wait for the other ranks and leave the group; does nothing in a process that is in no group."""
     if not dist.is_initialized():
         return
     dist.barrier()
@@ -235,13 +226,13 @@ def leave() -> None:
         import deepspeed.comm.comm as comm
         from deepspeed.inference.engine import InferenceEngine
 
-        # DeepSpeed would use the closed group again when the process joins another one.
+        # Otherwise DeepSpeed would use the closed group again when the process joins another one.
         comm.cdb = None
         InferenceEngine.inference_mp_group = None
 
 
 def group_size() -> int:
-    """Ranks of the group that this process has joined; 1 where it has joined none."""
+    """Number of ranks of the group that this process has joined; 1 without a group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -249,14 +240,13 @@ def gather(part: Tensor, dim: int, shares: Sequence[int] | None = None) -> Tenso
     """The parts of all ranks, concatenated along `dim` in the order of ranks; every rank receives the same tensor.
 
     Args:
-        part: a tensor of the same dtype on every rank, and but for `dim` of the same shape.
-        shares: the sizes of `dim` on the ranks in a unit that all share, and at most one unit apart; None where they
-            are equal.
+        part: this rank's part. All have the same dtype, and the same shape except along `dim`.
+        shares: the size of `dim` on each rank, counted in one unit and at most one unit apart; None if all are equal.
     """
     shares = shares or (1,) * group_size()
     unit = part.shape[dim] // shares[dist.get_rank()]
     missing = max(shares) * unit - part.shape[dim]
-    if missing:  # only tensors of one shape can be exchanged; what is appended is dropped again
+    if missing:  # only tensors of one shape can be exchanged; the appended unit is dropped again
         part = torch.cat([part, part.narrow(dim, 0, missing)], dim)
     parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in shares]
     dist.all_gather(parts, part.contiguous())
@@ -267,9 +257,9 @@ def require_agreement(what: str, content: object, device: torch.device) -> None:
     """Raise UserError, on every rank, if the ranks of the group hold different contents.
 
     Args:
-        what: the content belongs to, in words.
-        content: with a `repr` that says everything.
-        device: of the communication.
+        what: what the content belongs to, in words.
+        content: an object whose `repr` says everything.
+        device: device of the communication.
     """
     own = hashlib.blake2b(repr(content).encode(), digest_size=8).digest()
     digests = gather(torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device), 0).view(-1, 8)
@@ -294,8 +284,8 @@ def mapped_model(
 
     Args:
         build: the HF class; `extra` are its arguments after the configuration.
-        weights: exactly those of the model, by their names in it, in any floating dtype.
-        dtype: that the weights will have in the end; buffers and the configuration have it from the start.
+        weights: exactly the model's weights, by their names in it, in any floating dtype.
+        dtype: final dtype of the weights; buffers and the configuration have it from the start.
     """
     with init_empty_weights(include_buffers=False):
         config.dtype = dtype
@@ -315,9 +305,9 @@ def mapped_model(
 
 
 def settle(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Cast the weights that this rank has kept and move them to the device, one at a time; buffers keep their dtype.
+    """Cast the weights that this rank holds and move them to the device, one at a time; buffers keep their dtype.
 
-    Weights that DeepSpeed has partitioned are left alone.
+    Weights that DeepSpeed has partitioned stay as they are.
     """
     for weight in model.parameters():
         if not hasattr(weight, "ds_id"):
@@ -329,10 +319,10 @@ def settle(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
 
 
 class DecoderPart(nn.Module):
-    """The modules that DeepSpeed cuts or partitions: decoder layers and head, without a head that is tied.
+    """The modules that DeepSpeed cuts or partitions: decoder layers and head, except a tied head.
 
-    DeepSpeed casts what it is given before it cuts it. A cast of mapped weights would be a copy of the whole model, so
-    the three functions that it calls do nothing here.
+    DeepSpeed casts a module before it cuts it. Casting mapped weights would copy the whole model, so the three
+    functions that it calls do nothing here.
     """
 
     def __init__(self, layers: nn.ModuleList, head: nn.Module | None, config: PretrainedConfig):
@@ -354,9 +344,9 @@ def split(model: PreTrainedModel, ranks: int, dtype: torch.dtype, device: torch.
     """Leave this rank's part of the decoder in the model, in place; all ranks of the replica call it together.
 
     Args:
-        model: of `mapped_model`.
+        model: a model of `mapped_model`.
         ranks: the size of the group that this process has joined.
-        dtype, device: of the weights afterwards.
+        dtype, device: dtype and device of the weights afterwards.
     """
     deepspeed = import_deepspeed(device.type)
     llm: Any = model.model.language_model
@@ -376,7 +366,7 @@ def split(model: PreTrainedModel, ranks: int, dtype: torch.dtype, device: torch.
     model.lm_head = part.lm_head
     for name, sizes in whole.items():
         linear: Any = part.get_submodule(name)
-        # Operations are counted for the whole model.
+        # Sizes of the whole model, for which operations are counted.
         linear.in_features, linear.out_features = sizes
     heads = llm.config.num_key_value_heads
     shares = [heads // ranks + (rank < heads % ranks) for rank in range(ranks)]
@@ -393,8 +383,8 @@ def partition(model: PreTrainedModel, parallel: Parallel, dtype: torch.dtype, de
     """Partition the decoder's weights over the ranks of the group, in place; all ranks call it together.
 
     Args:
-        model: of `mapped_model`.
-        dtype, device: in and on which the modules compute.
+        model: a model of `mapped_model`.
+        dtype, device: dtype and device of the computation.
 
     Raises:
         UserError: DeepSpeed does not know the dtype on this device.
@@ -419,7 +409,8 @@ def partition(model: PreTrainedModel, parallel: Parallel, dtype: torch.dtype, de
         deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=dtype)
     engine, *_ = deepspeed.initialize(model=part, config=config)
     engine.eval()
-    # Kept alive: an engine that is collected removes its hooks. Not a submodule, whose weights would count twice.
+    # Kept alive, because an engine that is collected removes its hooks; not as a submodule, whose weights would count
+    # twice.
     model.__dict__["zero_engine"] = engine
     _start_passes_at_layer_0(part, engine)
     settle(model, dtype, device)
@@ -428,10 +419,10 @@ def partition(model: PreTrainedModel, parallel: Parallel, dtype: torch.dtype, de
 def _start_passes_at_layer_0(part: DecoderPart, engine: Any) -> None:
     """Tell DeepSpeed where a pass over the decoder begins: prefill, a decoding step, or layers run for a probe.
 
-    DeepSpeed resets its record of the order of modules in the forward of the module that it was given, which is never
-    called here: without this, nothing is fetched ahead. A pass that visits the modules in another order than the record
-    (a score between two layers, a probe of the first layers) discards the record, and the next one is recorded anew,
-    so decoding fetches ahead from its third step on, and the record never holds more than one pass.
+    DeepSpeed records the order of modules to fetch them ahead, and resets the record in the forward of the module that
+    it was given. That forward is never called here, so nothing would be fetched ahead. A pass that visits the modules
+    in another order (a score between two layers, a probe of the first layers) discards the record, and the next pass is
+    recorded anew. Decoding therefore fetches ahead from its third step on, and a record never holds more than one pass.
     """
     coordinator = engine.optimizer.get_param_coordinator()
     part.layers[0].register_forward_pre_hook(lambda *_: coordinator.reset_step(), prepend=True)
@@ -440,9 +431,9 @@ def _start_passes_at_layer_0(part: DecoderPart, engine: Any) -> None:
         weights: Iterator[Any] = module.parameters(recurse=False)
         return {weight.ds_id for weight in weights if not weight.ds_persist}
 
-    # DeepSpeed keeps a weight that its record uses again soon, and remembers that by module, also for later records: a
-    # weight that one pass uses for a score and in its layer would stay whole for ever. Here a weight is released after
-    # every use.
+    # DeepSpeed keeps a weight that its record uses again soon, and remembers that by module for later records, too. A
+    # weight that one pass uses for a score and again in its layer would then stay whole for ever. Here a weight is
+    # released after every use.
     coordinator._PartitionedParameterCoordinator__params_to_release = released
 
 
@@ -456,9 +447,9 @@ def zero_config(part: DecoderPart, parallel: Parallel, dtype: torch.dtype, devic
         "stage3_param_persistence_threshold": max((w.numel() for w in weights if w.dim() == 1), default=0),
         "stage3_prefetch_bucket_size": layer,
         "stage3_max_live_parameters": 2 * layer + largest,
-        # A module is used once in a pass; the weights that a score has read are fetched again.
+        # A module is used once in a pass; weights that a score has read are fetched again.
         "stage3_max_reuse_distance": 0,
-        # It would replace torch.nn.functional.linear in the whole process, the tower's too.
+        # True would replace torch.nn.functional.linear in the whole process, also for the tower.
         "memory_efficient_linear": False,
     }
     if parallel.offload != "none":

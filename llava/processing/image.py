@@ -1,23 +1,23 @@
 """Images for the towers: CLIP's squares (padded, resized, cropped), LLaVA-NeXT's tiles, and Qwen's patches.
 
-LLaVA-1.5's benchmark numbers were made with padding. The transformers processor crops the sides instead and gives
-other answers (LLaVA issue 591), so images of every checkpoint are padded, including those of the hub.
+LLaVA-1.5's benchmark numbers were made with padding. The transformers processor crops the sides instead, which leads to
+other answers (LLaVA issue 591). Images are therefore padded for every checkpoint, including those of the hub.
 
-LLaVA-NeXT's anyres preprocessing gives the base image (the whole image, small) and the tiles of the best resolution.
-There are two anyres conventions for one configuration. The original takes the resolutions ("pinpoints") as (width,
-height), transformers as (height, width) in the same order; small images, for which several are equally good, therefore
-get other tiles. And transformers rounds to seven decimals where the original truncates, which can leave one more row or
-column. Sizes are (width, height), grids (rows, columns).
+LLaVA-NeXT's anyres preprocessing makes the base image (the whole image, small) and the tiles of the best resolution.
+One configuration can be read by two anyres conventions. The original reads the resolutions ("pinpoints") as (width,
+height), and transformers reads them as (height, width) in the same order; small images, for which several resolutions
+are equally good, therefore get other tiles. Also, transformers rounds to seven decimals where the original truncates,
+which can leave one more row or column. Sizes are (width, height), grids (rows, columns).
 
 For Qwen an image keeps its aspect ratio. It is resized to whole merge groups (28 x 28 pixels, one visual token each)
-with a number of pixels between two bounds, normalised, and split into patches of 14 x 14 pixels, which are flattened;
-the patches of a group follow one another. The patch embedding takes two equal frames of an image.
+with a number of pixels between two bounds, normalised, and split into flattened patches of 14 x 14 pixels. The patches
+of a group are consecutive. The patch embedding takes two equal frames of an image.
 
 Official code read: transformers 5.23.0, models/qwen2_vl/image_processing_pil_qwen2_vl.py, which is run as a library,
 and models/llava_next; haotian-liu/LLaVA@c121f04, mm_utils.process_anyres_image and llava_arch;
 LLaVA-VL/LLaVA-NeXT@df17966; Theia-4869/CDPruner@9541616 for the resolution that papers force
-Differs from it: images that it refuses are a UserError; the width is resized before the height whatever the Pillow
-version. The torchvision variant differs by up to 0.03 per value. Tiles whose patches are all removed by unpadding are
+Differs from it: images that it refuses raise a UserError; the width is resized before the height with any version of
+Pillow. The torchvision variant differs by up to 0.03 per value. Tiles whose patches are all removed by unpadding are
 not computed.
 """
 
@@ -46,18 +46,18 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 QWEN_STEPS = ("do_resize", "do_rescale", "do_normalize")
 STEPS = (*QWEN_STEPS, "do_center_crop")
-# Raster formats only: for EPS, whatever the file's name, Pillow would start Ghostscript.
+# Raster formats only: for EPS, also under another file name, Pillow would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")
 
 ANYRES_RULES = ("original", "transformers")
 MERGES = ("spatial_unpad", "spatial")
 
-LARGEST_SIDE = 2**14  # pixels of a preprocessor's sizes
+LARGEST_SIDE = 2**14  # pixels, in a preprocessor's configuration
 BICUBIC = 3  # of PIL.Image.Resampling
-MAX_SIDE = 65_535  # pixels, the longest that JPEG can hold
+MAX_SIDE = 65_535  # pixels, the longest side that JPEG can hold
 
 
-# How an image of each EXIF orientation is turned upright; 1 is upright.
+# EXIF orientation -> how the image is turned upright; 1 is upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -74,34 +74,34 @@ Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 
 
 def resize(image: Image.Image, size: Size) -> Image.Image:
-    """Resize an RGB image to (width, height): bicubic, the width first, then the height, 8 bits in between.
+    """Resize an RGB image to (width, height): bicubic, first the width, then the height, with 8 bits in between.
 
-    Every image of a CLIP or Qwen tower is resized here. Pillow up to 12.3, with which the published results were made,
-    always works in this order; Pillow 13 resizes some portraits the other way round, which moves 5 to 25 % of their
-    values. Two calls fix the order for every version.
+    Every image of a CLIP or Qwen tower is resized here. Pillow up to 12.3, which made the published results, always
+    works in this order. Pillow 13 resizes the height of some portraits first, which changes 5 to 25 % of their values.
+    Two calls fix the order for every version.
     """
     wide = image.resize((size[0], image.height), Image.Resampling.BICUBIC)
     return wide.resize(size, Image.Resampling.BICUBIC)
 
 
 def open_image(path: str | Path | BinaryIO, name: str | None = None, upright: bool = False) -> Image.Image:
-    """Read a whole image file as RGB, of an animation the first frame; for modes see `as_rgb`.
+    """Read a whole image file as RGB (the first frame of an animation); for modes see `as_rgb`.
 
     Args:
-        path: or the file's bytes as an open file.
+        path: a path, or an open file with the image's bytes.
         name: how errors call the image; its path if left out.
-        upright: turn the image as its EXIF data say, as for a person who looks at it. Phones store images as the
-            sensor lies. The official benchmark scripts do not turn them, so benchmarks do not either. Pillow itself
-            turns TIFF files, always.
+        upright: turn the image as its EXIF data say, as a person expects to see it. Phones store images as the sensor
+            was held. The official benchmark scripts do not turn them, so benchmarks do not either. Pillow itself always
+            turns TIFF files.
 
     Raises:
-        UserError: there is no such file, it is damaged, or it has none of FORMATS; or its values have no known range.
+        UserError: there is no such file, it is damaged, it has none of FORMATS, or its values have no known range.
     """
     name = name or str(path)
     try:
         with Image.open(path, formats=FORMATS) as image:
             rgb = _in_8_bits(image, f"The image {name}")
-            # Not ImageOps.exif_transpose, which writes the other EXIF data anew and fails where they are odd.
+            # Not ImageOps.exif_transpose, which rewrites the other EXIF data and fails if they are odd.
             turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1)) if upright else None
             return rgb if turn is None else rgb.transpose(turn)
     except UserError:
@@ -115,7 +115,7 @@ def open_image(path: str | Path | BinaryIO, name: str | None = None, upright: bo
         raise UserError(f"No image at {name}; check the path and the image folder.") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"The image {name} is too large ({_first_line(error)}); make it smaller.") from error
-    # Pillow raises any of these for a broken file, depending on the format and on the place of the damage.
+    # Pillow raises any of these for a broken file, depending on the format and where the damage is.
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise UserError(
             f"Cannot read the image {name} ({_first_line(error)}); the file is damaged or no image, fetch it again."
@@ -123,10 +123,10 @@ def open_image(path: str | Path | BinaryIO, name: str | None = None, upright: bo
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to RGB as Pillow does, which is what the official scripts do; grey of 16 bits is scaled to 8.
+    """Convert an image to RGB with Pillow, as the official scripts do; grey of 16 bits is scaled to 8.
 
-    CMYK is converted without a profile, an alpha channel is dropped (hidden colours become visible). EXIF rotation
-    stays ignored: see `open_image` for files.
+    CMYK is converted without a profile, and an alpha channel is dropped (hidden colours become visible). EXIF rotation
+    is ignored; `open_image` can apply it.
 
     Raises:
         UserError: a side has no pixel or more than MAX_SIDE, or values have no known range.
@@ -140,7 +140,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _in_8_bits(image: Image.Image, name: str) -> Image.Image:
-    """RGB of 8 bits. Of 16 bits the upper 8 are taken, as Pillow does for colour; grey it would clip, to white."""
+    """RGB of 8 bits: the upper 8 of 16, as Pillow takes them for colour. Pillow itself would clip grey to white."""
     # Pillow reads grey of 16 bits from these two as 32-bit integers up to 65535.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         image = Image.fromarray((np.asarray(image.convert("I")) >> 8).astype(np.uint8))
@@ -151,7 +151,7 @@ def _in_8_bits(image: Image.Image, name: str) -> Image.Image:
 
 
 def centred(size: Size, canvas: Size) -> Canvas:
-    """An image of a size in the middle of a canvas; an odd remainder of pixels is on the right or below."""
+    """An image of this size in the middle of a canvas; an odd pixel of the remainder is on the right or below."""
     left, top = ((outer - inner) // 2 for outer, inner in zip(canvas, size, strict=True))
     return Canvas(canvas, (left, top, left + size[0], top + size[1]))
 
@@ -159,8 +159,8 @@ def centred(size: Size, canvas: Size) -> Canvas:
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int], size: int) -> Image.Image:
     """Centre an RGB image on a square canvas as large as its longer side, and resize the canvas to `size`.
 
-    Only the image's rows are resized to the new width: rows of one colour stay
-    what they are, so the canvas of a wide image never exists as a whole (1.6 GB for 20000 x 10 pixels).
+    Only the image's rows are resized to the new width, because rows of one colour do not change. The canvas of a wide
+    image (1.6 GB for 20000 x 10 pixels) therefore never exists as a whole.
     """
     width, height = image.size
     side = max(width, height)
@@ -174,7 +174,7 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int], size: int) -
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """RGB image -> [3, S, S] float32 pixels; it is padded to a square of the mean colour first.
+    """RGB image -> [3, S, S] float32 pixels, padded to a square with the mean colour first.
 
     Attributes:
         size: the shorter side after resizing (see `resize`).
@@ -189,7 +189,7 @@ class ImageProcessor:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ImageProcessor":
-        """Read a CLIP preprocessor_config.json. What the tower does not allow is refused."""
+        """Read a CLIP preprocessor_config.json. Raises UserError for what the tower does not allow."""
         values = checked_preprocessor(config, STEPS, "CLIP")
         return cls(
             size=_side(config.get("size", 224), "shortest_edge", "size"),
@@ -203,7 +203,7 @@ class ImageProcessor:
 
     def canvas(self, size: Size) -> Canvas:
         """Where an image of this (width, height) lies on the tower's input, in pixels divided by the resized side."""
-        side, cut = max(size), (self.size - self.crop) // 2  # pixels that the centre crop takes from the left and top
+        side, cut = max(size), (self.size - self.crop) // 2  # the centre crop removes `cut` pixels on the left and top
         left, top, right, bottom = (edge * self.size - side * cut for edge in centred(size, (side, side)).box)
         return Canvas((side * self.crop, side * self.crop), (left, top, right, bottom))
 
@@ -219,12 +219,12 @@ class ImageProcessor:
 
     @cached_property
     def padding_colour(self) -> tuple[int, int, int]:
-        """The mean rounded down, (122, 116, 104) for CLIP, which is about zero after normalisation."""
+        """The mean colour, rounded down: (122, 116, 104) for CLIP, which is about zero after normalisation."""
         red, green, blue = (int(255 * value) for value in self.mean)
         return red, green, blue
 
-    # The Pil class by name: the torchvision class differs by up to 0.03 per value, and the automatic choice depends on
-    # the installed packages.
+    # The Pil class is named, because the automatic choice depends on the installed packages, and the torchvision class
+    # differs by up to 0.03 per value.
     @cached_property
     def _clip(self) -> CLIPImageProcessorPil:
         return CLIPImageProcessorPil(
@@ -259,8 +259,8 @@ def parse_pinpoints(pinpoints: Any, tile: int) -> tuple[Size, ...]:
     """Return the resolutions of a configuration, in their order.
 
     Args:
-        pinpoints: pairs of pixels.
-        tile: side of a tile; every resolution must be a multiple of it.
+        pinpoints: pairs of numbers of pixels.
+        tile: side of a tile; every side of a resolution must be a multiple of it.
     """
     is_list = isinstance(pinpoints, Sequence) and len(pinpoints) > 0
     if not is_list or not all(_is_resolution(pair, tile) for pair in pinpoints):
@@ -273,7 +273,7 @@ def parse_pinpoints(pinpoints: Any, tile: int) -> tuple[Size, ...]:
 
 
 def best_resolution(size: Size, pinpoints: Sequence[Size], anyres_rule: str = "original") -> Size:
-    """Return the (width, height) that keeps most of the image's pixels; of equals the smallest, then the first.
+    """Return the (width, height) that keeps most of the image's pixels; on a tie the smallest, then the first.
 
     Args:
         size: width and height of the image.
@@ -284,7 +284,7 @@ def best_resolution(size: Size, pinpoints: Sequence[Size], anyres_rule: str = "o
 
     def kept_and_wasted(resolution: Size) -> tuple[int, int]:
         scale = min(resolution[0] / width, resolution[1] / height)
-        # Enlarging adds no pixels: no more than the image has can be kept.
+        # Enlarging adds no pixels: at most all pixels of the image can be kept.
         kept = min(int(width * scale) * int(height * scale), width * height)
         return kept, kept - resolution[0] * resolution[1]
 
@@ -321,7 +321,7 @@ def unpadded(
     """Return the rows (from, to) and columns (from, to) of stitched patches that are not padding.
 
     Both sides lose the same number, so an odd remainder keeps one row or column of padding. No patch is kept of a very
-    long image that fills no row or column of patches (300 x 10 pixels on 336 x 672).
+    thin image that fills no row or column of patches (300 x 10 pixels on 336 x 672).
 
     Args:
         size: width and height of the original image.
@@ -329,7 +329,7 @@ def unpadded(
         grid: rows and columns of patches of a tile.
     """
     (width, height), rows, columns = size, tiles[0] * grid[0], tiles[1] * grid[1]
-    # The quotient first, then the product: another order of these floats gives one row more or less on exact ties.
+    # The quotient first, then the product: in another order, rounding gives one row more or less on exact ties.
     if width / height > columns / rows:
         margin = (rows - _whole(height * (columns / width), anyres_rule)) // 2
         return margin, rows - margin, 0, columns
@@ -342,14 +342,15 @@ class AnyresProcessor:
     """Image -> pixels of its base image and tiles, and the token layout of their patches.
 
     Attributes:
-        clip: size, mean and deviation of a tile; its padding is not used, since every tile is square.
+        clip: size, mean and deviation of a tile; it never pads, because every tile is square.
         grid: rows and columns of patches of a tile.
         pinpoints: resolutions to choose from, in any form that `parse_pinpoints` reads.
         anyres_rule: the anyres convention, "original" or "transformers", see the head of this file.
-        merge: "spatial_unpad", the checkpoints' own: padding is removed and a newline token ends every row of stitched
-            patches. "spatial": neither, all patches of every tile, as in the tables of most papers.
-        force: (width, height) for every image whatever its shape, with padding. Papers with 2,880 tokens take
-            672 x 672 and "spatial": always the base image and four tiles.
+        merge: "spatial_unpad", as the checkpoints were trained, removes padding and ends every row of stitched patches
+            with a newline token. "spatial" keeps all patches of every tile without newline tokens, as in the tables of
+            most papers.
+        force: (width, height) for images of every shape, with padding. Papers with 2,880 tokens use 672 x 672 and
+            "spatial": always the base image and four tiles.
     """
 
     clip: ImageProcessor
@@ -383,9 +384,9 @@ class AnyresProcessor:
     def arrange(self, size: Size) -> TokenLayout:
         """Return the token layout of an image of this (width, height).
 
-        If unpadding leaves no stitched patch, only the base image is computed; the original also runs the tower on the
-        tiles and keeps nothing of them. Newline tokens stay: an image so narrow that no column is left still has one
-        for each of its empty rows, as in the original.
+        If unpadding leaves no stitched patch, only the base image is computed (the original also runs the tower on the
+        tiles, and keeps nothing of them). Newline tokens stay, as in the original: an image that is so narrow that no
+        column is left has one for each of its empty rows.
         """
         width, height = self.resolution(size)
         tiles = height // self.tile, width // self.tile
@@ -435,7 +436,7 @@ class QwenImageProcessor:
 
     Attributes:
         min_pixels, max_pixels: bounds of width * height after resizing. Smaller images are enlarged and larger ones
-            reduced, with their aspect ratio as far as whole groups allow; no side is shorter than a group.
+            reduced. They keep their aspect ratio as far as whole groups allow; no side is shorter than a group.
         mean, std: per channel, on pixels in 0..1.
         patch: side of a patch in pixels.
         merge: side of a merge group in patches.
@@ -458,7 +459,7 @@ class QwenImageProcessor:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "QwenImageProcessor":
-        """Read a Qwen2-VL preprocessor_config.json. What the tower does not allow is refused.
+        """Read a Qwen2-VL preprocessor_config.json. Raises UserError for what the tower does not allow.
 
         The bounds are min_pixels and max_pixels or, in newer files, size: {shortest_edge, longest_edge}, which are
         numbers of pixels, too.
@@ -492,8 +493,8 @@ class QwenImageProcessor:
         """Preprocess images of any sizes.
 
         Returns:
-            [n, 3 * temporal * patch * patch] float32, the patches of all images in order: groups in raster order, and
-            within a group its patches in raster order. And the grid of every image, as Python integers.
+            The patches of all images, [n, 3 * temporal * patch * patch] float32, with groups in raster order, and the
+            patches of a group in raster order; and the grid of every image, as Python integers.
         """
         grids = tuple(self.grid(image.size) for image in images)
         resized = [
@@ -521,7 +522,7 @@ Deviation = Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None,
 
 
 class PreprocessorConfig(Schema):
-    """preprocessor_config.json of a CLIP or Qwen image processor, as far as it is common to both."""
+    """The fields of preprocessor_config.json that CLIP's and Qwen's image processors share."""
 
     image_mean: Mean = None
     image_std: Deviation = None
@@ -539,11 +540,11 @@ def checked_preprocessor(config: Mapping[str, Any], steps: Sequence[str], name: 
     """Validate an image preprocessor's configuration.
 
     Args:
-        steps: that the tower needs, as "do_resize".
-        name: of the preprocessing, for errors.
+        steps: fields of the steps that the tower needs, such as "do_resize".
+        name: name of the preprocessing, for errors.
 
     Raises:
-        UserError: a value is impossible, or asks for what would not be done.
+        UserError: a value is impossible, or asks for something that is not done here.
     """
     values = checked(PreprocessorConfig, config, "The image preprocessor's configuration")
     off = [step for step in steps if not config.get(step, True)]
@@ -563,7 +564,7 @@ def checked_preprocessor(config: Mapping[str, Any], steps: Sequence[str], name: 
 
 
 class PixelBounds(Schema):
-    """size of a Qwen preprocessor_config.json: numbers of pixels, although newer files call them edges."""
+    """The field `size` of a Qwen preprocessor_config.json: numbers of pixels, although newer files call them edges."""
 
     min_pixels: PositiveInt | None = None
     max_pixels: PositiveInt | None = None
@@ -574,7 +575,7 @@ class PixelBounds(Schema):
 def read_image_processor(
     directory: Path | None, vision: PretrainedConfig, qwen: bool
 ) -> tuple[ImageProcessor | QwenImageProcessor, tuple[str, ...]]:
-    """Return a folder's image preprocessing and notes about it. LLaVA's always pads, whatever the files say.
+    """Return a folder's image preprocessing, and notes about it. LLaVA's always pads, whatever the files say.
 
     Args:
         vision: configuration of the tower.

@@ -11,7 +11,7 @@ from llava.errors import UserError
 
 
 class Schema(BaseModel):
-    """Strict about types, finite numbers only, unknown fields ignored."""
+    """Base of all schemas: types are checked strictly, numbers must be finite, unknown fields are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
@@ -23,10 +23,10 @@ def checked(schema: type[S], content: Mapping[str, Any], where: str | Path) -> S
     """Validate a configuration against its schema.
 
     Args:
-        where: names the configuration in the error, such as the path of its file.
+        where: what the error calls the configuration, such as the path of its file.
 
     Raises:
-        UserError: names up to three fields that have the wrong type or an impossible value.
+        UserError: a field has the wrong type or an impossible value; up to three are named.
     """
     try:
         return schema.model_validate(content)
@@ -42,7 +42,7 @@ def checked(schema: type[S], content: Mapping[str, Any], where: str | Path) -> S
 
 
 def shortened(value: object, length: int) -> str:
-    """A value for an error, cut at so many characters."""
+    """A value as text for an error, cut at `length` characters."""
     text = repr(value)
     return text if len(text) <= length else f"{text[: length - 3]}..."
 

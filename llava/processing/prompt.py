@@ -2,7 +2,7 @@
 
 Official code read: haotian-liu/LLaVA@c121f04, llava/mm_utils.py, tokenizer_image_token, and the slow Llama tokenizer of
 transformers 4.37.2, which it runs with
-Differs from it: the ranges of the question's tokens are ours.
+Differs from it: it also finds the range of the question's tokens.
 """
 
 import json
@@ -30,9 +30,9 @@ class Sample:
         question: the question alone, the text whose tokens query-aware methods look at.
         suffix: answer-format instruction, appended on a new line (GQA's asks for a single word or phrase).
         image: RGB image, a video (llava.processing.video.Video), a tuple of them, or None for a text-only prompt.
-            The budget holds for each.
-        image_ids: one per image, a hash of its content: images with the same id share one pass of the vision tower.
-            () for images that share it with none.
+            The budget holds for each of them.
+        image_ids: a hash of each image's content: images with the same id share one pass of the vision tower. () if
+            the images share it with no others.
     """
 
     id: str
@@ -43,14 +43,14 @@ class Sample:
 
     @cached_property
     def images(self) -> "tuple[Image.Image | Video, ...]":
-        """All images, in the order in which they stand before the question."""
+        """All images, in the order in which they come before the question."""
         if self.image is None:
             return ()
         return self.image if isinstance(self.image, tuple) else (self.image,)
 
     @cached_property
     def message(self) -> str:
-        """The user turn as the benchmark scripts write it."""
+        """The user's turn as the benchmark scripts write it."""
         return f"{self.question}\n{self.suffix}" if self.suffix else self.question
 
 
@@ -63,8 +63,8 @@ class Prompt:
 
     Attributes:
         ids: token ids, with one IMAGE_TOKEN_INDEX in the place of each image's visual tokens.
-        question: [start, stop) in ids, the tokens with any character of the question; not the template, the image
-            placeholder and the answer-format suffix.
+        question: [start, stop) in ids, the tokens with any character of the question, without template, image
+            placeholder and answer-format suffix.
         instruction: the same with the suffix.
         text: the prompt as text, with "<image>".
     """
@@ -76,13 +76,14 @@ class Prompt:
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, known: dict[str, list[int]] | None = None) -> list[int]:
-    """Return the token ids of a prompt, with one IMAGE_TOKEN_INDEX per "<image>" and a BOS at the front only.
+    """Return the token ids of a prompt, with one IMAGE_TOKEN_INDEX per "<image>" and a BOS only at the beginning.
 
-    The pieces between images are tokenised separately: a Llama tokenizer puts a dummy space before each, and the
-    checkpoints were trained with that. A literal "</s>" or "<s>" in the text is a special token, as in the original.
+    The pieces between images are tokenised separately: a Llama tokenizer puts a dummy space before each of them, and
+    the checkpoints were trained with that. A literal "</s>" or "<s>" in the text is a special token, as in the
+    original.
 
     Args:
-        known: piece -> its ids, filled here, so that the pieces that texts share are tokenised once.
+        known: piece -> its ids. It is filled here, so that pieces that several texts share are tokenised once.
     """
     known = {} if known is None else known
     words = text.split(DEFAULT_IMAGE_TOKEN)
@@ -116,7 +117,7 @@ def build_prompt(
     """Build the prompt of a sample. Its images come before the message.
 
     Args:
-        longest: text tokens that the decoder has positions for; None does not limit them.
+        longest: number of text tokens that the decoder has positions for; None for no limit.
 
     Raises:
         UserError: the text contains "<image>" or a lone surrogate, or is longer than `longest`.
@@ -126,7 +127,7 @@ def build_prompt(
     slot = template.slot * len(sample.images)
     written = slot + sample.message
     text = render(mode, written)
-    known: dict[str, list[int]] = {}  # the beginnings tried below share pieces with the text
+    known: dict[str, list[int]] = {}  # the beginnings of the text that are tried below share pieces with it
     ids = tokenize(text, tokenizer, known)
     length = len(ids) - ids.count(IMAGE_TOKEN_INDEX)
     if longest is not None and length > longest:
@@ -141,15 +142,15 @@ def build_prompt(
     start = min(max(front, begin), stop)
 
     def tokens_before(end: int) -> int | None:
-        """How many tokens the first `end` characters of the text are; None where they end inside a token."""
+        """The number of tokens in the first `end` characters of the text; None if these end inside a token."""
         head = tokenize(text[:end], tokenizer, known)
         return len(head) if head == ids[: len(head)] else None
 
     def token_range(start: int, stop: int) -> tuple[int, int]:
         """The range of `ids` with any of the characters from `start` to `stop`.
 
-        Works without offsets, which a sentencepiece tokenizer does not give: a token ends after a prefix of the text if
-        the prefix's ids are a prefix of `ids`. For tokens across a border, the border moves outwards until that holds.
+        A sentencepiece tokenizer gives no offsets. Instead, a prefix of the text ends at the end of a token if the
+        prefix's ids are a prefix of `ids`. A border inside a token moves outwards until that is true.
         """
         starts = (count for end in range(start, -1, -1) if (count := tokens_before(end)) is not None)
         ends = (count for end in range(stop, len(text)) if (count := tokens_before(end)) is not None)
@@ -184,19 +185,19 @@ def read_tokenizer(directory: Path, config: PretrainedConfig) -> PreTrainedToken
     """Return the tokenizer of a checkpoint. If it has a sentencepiece model, the ids are that model's.
 
     Args:
-        config: of the HF model.
+        config: the HF model's configuration.
     """
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{directory} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); copy it from the base model.")
     decoder = config.text_config
-    # If tokenizer_config.json names no class, the config decides; transformers does not know the original config.json's
-    # type. Under Mistral's config it leaves out the space that sentencepiece puts before a text.
+    # If tokenizer_config.json names no class, the config decides. transformers does not know the type of the original
+    # config.json, and with Mistral's config it leaves out the space that sentencepiece puts before a text.
     known = LlamaConfig() if decoder.model_type in ("llama", "mistral") else decoder
     try:
         return AutoTokenizer.from_pretrained(directory, config=known, trust_remote_code=False, **_spacing(directory))
     except UserError:  # sentencepiece is missing
         raise
-    # tokenizers and sentencepiece raise bare Exceptions for files they cannot read.
+    # tokenizers and sentencepiece raise plain Exceptions for files that they cannot read.
     except Exception as error:
         raise UserError(
             f"Cannot read the tokenizer in {directory} ({' '.join(str(error).split())[:200]}); fetch its files again."
@@ -206,11 +207,11 @@ def read_tokenizer(directory: Path, config: PretrainedConfig) -> PreTrainedToken
 def _spacing(directory: Path) -> dict[str, bool]:
     """Return the arguments of the library's Llama tokenizer that place its dummy spaces as the slow tokenizer did.
 
-    add_prefix_space: the library always puts a space before a text; some models do not (Yi's). The sentencepiece
-    model decides: tokenizer.json has been wrong about it (transformers issue 29774).
+    add_prefix_space: the library always puts a space before a text, but some models (Yi's) do not. The sentencepiece
+    model decides, because tokenizer.json has been wrong about it (transformers issue 29774).
 
-    legacy: a dummy space also follows every special token. If tokenizer_config.json does not say, transformers 4 took
-    True and transformers 5 takes False.
+    legacy: whether a dummy space also follows every special token. If tokenizer_config.json does not say, transformers
+    4 assumed True, and transformers 5 assumes False.
     """
     settings = directory / "tokenizer_config.json"
     stated = read_json(settings).get("legacy") if settings.is_file() else None

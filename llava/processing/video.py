@@ -1,7 +1,7 @@
 """Video-LLaVA's preprocessing: read eight frames of a video file, and prepare frames and images for the towers.
 
-Official code read: PKU-YuanGroup/Video-LLaVA @ 984e65b (Apache-2.0), languagebind/{video,image}/processing_*.py, with
-the versions that it pins: torchvision 0.15.2, and pytorchvideo's ShortSideScale
+Official code read: PKU-YuanGroup/Video-LLaVA@984e65b (Apache-2.0), languagebind/{video,image}/processing_*.py, with the
+versions that it pins: torchvision 0.15.2, and pytorchvideo's ShortSideScale
 Differs from it: frames are decoded with PyAV instead of decord.
 """
 
@@ -23,7 +23,6 @@ from llava.errors import UserError, optional_imports
 from llava.processing.image import ImageProcessor, as_rgb
 
 if TYPE_CHECKING:
-    from av import VideoFrame
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
@@ -35,10 +34,10 @@ TURNS = {1: Image.Transpose.ROTATE_90, 2: Image.Transpose.ROTATE_180, 3: Image.T
 
 @dataclass(frozen=True)
 class Video:
-    """The frames of a video that the model takes; used in a Sample in the place of an image.
+    """The frames of a video for the model; a Sample can have it instead of an image.
 
     Attributes:
-        frames: in temporal order, all of one size, at least one.
+        frames: at least one, in temporal order, all of one size.
     """
 
     frames: tuple[Image.Image, ...]
@@ -49,9 +48,9 @@ class Video:
 
 
 def frame_indices(count: int, frames: int = FRAMES) -> list[int]:
-    """Return the indices of `frames` of `count` frames: evenly spaced from the first to the last, rounded down.
+    """Return the indices of `frames` of `count` frames, evenly spaced from the first to the last, rounded down.
 
-    The official rule is NumPy's linspace truncated to integers. NumPy is called since its rounding decides if the
+    The official rule is NumPy's linspace truncated to integers. NumPy is called because its rounding decides if the
     spacing is not an integer.
     """
     indices: list[int] = np.linspace(0, count - 1, frames, dtype=int).tolist()
@@ -61,16 +60,16 @@ def frame_indices(count: int, frames: int = FRAMES) -> list[int]:
 def read_video(path: str | Path, frames: int = FRAMES) -> Video:
     """Decode `frames` evenly spaced frames of a video file, as RGB.
 
-    The length in a file's header can be wrong. Like decord, this counts the packets of the stream. The whole stream is
-    decoded and only the chosen frames are kept; if decoding gives another number of frames, that number counts and the
-    stream is decoded again. A file that ends early between two frames is as long as the part that is left.
+    The length in a file's header can be wrong, so this counts the packets of the stream, as decord does. The whole
+    stream is decoded, and only the chosen frames are kept. If decoding finds another number of frames, the stream is
+    decoded again with that number. A file that was cut off between two frames is as long as the part that is left.
 
-    A rotation by quarter turns in the metadata is applied; other angles, mirroring and non-square pixels are ignored;
-    decord does the same. Frames were equal to decord 0.6.0's in every pixel (MPEG-4, H.264 with B frames, VP9; BT.601
+    As in decord, a rotation by quarter turns in the metadata is applied, and other angles, mirroring and non-square
+    pixels are ignored. Frames were equal to decord 0.6.0's in every pixel (MPEG-4, H.264 with B frames, VP9; BT.601
     and BT.709, 4:2:0 and 4:4:4, rotated).
 
     Args:
-        path: any file that FFmpeg decodes; of several video streams the one that FFmpeg considers best.
+        path: any file that FFmpeg decodes. If it has several video streams, FFmpeg chooses the best.
         frames: number of frames; Video-LLaVA takes 8.
 
     Raises:
@@ -91,7 +90,7 @@ def read_video(path: str | Path, frames: int = FRAMES) -> Video:
 
 
 def pyav() -> ModuleType:
-    """The module `av`. Only video files need it, so it is imported when one is opened.
+    """The module `av`, imported when a video file is first opened, as nothing else needs it.
 
     Raises:
         UserError: it is not installed.
@@ -103,7 +102,7 @@ def pyav() -> ModuleType:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple["InputContainer", "VideoStream"]]:
-    """Open a file and its best video stream; errors of reading it inside the block become a UserError."""
+    """Open a file and its best video stream. Errors of reading it inside the block become a UserError."""
     av = pyav()
     try:
         # A file object and no protocol: FFmpeg treats some names as addresses, and opens the files of playlists.
@@ -119,7 +118,7 @@ def _opened(path: Path) -> Iterator[tuple["InputContainer", "VideoStream"]]:
         raise
     except FileNotFoundError as error:
         raise UserError(f"No video at {path}; check the path and the video folder.") from error
-    # PyAV raises its own errors or built-in ones, depending on the place of the damage.
+    # PyAV raises its own errors or built-in ones, depending on where the damage is.
     except (av.FFmpegError, OSError, ValueError, EOFError) as error:
         raise _damaged(path, getattr(error, "strerror", None) or str(error)) from error
 
@@ -129,7 +128,7 @@ def _damaged(path: Path, reason: str) -> UserError:
 
 
 def _count_packets(path: Path) -> int:
-    """Count frames by the packets of the stream, without decoding."""
+    """Count the frames by the packets of the stream, without decoding."""
     count = 0
     with _opened(path) as (container, stream):
         for packet in container.demux(stream):
@@ -140,7 +139,7 @@ def _count_packets(path: Path) -> int:
 
 
 def _decode(path: Path, indices: Sequence[int]) -> tuple[list[Image.Image], int]:
-    """Return the frames at `indices`, as far as they exist, and the number of all frames."""
+    """Return the frames at `indices`, as far as they exist, as upright RGB images, and the number of all frames."""
     chosen: dict[int, Image.Image] = {}
     count = 0
     with _opened(path) as (container, stream):
@@ -148,16 +147,11 @@ def _decode(path: Path, indices: Sequence[int]) -> tuple[list[Image.Image], int]
             if count in indices:
                 if frame.is_corrupt:
                     raise _damaged(path, f"frame {count} is incomplete")
-                chosen[count] = _upright(frame)
+                turn = TURNS.get(round(frame.rotation / 90) % 4)
+                image: Image.Image = frame.to_image()
+                chosen[count] = image if turn is None else image.transpose(turn)
             count += 1
     return [chosen[index] for index in indices if index in chosen], count
-
-
-def _upright(frame: "VideoFrame") -> Image.Image:
-    """Return a frame as RGB, rotated as its metadata says."""
-    image: Image.Image = frame.to_image()
-    turn = TURNS.get(round(frame.rotation / 90) % 4)
-    return image if turn is None else image.transpose(turn)
 
 
 @dataclass(frozen=True)
@@ -166,9 +160,9 @@ class VideoProcessor:
 
     Attributes:
         clip: sizes, mean and deviation; frames are cropped, never padded.
-        reading: "original": scale to 0..1, normalise, resize (bilinear, not antialiased), crop. "transformers": resize
-            (see llava.processing.image.resize), crop, scale, normalise, as for the transformers conversion; its
-            torchvision processor differs by one 8-bit step in a few pixels.
+        reading: "original" scales to 0..1, normalises, resizes (bilinear, not antialiased) and crops. "transformers",
+            for the transformers conversion, resizes (see llava.processing.image.resize), crops, scales and normalises;
+            its torchvision processor differs by one 8-bit step in a few pixels.
     """
 
     clip: ImageProcessor
@@ -192,9 +186,9 @@ class VideoProcessor:
 class LanguageBindImageProcessor(ImageProcessor):
     """RGB image -> [3, S, S] float32 pixels, as the original Video-LLaVA prepares images.
 
-    Padding and sizes are those of LLaVA-1.5, but tensors are resized, for which the pinned torchvision 0.15.2 does no
-    antialiasing by default (bicubic, a = -0.75), without clamping to 0..1. Strongly reduced images are rougher than
-    with Pillow. Use ImageProcessor for the transformers conversion.
+    Padding and sizes are those of LLaVA-1.5, but tensors are resized instead of images (bicubic, a = -0.75). By
+    default, the pinned torchvision 0.15.2 then neither antialiases nor clamps to 0..1, so that strongly reduced images
+    are rougher than with Pillow. Use ImageProcessor for the transformers conversion.
     """
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -205,7 +199,7 @@ class LanguageBindImageProcessor(ImageProcessor):
 def _square(pixels: Tensor, colour: Sequence[int], size: int) -> Tensor:
     """Centre [1, 3, H, W] on a square of `colour` and resize it to `size`; an odd remainder goes right or below.
 
-    The longer side is resized first: rows of one colour do not change, so the whole canvas never exists.
+    The longer side is resized first. Rows of one colour do not change, so the whole canvas never exists.
     """
     height, width = pixels.shape[-2:]
     if height > width:
@@ -231,6 +225,6 @@ def _normalise(pixels: Tensor, clip: ImageProcessor) -> Tensor:
 
 
 def _centre(pixels: Tensor, side: int) -> Tensor:
-    """Crop the centre square; half pixels are rounded to even, as by Python's round in torchvision."""
+    """Crop the centre square; half pixels are rounded to even, as torchvision does with Python's round."""
     top, left = (round((edge - side) / 2) for edge in pixels.shape[-2:])
     return pixels[..., top : top + side, left : left + side]

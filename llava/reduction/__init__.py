@@ -1,4 +1,4 @@
-"""What a method imports: base class, states, reductions, scores, rankings and the registry."""
+"""All that a method imports: base class, states, reductions, scores, rankings and the registry."""
 
 from llava.errors import UserError
 from llava.reduction.budget import (

@@ -1,4 +1,4 @@
-"""A budget becomes tokens per tile and tokens per decoder layer. (How a budget is written: llava/budget.py.)
+"""Turn a budget into tokens per tile and tokens per decoder layer. (llava/budget.py says how a budget is written.)
 
 The budget is the mean over decoder layers of the visual tokens that enter a layer. Papers give stages for a decoder of
 32 (or 40) layers; they are scaled in proportion to another depth.
@@ -6,8 +6,8 @@ The budget is the mean over decoder layers of the visual tokens that enter a lay
 An image with several tiles (the base image and the tiles of LLaVA-NeXT, or the frames of a video) has one budget. The
 option `tile_budget` names the rule that splits it:
 
-* "each": evenly, the convention of most papers (640 tokens are 128 for each of five tiles). What a tile with too few
-  patches cannot take goes to the others, so that the image's budget is met exactly.
+* "each": evenly, the convention of most papers (640 tokens are 128 for each of five tiles). Tokens that do not fit into
+  a tile with too few patches go to the other tiles, so that the image's budget is met exactly.
 * "thumbnail": the base image gets its even share; the tiles share the rest in proportion to the CLS attention of the
   base image to the region that each tile shows.
 * "global": all patches are ranked together.
@@ -65,8 +65,8 @@ def refuse_budget(name: str, budget: int, smallest: float, largest: float, why: 
     """The error for a budget that a method's structure cannot meet.
 
     Args:
-        smallest, largest: means over layers that it can meet on this model.
-        instead: one more sentence, on what to do about it.
+        smallest, largest: the lowest and highest mean over layers that it can meet on this model.
+        instead: one more sentence that says what to do about it.
     """
     return UserError(
         f"{name} cannot reach a mean of {budget} visual tokens per layer: {why}. "
@@ -76,13 +76,14 @@ def refuse_budget(name: str, budget: int, smallest: float, largest: float, why: 
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """What a method does with images of one size, as far as that is known before they are seen.
+    """What is known about reducing images of one size before any of them is processed.
 
     Attributes:
         spec: the model with the tokens and tiles of one of these images.
-        fits: an image with tiles or newline tokens has no more tokens than its budget, and is not reduced.
+        fits: True if the image has tiles or newline tokens and no more tokens than its budget. Then it is not reduced.
         tokens: visual tokens that are planned to enter each layer; None if that depends on the image.
-        asked: visual tokens that the budget asks for, as a mean over layers; see `asked_of`.
+        asked: visual tokens that the budget asks for, as a mean over layers, whatever the method plans: the number or
+            the ratio of this image's tokens, and at most what the image has.
     """
 
     spec: ModelSpec
@@ -93,25 +94,17 @@ class ImagePlan:
 
 @lru_cache(maxsize=1024)
 def plan_image(reducer: Reducer, model: ModelSpec, layout: TokenLayout) -> ImagePlan:
-    """The plan of a method for the images of a model with one token layout; it is worked out once.
+    """The plan of a method for all images of a model with one token layout.
 
-    It holds for every instance with the same options, so it never holds the instance.
+    It is cached, and shared by all instances with the same options, so it does not hold the instance.
     """
     spec = spec_of(model, layout)
-    return ImagePlan(spec, fits_budget(reducer, spec), planned(reducer, spec), asked_of(reducer, spec))
-
-
-def asked_of(reducer: Reducer, spec: ModelSpec) -> int:
-    """Visual tokens of one image that the budget asks for, whatever the method plans.
-
-    This is the number, or the ratio of this image's tokens, and at most what the image has. A method that chooses
-    among patches never has class tokens to keep, and newline tokens only with newlines=keep.
-    """
-    own = reducer.for_image(spec)
+    own, fits = reducer.for_image(spec), fits_budget(reducer, spec)
     most = spec.visual_tokens
-    if chooses_patches(own) and not fits_budget(own, spec):
+    if chooses_patches(own) and not fits:
+        # Class tokens are never kept, newline tokens only with newlines=keep.
         most = spec.patches + (spec.newlines if own.newlines == "keep" else 0)
-    return min(own.budget, most)
+    return ImagePlan(spec, fits, planned(reducer, spec), min(own.budget, most))
 
 
 def planned(reducer: Reducer, spec: ModelSpec) -> tuple[int, ...] | None:
@@ -135,7 +128,7 @@ def in_decoder(second: Reducer, spec: ModelSpec, entering: int) -> tuple[Reducer
 
     Args:
         second: at the budget of the image.
-        entering: tokens of the image that the first method leaves; they are in one row.
+        entering: number of tokens that the first method leaves of the image; they are in one row.
     """
     own = replace(spec, visual_tokens=entering, layout=PatchGrid(1, entering), crops=(), newlines=0)
     return second.with_budget(min(second.budget, entering)), own
@@ -226,7 +219,7 @@ def in_tower(reducer: Reducer, layout: TokenLayout) -> Reducer:
 
 
 def refuse_unequal_crops(reducer: Reducer, crops: int, whole: bool) -> None:
-    """Raise UserError where a method that acts on pixels or inside the tower cannot treat all tiles alike."""
+    """Raise UserError if a method that acts on pixels or inside the tower cannot treat all tiles alike."""
     if not whole or reducer.budget % crops:
         raise UserError(
             f"{reducer.name} reduces every tile alike inside the tower: it needs whole tiles without newline tokens "
@@ -238,7 +231,7 @@ def shares(reducer: Reducer, layout: TokenLayout, scores: dict[TowerScore, Tenso
     """Tokens for each tile of one image.
 
     Args:
-        scores: those of `tower_scores`, [tiles, P, ...], of whole tiles before unpadding.
+        scores: the scores that `tower_scores` names, [tiles, P, ...], of whole tiles before unpadding.
     """
     sizes = [len(crop.patches) for crop in layout.crops]
     budget = for_patches(reducer, len(layout.newlines))
@@ -253,10 +246,10 @@ def shares(reducer: Reducer, layout: TokenLayout, scores: dict[TowerScore, Tenso
 
 
 def split_evenly(budget: int, sizes: Sequence[int], weights: Sequence[float] | None = None) -> list[int]:
-    """Split `budget` in equal parts, or in proportion to `weights`, at most sizes[i] to each.
+    """Split `budget` in equal parts, or in proportion to `weights`, with at most sizes[i] for part i.
 
-    What one cannot take goes to the others in the same proportion. Fractions are cut off; the tokens that remain go
-    one each to the largest fractions, on a tie to the first.
+    Tokens that do not fit into a part go to the others in the same proportion. Fractions are cut off, and the remaining
+    tokens go one each to the largest fractions, on a tie to the first.
     """
     weights = [1.0] * len(sizes) if weights is None else list(weights)
     left, given = min(budget, sum(sizes)), [0] * len(sizes)
@@ -280,7 +273,7 @@ def split_evenly(budget: int, sizes: Sequence[int], weights: Sequence[float] | N
 
 
 def covered(layout: TokenLayout, score: Tensor) -> list[float]:
-    """Sum of the base image's scores [P] over the region that each tile shows.
+    """Sum the base image's scores [P] over the region that each tile shows; one number per tile.
 
     The base image and the stitched, unpadded tiles show the same image, each stretched over its own grid.
     """

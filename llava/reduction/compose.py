@@ -1,17 +1,17 @@
 """One method on top of another: the first before the decoder, the second between its layers, with one budget.
 
-`llava.reduction.compose("divprune", "fastv")` gives the class. Its name, divprune+fastv, stands wherever a method's
-name does. The budget B is that of every method, the mean over decoder layers of the visual tokens that enter a layer.
-Of an image with N tokens the first method leaves
+`llava.reduction.compose("divprune", "fastv")` gives the class. Its name, divprune+fastv, can be used wherever the name
+of a method can. Its budget B means what it means for every method: the mean over decoder layers of the visual tokens
+that enter a layer. Of an image with N tokens the first method leaves
 
     K = N^(1 - share) * B^share, rounded: with share=0.5 the geometric mean, so that both keep the same ratio.
 
-The second finds an image of K tokens, and its stages have the budget B as their mean over all layers, those before the
-stages included. With share=0 the second method does everything, with share=1 the first.
+The second receives an image of K tokens. Its stages have the budget B as their mean over all layers, including those
+before the stages. With share=0 the second method does everything, with share=1 the first.
 
-Options are those of both methods, METHOD.OPTION on a command line and METHOD__OPTION in Python and in results.
-`positions`, `tile_budget` and `newlines` of the first are the composition's own; every stage
-numbers positions as its method.
+A composition has the options of both methods, METHOD.OPTION on a command line and METHOD__OPTION in Python and in
+results. `positions`, `tile_budget` and `newlines` of the first method are written without its name. Every stage numbers
+positions as its method does.
 """
 
 from dataclasses import dataclass, field, fields, make_dataclass
@@ -52,7 +52,7 @@ class Composed(Reducer):
         for role, part in zip(("first", "second"), self.parts, strict=True):
             names = {key: _field_name(key, part, role == "first") for key in options_of(part)}
             values = {key: getattr(self, name) for key, name in names.items() if name in options_of(type(self))}
-            # Its own sentence about a wrong value comes before that of the composition.
+            # A part refuses a wrong value in its own words, before the composition does.
             object.__setattr__(self, role, part(budget=self.budget, **values))
         super().__post_init__()
 
@@ -103,7 +103,7 @@ class Composed(Reducer):
         return self.second.decoder_layers(layers)
 
     def decoder(self, state: DecoderState) -> Reductions:
-        start, stop = state.start.images[0]  # of the images of a state as many tokens entered layer 0
+        start, stop = state.start.images[0]  # all images of a state had the same number of tokens at layer 0
         second, state.spec = in_decoder(self.second, state.spec, stop - start)
         return second.decoder(state)
 
@@ -161,5 +161,5 @@ def composition(first: type[Reducer], second: type[Reducer]) -> type[Composed]:
 
 
 def _field_name(option_: str, part: type[Reducer], is_first: bool) -> str:
-    """The composition's field for an option of a part, "fastv__layer"; the same of "layer=3"."""
+    """The composition's field for an option of a part: fastv__layer for "layer", fastv__layer=3 for "layer=3"."""
     return option_ if is_first and option_.partition("=")[0] in OWN else f"{part.name}__{option_}"

@@ -1,8 +1,8 @@
 """A reduction as data: the tokens that are kept, and the tokens that are averaged into each (`Reduction.apply`).
 
-`merge_plan` makes the reduction of encoder-guided merging: the tokens that are not retained are averaged into a few
-tokens, or into the retained ones. It is used by ConsensusDrop, VisionDrop, VisionZip and VScan. `join` and `stack` put
-the reductions of tiles and frames together.
+`merge_plan` makes the reduction of encoder-guided merging: the tokens that are not retained are averaged into a few of
+them, or into the retained ones. ConsensusDrop, VisionDrop, VisionZip and VScan use it. `join` and `stack` put the
+reductions of tiles and frames together.
 
 Paper: https://arxiv.org/abs/2602.00946 (abstract: "the remainder is compressed by encoder-guided token merging")
 Official code read: none was released; dvlab-research/VisionZip@3151f6d for the stride anchors and its sum.
@@ -28,17 +28,17 @@ class Reduction:
     """Output tokens of one reduction for a batch of images with the same number of tokens.
 
     Attributes:
-        kept: [B, K] int64, for each output token the index of the input token whose position id it has. Ascending and
+        kept: [B, K] int64, for each output token the index of the input token whose position id it gets. Ascending and
             unique unless a method documents otherwise.
         inputs: N.
         assignment: [B, N] int64, the output token into which each input token is averaged, -1 if dropped. None means
             pruning: every output token is the kept input token, unchanged.
         merge_weight: [B, N] float32, weight of each input token in its output token. None without assignment.
-        encoder_space: apply to encoder features and project again, instead of to projected tokens.
+        encoder_space: merge encoder features and project the result, instead of merging projected tokens.
         merge_matrix: [B, K, N] float32, weights of all input tokens in every output token, for methods whose groups
             overlap; in place of assignment and merge_weight.
         appended: number of output tokens at the end that are not in raster order.
-        drops: False where every input token is in an output token, so that no assignment is -1.
+        drops: False if every input token is part of an output token, so that no assignment is -1.
         flops: operations of the matrix products by which `merge_plan` made it; the pipeline counts them.
     """
 
@@ -87,7 +87,7 @@ class Reduction:
         return out if out.dtype == tokens.dtype else out.to(tokens.dtype)
 
     def merged_count(self) -> Tensor:
-        """[B] int64, output tokens made of two or more input tokens."""
+        """[B] int64, the number of output tokens made of two or more input tokens."""
         batch, outputs = self.kept.shape
         if self.merge_matrix is not None:
             return ((self.merge_matrix != 0).sum(2) > 1).sum(1)
@@ -99,11 +99,11 @@ class Reduction:
         return (members[:, :-1] > 1).sum(1)
 
     def apply_flops(self, channels: int) -> int:
-        """Operations of `apply` on one image with tokens of `channels` channels, matrix products only."""
+        """Operations of the matrix products in `apply`, for one image with tokens of `channels` channels."""
         return 0 if self.merge_matrix is None else 2 * self.merge_matrix[0].numel() * channels
 
     def after(self, first: "Reduction") -> "Reduction":
-        """Composition: `first`, then this reduction; neither may have a merge matrix.
+        """One reduction that does `first` and then this one; neither may have a merge matrix.
 
         Args:
             first: its outputs are the inputs of this one.
@@ -119,7 +119,7 @@ class Reduction:
         return Reduction(kept, first.inputs, assignment.gather(1, slot), weight_1 * weight.gather(1, slot))
 
     def explicit(self) -> tuple[Tensor, Tensor]:
-        """Assignment and merge weight [B, N], also where the reduction only drops tokens."""
+        """Assignment and merge weight, [B, N] each, also of a reduction that only drops tokens."""
         if self.merge_matrix is not None:
             raise ValueError("a reduction with a merge matrix has no assignment: its groups overlap")
         if self.assignment is not None and self.merge_weight is not None:
@@ -130,7 +130,7 @@ class Reduction:
         return assignment, (assignment >= 0).float()
 
     def matrix(self) -> Tensor:
-        """[K, N] weights of all input tokens in every output token, for one image."""
+        """[K, N] weights of all input tokens in every output token, for a reduction of one image."""
         if self.merge_matrix is not None:
             return self.merge_matrix[0]
         assignment, weight = self.explicit()
@@ -138,7 +138,7 @@ class Reduction:
         return (assignment[0][None] == outputs[:, None]) * weight[0]
 
     def with_cls(self) -> "Reduction":
-        """This reduction of N patches extended to CLS and N patches; CLS is kept as the first output token."""
+        """This reduction of N patches, extended to CLS and N patches; CLS is kept as the first output token."""
         cls = self.kept.new_zeros(len(self.kept), 1)
         longer = replace(self, kept=torch.cat([cls, self.kept + 1], 1), inputs=self.inputs + 1)
         if self.assignment is None or self.merge_weight is None:
@@ -181,11 +181,11 @@ def merge_plan(
     weights: str,
     appended: bool = False,
 ) -> Reduction:
-    """The reduction that keeps `retained` and compresses the rest.
+    """The reduction that keeps `retained` and merges the rest.
 
     Args:
         retained, rest: [B, R] and [B, N - R] indices, each ascending.
-        merged: M, the tokens that the rest is merged into; 0 with "retained" anchors.
+        merged: M, the number of tokens that the rest is merged into; 0 with "retained" anchors.
         saliency: [B, N] float32, encoder saliency.
         keys: [B, N, D] encoder keys, of any length; a token joins the anchor with the highest cosine.
         anchors: rule of `choose_anchors`; "retained" merges the rest into the retained tokens.
@@ -196,7 +196,7 @@ def merge_plan(
     compares = weights != "none" and rest.shape[1] > 0 and (merged > 0 or anchors == "retained")
     unit, flops = keys, 0
     if compares or (merged and anchors == "farthest"):
-        # Zeros stay zeros.
+        # Clamped, so that zeros stay zeros.
         unit = keys if keys.dtype == torch.float32 else keys.float()
         unit = unit / torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_min(1e-12)
     kept, members, centres = retained, rest, retained
@@ -222,11 +222,11 @@ def merge_plan(
 
 
 def choose_anchors(rule: str, rest: Tensor, saliency: Tensor, unit: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """[B, M] indices of anchors among the L indices `rest`, and the L - M others; both ascending.
+    """Choose M anchors among the L indices `rest`: [B, M] anchors and [B, L - M] others, both ascending.
 
     Args:
-        rule: "saliency" (D1, the most salient), "stride" (D2, every n-th, as VisionZip) or "farthest" (D3,
-            farthest-point sampling by cosine of keys, from the most salient).
+        rule: "saliency" (D1, the most salient), "stride" (D2, every n-th, as VisionZip does) or "farthest" (D3,
+            farthest-point sampling by cosine of keys, starting from the most salient).
         unit: [B, N, D] encoder keys of length 1.
     """
     if rule == "stride":
@@ -243,7 +243,7 @@ def choose_anchors(rule: str, rest: Tensor, saliency: Tensor, unit: Tensor, coun
 
 @cached_by_sizes
 def stride(total: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """[count] every n-th of `total` places, and all other places."""
+    """[count] every n-th of `total` places, and [total - count] the other places."""
     every = torch.arange(0, total, max(1, total // count))[:count]
     left = torch.ones(total, dtype=torch.bool).index_fill(0, every, False).nonzero().flatten()
     return every.to(device, non_blocking=True), left.to(device, non_blocking=True)
@@ -254,12 +254,12 @@ def member_weights(rule: str, assignment: Tensor, kept: Tensor, saliency: Tensor
 
     Args:
         rule: "saliency" (W1, average weighted by saliency), "mean" (W2) or "anchor_plus_mean" (W3, the anchor plus the
-            unweighted mean of its members: a sum, as VisionZip's code does).
-        assignment: [B, N] output index of every token; each output has at least one.
+            unweighted mean of its members, a sum as in VisionZip's code).
+        assignment: [B, N] output index of every token; each output has at least one token.
         kept: [B, K] index of each output token.
     """
     if rule == "saliency":
-        # A lower bound, so that a group whose saliency underflows to zero is averaged instead of giving 0/0.
+        # Clamped, so that a group whose saliency underflows to zero is averaged instead of giving 0/0.
         share = saliency.clamp(min=1e-12)
     elif rule == "mean":
         share = ones(*assignment.shape, assignment.device)
@@ -279,7 +279,7 @@ def member_weights(rule: str, assignment: Tensor, kept: Tensor, saliency: Tensor
 
 @cached_by_sizes
 def ones(batch: int, count: int, device: torch.device) -> Tensor:
-    """[B, N] float32. Shared: it must not be written into."""
+    """[B, N] float32 ones. Shared: do not write into it."""
     return torch.ones(batch, count, device=device)
 
 
@@ -299,16 +299,16 @@ class ViewReduction:
 
 
 def join(views: list[ViewReduction], inputs: int) -> tuple[Reduction, Tensor]:
-    """Join the reductions of an image's views into one reduction; tokens of no view are dropped.
+    """Join the reductions of an image's views into one reduction; tokens that are in no view are dropped.
 
     Kept tokens are in the order of the image's tokens. Tokens that a method appends (`Reduction.appended`) come after
-    those of all views of the block.
+    the kept tokens of all views of their block.
 
     Args:
-        inputs: visual tokens of the image.
+        inputs: number of visual tokens of the image.
 
     Returns:
-        the reduction, and [K] int64: for each output token its index among the views' outputs, one view after another.
+        The reduction, and [K] int64: for each output token its index among the outputs of all views in a row.
     """
     device = views[0].indices.device
     kept = torch.cat([view.indices[view.reduction.kept[0]] for view in views])
@@ -342,7 +342,7 @@ def join(views: list[ViewReduction], inputs: int) -> tuple[Reduction, Tensor]:
 
 
 def stack(reductions: list[Reduction]) -> Reduction:
-    """Stack reductions of one image each [1, K] into one of a batch [B, K]; all merge by assignment."""
+    """Stack reductions of one image each [1, K] into one of a batch [B, K], in the form of an assignment."""
     assignments, weights = zip(*(one.explicit() for one in reductions), strict=True)
     kept = torch.cat([one.kept for one in reductions])
     return Reduction(kept, reductions[0].inputs, torch.cat(assignments), torch.cat(weights))

@@ -1,11 +1,11 @@
-"""The parts of a model that methods read, as Protocols, and floating point operations of its parts.
+"""The parts of a model that methods read, as Protocols, and their floating point operations.
 
-CLIP's and Qwen's vision blocks and the decoders of the Llama and Qwen families have these parts; a type checker needs
-them, because the attribute of an `nn.Module` may be a tensor or a module.
+CLIP's and Qwen's vision blocks and the decoders of the Llama and Qwen families have these parts. A type checker needs
+the Protocols, because the attribute of an `nn.Module` may be a tensor or a module.
 
-Operations are those of what was computed, from module shapes and counted tokens: matrix products only, 2 operations per
-multiply-add, attention counted over all key positions that the kernel is given (no discount for the causal half).
-Checked against torch.utils.flop_counter in the tests.
+Operations are computed from module shapes and the numbers of tokens that were processed. They count matrix products
+only, with 2 operations per multiply-add, and attention over all key positions that the kernel receives (the causal half
+is not left out). Tests compare them with torch.utils.flop_counter.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,9 +40,9 @@ class VisionBlock(Module, Protocol):
 class DecoderAttention(Module, Protocol):
     """Self-attention of a decoder layer, with grouped-query heads or without.
 
-    Where the layer is split over ranks, the projections compute this rank's heads, but `in_features` and `out_features`
-    are those of the whole layer, and the module has a function `gather(part, dim)`, which puts those of all ranks
-    together in the order of heads, so that all ranks rank by the same numbers.
+    If the layer is split over ranks, the projections compute this rank's heads, but `in_features` and `out_features`
+    are those of the whole layer. The module then has a function `gather(part, dim)`, which joins the heads of all ranks
+    in their order, so that all ranks rank by the same numbers.
     """
 
     q_proj: nn.Linear
@@ -76,16 +76,16 @@ def linear_flops(layer: nn.Linear, rows: int) -> int:
 
 
 def _linears(module: Module) -> list[nn.Linear]:
-    """Linear layers by what is counted of them: DeepSpeed's split layers, which have the sizes of the whole, too."""
+    """All modules with the sizes of a linear layer, including DeepSpeed's split layers with the whole layer's sizes."""
     return [cast(nn.Linear, part) for part in module.modules() if hasattr(part, "in_features")]
 
 
 def tower_flops(tower: Any, patches: int, tokens: Sequence[tuple[int, int]]) -> int:
-    """One image of `patches` patches through patch embedding and blocks.
+    """Operations of patch embedding and blocks for one image of `patches` patches.
 
     Args:
         tower: a CLIPVisionTransformer.
-        tokens: for every block that is run, the tokens that enter its attention and its MLP.
+        tokens: for every block that is run, how many tokens enter its attention and its MLP.
     """
     total: int = 2 * patches * tower.embeddings.patch_embedding.weight.numel()
     for block, (attended, kept) in zip(tower.encoder.layers, tokens, strict=False):
@@ -103,7 +103,7 @@ def projector_flops(projector: nn.Module, tokens: int) -> int:
 
 
 def layer_flops(layer: DecoderLayer, queries: int, keys: int) -> int:
-    """One decoder layer on `queries` new tokens that attend `keys` tokens."""
+    """Operations of one decoder layer for `queries` new tokens that attend to `keys` tokens."""
     linears = sum(linear_flops(linear, queries) for linear in _linears(layer))
     return linears + 4 * queries * keys * layer.self_attn.q_proj.out_features
 
@@ -111,10 +111,10 @@ def layer_flops(layer: DecoderLayer, queries: int, keys: int) -> int:
 def prefill_flops(
     layers: Sequence[DecoderLayer], lengths: Sequence[int], head: nn.Linear, keys: Sequence[int] | None = None
 ) -> int:
-    """Prefill with `lengths[i]` tokens entering layer i, and the head on the last token.
+    """Operations of a prefill with `lengths[i]` tokens entering layer i, and of the head for the last token.
 
     Args:
-        keys: that a token attends in each layer; None for all of them.
+        keys: number of tokens that a token attends to in each layer; None for all of them.
     """
     total = sum(layer_flops(*one) for one in zip(layers, lengths, keys or lengths, strict=True))
     return total + linear_flops(head, 1)

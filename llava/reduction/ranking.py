@@ -1,17 +1,17 @@
-"""Choose tokens: the highest scores, or greedily one token after the other. Of equal ones the lower index is chosen.
+"""Choose tokens by the highest scores, or greedily one token after the other. On a tie the lower index is chosen.
 
 * `keep_top`, `split` and `ranks`: by score.
-* `farthest_from` and `farthest_apart`: the token whose nearest chosen token is farthest away, by cosine distance.
+* `farthest_from` and `farthest_apart`: the token whose nearest chosen token is farthest away, by cosine distance; for
   ConsensusDrop's merge targets and DivPrune.
-* `largest_determinant`: the token that multiplies the determinant of the chosen ones' kernel most. CDPruner.
-* `cover_greedily`: the token with the largest gain in coverage times its weight. SCOPE.
-* `distinct`: near-duplicates are removed in rounds. VisPruner.
+* `largest_determinant`: the token that increases the determinant of the chosen tokens' kernel most; for CDPruner.
+* `cover_greedily`: the token with the largest gain in coverage times its weight; for SCOPE.
+* `distinct`: near-duplicates are removed in rounds; for VisPruner.
 
-Index tensors that depend on sizes alone are made once and kept on the device (`cached_by_sizes`): a short prefill is
-bound by the host, which issues one operation after the other.
+Index tensors that depend on sizes alone are made once and kept on the device (`cached_by_sizes`), because the host
+limits a short prefill: it issues one operation after the other.
 
-The greedy loops never wait for the device. Where the cosines of all pairs of tokens would need too much memory, they
-make a few rows of them at a time. On a CPU SCOPE's loop looks at values, and computes only the gains that can decide.
+The greedy loops never wait for the device. If the cosines of all pairs of tokens would need too much memory, the loops
+compute a few rows of them at a time. On a CPU SCOPE's loop looks at values, and computes only the gains that matter.
 
 Shapes: B images, N tokens, D channels, K chosen tokens.
 """
@@ -27,14 +27,14 @@ from torch import Tensor
 MatMul = Callable[[Tensor, Tensor], Tensor]
 
 Made = TypeVar("Made")
-KEPT = 64  # results of each function
-HOST = "cpu"  # the device whose values are read without waiting
+KEPT = 64  # results that `cached_by_sizes` remembers of each function
+HOST = "cpu"  # the device whose values can be read without waiting
 
 
 def cached_by_sizes(function: Callable[..., Made]) -> Callable[..., Made]:
-    """Decorator: remember what a function returns for the same arguments, which are whole numbers and the device.
+    """Decorator: remember what a function of whole numbers and a device returns.
 
-    The tensors are shared: a caller must not write into them. They are ordinary tensors, also where they are first
+    The tensors are shared: a caller must not write into them. They are ordinary tensors, even if they are first
     asked for in inference mode.
     """
 
@@ -49,18 +49,18 @@ def cached_by_sizes(function: Callable[..., Made]) -> Callable[..., Made]:
 
 @cached_by_sizes
 def places(batch: int, count: int, device: torch.device) -> Tensor:
-    """[B, N] int64: 0, 1, 2, ..., N - 1 in every row. Shared: it must not be written into."""
+    """[B, N] int64: 0, 1, 2, ..., N - 1 in every row. Shared: do not write into it."""
     return torch.arange(count, device=device).repeat(batch, 1)
 
 
 @cached_by_sizes
 def rows(batch: int, device: torch.device) -> Tensor:
-    """[B, 1] int64: 0, 1, 2, ... Shared: it must not be written into."""
+    """[B, 1] int64: 0, 1, 2, ... Shared: do not write into it."""
     return torch.arange(batch, device=device)[:, None]
 
 
 def in_float32(tensor: Tensor) -> Tensor:
-    """The tensor in float32; itself where it is, because a cast that changes nothing is dispatched all the same."""
+    """The tensor in float32. One that is float32 is returned as it is, because a cast would cost a dispatch."""
     return tensor if tensor.dtype == torch.float32 else tensor.float()
 
 
@@ -72,7 +72,7 @@ def gather_tokens(tokens: Tensor, keep: Tensor) -> Tensor:
 
 def ranks(score: Tensor) -> Tensor:
     """[..., N] int64: 0 for the highest score, N - 1 for the lowest."""
-    order = score.argsort(dim=-1, descending=True, stable=True)  # stable: of equal scores that with the lower index
+    order = score.argsort(dim=-1, descending=True, stable=True)  # stable: on a tie the lower index comes first
     numbers = places(1, order.shape[-1], order.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, numbers)
 
@@ -97,19 +97,19 @@ def split(score: Tensor, budget: int) -> tuple[Tensor, Tensor]:
 
 
 def others(kept: Tensor, total: int) -> Tensor:
-    """[B, K] indices -> the other [B, N-K] indices, ascending."""
+    """[B, K] indices -> [B, N - K] the other indices, ascending."""
     taken = torch.zeros(kept.shape[0], total, dtype=torch.uint8, device=kept.device)
     taken.scatter_(1, kept, 1)
     return taken.argsort(dim=1, stable=True)[:, : total - kept.shape[1]]
 
 
-# Greedily.
+# Greedy choices.
 
-# Numbers of a matrix that is held whole: 64 MB in float32, all cosines of 4,096 tokens.
+# The largest matrix that is held whole, in numbers: 64 MB in float32, all cosines of 4,096 tokens.
 WHOLE = 2**24
-# Rows multiplied at least: products of eight rows and more have the last bits of the product of all rows.
+# The least number of rows in a product: products of eight rows and more have the same bits as that of all rows.
 TOGETHER = 16
-GROUP = 32  # gains computed at a time where values may be looked at
+GROUP = 32  # gains that are computed at a time on a CPU
 
 # A token whose residual is below this fraction of its kernel entry is spanned by the chosen ones, to float32 accuracy.
 SPANNED = 1e-6
@@ -118,11 +118,11 @@ ROUND = 8  # near-duplicates removed at a time
 
 
 class Cosines:
-    """Cosines between the tokens of images: held whole where they fit, otherwise made when they are asked for.
+    """Cosines between the tokens of images: held whole if they fit, otherwise computed when they are asked for.
 
     Args:
-        unit: [B, N, D] tokens of length 1. More than one image only where the cosines of all of them fit.
-        matmul: the product; that of a state counts its operations.
+        unit: [B, N, D] tokens of length 1. There may be several images only if the cosines of all of them fit.
+        matmul: the matrix product; that of a state counts its operations.
     """
 
     def __init__(self, unit: Tensor, matmul: MatMul):
@@ -130,7 +130,7 @@ class Cosines:
         self.unit, self.matmul = unit, matmul
         self.table = matmul(unit, unit.mT) if total * total <= WHOLE else None
         self.images = torch.arange(len(unit), device=unit.device)
-        # Blocks of rows, each of which is held whole.
+        # Number of blocks of rows, each of which fits.
         self._parts = max(1, min(total * total // WHOLE + 1, total // TOGETHER))
 
     def row(self, token: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class Cosines:
 
 
 def _in_groups(choose: Callable[[Cosines, Tensor], Tensor], tokens: Tensor, weight: Tensor, matmul: MatMul) -> Tensor:
-    """[B, K] choices, for as many images at a time as have their cosines held together."""
+    """[B, K] choices, made for as many images at a time as their cosines fit."""
     unit = F.normalize(tokens.float(), dim=-1)
     size = max(1, WHOLE // unit.shape[1] ** 2)
     pairs = zip(unit.split(size), weight.split(size), strict=True)
@@ -174,15 +174,15 @@ def _in_groups(choose: Callable[[Cosines, Tensor], Tensor], tokens: Tensor, weig
 
 
 def farthest_from(unit: Tensor, first: Tensor, count: int, row: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """[B, count] int64 in the order of choice; equally far ones by index.
+    """[B, count] int64 in the order of choice; on a tie the lower index.
 
-    Each step compares all tokens with the one chosen last: 2 B N D (count - 1) operations, no N x N cosines. The caller
-    counts them.
+    Each step compares all tokens with the one chosen last, in 2 B N D (count - 1) operations without N x N cosines. The
+    caller counts them.
 
     Args:
         unit: [B, N, D] float32 tokens of length 1.
         first: [B], the first choice.
-        row: gives the cosines [B, N] of tokens [B] to all, where they are known.
+        row: returns the cosines [B, N] of tokens [B] to all, if they are known.
     """
     images, columns = torch.arange(len(unit), device=unit.device), unit.mT
     chosen, nearest = [first], None
@@ -226,10 +226,10 @@ def farthest_apart(tokens: Tensor, count: int, matmul: MatMul = torch.matmul) ->
 def largest_determinant(tokens: Tensor, weight: Tensor, count: int, matmul: MatMul = torch.matmul) -> Tensor:
     """[B, count] int64 in the order of choice, without repetition, also beyond the rank of the kernel.
 
-    The kernel of two tokens is their cosine times both weights. The determinant grows by the part of a token that the
-    chosen ones do not span, which an incremental Cholesky factor gives (Chen et al., 2018, greedy MAP inference of
-    determinantal point processes, https://arxiv.org/abs/1709.05135). Equal tokens are chosen by index, spanned ones by
-    weight.
+    The kernel of two tokens is their cosine times both weights. A token multiplies the determinant by its part that the
+    chosen ones do not span. An incremental Cholesky factor gives that part (Chen et al., 2018, greedy MAP inference of
+    determinantal point processes, https://arxiv.org/abs/1709.05135). Equal tokens are chosen by index, and tokens that
+    the chosen ones span by weight.
 
     Args:
         tokens: [B, N, D], of any length and type.
@@ -240,7 +240,7 @@ def largest_determinant(tokens: Tensor, weight: Tensor, count: int, matmul: MatM
     def choose(cosines: Cosines, part: Tensor) -> Tensor:
         table = cosines.table
         with_itself = cosines.unit.square().sum(-1) if table is None else table.diagonal(dim1=1, dim2=2)
-        own = part * with_itself * part  # 1 in the middle, up to the last bits
+        own = part * with_itself * part  # the cosine with itself is 1 up to the last bits
         left = own.clone()  # the factor by which each token would multiply the determinant
         last = own - own.amax(1, keepdim=True) - 1  # below every `left`: the order of the spanned tokens
         factor = own.new_zeros(len(own), count, own.shape[1])  # a row for each chosen token
@@ -294,10 +294,11 @@ def cover_greedily(tokens: Tensor, weight: Tensor, count: int, matmul: MatMul = 
 
 
 def _cover_lazily(cosines: Cosines, weight: Tensor, count: int) -> Tensor:
-    """[count] the same choices for one image, with few of the gains (Minoux, 1978, accelerated greedy algorithms).
+    """[count] the same choices for one image from few of the gains (Minoux, 1978, accelerated greedy algorithms).
 
-    A gain never grows while tokens are chosen, also when it is rounded, because sums are taken in the same order. So an
-    earlier gain is a bound: those of the highest bounds are computed again until the best of them is above all bounds.
+    A gain never grows while tokens are chosen, not even by rounding, because sums are taken in the same order. An
+    earlier gain is therefore an upper bound. The gains with the highest bounds are computed again until the best of
+    them is above all bounds.
 
     Args:
         weight: [N].
@@ -324,9 +325,9 @@ def distinct(tokens: Tensor, count: int, matmul: MatMul = torch.matmul) -> Tenso
     """[B, count] int64 indices of the entries that stay, in the order of the last list.
 
     A round compares the entries at even indices of the list with those at odd indices, and removes up to ROUND even
-    ones, those with the closest match. The remaining even ones, closest match first, and then the odd ones are the list
-    of the next round: its order decides which entries are compared, so it is kept exactly. All rounds together read
-    about N^3 / 100 cosines.
+    ones with the closest match. The remaining even ones, closest match first, and then the odd ones are the list of the
+    next round. Its order decides which entries are compared, so it must stay as it is. All rounds together read about
+    N^3 / 100 cosines.
 
     Args:
         tokens: [B, N, D] in the order of the first list, of any length and type.

@@ -1,7 +1,7 @@
 """The base class of all methods: a frozen configuration and one function per stage that the method acts in.
 
-A method never changes the model. It names the tower scores it needs, receives states and returns reductions; the
-pipeline checks them (`check_reductions`), computes the scores, applies the reductions and counts tokens. Options are
+A method never changes the model. It names the tower scores it needs, receives states and returns reductions. The
+pipeline computes the scores, checks the reductions (`check_reductions`), applies them and counts tokens. Options are
 dataclass fields with a description and choices.
 """
 
@@ -32,7 +32,7 @@ def option(
     least: float | None = None,
     most: float | None = None,
 ) -> Any:
-    """A configuration field with a description; strings have allowed values, numbers a smallest and largest one."""
+    """A configuration field with a description, and allowed values of a string or the ends of a number."""
     return field(default=default, metadata={"doc": doc, "choices": choices, "least": least, "most": most})
 
 
@@ -41,13 +41,13 @@ def options_of(cls: type[Any]) -> dict[str, Field[Any]]:
     return {known.name: known for known in fields(cls) if known.name != "budget"}
 
 
-# One reduction for all images of a state, or one for each where they keep different numbers of tokens.
+# One reduction for all images of a state, or one per image if they keep different numbers of tokens.
 Reductions = Reduction | list[Reduction] | None
 
 STAGES = ("input_grid", "tower", "encoder", "prompt", "decoder")
 SPLITS = ("each", "thumbnail", "global")
 NEWLINES = ("drop", "keep")
-SHOWN = 12  # indices in a sentence
+SHOWN = 12  # indices that an error quotes
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,15 @@ class MethodMetadata:
         needs: what it needs besides pixels and prompt ("CLS token", "CLIP text tower", ...), "" for nothing.
         paper: title and identifier, "" for a control.
         url: address of the paper.
-        code: owner/name@commit of the official code that was read, "" where there is none.
-        reads: all that the kept and merged tokens depend on, by default: tower scores as kind and block
+        code: owner/name@commit of the official code that was read, "" if there is none.
+        reads: everything that the kept and merged tokens depend on with default options: tower scores as kind and block
             ("cls_attention -2"), "features", "tokens" and "keys" (vectors of the tower, of the decoder and of the
             block or layer where the method acts), "attention" (of the decoder), "question", "grid" (rows and columns)
             and "order" (a token's number in raster order).
         similarity: the vectors whose cosine says which tokens are merged, or which are too alike to keep both:
             "keys", "features" or "tokens"; "none" for a method that merges by something else.
-        weights: of the tokens that are merged into one: "mean" (equal), "score" (by the method's first tower score) or
-            "size" (by the patches that each stands for).
+        weights: how tokens that are merged into one are weighted: "mean" (equally), "score" (by the method's first
+            tower score) or "size" (by the number of patches that each stands for).
     """
 
     acts: str
@@ -91,28 +91,28 @@ class Reducer:
     """A method. Subclasses register themselves, add fields with `option`, and override the stages they act in.
 
     Class attributes:
-        acts_in: those of "input_grid", "tower", "encoder", "prompt" and "decoder" that the class overrides.
+        acts_in: the stages that the class overrides, of "input_grid", "tower", "encoder", "prompt" and "decoder".
         summary: one line for `vtr show methods`.
         metadata: the method's row in docs/methods.md.
         rounding: the largest difference between the mean over layers and the budget, in tokens.
-        needs_text_tower: states carry the CLIP text tower.
-        known_deviations: where the method, by its definition, does not meet the contract of
-            tests/test_every_method.py, with the reason; keys are "appended" (merged tokens come after the kept ones),
-            "scale" (merge weights do not sum to 1), "duplicates", "unsorted" (tokens are in an order of the method's
-            own), "uncounted" (the mean is off the budget) and "unused OPTION" (its values change nothing on a small
-            image), or one of them and " with OPTION=VALUE", for the options that make it so.
+        needs_text_tower: whether states must carry the CLIP text tower.
+        known_deviations: in what the method, by its definition, breaks the contract of tests/test_every_method.py, and
+            why. Keys are "appended" (merged tokens come after the kept ones), "scale" (merge weights do not sum to 1),
+            "duplicates", "unsorted" (tokens are in an order of the method's own), "uncounted" (the mean is off the
+            budget) and "unused OPTION" (its values change nothing on a small image). " with OPTION=VALUE" at the end
+            limits a key to these options.
         parts: the two methods of a composition (llava/reduction/compose.py).
-        second: of an instance of a composition, its second method.
+        second: the second method of a composition; set on its instances.
 
     Attributes:
         budget: visual tokens per image, as a mean over decoder layers; merged tokens count.
-        positions: "renumber" gives the shortened sequence contiguous position ids, as LLaVA does; "original" lets
-            every token keep the position id it had.
+        positions: "renumber" gives the shortened sequence contiguous position ids, as LLaVA does; with "original"
+            every token keeps its position id.
         tile_budget: how the budget of an image is split over its tiles, see llava/reduction/budget.py. A method that
             acts only in the decoder ranks all tokens together.
         retention_ratio: ratio of each image's visual tokens to keep, for images that differ in size; `budget` is then
-            that of the largest image. 0 for the same number of tokens everywhere.
-        newlines: whether the newline tokens of LLaVA-NeXT are kept where a method chooses among patches.
+            the one of the largest image. 0 for the same number of tokens everywhere.
+        newlines: whether a method that chooses among patches keeps the newline tokens of LLaVA-NeXT.
     """
 
     name: ClassVar[str] = ""
@@ -152,7 +152,7 @@ class Reducer:
                 raise UserError(f"{self.name}.{known.name} must be {limits}, got {value:g}.")
 
     def deviates(self, kind: str) -> str:
-        """The reason for which `known_deviations` excuses the method at these options; "" where it does not."""
+        """Why `known_deviations` excuses the method with these options; "" if it does not."""
         for key, reason in self.known_deviations.items():
             name, _, condition = key.partition(" with ")
             option_, _, value = condition.partition("=")
@@ -162,14 +162,14 @@ class Reducer:
 
     @property
     def keep_cls(self) -> bool:
-        """Whether the encoder stage sees the CLS token as token 0, where the tower has one.
+        """Whether the encoder stage sees the CLS token as token 0, if the tower has one.
 
-        A class attribute or an option may replace this.
+        A class attribute or an option may replace this property.
         """
         return False
 
     def without_cls(self, spec: ModelSpec) -> str:
-        """What stands in for the CLS token that this method reads and the tower lacks; "" where nothing has to."""
+        """What replaces the CLS token if this method reads it and the tower has none; else ""."""
         reads = self.keep_cls or any(score.kind in WITHOUT_CLS for score in self.scores())
         return WITHOUT_CLS_RULE if reads and not spec.has_cls else ""
 
@@ -198,8 +198,8 @@ class Reducer:
     def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...] | None:
         """Visual tokens of one image that are planned to enter each layer; None if that depends on the image.
 
-        For an image with tiles, llava.reduction.budget.planned calls this for each tile at the tile's budget
-        and adds the results.
+        For an image with tiles, llava.reduction.budget.planned calls this for each tile at the tile's budget and adds
+        the results.
         """
         return (self.budget,) * spec.layers
 
@@ -215,15 +215,15 @@ class Reducer:
         return self
 
     def before_decoder(self, spec: ModelSpec) -> Self:
-        """The method that reduces an image before the decoder, at its budget; a composition gives its first method."""
+        """The method that reduces an image before the decoder, at its budget; a composition returns its first one."""
         return self
 
     def crop_shares(self, layout: TokenLayout, scores: dict[TowerScore, torch.Tensor], budget: int) -> list[int] | None:
-        """The method's own rule for the tokens of each tile of an image; None for the rule of `tile_budget`.
+        """Tokens of each tile of an image by the method's own rule; None for the rule of `tile_budget`.
 
         Args:
-            scores: [tiles, P, ...], of whole tiles before unpadding.
-            budget: patches that all tiles together may keep.
+            scores: tower scores [tiles, P, ...] of whole tiles before unpadding.
+            budget: number of patches that all tiles together may keep.
         """
         return None
 
@@ -268,7 +268,7 @@ class Reducer:
         return None
 
     def keeps_all(self, tokens: int) -> bool:
-        """Whether an image of so many tokens is not reduced before the decoder, and the method is not called for it."""
+        """Whether an image with so many tokens is left as it is before the decoder, without calling the method."""
         return self.budget >= tokens
 
 
@@ -277,7 +277,7 @@ class Scorer(Reducer, ABC):
     """A method that only ranks: it keeps the tokens with the highest scores, in raster order.
 
     Class attributes:
-        stage: "encoder" or "prompt", where tokens are dropped.
+        stage: where tokens are dropped, "encoder" or "prompt".
     """
 
     stage: ClassVar[str] = "encoder"
@@ -288,7 +288,7 @@ class Scorer(Reducer, ABC):
 
     @abstractmethod
     def score(self, state: EncoderState) -> Tensor:
-        """[B, N], higher is kept; equal scores go to the lower index. The state of stage "prompt" is a PromptState."""
+        """[B, N], higher is kept, on a tie the lower index. At the stage "prompt" the state is a PromptState."""
 
     def encoder(self, state: EncoderState) -> Reduction:
         return self._keep(state)
@@ -304,29 +304,28 @@ class Scorer(Reducer, ABC):
                 f"{self.name}.score: must return a tensor of shape {list(shape)}, a score for every token of every "
                 f"image, got {got}."
             )
-        # Read on the host alone: an accelerator would be waited for. NaN of the model itself has a sentence of its own.
+        # Checked on the host alone, which would have to wait for an accelerator. NaN of the model is another error.
         readable = score.device.type == HOST and score.dtype == torch.float32 and not score.requires_grad
         if readable and np.isnan(_on_host(score)).any() and state.features.isfinite().all():
             raise MethodError(f"{self.name}.score: must return numbers, got NaN for images whose features are finite.")
         return Reduction(keep_top(score, self.budget), score.shape[1])
 
 
-_read: set[tuple[Reducer, str]] = set()  # those whose values were read from an accelerator
+_read: set[tuple[Reducer, str]] = set()  # methods and stages whose values were read from an accelerator once
 
 
 def check_reductions(
     method: Reducer, stage: str, returned: Any, ids: Sequence[str], tokens: int
 ) -> list[tuple[Reduction, range]]:
-    """Each reduction and the images that it is of: all of them share one, or have one each; [] for None.
+    """Check what a method returned, and pair each reduction with its images: all share one, or each has one.
 
-    What a method returned is checked before it is used. Types, shapes and dtypes are known on the host. Values are read
-    where they lie on the host; on an accelerator, which reading would stall at every stage, only on the first batch of
-    a method at its options, budget and stage.
+    Types, shapes and dtypes are known on the host. Values on the host are always read. Reading them from an accelerator
+    would stall it at every stage, so they are read only for the first batch of a method with its options and budget.
 
     Args:
-        returned: by the method's function `stage`.
+        returned: what the method's function `stage` returned; the result is empty for None.
         ids: one name per image.
-        tokens: of each image.
+        tokens: number of tokens of each image.
 
     Raises:
         MethodError: it is no reduction of these images and tokens.
@@ -346,7 +345,7 @@ def check_reductions(
 
 
 def _wrong(method: Reducer, stage: str, returned: Any, ids: Sequence[str], tokens: int) -> str:
-    """What is wrong with one reduction of all these images; "" for nothing."""
+    """What is wrong with one reduction of all these images; "" if nothing is."""
     count = len(ids)
     if not isinstance(returned, Reduction):
         return f"must return a Reduction, a list of them or None, got {_kind(returned)}"
@@ -395,7 +394,7 @@ def _wrong(method: Reducer, stage: str, returned: Any, ids: Sequence[str], token
 
 
 def _on_host(tensor: Tensor) -> NDArray[Any]:
-    # Unlike Tensor.numpy this dispatches nothing on a CPU, as on an accelerator, where operations are counted.
+    # Unlike Tensor.numpy this dispatches nothing on a CPU, where dispatches are counted as on an accelerator.
     return np.from_dlpack(tensor if tensor.device.type == HOST else tensor.cpu())
 
 

@@ -17,12 +17,12 @@ from llava.reduction.scores import WITHOUT_CLS_RULE
 METHODS: dict[str, type[Reducer]] = {}
 BROKEN: dict[str, str] = {}  # modules that cannot be imported, and a sentence why
 
-# One package per paper, and one with a file per baseline. `load_all` skips a package that is not installed.
+# One package per paper, and one package with a file per baseline. `load_all` skips a package that is not installed.
 PACKAGES = ("baselines", "consensusdrop", "visiondrop", "attnmix")
 
 
 def register(name: str) -> Callable[[type[Reducer]], type[Reducer]]:
-    """Class decorator: make a reducer known under `name`."""
+    """Class decorator: register a method under `name`."""
     if not isinstance(name, str):
         raise UserError(f'register takes the method\'s name; write @register("{name.__name__.lower()}") above it.')
 
@@ -44,7 +44,7 @@ def register(name: str) -> Callable[[type[Reducer]], type[Reducer]]:
 def load_all() -> None:
     """Import every module of the method packages, so that they register themselves.
 
-    A module that cannot be imported is named on stderr and left out: the other methods work without it.
+    A module that cannot be imported is named on stderr and left out; the other methods work without it.
     """
     for package in PACKAGES:
         found = importlib.util.find_spec(package)
@@ -68,7 +68,7 @@ def names() -> list[str]:
 
 @cache
 def compose(first: str, second: str) -> type[Reducer]:
-    """The class of `first` and, on top of it, `second`, by their names; UserError where they do not go together."""
+    """The class of `first` with `second` on top of it, by their names; UserError if they do not go together."""
     return composition(method(first), method(second))
 
 
@@ -93,7 +93,7 @@ def method(name: str) -> type[Reducer]:
 
 
 def _parse(name: str, text: Any, kind: type[Any]) -> Any:
-    """The value of a field's type that a text of `--set` means."""
+    """Convert a text of `--set` to a field's type."""
     if not isinstance(text, str):
         return text
     if kind is bool:
@@ -116,14 +116,14 @@ def build(
     """A configured method.
 
     Args:
-        budget: visual tokens per image, or the ratio of each image's to keep ("1/9", 0.111); None where `options` hold
-            that ratio.
-        options: field -> value, texts are parsed by the field's type.
+        budget: visual tokens per image, or the ratio of each image's tokens to keep ("1/9", 0.111); None if `options`
+            hold that ratio.
+        options: field -> value; texts are parsed by the field's type.
         visual_tokens: visual tokens of the model's largest image, to turn a retention ratio into a budget; None if not
             known yet.
 
     Raises:
-        UserError: an unknown name or option, a wrong value, none or both of a budget and a retention ratio.
+        UserError: an unknown name or option, a wrong value, or none or both of a budget and a retention ratio.
     """
     cls = method(name)
     known, values = options_of(cls), dict[str, Any]()
@@ -169,12 +169,6 @@ def _spelled(key: str) -> str:
     return key.replace("__", ".")
 
 
-def differences_from_release(cls: type[Reducer]) -> str:
-    """What the head of a method's file says after "Differs from it:", in one line."""
-    _, _, rest = (sys.modules[cls.__module__].__doc__ or "").partition("Differs from it:")
-    return " ".join(rest.partition("\n\n")[0].split())
-
-
 def describe(*chosen: str) -> list[dict[str, Any]]:
     """Name, summary, sources and options of methods, by default of all, for `vtr show methods`."""
     rows = []
@@ -182,9 +176,11 @@ def describe(*chosen: str) -> list[dict[str, Any]]:
         cls = method(name)
         parts = cls.parts or (cls,)
         sources = [part.metadata for part in parts]
-        differences = [
-            f"{part.name}: " * bool(cls.parts) + differences_from_release(part) for part in parts if part.metadata.code
-        ]
+        differences = []
+        for part in parts:
+            if part.metadata.code:
+                _, _, rest = (sys.modules[part.__module__].__doc__ or "").partition("Differs from it:")
+                differences += [f"{part.name}:"] * bool(cls.parts) + rest.partition("\n\n")[0].split()
         options = [
             {
                 "name": _spelled(key),

@@ -1,7 +1,7 @@
-"""What a method receives at each stage: dense tensors of images with equally many tokens, and access to the text.
+"""What a method receives at each stage: tensors of images with the same number of tokens, and access to the text.
 
 The pipeline groups images by their number of visual tokens, so there is no padding among visual tokens. The attention
-of a decoder layer is computed for the few query rows that a method asks for, in float32.
+of a decoder layer is computed only for the few query rows that a method asks for, in float32.
 
 Shapes: B images, N visual tokens, T rows, L tokens of a prompt, H heads, d channels per head, D channels.
 """
@@ -43,7 +43,7 @@ class State:
 
     Attributes:
         ids: one name per image, for seeds.
-        flops: operations that the method itself spent. `matmul` adds to it; a method must add other matrix products.
+        flops: operations of the method itself. `matmul` adds to it; a method must add its other matrix products.
         spec: sizes of the model, for methods whose token counts depend on its depth. The pipeline always sets it.
     """
 
@@ -60,7 +60,7 @@ class State:
 
 @dataclass(kw_only=True)
 class BlockState(State):
-    """Inside a tower block, between attention and MLP. B images, n tokens, CLS and patches, left by earlier blocks.
+    """Inside a tower block, between attention and MLP. B images; n tokens (CLS and patches) that earlier blocks left.
 
     Attributes:
         tokens: [B, n, D] hidden states after the attention's residual, CLS first.
@@ -80,15 +80,15 @@ class EncoderState(State):
     """Before the projector. B images of one batch with the same number of tokens.
 
     Attributes:
-        features: [B, N, D] tower features; with `keep_cls` token 0 is CLS, where the tower has one.
-        scores: the tower scores that `Reducer.scores` names, of patches only, float32.
-        layout: patch grid of the N tokens; one long row for tiles of different shapes.
-        tiles: patch grid of each tile, where the N tokens are several tiles ranked together; () otherwise.
-        merged: the reduction made inside the tower, None without one; its outputs are the N tokens.
+        features: [B, N, D] tower features; with `keep_cls` token 0 is CLS, if the tower has one.
+        scores: the tower scores that `Reducer.scores` names, float32, of patches only.
+        layout: patch grid of the N tokens; one long row if they are tiles of different shapes.
+        tiles: patch grid of each tile if the N tokens are several tiles that are ranked together; otherwise ().
+        merged: the reduction made inside the tower, whose outputs are the N tokens; None without one.
         questions: the question in each image's prompt, without instruction.
         messages: the question with its answer-format instruction.
         clip: the CLIP text tower, for methods with `needs_text_tower`.
-        thumbnail: score -> [B, patches], for tiles of LLaVA-NeXT the base image's score at the same places
+        thumbnail: score -> [B, patches]: for tiles of LLaVA-NeXT the base image's score at the same places
             (llava.pipeline.views.overview); otherwise the tokens' own score.
     """
 
@@ -109,10 +109,10 @@ class EncoderState(State):
     def relevance(self, texts: Sequence[str], sign: str, cosine: bool, long: str = "frame") -> Tensor:
         """Relevance of each patch to its image's text, for methods with `needs_text_tower`.
 
-        It is their similarity in CLIP's space, averaged over the chunks of the text. `flops` counts its operations.
+        This is their similarity in CLIP's space, averaged over the chunks of the text. `flops` counts its operations.
 
         Args:
-            texts: one of each image.
+            texts: one text per image.
             sign: one of RELEVANCE; "tower" takes the sign from the text tower's config.json.
             cosine: cosine similarity; otherwise dot products.
             long: see `ClipText.chunks`.
@@ -126,7 +126,7 @@ class EncoderState(State):
         if cosine:
             text, image = F.normalize(text, dim=-1), F.normalize(image, dim=-1)
         similarity = self.matmul(image, text.transpose(1, 2))  # [B, N, C]
-        if text.shape[1] == 1:  # one chunk of every text, which is its own mean
+        if text.shape[1] == 1:  # every text is one chunk, which is its own mean
             similarity = similarity.squeeze(2)
         else:
             similarity = (similarity * mask[:, None]).sum(-1) / mask.sum(-1, keepdim=True)
@@ -140,7 +140,7 @@ class PromptState(EncoderState):
     Attributes:
         tokens: [B, N, H] projected visual tokens.
         sequence: the S whole prompts of the batch with their visual tokens; no prompt is copied for an image or tile.
-        rows: of each image its prompt and its number there; () where prompt b has the one image b.
+        rows: for each image its prompt and its number in that prompt; () if prompt b has image b and no other.
         llm: the decoder (layers, norm, rotary_emb).
         run_layers: k -> hidden states [S, L, H] of `sequence` after the first k decoder layers.
         members: [B, N] indices of the tokens among their image's visual tokens; None if they are all of them.
@@ -158,7 +158,7 @@ class PromptState(EncoderState):
         """The span of text tokens in the prompt of each image; see `text`.
 
         Raises:
-            UserError: a prompt has none, as one of images alone.
+            UserError: a prompt has no such tokens, for example one of images alone.
         """
         spans = text_spans(self.sequence, rows, self.rows)
         for name, (start, stop) in zip(self.ids, spans, strict=True):
@@ -173,27 +173,27 @@ class PromptState(EncoderState):
         """Embeddings of text tokens.
 
         Args:
-            rows: "question" (bare question), "instruction" (with suffix), "after" (all text after the last image) or
+            rows: "question" (without suffix), "instruction" (with suffix), "after" (all text after the last image) or
                 "last" (last prompt token).
 
         Returns:
-            [B, T, H] embeddings and a mask [B, T] of the rows that exist.
+            Embeddings [B, T, H] and a mask [B, T] of the rows that exist.
         """
         sequence, spans = self.sequence, self.spans(rows)
         samples = tuple(sample for sample, _ in self.rows) or None
         return sequence.take(sequence.hidden, spans, samples), sequence.row_index(spans, samples)[1]
 
     def text_attention(self, layer: int, rows: str, rotary: bool, contextual: bool) -> tuple[Tensor, Tensor | None]:
-        """Attention of text rows to the visual tokens at one decoder layer, softmax over the visual tokens alone.
+        """Attention of text rows to the visual tokens at one decoder layer, with the softmax over visual tokens alone.
 
         Args:
             layer: decoder layer whose norm and projections are used.
             rows: as in `text`.
             rotary: rotate queries and keys by their positions.
-            contextual: use the layer's real inputs, for which all earlier layers are run once; else input embeddings.
+            contextual: use the layer's real inputs, for which all earlier layers run once; otherwise input embeddings.
 
         Returns:
-            weights [B, H, T, N] float32 and a mask [B, T] of the rows that exist; None where all do.
+            Weights [B, H, T, N] float32 and a mask [B, T] of the rows that exist; None if all do.
         """
         sequence, block = self.sequence, self.llm.layers[layer]
         hidden = self.run_layers(layer) if contextual else sequence.hidden
@@ -203,7 +203,7 @@ class PromptState(EncoderState):
         if not self.rows:
             normed = block.input_layernorm(hidden)
             text, visual = sequence.take(normed, spans), at_images(normed, sequence, (), None)
-        else:  # of a prompt with other images or tiles, only what these images need
+        else:  # prompts may have other images or tiles: only what these images need
             text = block.input_layernorm(sequence.take(hidden, spans, samples))
             visual = block.input_layernorm(
                 at_images(hidden, sequence, self.rows, self.members) if contextual else self.tokens
@@ -223,11 +223,11 @@ class AttentionInputs:
     """What the attention of some rows of a decoder layer to all tokens that they see is computed from.
 
     Attributes:
-        rows: [B, T, D] inputs of the layer at the rows, after its norm; behind a shorter span its last row again.
+        rows: [B, T, D] inputs of the layer at the rows, after its norm; a shorter span repeats its last row.
         angles: cosines and sines of the rows, see `angles_of`; None for no rotation.
         keys: [B, Hkv, W, d] float32 keys of the layer, rotated if the rows are.
-        unseen: [B, 1, T, W] bool, True for the keys that a row may not see; None where all rows see all.
-        visual: of each image the keys of its visual tokens, [start, stop).
+        unseen: [B, 1, T, W] bool, True for the keys that a row may not see; None if all rows see all keys.
+        visual: for each image the keys of its visual tokens, [start, stop).
     """
 
     rows: Tensor
@@ -237,11 +237,10 @@ class AttentionInputs:
     visual: tuple[Span, ...]
 
     def at_visual(self, values: Tensor, dim: int = -1) -> Tensor:
-        """The part of `values`, which has one entry for each key, that belongs to the visual tokens.
+        """The part of `values` [B, ..., W] that belongs to the keys of visual tokens.
 
         Args:
-            values: [B, ..., W].
-            dim: of the keys, counted from the last one.
+            dim: the dimension of the keys, counted from the last one.
         """
         start, stop = self.visual[0]
         if all(span == (start, stop) for span in self.visual):
@@ -261,8 +260,8 @@ class DecoderState(State):
         entered: the same prompts as they entered the layer before, `layer - 1`.
         keys: [B, Hkv, L, d] rotated keys of `layer - 1`, read from the cache.
         start: the same prompts as they entered layer 0; text tokens are never reduced.
-        masks: layer -> [B, 1, L, L] bool, True for the keys that a row of the layer sees, where it does not see all
-            real tokens up to itself (a sliding window, images that are seen whole); None where every layer's rows do.
+        masks: layer -> [B, 1, L, L] bool, True for the keys that a row of the layer sees (with a sliding window, or
+            images that are seen whole); None if every row of every layer sees all real tokens up to itself.
     """
 
     tokens: Tensor
@@ -284,8 +283,8 @@ class DecoderState(State):
             rotary: False leaves out rotary embedding; only with "next".
 
         Returns:
-            weights [B, H, T, N] float32, with the softmax over all tokens that the row may see, so a row sums to the
-            part of its attention that goes to the image; and a mask [B, T] of the rows that exist.
+            Weights [B, H, T, N] float32, with the softmax over all tokens that the row may see, so that a row sums to
+            the part of its attention that goes to the image; and a mask [B, T] of the rows that exist.
         """
         seen = self.attention_inputs(rows, at, rotary)
         layer = self.llm.layers[self.layer - (at == "previous")]
@@ -294,13 +293,13 @@ class DecoderState(State):
         return seen.at_visual(weights), self.sequence.row_index(spans)[1]
 
     def attention_inputs(self, rows: str | list[Span], at: str = "next", rotary: bool = True) -> AttentionInputs:
-        """What `attention` is computed from, with the same arguments; its operations are counted in `flops`."""
+        """What `attention` computes from, with the same arguments; `flops` counts the operations of both."""
         sequence, source = self.sequence, self.sequence if at == "next" else self.entered
         spans = seeing_spans(sequence, rows) if isinstance(rows, str) else rows
         index = self.layer - (at == "previous")
         layer, columns = self.llm.layers[index], sequence.padded_spans(spans)
         visual = columns if rows == "visual" else sequence.padded_spans(text_spans(sequence, "visual"))
-        # Causality: no row sees a key after the last row. Visual tokens after it are still returned, as zeros.
+        # No row sees a key after the last row. Visual tokens after it are still returned, as zeros.
         width = max(stop for _, stop in columns + visual)
         angles = angles_of(self.llm, source, index) if rotary else None
         if at == "next":
@@ -327,7 +326,7 @@ def text_spans(sequence: PromptBatch, name: str, images: Sequence[ImageKey] = ()
     """Spans of text tokens by name, one of TEXT_ROWS; see `PromptState.text`.
 
     Args:
-        images: those whose prompts are asked for; () for every prompt once.
+        images: one span for the prompt of each of these images; () for every prompt once.
     """
     if name not in TEXT_ROWS:
         raise unknown("text rows", name, TEXT_ROWS)
@@ -343,8 +342,8 @@ def text_spans(sequence: PromptBatch, name: str, images: Sequence[ImageKey] = ()
 def seeing_spans(sequence: PromptBatch, name: str) -> list[Span]:
     """Spans of `text_spans` whose rows see the image, for prompts with one image each as in `DecoderState`.
 
-    Text before an image attends to nothing of it. In a prompt whose text all stands before its image, the prompt's last
-    token, which sees the whole image, takes the place of the text.
+    Text before an image does not attend to it. In a prompt whose text is all before its image, the last token replaces
+    the text, because it sees the whole image.
     """
     spans = zip(text_spans(sequence, name), sequence.images, sequence.lengths, strict=True)
     return [(start, stop) if stop > image else (length - 1, length) for (start, stop), (image, _), length in spans]
@@ -362,14 +361,14 @@ def at_images(tensor: Tensor, sequence: PromptBatch, rows: Sequence[ImageKey], m
     return sequence.at(tensor, members + first, samples)
 
 
-# Attention of a decoder layer. Its queries and keys are those that the layer's own forward hands to its attention
-# kernel: after the norms of heads and the rotation that its family has, whichever kernel that is.
+# Attention of a decoder layer. Its queries and keys are those that the layer's own forward passes to its attention
+# kernel, whichever that is, so after the norms of heads and the rotation of its family.
 
 Angles = tuple[Tensor, ...]  # cosines and sines of tokens, [B, T, d] each, as a layer takes them
-PROBE = "queries_and_keys"  # of transformers' attention kernels
-# The projections of an attention, by which part of it they make.
+PROBE = "queries_and_keys"  # name of our kernel among transformers' attention kernels
+# Part of an attention -> the projection that computes it.
 PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
-# In place of its output a kernel gives back what it got.
+# The kernel returns the queries and keys that it received instead of an output.
 AttentionInterface.register(PROBE, lambda module, query, key, value, *_, **options: (value, (query, key)))
 
 
@@ -385,10 +384,10 @@ class _Configuration:
 
 @dataclass
 class _Constant:
-    """Zeros or ones in place of a tensor that is not needed: no operation runs on them.
+    """Zeros or ones that replace a tensor that is not needed, so that no operation runs on it.
 
-    A product with ones and a sum with zeros are the other tensor; all else that is computed of them is themselves. In
-    place of a module they are its output.
+    A product with ones and a sum with zeros return the other tensor. Every other function returns the constant itself,
+    also when it replaces a module and is called.
     """
 
     ones: bool
@@ -402,7 +401,7 @@ class _Constant:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """What a function of torch makes of them, beside tensors."""
+        """The result of a torch function that has a constant among its arguments."""
         given = args[0] if isinstance(args[0], tuple | list) else args
         known = next(one for one in given if isinstance(one, cls))
         if func.__name__ in ("mul", "add"):
@@ -412,21 +411,21 @@ class _Constant:
 
 
 def angles_of(llm: Decoder, sequence: PromptBatch, layer: int) -> Angles:
-    """Cosines and sines of a layer at the positions of prompts, [B, L, d] each; those of `sequence` if it has them."""
+    """Cosines and sines of a layer at the positions of prompts, [B, L, d] each; from `sequence` if it has them."""
     known, position = sequence.rotary, sequence.position
     if known is not None:
         return known.cos, known.sin
     axes = position if position.dim() == 2 else position.permute(2, 0, 1)
-    # Gemma 3 turns the layers with a sliding window by other angles.
+    # Gemma 3 rotates by other angles in layers with a sliding window.
     kinds = llm.config.layer_types if hasattr(llm.rotary_emb, "layer_types") else None
     angles: Angles = llm.rotary_emb(sequence.hidden, axes, *(() if kinds is None else (kinds[layer],)))
     return angles
 
 
 def heads_of(layer: DecoderLayer, part: str, normed: Tensor, angles: Angles | None = None) -> Tensor:
-    """Queries or keys [B, H, L, d] float32 of a decoder layer, of the heads of all ranks.
+    """Queries or keys [B, H, L, d] float32 of a decoder layer, with the heads of all ranks.
 
-    The layer's own forward runs, with the projection that is asked for alone and without a kernel.
+    The layer's own forward runs with only the projection that is asked for, and without a kernel.
 
     Args:
         part: "query" or "key".
@@ -441,10 +440,10 @@ def heads_of(layer: DecoderLayer, part: str, normed: Tensor, angles: Angles | No
     modules: dict[str, Any] = dict(attention._modules)
     names = [name for name in PROJECTIONS.values() if name != PROJECTIONS[part]]
     left_out = {name: zeros for name in names if modules.pop(name, None) is not None}
-    # A module with the same weights, so that the model itself is not changed.
+    # Another module with the same weights, so that the model itself is not changed.
     probe = object.__new__(type(attention))
     vars(probe).update(vars(attention), config=_Configuration(attention.config), _modules=modules, **left_out)
-    # Without the hooks of the module itself, which would wait for an output.
+    # Calls forward itself, without the module's hooks, which would expect an output.
     _, seen = type(attention).forward(probe, normed, position_embeddings=angles or (ones, zeros), attention_mask=None)
     heads = seen[part == "key"] if isinstance(seen, tuple) else None
     if not isinstance(heads, Tensor):
@@ -460,17 +459,17 @@ def heads_of(layer: DecoderLayer, part: str, normed: Tensor, angles: Angles | No
 def attention_rows(
     layer: DecoderLayer, rows: Tensor, keys: Tensor, unseen: Tensor | None = None, angles: Angles | None = None
 ) -> Tensor:
-    """Rows of a decoder layer's attention: with all keys that a row sees, exactly as the layer computes them.
+    """Rows of a decoder layer's attention. With all keys that a row sees, they are exactly what the layer computes.
 
     With the keys of visual tokens alone, the softmax runs over these. At layer 0, with its input embeddings and angles,
-    that equals the layer's real attention up to the softmax denominator; without angles it does not depend on distance.
+    this equals the layer's real attention up to the softmax denominator. Without angles it does not depend on distance.
 
     Args:
         layer: a decoder layer.
         rows: [B, T, D] inputs of the layer at the query rows, after its norm.
         keys: [B, Hkv, L, d] float32 keys of that layer, rotated if the rows are; grouped-query heads are repeated.
-        unseen: [B, 1, T, L] bool, True for the keys that a row may not see; None where it sees all.
-        angles: of the T rows, or None for no rotation.
+        unseen: [B, 1, T, L] bool, True for the keys that a row may not see; None if it sees all.
+        angles: of the T rows; None for no rotation.
 
     Returns:
         [B, H, T, L] float32; rows sum to 1 over the keys that they see.
@@ -488,7 +487,7 @@ def attention_rows(
 
 
 def attention_flops(layer: DecoderLayer, rows: int, keys: int, projected: int) -> int:
-    """The attention of `rows` queries to `keys` keys, of which `projected` are projected for it."""
+    """Operations of the attention of `rows` queries to `keys` keys, of which `projected` still have to be projected."""
     query, key = layer.self_attn.q_proj, layer.self_attn.k_proj
     queries = 2 * rows * query.out_features * (query.in_features + keys)
     return queries + 2 * projected * key.in_features * key.out_features

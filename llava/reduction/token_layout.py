@@ -1,7 +1,7 @@
 """Where visual tokens come from: the sizes of a model, and the tile, row and column of each token of an image.
 
-An image of LLaVA-1.5 is one tile. LLaVA-NeXT puts the base image (thumbnail) before tiles that are stitched row by row;
-a video has one tile per frame. A method receives one tile at a time, or all together; the pipeline restores the order
+An image of LLaVA-1.5 is one tile. LLaVA-NeXT puts the base image (thumbnail) before tiles that are stitched row by row.
+A video has one tile per frame. A method receives one tile at a time, or all together; the pipeline restores the order
 of the tokens that are kept. `ModelSpec` is what a method knows about the model before any image is processed.
 """
 
@@ -17,18 +17,18 @@ NEWLINE = -2  # tile, row and column of a newline token
 
 @dataclass(frozen=True)
 class Canvas:
-    """What the patches of an image cover, and where the image lies on it; all else is padding.
+    """The area that the patches of an image cover, and where the image lies on it; the rest is padding.
 
     Attributes:
         size: width and height, in a unit of its own.
-        box: left, top, right and bottom of the image; outside of the canvas where some of the image is cut off.
+        box: left, top, right and bottom of the image; outside of the canvas if parts of the image are cut off.
     """
 
     size: tuple[int, int]
     box: tuple[int, int, int, int]
 
     def empty(self, grid: tuple[int, int]) -> Tensor:
-        """[rows, columns] bool: the patches of a grid that hold no part of any pixel of the image."""
+        """[rows, columns] bool: the patches of a grid that show no part of the image."""
         (width, height), (left, top, right, bottom), (rows, columns) = self.size, self.box, grid
         down, across = height * torch.arange(rows + 1), width * torch.arange(columns + 1)  # edges of patches
         no_row = (down[1:] <= top * rows) | (down[:-1] >= bottom * rows)
@@ -41,11 +41,11 @@ WITHOUT_PADDING = Canvas((1, 1), (0, 0, 1, 1))
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """Origin of the N visual tokens of one image, in the order of the sequence.
+    """The patch grid of the N visual tokens of one image, in the order of the sequence.
 
     Attributes:
-        crops: number of tiles (1 for LLaVA-1.5).
         rows, columns: patch grid of one tile.
+        crops: number of tiles (1 for LLaVA-1.5).
         has_cls: token 0 of each tile is its class token, before rows * columns patches.
     """
 
@@ -115,7 +115,7 @@ class TokenLayout:
     """The visual tokens of one image or video; `single`, `frames` and `stitched` make one object for equal arguments.
 
     Attributes:
-        crops: the base image and the tiles, or the frames, in the order of the tower's batch.
+        crops: the base image and its tiles, or the frames of a video, in the order of the tower's batch.
         newlines: [r] int64, indices of newline tokens, ascending.
         grid: rows and columns of patches of a whole tile.
         tiles: rows and columns of the tiles that follow the base image; None without them.
@@ -135,7 +135,7 @@ class TokenLayout:
 
     @cached_property
     def patches(self) -> int:
-        """The patches among them, which a method before the decoder chooses among."""
+        """The number of patches, among which a method before the decoder chooses."""
         return sum(len(crop.patches) for crop in self.crops)
 
     @cached_property
@@ -181,7 +181,7 @@ class TokenLayout:
         return table
 
     def shrunk(self, grid: tuple[int, int]) -> "TokenLayout":
-        """The same image with another patch grid per tile; only where every tile keeps all its patches."""
+        """The same image with another patch grid per tile; only for images whose tiles keep all their patches."""
         if self.temporal:
             return frames(len(self.crops), *grid)
         return single(*grid) if self.tiles is None else stitched(self.tiles, grid, newline=False)
@@ -190,8 +190,8 @@ class TokenLayout:
         """The layout after merging inside the tower.
 
         Args:
-            count: tokens of each tile.
-            order: [tiles * count] int64, the tokens, numbered tile after tile, in their new order.
+            count: number of tokens of each tile.
+            order: [tiles * count] int64, the tokens in their new order, by their numbers tile after tile.
         """
         places = order.argsort()
         crops = tuple(Tile(1, count, torch.arange(count), part) for part in places.split(count))
@@ -199,8 +199,10 @@ class TokenLayout:
 
     @cached_property
     def with_cls(self) -> "TokenLayout":
-        """The layout with the class token of every tile: the base image's first, those of the other tiles after all
-        patches, those of frames before their frames."""
+        """The layout with a class token for every tile.
+
+        The base image's comes first, and the other tiles' come after all patches; a frame's comes before the frame.
+        """
         if self.crops[0].cls is not None:
             return self
         crops, tail = [], self.tokens + 1
@@ -215,7 +217,7 @@ class TokenLayout:
 
 @lru_cache(maxsize=1024)
 def on_padding(layout: TokenLayout, canvas: Canvas) -> Tensor:
-    """[N] bool: the visual tokens whose patch lies on padding as a whole; class and newline tokens do not.
+    """[N] bool: the visual tokens whose whole patch is padding; False for class and newline tokens.
 
     Args:
         canvas: what the tiles cover together. A base image before them is the image itself, stretched.
@@ -260,7 +262,7 @@ def stitched(
         grid: rows and columns of patches of a tile.
         kept: first row, end row, first column and end column of the stitched patches that unpadding leaves; None for
             all.
-        newline: a newline token at the end of every stitched row.
+        newline: whether a newline token ends every stitched row.
     """
     rows, columns = tiles[0] * grid[0], tiles[1] * grid[1]
     top, bottom, left, right = kept or (0, rows, 0, columns)
@@ -288,14 +290,14 @@ class ModelSpec:
     """Sizes of the model, for its reference image size or, by `spec_of`, for one image.
 
     Attributes:
-        visual_tokens: visual tokens of one image before any reduction.
-        layers: decoder layers.
+        visual_tokens: number of visual tokens of one image before any reduction.
+        layers: number of decoder layers.
         layout: patch grid of the visual tokens.
-        tower_blocks: blocks of the vision tower.
-        has_cls: the tower's class token can be read; without, received attention takes the place of its attention.
-        has_text_tower: the CLIP text tower that belongs to the vision tower is available.
+        tower_blocks: number of blocks of the vision tower.
+        has_cls: whether the tower's class token can be read; if not, received attention replaces its attention.
+        has_text_tower: whether the CLIP text tower that belongs to the vision tower is available.
         crops: patch grid of each tile of an image with several tiles, without class tokens.
-        newlines: newline tokens among the visual tokens.
+        newlines: number of newline tokens among the visual tokens.
         most_newlines: the most newline tokens that an image can have in this model.
     """
 
@@ -311,7 +313,7 @@ class ModelSpec:
 
     @property
     def patches(self) -> int:
-        """The visual tokens that a method before the decoder chooses among: no class tokens, no newline tokens."""
+        """The number of tokens that a method before the decoder chooses among: no class tokens, no newline tokens."""
         return sum(crop.tokens for crop in self.crops) if self.crops else self.visual_tokens - self.newlines
 
     def crop(self, number: int) -> "ModelSpec":
@@ -322,7 +324,7 @@ class ModelSpec:
 
 @lru_cache(maxsize=1024)
 def spec_of(spec: ModelSpec, layout: TokenLayout) -> ModelSpec:
-    """The model spec with the tokens and tiles of one image."""
+    """The model's spec with the tokens and tiles of one image."""
     several = len(layout.crops) > 1
     return replace(
         spec,

@@ -1,18 +1,18 @@
 """config.json: what its fields may be, which model they describe, and what they and weights are called in transformers.
 
-A config.json is checked once, where it is read: the types of the fields that this code relies on. Unknown fields are
-allowed, since config.json files hold many; absent and null fields take the library's defaults.
+The types of the fields that this code relies on are checked once, where config.json is read. Unknown fields are
+allowed, because config.json files hold many. Absent and null fields take the library's defaults.
 
-The fields of config.json decide on family, layout, decoder and prompt template. model_type alone is ambiguous: "llava"
-stands for LLaVA-1.5, LLaVA-NeXT and Video-LLaVA in the original layout and for LLaVA-1.5 in the transformers layout.
-The original layout (flat decoder config, mm_* fields, LLaVA's own weight names) is translated to transformers'.
+Family, layout, decoder and prompt template follow from several fields. model_type alone is ambiguous: "llava" can be
+LLaVA-1.5, LLaVA-NeXT or Video-LLaVA in the original layout, and is LLaVA-1.5 in the transformers layout. The original
+layout (flat decoder config, mm_* fields, LLaVA's own weight names) is translated to the transformers layout.
 
-Pure functions on names and dictionaries; llava/model/checkpoint/load.py reads the files.
+All functions here are pure, on names and dictionaries; llava/model/checkpoint/load.py reads the files.
 
 Official code read: haotian-liu/LLaVA@c121f04, llava/model/builder.py, llava_arch.py, multimodal_projector/builder.py;
 PKU-YuanGroup/Video-LLaVA@984e65b, videollava/model/llava_arch.py and multimodal_encoder
-Differs from it: a vision tower in the shards is used. The official code ignores it for LLaVA-1.5 and Video-LLaVA and
-loads mm_vision_tower instead (LLaVA issues 382 and 1694); the weights are the same if the tower was frozen.
+Differs from it: a vision tower in the shards is used. The official code ignores it for LLaVA-1.5 and Video-LLaVA, and
+loads mm_vision_tower instead (LLaVA issues 382 and 1694); the weights are the same if the tower was frozen in training.
 """
 
 import dataclasses
@@ -49,9 +49,9 @@ SUPPORTED = (
 )
 QWEN: tuple[Family, ...] = ("qwen2_5_vl", "qwen2_vl")
 
-# Fields that say what becomes of a tower's class token -> the only value that is supported.
+# Fields that say what happens to a tower's class token -> the only value that is supported.
 CLASS_TOKEN = {"vision_feature_select_strategy": "default", "mm_vision_select_feature": "patch"}
-# Of the original layout, by the class in `architectures` or else by model_type.
+# Decoders of the original layout, by the class in `architectures` or else by model_type.
 DECODERS: dict[str, Decoder] = {
     "LlavaLlamaForCausalLM": "llama",
     "LlavaMistralForCausalLM": "mistral",
@@ -68,7 +68,7 @@ LLAMA_FIELDS = {field.name for field in dataclasses.fields(LlamaConfig)} - {
 }
 NEEDED_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
-# The towers of the official checkpoints: shards that contain their weights need no second download.
+# The towers of the official checkpoints. With their configurations here, shards that hold them need no second download.
 CLIP_L_336_NAME = "openai/clip-vit-large-patch14-336"
 CLIP_L_336 = {
     "model_type": "clip_vision_model",
@@ -83,12 +83,12 @@ CLIP_L_336 = {
     "layer_norm_eps": 1e-5,
 }
 LANGUAGEBIND_NAMES = ("LanguageBind/LanguageBind_Image", "LanguageBind/LanguageBind_Video_merge")
-# Trained from OpenCLIP's ViT-L/14, which has the exact GELU, unlike OpenAI's.
+# Trained from OpenCLIP's ViT-L/14, which has the exact GELU; OpenAI's has an approximation.
 LANGUAGEBIND = {**CLIP_L_336, "image_size": 224, "hidden_act": "gelu"}
 
 # Field of config.json -> module of the HF model. The shards repeat the module's name: model.<module>.<module>.
 TOWER_MODULES = {"mm_vision_tower": "vision_tower", "mm_image_tower": "image_tower", "mm_video_tower": "video_tower"}
-# Names of weights -> names in the HF model of transformers 5, for the original layout, the files of the hub and Qwen's.
+# Names of weights -> names in the HF model of transformers 5; for the original layout, the hub's files and Qwen's.
 _TOWER = r"(vision_tower|image_tower|video_tower)"
 ORIGINAL_KEYS = (
     (re.compile(r"^model\.(vision|image|video)_tower\.\1_tower\.(?:vision_model\.)?"), r"model.\1_tower."),
@@ -109,7 +109,7 @@ QWEN_KEYS = (
 CLIP_VISION_KEY = re.compile(r"^(?:vision_model\.)?(?=(?:embeddings|pre_layrnorm|encoder|post_layernorm)\.)")
 
 
-# What this code reads itself; transformers' own configurations check the rest (`library_config`)
+# The fields that this code reads itself; transformers' own configurations check the others (`library_config`)
 
 
 class _Part(Schema):
@@ -118,7 +118,7 @@ class _Part(Schema):
 
 
 class CheckpointConfig(_Part):
-    """The fields of any config.json that are read here: what tells family and layout, and LLaVA's own mm_* fields."""
+    """The fields of any config.json that are read here: those that tell family and layout, and LLaVA's mm_* fields."""
 
     architectures: list[str] | None = None
     text_config: _Part | None = None
@@ -154,10 +154,30 @@ def identify(config: Mapping[str, Any], where: Path) -> Kind:
         where: its folder, for the error.
 
     Raises:
-        UserError: the family is not supported.
+        UserError: the model is not supported.
     """
     towers = [field for field in TOWER_MODULES if config.get(field) is not None]
-    kind = _original(config, towers, where) if towers else _transformers(config, where)
+    vision = config.get("vision_config")
+    family: Any = config.get("model_type", "unknown")
+    if towers:
+        # The class says more than the type, which "llava" hides.
+        names = config.get("architectures") or [family]
+        if len(names) != 1 or names[0] not in DECODERS:
+            raise _unsupported(where, ", ".join(names))
+        merge = config.get("mm_patch_merge_type") or "flat"
+        tiled = "anyres" in str(config.get("image_aspect_ratio")) or merge != "flat"
+        family = "llava_next" if tiled else "llava"
+        kind = Kind(family if towers == ["mm_vision_tower"] else "video_llava", "original", DECODERS[names[0]])
+    elif family in QWEN and vision is not None:  # on the hub it is the only nested part of a Qwen-VL
+        kind = Kind(family, "transformers", "qwen2")
+    else:
+        if family not in NAMES or config.get("text_config") is None or vision is None:
+            raise _unsupported(where, family)
+        text = config["text_config"].get("model_type", "llama")
+        tower = vision.get("model_type", "clip_vision_model")
+        if text not in ("llama", "mistral") or tower != "clip_vision_model":
+            raise _unsupported(where, f"{family} ({tower} tower, {text} decoder)")
+        kind = Kind(family, "transformers", text)
     for field, only in CLASS_TOKEN.items():
         if config.get(field) not in (None, only):
             raise UserError(
@@ -170,8 +190,8 @@ def default_mode(kind: Kind, vocabulary: Mapping[str, int]) -> str:
     """Return the prompt template that benchmark scripts use for a checkpoint's images.
 
     Args:
-        vocabulary: of the tokenizer. ChatML's tokens are in the one of LLaVA-1.6-34B (Nous-Hermes-2-Yi), Llama-3's in
-            those of LLaVA-NeXT with a Llama-3 decoder; Vicuna's and Mistral's have neither.
+        vocabulary: the tokenizer's. LLaVA-1.6-34B (Nous-Hermes-2-Yi) has ChatML's tokens in it, LLaVA-NeXT with a
+            Llama-3 decoder has Llama-3's; Vicuna's and Mistral's vocabularies have neither.
     """
     if kind.family in QWEN:
         return "qwen2_vl"
@@ -182,40 +202,17 @@ def default_mode(kind: Kind, vocabulary: Mapping[str, int]) -> str:
     return "mistral_instruct" if kind.decoder == "mistral" else "vicuna_v1"
 
 
-def _original(config: Mapping[str, Any], towers: list[str], where: Path) -> Kind:
-    # The class says more than the type, which "llava" hides.
-    names = config.get("architectures") or [config.get("model_type", "unknown")]
-    if len(names) != 1 or names[0] not in DECODERS:
-        raise _unsupported(where, ", ".join(names))
-    tiled = "anyres" in str(config.get("image_aspect_ratio")) or (config.get("mm_patch_merge_type") or "flat") != "flat"
-    family: Family = "llava_next" if tiled else "llava"
-    return Kind(family if towers == ["mm_vision_tower"] else "video_llava", "original", DECODERS[names[0]])
-
-
-def _transformers(config: Mapping[str, Any], where: Path) -> Kind:
-    family, vision = config.get("model_type", "unknown"), config.get("vision_config")
-    if family in QWEN and vision is not None:  # on the hub it is the only nested part of a Qwen-VL
-        return Kind(family, "transformers", "qwen2")
-    if family not in NAMES or config.get("text_config") is None or vision is None:
-        raise _unsupported(where, family)
-    text = config["text_config"].get("model_type", "llama")
-    tower = vision.get("model_type", "clip_vision_model")
-    if text not in ("llama", "mistral") or tower != "clip_vision_model":
-        raise _unsupported(where, f"{family} ({tower} tower, {text} decoder)")
-    return Kind(family, "transformers", text)
-
-
 def _unsupported(where: Path, family: str) -> UserError:
     return UserError(f"{where} is a checkpoint of the family {family}, which is not supported: {SUPPORTED}.")
 
 
 def library_config(build: Any, fields: Mapping[str, Any], directory: Path, what: str) -> Any:
-    """The library's configuration from the fields of a config.json, whose types it checks.
+    """Build the library's configuration from the fields of a config.json, whose types it checks.
 
     Args:
         build: a configuration class of transformers.
-        directory: of the config.json.
-        what: the fields describe, in words.
+        directory: the folder of the config.json.
+        what: what the fields describe, in words.
 
     Raises:
         UserError: transformers refuses the fields.
@@ -229,7 +226,7 @@ def library_config(build: Any, fields: Mapping[str, Any], directory: Path, what:
 
 
 def refuse_activations(fields: Mapping[str, Any], directory: Path) -> None:
-    """Raise UserError for an activation that transformers does not know, in a configuration or one inside it."""
+    """Raise UserError for an activation that transformers does not know, also in nested configurations."""
     for name, value in fields.items():
         if isinstance(value, dict):
             refuse_activations(value, directory)
@@ -241,7 +238,7 @@ def refuse_activations(fields: Mapping[str, Any], directory: Path) -> None:
 
 
 def hf_key(key: str, kind: Kind = LLAVA) -> str:
-    """Return the name in the HF model of a weight. One that no rule matches is kept, and `fill` finds it unexpected."""
+    """Return a weight's name in the HF model. A name that no rule matches is kept; loading finds it unexpected."""
     rules = ORIGINAL_KEYS if kind.layout == "original" else QWEN_KEYS if kind.family in QWEN else HUB_KEYS
     for pattern, replacement in rules:
         if pattern.match(key):
@@ -250,7 +247,7 @@ def hf_key(key: str, kind: Kind = LLAVA) -> str:
 
 
 def hf_tower_key(key: str, module: str = "vision_tower") -> str | None:
-    """Return the name in the HF model of a weight of a stand-alone CLIP; None for weights of its text tower."""
+    """Return the HF model's name of a weight of a stand-alone CLIP; None for weights of its text tower."""
     return CLIP_VISION_KEY.sub(f"model.{module}.", key) if CLIP_VISION_KEY.match(key) else None
 
 
@@ -264,7 +261,7 @@ def to_transformers_config(
 
     Args:
         vision_config: a CLIPVisionConfig as a dictionary, for one or both towers.
-        frames: of a video.
+        frames: number of frames of a video.
     """
     missing = [field for field in NEEDED_FIELDS if config.get(field) is None]
     if missing:

@@ -1,9 +1,9 @@
 """Files of checkpoints: find or download them, read and check them without running code that they hold, and hash them.
 
-Stored answers belong to the hashes: whatever is changed in one of the files, they are not taken for its answers. Every
-byte counts. A file of many gigabytes is read once (1.4 GB/s on one core) and its hash remembered in the user's cache
-folder, for as long as its state stays the same (llava/file_state.py). Files are hashed after they were loaded, so their
-state is taken before: a file that changes in between is refused, because nobody could say which content was loaded.
+Stored answers are filed under the hashes of the model's files, so that with any changed byte it is another model. A
+file of many gigabytes is read once (1.4 GB/s on one core), and its hash is remembered in the user's cache folder for as
+long as the file's state stays the same (llava/file_state.py). Files are hashed after loading, and their state is
+recorded before. A file that changes in between is refused, because nobody could say which content was loaded.
 """
 
 import hashlib
@@ -33,15 +33,15 @@ CACHED = "models--"  # before owner and name in the hub's cache
 SMALL_FILES = ("*.json", "*.jinja", "merges.txt", "tokenizer.model", "text_tower/*")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order of preference, each also with an index
 
-# How files of torch.save begin: since torch 1.6 an archive, which can be mapped, before that a pickled number.
+# How files of torch.save begin: since torch 1.6 as an archive, which can be mapped, before that with a pickled number.
 ARCHIVE = b"PK\x03\x04"
 PICKLED = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
-# Buffers that the modules compute themselves; old checkpoints store them without effect.
+# Buffers that the modules compute themselves; old checkpoints store them, to no effect.
 IGNORED_KEYS = (".inv_freq", ".position_ids")
 NAMED = 5  # names listed in an error; the others are counted
 
-# What is hashed beside the weights: configurations and tokenizers.
+# What is hashed besides the weights: configurations and tokenizers.
 READ = ("*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")
 LARGE = 64 << 20  # bytes; smaller files are hashed again by every process
 BLOCK = 16 << 20  # bytes read at once
@@ -50,7 +50,7 @@ DIGITS = 16
 
 
 def locate(source: str | Path, what: str, weights: bool = True) -> Path:
-    """Return the folder of a model. A model of the hub is downloaded: small files first, then only the weights used.
+    """Return the folder of a model. A model of the hub is downloaded: small files first, then one form of the weights.
 
     Args:
         what: the model in words, for errors.
@@ -75,8 +75,8 @@ def locate(source: str | Path, what: str, weights: bool = True) -> Path:
 def folder_of(source: str | Path) -> Path | None:
     """Return the folder of a model that is on this machine; None for anything else, such as a hub id.
 
-    A model's folder in the hub's cache, models--OWNER--NAME, stands for its snapshot: that of the branch main, or the
-    only one.
+    For a model's folder in the hub's cache, models--OWNER--NAME, this is its snapshot of the branch main, or its only
+    snapshot.
 
     Raises:
         UserError: it is not clear which snapshot is meant.
@@ -113,7 +113,7 @@ def _hub_id(repository: Path) -> str:
 
 
 def name_of(source: str | Path) -> str:
-    """Return what a model is called in results: its hub id, also for the path of a snapshot; else its folder's name."""
+    """Return a model's name in results: its hub id, also if the source is a snapshot's path, or its folder's name."""
     folder = folder_of(source)
     if folder is None:
         return str(source).rstrip("/")
@@ -122,7 +122,7 @@ def name_of(source: str | Path) -> str:
 
 
 def about_snapshot(folder: Path) -> tuple[str, ...]:
-    """Return the note that says which snapshot of the hub's cache was read; nothing for another folder."""
+    """Return a note that says which snapshot of the hub's cache was read; () for another folder."""
     snapshot = snapshot_of(folder.resolve())
     return () if snapshot is None else (f"The files are those of {snapshot[0]} at commit {snapshot[1]}.",)
 
@@ -176,7 +176,7 @@ def weight_files(directory: Path) -> list[Path]:
 def read_weights(directory: Path) -> dict[str, Tensor]:
     """Return all weights of a folder by their names in the files.
 
-    They are mapped to the files; those in the format of torch 1.5 and older, which cannot be mapped, are in memory.
+    They are mapped to the files. Weights in the format of torch 1.5 and older cannot be mapped and are in memory.
     """
     shards = [_open_weights(path) for path in weight_files(directory)]
     return {key: tensor for shard in shards for key, tensor in shard.items() if not key.endswith(IGNORED_KEYS)}
@@ -195,7 +195,7 @@ def _open_weights(path: Path) -> dict[str, Tensor]:
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=archived)
     except UnpicklingError as error:
         raise UserError(f"{path} holds more than weights and was not unpickled; convert it to safetensors.") from error
-    # torch reads the format of torch 1.5 without checks: a damaged file fails wherever a wrong byte is first used.
+    # torch reads the format of torch 1.5 without checks: a damaged file fails where a wrong byte is first used.
     except Exception as error:
         if is_out_of_memory(error):
             raise UserError(f"The weights in {path} do not fit into the free memory of this machine.") from error
@@ -217,11 +217,11 @@ def listed(names: Iterable[str]) -> str:
 
 
 def files_of(folder: Path, prefix: str = "", weights: bool = True) -> dict[str, FileState]:
-    """Return the files of a folder that loading may read, by their names in it; to be called before it reads them.
+    """Return the files of a folder that loading may read, by their names in it. Call this before they are read.
 
     Args:
         prefix: put before the names.
-        weights: False leaves out the weights, for a folder of which they are not used.
+        weights: False leaves out the weights, for a folder whose weights are not used.
     """
     paths = {path for pattern in READ for path in folder.glob(pattern) if path.is_file()}
     paths |= set(weight_files(folder)) if weights else set()
@@ -229,7 +229,7 @@ def files_of(folder: Path, prefix: str = "", weights: bool = True) -> dict[str, 
 
 
 def hashes_of(files: Mapping[str, FileState]) -> dict[str, str]:
-    """Return name -> hash of the content. After a second, a progress bar shows how far it is.
+    """Return name -> hash of the content. After a second, a progress bar appears.
 
     Raises:
         UserError: a file cannot be read, or is no longer in the given state.
@@ -246,7 +246,7 @@ def hashes_of(files: Mapping[str, FileState]) -> dict[str, str]:
 
 
 def check_same(files: Mapping[str, FileState], hashes: Mapping[str, str]) -> None:
-    """Raise UserError if a file has another content than the one with this hash; files of the same state have not."""
+    """Raise UserError if a file's content no longer has its hash. Files in the same state are not read again."""
     for name, state in files.items():
         try:
             now = file_state(state.path)
@@ -266,7 +266,7 @@ def hash_of(state: FileState, advance: Callable[[int], object]) -> str:
     """Return the hash of a file, from the user's cache folder if it is there.
 
     Args:
-        advance: called with the number of bytes that are done.
+        advance: called with the number of bytes that are done since the last call.
 
     Raises:
         UserError: the file is no longer in this state.
@@ -277,12 +277,12 @@ def hash_of(state: FileState, advance: Callable[[int], object]) -> str:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "visual-token-reduction"
     memory = cache / hashlib.sha256(repr(known).encode()).hexdigest()
     with suppress(OSError, UnicodeDecodeError):
-        # Shorter where its writer was killed, and something else where a disk has failed.
+        # It is shorter if its writer was killed, and something else if a disk has failed.
         if re.fullmatch(rf"[0-9a-f]{{{DIGITS}}}", remembered := memory.read_text()):
             advance(state.size)
             return remembered
     fresh = read_hash(state, advance)
-    with suppress(OSError):  # a cache folder that cannot be written to: every process reads the file
+    with suppress(OSError):  # if the cache folder cannot be written to, every process reads the file
         cache.mkdir(parents=True, exist_ok=True)
         memory.write_text(fresh)
     return fresh

@@ -1,20 +1,20 @@
 """Load a checkpoint, in the transformers or the original layout, into one transformers model (the HF model).
 
 The HF model is built without memory. Each weight is read from its mapped file in the requested dtype and on the
-requested device, so there is never a second copy of the model; a weight that has the right dtype already stays mapped.
-Loading 1.4 GB of float16 as bfloat16, anonymous memory peaked at 1.001 times the model, in both layouts and from
-.safetensors and .bin; loading it as float16, at 0.001 times. No pickle and no code of a checkpoint is executed. A
-checkpoint can also be outlined: its model then has shapes and no weights.
+requested device, so there is never a second copy of the model. A weight that already has the right dtype stays mapped.
+When 1.4 GB of float16 were loaded as bfloat16, anonymous memory peaked at 1.001 times the model, in both layouts and
+from .safetensors and .bin; loaded as float16, at 0.001 times. No pickle and no code of a checkpoint is executed. A
+checkpoint can also be outlined: its model then has shapes but no weights.
 
-The decoder may be quantised to 8 or 4 bits while it is loaded, with bitsandbytes through transformers. Towers,
-projector and head keep the requested dtype: methods rank tokens by what the tower computes, and the tower is a
-thirtieth of the weights.
+The decoder can be quantised to 8 or 4 bits while it is loaded, with bitsandbytes through transformers. Towers,
+projector and head keep the requested dtype, because methods rank tokens by what the tower computes, and because the
+tower is only a thirtieth of the weights.
 
 Official code read: haotian-liu/LLaVA@c121f04, llava/model/builder.py (NF4 with double quantisation for 4 bits);
 PKU-YuanGroup/Video-LLaVA@984e65b, videollava/model/builder.py
-Differs from it: missing and unexpected weights are errors; the tokenizer is transformers 5's, with the ids of the slow
-Llama tokenizer (see tests/test_prompt.py); the projector is not quantised; the requested dtype is used to compute, not
-always float16.
+Differs from it: missing and unexpected weights are errors; the tokenizer is that of transformers 5, with the ids of the
+slow Llama tokenizer (see tests/test_prompt.py); the projector is not quantised; computation is in the requested dtype,
+not always in float16.
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ HF_CLASSES: dict[Family, type[PreTrainedModel]] = {
 }
 TEMPORAL = re.compile(r"^model\.video_tower\..*\.temporal_embedding$")
 LAYERS = "model.language_model.layers."
-CUT = (LAYERS, "lm_head.")  # what several ranks share
+CUT = (LAYERS, "lm_head.")  # weights that are cut if several ranks share a model
 
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CHOICES = ("8bit", "4bit")  # of quantisation
@@ -120,21 +120,21 @@ class Checkpoint:
             model.model.image_newline; Video-LLaVA's towers are model.model.image_tower and model.model.video_tower.
         image_processor: pads to a square, whatever the checkpoint's own configuration says. LLaVA-NeXT applies it to
             every tile; Qwen's keeps the shape of the image.
-        conversation: prompt template of images, a name of llava.conversation.MODES; that of videos is "llava_v1".
+        conversation: prompt template for images, a name of llava.conversation.MODES; for videos it is "llava_v1".
         name: hub id or folder name; see `llava.model.checkpoint.files.name_of`.
         layout: layout of the files.
         text_tower: the CLIP text tower that belongs to the vision tower, if one is known: a folder, or the hub id of a
             whole CLIP. It is not read here; llava.model.multimodal_encoder.clip_text_encoder reads it when a method
             first needs it.
-        notes: plain sentences about the loading that a reader of the results should know.
+        notes: sentences about the loading that a reader of the results should know.
         vocabulary: number of tokens that can be answered. Logits above it are padding or placeholders; mask them.
-        family: which model it is.
+        family: the family of the model.
         merge: how the tiles of LLaVA-NeXT are merged, one of llava.processing.image.MERGES; None for other families.
         frames: frames per video; 0 if the model takes no videos here. The class token of every frame is a visual token.
-        temporal: the video tower has attention over time.
-        spread: the decoder is spread over the ranks of a process group.
-        files: what was read, as it was before, by names that do not depend on where the folder lies; empty for a model
-            from elsewhere.
+        temporal: whether the video tower has attention over time.
+        spread: whether the decoder is spread over the ranks of a process group.
+        files: the files that were read, in their state before, by names that do not depend on where the folder lies;
+            empty for a model that does not come from files.
     """
 
     model: PreTrainedModel
@@ -165,14 +165,14 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a checkpoint from a folder or from the Hugging Face hub.
 
-    The prompt template is that of the benchmark scripts.
+    The prompt template is the one that benchmark scripts use.
 
     Args:
         text_tower: folder or hub id of the whole CLIP model that the vision tower comes from, for checkpoints that name
             none; only methods that compare text and image in CLIP's space need it.
         quantization: "8bit" or "4bit" to quantise the decoder; needs bitsandbytes.
-        parallel: spread the decoder over the ranks of this process's replica.
-        decoder_layers: how many of the first ones are loaded; the others stand there empty and cannot run.
+        parallel: how to spread the decoder over the ranks of this process's replica; None to hold it whole.
+        decoder_layers: how many of the first layers are loaded; the others are empty and cannot run. None for all.
 
     Raises:
         UserError: the checkpoint is incomplete or damaged, or is of a family that is not supported.
@@ -204,16 +204,16 @@ def load_checkpoint(
 def outline_checkpoint(source: str | Path, text_tower: str | Path | None = None) -> Checkpoint:
     """Read a checkpoint as `load_checkpoint` does, without its weights.
 
-    For what must be known before a model is loaded: bytes, operations, prompt lengths. Of a model on the hub only the
-    small files are downloaded. Whether the video tower has attention over time follows from the layout: the original
-    one has it and the transformers layout has not.
+    This tells bytes, operations and prompt lengths before a model is loaded. For a model on the hub, only the small
+    files are downloaded. A video tower is assumed to have attention over time in the original layout, and not to have
+    it in the transformers layout.
 
     Returns:
-        A Checkpoint whose model has shapes and no memory (the meta device of torch), with parameters of torch's default
+        A Checkpoint whose model has shapes but no memory (the meta device of torch), with parameters of torch's default
         dtype.
 
     Raises:
-        UserError: as `load_checkpoint` for anything but the weights.
+        UserError: as `load_checkpoint`, except about the weights.
     """
     files = _read(source, text_tower, with_weights=False)
     return Checkpoint(model=empty_model(files.config, files.kind, files.frames), **_parts(files, source))
@@ -227,12 +227,12 @@ class _Tower:
     """A vision tower of the original layout.
 
     Attributes:
-        field: of config.json that names it.
+        field: the field of config.json that names it.
         name: folder or hub id in config.json.
         folder: its folder; None for an official tower that was not downloaded.
         config: a CLIPVisionConfig as a dictionary.
-        inside: its weights are in the checkpoint's shards.
-        read: its files, as they were before they were read.
+        inside: whether its weights are in the checkpoint's shards.
+        read: its files, in their state before they were read.
     """
 
     field: str
@@ -249,12 +249,12 @@ class _Files:
 
     Attributes:
         raw: config.json.
-        config: of the HF model.
+        config: configuration of the HF model.
         weights: memory-mapped, by their names in the HF model; none in an outline.
-        frames: of a video tower with attention over time; None for a tower without.
-        towers: of the original layout.
+        frames: frames of a video tower with attention over time; None for a tower without it.
+        towers: towers of the original layout.
         text_tower: see Checkpoint.
-        read: the files of checkpoint and towers, as they were before they were read.
+        read: the files of checkpoint and towers, in their state before they were read.
     """
 
     directory: Path
@@ -272,7 +272,7 @@ def _read(source: str | Path, text_tower: str | Path | None, with_weights: bool)
     """Find, check and translate a checkpoint's files.
 
     Args:
-        with_weights: False downloads and reads none.
+        with_weights: False downloads and reads no weights.
     """
     if text_tower is not None and folder_of(text_tower) is None and not HUB_ID.match(str(text_tower)):
         raise UserError(f"There is no CLIP folder {text_tower}; give a folder or a hub id such as owner/name.")
@@ -285,7 +285,7 @@ def _read(source: str | Path, text_tower: str | Path | None, with_weights: bool)
         if (stored := part.get("quantization_config")) is not None:
             method = stored.get("quant_method", "an unnamed method")
             raise UserError(f"{directory} is quantised with {method}, which is not supported; take it unquantised.")
-    read = files_of(directory, weights=with_weights) | read  # the configuration was read already
+    read = files_of(directory, weights=with_weights) | read  # with the state of small files from before they were read
     files = read_weights(directory) if with_weights else {}
     weights = {hf_key(key, kind): tensor for key, tensor in files.items()}
     fields: Mapping[str, Any] = raw
@@ -338,8 +338,9 @@ def _tower(directory: Path, field: str, name: str, weights: dict[str, Tensor], w
 
 
 def _text_tower(chosen: str | Path | None, directory: Path, towers: Sequence[_Tower]) -> Path | str | None:
-    """Return the CLIP text tower as a folder or a hub id: the one that a user chose, the one beside the weights, or
-    that of the CLIP which the checkpoint names; None if there is none.
+    """Return the CLIP text tower as a folder or a hub id; None if there is none.
+
+    It is the one that a user chose, or the one beside the weights, or that of the CLIP that the checkpoint names.
 
     Args:
         towers: empty for the transformers layout, whose config names no CLIP.
@@ -385,7 +386,7 @@ def _parts(files: _Files, source: str | Path) -> dict[str, Any]:
 
 
 def _notes(files: _Files, about_images: Sequence[str]) -> tuple[str, ...]:
-    """What config.json asks for and is not done, and what else a reader of the results should know."""
+    """Notes on what config.json asks for but is not done, and on what else a reader of the results should know."""
     (family, layout, _), config, notes = files.kind, files.config, []
     asked = files.raw.get("image_aspect_ratio")
     if layout == "original" and family != "llava_next" and asked != "pad":
@@ -416,7 +417,7 @@ def _notes(files: _Files, about_images: Sequence[str]) -> tuple[str, ...]:
 def refuse_long_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, source: str | Path) -> None:
     """Raise UserError for a tokenizer with ids above the embedding's `rows`, which a question might contain.
 
-    Nothing is looked up for placeholders of images and videos, nor for padding.
+    Ids of placeholders for images and videos and of padding may be above, because their rows are never read.
     """
     unread = (DEFAULT_IMAGE_TOKEN, "<video>", tokenizer.pad_token)
     above = {n: token for token, n in tokenizer.get_vocab().items() if n >= rows and token not in unread}
@@ -433,7 +434,7 @@ def real_vocabulary(
     """Return how many of the embedding's `rows` are tokens that can be answered.
 
     The checkpoints of the hub have 32064 rows for 32000 tokens: one for "<image>", one for padding, one for "<video>"
-    with videos, and the others round the size up. They are untrained and must never be chosen.
+    if there are videos, and the others round the size up. These rows are untrained and must never be chosen.
     """
     count = min(rows, len(tokenizer))
     placeholders = {image_token, video_token, tokenizer.pad_token_id} - {tokenizer.eos_token_id}
@@ -446,7 +447,7 @@ def real_vocabulary(
 
 
 class VideoLlavaWithTime(VideoLlavaForConditionalGeneration):
-    """Video-LLaVA as it was trained: with the video tower's attention over time, which transformers leaves out."""
+    """Video-LLaVA as it was trained, with the video tower's attention over time, which transformers leaves out."""
 
     def __init__(self, config: VideoLlavaConfig, frames: int):
         super().__init__(config)
@@ -455,7 +456,7 @@ class VideoLlavaWithTime(VideoLlavaForConditionalGeneration):
 
 
 def refuse_feature_layer(config: PretrainedConfig, where: str) -> None:
-    """Raise UserError for features of several layers, or of one that the tower lacks."""
+    """Raise UserError for features of several layers, or of a layer that the tower does not have."""
     # hidden_states of a tower with n blocks has n + 1 entries, so -n-1 to n are possible.
     layer, depth = config.vision_feature_layer, config.vision_config.num_hidden_layers
     if not isinstance(layer, int) or not -depth - 1 <= layer <= depth:
@@ -469,7 +470,7 @@ def hf_class(family: Family, frames: int | None) -> tuple[type[PreTrainedModel],
     """Return the HF model's class, and its arguments after the configuration.
 
     Args:
-        frames: of a video tower with attention over time; None for a tower without.
+        frames: frames of a video tower with attention over time; None for a tower without it.
     """
     return (HF_CLASSES[family], ()) if frames is None else (VideoLlavaWithTime, (frames,))
 
@@ -492,7 +493,7 @@ def _fill(
 
     Args:
         quantization: "8bit" or "4bit" to quantise the decoder while it is loaded.
-        parallel: how the decoder is spread over ranks, of which this process loads its part; None to hold it whole.
+        parallel: how the decoder is spread over ranks; this process loads its part. None to hold it whole.
 
     Raises:
         UserError: weights and configuration do not fit, or the memory is too small.
@@ -581,8 +582,8 @@ def check_memory(
     """Raise UserError if what this process loads of the model does not fit into the free memory.
 
     On the CPU, weights that have the right dtype stay mapped to their files and need no memory, unless ranks cut them.
-    Decoder layers and head are cut into as many parts, about equal, as there are ranks, and everything else is whole.
-    Ranks on one CPU share its memory.
+    Decoder layers and head are cut into about equal parts, one per rank; everything else is whole. Ranks on one CPU
+    share its memory.
     """
     sizes = {name: tensor.numel() for name, tensor in weights.items()}
     on_cpu = device.type == "cpu"
