@@ -108,7 +108,7 @@ def _advice(judging: Judging, answers: Path) -> str:
 
 
 def _kept(judging: Judging, asked: Sequence[str], texts: Mapping[str, str], answers: Path) -> Scored:
-    """The score of verdicts stored next to the answers, preferably the official judge's; without any, the word match."""
+    """The score of verdicts stored next to the answers, the official judge's first; without any, the word match."""
     requests = judging.requests(asked, texts)
     files = sorted(answers.parent.glob("judgements-*.jsonl"))
     stored = {path: lines_of(read_verdicts(path), requests) for path in files}

@@ -90,7 +90,7 @@ def loose_match(text: str, answer: str) -> float:
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The words and numbers of a text in lower case, with signs but no punctuation, for matches without an LLM judge."""
+    """Words and numbers of a text in lower case, with signs but no punctuation, for matches without an LLM judge."""
     return tuple(word.replace(",", "") for word in WORD.findall(text.lower()))
 
 

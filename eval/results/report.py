@@ -199,7 +199,7 @@ def score_lines(record: Mapping[str, Any]) -> list[str]:
 
 
 def cost_lines(result: Mapping[str, Any]) -> list[str]:
-    """Lines about a run's tokens, bytes, times, questions per second (also by rank, if there were several) and FLOPs."""
+    """Lines about a run's tokens, bytes, times, questions per second (also by rank, if several) and FLOPs."""
     accounting, timing, flops = result["accounting"], result["timing"], result["flops"]
     layers = ", ".join(number(tokens) for tokens in accounting["entering_per_layer"])
     held, room = short(accounting["kv_bytes_per_sample"] / 1e6, 100), timing["kv_bytes_allocated"]

@@ -31,7 +31,7 @@ def plain(text: str) -> str:
 
 
 def sample_scores(score: Score, texts: Mapping[str, str], data: Dataset) -> Mapping[str, float] | None:
-    """Question id -> score of its answer, by the benchmark's rule or the judge; None if single answers have no score."""
+    """Question id -> score of the answer, by the benchmark's rule or the judge; None if answers have none."""
     if data.sample_score is not None:
         questions = {question.id: question for question in data.questions}
         return {name: data.sample_score(questions[name], text) for name, text in texts.items()}
@@ -61,7 +61,7 @@ def loyalty(
     clusters: Mapping[str, str],
     normalise: Normalise = plain,
 ) -> dict[str, Interval | None]:
-    """Percent of questions with the same answer as the full model: of all, of those it has right, of those it has wrong.
+    """Percent of questions answered as by the full model: of all, of those it has right, and of those it has wrong.
 
     What "loyalty_right" lacks to 100 are questions that the method loses. "loyalty_wrong" counts errors of the full
     model that are repeated; a different answer to these may be right, or wrong in another way.
