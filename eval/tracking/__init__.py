@@ -408,8 +408,8 @@ def end(wandb: Any, run: Any, code: int) -> None:
         run.finish(exit_code=code)
     except TimeoutError:
         print(f"W&B: the upload did not finish in time; complete it with: wandb sync {folder_of(run)}")
-    # `finish` returns before an offline file is complete. Ending W&B's service waits for it, so that the printed command
-    # works at once. It is not ended while another run of this process is logging.
+    # `finish` returns before an offline file is complete. Ending W&B's service waits for the file, so that the printed
+    # command works at once. The service is not ended while another run of this process is logging.
     if run.offline and wandb.run is None:
         wandb.teardown()
 
