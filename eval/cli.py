@@ -96,7 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def dispatch(words: list[str]) -> int:
     """Run the command that the words begin with, such as `eval` or `tables methods`; returns the exit code."""
     if not words or words[0] in ("-h", "--help", "help"):
-        print(usage())
+        head = f"Usage: {PROGRAM} COMMAND [arguments]\n\nVisual token reduction. `{PROGRAM} COMMAND --help` says more,"
+        head += f" `{PROGRAM} --version` which code and libraries run."
+        print("\n\n".join([head, *(listing(f"{title}:", group) for title, group in GROUPS.items())]))
         return 0 if words else 2
     if words[0] in ("--version", "-V"):
         print(import_module("eval.versions").summary())
@@ -134,13 +136,6 @@ def refuse(sentence: str, word: str, known: list[str]) -> int:
     """Print an error with the most similar existing name; returns the exit code."""
     print(f"{sentence}{suggestion(word, known)} Available: {', '.join(dict.fromkeys(known))}.", file=sys.stderr)
     return 2
-
-
-def usage() -> str:
-    """The text of `vtr --help`."""
-    head = f"Usage: {PROGRAM} COMMAND [arguments]\n\nVisual token reduction. `{PROGRAM} COMMAND --help` says more,"
-    head += f" `{PROGRAM} --version` which code and libraries run."
-    return "\n\n".join([head, *(listing(f"{title}:", group) for title, group in GROUPS.items())])
 
 
 def listing(head: str, commands: dict[str, Command]) -> str:

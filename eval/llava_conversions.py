@@ -1,7 +1,7 @@
 """LLaVA's scripts/convert_*.py: convert answer files to what the official scorers and servers read.
 
-Every function that returns an exit code is the command line of one script, with LLaVA's flags. The files equal those that
-`vtr eval` writes for its own answers.
+Every function that returns an exit code is the command line of one script, with LLaVA's flags. The files equal those
+that `vtr eval` writes for its own answers.
 
 Official code read: haotian-liu/LLaVA@c121f04, scripts/convert_*.py
 Differs from it: the folder of the output is made; only the last line of an answer file may be damaged.

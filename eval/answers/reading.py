@@ -255,7 +255,11 @@ def holds(prompt: str, question: Question) -> bool:
 
 
 def check_prompts(path: Path, answered: Sequence[tuple[Question, Row]], data: Dataset) -> list[str]:
-    """Notes about prompts that do not contain their question; UserError if more than half of them do not."""
+    """Notes about recorded prompts that do not contain their question.
+
+    Raises:
+        UserError: more than half of them do not, or the file belongs to a run of ours on another benchmark.
+    """
     recorded = [(question, row.prompt or row.asked) for question, row in answered]
     known = [(question, prompt) for question, prompt in recorded if prompt is not None]
     wrong = [question.id for question, prompt in known if not holds(prompt, question)]
@@ -266,23 +270,17 @@ def check_prompts(path: Path, answered: Sequence[tuple[Question, Row]], data: Da
             f"prompts do not hold the question with their id; {question.id} was asked {shorten(prompt)!r}, and the "
             f"question is {shorten(question.question)!r}. Check the benchmark's name, split and profile."
         )
-    # If all questions have the same words, prompts prove nothing.
-    if not known or len({question.question for question in data.questions}) == 1:
-        check_store(path, data)
+    # If all questions have the same words, prompts prove nothing; but our own runs name their benchmark.
+    proven = known and len({question.question for question in data.questions}) > 1
+    settings_file = path.with_name("settings.json")
+    if not proven and path.name == "answers.jsonl" and is_file(settings_file):
+        settings: Any = read_json(settings_file)
+        benchmark = settings.get("benchmark") if isinstance(settings, Mapping) else None
+        if data.benchmark and isinstance(benchmark, str) and benchmark != data.benchmark:
+            raise UserError(f"{path} holds answers to {benchmark}, as {settings_file} says, not to {data.benchmark}.")
     if not wrong:
         return []
     return [f"{len(wrong):,} of {len(known):,} recorded prompts do not hold their question ({first_names(wrong)})"]
-
-
-def check_store(path: Path, data: Dataset) -> None:
-    """Raise UserError if the file belongs to a run of ours on another benchmark, by its settings.json."""
-    settings_file = path.with_name("settings.json")
-    if path.name != "answers.jsonl" or not is_file(settings_file):
-        return
-    settings: Any = read_json(settings_file)
-    benchmark = settings.get("benchmark") if isinstance(settings, Mapping) else None
-    if data.benchmark and isinstance(benchmark, str) and benchmark != data.benchmark:
-        raise UserError(f"{path} holds answers to {benchmark}, as {settings_file} says, not to {data.benchmark}.")
 
 
 def shorten(text: str, length: int = 60) -> str:

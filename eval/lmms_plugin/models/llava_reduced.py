@@ -96,8 +96,17 @@ class LlavaReduced(lmms):
         context, _, visuals_of, number, task, split = request.args
         question, suffix = split_suffix(context)
         name = f"{task}/{split}/{number}"
-        images = tuple(opened(visual, name) for visual in visuals_of(self.task_dict[task][split][number]) or ())
-        return Sample(name, question, suffix, images[0] if len(images) == 1 else images or None)
+        images: list[Image.Image | Video] = []
+        for visual in visuals_of(self.task_dict[task][split][number]) or ():
+            if isinstance(visual, Image.Image):
+                images.append(as_rgb(visual))
+            elif isinstance(visual, str | os.PathLike):  # the path of a video
+                images.append(read_video(os.fspath(visual)))
+            else:
+                raise UserError(
+                    f"{name} comes with a {type(visual).__name__}; llava_reduced takes images and paths of videos."
+                )
+        return Sample(name, question, suffix, images[0] if len(images) == 1 else tuple(images) or None)
 
     @ends_the_process
     def refuse(self, requests: Sequence[Any]) -> NoReturn:
@@ -119,12 +128,3 @@ def max_new_tokens(settings: Mapping[str, Any], task: str) -> int:
             "add --gen_kwargs temperature=0,do_sample=False,num_beams=1."
         )
     return int(settings.get("max_new_tokens") or LONGEST)
-
-
-def opened(visual: object, name: str) -> Image.Image | Video:
-    """An image in RGB, or the frames of a video that is given as a path."""
-    if isinstance(visual, Image.Image):
-        return as_rgb(visual)
-    if isinstance(visual, str | os.PathLike):
-        return read_video(os.fspath(visual))
-    raise UserError(f"{name} comes with a {type(visual).__name__}; llava_reduced takes images and paths of videos.")
