@@ -19,7 +19,7 @@ from eval import score
 from eval.benchmarks import mme, pope
 from eval.config import ROOT
 from eval.metrics.accuracy import mean_score, normalise
-from eval.papers import cells, gate, published, render, reproduce, spec, table
+from eval.papers import cells, gate, published, render, spec, table
 from eval.papers.cells import Cell, Measured
 from eval.papers.document import blocks, difference_to, entries, ours_text, published_text
 from eval.papers.published import Published
@@ -31,6 +31,7 @@ from eval.statistics.command import main as stats_command
 from eval.statistics.relative import p_value, pair
 from eval.sweep import Setting
 from eval.yaml_files import read_yaml
+from lab.pages import reproduce
 from llava.errors import UserError
 from tests.test_statistics_command import write_run
 

@@ -2,7 +2,7 @@
 
 Every score is a function of sums over units, the metric's `SufficientStatistics`. Units that share a cluster label,
 mostly an image, are drawn together, because answers about one image are not independent. Reports, tables and sweeps use
-one function for intervals, `interval`, and one for differences, `compare`. docs/evaluation.md states the rules for
+one function for intervals, `interval`, and one for differences, `compare`. docs/statistics.md states the rules for
 readers.
 """
 

@@ -1,7 +1,7 @@
 """Weights & Biases: open a W&B run, and log a running evaluation or training to it.
 
 Logging never asks the user anything, never waits long, and works without network or home folder. If W&B fails, this is
-reported on standard error and changes neither the run nor its files. docs/wandb.md says what is logged.
+reported on standard error and changes neither the run nor its files. docs/evaluation.md says what is logged.
 
 The id of a folder's W&B run is stored in its file `wandb_id`, so continuing the folder continues the W&B run.
 """
