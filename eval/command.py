@@ -150,9 +150,9 @@ def add_data_flags(p: argparse.ArgumentParser) -> None:
         default=str(DEFAULT_DATA),
         help="folder that holds the benchmarks, one folder each",
     )
-    p.add_argument("--split", help="split of the benchmark; its first one there is if left out")
+    p.add_argument("--split", help="split of the benchmark; by default the first that is there")
     p.add_argument(
-        "--profile", choices=PROFILES, help="as LLaVA's scripts or as lmms-eval ask and score; default: llava"
+        "--profile", choices=PROFILES, help="ask and score as LLaVA's scripts or as lmms-eval; default: llava"
     )
     p.add_argument(
         "--source", default="auto", choices=SOURCES, help="official files, or the mirror on the hub (or its local copy)"

@@ -74,10 +74,6 @@ class Choice:
         known = self.budget is not None or RETENTION_RATIO in self.options
         registry.build(self.method, self.budget if known else 1, dict(self.options))
 
-    @property
-    def reads_question(self) -> bool:
-        return "question" in registry.method(self.method).metadata.reads
-
 
 class UnderMethod:
     """A harness's model whose `generate` runs under a method inside `asking`.
@@ -99,7 +95,7 @@ class UnderMethod:
         runtime = model.runtime if isinstance(model, ScriptModel) else model
         self.model, self.scripted = model, runtime is not model
         self.tokenizer = runtime.tokenizer if self.scripted else getattr(tokenizer, "tokenizer", tokenizer)
-        reads = choice.reads_question
+        reads = "question" in registry.method(choice.method).metadata.reads
         if reads and self.tokenizer is None:
             raise UserError(f"{choice.method} reads the question, and this model class has no `tokenizer` to find it.")
         self.reduced = reduce(

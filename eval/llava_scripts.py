@@ -71,7 +71,7 @@ def questions_parser(module: str, documentation: str | None, conv_mode: str = "l
     p.add_argument("--model-base", help="not supported: merge the weights first")
     p.add_argument("--image-folder", default="", help="folder of the images")
     p.add_argument("--question-file", default="tables/question.jsonl", help="LLaVA's questions")
-    p.add_argument("--answers-file", default="answer.jsonl", help="written anew")
+    p.add_argument("--answers-file", default="answer.jsonl", help="file to write; an old one is replaced")
     p.add_argument("--conv-mode", default=conv_mode, help="template of the prompt")
     p.add_argument("--num-chunks", type=int, default=1, help="parts that the questions are cut into")
     p.add_argument("--chunk-idx", type=int, default=0, help="which of them to ask, from 0")

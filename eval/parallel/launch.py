@@ -53,7 +53,7 @@ POLL_SECONDS = 0.1
 SHOWN = 3  # questions named in a sentence
 # Time for a rank to start: importing torch from a file system that many ranks read at once takes minutes.
 START_SECONDS = 600
-# A rank counts as lost after this much silence; it gives a sign of life every second.
+# A rank on another machine counts as lost after this much silence; ranks give a sign of life every second.
 LOST_SECONDS = 120
 
 

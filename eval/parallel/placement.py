@@ -114,7 +114,11 @@ def detect(
     elif named == "GPUS":
         devices = chosen_gpus(environment, accelerators())
     elif device == "auto" and whole_or(count_of_nodes, 1) > 1:
-        return slurm(environment, accelerators(), size, nodes or expand_node_list)
+        # Each node gets as many ranks as this node has accelerators; without accelerators one replica.
+        devices = visible(environment, accelerators()) or tuple(range(max(1, size)))
+        node_list = environment.get("SLURM_JOB_NODELIST") or environment.get("SLURM_NODELIST", "")
+        names = (nodes or expand_node_list)(node_list)
+        return Placement(tuple((name, devices) for name in names), size, "slurm")
     else:
         devices = visible(environment, accelerators()) if device == "auto" else ()
     if size > max(1, len(devices)):
@@ -199,13 +203,6 @@ def read_hostfile(path: Path, size: int = 1) -> Placement:
     if not hosts:
         raise UserError(f"{path} names no machine; lines look like 'node1 slots=8'.")
     return Placement(tuple(hosts.items()), size, "hostfile")
-
-
-def slurm(environment: Mapping[str, str], there: int, size: int, nodes: Callable[[str], list[str]]) -> Placement:
-    """All nodes of the allocation, each with as many ranks as this node has accelerators, or with one replica."""
-    names = nodes(environment.get("SLURM_JOB_NODELIST") or environment.get("SLURM_NODELIST", ""))
-    devices = visible(environment, there) or tuple(range(max(1, size)))
-    return Placement(tuple((name, devices) for name in names), size, "slurm")
 
 
 def expand_node_list(text: str) -> list[str]:

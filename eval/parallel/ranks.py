@@ -222,11 +222,6 @@ class Rank:
         report = None if self.control is None else self.control.peek(f"rank{self.number}")
         return None if report is None else report["phase"]
 
-    @property
-    def ended(self) -> bool:
-        """Whether this rank has reported its end."""
-        return self.phase in ENDED
-
 
 _current = Rank()
 

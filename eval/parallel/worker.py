@@ -20,7 +20,7 @@ from torch.distributed import DistError
 
 from eval.command import STOPS, terminate
 from eval.parallel import ranks
-from eval.parallel.ranks import FAILED, FINISHED, LOADING, LOOPBACK, STOPPED, Control, Rank, free_port
+from eval.parallel.ranks import ENDED, FAILED, FINISHED, LOADING, LOOPBACK, STOPPED, Control, Rank, free_port
 from llava.errors import UserError, optional_imports
 
 BEAT_SECONDS = 1
@@ -86,7 +86,7 @@ def work(rank: Rank, module: str, arguments: Sequence[str], processor: bool) -> 
             leave()
         rank.report(FINISHED, code=code)
     except KeyboardInterrupt:
-        if not rank.ended:
+        if rank.phase not in ENDED:
             rank.report(STOPPED)
     except UserError as error:
         rank.report(FAILED, reason=str(error), code=2)

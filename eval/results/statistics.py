@@ -122,9 +122,9 @@ def deciding(shares: Array, counts: Array | float = 1.0) -> float:
 def bound(terms: SufficientStatistics, rows: Array) -> str:
     """An exact one-sided bound of a proportion, in words; "" if there is none, or if it is 0 or 100.
 
-    If nearly every cluster is right, this is Clopper and Pearson's lower bound of the share of clusters without an
-    error. For clusters of equal size this share is not above the accuracy. If nearly every cluster is wrong, it is the
-    upper bound of the share of clusters with a right answer, which is not below the accuracy.
+    If at least half of the answers are right, this is Clopper and Pearson's lower bound of the share of clusters
+    without an error. For clusters of equal size this share is not above the accuracy. Otherwise it is their upper bound
+    of the share of clusters with a right answer, which is not below the accuracy.
 
     Args:
         rows: [clusters, 2], sum of the sample scores and number of questions.

@@ -231,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("runs", type=Path, nargs="+", help="output folders of runs of the same benchmark")
     add_data_flags(p)
     p.add_argument(
-        "--share", type=value(fraction), default=SHARE, help="of the score of full that tokens needed asks for"
+        "--share", type=value(fraction), default=SHARE, help="share of the score of full that tokens needed asks for"
     )
     add_json_flag(p, "title, main, unit, questions, clusters, drawn, full, rows, tokens_needed, notes")
     args = p.parse_args(arguments)
