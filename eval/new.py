@@ -171,13 +171,13 @@ def check(kind: str, name: str, write: bool) -> int:
         (registry.method if kind == "method" else benchmarks.get)(name)  # raises, unless it is a composition
         raise UserError(f"{name} is a composition; check its parts: {name.replace('+', ', ')}.")
     pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors")
-    selected = [tests_of(kind, name, stems) for stems in ([name], OVER_ALL[kind], GENERATED.get(kind, ()))]
-    *first, last = ([*pytest, *tests] if tests else [] for tests in selected)
+    selected = (tests_of(kind, name, stems) for stems in ([name], OVER_ALL[kind]))
+    before = [[*pytest, *tests] for tests in selected if tests]
+    generated = tests_of(kind, name, GENERATED.get(kind, ()))
+    after = [[*pytest, *generated]] if generated else []
     writers = [command.format(name).split() for command in WRITERS.get(kind, ()) if write]
     data = [command.format(name).split() for command in DATA_WRITERS.get(kind, ()) if write]
-    code = (
-        run(*data) or run(*filter(None, first), quiet=True) or run(*writers) or run(*filter(None, [last]), quiet=True)
-    )
+    code = run(*data) or run(*before, quiet=True) or run(*writers) or run(*after, quiet=True)
     if code and kind in WRITERS and not write:
         print(
             f"Missing or old golden rows, limits and pages are written by `vtr check {kind} {name} --write`, that is: "

@@ -82,17 +82,16 @@ def compare(a: Path, b: Path, data: Dataset, partial: bool = False, judge: str =
     total = len(data.questions)
     notes = [f"compared on {len(asked):,} of {total:,} questions"] if len(asked) < total else []
     notes += circumstances({"A": runs[0].result, "B": runs[1].result})
-    scores, facts = zip(
-        *(
-            score_answers(data, judge, asked, {n: t for n, t in one.texts.items() if n in common}, one.answers)
-            for one in runs
-        ),
-        strict=True,
-    )
+    scores, judges = [], []
+    for run in runs:
+        texts = {name: text for name, text in run.texts.items() if name in common}
+        score, facts = score_answers(data, judge, asked, texts, run.answers)
+        scores.append(score)
+        if "judge" in facts:
+            judges.append(facts["judge"]["name"])
     metric = scores[0].main
     if scores[1].main != metric:
         raise UserError(f"A was scored with {metric} and B with {scores[1].main}; score both with the same --judge.")
-    judges = [one["judge"]["name"] for one in facts if "judge" in one]
     if len(set(judges)) > 1:
         raise UserError(f"A was judged by {judges[0]} and B by {judges[1]}; score both with the same --judge.")
     if any(score.values.get(metric) is None for score in scores):

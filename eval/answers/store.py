@@ -405,7 +405,8 @@ class AnswerStore(AnswerFiles):
                     f"the answers in {shard.relative_to(self.folder)} are left out, because they were made under "
                     "other settings or by other code; delete that folder, or --restart to move everything aside"
                 )
-                self._remarks += [] if remark in self._remarks else [remark]
+                if remark not in self._remarks:
+                    self._remarks.append(remark)
                 return False
             name, first = self._check(row, shard / ANSWERS, number), False
             if name not in self.answers and name not in taken:

@@ -196,7 +196,9 @@ def _from_disk(judging: Judging, path: Path, asked: Sequence[str], texts: Mappin
 
 def as_list(models: Any) -> list[Any]:
     """The "model" of an official verdict, which may be absent, one name, or one name per run, as a list."""
-    return models if isinstance(models, list) else [] if models is None else [models]
+    if models is None:
+        return []
+    return models if isinstance(models, list) else [models]
 
 
 def _check_cover(path: Path, asked: Sequence[str], verdicts: Mapping[str, Verdict], what: str = "") -> None:
@@ -212,7 +214,8 @@ def _check_cover(path: Path, asked: Sequence[str], verdicts: Mapping[str, Verdic
 
 def verdict_file(folder: Path, judge: str) -> Path:
     """The file in which the verdicts of a judge are stored."""
-    return folder / f"judgements-{re.sub(r'[^A-Za-z0-9_.-]+', '-', judge).strip('-.') or 'judge'}.jsonl"
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", judge).strip("-.") or "judge"
+    return folder / f"judgements-{name}.jsonl"
 
 
 def line(request: Request, verdict: Verdict | None, reply: str, judge: str, tries: int, failed: bool) -> Line:

@@ -232,7 +232,8 @@ def mixed_batches(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     sizes = Counter[str]()
     for line in lines:
         if line.get("dtype") in HALF:
-            sizes[f"{line['batch_size']}{' at most, for lack of memory' * bool(line['notes'])}"] += line["questions"]
+            at_most = " at most, for lack of memory" if line["notes"] else ""
+            sizes[f"{line['batch_size']}{at_most}"] += line["questions"]
     if len(sizes) < 2:
         return []
     parts = "; ".join(f"{size}: {count:,} answers" for size, count in sizes.items())

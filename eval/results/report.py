@@ -119,9 +119,8 @@ def made_by(origins: Sequence[tuple[Mapping[str, Any] | None, int]]) -> dict[str
     for run, number in origins:
         commits["unknown" if run is None else run["commit"]] += number
         if run is not None:
-            libraries[", ".join(f"{library} {release}" for library, release in sorted(run["versions"].items()))] += (
-                number
-            )
+            versions = ", ".join(f"{library} {release}" for library, release in sorted(run["versions"].items()))
+            libraries[versions] += number
     for what, found in (("commits", commits), ("library versions", libraries)):
         if len(found) > 1:
             parts = "; ".join(f"{name}: {number:,} answers" for name, number in found.items())
