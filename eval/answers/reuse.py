@@ -119,7 +119,8 @@ def images_of(line: Mapping[str, Any]) -> str | None:
 
 def images_digest(lines: Iterable[Mapping[str, Any]]) -> str:
     """One hash over the images of several lines of answers.jsonl."""
-    text = "".join(f"{name} {images}\n" for name, images in sorted((x["question_id"], images_of(x)) for x in lines))
+    images = sorted((line["question_id"], images_of(line)) for line in lines)
+    text = "".join(f"{name} {hashes}\n" for name, hashes in images)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -228,9 +229,10 @@ def joint_differences(a: Mapping[str, Any], b: Mapping[str, Any], leave_out: Seq
 
     The code of the two methods may differ, but a source file that both used must be the same in both runs.
     """
-    one, other = (result["settings"].get("method_code", {}) for result in (a, b))
-    code = [{"method_code": {name: files[name] for name in one.keys() & other.keys()}} for files in (one, other)]
-    first, second = (without(joint(result), leave_out) | own for result, own in zip((a, b), code, strict=True))
+    code_a, code_b = (result["settings"].get("method_code", {}) for result in (a, b))
+    common = code_a.keys() & code_b.keys()
+    first = without(joint(a), leave_out) | {"method_code": {name: code_a[name] for name in common}}
+    second = without(joint(b), leave_out) | {"method_code": {name: code_b[name] for name in common}}
     return differences(first, second, between=" and")
 
 

@@ -123,8 +123,9 @@ def off_budget(
     bound = [record for record in bound if not planned_only or record["planned"] is not None]
     if not bound:
         return None
-    otherwise = bool(reducer.deviates("uncounted"))
-    targets = [record["planned" if otherwise and record["planned"] is not None else "asked"] for record in bound]
+    targets = [record["asked"] for record in bound]
+    if reducer.deviates("uncounted"):
+        targets = [record["asked"] if record["planned"] is None else record["planned"] for record in bound]
     counted, asked = fmean(record["mean"] for record in bound), fmean(targets)
     if abs(counted - asked) <= reducer.rounding:
         return None
