@@ -47,7 +47,7 @@ class Row:
 
 
 def is_file(path: Path) -> bool:
-    """Whether `path` is a regular file; UserError if it is anything else that exists.
+    """Whether `path` is a regular file; UserError if something else has this name.
 
     A folder, a pipe or a broken link in place of an optional file must not be mistaken for a missing file.
     """

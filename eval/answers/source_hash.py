@@ -83,7 +83,7 @@ class RecordingFinder:
 
 
 def record_imports() -> None:
-    """From now on keep the content of every imported file that answers depend on; of imported ones as they are now."""
+    """Keep the content of every file that answers depend on: as it is now if imported, else when it is imported."""
     if RecordingFinder in sys.meta_path:
         return
     for name, module in list(sys.modules.items()):

@@ -87,7 +87,7 @@ UNFINISHED = re.compile(r"\..+\.\w+\.\d+")
 
 Row = dict[str, Any]
 
-# The keys by which lines are matched, with their types; and those of the process, which a line may lack.
+# Keys that every line of a file must have, with their types; and the keys of its process, which may be missing.
 FORMS: dict[str, dict[str, type]] = {
     ANSWERS: {"question_id": str, "text": str},
     FAILURES: {"question_id": str, "reason": str},
