@@ -1,4 +1,4 @@
-"""A LLaVA that remembers what its vision tower gave for an image, for many questions or many methods on one image."""
+"""A LLaVA that keeps its vision tower's output for an image, to reuse it for other questions or other methods."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,31 +15,31 @@ from llava.reduction.reducer import Reducer
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import TokenLayout
 
-# Of remembered features; the images seen first are forgotten first.
-CACHE_BYTES = 4 << 30  # in a sweep, which comes back to every image
-RUN_BYTES = 512 << 20  # in a single run, whose questions about one image stand near each other
+# Limits of the features kept; images seen first are dropped first.
+CACHE_BYTES = 4 << 30  # in a sweep, which returns to every image with each method
+RUN_BYTES = 512 << 20  # in a single run, where questions about one image follow each other closely
 
 
 class CachingLlava(Llava):
     """A LLaVA that keeps the tower's output for the images it has seen, in the memory of this process.
 
-    CLS and every score asked for so far are kept for each image, so that methods share one pass of the tower; what a
-    method is given, and the operations counted for it, are those of a run of its own.
+    It keeps the class token and every score asked for so far of each image, so that methods share one pass of the
+    tower. A method still receives exactly what a run of its own would give it, and the same operations are counted.
 
     Attributes:
-        remembers_features, takes_views: not for a model whose images do not go through a CLIP tower in the common way;
-            then nothing is kept.
-        cache_bytes: of features and scores to keep at most.
-        ready_views: id of an image of the next batch -> the image and its views, where they were made ahead. The image
-            is held because the id of one that is gone may be that of another one.
-        remembered: images of the last batch that did not go through the tower.
+        remembers_features, takes_views: False for a model whose images do not go through a CLIP tower as in LLaVA; then
+            nothing is kept.
+        cache_bytes: the most bytes of features and scores to keep.
+        ready_views: id of an image of the next batch -> the image and its views, if they were made ahead. The image is
+            held so that no other object can get its id.
+        remembered: number of images of the last batch that did not go through the tower.
     """
 
     cache_bytes = CACHE_BYTES
     remembered = 0
 
     def __new__(cls, model: Llava, cache_bytes: int = CACHE_BYTES) -> "CachingLlava":
-        """Of the model's own family: what this class leaves alone is done as that family does it."""
+        """Make a subclass of the model's own family, so that all other methods stay those of the family."""
         own = cls if type(model) is Llava else type(f"{cls.__name__}{type(model).__name__}", (cls, type(model)), {})
         return object.__new__(own)
 
@@ -54,7 +54,10 @@ class CachingLlava(Llava):
         self._bytes = 0
 
     def expect(self, reducers: Sequence[Reducer]) -> None:
-        """Compute the scores of all these methods from the start; one more score means all images anew."""
+        """Compute the scores of all these methods for every image from now on.
+
+        If one of them is new, everything kept so far is forgotten. So name all methods before the first image.
+        """
         wanted = [
             score for reducer in reducers for score in reducer.tower_scores(self.tiled) if score not in self._scores
         ]
@@ -63,11 +66,11 @@ class CachingLlava(Llava):
             self.forget()
 
     def remembers(self, key: object) -> bool:
-        """Whether an image is remembered now; `key` is the hash of its content."""
+        """Whether the output for an image is kept now; `key` is the hash of its content."""
         return key in self._seen
 
     def forget(self) -> None:
-        """Give the memory back."""
+        """Free what is kept."""
         self._seen.clear()
         self._bytes = 0
 
@@ -93,9 +96,12 @@ class CachingLlava(Llava):
             fresh = encode(tower, pixels, self.select_layer, tuple(self._scores), keep_cls=True)
             for i in rows:
                 crops, full = views[i]
-                rows_of_image = with_own_memory(fresh.rows(slice(done, done + len(crops))))
-                self._seen[keys[i]] = rows_of_image, full
-                self._bytes += bytes_of(rows_of_image)
+                own = fresh.rows(slice(done, done + len(crops)))
+                # Copies, because a view would keep the memory of the whole batch.
+                scores = {score: values.clone() for score, values in own.scores.items()}
+                own = replace(own, features=own.features.clone(), scores=scores)
+                self._seen[keys[i]] = own, full
+                self._bytes += bytes_of(own)
                 done += len(crops)
         for_images: Any = self.tower
         depth = len(for_images.encoder.layers)
@@ -111,18 +117,14 @@ class CachingLlava(Llava):
                 tokens=encoded.tokens[:run],
             )
             found.append(encoded_image_of(own, full, reducer.keep_cls))
-        self._forget()
-        return found
-
-    def _forget(self) -> None:
-        """Drop the images that were seen first until the rest fits."""
-        while self._bytes > self.cache_bytes:
+        while self._bytes > self.cache_bytes:  # drop the images seen first
             encoded, _ = self._seen.pop(next(iter(self._seen)))
             self._bytes -= bytes_of(encoded)
+        return found
 
 
 def without_memory(model: Llava) -> Llava:
-    """The model to time: every image goes through its tower."""
+    """The model without kept features, for timing: every image goes through its tower."""
     if not getattr(model, "remembers_features", False):
         return model
     bare: Llava = object.__new__(type(model).__bases__[-1])  # the family's own class
@@ -131,16 +133,10 @@ def without_memory(model: Llava) -> Llava:
 
 
 def can_remember(model: Llava) -> bool:
-    """Whether the images of a model go through a CLIP tower in the common way; Qwen's have a tower of another kind."""
+    """Whether a model encodes images as LLaVA does, through a CLIP tower. Qwen's models do not."""
     return type(model).encode_images is Llava.encode_images
 
 
-def with_own_memory(encoded: Encoded) -> Encoded:
-    """A copy; a view of a batch keeps all of the batch alive."""
-    scores = {score: values.clone() for score, values in encoded.scores.items()}
-    return replace(encoded, features=encoded.features.clone(), scores=scores)
-
-
 def bytes_of(encoded: Encoded) -> int:
-    """Memory of the features and scores."""
+    """Bytes of the features and scores."""
     return sum(tensor.nbytes for tensor in (encoded.features, *encoded.scores.values()))

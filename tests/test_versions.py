@@ -10,10 +10,8 @@ import sys
 import tomllib
 import warnings
 from inspect import signature
-from types import SimpleNamespace
 
 import pytest
-import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from packaging.requirements import Requirement
 from torch import nn
@@ -27,7 +25,6 @@ from transformers import (
 )
 
 from eval.config import ROOT
-from eval.efficiency.memory import repeat
 from llava import reduce
 from llava import transformers_names as names
 from llava.errors import UserError
@@ -81,20 +78,6 @@ def test_a_model_without_a_method_to_override_is_refused(monkeypatch):
     with pytest.raises(UserError, match=names.CANDIDATES), reduce(model, "full"):
         pass
     assert "forward" not in vars(model)
-
-
-def test_a_layer_that_repeats_another_fills_the_cache_or_refuses():
-    """It ignored the cache under its new name, so a dry run promised a cache of nothing."""
-    layer = nn.Module()
-    layer.self_attn = nn.Module()
-    layer.self_attn.k_proj, layer.self_attn.head_dim, layer.self_attn.layer_idx = nn.Linear(8, 8), 4, 0
-    repeat(layer)
-    cache, hidden = SimpleNamespace(update=lambda keys, values, index: shapes.append(keys.shape)), torch.zeros(1, 3, 8)
-    shapes: list[tuple[int, ...]] = []
-    layer(hidden, attention_mask=None, position_embeddings=(hidden, hidden), **{names.CACHE: cache})
-    assert shapes == [(1, 2, 3, 4)]
-    with pytest.raises(UserError, match="cache_of_next_year"):
-        layer(hidden, cache_of_next_year=cache)
 
 
 # What was tested

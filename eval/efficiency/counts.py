@@ -1,13 +1,14 @@
-"""What one prefill computes, holds and asks of the device, counted: nothing here depends on the speed of a machine.
+"""Count what one prefill computes, holds and asks of the device. No count depends on the speed of a machine.
 
-On a GPU a short prefill is bound by the host: every dispatched operation costs it microseconds, and at every wait it
-stands still until the device has caught up. Counted is what lies between prepared pixels and the first token, after one
+On a GPU the host limits a short prefill: each dispatched operation costs it microseconds, and at each synchronisation
+it waits until the device has caught up. The counts cover everything from prepared pixels to the first token, after one
 warm-up.
 
-* An operation is one call of an ATen function (`aten::...`), as in inference; a kernel is one that is no view.
-* A wait is a value that the host reads (`item`, `tolist`, `bool`, `cpu`, `numpy`), a shape that depends on values
-  (`nonzero`, a boolean mask as index), or a copy from the host that blocks. Waits are seen only where the host and the
-  device are two: on a GPU, or on the "meta" device, which computes shapes alone and needs no hardware.
+* An operation is one call of an ATen function (`aten::...`) in inference mode. It launches a kernel unless it is a
+  view.
+* The host synchronises when it reads a value (`item`, `tolist`, `bool`, `cpu`, `numpy`), when a shape depends on values
+  (`nonzero`, a boolean mask as index), or when it waits for a copy to the device. This can be seen only if host and
+  device differ: on a GPU, or on the "meta" device, which computes shapes only and needs no hardware.
 """
 
 import sys
@@ -30,11 +31,11 @@ from llava.places import PACKAGES
 from llava.processing.prompt import Sample
 from llava.reduction.reducer import Reducer
 
-# The host reads values. (`cpu` and `tolist` are dispatched as a copy to the host.)
+# Python functions with which the host reads values. (`cpu` and `tolist` are dispatched as a copy to the host.)
 READS = {"item", "numpy", "__bool__", "__int__", "__float__", "__index__", "__contains__", "__array__"}
-# The size of the result depends on values.
+# Operations whose result has a size that depends on values.
 SIZES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount"}
-# In inference mode attention arrives whole; which kernel it becomes is seen only in its parts.
+# In inference mode attention is dispatched as one operation; its parts show which kernel it becomes.
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 # Operations and synchronisations
@@ -42,13 +43,13 @@ ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 @dataclass(frozen=True)
 class Call:
-    """One dispatched operation, or one wait.
+    """One dispatched operation, or one Python function that makes the host wait.
 
     Attributes:
         part: "vision", "selection" or "prefill".
         line: the innermost line of the project that called it, as "folder/file.py:12 function".
-        name: of the ATen operation, or of the Python function that waits.
-        kernel: it is no view, so it launches a kernel.
+        name: of the ATen operation, or of the Python function.
+        kernel: it is not a view, so it launches a kernel.
         synchronisations: the host waits for the device here.
     """
 
@@ -60,12 +61,12 @@ class Call:
 
 
 class OperationCounter(TorchDispatchMode):
-    """Collects the operations that are dispatched while it is active, and those that make the host wait.
+    """While active, collects the operations that are dispatched and notes which of them make the host wait.
 
     Attributes:
-        calls: of the parts that are over.
-        attention: names of the fused attention kernels that ran; "math" where the products were made one by one.
-        largest: elements of the largest tensor that an operation made; views make none.
+        calls: of the parts that have ended.
+        attention: names of the fused attention kernels that ran; "math" if attention ran as separate products.
+        largest: number of elements of the largest tensor that an operation made, views excluded.
     """
 
     def __init__(self) -> None:
@@ -77,11 +78,12 @@ class OperationCounter(TorchDispatchMode):
         self._in_attention = False
 
     def mark(self, part: str) -> None:
-        """End a part, as a Timer does."""
+        """End a part, like `Timer.mark`."""
         self.calls += [Call(part, *call) for call in self._part]
         self._part.clear()
 
     def note(self, name: str, kernel: bool = False, synchronisations: bool = False) -> None:
+        """Add a call to the current part. Must be called by the hook of a mode, whose caller is noted as the source."""
         self._part.append((source_line(sys._getframe(2)), name, kernel, synchronisations))
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -89,8 +91,16 @@ class OperationCounter(TorchDispatchMode):
         name, kernel = function.overloadpacket.__name__, not function.is_view
         early = waits_for_values(name, args, kwargs)
         if early and not self._in_attention:
-            self.note(name, kernel, synchronisations=True)  # before the call, which fails where there are no values
-        out = self._attend(args, kwargs) if function is ATTENTION else function(*args, **kwargs)
+            self.note(name, kernel, synchronisations=True)  # before the call, which fails on the meta device
+        if function is ATTENTION:  # one operation of the model: its parts are watched but not counted
+            self._in_attention = True
+            try:
+                with self:
+                    out = ATTENTION.decompose(*args, **kwargs)
+            finally:
+                self._in_attention = False
+        else:
+            out = function(*args, **kwargs)
         if not early and not self._in_attention:
             self.note(name, kernel, copies_from_host(args, out) and not kwargs.get("non_blocking"))
         if "attention" in name and function is not ATTENTION and "choice" not in name:
@@ -100,18 +110,9 @@ class OperationCounter(TorchDispatchMode):
             self.largest = max([self.largest, *(one.numel() for one in made if isinstance(one, Tensor))])
         return out
 
-    def _attend(self, args: Any, kwargs: Any) -> Any:
-        """One operation of the model, whose parts are seen and not counted."""
-        self._in_attention = True
-        try:
-            with self:
-                return ATTENTION.decompose(*args, **kwargs)
-        finally:
-            self._in_attention = False
-
 
 class PythonWaits(TorchFunctionMode):
-    """Tells a counter of the Python calls by which the host reads values of a tensor, or sends a list to the device."""
+    """Reports to a counter the Python calls that read values of a device's tensor or send a list to the device."""
 
     def __init__(self, counter: OperationCounter):
         super().__init__()
@@ -129,8 +130,10 @@ def on_device(value: Any) -> bool:
 
 
 def waits_in_python(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a Python function reads values on the device, or copies a list of the host to it: as a new tensor there,
-    or as an index. Such a copy blocks."""
+    """Whether a Python function reads values on the device or copies a list to it, as a new tensor or as an index.
+
+    Such a copy blocks the host.
+    """
     if name in ("tensor", "as_tensor"):
         return torch.device(kwargs.get("device") or "cpu").type != "cpu" and bool(args) and args[0] != []
     if not args or not on_device(args[0]):
@@ -142,8 +145,10 @@ def waits_in_python(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> b
 
 
 def waits_for_values(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether an operation copies to the host, or has a shape that depends on values on the device, such as the number
-    of true ones in a mask."""
+    """Whether an operation copies to the host, or its result has a size that depends on values on the device.
+
+    An example of the latter is an index by a boolean mask.
+    """
     if not args or not on_device(args[0]):
         return False
     if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu":
@@ -153,7 +158,7 @@ def waits_for_values(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> 
 
 
 def copies_from_host(args: Iterable[Any], out: Any) -> bool:
-    """Whether a tensor of the host goes into an operation with a result on the device; scalars are passed free."""
+    """Whether an operation with a result on the device takes a tensor of the host; scalars cost nothing."""
     if not on_device(out):
         return False
     listed = [one for arg in args for one in (arg if isinstance(arg, list | tuple) else [arg])]
@@ -161,7 +166,7 @@ def copies_from_host(args: Iterable[Any], out: Any) -> bool:
 
 
 def source_line(frame: FrameType | None) -> str:
-    """The innermost line of the project above `frame`, without this file."""
+    """The innermost line of the project at or above `frame`, outside this file; "" if there is none."""
     while frame is not None:
         file = frame.f_code.co_filename
         if file.startswith(f"{PACKAGES}/") and "/site-packages/" not in file and file != __file__:
@@ -171,7 +176,7 @@ def source_line(frame: FrameType | None) -> str:
 
 
 class MarkedTimer(Timer):
-    """A timer that also tells a function which stage has ended."""
+    """A timer that also calls a function with the name of each stage that has ended."""
 
     def __init__(self, device: torch.device, on_mark: Callable[[str], None]):
         super().__init__(device)
@@ -183,7 +188,7 @@ class MarkedTimer(Timer):
 
 
 def first_token(model: Llava, reducer: Reducer, samples: list[Sample], timer: Timer) -> tuple[Prefilled, Record]:
-    """Prefill a batch and choose the first token of every answer; without reading it."""
+    """Prefill a batch and choose the first token of every answer, without copying it to the host."""
     state, record = prefill(model, samples, reducer, timer)
     model.logits(state.hidden).argmax(-1)
     timer.mark("prefill")
@@ -192,12 +197,12 @@ def first_token(model: Llava, reducer: Reducer, samples: list[Sample], timer: Ti
 
 @torch.inference_mode()
 def calls_of(model: Llava, reducer: Reducer, samples: list[Sample]) -> list[Call]:
-    """Operations and synchronisations of one prefill of a batch up to the choice of the first token.
+    """Operations and synchronisations of one prefill of a batch, up to the choice of the first token.
 
-    Preprocessing, which no device takes part in, is left out. On the "meta" device the first value that the host reads
-    ends the prefill: then the calls up to that one are returned.
+    Preprocessing is left out, because it runs on the host. On the "meta" device the first value that the host reads
+    ends the prefill; then the calls up to that one are returned.
     """
-    # Tensors that depend on sizes alone, and a text tower, are there after a first prefill.
+    # The first prefill makes tensors that are kept for batches of equal sizes, and a text tower; the second is counted.
     for _ in range(2):
         counter = OperationCounter()
         try:
@@ -220,10 +225,10 @@ class Computed:
 
     Attributes:
         flops: floating point operations of all matrix products that were dispatched.
-        formula: the same from the closed formula (llava/reduction/modules.py) at the counted tokens.
-        tokens_per_layer: visual tokens that enter each decoder layer, of the first question.
-        kv_bytes_per_layer: of the batch, read from the cache's tensors after the prefill.
-        largest: elements of the largest tensor that an operation made.
+        formula: the same from the closed formula (llava/reduction/modules.py) for the counted tokens.
+        tokens_per_layer: visual tokens of the first question that enter each decoder layer.
+        kv_bytes_per_layer: bytes of the batch's key/value cache after the prefill, read from its tensors.
+        largest: number of elements of the largest tensor that an operation made.
     """
 
     flops: int
@@ -242,9 +247,9 @@ class Counts(Computed):
     """Computed operations, plus dispatches and synchronisations.
 
     Attributes:
-        operations: ATen operations that were dispatched, views included, on the measured model.
-        kernels: those that are no views.
-        synchronisations: how often the host waited for the device; None where it was counted on a CPU, on which
+        operations: number of ATen operations dispatched on the measured model, views included.
+        kernels: number of operations that are not views.
+        synchronisations: how often the host waited for the device; None if this could only be counted on a CPU, where
             nothing waits.
     """
 
@@ -256,13 +261,13 @@ class Counts(Computed):
 def count_prefill(model: Llava, reducer: Reducer, samples: list[Sample], shapes: Llava | None = None) -> Counts:
     """Count one prefill of a batch.
 
-    Operations are counted on `model`: a greedy choice is a loop of hundreds of them on the meta device and on a GPU,
-    and arrays of numpy on a CPU (llava/reduction/ranking.py).
+    Operations and kernels are always counted on `model`, because a greedy choice runs as hundreds of operations on the
+    meta device and on a GPU, but in numpy on a CPU (llava/reduction/ranking.py).
 
     Args:
-        shapes: the same model on the meta device, which computes shapes alone and counts products and bytes in seconds,
-            and the synchronisations of a model on a CPU; of methods that read values products and bytes are counted
-            on `model`.
+        shapes: the same model on the meta device, where matrix products and bytes are counted in seconds, and also
+            the synchronisations if `model` is on a CPU. Methods that read values cannot run there; their products and
+            bytes are counted on `model`.
     """
     asked = calls_of(model, reducer, samples)
     waiting, held = None if model.device.type == "cpu" else asked, None
@@ -282,9 +287,9 @@ def count_prefill(model: Llava, reducer: Reducer, samples: list[Sample], shapes:
 
 @torch.inference_mode()
 def computed(model: Llava, reducer: Reducer, samples: list[Sample]) -> Computed:
-    """What one prefill computes and holds, by the operations that are dispatched."""
+    """What one prefill computes and holds, counted from the operations that are dispatched."""
     if reducer.needs_text_tower:
-        _ = model.clip  # read when it is first asked for, which is no part of a prefill
+        _ = model.clip  # loaded at its first use, which is not part of a prefill
     counter, products = OperationCounter(), flop_counter()
     with products, counter:
         state, record = first_token(model, reducer, samples, Timer(model.device))
@@ -299,8 +304,7 @@ def computed(model: Llava, reducer: Reducer, samples: list[Sample]) -> Computed:
 
 
 def flop_counter() -> FlopCounterMode:
-    """Counts the matrix products that are dispatched, those of the CPU's fused attention included, which torch's
-    counter does not know."""
+    """A counter of the dispatched matrix products that also knows the CPU's fused attention, unlike torch's."""
 
     def flash(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
         flops: int = sdpa_flop_count(query, key, value)  # of shapes

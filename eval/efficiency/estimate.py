@@ -1,9 +1,10 @@
 """Expected memory and time of a run, before any weight is read: `python -m eval ... --dry-run`.
 
-Reads config.json, the tokenizer and the questions, and the sizes of some images where the number of visual tokens
-depends on them. Weights and key/value cache are exact for the batch that is described; activations are derived from
-shapes (eval/efficiency/memory.py). The time is a lower bound: operations and bytes over the rates that the device was
-measured to reach, without preprocessing on the CPU, a method's own functions, launches of kernels, and loading.
+This reads config.json, the tokenizer and the questions, and the sizes of some images if the number of visual tokens
+depends on them. Weights and key/value cache are exact for a batch of the longest sampled prompts; activations are
+metered on the meta device (eval/efficiency/memory.py). Times are lower bounds: operations and bytes, divided by the
+rates measured on the device. They leave out preprocessing on the CPU, a method's own functions, launches of kernels,
+and loading.
 """
 
 from collections.abc import Sequence
@@ -40,14 +41,15 @@ from llava.processing.prompt import Sample
 from llava.processing.video import Video
 from llava.reduction import registry
 from llava.reduction.budget import require
+from llava.reduction.modules import projector_flops
 from llava.reduction.reducer import Reducer
 from llava.reduction.token_layout import single
 
 SAMPLED = 64  # questions whose prompts and images are read
 SPENT = 0.5  # seconds of each measurement
-LONGEST = 0.2  # seconds of one product
-FEWEST = 16  # rows of the first product
-COPIED = 1 << 28  # bytes
+LONGEST = 0.2  # seconds of one matrix product
+FEWEST = 16  # rows of the first matrix product
+COPIED = 1 << 28  # bytes of each copy
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Rates:
         device: its name, with the number of threads on a CPU.
         operations: floating point operations per second of a matrix product.
         bandwidth: bytes per second that a copy inside its memory reads and writes.
-        bus: bytes per second from the machine's memory to the device; `bandwidth` / 2 where they are the same.
+        bus: bytes per second from the machine's memory to the device; without CUDA it is `bandwidth` / 2.
     """
 
     device: str
@@ -69,15 +71,15 @@ class Rates:
 
 @dataclass(frozen=True)
 class Workload:
-    """The questions of a run, by a sample of them.
+    """The questions of a run, as far as a sample of them shows.
 
     Attributes:
         shapes: sampled questions.
-        steps: decoding steps of a batch after the first token, if answers are as long as the references; 0 where there
-            are no references.
-        questions: all questions of the run.
+        steps: mean decoding steps of a batch after the first token, if answers are as long as the reference answers; 0
+            if there are no references.
+        questions: number of all questions of the run.
         passes: images that the vision tower sees in the whole run, at least.
-        remembers: its output is kept for later questions (eval/feature_cache.py).
+        remembers: the tower's output is kept for later questions (eval/feature_cache.py).
     """
 
     shapes: tuple[QuestionShape, ...]
@@ -95,8 +97,8 @@ class Spread:
         replicas: groups of ranks that hold one model each and share the questions.
         sharing: ranks that share the memory and the cores of one device: all ranks of a machine on CPUs, else 1.
         tensor_parallel: ranks over which one model is split.
-        zero: where ZeRO-Inference keeps decoder and head, as --zero says; None without it.
-        zero_ranks: ranks that each keep a part of them.
+        zero: where ZeRO-Inference keeps decoder and head, as given by --zero; None without it.
+        zero_ranks: ranks that each keep a part of decoder and head.
     """
 
     replicas: int = 1
@@ -111,8 +113,8 @@ class Estimate:
     """What a run will need.
 
     Attributes:
-        rates: what the device was measured to reach; None leaves the times out.
-        free: bytes free on the device of a rank; None where the device is not there.
+        rates: measured rates of the device; None leaves the times out.
+        free: bytes free on the device of a rank; None if the device is not there.
     """
 
     model: Llava
@@ -152,14 +154,14 @@ class Estimate:
         return memory.partitioned(self.model, self.dtype.itemsize, self.whole, place, ranks)
 
     def kv(self, reducer: Reducer, new_tokens: int) -> int:
-        """Bytes of the key/value cache of `batch` under a method after so many decoded tokens."""
+        """Bytes of the key/value cache of `batch` under a method after `new_tokens` decoded tokens."""
         prompts = [memory.lengths(self.model, reducer, shape) for shape in self.batch]
         split = self.spread.tensor_parallel
         return memory.kv_bytes(self.model, prompts, self.dtype.itemsize, new_tokens, split)
 
     @cached_property
     def kv_bytes(self) -> int:
-        """The cache of the longest answer."""
+        """Bytes of the cache at the end of the longest answer."""
         return self.kv(self.reducer, self.max_new_tokens - 1)
 
     @cached_property
@@ -169,17 +171,17 @@ class Estimate:
 
     @property
     def remembered(self) -> int:
-        """Bytes of the tower's output that a rank remembers at the most (eval/feature_cache.py)."""
+        """Upper bound on the bytes of the tower's output that a rank keeps (eval/feature_cache.py)."""
         return RUN_BYTES if self.work.remembers else 0
 
     @cached_property
     def peak(self) -> int:
-        """Bytes that a rank needs on its device at the most."""
+        """The most bytes that a rank needs on its device at once."""
         return self.weights.total + self.remembered + self.activations.peak(self.kv_bytes)
 
     @property
     def fits(self) -> bool | None:
-        """Whether the ranks of a device fit into its free memory; None where that is not known."""
+        """Whether all ranks of a device fit into its free memory; None if the free memory is not known."""
         return None if self.free is None else self.peak * self.spread.sharing <= self.free
 
     # Time
@@ -196,14 +198,12 @@ class Estimate:
         images = [image for shape in shapes for image in shape.images]
         passes = self.work.passes / self.batches
         early = not reducer.acts_in.isdisjoint(("tower", "input_grid", "encoder"))
-        vision = 0.0
-        if images:
-            seen = [memory.visual_plan(model, reducer, image)[0] if early else image.patches for image in images]
-            spent = [
-                memory.tower_operations(model, reducer, image) + memory.projector_operations(model, tokens)
-                for image, tokens in zip(images, seen, strict=True)
-            ]
-            vision = passes * sum(spent) / len(spent)
+        spent = []  # operations of each image before the decoder
+        for image in images:
+            projected = memory.visual_plan(model, reducer, image)[0] if early else image.patches
+            tower = memory.tower_operations(model, reducer, image)
+            spent.append(tower + projector_flops(model.projector, projected))
+        vision = passes * sum(spent) / len(spent) if spent else 0.0
         prompts = [memory.lengths(model, reducer, shape) for shape in shapes]
         split = self.spread.tensor_parallel
         mean = count / len(prompts) / split
@@ -213,7 +213,7 @@ class Estimate:
 
     @cached_property
     def seconds(self) -> dict[str, float]:
-        """Seconds of an average batch on one replica, at least: "ttft", one decoding "step", and "batch".
+        """At least how many seconds an average batch takes on one replica: "ttft", one decoding "step", and "batch".
 
         Ranks that share a device share its rates.
         """
@@ -222,7 +222,7 @@ class Estimate:
         bandwidth = self.rates.bandwidth / self.spread.sharing
         parts, work = self.whole.device, self.operations
         decoder = parts["decoder"] + parts["head"]
-        # A product reads its weights once: whichever of the two takes longer.
+        # A stage computes its products and reads its weights once; the slower of the two bounds it.
         vision = max(work["vision"] / rate, (parts["vision tower"] + parts["projector"]) / bandwidth)
         read = max(decoder / bandwidth, sum(self.weights.host.values()) / self.rates.bus)
         prefill = max(work["prefill"] / rate, read)
@@ -231,7 +231,7 @@ class Estimate:
 
     @property
     def run_seconds(self) -> float:
-        """Seconds of the whole run, at least."""
+        """At least how many seconds the whole run takes."""
         return ceil(self.batches / self.spread.replicas) * self.seconds["batch"]
 
     # Output
@@ -261,19 +261,15 @@ class Estimate:
                 f"remembered images up to {size_text(self.remembered)}: the vision tower sees at least "
                 f"{self.work.passes:,} for {self.work.questions:,} questions"
             )
-        lines.append(self._verdict())
-        return lines + self._times()
-
-    def _verdict(self) -> str:
         need = f"about {size_text(self.peak)} on {self.device} for each rank"
         if self.free is None:
-            return f"{need}; how much is free there is not known"
-        share = f", {self.spread.sharing} ranks share it" if self.spread.sharing > 1 else ""
-        room = f"{size_text(self.free)} are free{share}"
-        if self.fits:
-            return f"fits: {need}, {room}"
-        advice = "a smaller --batch-size, --dtype bfloat16, TP=2, --zero cpu or --quantization 8bit needs less"
-        return f"does not fit: {need}, {room}; {advice}"
+            lines.append(f"{need}; how much is free there is not known")
+        else:
+            share = f", {self.spread.sharing} ranks share it" if self.spread.sharing > 1 else ""
+            room = f"{size_text(self.free)} are free{share}"
+            advice = "a smaller --batch-size, --dtype bfloat16, TP=2, --zero cpu or --quantization 8bit needs less"
+            lines.append(f"fits: {need}, {room}" if self.fits else f"does not fit: {need}, {room}; {advice}")
+        return lines + self._times()
 
     def _times(self) -> list[str]:
         if self.rates is None:
@@ -325,7 +321,8 @@ def estimate(config: RunConfig, place: Placement | None = None) -> "Estimate | F
         place: the ranks of the run; None for one process.
 
     Raises:
-        UserError: the run could not start: an unknown method, a budget that the model cannot meet, missing files.
+        UserError: the run could not start: an unknown method, a budget that the model cannot meet, missing files, or
+            questions about videos for a model that takes images only.
     """
     data, _ = read_questions(config)
     planned, device = data.questions[: config.limit], device_of(config.device)
@@ -367,16 +364,16 @@ def estimate(config: RunConfig, place: Placement | None = None) -> "Estimate | F
 
 @dataclass(frozen=True)
 class FamilyEstimate:
-    """What a run of a checkpoint of `llava.hf.families` will need, as far as its configuration and processor say.
+    """What a run of a checkpoint of `llava.hf.families` will need, as far as its configuration and processor tell.
 
     Attributes:
         weights: bytes by part.
-        kv_bytes, full_kv_bytes: of the keys and values of a batch of the longest sampled prompts and their answers,
-            under the method and with all visual tokens.
-        cached, layers: decoder layers with keys and values, and all of them.
-        batch: questions of that batch.
+        kv_bytes, full_kv_bytes: bytes of the keys and values of a batch of the longest sampled prompts and their
+            answers, under the method and with all visual tokens.
+        cached, layers: number of decoder layers with keys and values, and of all decoder layers.
+        batch: number of questions of that batch.
         budget: visual tokens of an image, in words.
-        free: bytes free on the device; None where the device is not there.
+        free: bytes free on the device; None if the device is not there.
     """
 
     title: str
@@ -419,7 +416,7 @@ class FamilyEstimate:
 def estimate_family(
     config: RunConfig, container: str, data: Dataset, planned: Sequence[Question], device: torch.device
 ) -> FamilyEstimate:
-    """Weights and cache; images are read, because only the processor knows how many tokens each has."""
+    """Weights and cache. Sampled images are read, because only the processor knows how many tokens each one has."""
     from llava.hf.checkpoint_model import load_family
     from llava.hf.families import why_not
     from llava.hf.reduce import require_any
@@ -437,8 +434,8 @@ def estimate_family(
         ids = model.inputs([data.sample(question)])["input_ids"][0]
         shown = (ids == token).long()
         ends = torch.cat([shown.diff(), -shown[-1:]])
-        runs = torch.cat([shown.new_zeros(1), shown.cumsum(0)[ends < 0]]).diff().tolist()  # tokens in one piece
-        # Rows with a break behind each are one image.
+        # Lengths of the unbroken runs of visual tokens. A family with breaks puts one after each row of an image.
+        runs = torch.cat([shown.new_zeros(1), shown.cumsum(0)[ends < 0]]).diff().tolist()
         pieces = [sum(runs) // len(question.images)] * len(question.images) if breaks and question.images else runs
         images = tuple(single(1, tokens) for tokens in pieces)
         shapes.append(QuestionShape(len(ids) - int(shown.sum()), images))
@@ -473,7 +470,7 @@ def estimate_family(
 
 
 def parts_of(model: Any) -> dict[str, int]:
-    """Numbers in the weights of a model of `llava.hf.families` by part, each once."""
+    """How many numbers the weights of a model of `llava.hf.families` have by part; shared weights count once."""
     tower = model.inner.get_submodule(model.family.tower.partition(".")[0])
     seen: set[int] = set()
     found = {}
@@ -490,7 +487,7 @@ def parts_of(model: Any) -> dict[str, int]:
 
 
 def outline_text_tower(model: Llava) -> ClipText:
-    """The CLIP text tower that belongs to the vision tower, on the meta device, from its config.json."""
+    """The CLIP text tower that belongs to the vision tower, made from its config.json on the meta device."""
     folder = locate(model.text_tower, "CLIP text tower", weights=False)
     config: Any = CLIPConfig.from_dict(read_json(folder / "config.json")).text_config
     tower: Any = model.tower
@@ -520,14 +517,14 @@ def workload(
 ) -> Workload:
     """Prompts and images of evenly spaced questions, the length of their reference answers, and passes of the tower.
 
-    An image is seen once where its features are remembered, and else by every batch that asks about it.
+    If features are remembered, the tower sees an image once; otherwise once for every batch that asks about it.
     """
     chosen = sampled(data, planned)
     shapes = tuple(shape_of(model, data, question) for question in chosen)
     answers = [len(model.tokenizer(q.answer, add_special_tokens=False).input_ids) for q in chosen if q.answer]
     groups = [answers[i : i + batch_size] for i in range(0, len(answers), batch_size)]
     steps = sum(min(max(group), max_new_tokens - 1) for group in groups) / len(groups) if groups else 0.0
-    # Methods that act before or inside the tower change its output, so that it is of no use to later questions.
+    # Methods that act before or inside the tower change its output, so later questions cannot use it.
     kept = can_remember(model) and reducer.acts_in.isdisjoint(("tower", "input_grid"))
     batches = [planned] if kept else chunks(asking_order(planned, planned, model), batch_size)
     passes = sum(len({name for question in batch for name in question.images}) for batch in batches)
@@ -535,7 +532,7 @@ def workload(
 
 
 def shape_of(model: Llava, data: Dataset, question: Question) -> QuestionShape:
-    """What memory and time depend on in a question. An image is opened only where its size matters."""
+    """The shape of a question. Its images are opened only if the model's visual tokens depend on their size."""
     video = data.images.noun == "videos"
     blank = Image.new("RGB", (1, 1))
     stand_in = Video((blank,)) if video else blank
@@ -547,7 +544,7 @@ def shape_of(model: Llava, data: Dataset, question: Question) -> QuestionShape:
     for name in question.images:
         size = None  # the largest image
         if by_size:
-            with suppress(UserError, OSError):  # an image that cannot be read here stands for the largest
+            with suppress(UserError, OSError):  # an image that cannot be read counts as the largest
                 opened: Any = data.images.open(name)
                 size = opened.size
         images.append(layout_of(model, size, video))
@@ -560,7 +557,7 @@ def shape_of(model: Llava, data: Dataset, question: Question) -> QuestionShape:
 def measure_rates(device: torch.device, dtype: torch.dtype, rows: int, width: int, inner: int) -> Rates:
     """Time products of [rows, width] with [width, inner], and copies, and take the fastest of each.
 
-    Fewer rows are tried first: a product that would last longer than LONGEST seconds is not made.
+    It starts with fewer rows and doubles them, as long as a product takes no more than LONGEST seconds.
     """
     right = torch.randn(width, inner, device=device).to(dtype)
     operations, count = 0.0, min(FEWEST, rows)
@@ -584,7 +581,9 @@ def measure_rates(device: torch.device, dtype: torch.dtype, rows: int, width: in
 
 
 def fastest(statement: str, seconds: float, **tensors: Tensor) -> float:
-    """Seconds of a statement about tensors, the fastest of the blocks that so many seconds allow; the device is waited
-    for around each."""
+    """Seconds of a statement on named tensors: the fastest of the blocks timed within `seconds`.
+
+    The device is synchronised before and after each block.
+    """
     timer = Timer(statement, globals=tensors, num_threads=torch.get_num_threads())
     return min(timer.blocked_autorange(min_run_time=seconds).times)

@@ -1,18 +1,18 @@
-"""The efficiency protocol: time, memory and operations of methods beside `full` and their oracles, in one process.
+"""The efficiency protocol: time, memory and operations of methods, compared with `full` and their oracles.
 
     python -m eval.efficiency.latency --method consensusdrop --budget 64
     python -m eval.efficiency.latency --method all --budget 64 --shape llava-1.5-7b --dtype bfloat16
     python -m eval.efficiency.latency --method consensusdrop --budget 64 --scenario offline
     python -m eval.efficiency.latency --method all --budget 192,128,64 --measurements kept.jsonl --deadline 300
 
-All budgets are measured in the same rounds, beside one `full`. With `--shape` the model has random weights: the tower
-has its full depth, the decoder all of its layers or `--layers`, of which `--distinct` have weights of their own, which
-the others share. With `--measurements FILE` every measurement is written at once, and an interrupted run continues from
-the file; `--deadline` interrupts it with a table of what there is, and `--pages` makes the table again on any machine.
-docs/efficiency.md defines every column.
+Everything is measured in one process, all budgets in the same rounds together with one `full`. With `--shape` the model
+has random weights: a tower of full depth, and a decoder with all of its layers or `--layers`, of which `--distinct`
+have their own weights and the others reuse them. With `--measurements FILE` every measurement is written at once, and
+an interrupted run continues from the file. `--deadline` ends a run early and prints a table of what it has measured;
+`--pages` makes the table again on any machine. docs/efficiency.md defines every column.
 
-Methods and oracles are made in `oracle.py`, asked about the noise of `shapes.py`, timed in `measure.py`, counted once
-in `counts.py`, and presented by `latency_table.py`.
+`oracle.py` makes the methods and their oracles, `shapes.py` the noise images that they are asked about, `measure.py`
+takes the times, `counts.py` counts, and `latency_table.py` presents the result.
 """
 
 import argparse
@@ -47,15 +47,16 @@ from llava.model.llava_arch import Llava
 from llava.pipeline.generate import generate
 from llava.reduction.reducer import Reducer
 
-GATE_BATCH, GATE_SHARE = 16, 0.9  # questions; of the accuracy of full that a method must reach
-MEMORY_SHARE = 0.9  # of the free memory of a CPU may be used
+GATE_BATCH = 16  # questions in a batch of the accuracy gate
+GATE_SHARE = 0.9  # share of the accuracy of full that a method must reach
+MEMORY_SHARE = 0.9  # share of the free memory of a CPU that weights may use
 
 
 # One run
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure, count and hold the gate; returns what is printed and written, for each budget."""
+    """Measure, count and run the accuracy gate; returns what is printed and written, one entry for each budget."""
     last = time.monotonic() + (math.inf if args.deadline is None else args.deadline)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -94,13 +95,13 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         "versions": {name: number for name, number in versions().items() if name in ("torch", "transformers")},
         "clock": args.clock,
     }
-    if args.pages:  # of the machine that measured
+    if args.pages:  # the page names the machine that measured, not this one
         there = Measurements(args.measurements).settings
         settings |= {key: there.get(key) for key in ("threads", "device", "hardware", "versions", "clock")}
     kept = Measurements(args.measurements, settings)
     held = gate(model, reducers, args.data, args.gate) if args.gate else None
     counts = counts_of(model, rows, shapes) if args.counts else {}
-    # Of the prefill alone no stage prepares images: once is enough.
+    # Times of the prefill alone do not include preparing images, so preparing each once is enough.
     views = model.views if lengths else remembered(model.views)
     batches: list[list[dict[str, Any]]] = []
     for place, size in enumerate(sizes):
@@ -130,7 +131,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def row_name(name: str, budget: int) -> str:
-    """Of a method or an oracle among those of all budgets, which share `full`."""
+    """The name of a method or oracle among the rows of all budgets, which share `full`."""
     return name if name == FULL else f"{name} at {budget}"
 
 
@@ -140,20 +141,20 @@ def short_name(row: str) -> str:
 
 
 def counts_of(model: Llava, rows: dict[str, Reducer], shapes: Llava | None) -> dict[str, Counts]:
-    """The counts of every row for one question; where the model is on the meta device, of those that read no values."""
+    """The counts of every row for one question. On the meta device, methods that read values have none."""
     small, counts = noise_batches(model, 1, False)(0), {}
     for name, reducer in tqdm(rows.items(), desc="counts", unit="row", disable=None):
         try:
             counts[name] = count_prefill(model, reducer, small, shapes)
         except (NotImplementedError, RuntimeError, TypeError) as error:
             if model.device.type != "meta" or "meta" not in str(error):
-                raise  # another error than a value that is read where there is none
+                raise  # not an attempt to read a value that the meta device does not have
     return counts
 
 
 def remembered(views: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The function, which prepares each image once."""
-    known: dict[int, tuple[Any, Any]] = {}  # with the image, so that no other one gets its id
+    """The same function, but it prepares each image only once."""
+    known: dict[int, tuple[Any, Any]] = {}  # id of an image -> the image, held so that no other one gets its id
 
     def prepared(image: Any) -> Any:
         if id(image) not in known:
@@ -164,9 +165,9 @@ def remembered(views: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def models(args: argparse.Namespace) -> tuple[Llava, Llava | None]:
-    """The model, and for random weights the same on the meta device, where counting takes seconds.
+    """The model, and for random weights also its copy on the meta device, where counting takes seconds.
 
-    Where only pages are made, the model itself is on the meta device.
+    With `--pages` the model itself is on the meta device.
     """
     if args.pages and not (args.shape and args.measurements):
         raise UserError("--pages makes the tables of a --shape again from the file --measurements; give both.")
@@ -192,8 +193,10 @@ def batch_result(
     oracle_names: dict[str, str],
     held: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Measurements, counts and ratios of the named rows of one budget at one batch size; those without a turn that
-    counts are `left_out`."""
+    """Measurements, counts and ratios of the named rows of one budget at one batch size.
+
+    Rows without a completed turn after the warm-up are named under `left_out`.
+    """
     entries = {}
     for name in names:
         if name not in rows:
@@ -220,17 +223,17 @@ def batch_result(
     }
 
 
-# The accuracy gate: the speed of a method that answers badly is marked.
+# The accuracy gate: it marks methods that answer badly, whose speed does not count.
 
 
 def gate(model: Llava, reducers: dict[str, Reducer], data: Path, questions: int) -> dict[str, Any]:
     """Ask every method the first questions of GQA.
 
     Returns:
-        title: of the questions, "GQA testdev".
+        title: name of the questions, "GQA testdev".
         questions: how many were asked.
         accuracy: method -> share of right answers.
-        passes: method -> whether it has at least GATE_SHARE of the accuracy of `full`, so that its speed counts.
+        passes: method -> whether it reaches GATE_SHARE of the accuracy of `full`, so that its speed counts.
     """
     dataset = open_dataset("gqa", str(data), None, None, "auto")
     assert dataset.sample_score is not None  # GQA's answers have one
@@ -248,15 +251,15 @@ def gate(model: Llava, reducers: dict[str, Reducer], data: Path, questions: int)
 
 
 def refuse_large_weights(model: Llava, itemsize: int, device: torch.device) -> None:
-    """Raise UserError where random weights would not fit into the free memory of a CPU.
+    """Raise UserError if random weights would not fit into the free memory of a CPU.
 
     Args:
-        model: on the meta device, with the layers that will have weights of their own.
+        model: on the meta device, with as many distinct layers as the model to make.
         itemsize: bytes of a weight.
     """
     if device.type != "cpu":
         return
-    # Layers that share weights are one parameter.
+    # `parameters` lists weights that layers share only once.
     need, free = sum(weight.numel() for weight in model.hf_model.parameters()) * itemsize, free_memory(device)
     if need >= MEMORY_SHARE * free:
         raise UserError(
@@ -318,7 +321,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_machine_flags(flags: argparse.ArgumentParser) -> None:
-    """The flags of every measurement: where it runs, and where its result goes."""
+    """The flags that all measuring commands have: where they run, and where their result goes."""
     add = flags.add_argument
     add("--dtype", default="float32", choices=tuple(DTYPES), help="of the weights")
     add("--device", default="auto", help="torch device")

@@ -1,4 +1,4 @@
-"""A result of the efficiency protocol as Markdown and as a plot. docs/efficiency.md defines every column."""
+"""Present results of the efficiency protocol as Markdown and as a plot. docs/efficiency.md defines every column."""
 
 import argparse
 import json
@@ -18,10 +18,10 @@ from eval.results.statistics import plural
 from eval.tables import markdown
 from llava.errors import UserError
 
-FAILED = "†"  # below the accuracy gate
-BUSY = "≈"  # rounds far apart
+FAILED = "†"  # the method is below the accuracy gate
+BUSY = "≈"  # the times of the rounds differ much
 CLOCK_TEXT = {"wall": "wall clock", "cpu": "CPU time of the process"}
-COLOURS = ("#56B4E9", "#D55E00", "#E69F00", "#0072B2")  # of PARTS, readable with every kind of colour vision
+COLOURS = ("#56B4E9", "#D55E00", "#E69F00", "#0072B2")  # of PARTS; distinct for readers with any colour blindness
 
 # Tables
 
@@ -35,9 +35,8 @@ def page(results: Sequence[dict[str, Any]]) -> str:
             rows = batch["methods"]
             title = "One question" if batch["batch_size"] == 1 else f"Batches of {batch['batch_size']} questions"
             blocks += [f"**{title}**", times(rows, result)]
-            blocks += (
-                [f"Without a turn before the deadline: {', '.join(batch['left_out'])}."] if batch["left_out"] else []
-            )
+            if batch["left_out"]:
+                blocks.append(f"Without a turn before the deadline: {', '.join(batch['left_out'])}.")
         if any("counts" in row for row in result["batches"][0]["methods"].values()):
             blocks += ["**Counted, one question**", counted(result["batches"][0]["methods"])]
         if SCENARIOS[result["scenario"]].largest:
@@ -70,23 +69,23 @@ def conditions(results: Sequence[dict[str, Any]]) -> str:
 
 
 def rows_of(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What is known of every row of every table."""
+    """The data of every row of every table."""
     return [row for result in results for batch in result["batches"] for row in batch["methods"].values()]
 
 
 def cut(row: dict[str, Any], result: dict[str, Any]) -> bool:
-    """Whether a deadline left the row without some of its turns."""
+    """Whether a deadline ended the row before all of its turns."""
     return bool(row["fits"] and len(row["ttfts"]) < result["repeats"])
 
 
 def table(rows: Sequence[Sequence[tuple[str, str]]]) -> str:
-    """A Markdown table of rows of (title, cell); a row that ends early is filled up."""
+    """A Markdown table from rows of (column title, cell); a shorter row gets empty cells at its end."""
     header = [title for title, _ in max(rows, key=len)]
     return markdown(header, [[cell for _, cell in row] + [""] * (len(header) - len(row)) for row in rows])
 
 
 def times(rows: dict[str, dict[str, Any]], result: dict[str, Any]) -> str:
-    """Milliseconds by stage, and ratios to full and to the oracle."""
+    """The table of times: milliseconds by stage, and ratios to full and to the oracle."""
     lengths, lines = result["lengths"], []
     short = any(cut(row, result) for row in rows.values())
     for name, row in rows.items():
@@ -116,7 +115,7 @@ def times(rows: dict[str, dict[str, Any]], result: dict[str, Any]) -> str:
 
 
 def spanned(value: float | None, interval: Sequence[float] | None, form: str) -> str:
-    """A median of ratios and its interval, "2.06 (1.98 to 2.11)"; without brackets where all turns gave the same."""
+    """A median of ratios and its interval, "2.06 (1.98 to 2.11)"; without brackets if all turns gave the same."""
     if value is None or interval is None:
         return "n/a"
     low, high = interval
@@ -124,13 +123,13 @@ def spanned(value: float | None, interval: Sequence[float] | None, form: str) ->
 
 
 def marked(name: str, row: dict[str, Any]) -> str:
-    """The name, with a mark for a failed gate and for rounds far apart."""
+    """The name, with marks for a failed accuracy gate and for rounds that differ much."""
     busy = not row.get("ratios", {}).get("calm", True)
     return name + (f" {FAILED}" if row.get("passes_gate") is False else "") + (f" {BUSY}" if busy else "")
 
 
 def counted(rows: dict[str, dict[str, Any]]) -> str:
-    """What depends on no clock: tokens, operations, bytes."""
+    """The table of what depends on no clock: tokens, operations, bytes."""
     lines = []
     for name, row in rows.items():
         if "counts" not in row:
@@ -154,7 +153,7 @@ def counted(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def largest(batches: Sequence[dict[str, Any]]) -> str:
-    """Questions per second at the largest batch that fits, and at the best one."""
+    """Questions per second at the largest batch that fits, and at the fastest one."""
     by_method: dict[str, dict[int, float]] = {}
     for batch in batches:
         for name, row in batch["methods"].items():
@@ -170,7 +169,7 @@ def largest(batches: Sequence[dict[str, Any]]) -> str:
 
 
 def notes(results: Sequence[dict[str, Any]]) -> list[str]:
-    """What the marks mean, where there are any."""
+    """Sentences below the tables: what the marks in them mean, and how the intervals were made."""
     result, rows = results[0], rows_of(results)
     said, gate = [], result["gate"]
     if any(cut(row, one) for one in results for row in rows_of([one])):
@@ -194,13 +193,13 @@ def notes(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def ms(seconds: float) -> str:
-    """Milliseconds with three figures, or all digits before the point."""
+    """Milliseconds with three significant figures, or whole from 100 on."""
     value = 1000 * seconds
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def runs(values: Sequence[int]) -> str:
-    """Equal values in a row once: "576 x2, 64 x30"."""
+    """Values as text, with equal neighbours counted: "576 x2, 64 x30"."""
     groups = [(value, len(list(same))) for value, same in groupby(values)]
     return str(groups[0][0]) if len(groups) == 1 else ", ".join(f"{value} x{count}" for value, count in groups)
 
@@ -209,7 +208,7 @@ def runs(values: Sequence[int]) -> str:
 
 
 def write(args: argparse.Namespace, result: object, text: str) -> None:
-    """Write the numbers to `args.json` and the tables to `args.markdown`, where these are given."""
+    """Write the numbers to `args.json` and the tables to `args.markdown`, if these are given."""
     for path, content in ((args.json, json.dumps(result, indent=1)), (args.markdown, text)):
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -217,8 +216,9 @@ def write(args: argparse.Namespace, result: object, text: str) -> None:
 
 
 def plot(path: Path, results: Sequence[dict[str, Any]]) -> None:
-    """Draw the time to the first token by stage, one bar for each method, and its oracle as a line across the bar; of
-    the first batch size, one panel for each budget.
+    """Draw the time to the first token by stage at the first batch size, one panel for each budget.
+
+    Each method has a bar, and its oracle is a line across that bar.
 
     Raises:
         UserError: nothing fitted into the memory, so there is nothing to draw.
@@ -251,7 +251,7 @@ def plot(path: Path, results: Sequence[dict[str, Any]]) -> None:
 
 
 def bars(axes: Axes, rows: dict[str, dict[str, Any]]) -> None:
-    """One panel: the methods among the rows, the slowest first, `full` above all."""
+    """Draw one panel with a bar for each method: `full` at the bottom, above it the slowest to the fastest."""
     methods = [name for name in rows if not name.startswith("oracle of")]
     names = sorted(methods, key=lambda name: (name == FULL, rows[name]["ttft"]), reverse=True)
     left = [0.0] * len(names)

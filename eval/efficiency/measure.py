@@ -1,10 +1,10 @@
 """Time methods in rounds on one model, so that a busy machine slows all of them, and divide their times.
 
-A round of a method is one prefill whose stages are timed, then one whole answer for each output length. Answers have a
-fixed length: no end token and no stop string ends them.
+In each round, every method has one prefill whose stages are timed, and then one whole answer for each output length.
+Answers have a fixed length; no end token or stop string ends them.
 
-Times to the first token are divided round by round, and the median of these ratios is taken: a machine that slows down
-from round to round slows both. A ratio of two medians can come from two rounds.
+Times to the first token are divided round by round, and the median of these ratios is reported. If the machine slows
+down from round to round, both times of a ratio grow. The ratio of two medians would mix times of different rounds.
 """
 
 import ctypes
@@ -36,25 +36,25 @@ from llava.processing.prompt import Sample
 from llava.reduction.merging import Reduction
 from llava.reduction.reducer import Reducer
 
-# "cpu" is the time that this process computes: other processes on the same cores do not count.
+# "cpu" is the CPU time of this process, which other processes on the same cores do not change.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 PARTS = ("vision", "selection", "merging", "prefill")
-SPREAD = 1.25  # a quarter of the rounds apart: the machine was busy
+SPREAD = 1.25  # slowest over fastest round, from which on the machine counts as busy
 CONFIDENCE = 0.95
-FEWEST = 6  # rounds whose whole range covers the median so often
+FEWEST = 6  # rounds whose whole range covers the median with this confidence
 Ask = Callable[[int], list[Sample]]  # number of the round -> a batch
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is asked, how often and how much of an answer is written; in the manner of MLPerf.
+    """What is asked, how often, and how long the answers are, modelled on the scenarios of MLPerf.
 
     Attributes:
-        summary: for the help and the table.
-        lengths: tokens of the answers.
+        summary: text for the help and the table.
+        lengths: numbers of tokens of the answers.
         repeats: rounds after the warm-up.
         differ: every round asks about another image.
-        largest: batches grow by factors of two up to this size, or up to the largest that fits; None for those asked.
+        largest: batch sizes double up to this size or to the largest that fits; None for only the sizes asked for.
     """
 
     summary: str
@@ -73,18 +73,18 @@ SCENARIOS = {
 
 @dataclass(frozen=True)
 class Measured:
-    """One method on batches of one size.
+    """The times and memory of one method on batches of one size.
 
     Attributes:
-        seconds: vision, selection, merging and prefill of a batch, medians; their sum is the time to the first token.
-        kv_bytes: of all layers after the prefill, padding included.
-        flops: up to the first token, by the closed formula of the accounting.
-        peak_bytes: highest memory of all rounds.
-        above_bytes: the most that a round added to the memory that was in use before it.
-        decode: seconds per token after the first, median; None where no answer has a second token.
+        seconds: median seconds of vision, selection, merging and prefill of a batch; their sum is `ttft`.
+        kv_bytes: bytes of the key/value cache of all layers after the prefill, padding included.
+        flops: operations up to the first token, by the closed formula of the accounting.
+        peak_bytes: the most memory in use in any round.
+        above_bytes: the most that a round added to the memory in use before it.
+        decode: median seconds per token after the first; None if no answer has a second token.
         end_to_end: output length -> seconds of every round, from opened images to texts.
         ttfts: seconds to the first token of every round.
-        attention: the attention kernels that ran.
+        attention: names of the attention kernels that ran.
     """
 
     seconds: dict[str, float]
@@ -105,17 +105,18 @@ class Measured:
 class Measurements:
     """Measurements by round, method and batch size; round 0 is the warm-up.
 
-    Kept in a JSONL file, if there is one, while they are made, so that an interrupted benchmark goes on: also on
-    another machine with the same hardware.
+    If a JSONL file is given, each measurement is appended to it at once. An interrupted benchmark can then continue,
+    also on another machine with the same hardware.
 
     Args:
-        settings: of all measurements; None takes those of the file.
+        path: the file; None keeps measurements in memory only.
+        settings: what all measurements have in common; None takes the settings from the file.
 
     Attributes:
-        commits: of the code that measured; COMMIT in the environment names it where there is no .git.
+        commits: commits of the code that measured. Outside a git checkout, COMMIT in the environment names it.
 
     Raises:
-        UserError: the file holds measurements under other settings, or it should have settings and is not there.
+        UserError: the file holds measurements under other settings; or no settings are given and there is no file.
     """
 
     def __init__(self, path: Path | None = None, settings: dict[str, Any] | None = None):
@@ -164,21 +165,21 @@ def measure(
     clock: str = "wall",
     deadline: float = math.inf,
 ) -> dict[str, Measured | None]:
-    """Measure each method `repeats` times in turns, after one warm-up each; the warm-up and every second round are in
-    reverse, so that the first rows are the first that count.
+    """Measure each method `repeats` times in turns, after one warm-up each.
 
-    A machine that slows down within rounds slows the first and the last method alike over two rounds.
+    The order of the methods is reversed in the warm-up and in every second round. If the machine slows down within
+    rounds, the first and the last method are therefore slowed alike over two rounds.
 
     Args:
         ask: number of a round -> the batch that all methods are asked in it; round 0 is the warm-up.
-        lengths: tokens of the answers that are timed end to end; none times the prefill alone.
-        batch: questions in a batch, the name of these measurements in `kept`.
-        clock: one of CLOCKS, for what does not run on a GPU.
-        deadline: of `time.monotonic`; no turn begins after it.
+        lengths: numbers of tokens of the answers that are timed end to end; if empty, only the prefill is timed.
+        batch: questions in a batch, under which `kept` stores these measurements.
+        clock: one of CLOCKS, used where nothing runs on a GPU.
+        deadline: value of `time.monotonic` after which no turn begins.
 
     Returns:
-        None for a method whose batch did not fit into the device's memory. A method without a turn that counts before
-        the deadline is left out, others may have fewer than `repeats` turns: the first ones.
+        Method -> what was measured; None for a method whose batch did not fit into the device's memory. A method that
+        has only a warm-up before the deadline is left out. Others may have fewer than `repeats` rounds, the first ones.
     """
     kept = kept or Measurements()
     orders = [list(reversed(reducers)), list(reducers)]
@@ -189,10 +190,10 @@ def measure(
             continue
         if time.monotonic() >= deadline:
             break
-        # The warm-up is no time that counts, so that it can be watched.
+        # Watching operations takes time, so only the warm-up, whose time does not count, is watched.
         watched = OperationCounter() if number == 0 else nullcontext()
         try:
-            if number and name not in warm:  # goes on from a file: this process has its own warm-up
+            if number and name not in warm:  # continues from a file: this process needs a warm-up of its own
                 measure_round(model, reducers[name], ask(number), lengths, CLOCKS[clock])
             with watched as counter:
                 row = measure_round(model, reducers[name], ask(number), lengths, CLOCKS[clock])
@@ -220,7 +221,7 @@ def measure(
 def measure_round(
     model: Llava, reducer: Reducer, samples: list[Sample], lengths: Sequence[int], clock: Callable[[], float] | None
 ) -> dict[str, Any]:
-    """A timed prefill, then one answer of every length."""
+    """Time a prefill, then one answer of every length."""
     held = start_peak(model.device)
     timer = StageTimer(model.device, clock)
     with timer.merging():
@@ -236,7 +237,7 @@ def measure_round(
     for length in sorted(lengths):
         began = read()
         batch = generate(model, samples, reducer, length, ignore_eos=True, clock=clock)
-        # `generate` returns texts, which the host has read: the device is done.
+        # `generate` returns texts, so the host has read all tokens and the device is done.
         whole[str(length)] = read() - began
         if batch.decode_steps:
             decode = batch.timing.decode / batch.decode_steps
@@ -245,7 +246,7 @@ def measure_round(
 
 
 def summary(rows: list[dict[str, Any]]) -> Measured:
-    """Medians over rounds; the first one is the warm-up."""
+    """Medians over the rounds of one method; the first row is the warm-up and does not count."""
     warm_up, *counted = rows
     last = counted[-1]
     decodes = [row["decode"] for row in counted if row.get("decode") is not None]
@@ -263,10 +264,10 @@ def summary(rows: list[dict[str, Any]]) -> Measured:
 
 
 class StageTimer(Timer):
-    """Seconds by stage, and "merging" taken out of the stage in which it happens.
+    """Seconds by stage, with "merging" as a stage of its own instead of a part of the one in which it happens.
 
-    Merging is the time inside `Reduction.apply` of reductions that average tokens. Gathering kept tokens is selection,
-    and so is projecting merged features again.
+    Merging is the time inside `Reduction.apply` of reductions that average tokens. Gathering kept tokens counts as
+    selection, and so does projecting merged features again.
     """
 
     def mark(self, stage: str) -> None:
@@ -275,13 +276,13 @@ class StageTimer(Timer):
 
     @contextmanager
     def merging(self) -> Iterator[None]:
-        """While active, the averages of every reduction are timed."""
+        """While active, time the merging of every reduction."""
         plain, mark = Reduction.apply, super().mark
 
         def apply(reduction: Reduction, tokens: Tensor) -> Tensor:
             if not reduction.merges:
                 return plain(reduction, tokens)
-            mark("")  # the first part of a stage, whose name comes at its end
+            mark("")  # the first part of a stage, whose name is known only at its end
             merged = plain(reduction, tokens)
             mark("merging")
             return merged
@@ -291,7 +292,7 @@ class StageTimer(Timer):
 
 
 def start_peak(device: torch.device) -> int:
-    """Forget the highest memory seen so far; on a CPU, what was freed is first given back to the system.
+    """Reset the peak of memory; on a CPU, first give freed memory back to the system.
 
     Returns:
         Bytes in use now: allocated on a GPU, resident on a CPU.
@@ -307,7 +308,7 @@ def start_peak(device: torch.device) -> int:
 
 
 def read_peak(device: torch.device) -> int:
-    """Bytes since `start_peak`, weights included: allocated on a GPU, resident on a CPU."""
+    """Peak bytes since `start_peak`, weights included: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
@@ -319,7 +320,7 @@ def read_peak(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times another's time something takes: the median over rounds, and an interval for it."""
+    """The ratio of two times: its median over rounds, and an interval for that median."""
 
     median: float
     low: float
@@ -330,14 +331,14 @@ class Ratio:
 
 
 def over_rounds(above: Sequence[float], below: Sequence[float]) -> Ratio:
-    """The median of the ratios of two times in each round, and its interval; what slows both in a round cancels.
+    """Divide two times round by round; the median of the ratios and its interval. What slows both in a round cancels.
 
     Source:
-        The interval is that of the sign test: order statistics of the ratios, without an assumption on how they are
-        distributed (Conover, Practical Nonparametric Statistics, 1999, section 3.2).
+        The interval is that of the sign test: order statistics of the ratios, without an assumption about their
+        distribution (Conover, Practical Nonparametric Statistics, 1999, section 3.2).
 
     Raises:
-        ValueError: they were not measured in the same number of rounds.
+        ValueError: the times are of different numbers of rounds.
     """
     ordered = sorted(one / other for one, other in zip(above, below, strict=True))
     outer = interval_rank(len(ordered))
@@ -345,15 +346,15 @@ def over_rounds(above: Sequence[float], below: Sequence[float]) -> Ratio:
 
 
 def both(one: Sequence[float], other: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
-    """The rounds that two rows have both: the first ones, where a deadline cut one short."""
+    """The rounds that both rows have. If a deadline cut one short, these are the first ones."""
     shared = min(len(one), len(other))
     return one[:shared], other[:shared]
 
 
 def interval_rank(rounds: int) -> int:
-    """How many values may be left out at either end, so that the rest spans the median with 95 % confidence.
+    """How many sorted values can be left out at each end, so that the rest spans the median with 95 % confidence.
 
-    0, the whole range, also where that is too few rounds: below FEWEST it covers the median less often.
+    It is 0, for the whole range, also below FEWEST rounds, where even that range covers the median less often.
     """
     from scipy.stats import binom
 
@@ -369,18 +370,18 @@ def ratios(
     """The ratios of a method; docs/efficiency.md defines each.
 
     Args:
-        counts: of full and of the method; without them operations are those of the closed formula.
-        oracle: measured in the same rounds, up to a deadline.
+        counts: of full and of the method; None takes the operations of the closed formula.
+        oracle: measured in the same rounds, though a deadline may have ended it earlier.
 
     Returns:
         ttft: time to first token of full over that of the method in the same round, median over rounds.
         ttft_interval: low and high end of the interval of that median.
         flops: operations of full over those of the method.
         realised: `ttft` / `flops`, the share of the theoretical speed-up that was measured.
-        over_oracle: time to first token over that of the oracle with the same tokens in the same round, less 1,
-            median over rounds; the price of choosing. None without an oracle.
-        over_oracle_interval: of that median.
-        calm: slowest over fastest round is below 1.25 for the method and for full.
+        over_oracle: time to first token over that of the oracle in the same round, less 1, median over rounds. The
+            oracle has the same tokens, so this is the price of choosing them. None without an oracle.
+        over_oracle_interval: low and high end of the interval of that median.
+        calm: the slowest round took less than 1.25 times the fastest, for the method and for full.
     """
     most, least = (counts[0].flops, counts[1].flops) if counts else (full.flops, ours.flops)
     faster = over_rounds(*both(full.ttfts, ours.ttfts))

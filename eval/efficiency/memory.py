@@ -1,9 +1,9 @@
 """Bytes and operations of a batch, from the shapes of a model: weights, key/value cache, activations.
 
-Weights and cache are exact: they are those of the loaded model and of the run. Activations are the tensors that are
-alive together at the peak of each stage, a method's own among them: the batch is asked on the meta device, which
-computes shapes alone, and metered (`Meter`). What a kernel needs for itself, the CUDA context and the fragments of the
-allocator are not counted.
+Weights and cache are exact: formulas give what the loaded model and the run hold. Activations are the tensors that are
+alive together at the peak of each stage, including those of the method. To find them, one prefill of the batch runs on
+the meta device, which computes shapes only, and a `Meter` counts its tensors. Workspaces of kernels, the CUDA context
+and fragmentation of the allocator are not counted.
 """
 
 import copy
@@ -33,16 +33,15 @@ from llava.pipeline.prefill import prefill
 from llava.processing.image import Grid
 from llava.processing.prompt import Prompt, Sample
 from llava.reduction.budget import planned
-from llava.reduction.modules import layer_flops, linear_flops, prefill_flops, projector_flops, tower_flops
+from llava.reduction.modules import layer_flops, linear_flops, prefill_flops, tower_flops
 from llava.reduction.reducer import Reducer
 from llava.reduction.token_layout import TokenLayout, frames, single, spec_of
-from llava.transformers_names import CACHE_NAMES, cache_of, refuse_others
 
-# Bytes of a weight of a quantised linear layer: the values, and their scales (bitsandbytes: a float32 per output row;
-# NF4 with a byte per 64 values and a float32 per 256 of these bytes).
+# Bytes per weight of a quantised linear layer. bitsandbytes adds a float32 scale per output row in 8 bits (`weights`
+# counts these), and in 4 bits (NF4) a byte per 64 weights and a float32 per 256 of these bytes.
 BITS_8, BITS_4 = 1.0, 0.5 + 1 / 64 + 4 / (64 * 256)
 FLOAT32 = 4
-# Part of a name -> what the weight belongs to; all others are the decoder's.
+# Part of a weight's name -> what the weight belongs to. All other weights are the decoder's.
 PARTS = {
     "multi_modal_projector": "projector",
     "visual.merger": "projector",
@@ -52,22 +51,22 @@ PARTS = {
     "video_tower": "vision tower",
     "lm_head": "head",
 }
-# Linear layers that tensor parallelism cuts by input: their biases are added after the sum over ranks, and are whole on
-# each.
+# Linear layers that tensor parallelism splits by input. Every rank holds their whole bias, which is added after the sum
+# over ranks.
 CUT_BY_INPUT = ("o_proj", "down_proj", "lm_head")
-GROUP = 64  # rows or columns, in which DeepSpeed deals what has no heads
+GROUP = 64  # DeepSpeed splits layers without heads into groups of this many rows or columns
 GIB = 2**30
 META = torch.device("meta")
 
 
 @dataclass(frozen=True)
 class QuestionShape:
-    """What memory and time depend on in a question.
+    """The sizes of a question that memory and time depend on.
 
     Attributes:
-        text: text tokens of the prompt.
+        text: number of text tokens in the prompt.
         images: token layout of every image or video.
-        names: what tells its images from others; questions of a batch with equal names share a pass of the tower.
+        names: identifies the images. Questions of a batch with equal names share one pass of the tower.
     """
 
     text: int
@@ -76,10 +75,11 @@ class QuestionShape:
 
 
 def layout_of(model: Llava, size: tuple[int, int] | None = None, video: bool = False) -> TokenLayout:
-    """Visual tokens of an image, as `model.views` makes them.
+    """The token layout that `model.views` gives an image of this size.
 
     Args:
-        size: (width, height); None for the largest image that the model takes.
+        size: (width, height) in pixels; None for the largest image that the model takes.
+        video: the input is a video, which only Video-LLaVA lays out differently.
     """
     grid = model.layout
     if isinstance(model, VideoLlava) and video:
@@ -94,13 +94,16 @@ def layout_of(model: Llava, size: tuple[int, int] | None = None, video: bool = F
 
 
 def visual_plan(model: Llava, reducer: Reducer, image: TokenLayout) -> tuple[int, ...]:
-    """Visual tokens of one image that enter each decoder layer; the budget where a method decides by the image."""
+    """Visual tokens of one image that enter each decoder layer.
+
+    If the number depends on the content of the image, the budget stands in.
+    """
     own = spec_of(model.spec, image)
     return _plan(model, reducer, image) or (min(reducer.for_image(own).budget, own.visual_tokens),) * own.layers
 
 
 def _plan(model: Llava, reducer: Reducer, image: TokenLayout) -> tuple[int, ...] | None:
-    """The same; None where a method decides by the image."""
+    """Like `visual_plan`, but None if the number depends on the content of the image."""
     own = spec_of(model.spec, image)
     if own.crops or own.newlines:
         return planned(reducer, own)
@@ -120,11 +123,11 @@ def lengths(model: Llava, reducer: Reducer, question: QuestionShape) -> tuple[in
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of weights by part: "vision tower", "projector", "decoder", "head", and "text tower" where it is read.
+    """Bytes of one rank's weights by part: "vision tower", "projector", "decoder", "head", and "text tower" if used.
 
     Attributes:
-        device: held by the device of one rank. "gathered" is what ZeRO-Inference fetches for the layer that computes.
-        host: held in the memory of the machine or in files, for one rank (ZeRO-Inference).
+        device: on the rank's device. "gathered" holds the layers that ZeRO-Inference fetches while they compute.
+        host: in the machine's memory or in files, under ZeRO-Inference.
     """
 
     device: dict[str, int]
@@ -136,7 +139,7 @@ class Weights:
 
 
 def weights(model: Llava, itemsize: int, quantization: str | None = None, split: int = 1) -> Weights:
-    """Bytes of the weights of one rank; at most, where ranks hold unequal parts.
+    """Bytes of the weights of one rank. If ranks hold unequal parts, this is the largest.
 
     Args:
         itemsize: bytes of a weight that is not quantised.
@@ -146,7 +149,7 @@ def weights(model: Llava, itemsize: int, quantization: str | None = None, split:
     held, heads = {"vision tower": 0, "projector": 0, "decoder": 0, "head": 0}, _heads(model)
     if "clip" in vars(model):  # a CLIP text tower that a method reads, in float32
         held["text tower"] = sum(weight.numel() for weight in model.clip.parameters()) * FLOAT32
-    # A head that is the embeddings is none of its own, but its part under tensor parallelism is a copy.
+    # A head tied to the embeddings takes no memory of its own. Under tensor parallelism its part is a copy.
     for name, weight in model.hf_model.named_parameters(remove_duplicate=split == 1):
         part = next((part for word, part in PARTS.items() if word in name), "decoder")
         count, linear = weight.numel(), part == "decoder" and "_proj." in name
@@ -161,13 +164,13 @@ def weights(model: Llava, itemsize: int, quantization: str | None = None, split:
 
 
 def largest_part(name: str, weight: Tensor, ranks: int, heads: int) -> tuple[int, ...]:
-    """The shape of a linear layer's weight or bias on the rank that holds most of it, under tensor parallelism.
+    """Under tensor parallelism, the shape of a weight or bias on the rank that holds most of it.
 
-    Attention is dealt by key/value heads, all else in groups of 64; the last rank also takes what is left over.
+    Attention is split by key/value heads, other layers in groups of 64. The last rank also takes the remainder.
 
     Args:
-        name: of the weight, or of the layer.
-        weight: whole.
+        name: of the weight, or of its layer.
+        weight: the whole weight or bias of a linear layer.
         heads: key/value heads of the decoder.
     """
     shape, by_input = list(weight.shape), any(layer in name for layer in CUT_BY_INPUT)
@@ -183,8 +186,9 @@ def partitioned(model: Llava, itemsize: int, whole: Weights, place: str, ranks: 
     """The weights of one rank under ZeRO-Inference.
 
     Args:
-        place: "cpu", where the matrices of the decoder and the head are kept, or "none".
-        ranks: each keeps a part of them.
+        whole: the weights without ZeRO-Inference.
+        place: where the matrices of the decoder and the head are kept: "cpu", or "none" for the device itself.
+        ranks: number of ranks, each of which keeps one part of these matrices.
     """
     llm: Any = model.llm
     matrices = [weight.numel() for layer in llm.layers for weight in layer.parameters() if weight.dim() > 1]
@@ -192,7 +196,7 @@ def partitioned(model: Llava, itemsize: int, whole: Weights, place: str, ranks: 
     outside = {"decoder": sum(matrices) * itemsize, "head": head}
     own = {part: -(-size // ranks) for part, size in outside.items()}
     layer = sum(weight.numel() for weight in llm.layers[0].parameters())
-    # Two layers and the largest matrix are gathered at the most, see llava/model/parallel.py.
+    # At most two layers and the largest matrix are gathered at once, see llava/model/parallel.py.
     gathered = (2 * layer + max([*matrices, head // itemsize])) * itemsize
     stays = own if place == "none" else {}
     kept = {part: size - outside.get(part, 0) + stays.get(part, 0) for part, size in whole.device.items()}
@@ -203,14 +207,15 @@ def partitioned(model: Llava, itemsize: int, whole: Weights, place: str, ranks: 
 
 
 def kv_bytes(model: Llava, prompts: Sequence[Sequence[int]], itemsize: int, new_tokens: int = 0, split: int = 1) -> int:
-    """Bytes of the keys and values of a batch, padding and room included, on the rank with most heads.
+    """Bytes of the keys and values of a batch on the rank with most heads, with padding and allocated room.
 
     Args:
-        prompts: tokens of every prompt in each decoder layer.
+        prompts: for every prompt, its tokens in each decoder layer.
         new_tokens: tokens decoded after the prompt; 0 gives the cache after prefill, which has no room yet.
+        split: ranks of tensor parallelism.
     """
     llm: Any = model.llm
-    block = BLOCK + 1  # a token that finds no room makes its own column and those of BLOCK others
+    block = BLOCK + 1  # a token that finds no room allocates its own column and BLOCK more
     longest = [max(layer) + -(-new_tokens // block) * block for layer in zip(*prompts, strict=True)]
     attentions = [layer.self_attn for layer in llm.layers]
     widths = [one.k_proj.out_features + one.v_proj.out_features for one in attentions]  # numbers of a token
@@ -235,9 +240,10 @@ class Activations:
 
     Attributes:
         vision: the tower on all images of the batch.
-        prefill: selecting tokens, and the decoder on the prompts; without the cache.
-        decode: the head, and the largest layer, which is there twice while its cache grows; without the cache.
-        prefill_with_cache: prefill, and the keys and values that exist by then: the largest of both need not meet.
+        prefill: token selection and the decoder on the prompts, without the cache.
+        decode: the head, and a second copy of the largest layer's cache while that grows; otherwise without the cache.
+        prefill_with_cache: prefill and the keys and values that exist at that moment. Both need not peak together, so
+            this is at most their sum.
     """
 
     vision: int
@@ -246,7 +252,7 @@ class Activations:
     prefill_with_cache: int
 
     def peak(self, kv_bytes: int) -> int:
-        """Bytes beside the weights at the most, with the cache of the whole answer."""
+        """Peak bytes besides the weights, where `kv_bytes` is the cache of the whole answer."""
         return max(self.vision, self.prefill_with_cache, self.decode + kv_bytes)
 
 
@@ -259,23 +265,18 @@ def activations(
     split: int = 1,
     on_host: bool = True,
 ) -> Activations:
-    """Bytes of the tensors that are alive together at the peak of each stage.
+    """Bytes of the tensors that are alive together at the peak of each stage, from one prefill on the meta device.
 
-    The batch is asked on the meta device, where tensors have shapes and no numbers; whoever reads one finds a one. For
-    a method whose number of tokens depends on the image, evenly spaced tokens within its budget stand in.
+    Tensors there have shapes but no values; code that reads a value gets 1. For a method whose number of tokens depends
+    on the content of the image, evenly spaced tokens within its budget stand in.
 
     Args:
         split: ranks over which the linear layers of the decoder are split.
-        on_host: the run is on the CPU, where the pixels are among its tensors from the start.
+        on_host: the run is on the CPU, so its pixels count from the start.
     """
     asked = outlined(model, torch.float32 if itemsize == FLOAT32 else torch.bfloat16, split, on_host)
     if reducer.needs_text_tower:
-        _ = asked.clip  # its weights are made when it is first asked for
-    layers: Any = asked.llm.layers
-    stages = {0, len(layers), *reducer.decoder_layers(len(layers))}
-    for index, layer in enumerate(layers):
-        if stages.isdisjoint((index, index + 1)):  # neither the first nor the last one between two reductions
-            repeat(layer)
+        _ = asked.clip  # makes its weights before the meter starts
     samples = []
     for number, question in enumerate(questions):  # their images are token layouts, which `outlined` reads
         words = " ".join(["word"] * question.text)
@@ -283,28 +284,25 @@ def activations(
         samples.append(Sample(str(number), words, "", question.images or None, ids))  # type: ignore[arg-type]
     if any(_plan(model, reducer, image) is None for question in questions for image in question.images):
         reducer = flat_oracle(reducer.budget)
-    return _ask(asked, reducer, samples)
 
-
-@torch.inference_mode()
-def _ask(model: Llava, reducer: Reducer, samples: Sequence[Sample]) -> Activations:
-    """Ask a batch for its first token."""
-    ends = [("", 0)]  # stage, and how many events of the meter there were at its end
+    ends = [("", 0)]  # name of each stage, and the number of the meter's events at its end
 
     def mark(stage: str) -> None:
         meter.update()
         ends.append((stage, len(meter.events)))
 
-    def peak(names: Sequence[str], without: Iterable[int] = ()) -> int:
-        most: int = max(meter.peak(start, end, without) for (_, start), (name, end) in pairwise(ends) if name in names)
-        return most
-
-    with Ones(), Meter(META) as meter:  # type: ignore[no-untyped-call]  # torch's
-        state, _ = prefill(model, samples, reducer, MarkedTimer(META, mark))
-        model.logits(state.hidden).argmax(-1)
+    with torch.inference_mode(), Ones(), Meter(META) as meter:  # type: ignore[no-untyped-call]  # torch's
+        state, _ = prefill(asked, samples, reducer, MarkedTimer(META, mark))
+        asked.logits(state.hidden).argmax(-1)
         mark("head")
         cache: Any = state.cache.layers
         held = meter.numbers(tensor for layer in cache for tensor in (layer.keys, layer.values))
+
+    def peak(stages: Sequence[str], without: Iterable[int] = ()) -> int:
+        spans = [(start, end) for (_, start), (stage, end) in pairwise(ends) if stage in stages]
+        most: int = max(meter.peak(start, end, without) for start, end in spans)
+        return most
+
     before_decoding = ("selection", "prefill", "head")
     return Activations(
         vision=peak(("preprocess", "vision")),
@@ -314,23 +312,8 @@ def _ask(model: Llava, reducer: Reducer, samples: Sequence[Sample]) -> Activatio
     )
 
 
-def repeat(layer: Any) -> None:
-    """Let a decoder layer put keys and values into the cache and compute nothing, as its equals before it did."""
-
-    def forward(hidden: Tensor, **given: Any) -> Tensor:
-        refuse_others(given, ("attention_mask", "position_embeddings", *CACHE_NAMES), "layer that repeats another")
-        cache = cache_of(given)
-        if cache is not None:
-            width, channels = layer.self_attn.k_proj.weight.shape[0], layer.self_attn.head_dim
-            shape = (len(hidden), width // channels, hidden.shape[1], channels)
-            cache.update(hidden.new_empty(shape), hidden.new_empty(shape), layer.self_attn.layer_idx)
-        return hidden
-
-    layer.forward = forward
-
-
 class Ones(TorchDispatchMode):
-    """Whoever copies a tensor of the meta device to the host gets ones."""
+    """Copies of meta tensors to the host are filled with ones."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -341,9 +324,10 @@ class Ones(TorchDispatchMode):
 
 
 def outlined(model: Llava, dtype: torch.dtype, split: int, on_host: bool) -> Llava:
-    """A copy of a model on the meta device, whose images are token layouts and whose questions are counts of words.
+    """A copy of a model on the meta device that takes token layouts as images and one token per word of a question.
 
     Args:
+        dtype: of its weights.
         split, on_host: see `activations`.
     """
     found: Llava = object.__new__(type("Outlined", (_Outlined, type(model)), {"pixels_on": META if on_host else "cpu"}))
@@ -367,7 +351,7 @@ def outlined(model: Llava, dtype: torch.dtype, split: int, on_host: bool) -> Lla
 
 
 def _without_numbers(module: Any, dtype: torch.dtype) -> Any:
-    """A copy of a module on the meta device, its weights in this type."""
+    """A copy of a module on the meta device with weights of this type; buffers keep their own."""
     memo: dict[int, Any] = {id(part): torch.empty_like(part, device=META) for part in module.buffers()}
     for part in module.parameters():
         memo[id(part)] = nn.Parameter(torch.empty_like(part, device=META, dtype=dtype), requires_grad=False)
@@ -375,12 +359,12 @@ def _without_numbers(module: Any, dtype: torch.dtype) -> Any:
 
 
 class _Outlined(Llava):
-    """What `outlined` overrides of a model."""
+    """The methods of a model that `outlined` overrides."""
 
     pixels_on: Any
 
     def prompt(self, sample: Sample) -> Prompt:
-        """As many tokens as words; the second half of them is the question."""
+        """As many text tokens as words. The first half stands before the images, the second half is the question."""
         words, slots = len(sample.question.split()), (IMAGE_TOKEN_INDEX,) * len(sample.images)
         start = words // 2 + len(slots)
         ids = ((0,) * (words // 2), slots, (0,) * (words - words // 2))
@@ -400,20 +384,19 @@ class _Outlined(Llava):
 
 
 class Meter(TorchDispatchMode):
-    """Notes while it is active when the memory of a tensor comes and goes; what was there before is not counted.
+    """While active, records when the memory of a new tensor is allocated and freed.
 
-    Seen are the tensors that operations make, on any device: the "meta" device allocates nothing and counts. What a
-    kernel needs inside of itself, the CUDA context and the fragments of an allocator are not counted, and neither is
-    memory of numpy.
+    It sees the tensors that operations make, on any device; also on "meta", which allocates nothing. Workspaces of
+    kernels, the CUDA context, fragmentation of an allocator and memory of numpy are not counted.
 
-    Not counted either are tensors that later questions share (llava/reduction/ranking.py), which are made outside of
-    inference mode: else the first question of its lengths would need more than the second.
+    Tensors that later questions reuse (llava/reduction/ranking.py) are made outside of inference mode and not counted.
+    Otherwise the first question of its lengths would seem to need more than the second.
 
     Args:
-        device: the tensors that are counted; None counts those of all devices.
+        device: only tensors of this device are counted; None counts those of all devices.
 
     Attributes:
-        events: (number of the memory, bytes: negative where it was given back), in the order in which they came.
+        events: (number of the allocation, its bytes, negative when it is freed), in the order in which they happened.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -441,21 +424,21 @@ class Meter(TorchDispatchMode):
         return out
 
     def update(self) -> None:
-        """Note what was given back since the last operation."""
+        """Record what was freed since the last operation."""
         for address, (known, number, size) in list(self._live.items()):
             if known.expired():
                 del self._live[address]
                 self.events.append((number, -size))
 
     def numbers(self, tensors: Iterable[Tensor]) -> set[int]:
-        """Of the memory of some tensors, as `events` has them."""
+        """The numbers that `events` uses for the memory of these tensors."""
         return {self._live[_address(one)][1] for one in tensors if _address(one) in self._live}
 
     def peak(self, start: int = 0, stop: int | None = None, without: Iterable[int] = ()) -> int:
         """Most bytes alive at once during `events[start:stop]`.
 
         Args:
-            without: numbers of memory that is left out.
+            without: numbers of allocations that are left out.
         """
         left_out, held, most = set(without), 0, 0
         for place, (number, size) in enumerate(self.events[:stop]):
@@ -474,14 +457,14 @@ def _address(tensor: Tensor) -> int:
 
 @lru_cache(maxsize=4096)
 def tower_operations(model: Llava, reducer: Reducer, image: TokenLayout) -> int:
-    """Operations of the vision tower on one image, all tiles; without a method's scores."""
+    """Operations of the vision tower on all tiles of one image, without those of a method's scores."""
     if isinstance(model, QwenVL):
         merge = model.image_processor.merge
         rows, columns = image.grid
         return qwen_vl.tower_flops(model.tower, (1, rows * merge, columns * merge))
     grid = reducer.input_grid(model.layout) or (model.layout.rows, model.layout.columns)
     tokens = grid[0] * grid[1] + 1
-    if "tower" in reducer.acts_in:  # merged block by block down to the budget: at least these
+    if "tower" in reducer.acts_in:  # tokens merge block by block down to the budget, so this is a lower bound
         tokens = min(tokens, reducer.for_image(spec_of(model.spec, image)).budget // len(image.crops) + 1)
     tower: Any = model.tower_of(image.temporal)
     blocks = model.select_layer % (len(tower.encoder.layers) + 1)
@@ -494,12 +477,8 @@ def decoder_operations(model: Llava, prompt: Sequence[int]) -> int:
     return prefill_flops(llm.layers, prompt, model.head)
 
 
-def projector_operations(model: Llava, tokens: int) -> int:
-    return projector_flops(model.projector, tokens)
-
-
 def step_operations(model: Llava, prompt: Sequence[int]) -> int:
-    """Operations of one decoded token after a prompt."""
+    """Operations of decoding one token after a prompt, the head included."""
     llm: Any = model.llm
     layers = zip(llm.layers, prompt, strict=True)
     return sum(layer_flops(layer, 1, length + 1) for layer, length in layers) + linear_flops(model.head, 1)
@@ -515,7 +494,7 @@ def size_text(size: float) -> str:
 
 
 def listed(parts: Mapping[str, int], total: int | None = None) -> str:
-    """The sum (or `total`) and its parts in one unit: "13.1 GiB (vision tower 0.57, decoder 12.3)"."""
+    """Parts and their sum (or `total`) in one unit: "13.1 GiB (vision tower 0.57, decoder 12.3)"."""
     total = sum(parts.values()) if total is None else total
     unit = GIB if total >= 0.1 * GIB else GIB / 1024
     inside = ", ".join(f"{name} {figures(size / unit)}" for name, size in parts.items() if size)
@@ -523,7 +502,7 @@ def listed(parts: Mapping[str, int], total: int | None = None) -> str:
 
 
 def figures(value: float) -> str:
-    """Three figures, or two of a small number."""
+    """One decimal from 10 on, two from 0.1 on, and two significant figures below that."""
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 

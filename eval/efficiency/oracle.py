@@ -1,11 +1,12 @@
-"""The oracle: as many tokens as a method keeps, chosen for free.
+"""The oracle of a method keeps as many tokens as the method, but chooses them for free.
 
-No method can be faster at the same tokens per layer, so what a method takes longer than its oracle is the price of its
-choice. The oracle drops at the stages of the method, at evenly spaced places that are computed once; it reads no
-score, merges nothing and computes nothing per question. It is no method and not in the registry.
+No method can be faster than its oracle at the same tokens per layer, so the time that it takes beyond its oracle is the
+price of choosing tokens. The oracle drops tokens at the stages of the method and keeps evenly spaced ones, whose places
+are computed once. It reads no score, merges nothing and computes nothing per question. It is not in the registry of
+methods.
 
-    oracle_of(reducer, spec)    the schedule of a method: as many tokens as it has in every decoder layer
-    flat_oracle(budget)         the physical limit of a budget: `budget` tokens in every layer, dropped after the tower
+    oracle_of(reducer, spec)    keeps as many tokens as a method in every decoder layer
+    flat_oracle(budget)         keeps `budget` tokens in every layer, dropped after the tower: the limit of a budget
 
 `reducers_of` and `oracles` make the rows of a comparison: the methods that were asked for, and the oracle of each.
 """
@@ -31,7 +32,7 @@ from llava.reduction.token_layout import ModelSpec, PatchGrid
 
 
 class AfterTower(Reducer):
-    """A plan and no method: the budget in every layer, from the tower on."""
+    """A schedule without a choice of tokens: the budget in every layer, from the tower on."""
 
     def encoder(self, state: EncoderState) -> None:
         return None
@@ -41,11 +42,11 @@ class AfterTower(Reducer):
 class Oracle(Reducer):
     """Keeps evenly spaced tokens, as many as `method` plans to have in each decoder layer.
 
-    A method that merges inside the tower has its oracle after the tower: the oracle's tower runs on all patches. One
-    that takes a smaller image (`input_grid`) is its own oracle.
+    For a method that merges inside the tower, the oracle drops tokens after the tower, which runs on all patches. For a
+    method that takes a smaller image (`input_grid`), the oracle takes the same smaller image.
 
     Attributes:
-        method: whose stages and tokens per layer are taken.
+        method: the method whose stages and tokens per layer the oracle takes over.
     """
 
     name: ClassVar[str] = "oracle"
@@ -107,7 +108,7 @@ def oracle_of(reducer: Reducer, spec: ModelSpec) -> Oracle:
         spec: sizes of the model.
 
     Raises:
-        UserError: the method's tokens depend on the image, so there is no schedule to follow.
+        UserError: the number of tokens depends on the content of the image, so there is no schedule to follow.
     """
     if planned(reducer.for_image(spec), spec) is None:
         raise UserError(
@@ -117,7 +118,7 @@ def oracle_of(reducer: Reducer, spec: ModelSpec) -> Oracle:
     return Oracle(
         budget=reducer.budget,
         positions=reducer.positions,
-        # Shares by content would have to be computed: every tile gets as much.
+        # Shares by content would have to be computed, so every tile gets the same.
         tile_budget="global" if reducer.tile_budget == "global" else "each",
         retention_ratio=reducer.retention_ratio,
         newlines=reducer.newlines,
@@ -131,19 +132,19 @@ def flat_oracle(budget: int) -> Oracle:
 
 
 def stages_of(method: Reducer) -> frozenset[str]:
-    """Stages in which the oracle of a method acts: those of the method, after the tower where it acts inside."""
+    """Stages in which the oracle of a method acts: those of the method, but "encoder" in place of "tower"."""
     return frozenset("encoder" if stage == "tower" else stage for stage in method.acts_in)
 
 
 def evenly(tokens: Tensor, keep: int) -> Reduction | None:
-    """The reduction of [B, N, D] tokens to `keep` evenly spaced ones; None where there are no more than that."""
+    """The reduction of [B, N, D] tokens to `keep` evenly spaced ones; None if there are no more than that."""
     batch, total = tokens.shape[:2]
     return None if keep >= total else Reduction(even_places(batch, total, keep, tokens.device), total)
 
 
 @cached_by_sizes
 def even_places(batch: int, total: int, keep: int, device: torch.device) -> Tensor:
-    """[batch, keep] indices below `total`, ascending; made once, so that a prefill finds them on the device."""
+    """[batch, keep] ascending indices below `total`. They are kept, so that later prefills find them on the device."""
     return (torch.arange(keep, device=device) * total // keep).repeat(batch, 1)
 
 
@@ -151,10 +152,14 @@ def even_places(batch: int, total: int, keep: int, device: torch.device) -> Tens
 
 
 def chosen_options(settings: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Options of --set by method: METHOD.KEY=VALUE for one method, KEY=VALUE for each that is named.
+    """Options of --set by method: METHOD.KEY=VALUE for one method, KEY=VALUE for each named method.
 
     Args:
+        settings: the values of --set.
         names: the measured methods, or "all".
+
+    Raises:
+        UserError: with all methods, an option names none of them.
     """
     everything = list(names) == ["all"]
     for setting in settings:
@@ -167,11 +172,11 @@ def chosen_options(settings: Sequence[str], names: Sequence[str]) -> dict[str, d
 def reducers_of(
     names: Sequence[str], budget: int, options: dict[str, dict[str, str]], model: Llava
 ) -> dict[str, Reducer]:
-    """The methods that can run at this budget; of all methods, those that cannot are told on standard error.
+    """The methods that can run at this budget. With "all", methods that cannot are left out and named on stderr.
 
     Args:
         names: methods, or "all". `full` keeps every token at any budget.
-        options: by method.
+        options: options by method.
 
     Raises:
         UserError: a method that was named cannot run at this budget.
@@ -192,10 +197,11 @@ def reducers_of(
 
 
 def oracles(reducers: dict[str, Reducer], spec: ModelSpec) -> tuple[dict[str, Reducer], dict[str, str]]:
-    """The oracles of the methods, each once: methods with the same tokens at the same stages share one.
+    """The oracles of the methods, each once. Methods with the same tokens at the same stages share an oracle.
 
     Returns:
-        Name -> oracle, and method -> name of its oracle. A method whose tokens depend on the image has none.
+        Name -> oracle, and method -> name of its oracle. A method whose number of tokens depends on the content of the
+        image has none.
     """
     rows: dict[str, Reducer] = {}
     name_of: dict[str, str] = {}

@@ -31,9 +31,9 @@ from llava.processing.prompt import Sample
 from llava.processing.video import FRAMES, Video
 from llava.transformers_names import local_torch_dtype, no_init_weights, set_kernel
 
-# Name -> family, and fields of the two parts of config.json, "text" and "vision" (that of LLaVA-1.5 if left out).
+# Name -> family, and the fields of config.json's parts "text" and "vision" (without "vision": that of LLaVA-1.5).
 SHAPES: dict[str, dict[str, Any]] = read_yaml(Path(__file__).with_name("shapes.yaml"))["models"]
-# The official models of the tables of memory and costs; SHAPES has their names in lower case.
+# The official models in the tables of memory and costs; SHAPES has their names in lower case.
 MODELS = (
     "LLaVA-1.5-7B", "LLaVA-1.5-13B", "LLaVA-NeXT-7B", "LLaVA-NeXT-13B", "LLaVA-NeXT-34B", "Video-LLaVA-7B",
     "Qwen2.5-VL-7B",
@@ -42,17 +42,17 @@ NEXT_READING = {"merge": "spatial", "force": "672x672"}
 
 
 def narrow(shape: str, width: int, layers: int, blocks: int = 3, side: int = 336) -> dict[str, Any]:
-    """A shape of LLaVA at a fraction of its width: as many tokens and layers as wanted, few weights.
+    """A shape of LLaVA at a fraction of its width, with few weights and as many tokens and layers as wanted.
 
-    What grows with the number of tokens grows the same way, and a CPU needs seconds in place of minutes.
+    Costs grow with the number of tokens as in the real model, and a CPU needs seconds instead of minutes.
 
     Args:
         shape: a name of SHAPES.
-        width: channels of decoder and tower, a multiple of 64, those of an attention head; the MLPs keep their
-            proportion to it.
-        layers: of the decoder.
-        blocks: of the tower.
-        side: of an image or tile in pixels, a multiple of 14.
+        width: channels of decoder and tower, a multiple of the 64 channels of an attention head. The MLPs shrink in
+            proportion.
+        layers: number of decoder layers.
+        blocks: number of tower blocks.
+        side: side of an image or tile in pixels, a multiple of 14.
     """
     text, heads = SHAPES[shape]["text"], width // 64
     return {
@@ -64,7 +64,7 @@ def narrow(shape: str, width: int, layers: int, blocks: int = 3, side: int = 336
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
             "num_key_value_heads": heads,
-            # Tokens beyond the position ids of the official model are computed alike.
+            # More position ids than the official model has, for longer prompts.
             "max_position_embeddings": 1 << 15,
         },
         "vision": {
@@ -79,15 +79,19 @@ def narrow(shape: str, width: int, layers: int, blocks: int = 3, side: int = 336
 
 
 def reading_of(shape: str, texts: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """How a shape reads images: LLaVA-NeXT as the tables of papers do, 2,880 tokens each, unless `texts` say else."""
+    """The image options of a shape: those given as `texts`, or else the shape's own.
+
+    LLaVA-NeXT's own are those of papers' tables, with 2,880 visual tokens per image; other shapes have none.
+    """
     of_next = SHAPES[shape]["family"] == "llava_next"
     return {key: parse(key, text) for key, text in (texts or (NEXT_READING if of_next else {})).items()}
 
 
 @cache
 def official(name: str) -> Llava:
-    """An official model on the meta device, for its sizes. LLaVA-NeXT reads images as the tables of papers do, with
-    2,880 visual tokens for each; Qwen takes images of at most 1,280 visual tokens.
+    """An official model on the meta device, for its sizes.
+
+    LLaVA-NeXT takes 2,880 visual tokens per image, as in papers' tables; Qwen takes at most 1,280.
 
     Args:
         name: one of MODELS.
@@ -106,17 +110,17 @@ def random_llava(
     text_tower: str | None = "random weights",
     **conventions: Any,
 ) -> Llava:
-    """A LLaVA of a known shape with random weights.
+    """A model of a known shape with random weights.
 
     Args:
         shape: a name of SHAPES, or what `narrow` returns.
-        distinct: decoder layers with their own weights; the other layers reuse them in turn, so that a model of full
-            depth needs little memory and computes the same number of operations. None gives every layer its own.
-        layers: decoder layers; None for the full depth.
+        distinct: number of decoder layers with their own weights; the other layers reuse them in turn, so that a model
+            of full depth needs little memory and computes the same number of operations. None gives each its own.
+        layers: number of decoder layers; None for the full depth.
         device: None for the CPU.
-        name: of the model; "random" and the shape if left out.
-        text_tower: what the CLIP text tower is; None for a model without one.
-        conventions: of llava.model.llava_next.LlavaNext.
+        name: of the model; "" for "random" and the shape.
+        text_tower: description of the CLIP text tower; None for a model without one.
+        conventions: image options of llava.model.llava_next.LlavaNext.
     """
     device = device or torch.device("cpu")
     sizes = SHAPES[shape] if isinstance(shape, str) else shape
@@ -160,14 +164,14 @@ def hf_model(
     """
     config_class: Any = HF_CLASSES[family].config_class
     config = config_class(text_config=text, vision_config=vision)
-    if family == "llava_next":  # the library's resolutions are of tiles of 336 pixels
+    if family == "llava_next":  # the library's default resolutions assume tiles of 336 pixels
         side = config.vision_config.image_size
         config.image_grid_pinpoints = [[side * a, side * b] for a, b in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
     set_kernel(config, "sdpa")
     build, extra = hf_class(family, FRAMES if family == "video_llava" else None)
     with no_init_weights(), local_torch_dtype(dtype), torch.device(device):
         made: PreTrainedModel = build(config, *extra)
-    # One repeated block of noise: drawing a billion weights takes a minute.
+    # One block of noise is repeated, because drawing a billion weights takes a minute.
     block = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(device, dtype)
     with torch.no_grad():
         for name, weight in made.named_parameters():
@@ -181,7 +185,7 @@ def hf_model(
 
 
 class RandomClip(Llava):
-    """Adds a CLIP text tower of CLIP-L's shape with random weights."""
+    """A LLaVA with a CLIP text tower of CLIP-L's shape and random weights."""
 
     @cached_property
     def clip(self) -> ClipText:
@@ -201,8 +205,8 @@ def share_layers(llm: LlamaModel, layers: int) -> None:
     own = len(llm.layers)
     for index in range(own, layers):
         source: Any = llm.layers[index % own]
-        # What is in the memo is shared, everything else is copied. A copied configuration would keep its attention
-        # kernel when the model is given another.
+        # deepcopy shares what is in the memo and copies the rest. The configuration is shared, because a copy would
+        # keep its attention kernel when the model is given another.
         memo: dict[int, Any] = {id(weight): weight for weight in source.parameters()}
         shared = copy.deepcopy(source, memo | {id(llm.config): llm.config})
         shared.self_attn.layer_idx = index
@@ -216,16 +220,16 @@ SIDE = 336
 
 
 def noise(seed: int, width: int = SIDE, height: int = SIDE) -> Image.Image:
-    """An image without meaning: the time of most methods does not depend on what is in it."""
+    """An image of random pixels. The time of most methods does not depend on the content."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def visual(model: Llava, seed: int) -> Image.Image | Video:
-    """An image or a video of noise with as many visual tokens as the model's budget is counted against."""
+    """An image or a video of noise with `model.visual_tokens` visual tokens."""
     if isinstance(model, VideoLlava):
         return Video(tuple(noise(1000 * seed + frame) for frame in range(model.frames)))
     if isinstance(model, QwenVL):
-        # As square as whole merge groups allow.
+        # The grid of merge groups that is closest to a square.
         groups, edge = model.visual_tokens, model.image_processor.patch * model.image_processor.merge
         rows = next(rows for rows in range(int(groups**0.5), 0, -1) if groups % rows == 0)
         return noise(seed, groups // rows * edge, rows * edge)
@@ -233,7 +237,11 @@ def visual(model: Llava, seed: int) -> Image.Image | Video:
 
 
 def noise_batches(model: Llava, size: int, differ: bool) -> Callable[[int], list[Sample]]:
-    """Turn -> a batch of one question about `size` images of noise; other images in every turn where they `differ`."""
+    """A function from the number of a turn to its batch: one question about each of `size` images of noise.
+
+    Args:
+        differ: every turn has other images; otherwise all turns have the same batch.
+    """
 
     @lru_cache(maxsize=1)
     def batch(first: int) -> list[Sample]:

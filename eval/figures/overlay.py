@@ -1,14 +1,10 @@
-"""Where every patch of an image is after the reductions of one answer: in a token of its own, merged, or dropped.
+"""Draw on an image which of its patches the reductions of one answer kept, merged and dropped.
 
-The panels that show an image's patches: one per whole image or frame; base image and tiles of a tiled one.
+Kept patches show the photograph as it is. Merged patches are tinted faintly; a thin line in the colour of their group
+follows its border, and a frame marks the patch at which the merged token stands. Dropped patches are dim and grey.
+Padding of the model's input is hatched.
 
-Which parts of an image the model kept: the reductions of one sample drawn on it.
-
-Kept patches are the photograph itself. Merged patches are tinted faintly, and a thin line in the group's colour follows
-the border of every group; the patch at which the merged token stands has a frame. Dropped patches are dim and grey.
-Where patches lie beside the photograph, hatched padding is drawn in its place.
-
-Overlays of whole samples: one panel per image, base image and tiles side by side, or all frames of a video.
+A sample has one panel per image, base image and tiles side by side for a tiled image, or all frames of a video.
 """
 
 from collections.abc import Sequence
@@ -29,23 +25,24 @@ from llava.reduction.token_layout import WITHOUT_PADDING, Canvas, TokenLayout
 Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
-NONE = -1  # a cell of the patch grid that no visual token stands for
-# Okabe and Ito's colours without black: readers with any colour blindness tell them apart.
+NONE = -1  # a cell of the patch grid that has no visual token
+# Okabe and Ito's colours without black, which readers with any colour blindness can tell apart.
 PALETTE = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
 
 
 @dataclass(frozen=True)
 class PatchAssignment:
-    """Where N patches are after some steps; K tokens are left.
+    """Where N patches are after some steps that leave K tokens.
 
     Attributes:
         assignment: [N], the token that a patch is part of, -1 if it was dropped.
-        kept: [K], the patch at which each token stands; -1 where that is no patch (a class token).
+        kept: [K], the patch at which each token stands; -1 for a token without a place (a class token).
+        members: [K], number of patches of each token.
     """
 
     assignment: Ints
     kept: Ints
-    members: Ints = field(init=False)  # [K], patches of each token
+    members: Ints = field(init=False)
 
     def __post_init__(self) -> None:
         present = self.assignment[self.assignment >= 0]
@@ -65,12 +62,12 @@ class PatchAssignment:
 
     @property
     def target(self) -> Mask:
-        """[N]: a token stands at this patch that others were merged into."""
+        """[N]: a token of two or more patches stands at this patch."""
         return self.stands & self.grouped
 
     @property
     def merged(self) -> Mask:
-        """[N]: the patch was averaged into a token that stands elsewhere."""
+        """[N]: the patch was merged into a token that stands at another patch."""
         return (self.assignment >= 0) & ~self.stands
 
     @property
@@ -80,13 +77,16 @@ class PatchAssignment:
 
 
 def patches_of(trace: Sequence[Step], layout: TokenLayout) -> tuple[PatchAssignment, TokenLayout]:
-    """Follow all visual tokens of an image through its steps; positions of a step count the previous step's outputs.
+    """Follow all visual tokens of an image through its steps. Each step indexes the outputs of the previous one.
 
     Args:
         layout: of the tokens that the model takes without reduction.
 
     Returns:
-        Where the tokens are, and the layout that numbers them: with class tokens where the first step takes them.
+        Where the tokens are, and the layout that numbers them. It includes class tokens if the first step takes them.
+
+    Raises:
+        ValueError: a step takes another number of tokens than the previous one left.
     """
     if trace and trace[0].reduction.inputs != layout.tokens:
         layout = layout.with_cls
@@ -106,7 +106,7 @@ def step_assignment(step: Step) -> Ints:
     kept = reduction.kept[0].cpu().numpy()
     own = np.arange(len(kept))
     if reduction.merge_matrix is not None:
-        # Groups overlap: a patch is drawn with the token it has the largest weight in, a kept one with its own.
+        # Groups overlap. A patch is drawn with the token in which it has the largest weight, a kept patch with its own.
         weight = reduction.merge_matrix[0].cpu().numpy()
         assignment = np.where(weight.max(0) > 0, weight.argmax(0), -1)
     elif reduction.assignment is not None:
@@ -122,10 +122,10 @@ def step_assignment(step: Step) -> Ints:
 
 
 def colour_groups(patches: PatchAssignment, grids: Sequence[Ints]) -> Ints:
-    """Colours of the merge groups: groups that touch get different ones while the palette has enough.
+    """Choose colours for the merge groups. Groups that touch get different ones as long as the palette has enough.
 
     Args:
-        grids: [rows, columns] each, the visual token of every cell of a panel, NONE where there is none.
+        grids: for every panel [rows, columns], the visual token of each cell, NONE if there is none.
 
     Returns:
         [K]: index into PALETTE, -1 for a token of one patch.
@@ -141,7 +141,7 @@ def colour_groups(patches: PatchAssignment, grids: Sequence[Ints]) -> Ints:
     colours = np.full(len(patches.kept), -1)
     for order, token in enumerate(neighbours):
         taken = [int(colours[other]) for other in neighbours[token]]
-        # The least used around the group; of equals the next in turn, so that no colour dominates the image.
+        # The colour least used by neighbours; among equals the next in turn, so that no colour dominates the image.
         turn = [(order + shift) % len(PALETTE) for shift in range(len(PALETTE))]
         colours[token] = min(turn, key=taken.count)
     return colours
@@ -153,8 +153,8 @@ class Panel:
 
     Attributes:
         name: what the panel shows, for a caption.
-        image: the photograph, its longer side at most LARGEST; on hatched padding where patches lie beside it.
-        grid: [rows, columns], the visual token of every cell, NONE where there is none.
+        image: the photograph, its longer side at most LARGEST, with hatched padding if patches cover padding.
+        grid: [rows, columns], the visual token of every cell, NONE if there is none.
     """
 
     name: str
@@ -167,7 +167,7 @@ def panels_of(image: Image.Image | Video, layout: TokenLayout, canvas: Canvas | 
 
     Args:
         layout: of the visual tokens whose indices the grids hold.
-        canvas: where the image lies on what its patches cover; None if that is not known: they cover the image.
+        canvas: where the image lies on the canvas that its patches cover; None assumes that they cover the image.
     """
     grids = grids_of(layout)
     if isinstance(image, Video):
@@ -185,9 +185,9 @@ def panels_of(image: Image.Image | Video, layout: TokenLayout, canvas: Canvas | 
 
 
 def grids_of(layout: TokenLayout) -> list[Ints]:
-    """The grid of every panel: of an image or all frames, or of the base image and the stitched tiles.
+    """The grid of every panel: of an image, of all frames, or of the base image and the stitched tiles.
 
-    Rows and columns of tiles that unpadding took off as a whole are left out.
+    Rows and columns that unpadding removed from the tiles as a whole are left out.
     """
     if layout.tiles is None:
         return [view_grid(layout, number) for number in range(len(layout.crops))]
@@ -204,23 +204,23 @@ def view_grid(layout: TokenLayout, number: int) -> Ints:
 
 
 def stitched_grid(layout: TokenLayout, tiles: tuple[int, int]) -> Ints:
-    """The same of all tiles together."""
+    """[rows, columns]: the visual token of every patch of all tiles, put together."""
     down, across = tiles
     rows = [np.concatenate([view_grid(layout, 1 + row * across + i) for i in range(across)], 1) for row in range(down)]
     return np.concatenate(rows)
 
 
 def used(table: Ints) -> tuple[slice, slice]:
-    """The rows and columns of a grid that have tokens; all of it if none have any."""
+    """The range of rows and of columns of a grid that have tokens; the whole grid if it has none."""
     tokens = table != NONE
     rows, columns = (np.flatnonzero(tokens.any(axis) | ~tokens.any()) for axis in (1, 0))
     return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
 LARGEST = 1024  # pixels of the longer side at which a photograph is drawn
-HATCHED = (165, 165, 165), (228, 228, 228)  # stripes of padding, and what is between them
+HATCHED = (165, 165, 165), (228, 228, 228)  # stripes of padding, and the colour between them
 GREY = 0.7  # share of grey in a dropped patch
-DIM = 0.42  # brightness left to a dropped patch
+DIM = 0.42  # share of brightness that a dropped patch keeps
 FADED = 0.35  # share of grey in a merged patch
 TINT = 0.16  # share of the group's colour in a merged patch
 LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
@@ -229,7 +229,7 @@ LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 def shrunk(image: Image.Image) -> Image.Image:
     """The image in RGB, its longer side at most LARGEST.
 
-    An overlay has a few hundred patches; of a photograph with all its pixels it takes minutes and gigabytes.
+    Drawing on a photograph of full size would take minutes and gigabytes.
     """
     small = image.convert("RGB")
     small.thumbnail((LARGEST, LARGEST), reducing_gap=2)
@@ -244,11 +244,11 @@ def scaled(image: Image.Image, upscale: int) -> Image.Image:
 def with_padding(
     photo: Image.Image, canvas: Canvas | None, window: tuple[float, float, float, float] = (0, 0, 1, 1)
 ) -> Image.Image:
-    """What patches cover: the photograph, cut off or with hatched padding beside it.
+    """What the patches cover: the photograph, cropped or with hatched padding around it.
 
     Args:
-        canvas: None where it is not known: patches then cover the photograph.
-        window: left, top, right and bottom of what is shown of the canvas, from 0 to 1.
+        canvas: where the photograph lies on what the patches cover; None assumes that they cover the photograph.
+        window: left, top, right and bottom of the shown part of the canvas, from 0 to 1.
     """
     if canvas is None or canvas == WITHOUT_PADDING:
         return photo
@@ -285,8 +285,8 @@ def draw_panel(panel: Panel, patches: PatchAssignment, colours: Ints, upscale: i
 
     pixels = np.asarray(image, dtype=np.float32)
     grey = (pixels @ LUMINANCE)[..., None]
-    palette = np.array([*map(ImageColor.getrgb, PALETTE), (0, 0, 0)], dtype=np.float32)  # black without a group
-    paint = palette[np.append(colours, -1)[patches.assignment]][token]  # -1, a dropped patch, has no group
+    palette = np.array([*map(ImageColor.getrgb, PALETTE), (0, 0, 0)], dtype=np.float32)  # ends in black: no group
+    paint = palette[np.append(colours, -1)[patches.assignment]][token]  # a dropped patch (-1) has no group either
     faded = (pixels + (grey - pixels) * FADED) * (1 - TINT) + paint * TINT
     dim = (pixels + (grey - pixels) * GREY) * DIM
     drawn = np.where(dropped[..., None], dim, np.where(merged[..., None], faded, pixels))
@@ -300,15 +300,16 @@ def draw_panel(panel: Panel, patches: PatchAssignment, colours: Ints, upscale: i
 
 
 def save_small(image: Image.Image, path: Path) -> None:
-    """Write a PNG with 256 colours, chosen so that no colour of the image changes visibly."""
+    """Write a PNG with 256 colours, chosen so that the image does not change visibly."""
     image.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=3).save(path, optimize=True)
 
 
 def differs(values: Ints, distance: int, outside: bool = False) -> Mask:
-    """Same shape: a pixel with another value lies at most `distance` away, up, down, left or right.
+    """For each pixel, whether another value lies at most `distance` pixels up, down, left or right of it.
 
     Args:
-        outside: pixels beyond the image count as others.
+        values: [height, width].
+        outside: whether the border of the image counts as another value.
     """
     near = np.zeros(values.shape, bool)
     padded = np.pad(values, distance, constant_values=-2) if outside else np.pad(values, distance, mode="edge")
@@ -326,7 +327,7 @@ def legend() -> Image.Image:
     photo = np.array([[(196, 120, 84), (120, 168, 92)]], dtype=np.uint8).repeat(side, 0).repeat(side // 2, 1)
     panel = Panel("", Image.fromarray(np.concatenate([photo] * 4, 1)), np.arange(4)[None])
     drawn = draw_panel(panel, PatchAssignment(np.array([0, 1, 1, -1]), np.array([0, 2])), np.array([-1, 4]))
-    # A group's line runs around it; as a swatch of its own the merged patch is outlined on all sides.
+    # A group's line runs around the whole group, but this swatch shows one patch, so it is outlined on all sides.
     ImageDraw.Draw(drawn).rectangle((side, 0, 2 * side - 1, side - 1), outline=PALETTE[4])
     swatches = [drawn.crop((left, 0, left + side, side)) for left in range(0, 4 * side, side)]
     texts = ("kept", "merged, in its group's outline", "patch at which a merged token stands", "dropped")
@@ -345,26 +346,23 @@ GAP = 4  # pixels between panels
 
 def draw_answer(sample: Sample, answer: Answer) -> list[Image.Image]:
     """One overlay for every image of a sample."""
-    return [
-        draw_overlay(image, trace_of(answer.trace, number), layout, upscale_of(image), canvas)
-        for number, (image, layout, canvas) in enumerate(zip(sample.images, answer.runs, answer.canvases, strict=True))
-    ]
-
-
-def trace_of(trace: Sequence[Step], number: int) -> list[Step]:
-    """The steps of one image of a sample, in order; `number` counts its images from 0."""
-    mark = str(number + 1) if number else ""  # the places of a second image end in " #2"
-    return [step for step in trace if step.place.partition(" #")[2] == mark]
+    overlays = []
+    images = zip(sample.images, answer.runs, answer.canvases, strict=True)
+    for number, (image, layout, canvas) in enumerate(images, start=1):
+        mark = str(number) if number > 1 else ""  # the places of a second image's steps end in " #2"
+        steps = [step for step in answer.trace if step.place.partition(" #")[2] == mark]
+        overlays.append(draw_overlay(image, steps, layout, upscale_of(image), canvas))
+    return overlays
 
 
 def draw_original(image: Image.Image | Video) -> Image.Image:
-    """The image without overlay and padding, as large as in `draw_answer`; of a video its frames in two rows."""
+    """The image without overlay and padding, as large as in `draw_answer`; a video's frames stand in two rows."""
     frames = image.frames if isinstance(image, Video) else [image]
     return frame_sheet([scaled(shrunk(frame), upscale_of(image)) for frame in frames])
 
 
 def upscale_of(image: Image.Image | Video) -> int:
-    """Small images are drawn twice as large."""
+    """The factor by which an image is enlarged: 2 if it is small, else 1."""
     first = image.frames[0] if isinstance(image, Video) else image
     return 2 if max(first.size) < 400 else 1
 
@@ -387,13 +385,13 @@ def draw_overlay(
     Args:
         trace: the steps of this image, in order; without steps everything was kept.
         layout: of the tokens that the model takes without reduction.
-        upscale: enlarge the image by this whole factor; small images are easier to read so.
+        upscale: whole factor by which the image is enlarged; small images are easier to read enlarged.
         canvas: see `panels_of`.
 
     Returns:
-        RGB, the size of the image with its padding, times `upscale`; the image's longer side is at most LARGEST. Of a
-        tiled image: one panel for the base image and one for the tiles, which is dim where unpadding left no tile
-        patch. Of a video: its frames in two rows.
+        RGB, as large as the image with its padding times `upscale`, where the image's longer side is at most LARGEST. A
+        tiled image has a panel for the base image and one for the tiles, which is dim where unpadding left no patch.
+        A video's frames stand in two rows.
     """
     patches, layout = patches_of(trace, layout)
     panels = panels_of(image, layout, canvas)

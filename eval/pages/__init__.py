@@ -1,6 +1,6 @@
-"""HTML pages that need no network: the gallery, the report and the demo, with the frame that they share.
+"""HTML pages that need no network: the gallery, the report and the demo. This file holds what they share.
 
-A page is one self-contained file with its style and script inside.
+A page is one self-contained file that contains its style and script.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def environment(*folders: Path) -> Environment:
-    """Templates of a page's own folders and the shared ones; every value is escaped unless marked safe."""
+    """The templates in `folders` and the shared ones. Values are escaped unless marked safe."""
     return Environment(
         loader=FileSystemLoader([*folders, ASSETS]),
         autoescape=True,
@@ -27,5 +27,5 @@ def asset(name: str) -> str:
 
 
 def inline_json(text: str) -> str:
-    """JSON that is safe between <script> tags: "</script>" and "<!--" cannot end or hide it."""
+    """JSON that is safe between <script> tags, because it contains neither "</script>" nor "<!--"."""
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

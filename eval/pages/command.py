@@ -1,4 +1,7 @@
-"""The commands of the gallery and the demo. What both show imports torch, and the demo Gradio: mistakes come before."""
+"""The commands of the gallery and the demo.
+
+Torch and Gradio are imported late, so that mistakes in the arguments are reported at once.
+"""
 
 import logging
 import os
@@ -68,7 +71,7 @@ def gallery(arguments: Sequence[str] | None = None) -> int:
     from llava.reduction import registry
 
     methods = args.methods
-    if methods == ["all"]:  # those of this repository's papers first
+    if methods == ["all"]:  # the methods of this repository's papers come first
         methods = [*SHOWN, *(name for name in registry.names() if name not in (*SHOWN, FULL))]
     if FULL in methods:
         methods.remove(FULL)
@@ -94,7 +97,7 @@ def gallery(arguments: Sequence[str] | None = None) -> int:
 
 
 def sample_of(path: str, question: str, instruction: str) -> "Sample":
-    """A user's question about a file."""
+    """The user's question about an image or video file."""
     from llava.processing.image import open_image
     from llava.processing.prompt import Sample
     from llava.processing.video import read_video
@@ -120,7 +123,7 @@ def toy_sample(model: "Llava") -> "Sample":
 
 @exit_on_user_error
 def demo(arguments: Sequence[str] | None = None) -> int:
-    """Start a local web page: ask about an image, with a method beside all visual tokens.
+    """Start a local web page: ask about an image, and compare a method with all visual tokens.
 
     vtr demo
     vtr demo --model liuhaotian/llava-v1.5-7b --dtype float16
@@ -145,7 +148,7 @@ def serve(args: Any) -> None:
         UserError: Gradio is not installed, the model cannot be loaded, or the port is in use.
     """
     check_address(args.host, args.port)
-    # Before Gradio is imported: it asks its makers' server for news, and reaches its own page through a proxy.
+    # Set before Gradio is imported. It would report to its makers' server, and look for its own page through a proxy.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     for name in ("NO_PROXY", "no_proxy"):
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "localhost,127.0.0.1", args.host]))
@@ -177,13 +180,13 @@ def serve(args: Any) -> None:
         print(f"Open http://{args.host}:{args.port} in a browser; Ctrl-C ends the demo.", flush=True)
         threading.Event().wait()
     finally:
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it reports what is cut off
-        blocks.server.force_exit = True  # an open page holds a connection, and the server would wait for it
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it would report every connection that is cut
+        blocks.server.force_exit = True  # otherwise the server would wait for the connection of an open page
         blocks.close(verbose=False)
 
 
 def check_address(host: str, port: int) -> None:
-    """Refuse an address that cannot be served on, before the model is loaded."""
+    """Raise UserError if the page cannot be served on this address, before the model is loaded."""
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:

@@ -45,7 +45,7 @@ class Side:
     Attributes:
         name: of the method.
         ttft_ms: every measured time to the first token, in milliseconds.
-        gflop: operations up to the first token.
+        gflop: billions of operations up to the first token.
         overlay: the image with its kept, merged and dropped patches.
     """
 
@@ -62,7 +62,7 @@ class Comparison:
     reduced: Side
 
 
-# Rows of the table of costs: label, format and number, whose ratio stands in the last column.
+# Rows of the table of costs: label, format, and the number, of which the last column shows the ratio.
 COSTS: tuple[tuple[str, str, Callable[[Side], float]], ...] = (
     ("Visual tokens per layer", "{:,.1f}", lambda side: side.answer.accounting.mean),
     ("TTFT, median", "{:,.0f} ms", lambda side: median(side.ttft_ms)),
@@ -83,13 +83,13 @@ def answer_beside_full(
 ) -> Comparison:
     """Ask one question with all visual tokens and with a method.
 
-    Both answer once, which is also the warm-up. Then they take turns, `repeats` times each, and the time to the first
-    token is measured: vision, selection and prefill, from prepared pixels and token ids.
+    Both answer once, which also warms them up. Then they take turns, `repeats` times each, to measure the time to the
+    first token: vision, selection and prefill, from prepared pixels and token ids.
 
     Args:
         budget: visual tokens to keep, as the mean over decoder layers.
         short: ask for a single word or phrase.
-        options: of the method, "schedule=kept layer=3".
+        options: options of the method, such as "schedule=kept layer=3".
 
     Raises:
         UserError: no question, an unknown method or option, a budget that the method cannot meet, or too little memory.
@@ -126,7 +126,8 @@ def answer_beside_full(
     return Comparison(*sides)
 
 
-# Of the toy GQA: one image with few objects and three with many, chosen for being easy to read, not for the answers.
+# Questions of the toy GQA: about one image with few objects and three with many. They were chosen because they are easy
+# to read, not by their answers.
 IDS = ("20000019", "20000010", "20000036", "20000054")
 
 
@@ -140,7 +141,7 @@ class Example:
 
 
 def examples(data: Path = DEFAULT_DATA) -> list[Example]:
-    """The questions, in the order of IDS; none where the toy benchmarks are not installed."""
+    """The questions, in the order of IDS; none if the toy benchmarks are not installed."""
     benchmark = benchmarks.get("gqa")
     if not benchmark.is_in(data):
         return []
@@ -151,7 +152,11 @@ def examples(data: Path = DEFAULT_DATA) -> list[Example]:
 
 
 def options_in(text: str, method: str) -> dict[str, str]:
-    """Options as a person writes them, separated by blanks or lines: "schedule=kept fastv.layer=3"."""
+    """Read options as a person writes them, separated by spaces or lines: "schedule=kept fastv.layer=3".
+
+    Raises:
+        UserError: the text is not of this form, or has an option twice.
+    """
     options = dict[str, str]()
     for setting in text.split():
         name, equals, value = setting.removeprefix(f"{method}.").partition("=")
@@ -176,7 +181,7 @@ def options_table(method: str) -> str:
 
 @dataclass(frozen=True)
 class Way:
-    """A method that can be asked, with its options and budget."""
+    """One way to ask: a method with its options and budget."""
 
     method: str
     options: str
@@ -186,7 +191,7 @@ class Way:
         return f"{self.method} at {self.budget}" + f" with {self.options}" * bool(self.options)
 
     def fits(self, spec: ModelSpec) -> bool:
-        """Whether a model of these sizes can be asked so."""
+        """Whether a model of these sizes can run the method with these options and this budget."""
         try:
             require(registry.build(self.method, self.budget, options_in(self.options, self.method)), spec)
         except UserError:
@@ -195,11 +200,11 @@ class Way:
 
 
 def ways_out(spec: ModelSpec, asked: Way) -> list[Way]:
-    """What can be asked in place of what could not be answered, with as little changed as possible.
+    """Ways that work in place of one that could not be answered, with as little changed as possible.
 
     Returns:
-        The method without options, with another value of one option, and at the nearest budgets that it takes below
-        and above. Where none of these helps, the method that the page opens with.
+        The method without options, with another value of one option, and at the nearest budgets below and above that
+        work. If there are none, the method that the page opens with.
     """
     ways = list[Way]()
     if not asked.fits(spec):
@@ -221,7 +226,10 @@ def other_options(asked: Way) -> Iterator[Way]:
 
 
 def nearest(spec: ModelSpec, asked: Way, step: int) -> Way | None:
-    """The method at the nearest budget below (step -1) or above (1) that it takes; far away not every one is tried."""
+    """The method at the nearest budget below (step -1) or above (1) that works.
+
+    The steps grow with the distance, so a budget far away that works may be missed.
+    """
     last, away = 0, 1
     while 1 <= asked.budget + step * away <= spec.visual_tokens:
         if replace(asked, budget=asked.budget + step * away).fits(spec):
@@ -237,8 +245,8 @@ LEGEND = (
     "ones are dim and grey. Hatched patches are the padding that makes the image a square."
 )
 METHOD, BUDGET = "consensusdrop", 64
-LABELS = "All visual tokens", "Method"  # of the answers that are not there yet
-# No fonts from the network; the default colour of hints is too pale to read.
+LABELS = "All visual tokens", "Method"  # titles before there are answers
+# Local fonts only, and darker hints, because the default colour is too pale to read.
 THEME = gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")).set(
     block_info_text_color="*neutral_600"
 )
@@ -253,7 +261,7 @@ def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
     if example:
         try:
             compared = answer(model, str(example.image), example.question, True, METHOD, "", budget_at_first)
-        except UserError as error:  # a budget of another checkpoint, say; a person can ask for less
+        except UserError as error:  # for example, the checkpoint cannot meet the budget; a person can choose another
             print(f"The page opens without an answer: {error}", file=sys.stderr)
     blocks = gr.Blocks(title="Visual token reduction", analytics_enabled=False, delete_cache=(3600, 86400))
     with blocks:
@@ -297,7 +305,7 @@ def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
                 )
                 with gr.Accordion("Options", open=False, elem_id="options") as drawer:
                     options = gr.Textbox(
-                        "",  # None is no text
+                        "",  # not None, which is not a text
                         label="Of the method; empty for its defaults",
                         placeholder="name=value name=value",
                         max_length=500,
@@ -344,9 +352,9 @@ def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
             api_visibility="private",
         )
         inputs = [image, question, short, method, options, budget]
-        # Not preprocessed: `answer` reads the image's file, so that a damaged one is an error with a sentence. Gradio
-        # has checked its path. One question at a time: times would mean nothing otherwise. The page of somebody who
-        # waits shows the place in the queue.
+        # Inputs are not preprocessed: `answer` reads the image's file, whose path Gradio has checked, so that a damaged
+        # one gives a helpful error. Questions are answered one at a time, because parallel ones would distort the
+        # times; a waiting page shows its place in the queue.
         once: dict[str, Any] = {"preprocess": False, "api_visibility": "private", "concurrency_limit": 1}
         gr.on([button.click, question.submit, options.submit], ask, inputs, outputs, **once)
         chosen = [method, options, budget, drawer, known]
@@ -358,7 +366,7 @@ def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
 
 
 def panel(name: str, label: str) -> tuple[gr.Textbox, gr.Image]:
-    """Answer and overlay of one side."""
+    """The elements for the answer and the overlay of one side."""
     with gr.Column(min_width=200):
         text = gr.Textbox(label=label, interactive=False, elem_id=f"{name}-answer", lines=1)
         overlay = gr.Image(
@@ -372,23 +380,23 @@ def panel(name: str, label: str) -> tuple[gr.Textbox, gr.Image]:
 
 
 def refused(sentence: str, ways: Sequence[Way]) -> list[Any]:
-    """Values of the outputs where there is no answer."""
+    """Values of the outputs if there is no answer."""
     choices = [(str(way), json.dumps(astuple(way))) for way in ways]
     offer = gr.update(choices=choices, value=None, visible=bool(choices))
     values: list[Any] = [gr.update(value=sentence, visible=True), offer]
-    for label in LABELS:  # of an answer before, they would name another method
+    for label in LABELS:  # the labels of an earlier answer would name another method
         values += [gr.update(value="", label=label), None]
     return [*values, None]
 
 
 def taken(way: Way, summaries: Mapping[str, str]) -> list[Any]:
-    """Method, options, budget and the drawer of options, as a person would have entered them."""
+    """Values of the elements that a person would have set to ask this way."""
     name = gr.update(value=way.method, info=summaries.get(way.method, ""))
     return [name, way.options, way.budget, gr.update(open=bool(way.options)), listed(way.method)]
 
 
 def listed(method: str) -> str:
-    """The options of a method; nothing for a name that is not known yet."""
+    """The options of a method in Markdown; "" for an unknown name, such as one that is still being typed."""
     try:
         return options_table(method)
     except UserError:
@@ -413,15 +421,10 @@ def shown(compared: Comparison, model: Llava) -> list[Any]:
     """Values of the outputs, in their order."""
     values: list[Any] = [gr.update(value="", visible=False), gr.update(choices=[], visible=False)]
     for side in (compared.full, compared.reduced):
-        values += [gr.update(value=side.answer.text, label=label_of(side)), side.overlay]
+        mean = side.answer.accounting.mean
+        label = f"All visual tokens: {mean:,.0f}" if side.name == FULL else f"{side.name}: {mean:,.1f} visual tokens"
+        values += [gr.update(value=side.answer.text, label=label), side.overlay]
     return [*values, table(compared, model)]
-
-
-def label_of(side: Side) -> str:
-    """ "fastv: 64.0 visual tokens"."""
-    if side.name == FULL:
-        return f"All visual tokens: {side.answer.accounting.mean:,.0f}"
-    return f"{side.name}: {side.answer.accounting.mean:,.1f} visual tokens"
 
 
 def table(compared: Comparison, model: Llava) -> str:
@@ -446,7 +449,7 @@ def table(compared: Comparison, model: Llava) -> str:
 
 
 def machine(model: Llava) -> str:
-    """What the times were measured on: "cpu (AMD EPYC, 2 threads), float32"."""
+    """The machine that the times were measured on: "cpu (AMD EPYC, 2 threads), float32"."""
     device, count = str(model.device), torch.get_num_threads()
     threads = f", {count} thread{'' if count == 1 else 's'}" if device == "cpu" else ""
     return f"{device} ({hardware(device)}{threads}), {model.loaded_with['dtype']}"

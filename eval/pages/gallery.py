@@ -1,9 +1,9 @@
 """The gallery: one question about one image, and what every method keeps of the image at every budget.
 
-The question is asked without reduction and with every method at every budget, and what became of every patch is noted.
-Score maps show what several methods rank by; each is computed by the function of the method it belongs to, on the
-states that the pipeline gives methods. The page holds all of it as compact JSON: arrays as base64, every photograph
-once.
+The question is asked without reduction and with every method at every budget, and the page shows what happened to each
+patch. Score maps show the scores that several methods rank tokens by; the method's own functions compute them, on the
+states that the pipeline gives methods. The page holds everything as compact JSON: arrays as base64, and every
+photograph once.
 """
 
 import base64
@@ -57,10 +57,10 @@ SCORES: dict[str, dict[str, Any]] = read_yaml(Path(__file__).with_name("scores.y
 
 
 def score_maps(model: Llava, sample: Sample) -> dict[str, Floats]:
-    """The scores of a sample's image by their key in SCORES.
+    """The scores of a sample's image, by their key in SCORES.
 
     Returns:
-        key -> [N], NaN where the score is not defined (newline and class tokens).
+        key -> [N] scores of the visual tokens; NaN for tokens without a score (newline and class tokens).
     """
     maps = {}
     for together in (False, True):
@@ -68,7 +68,7 @@ def score_maps(model: Llava, sample: Sample) -> dict[str, Floats]:
         _, record = prefill(model, [sample], probe)
         for key, views in probe.found.items():
             if SCORES[key]["together"] == together:
-                # All in one array: a score of each view, at the indices of the view's tokens.
+                # The scores of all views in one array, at the indices of each view's tokens.
                 maps[key] = np.full(record.images[0][0].layout.tokens, np.nan, dtype=np.float32)
                 for indices, view in views:
                     maps[key][indices] = view
@@ -77,7 +77,11 @@ def score_maps(model: Llava, sample: Sample) -> dict[str, Floats]:
 
 @dataclass(frozen=True, kw_only=True)
 class Probe(Reducer):
-    """Not a method: notes the scores of every view that it is given, and reduces nothing."""
+    """Not a method: it notes the scores of every view that it is given, and reduces nothing.
+
+    Attributes:
+        found: key of SCORES -> for every view the indices of its tokens and their scores.
+    """
 
     name: ClassVar[str] = "probe"
     found: dict[str, list[tuple[Ints, Floats]]] = field(default_factory=dict, compare=False)
@@ -118,7 +122,7 @@ class State:
     """Where every patch is at one point of the way through the model.
 
     Attributes:
-        patches: of the cells of all panels, one panel after another in raster order; tokens that stand at no cell
+        patches: of the cells of all panels, one panel after another in raster order. Tokens that stand at no cell
             (newline and class tokens) have the kept patch -1.
         colours: [K], index into PALETTE of every token, -1 for a token of one patch.
     """
@@ -133,8 +137,8 @@ class Result:
 
     Attributes:
         tokens_per_layer: visual tokens that enter each decoder layer.
-        states: one for each stage that changed something; the first is the untouched image.
-        at: for each position (after the vision encoder, then entering each decoder layer) the index of its state.
+        states: the untouched image, then one state for each stage that changed something.
+        at: the index of the state at each position: after the vision encoder, then on entering each decoder layer.
     """
 
     method: str
@@ -150,10 +154,10 @@ class Gallery:
     """Everything that the page shows.
 
     Attributes:
-        padding: the cells on padding, as numbers in ascending order; empty where there are none or none are known.
+        padding: ascending numbers of the cells on padding; empty if there are none or they are not known.
         budgets: ascending.
         methods: in the order of the page.
-        options: of the methods that do not have their defaults.
+        options: the options that were given, by method; methods with defaults only are not in it.
         unavailable: (method, budget) -> why it did not run.
         maps: key of SCORES -> values by cell, as in `State`.
         notes: sentences about what is not shown.
@@ -187,20 +191,17 @@ def collect(
 
     Args:
         methods: names, each once, `full` not among them.
-        budgets: visual tokens, or ratios of the image's own; () for SHARES.
+        budgets: visual tokens, or ratios of the image's tokens; () for SHARES.
         options: method -> option -> text; a missing method has its defaults.
 
     Raises:
-        UserError: the sample cannot be asked at all. A method that cannot run at a budget is no error but listed with
-            its reason.
+        UserError: the sample cannot be asked at all. A method that cannot run at a budget is not an error; it is listed
+            with its reason.
     """
     if len(sample.images) != 1 or not sample.question.strip():
         raise UserError("The gallery shows one image or video and a question about it.")
     settings = {name: dict((options or {}).get(name, {})) for name in methods}
-    # The first run is slower than all later ones, whatever the method.
-    full_reducer = registry.build(FULL, model.visual_tokens)
-    generate(model, [sample], full_reducer, max_new_tokens)
-    batch = generate(model, [sample], full_reducer, max_new_tokens)
+    batch = generate(model, [sample], registry.build(FULL, model.visual_tokens), max_new_tokens)
     (layout,), (canvas,) = batch.answers[0].runs, batch.answers[0].canvases
     panels = tuple(panels_of(sample.images[0], layout, canvas))
     full = result_of(FULL, layout.tokens, batch)
@@ -240,11 +241,11 @@ def collect(
 
 
 def result_of(method: str, budget: int, batch: Batch) -> Result:
-    """What the page shows of a batch of one answer."""
+    """The one answer of a batch as the page shows it."""
     (answer,) = batch.answers
     per_layer = answer.accounting.tokens_per_layer
     effective = [position_of(step) for step in answer.trace]
-    counts = [sum(one <= position for one in effective) for position in range(len(per_layer) + 1)]
+    counts = [sum(one <= position for one in effective) for position in range(len(per_layer) + 1)]  # of steps by then
     lengths = sorted({0, *counts})
     states = tuple(state_of(answer.trace[:length], answer.runs[0]) for length in lengths)
     at = tuple(lengths.index(count) for count in counts)
@@ -252,7 +253,7 @@ def result_of(method: str, budget: int, batch: Batch) -> Result:
 
 
 def position_of(step: Step) -> int:
-    """The first position at which a step has taken effect: 0 is after the vision encoder, 1 + L enters layer L."""
+    """The first position at which a step has taken effect: 0 after the vision encoder, 1 + L on entering layer L."""
     return 0 if step.place in BEFORE_DECODER else 1 + step.layer
 
 
@@ -270,13 +271,13 @@ def state_of(steps: Sequence[Step], layout: TokenLayout) -> State:
 
 
 def cells_of(grids: Sequence[Ints]) -> Ints:
-    """The visual token of every cell of all panels, one panel after another; NONE where there is none."""
+    """The visual token of every cell of all panels, one panel after another; NONE if there is none."""
     return np.concatenate([grid.flatten() for grid in grids])
 
 
-LONGEST_SIDE = 768  # pixels of a photograph in the page; a panel is never drawn much larger
-STEPS = 255  # of a score's colour
-UNDEFINED = 255  # where a score is not defined
+LONGEST_SIDE = 768  # pixels of a photograph in the page, since a panel is never drawn much larger
+STEPS = 255  # number of colours of a score
+UNDEFINED = 255  # stands for a score that is not defined
 
 
 def page_data(gallery: Gallery) -> str:
@@ -313,14 +314,14 @@ def page_data(gallery: Gallery) -> str:
 
 
 def encoded(value: Any) -> Any:
-    """What JSON does not know: whole numbers as base64 of 32-bit little-endian numbers, dataclasses as objects."""
+    """Encode what JSON does not know: arrays as base64 of 32-bit little-endian integers, dataclasses as objects."""
     if isinstance(value, np.ndarray):
         return base64.b64encode(value.astype("<i4").tobytes()).decode()
     return vars(value)
 
 
 def map_data(key: str, values: Floats) -> dict[str, Any]:
-    """Values in steps of the colour scale, which ends at the 99th percentile: a few patches take most of a score."""
+    """Values as steps of the colour scale. It ends at the 99th percentile, since few patches have most of a score."""
     defined = values[np.isfinite(values)]
     low, high, most = float(defined.min()), float(np.quantile(defined, 0.99)), float(defined.max())
     if high <= low:
@@ -339,7 +340,7 @@ def map_data(key: str, values: Floats) -> dict[str, Any]:
 
 
 def data_uri(image: Image.Image) -> str:
-    """The photograph as JPEG."""
+    """The photograph as the data URI of a JPEG, its longer side at most LONGEST_SIDE."""
     image = image.convert("RGB")
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
@@ -347,15 +348,15 @@ def data_uri(image: Image.Image) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
-MANY = 7  # of more methods only those of SHOWN are shown at first
+MANY = 7  # with more methods than this, only those of SHOWN are shown at first
 SHOWN = ("consensusdrop", "visiondrop", "attnmix")
 
 
 def render(gallery: Gallery, command: str) -> str:
-    """The page.
+    """The whole page as HTML.
 
     Args:
-        command: that made the page, for the reader.
+        command: the command that made the page, which the page names.
     """
     few = len(gallery.methods) <= MANY
     shown = [name for name in gallery.methods if few or name in SHOWN] or list(gallery.methods[:MANY])

@@ -3,7 +3,7 @@
 vtr report
 vtr report results/gqa-testdev --output gqa.html
 
-The table is written here; plots and filters are drawn by report.js in the browser.
+This file writes the table; report.js draws the plots and filters in the browser.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from llava.budget import RETENTION_RATIO, budget_text
 from llava.errors import UserError
 
 RESULT = "result.json"
-# Folders that `--restart` moves an earlier run to: their results are superseded.
+# Folders to which `--restart` moves an earlier run. Their results are superseded.
 REPLACED = re.compile(r"replaced-\d+")
 
 
@@ -47,7 +47,7 @@ class Settings(TypedDict):
 
 
 class Result(TypedDict):
-    """The fields of result.json that the page cannot do without, and the types of those that it reads if present."""
+    """The fields of result.json that the page needs, and those that it reads if present (NotRequired)."""
 
     method: str
     budget: Number | None
@@ -76,18 +76,18 @@ class Row:
 
     Attributes:
         options: the method's options that differ from their defaults, "alpha=1.0".
-        size: the budget as it was asked for, "64" or "1/9"; "" where the result has none.
+        size: the budget as the user gave it, "64" or "1/9"; "" if the result has none.
         low, high: the ends of the 95 % confidence interval.
-        percent: main score in percent of that of `full` on the same questions under the same settings.
+        percent: main score in percent of the score of `full` on the same questions under the same settings.
         tokens: visual tokens per layer, mean over layers and samples.
-        asked: what `tokens` should be, where it is something else.
-        ttft: median milliseconds of a batch of `batch` questions.
-        timed: what the time was measured under; results are compared in time only where it is the same.
+        asked: the intended value of `tokens`, if the result is off its budget.
+        ttft: median milliseconds to the first token of a batch of `batch` questions.
+        timed: conditions of the time measurement. Times are compared only between results with equal conditions.
         kv: megabytes of key/value cache per question.
-        gflop: operations up to the first token, per question asked alone.
-        task: text that is equal for results that may be compared: same questions, same settings.
-        group: number of `task` among those of the page.
-        folder: of the result, relative to the folder that was searched.
+        gflop: billions of operations up to the first token, per question asked alone.
+        task: a text that is equal for results that may be compared, which have the same questions and settings.
+        group: the number of the row's `task` on the page.
+        folder: folder of the result, relative to the folder that was searched.
     """
 
     method: str
@@ -122,16 +122,16 @@ class Row:
 
     @property
     def series(self) -> str:
-        """What one line of a plot joins: the method with its options."""
+        """The method with its options; a line of a plot joins the rows of one series."""
         return f"{self.method} ({self.options})" if self.options else self.method
 
 
 @dataclass(frozen=True)
 class Found:
-    """What lies below a folder.
+    """The results below a folder.
 
     Attributes:
-        groups: name of every group of comparable results, by `Row.group`.
+        groups: name of every group of comparable results, indexed by `Row.group`.
         damaged: one sentence for every file that cannot be read as a result.
     """
 
@@ -141,7 +141,7 @@ class Found:
 
 
 def collect(folder: Path) -> Found:
-    """All results below a folder, but for those that `--restart` moved aside.
+    """All results below a folder, except those that `--restart` moved aside.
 
     Raises:
         UserError: there is no such folder, or it holds no result that can be read.
@@ -167,7 +167,7 @@ def row_of(result: Mapping[str, Any], folder: Path) -> Row:
     """A checked result as a row.
 
     Args:
-        folder: of the result, relative to the folder that was searched.
+        folder: folder of the result, relative to the folder that was searched.
     """
     main, settings, accounting = result["main"], result["settings"], result["accounting"]
     interval = interval_of(result) or {}
@@ -207,12 +207,15 @@ def row_of(result: Mapping[str, Any], folder: Path) -> Row:
 
 
 def finite(value: Any) -> float | None:
-    """A number that can be drawn; None for anything else."""
+    """The value if it is a finite number, else None."""
     return value if isinstance(value, int | float) and abs(value) < float("inf") else None
 
 
 def time_of(result: Mapping[str, Any]) -> tuple[float | None, int | None, str | None]:
-    """Median TTFT of a batch in milliseconds, the questions of the batch, and what it was measured under."""
+    """Median TTFT of a batch in milliseconds, the size of the batch, and the conditions of the measurement.
+
+    All three are None if no time was measured.
+    """
     timed = (result.get("timing") or {}).get("ttft") or {}
     ttft, size = finite(timed.get("median_ms")), timed.get("questions")
     if ttft is None:
@@ -224,11 +227,11 @@ def time_of(result: Mapping[str, Any]) -> tuple[float | None, int | None, str | 
 
 
 def with_groups(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
-    """The rows with `percent` and `group`, in the order of the table, and the names of the groups.
+    """The rows with `percent` and `group` filled in, in the order of the table, and the names of the groups.
 
     Returns:
-        Rows by group, in a group `full` first, then by method, options and budget; and one name per group. Groups stand
-        by benchmark and model, the one with most questions first.
+        The rows group by group, and one name per group. Groups are sorted by benchmark and model, then by falling
+        number of questions. Within a group `full` comes first, then rows by method, options and budget.
     """
     same: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: (row.benchmark, row.model, -row.questions, row.task)):
@@ -242,10 +245,11 @@ def with_groups(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
 
 
 def percent_of(row: Row, full: Sequence[Row]) -> float | None:
-    """Score in percent of that of `full`; of several the one whose folder is nearest to the row's.
+    """The row's score in percent of the score of `full`.
 
     Args:
-        full: results of `full` on the same task, none of which scores 0.
+        full: results of `full` on the same task, none of which scores 0. Of several, the one whose folder is nearest to
+            the row's is taken.
     """
     if row.score is None or not full:
         return None
@@ -259,7 +263,7 @@ def percent_of(row: Row, full: Sequence[Row]) -> float | None:
 
 
 def group_names(firsts: Sequence[Row]) -> list[str]:
-    """Benchmark, model and number of questions of each group; of groups alike also the settings that differ.
+    """Name each group by benchmark, model and number of questions, and add settings where these names are equal.
 
     Args:
         firsts: one row of each group.
@@ -282,17 +286,17 @@ PLOTTED = (
 
 
 def page(results: Found, searched: Path, output: Path, made_by: str) -> str:
-    """The whole page, one file without links to anything on the network.
+    """The whole page as HTML, which needs nothing from the network.
 
     Args:
-        searched: the folder that the results were found in.
-        output: where the page will be written; links to the result files start there.
+        searched: the folder in which the results were found.
+        output: where the page will be written; links to the result files are relative to it.
         made_by: the command that makes the page.
     """
     from plotly.offline import get_plotlyjs
 
     rows = results.rows
-    # `full` first, then by name; the place decides colour and symbol.
+    # `full` comes first, then series by name; the position decides colour and symbol.
     series = [name for _, name in sorted({(row.method != FULL, row.series) for row in rows})]
     full = {row.series for row in rows if row.method == FULL}
     numbered = [dataclasses.asdict(row) | {"series": series.index(row.series)} for row in rows]
@@ -301,7 +305,7 @@ def page(results: Found, searched: Path, output: Path, made_by: str) -> str:
         "series": series,
         "groups": list(results.groups),
         "full": [name in full for name in series],
-        "colours": BRIGHT[:-1],  # black is that of full, and cannot be seen on a dark page
+        "colours": BRIGHT[:-1],  # without black, which is the colour of full and invisible on a dark page
     }
     place, top = output.resolve().parent, searched.resolve()
     template = environment().get_template("report.html.j2")
@@ -325,7 +329,7 @@ def page(results: Found, searched: Path, output: Path, made_by: str) -> str:
 
 
 def banner(rows: Sequence[Row]) -> str:
-    """What to say of toy models, and of which if there are others; nothing where there is none."""
+    """The note about toy models, which names them if there are other models too; "" if there is no toy model."""
     models = sorted({row.model for row in rows})
     toys = [name for name in models if is_toy(name)]
     if not toys or toys == models:
@@ -334,7 +338,7 @@ def banner(rows: Sequence[Row]) -> str:
 
 
 def summary(found: Found) -> str:
-    """How much there is, in one sentence."""
+    """How many results, methods, models and benchmarks there are, in one sentence."""
     rows = found.rows
     different = {word: len({getattr(row, word) for row in rows}) for word in ("method", "model", "benchmark")}
     counted = {"result": len(rows), **different}

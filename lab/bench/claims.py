@@ -1,9 +1,9 @@
-"""Published claims of speed beside what is counted and measured here: the ledger of docs/efficiency.md.
+"""Compare published claims of speed with what is counted and measured here, for docs/efficiency.md.
 
     python -m lab.bench.claims            # print it
     python -m lab.bench.claims --write    # and put it into docs/efficiency.md
 
-Operations and cache bytes are counted at full depth on the meta device, which computes shapes alone. The claims are in
+Operations and cache bytes are counted at full depth on the meta device, which computes shapes only. The claims are in
 lab/bench/claims.yaml.
 """
 
@@ -31,7 +31,7 @@ PAGE = WORK / "docs" / "efficiency.md"
 
 Status = Literal["empirical", "extrapolated", "open"]
 Quantity = Literal["flops", "flops_saved", "tflops", "kv"]
-# How a quantity is written, and what it is of the counts of full and of the method.
+# How each quantity is written, and how it is computed from the counts of full and of the method.
 QUANTITIES: dict[Quantity, tuple[str, Callable[[Computed, Computed], float]]] = {
     "flops": ("{:.2f} times fewer operations", lambda full, ours: full.flops / ours.flops),
     "flops_saved": ("{:.1f} % fewer operations", lambda full, ours: 100 * (1 - ours.flops / full.flops)),
@@ -41,7 +41,7 @@ QUANTITIES: dict[Quantity, tuple[str, Callable[[Computed, Computed], float]]] = 
 
 
 class Check(Part):
-    """What is counted to answer a claim."""
+    """What is counted to check a claim."""
 
     shape: str
     method: str
@@ -54,8 +54,8 @@ class Claim(Part):
     """One published claim.
 
     Attributes:
-        published: the number as printed; None where none is known.
-        ours: what was measured, where it is no count.
+        published: the number as printed; None if none is known.
+        ours: what was measured here, if the claim is not checked by counting.
     """
 
     id: str
@@ -82,7 +82,7 @@ def read(path: Path = CLAIMS) -> list[Claim]:
 
 @functools.cache
 def computed_by(shape: str, method: str, budget: int | None, options: tuple[tuple[str, str], ...]) -> Computed:
-    """What one question computes and holds; budget None is all tokens."""
+    """What one question computes and holds. Budget None keeps all tokens."""
     model = random_llava(shape, 1, device=torch.device("meta"), **reading_of(shape))
     reducer = registry.build(method, budget or model.visual_tokens, dict(options))
     return computed(model, reducer, noise_batches(model, 1, False)(0))

@@ -1,9 +1,9 @@
-"""How time to the first token, selection and memory grow with visual tokens (256 to 11,520) and with the batch.
+"""Measure how time to the first token, selection and memory grow with the visual tokens of an image (256 to 11,520).
 
     python -m lab.bench.growth --methods full,consensusdrop,visiondrop,divprune
 
-The network is a narrow LLaVA (`--width`), so that a CPU needs seconds. Methods have their default options: most divide
-the budget over the tiles of an image. Prints the measured costs and what was fitted to them.
+The network is a narrow LLaVA (`--width`), so that a CPU needs seconds. Methods have their default options, so most
+divide the budget over the tiles of an image. The command prints the measured costs and the powers fitted to them.
 """
 
 import argparse
@@ -41,11 +41,12 @@ SIDE, TILE = 224, 256  # pixels of a tile, and its visual tokens
 
 @dataclass(frozen=True)
 class Point:
-    """One method at one number of visual tokens; seconds are medians over rounds.
+    """One method at one number of visual tokens.
 
     Attributes:
-        selection: with merging.
-        memory: bytes above those before the prefill, at their peak.
+        ttft: seconds to the first token, median over rounds.
+        selection: seconds of selection and merging, medians over rounds.
+        memory: the most bytes that a prefill added to those in use before it.
     """
 
     method: str
@@ -56,10 +57,10 @@ class Point:
 
 
 def grid(tokens: int) -> tuple[int, int] | None:
-    """(rows, columns) of tiles that give so many visual tokens with the base image; None for the base image alone.
+    """(rows, columns) of the tiles that have this many visual tokens with the base image; None if there are no tiles.
 
     Raises:
-        UserError: it is no multiple of a tile's tokens.
+        UserError: `tokens` is not a multiple of a tile's tokens.
     """
     if tokens < TILE or tokens % TILE:
         raise UserError(f"Visual tokens should be multiples of {TILE} (tiles of {SIDE} pixels), got {tokens}.")
@@ -71,12 +72,12 @@ def grid(tokens: int) -> tuple[int, int] | None:
 
 
 def model_of(tokens: int, width: int, layers: int, blocks: int, device: torch.device, dtype: str) -> Llava:
-    """A narrow model whose images have so many visual tokens: LLaVA-NeXT's tiles, or LLaVA-1.5 for one tile.
+    """A narrow model whose images have this many visual tokens: LLaVA-NeXT's tiles, or LLaVA-1.5 for one tile.
 
     Args:
         width: channels of decoder and tower.
-        layers: of the decoder.
-        blocks: of the tower.
+        layers: number of decoder layers.
+        blocks: number of tower blocks.
     """
     tiles = grid(tokens)
     shape, reading = "llava-1.5-7b", dict[str, Any]()
@@ -92,7 +93,8 @@ def measure_growth(args: argparse.Namespace, device: torch.device) -> list[Point
         args: the flags of the command.
 
     Raises:
-        UserError: before anything is measured, where a method cannot meet the budget at one of the numbers of tokens.
+        UserError: before anything is measured, if a method cannot meet the budget at one of the numbers of tokens; or a
+            number of tokens does not fit into the memory.
     """
     methods, size = args.methods.split(","), (args.width, args.layers, args.blocks)
     for tokens in args.tokens:
@@ -125,9 +127,9 @@ def exponent(tokens: Sequence[int], costs: Sequence[float]) -> float:
 
 
 def page(points: Sequence[Point], about: str) -> str:
-    """The costs by number of tokens, and the power with which they grow, over all points and over the last three.
+    """Tables of the costs by number of tokens, and of the power with which they grow.
 
-    Constant parts of a cost weigh least in the last points.
+    The power is fitted to all points and to the last three, in which constant parts of a cost weigh least.
     """
     blocks = [about]
     for field, title in (("ttft", "TTFT, ms"), ("selection", "selection and merging, ms"), ("memory", "memory, MB")):
@@ -147,7 +149,7 @@ def page(points: Sequence[Point], about: str) -> str:
 
 
 def plot(path: Path, points: Sequence[Point], title: str) -> None:
-    """Time, selection and memory against visual tokens, on logarithmic axes."""
+    """Plot time, selection and memory against visual tokens, on logarithmic axes."""
     fields: dict[str, tuple[float, str]] = {
         "ttft": (1e3, "time to the first token, ms"),
         "selection": (1e3, "selection and merging, ms"),

@@ -1,34 +1,34 @@
-"""This repository beside what a user would run instead, on one machine: two worker processes take turns.
+"""Compare this repository with what a user would run instead: two worker processes take turns on one machine.
 
     python -m lab.bench.peers measure --name visiondrop --json results/bench/peers/visiondrop.json \
         --worker "python -m lab.bench.peers ours --method visiondrop --budget 64" \
         --worker "/envs/visiondrop/bin/python worker.py"
     python -m lab.bench.peers table results/bench/peers/*.json
 
-A worker is a process that builds its model once and then measures on request. A worker of an official code lives
-outside, in an environment of its own. These lines go over its standard input and output:
+A worker is a process that builds its model once and then measures on request. A worker that runs a paper's official
+code lies outside this repository and has an environment of its own. These lines go over its standard input and output:
 
     worker -> parent    {"ready": "what it runs", ...}              once, with whatever the result should record
     parent -> worker    measure
     worker -> parent    {"seconds": {"name": 1.23, ...}}            one measurement of each thing that it runs
 
-Lines of a worker that do not begin with "{" are skipped: codes print. A worker measures nothing between two requests,
-so at most one of two workers is busy. What slows the machine in a round slows both, so ratios are taken per round. At
-the end a worker is killed.
+Lines of a worker that do not begin with "{" are skipped, because libraries print. A worker measures nothing between two
+requests, so at most one worker is busy. What slows the machine in a round slows both workers, so ratios are taken per
+round. At the end each worker is killed.
 
-Two workers are here, on random weights in the shape of a real model. Every measurement asks about another image.
+This module has two workers, on random weights in the shape of a real model. Every measurement asks about another image.
 
     python -m lab.bench.peers ours --method visiondrop --budget 64 --set official=true
     python -m lab.bench.peers ours --method full,consensusdrop,visiondrop --budget 64
     python -m lab.bench.peers stock                       # dense: `generate` for one token, SDPA
-    python -m lab.bench.peers stock --attentions          # and with output_attentions=True beside it
+    python -m lab.bench.peers stock --attentions          # and also with output_attentions=True
 
-`ours` is this repository: methods, and with `--oracle` their oracles. Seconds are those to the first token (vision,
-selection and prefill) from prepared pixels and token ids.
+`ours` runs methods of this repository, and with `--oracle` their oracles. It measures the seconds to the first token
+(vision, selection and prefill) from prepared pixels and token ids.
 
-`stock` is transformers. With `--attentions` a second measurement asks
-`generate` for the attention maps from which a user would score tokens by the text: all modules then run the eager
-kernel, as after `from_pretrained(attn_implementation="eager")`.
+`stock` runs transformers. With `--attentions` a second measurement asks `generate` for the attention maps from which a
+user would score tokens by the text. All modules then use the eager kernel, as after
+`from_pretrained(attn_implementation="eager")`.
 """
 
 import argparse
@@ -68,8 +68,8 @@ from llava.reduction.budget import planned
 from llava.reduction.reducer import Reducer
 from llava.transformers_names import kernel_of
 
-EQUAL = ("layers", "distinct_layers", "dtype", "threads")  # of all workers that say these of themselves
-Calls = Callable[[int], dict[str, Callable[[], float]]]  # number of a measurement -> name -> what is timed
+EQUAL = ("layers", "distinct_layers", "dtype", "threads")  # must agree between all workers that report them
+Calls = Callable[[int], dict[str, Callable[[], float]]]  # number of a measurement -> name -> timed call
 
 # Workers and their turns
 
@@ -80,10 +80,10 @@ class Worker:
     Args:
         command: the worker's command line.
         threads: threads of its CPU operations (OMP_NUM_THREADS).
-        stack: ends the worker when it is closed.
+        stack: kills the worker when it is closed.
 
     Raises:
-        UserError: the command cannot be started, the worker ended early, or its line is not one of the protocol.
+        UserError: the command cannot be started, the worker ended early, or it wrote a line that breaks the protocol.
     """
 
     def __init__(self, command: str, threads: int, stack: ExitStack):
@@ -98,7 +98,7 @@ class Worker:
         stack.callback(process.kill)
 
     def read(self, key: str) -> dict[str, Any]:
-        """The worker's next line of the protocol, which must have `key`."""
+        """Read the worker's next line of the protocol, which must have `key`."""
         assert self.process.stdout
         for line in self.process.stdout:
             if not line.startswith("{"):
@@ -114,13 +114,13 @@ class Worker:
         raise UserError(f"The worker {self.command!r} ended with exit code {code}; its own words are above.")
 
     def measure(self) -> dict[str, float]:
-        """One measurement: seconds by name.
+        """Ask the worker for one measurement: seconds by name.
 
         Raises:
-            UserError: also where there is no number, or one that is no positive time.
+            UserError: also if the worker gives no number, or one that is not a positive time.
         """
         assert self.process.stdin
-        with suppress(BrokenPipeError):  # it has ended, which `read` tells
+        with suppress(BrokenPipeError):  # the worker has ended, which `read` reports
             os.write(self.process.stdin.fileno(), b"measure\n")
         seconds = self.read("seconds")["seconds"]
         times = list(seconds.values()) if isinstance(seconds, dict) else []
@@ -130,21 +130,22 @@ class Worker:
 
 
 def compare(name: str, commands: Sequence[str], rounds: int, threads: int) -> dict[str, Any]:
-    """Measure the workers in turns, forwards in one round and backwards in the next.
+    """Measure the workers in turns, in reverse order in every second round.
 
-    A drift of the machine within rounds cancels over two rounds. Each worker measures once before the first round,
-    which is thrown away.
+    A drift of the machine within rounds cancels over two rounds. A first measurement of each worker is thrown away.
 
     Args:
         name: of the comparison.
-        commands: command lines of the workers; the first name that the first one measures is the reference.
+        commands: command lines of the workers. The first name that the first worker measures is the reference.
+        rounds: number of rounds after the warm-up.
+        threads: CPU threads of each worker.
 
     Returns:
-        What a result file holds: name, settings, what the workers say of themselves, and seconds by name per round.
+        What a result file holds: name, settings, what the workers report of themselves, and seconds by name per round.
 
     Raises:
-        UserError: a worker fails, workers say that they run models of different size, or two measure something under
-            the same name.
+        UserError: a worker fails, workers report models of different size, or two measure something under the same
+            name.
     """
     with ExitStack() as stack:
         workers = [Worker(command, threads, stack) for command in commands]
@@ -174,11 +175,11 @@ def compare(name: str, commands: Sequence[str], rounds: int, threads: int) -> di
 
 
 def table(results: Sequence[dict[str, Any]], beside: str | None = None) -> str:
-    """Results of several comparisons as a Markdown table: a row for all but the reference of each.
+    """Results of several comparisons as a Markdown table, with a row for everything except each reference.
 
     Args:
         results: what `compare` returned. The first name of a comparison's rounds is its reference.
-        beside: another reference.
+        beside: use this name as the reference instead.
 
     Raises:
         UserError: a comparison did not measure `beside`.
@@ -201,10 +202,10 @@ def table(results: Sequence[dict[str, Any]], beside: str | None = None) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result file.
+    """Read a result file.
 
     Raises:
-        UserError: there is none, or it is not a result of `measure`.
+        UserError: there is no such file, or it is not a result of `measure`.
     """
     try:
         result: dict[str, Any] = json.loads(path.read_text())
@@ -300,12 +301,12 @@ def attentive(hf: Any, ids: Tensor, pixels: Tensor) -> tuple[Tensor, tuple[Tenso
 
 
 def build(args: argparse.Namespace) -> Llava:
-    """The model of a worker's flags. Its CPU threads are those of OMP_NUM_THREADS, which the parent sets."""
+    """The model that a worker's flags describe. Its parent sets the number of CPU threads by OMP_NUM_THREADS."""
     return random_llava(args.shape, args.distinct, args.dtype, args.layers)
 
 
 def described(model: Llava, runs: str, args: argparse.Namespace) -> dict[str, Any]:
-    """What a worker says of itself."""
+    """What a worker reports of itself."""
     return {
         "ready": runs,
         **versions(),
@@ -319,11 +320,11 @@ def described(model: Llava, runs: str, args: argparse.Namespace) -> dict[str, An
 
 
 def serve(ready: dict[str, Any], calls: Calls) -> None:
-    """Be a worker whose calls are measured forwards in even measurements and backwards in odd ones.
+    """Be a worker that makes its calls in order, and in reverse order in every second measurement.
 
     Args:
-        ready: has the key "ready"; goes into the result.
-        calls: number of the measurement -> what is called by name; each returns its seconds.
+        ready: goes into the result; has the key "ready".
+        calls: number of the measurement -> name -> a call that returns its seconds.
     """
     print(json.dumps(ready), flush=True)
     requests = (line for line in sys.stdin if line.strip() == "measure")
@@ -337,7 +338,7 @@ def serve(ready: dict[str, Any], calls: Calls) -> None:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Let the workers take turns, print the table of their times and keep them."""
+    """Let the workers take turns, and print and write the result."""
     result = compare(args.name, args.worker, args.rounds, args.threads)
     print(table([result]))
     if args.json:

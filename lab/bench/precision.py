@@ -1,4 +1,4 @@
-"""Which tokens methods keep in half precision: those of float16 and bfloat16 beside those of float32.
+"""Compare which tokens methods keep in float16 and bfloat16 with those that they keep in float32.
 
 python -m lab.bench.precision --budget 64 --questions 16    # every method that runs at this budget
 """
@@ -30,7 +30,7 @@ HEAD = [
 
 
 def survivors(answer: Answer) -> set[int]:
-    """The input tokens of the image at whose places tokens are left after all steps of a method."""
+    """The input tokens of the image at whose places tokens remain after all steps of a method."""
     places: list[int] = []
     for step in answer.trace:
         kept = step.reduction.kept[0].tolist()
@@ -44,14 +44,14 @@ def answers_of(model: Llava, samples: Sequence[Sample], reducer: Reducer) -> lis
 
 
 def kept_share(exact: Sequence[Answer], other: Sequence[Answer]) -> float:
-    """The share of the kept tokens of answers that other answers to the same questions keep, too."""
+    """The share of the tokens kept in `exact` that the `other` answers to the same questions keep too."""
     kept = [(survivors(one), survivors(two)) for one, two in zip(exact, other, strict=True)]
     total = sum(len(one) for one, _ in kept)
     return sum(len(one & two) for one, two in kept) / total if total else 1.0
 
 
 def row_of(name: str, found: dict[str, dict[str, list[Answer]]]) -> list[str]:
-    """Of each half precision: the share of float32's kept tokens that it drops, and answers in other words."""
+    """For each half precision, the share of float32's kept tokens that it drops, and how many answers differ."""
     row, exact = [name], found["float32"][name]
     for dtype in DTYPES[1:]:
         halves = found[dtype][name]

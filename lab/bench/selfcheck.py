@@ -1,11 +1,11 @@
-"""Does a device compute what the CPU computes? Asked in seconds, before anything is timed on it.
+"""Check in seconds that a device computes what the CPU computes, before anything is timed on it.
 
-    python -m lab.bench.selfcheck --device cuda      # exit code 1 where it does not, with the names
+    python -m lab.bench.selfcheck --device cuda      # exit code 1 and names if something differs
 
-* The greedy loops of llava/reduction/ranking.py choose the same tokens of different inputs, one after the other: a
-  captured loop that returns an earlier input's choice is seen at the second.
-* A question about noise to each bundled toy model: in float32 every method keeps the CPU's tokens and gives its text;
-  in float16 and bfloat16 it must run, and the share of float32's tokens is told.
+* The greedy loops of llava/reduction/ranking.py must choose the same tokens for several inputs in a row. A captured
+  loop that returns the choice for an earlier input fails at the second input.
+* Each bundled toy model is asked a question about noise. In float32 every method must keep the CPU's tokens and give
+  the CPU's text. In float16 and bfloat16 it must run, and the share of float32's tokens that it keeps is printed.
 """
 
 import sys
@@ -28,10 +28,10 @@ from llava.reduction import ranking
 
 FAMILIES = {"tinyllava": "all", "tinyllava_next": "", "tinyllava_video": ""}  # bundled model -> its methods, or METHODS
 METHODS = "consensusdrop,visiondrop,attnmix,divprune,scope,fastv"
-# Of the kept tokens that must be equal: with the weights disturbed by 3e-6 of themselves, one near tie of 514 choices
-# fell the other way. A wrong loop has a half at most.
+# Share of the kept tokens that must be equal. When weights were disturbed by 3e-6 of their size, one near tie of 514
+# choices changed; a wrong loop agrees in at most half of them.
 EQUAL = 0.95
-# Noise of float32's own rounding changes these methods' choice of noise: no two processors agree.
+# On images of noise, rounding in float32 changes what these methods choose, so no two processors agree.
 ROUNDED = ("cdpruner", "vispruner")
 LOOPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "farthest_from": lambda tokens, weight: ranking.farthest_from(F.normalize(tokens, dim=-1), weight.argmax(1), 32),
@@ -40,11 +40,11 @@ LOOPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cover_greedily": lambda tokens, weight: ranking.cover_greedily(tokens, weight, 32),
     "distinct": lambda tokens, weight: ranking.distinct(tokens, 224),
 }
-INPUTS, TOKENS, CHANNELS = 4, 256, 64  # of each loop
+INPUTS, TOKENS, CHANNELS = 4, 256, 64  # number and size of the inputs of each loop
 
 
 def loops(device: torch.device) -> list[str]:
-    """The greedy loops that choose other tokens on the device than on the CPU, each with the number of its input."""
+    """The greedy loops that choose other tokens on the device than on the CPU, with the number of the input."""
     wrong = []
     for number in range(INPUTS):
         drawn = torch.Generator().manual_seed(number)
@@ -58,7 +58,7 @@ def loops(device: torch.device) -> list[str]:
 
 
 def compare_with_cpu(folder: Path, device: str) -> tuple[list[list[str]], list[str]]:
-    """Rows of the table, and what is wrong, of one bundled model."""
+    """The rows of the table for one bundled model, and a sentence for everything that is wrong."""
     model = load(folder, device="cpu")
     reducers = reducers_of((FAMILIES[folder.name] or METHODS).split(","), model.visual_tokens // 4, {}, model)
     samples = noise_batches(model, 1, False)(0)
@@ -69,7 +69,7 @@ def compare_with_cpu(folder: Path, device: str) -> tuple[list[list[str]], list[s
         for name, reducer in reducers.items():
             try:
                 found = answers_of(there, samples, reducer)
-            except Exception as error:  # whatever a device raises: the other methods are asked, too
+            except Exception as error:  # whatever a device raises, the other methods are still checked
                 rows[name].append("fails")
                 wrong.append(f"{name} on {folder.name} in {dtype}: {type(error).__name__}: {error}")
                 continue
@@ -81,7 +81,7 @@ def compare_with_cpu(folder: Path, device: str) -> tuple[list[list[str]], list[s
 
 
 def check(device: str) -> tuple[str, list[str]]:
-    """The check as Markdown, and what is wrong on this device."""
+    """The result of the check as Markdown, and a sentence for everything that is wrong on this device."""
     there, rows = device_of(device), list[list[str]]()
     wrong = loops(there)
     for name in FAMILIES:
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:NUMBER")
     parser.add_argument("--markdown", type=Path, help="also write the result here")
     args = parser.parse_args(arguments)
-    # A convolution in TF32 rounds patches to three digits, which decides more than near ties.
+    # A convolution in TF32 would round patches to three digits, which changes more than near ties.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         text, wrong = check(str(device_of(args.device)))
     print(text)

@@ -1,12 +1,12 @@
-"""Requests per second, time to first token and KV blocks of vLLM under a method, beside `full` and the own decoder.
+"""Requests per second, time to first token and KV blocks of vLLM under a method, compared with `full` and our decoder.
 
     python -m lab.bench.serving --budget 64
     python -m lab.bench.serving --budget 64 --shape llava-1.5-7b --layers 2 --blocks 3 --dtype bfloat16
 
-Runs in the environment of scripts/serve_setup.sh. All engines live in this process and are asked in turns, every time
-about images that were not seen before; no prefix cache, no cache of processed images. A turn is timed from opened
-images to the last of LENGTH tokens of every request; requests of a turn are handed over at once. Every measurement is
-kept in a file, from which an interrupted benchmark goes on.
+It runs in the environment of scripts/serve_setup.sh. All engines live in this process and are asked in turns, always
+about new images, without prefix cache and without cache of processed images. The requests of a turn are handed over at
+once; the turn is timed from opened images to the last of LENGTH tokens of every request. Every measurement can be kept
+in a file, from which an interrupted benchmark continues.
 """
 
 import argparse
@@ -52,10 +52,10 @@ from llava.serving.engine_model import Engine, import_vllm
 
 LENGTH = 16  # tokens of an answer
 OWN = "own"
-# A way to answer, and the method that is compared with `full` on it.
+# Ways to answer, each with the method that is compared with `full` on it.
 PAIRS = ((OWN, "divprune"), (PIXELS, "divprune"), (OWN, "consensusdrop"), (EMBEDS, "consensusdrop"))
 NAMES = {OWN: "own decoder", PIXELS: "vLLM, pixels", EMBEDS: "vLLM, embeds"}
-# No turn may profit from the one before; and the engine says when each first token came.
+# Caches are off, so that no turn profits from the one before, and the engine records when each first token came.
 ENGINE = {"enable_prefix_caching": False, "mm_processor_cache_gb": 0, "disable_log_stats": False}
 Ask = Callable[[Sequence[Sample]], dict[str, Any]]
 
@@ -66,7 +66,7 @@ def save_random(shape: Mapping[str, Any], folder: Path, dtype: str) -> None:
     """Write a LLaVA-1.5 of random weights in transformers' layout, with the tokenizer of the toy model.
 
     Args:
-        shape: as in SHAPES.
+        shape: an entry as in SHAPES.
     """
     toy = locate(DEFAULT_MODEL, "checkpoint")
     known = read_json(toy / "config.json")
@@ -86,13 +86,13 @@ def save_random(shape: Mapping[str, Any], folder: Path, dtype: str) -> None:
 
 
 def askers(model: Llava, directory: Path, budget: int, dtype: str, largest: int) -> dict[str, Ask]:
-    """ "WAY METHOD" -> a function that asks a batch under it and returns seconds, time to first token and blocks.
+    """ "WAY METHOD" -> a function that asks a batch and returns its seconds, time to first token and KV blocks.
 
     Args:
-        largest: requests at once.
+        largest: the most requests at once.
 
     Raises:
-        UserError: the budget or the model is not one that all of them take.
+        UserError: a method cannot run at this budget or on this model.
     """
     found: dict[str, Ask] = {}
     for way, method in PAIRS:
@@ -104,13 +104,13 @@ def askers(model: Llava, directory: Path, budget: int, dtype: str, largest: int)
         engine = Engine(model, reducers[method], directory, dtype, largest)
         if engine.route != way:
             raise UserError(f"{method} goes by {engine.route} on {model.name}; give --model a LLaVA-1.5.")
-        # On a GPU three engines and the model share the memory.
+        # Three engines and our model share the memory of a GPU.
         given = ENGINE if model.device.type == "cpu" else {**ENGINE, "gpu_memory_utilization": 0.2}
         engine.arguments |= given
         if way == PIXELS:
             whole = Engine(model, reducers[FULL], directory, dtype, largest)
             whole.arguments |= given
-        else:  # one engine, which knows of no method
+        else:  # the engine receives reduced embeddings and knows no method, so one serves both
             _ = engine.llm
             whole = copy.copy(engine)
             whole.reducer = reducers[FULL]
@@ -120,7 +120,7 @@ def askers(model: Llava, directory: Path, budget: int, dtype: str, largest: int)
 
 
 def ask_own(model: Llava, reducer: Reducer, samples: Sequence[Sample]) -> dict[str, Any]:
-    """A turn of this package's decoder; all requests of a batch have their first token at the same time."""
+    """One turn of our own decoder, where all requests of a batch have their first token at the same time."""
     began = time.monotonic()
     batch = generate(model, samples, reducer, LENGTH, ignore_eos=True)
     return {"seconds": time.monotonic() - began, "ttft": batch.timing.preprocess + batch.timing.ttft}
@@ -128,7 +128,7 @@ def ask_own(model: Llava, reducer: Reducer, samples: Sequence[Sample]) -> dict[s
 
 @torch.inference_mode()
 def ask_engine(engine: Engine, samples: Sequence[Sample]) -> dict[str, Any]:
-    """A turn of an engine; the time to first token is the median of its requests, from when the turn began."""
+    """One turn of an engine. The time to first token is the median over requests, from the start of the turn."""
     with blocks_in_use(engine.llm) as used:
         began = time.monotonic()
         engine.answers(samples, engine.reducer, LENGTH, True, Timer(engine.model.device))
@@ -141,7 +141,7 @@ def ask_engine(engine: Engine, samples: Sequence[Sample]) -> dict[str, Any]:
 
 @contextmanager
 def blocks_in_use(llm: Any) -> Iterator[list[int]]:
-    """The blocks that its scheduler has given out after every step."""
+    """While active, collects after every step how many KV blocks the engine's scheduler has in use."""
     engine, step = llm.llm_engine, llm.llm_engine.step
     pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
     free, used = pool.get_num_free_blocks(), [0]
@@ -159,7 +159,10 @@ def blocks_in_use(llm: Any) -> Iterator[list[int]]:
 
 
 def measure(args: argparse.Namespace, directory: Path, kept: Measurements) -> None:
-    """Every way and method in turns at every number of requests; the warm-up and every second round in reverse."""
+    """Measure every way and method in turns, for every number of requests at once.
+
+    The order is reversed in the warm-up and in every second round. What `kept` already holds is not measured again.
+    """
     names = dict.fromkeys(f"{way} {name}" for way, method in PAIRS for name in (FULL, method))
     turns = [
         (number, name, size)
@@ -178,7 +181,7 @@ def measure(args: argparse.Namespace, directory: Path, kept: Measurements) -> No
         return [Sample(f"s{seed}", QUESTION, SUFFIX, noise(seed)) for seed in itertools.islice(seeds, size)]
 
     for number, name, size in tqdm(turns, unit="turn", disable=None):
-        if number and (name, size) not in warm:  # goes on from a file
+        if number and (name, size) not in warm:  # continues from a file: this process needs a warm-up of its own
             ask[name](samples(size))
         kept.add(number, name, size, ask[name](samples(size)))
         warm.add((name, size))
@@ -188,7 +191,7 @@ def measure(args: argparse.Namespace, directory: Path, kept: Measurements) -> No
 
 
 def page(kept: Measurements, sizes: Sequence[int], repeats: int) -> str:
-    """A table with a row for each way and method at each number of requests at once, and what it was measured on."""
+    """The conditions of the measurement, and a table with a row for each way and method at each number of requests."""
     lines = []
     for size in sizes:
         for way, method in PAIRS:
@@ -210,7 +213,7 @@ def page(kept: Measurements, sizes: Sequence[int], repeats: int) -> str:
 
 
 def about(kept: Measurements, repeats: int) -> str:
-    """What the table was measured on, in a few sentences."""
+    """The conditions of the measurement, in a sentence."""
     known, rows = kept.settings, kept.rows.values()
     block, cache = next((row["block"], row["cache"]) for row in rows if "block" in row)
     words = ", ".join(f"{name} {number}" for name, number in known["versions"].items())

@@ -1,8 +1,9 @@
-"""What the papers say of attention scores, measured where the true places are known.
+"""Test what the papers claim about attention scores on scenes whose objects' true places are known.
 
-AttnMix: are the original text embeddings aligned with the visual tokens that they speak of, wherever these stand?
-VisionDrop: the spatial, causal and semantic misalignment of text-guided attention, by decoder layer. ConsensusDrop: how
-broad the encoder's saliency and the cross-modal one are, and how far they agree. One table of all scores answers them.
+AttnMix: are text embeddings aligned with the visual tokens of the things that they name, wherever these stand?
+VisionDrop: how far is text-guided attention misaligned spatially, causally and semantically in each decoder layer?
+ConsensusDrop: how broad are the encoder's and the cross-modal saliency, and how far do they agree? One table of all
+scores answers these questions.
 """
 
 from collections.abc import Mapping
@@ -35,7 +36,7 @@ from lab.toy.data.vocabulary import COLOR_NAMES, SHAPES
 # All scores.
 
 NAMED, KEPT = "finds the named things, AUROC", "named patches in the top 64, %"
-# Title -> measure of a score and scale.
+# Title -> a measure of scores.MEASURES and a factor.
 TITLES = {
     NAMED: ("auroc", 1),
     "same, scores of other questions": ("auroc of others", 1),
@@ -44,7 +45,7 @@ TITLES = {
     "top 64 shared with the encoder, %": ("overlap 64", 100),
 }
 MOVED, BACKWARDS = "late preference, halves exchanged, points", "late preference, read backwards, points"
-TOP = ", top 64"  # behind the two above: the late preference of the 64 highest
+TOP = ", top 64"  # follows the two titles above: the late preference of the 64 highest scores
 AGREE = "rank agreement of two questions about an image"
 
 
@@ -54,7 +55,7 @@ def measured(drawn: Collected, exchanged: Collected, backwards: Collected) -> di
     for place, score in enumerate(drawn.names):
         cells = {title: mean(drawn.of(score, name), drawn.image_of, scale) for title, (name, scale) in TITLES.items()}
         counterparts = {MOVED: exchanged}
-        # Scores before the decoder do not depend on the order of reading, and layer 0 is not read backwards.
+        # Scores before the decoder do not depend on the reading order, and layer 0 is not measured backwards.
         if score.split()[-1] not in ("encoder", "cosine", "probe", "0"):
             counterparts[BACKWARDS] = backwards
         for title, counterpart in counterparts.items():
@@ -70,7 +71,7 @@ def measured(drawn: Collected, exchanged: Collected, backwards: Collected) -> di
 
 # AttnMix.
 
-# What the page calls scores, kinds of attention, and measures of a word (the latter in the table, and in the figure).
+# Names on the page of scores, of kinds of attention, and of measures of a word (in the table, and in the figure).
 NAMES: dict[str, dict[str, Any]] = read_yaml(Path(__file__).with_name("names.yaml"))
 SCORES, KINDS, WORD_TITLES = NAMES["scores"], NAMES["kinds"], NAMES["words"]
 GROUPS = {"colour words": COLOR_NAMES, "shape words": SHAPES}
@@ -90,39 +91,30 @@ def words(drawn: Collected) -> dict[str, dict[str, Interval]]:
 
 
 def profile(drawn: Collected, exchanged: Collected, score: str) -> np.ndarray:
-    """[24] share of a score in each row of patches, 1 if even; every content counts once in each half."""
+    """[24] share of a score in each row of patches, 1 if even. Every content counts once in each half of the image."""
     place = drawn.names.index(score)
     here = [number for number, name in enumerate(drawn.images) if name in exchanged.images]
-    # Of the exchanged image the rows are stored by content; here they are needed by where they stood.
+    # The rows of an exchanged image are stored by content; this moves them back to where they stood.
     moved = np.roll(exchanged.rows[:, place].mean(0), 12)
     shares: np.ndarray = 12 * (drawn.rows[here, place].mean(0) + moved)
     return shares
 
 
 def report_alignment(table: Mapping[str, Cells], drawn: Collected, exchanged: Collected, out: Path) -> None:
-    """Words and figure of the AttnMix part of the page.
+    """Write the table of words and the figure of the AttnMix part of the page.
+
+    The figure has three panels: how well words find their things, the late preference of SCORES, and four by row.
 
     Args:
-        table: as of `measured`.
+        table: what `measured` returns.
     """
     by_group = words(drawn)
     titled = {
         label: {WORD_TITLES[measure][0]: cell for measure, cell in cells.items()} for label, cells in by_group.items()
     }
     write_rows(out, "words", titled)
-    draw_alignment(out / "images" / "findings_attnmix.png", by_group, table, drawn, exchanged)
-
-
-def draw_alignment(
-    path: Path, by_group: Mapping[str, Cells], table: Mapping[str, Cells], drawn: Collected, exchanged: Collected
-) -> None:
-    """Three panels for AttnMix: how well words find their things, the late preference of SCORES, and four by row.
-
-    Args:
-        by_group: as of `words`.
-        table: as of `measured`.
-    """
-    with sheet(path, 3, 15, 4.4, width_ratios=(1.1, 1.25, 1.1)) as (left, middle, right):
+    figure = out / "images" / "findings_attnmix.png"
+    with sheet(figure, 3, 15, 4.4, width_ratios=(1.1, 1.25, 1.1)) as (left, middle, right):
         for index, (label, cells) in enumerate(by_group.items()):
             places = np.arange(len(WORD_TITLES)) + 0.12 * (2 * index - 1)
             draw_cells(left, [cells[measure] for measure in WORD_TITLES], places, index, label)
@@ -152,8 +144,8 @@ def draw_alignment(
 
 # VisionDrop.
 
-PAGE_LAYERS = (1, 2, 4, 6)  # FastV's layer of 32 scaled, and VisionDrop's stages of 8 layers
-# Title, measure and value by chance of each panel of the figure.
+PAGE_LAYERS = (1, 2, 4, 6)  # FastV's layer of 32, scaled to 8 layers, and VisionDrop's stages for 8 layers
+# Title, measure and chance level of each panel of the figure.
 PANELS: tuple[tuple[str, str, float | None], ...] = (
     ("spatial: named patches, AUROC", NAMED, 0.5),
     ("spatial: named patches in the top 64, %", KEPT, 100 * 64 / 576),
@@ -163,33 +155,21 @@ PANELS: tuple[tuple[str, str, float | None], ...] = (
 
 
 def report_misalignment(table: Mapping[str, Cells], drawn: Collected, out: Path) -> None:
-    """Paired differences and figure of the VisionDrop part of the page.
+    """Write the paired differences and the figure of the VisionDrop part of the page.
+
+    The figure shows measures over decoder layers, one for each panel of PANELS; "encoder" is drawn as a level.
 
     Args:
-        table: as of `measured`.
+        table: what `measured` returns.
     """
-    # Text-guided minus visual-only attention of the same layer: which of the two finds the named things better.
+    # Text-guided minus visual-only attention of the same layer: which of the two finds the named things better?
     pairs = [(f"last {n}", other) for n in PAGE_LAYERS for other in (f"visual {n}", f"viewers {n}", "encoder")]
     kept = {score: drawn.of(score, "recall 64") for pair in pairs for score in pair}
     differences = {
         f"{a} − {b}": {"difference, points": difference(kept[a], kept[b], drawn.image_of, 100)} for a, b in pairs
     }
     write_rows(out, "visiondrop_differences", differences)
-    draw_misalignment(out / "images" / "findings_visiondrop.png", table)
-
-
-def value_at(cells: Cells, measure: str) -> Cell:
-    """A measure of a score; of one that is not read backwards, the late preference with exchanged halves."""
-    return cells.get(measure, cells[MOVED + TOP])
-
-
-def draw_misalignment(path: Path, table: Mapping[str, Cells]) -> None:
-    """Measures over decoder layers, a panel of PANELS each.
-
-    Args:
-        table: score, such as "last 3" -> measure -> value; "encoder" is drawn as a level.
-    """
-    with sheet(path, len(PANELS), 17, 4.2) as axes:
+    with sheet(out / "images" / "findings_visiondrop.png", len(PANELS), 17, 4.2) as axes:
         for panel, (title, measure, chance) in zip(axes, PANELS, strict=True):
             for index, (kind, label) in enumerate(KINDS.items()):
                 layers = [int(name.split()[1]) for name in table if name.partition(" ")[0] == kind]
@@ -201,3 +181,8 @@ def draw_misalignment(path: Path, table: Mapping[str, Cells]) -> None:
             panel.autoscale_view()  # a level just inside the old limits would lie on the panel's edge
             panel.set(title=title, xlabel="decoder layer")
         legend_below(axes[0], 6)
+
+
+def value_at(cells: Cells, measure: str) -> Cell:
+    """A measure of a score. A score that was not read backwards gives its late preference with exchanged halves."""
+    return cells.get(measure, cells[MOVED + TOP])

@@ -11,7 +11,7 @@ from eval.command import exit_on_user_error, make_parser, value
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, count
 from llava.places import WORK, check_bundled, check_checkout
 
-EXCHANGED, BACKWARDS = 60, 20  # of the images: measured with halves exchanged, and read backwards, too
+EXCHANGED, BACKWARDS = 60, 20  # how many images are also measured with halves exchanged, and read backwards
 
 
 @exit_on_user_error

@@ -1,8 +1,8 @@
-"""The analysis of ConsensusDrop's fusion: where fusing the two scores gains, and how good a probe must be for that.
+"""Analyse ConsensusDrop's fusion: where it gains over a single score, and how good a probe must be for that.
 
-Questions are answered under ConsensusDrop with one score, the other, or both, by default and with a probe that is made
-worse in steps: noise, a preference for late tokens, no question at all, other layers. The method package is used as it
-is; only the cross-modal saliency that it ranks by is replaced. Answers are stored per arm.
+Questions are answered under ConsensusDrop with one score, the other, or both; with its default probe, and with probes
+that are made worse in steps: noise, a preference for late tokens, no question at all, other layers. The package of the
+method is used as it is, except that its cross-modal saliency is replaced. Answers are stored per arm.
 """
 
 import hashlib
@@ -23,7 +23,6 @@ from eval import benchmarks
 from eval.answers.jsonl import read_json, write_json
 from eval.config import DEFAULT_DATA
 from eval.feature_cache import CachingLlava
-from eval.results.statistics import Comparison
 from eval.tables import COLOURS
 from lab.findings.scores import auroc, digest, questions, redraw
 from lab.findings.summary import (
@@ -44,23 +43,24 @@ from lab.findings.summary import (
 from llava.pipeline.generate import generate
 from llava.reduction import PromptState
 
-INFINITE = float("inf")  # of noise: nothing is left of the probe
-CELLS = 6  # of the smooth field along each side; four patches each, the size of an object
+INFINITE = float("inf")  # level of noise that leaves nothing of the probe
+CELLS = 6  # cells of the smooth field along each side; one is four patches wide, like an object
 
 
 @dataclass(frozen=True, kw_only=True)
 class Degraded(ConsensusDrop):
-    """Not registered: it is ConsensusDrop with a handicap.
+    """ConsensusDrop with a probe that is made worse. Not in the registry.
 
-    The logarithm of the cross-modal saliency is scaled to mean 0 and deviation 1 over the tokens of an image, then
-    `noise` times a field of the same scale is added. The same field serves a question at every level and in every
-    setting: it is drawn from the question's id.
+    The logarithm of the cross-modal saliency is scaled to mean 0 and deviation 1 over the tokens of an image. Then
+    `noise` times a field of the same scale is added. The field is drawn from the question's id, so that a question has
+    the same field at every level and in every setting.
 
     Attributes:
-        kind: the field. "white": a normal number for each token. "smooth": 6 x 6 normal numbers, interpolated, so that
-            the probe prefers wrong regions, not scattered tokens. "late": the token's place in the sequence.
-        noise: deviations of the field; infinite noise ranks by the field alone.
-        seen: question id -> [576] the saliency that was ranked.
+        kind: what the field is. "white": a normal number for each token. "smooth": 6 x 6 normal numbers, interpolated,
+            so that the probe prefers wrong regions instead of scattered tokens. "late": a token's place in the
+            sequence.
+        noise: factor of the field; infinite noise ranks by the field only.
+        seen: question id -> [576] saliency by which the tokens were ranked.
     """
 
     kind: str = "white"
@@ -79,7 +79,7 @@ class Degraded(ConsensusDrop):
 
 
 def field_of(kind: str, name: str, rows: int, columns: int) -> Tensor:
-    """[rows * columns] mean 0, deviation 1: the field of a kind for the question of a name."""
+    """[rows * columns] the field of a kind for the question with this name; mean 0, deviation 1."""
     if kind == "late":
         return standard(torch.arange(rows * columns, dtype=torch.float32))
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
@@ -105,7 +105,7 @@ class Arm:
 
     Attributes:
         ranking: a key of ALPHA.
-        merged: half of the budget goes to farthest-point merge targets, as by default; else all of it to the ranking.
+        merged: whether half of the budget goes to farthest-point merge targets, as by default, or all to the ranking.
         kind, noise: how the probe is made worse, see Degraded.
         probe, layer: the inputs of the probe and the decoder layer that it uses, see ConsensusDrop.
     """
@@ -131,7 +131,10 @@ class Arm:
 
     @property
     def canonical_arm(self) -> "Arm":
-        """The arm whose answers are the same: without noise its kind has no effect, without a probe nothing of it."""
+        """The one arm that stands for all with the same answers.
+
+        Without noise its kind has no effect, and if only the encoder ranks, nothing of the probe has.
+        """
         if self.ranking == "encoder only":
             return Arm(self.ranking, self.budget, self.merged)
         return self if self.noise else replace(self, kind="white")
@@ -143,8 +146,8 @@ class Answered:
 
     Attributes:
         scores: sample score, 0 to 1.
-        auroc: how well the probe finds the named things; {} where it is not used.
-        hit: 1 if of every named thing at least one patch is kept, merge targets included, else 0.
+        auroc: how well the probe finds the named things; {} if it is not used.
+        hit: 1 if at least one patch of every named thing is kept, merge targets included, else 0.
     """
 
     scores: dict[str, float]
@@ -158,7 +161,7 @@ def answer(model: CachingLlava, arms: Iterable[Arm], folder: Path, limit: int | 
     Finished arms are read from `folder`.
 
     Returns:
-        The arm's `key` -> its answers.
+        `canonical_arm` of each arm -> its answers.
     """
     keys = list(dict.fromkeys(arm.canonical_arm for arm in arms))
     model.expect([arm.reducer() for arm in keys])
@@ -204,10 +207,10 @@ OVER_ENCODER, OVER_CROSS = "fused − encoder only", "fused − cross-modal only
 
 
 def groups_of(salience: Values) -> dict[str, set[str]]:
-    """Label -> question ids: families, scenes, and thirds by size and by salience of the named things.
+    """Label -> question ids: all, by family, by kind of scene, and in thirds by size and salience of the named things.
 
     Args:
-        salience: question id -> how well the encoder's saliency finds the named things, AUROC.
+        salience: question id -> AUROC of the encoder's saliency for the named things.
     """
     asked = questions()
     groups = {"all": {one.id for one in asked}}
@@ -227,10 +230,10 @@ def groups_of(salience: Values) -> dict[str, set[str]]:
 
 
 def report_gains(model: CachingLlava, folder: Path, out: Path, salience: Values) -> None:
-    """Points by which fusion beats each score alone, by group of questions, and their figure.
+    """Write the points that fusion gains over each score alone, by group of questions, as a table and a figure.
 
     Args:
-        salience: question id -> AUROC of the encoder's saliency on the named things, of the images where it is known.
+        salience: question id -> AUROC of the encoder's saliency for the named things, if known.
     """
     answered = answer(model, [Arm(ranking, BUDGET) for ranking in ALPHA], folder)
     fused, encoder, cross = (answered[Arm(ranking, BUDGET)].scores for ranking in ALPHA)
@@ -243,24 +246,19 @@ def report_gains(model: CachingLlava, folder: Path, out: Path, salience: Values)
             for title, other in ((OVER_ENCODER, encoder), (OVER_CROSS, cross))
         }
     write_rows(out, "fusion_gain", gains)
-    draw_gains(out / "images" / "findings_fusion_gain.png", gains)
-
-
-def draw_gains(path: Path, measured: Mapping[str, Mapping[str, Comparison]]) -> None:
-    """Points that fusion gains over each score alone, by group of questions, a panel per comparison."""
-    with sheet(path, 2, 12, 5.6, sharey=True) as axes:
-        for panel, title in zip(axes, next(iter(measured.values())), strict=True):
-            draw_cells(panel, [cells[title] for cells in measured.values()], np.arange(len(measured)), 0, "", 5)
+    with sheet(out / "images" / "findings_fusion_gain.png", 2, 12, 5.6, sharey=True) as axes:
+        for panel, title in zip(axes, next(iter(gains.values())), strict=True):
+            draw_cells(panel, [cells[title] for cells in gains.values()], np.arange(len(gains)), 0, "", 5)
             panel.axvline(0, **LEVEL)
             panel.set_xlabel(title)
-        axes[0].set_yticks(range(len(measured)), list(measured))
+        axes[0].set_yticks(range(len(gains)), list(gains))
         axes[0].invert_yaxis()
 
 
 # How good the probe may be.
 
 ASKED = 671  # questions in every arm: those of the first 76 images
-# (budget, half of it for merge targets, kind of noise, levels) of the arms with a worse probe.
+# The arms with a worse probe: budget, whether half of it goes to merge targets, kind of noise, levels of noise.
 NOISE: tuple[tuple[int, bool, str, tuple[float, ...]], ...] = (
     (64, False, "smooth", (0.0, 0.5, 1.0, 1.5, 2.0, 4.0, INFINITE)),
     (64, False, "white", (0.0, 1.0, 2.0, 4.0, INFINITE)),
@@ -269,12 +267,11 @@ NOISE: tuple[tuple[int, bool, str, tuple[float, ...]], ...] = (
     (32, True, "white", (0.0, 2.0, INFINITE)),
 )
 RANKINGS = ("fused", "cross-modal only", "encoder only")  # in the order of the figure
-# What changes the probe, where that is no noise.
+# Names of changes of the probe that are not noise.
 KIND_NAMES = {"late": "late preference", "other layers": "other layers, no noise"}
 OVER_PROBE = "fused − fused with the probe as it is"
 
-
-# The fused arms of NOISE, each once; and those of probes without noise, the first of which is the default.
+# The fused arms of NOISE, each once; and the arms of other probes without noise, of which the first is the default.
 NOISY = list(
     dict.fromkeys(
         Arm("fused", budget, merged, kind, x).canonical_arm for budget, merged, kind, levels in NOISE for x in levels
@@ -285,7 +282,7 @@ LAYERS += [Arm("fused", 64, False, probe="contextual", layer=layer) for layer in
 
 
 def measured(answered: Mapping[Arm, Answered], arm: Arm) -> dict[str, Cell]:
-    """Accuracies, differences, and how good the probe is."""
+    """Title -> value of one setting: accuracies, differences between rankings, and how good the probe is."""
     images = {one.id: one.image for one in questions()}
     by_ranking = {ranking: answered[replace(arm, ranking=ranking).canonical_arm] for ranking in ALPHA}
     cells: dict[str, Cell] = {"AUROC of the probe": mean(by_ranking["cross-modal only"].auroc, images)}
@@ -302,12 +299,16 @@ def measured(answered: Mapping[Arm, Answered], arm: Arm) -> dict[str, Cell]:
 
 
 def report_probes(model: CachingLlava, folder: Path, out: Path) -> None:
-    """Tables of noisy probes and of other layers' probes, and the figure of both."""
+    """Write the tables of noisy probes and of other layers' probes, and the figure of both."""
     arms = [replace(arm, ranking=ranking) for arm in [*NOISY, *LAYERS] for ranking in ALPHA]
     answered = answer(model, arms, folder, ASKED)
     cells_of = {arm: measured(answered, arm) for arm in [*NOISY, *LAYERS]}
     write_rows(out, "probe_quality", {noise_label(arm): cells_of[arm] for arm in NOISY})
-    write_rows(out, "probe_layers", {layer_label(arm): cells_of[arm] for arm in LAYERS})
+    layers = {}
+    for arm in LAYERS:
+        default = arm.canonical_arm == Arm(arm.ranking, 64, False)
+        layers[f"{arm.probe}, layer {arm.layer}" + (" (as it is)" if default else "")] = cells_of[arm]
+    write_rows(out, "probe_layers", layers)
     curves = {
         kind: [cells_of[Arm("fused", budget, merged, kind, x).canonical_arm] for x in levels]
         for budget, merged, kind, levels in NOISE
@@ -321,7 +322,7 @@ def report_probes(model: CachingLlava, folder: Path, out: Path) -> None:
 
 
 def noise_label(arm: Arm) -> str:
-    """The first cell of a row."""
+    """The first cell of an arm's row in the table of noisy probes."""
     setting = f"{arm.budget} tokens{', half merge targets' if arm.merged else ', all ranked'}"
     if not arm.noise:
         return f"{setting}: as it is"
@@ -329,18 +330,11 @@ def noise_label(arm: Arm) -> str:
     return f"{setting}: {worse}" + (" alone" if arm.noise == INFINITE else f" × {arm.noise:g}")
 
 
-def layer_label(arm: Arm) -> str:
-    """The first cell of a row."""
-    return f"{arm.probe}, layer {arm.layer}" + (
-        " (as it is)" if arm.canonical_arm == Arm(arm.ranking, 64, False) else ""
-    )
-
-
 def draw_quality(path: Path, noisy: Mapping[str, Sequence[Cells]], layers: Mapping[str, Cells]) -> None:
-    """Accuracy of the three rankings, by how well the probe finds the named things, by its layer, and by what is kept.
+    """Draw the accuracy of the three rankings by the AUROC of the probe, by its layer, and by what is kept.
 
     Args:
-        noisy: kind of noise -> cells, from the probe as it is to the most noise.
+        noisy: kind of noise -> cells, from no noise to the most.
         layers: probe -> cells.
     """
     with sheet(path, 2, 12, 9.2, rows=2) as (smooth, white, by_layer, shares):
@@ -362,10 +356,10 @@ def draw_quality(path: Path, noisy: Mapping[str, Sequence[Cells]], layers: Mappi
 
 
 def draw_accuracies(panel: Any, x: Sequence[float], rows: Sequence[Cells], apart: float = 0, **style: Any) -> None:
-    """Accuracy of each ranking at places x; the encoder's, which no probe changes, is a level with a band.
+    """Draw the accuracy of each ranking at places x. The encoder's, which no probe changes, is a level with a band.
 
     Args:
-        apart: by how much the rankings are moved to the left and right of their place.
+        apart: by how much the two other rankings are moved to the left and right of x.
     """
     for index, (ranking, side) in enumerate(zip(RANKINGS[:2], (-apart, apart), strict=True)):
         draw_line(
@@ -380,7 +374,7 @@ def draw_accuracies(panel: Any, x: Sequence[float], rows: Sequence[Cells], apart
 
 
 def draw_kept(panel: Any, kinds: Mapping[str, Sequence[Cells]]) -> None:
-    """Accuracy against the share of questions of whose every named thing a patch is kept; a marker for each kind."""
+    """Draw accuracy against the share of questions with a patch of every named thing kept; kinds differ by marker."""
     for marker, (kind, rows) in zip("os^D", kinds.items(), strict=True):
         for index, ranking in enumerate(RANKINGS):
             x = [centre(cells[f"{ranking}: every named thing kept in part, %"]) for cells in rows]

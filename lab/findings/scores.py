@@ -1,13 +1,13 @@
-"""All scores of the three papers on one image, what they are worth against the true places, and their storage.
+"""Compute all scores of the three papers for an image, measure how well they find true places, and store the results.
 
-The files of the toy GQA hold no masks. An image is a function of its name, so it is drawn again, compared with the
-stored file byte for byte, and the patches of its things are taken from the new drawing.
+The files of the toy GQA hold no masks. An image is a function of its name, so it is drawn again and compared with the
+stored file byte for byte; the patches of its things are taken from the new drawing.
 
-A method that keeps every token notes what it could rank by; it goes through the ordinary pipeline, so a noted score is
-what the method of that name would receive. Every measure of every score is stored image by image, so that an
-interrupted command goes on where it stopped.
+A method that keeps every token notes all scores it could rank by. It runs in the ordinary pipeline, so each noted score
+is what the method of that name would receive. Every measure of every score is stored image by image, so that an
+interrupted command can continue.
 
-Shapes of measures: S scores (any number of leading axes), N patches in raster order. All values are float64.
+In shapes, N is the number of patches in raster order, and "..." stands for any leading axes. All values are float64.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -53,12 +53,12 @@ WORDS = (*COLOR_NAMES, *SHAPES)  # the content words whose things are known
 
 @dataclass(frozen=True)
 class Scene:
-    """An image and its things.
+    """An image and the things in it.
 
     Attributes:
-        name: without ".jpg"; ends in "n" for a natural and "d" for a dense scene.
-        things: what was painted, in the order in which `owner` numbers it.
-        owner: [576] int8 in raster order, the thing that covers a patch, -1 for background.
+        name: file name without ".jpg"; it ends in "n" for a natural and "d" for a dense scene.
+        things: what was painted; `owner` uses their indices.
+        owner: [576] int8 in raster order, the index of the thing that covers a patch, -1 for background.
     """
 
     name: str
@@ -72,11 +72,11 @@ class Scene:
 
 @dataclass(frozen=True)
 class AnnotatedQuestion:
-    """A question with what it speaks of.
+    """A question with the things that it names.
 
     Attributes:
         family: one of the nine of lab/toy/data/questions.py.
-        targets: numbers of the things that it names, () where the image has none of them.
+        targets: indices of the things that it names; () if the image has none of them.
     """
 
     id: str
@@ -89,11 +89,10 @@ class AnnotatedQuestion:
 
 @cache
 def redraw(name: str, data: Path = DEFAULT_DATA) -> Scene:
-    """The image of a name such as "test00012d", drawn again.
+    """Draw the image of a name such as "test00012d" again.
 
     Raises:
-        UserError: scikit-learn is missing, or the drawing differs from the stored file, whose masks would then be
-            wrong.
+        UserError: scikit-learn is missing, or the drawing differs from the stored file, so its masks would be wrong.
     """
     stored = read_bytes(data / "gqa" / "data" / "images" / f"{name}.jpg")
     with optional_imports("sklearn"):
@@ -107,29 +106,30 @@ def redraw(name: str, data: Path = DEFAULT_DATA) -> Scene:
 
 
 def words_of(thing: Thing) -> set[str]:
-    """All that a noun phrase may say of a thing: "object", "star", "small", "red"; "frame", "green"; "striped"."""
+    """All words that a noun phrase may use for a thing: "object", "star", "small", "red"; "frame", "green"."""
     named = ((thing.shape, SHAPES), (thing.color, COLOR_NAMES), (thing.big, SIZES), (thing.pattern, PATTERNS))
     kind = "object" if thing.kind == "shape" else thing.kind
     return {kind, *(names[number] for number, names in named if number >= 0)}
 
 
 def matching(things: Sequence[Thing], phrase: str) -> tuple[int, ...]:
-    """Numbers of the things that a noun phrase of the questions fits: "small red star", "blue objects"."""
+    """Indices of the things that a noun phrase of the questions fits: "small red star", "blue objects"."""
     wanted = {SINGULAR.get(word, word) for word in phrase.split()}
     return tuple(number for number, thing in enumerate(things) if wanted <= words_of(thing))
 
 
 def targets_of(things: Sequence[Thing], family: str, program: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-    """Numbers of the things that a question is about, from the program in GQA's annotation.
+    """Indices of the things that a question is about, from the program in GQA's annotation.
 
-    The one that is asked for and the one that it is related to; all that fit where the question counts them.
+    These are the thing that is asked for and the one that it is related to. If the question counts things, all that fit
+    are included.
     """
     first = matching(things, program[0]["argument"])
     if family not in ("relate", "verify", "choose"):
         return first
     name, relation = program[1]["argument"].rsplit(",", 1)
     second = matching(things, name)
-    if family == "relate":  # several things have this name; one stands on that side
+    if family == "relate":  # several things may have this name; only those on that side of the first count
         second = tuple(n for n in second if n not in first and offset(things[n], things[first[0]], relation) > 0)
     return tuple(sorted({*first, *second}))
 
@@ -147,7 +147,7 @@ def questions(split: str = "testdev", data: Path = DEFAULT_DATA) -> tuple[Annota
 
 
 def word_mask(image: Scene, word: str) -> Mask:
-    """[576] bool, patches of the things that a colour or a shape word is true of; a frame has its colour."""
+    """[576] bool, patches of the things that a colour or shape word describes. A frame has a colour."""
     return image.patches(n for n, thing in enumerate(image.things) if word in words_of(thing))
 
 
@@ -161,12 +161,12 @@ def content_words(text: str) -> list[bool]:
 
 
 def auroc(scores: Array, mask: Mask, among: Mask | None = None) -> Array:
-    """[...] chance that a patch of the mask scores above another patch; equal scores count one half.
+    """[...] probability that a patch in the mask scores above one outside it; equal scores count one half.
 
     Args:
         scores: [..., N].
-        mask: [N], some patches in it and some not.
-        among: [N], patches that count; None for all.
+        mask: [N], neither empty nor full.
+        among: [N], the patches that count; None for all.
     """
     if among is not None:
         scores, mask = scores[..., among], mask[among]
@@ -177,7 +177,7 @@ def auroc(scores: Array, mask: Mask, among: Mask | None = None) -> Array:
 
 
 def chosen(scores: Array, count: int) -> Mask:
-    """[..., N] bool, the `count` highest, equal scores by the lower index as everywhere in the repository."""
+    """[..., N] bool, the `count` highest scores. Among equal scores the lower index wins, as in all methods."""
     order = np.argsort(-scores, axis=-1, kind="stable")
     highest = np.zeros(scores.shape, dtype=bool)
     np.put_along_axis(highest, order[..., :count], True, axis=-1)
@@ -203,13 +203,13 @@ def effective_share(scores: Array) -> Array:
 
 
 def overlap(a: Array, b: Array, count: int) -> Array:
-    """[...] share of the `count` highest of a that are among the `count` highest of b; by chance count / N."""
+    """[...] share of the `count` highest of a that are also among the `count` highest of b; count / N by chance."""
     common: Array = (chosen(a, count) & chosen(b, count)).sum(-1) / count
     return common
 
 
 def mean_pairwise(scores: Array) -> float:
-    """Mean rank correlation over all pairs of the Q rows of [Q, N]; 1 if all rows rank alike. Needs two rows."""
+    """Mean rank correlation over all pairs of the Q rows of [Q, N], with Q at least 2; 1 if all rows rank alike."""
     correlation = np.corrcoef(rankdata(scores, axis=-1))
     return float(correlation[np.triu_indices(len(scores), 1)].mean())
 
@@ -217,16 +217,16 @@ def mean_pairwise(scores: Array) -> float:
 # Scores.
 
 ENCODER, COSINE, PROBE = "encoder", "cosine", "probe"
-# Scores of each decoder layer. "last": row of the last prompt token; "question": mean over the question's rows;
-# "content", "function": the same over the words that name things, and over the others; "visual": attention received
-# from visual tokens (VisionDrop's); "viewers": the same divided by the number of tokens that can see the patch.
+# Scores of each decoder layer. "last": attention of the last prompt token; "question": mean attention of the question's
+# tokens; "content", "function": the same for its words that name things, and for its other words; "visual": attention
+# received from visual tokens (VisionDrop's); "viewers": the same divided by the number of tokens that see the patch.
 TEXT_KINDS = ("last", "question", "content", "function")
 VISUAL_KINDS = ("visual", "viewers")
-ROWS = ("question", "last")  # whose attention is noted
+ROWS = ("question", "last")  # tokens whose attention is noted
 
 
 def score_names(layers: int) -> tuple[str, ...]:
-    """Names of all scores of a model with so many decoder layers, such as "last 3"."""
+    """Names of all scores of a model with this many decoder layers, such as "last 3"."""
     text = [f"{kind} {layer}" for kind in TEXT_KINDS for layer in range(layers)]
     visual = [f"{kind} {layer}" for kind in VISUAL_KINDS for layer in range(1, layers)]
     return (ENCODER, COSINE, PROBE, *text, *visual)
@@ -234,13 +234,13 @@ def score_names(layers: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Observer(Reducer):
-    """Notes scores and drops nothing. Not registered: it is no method.
+    """Notes scores and drops nothing. It is not a method and not in the registry.
 
     Attributes:
-        reversed: the decoder reads the visual tokens in the opposite order. Their features stay what they were, so
-            only their places in the sequence differ.
-        notes: name -> [Q, 576] in raster order, for a batch of Q questions about one image; for text rows
-            [Q, T, 576] under "rows LAYER", with their mask [Q, T] under "exists".
+        reversed: the decoder reads the visual tokens in the opposite order. Their features do not change, only their
+            places in the sequence.
+        notes: name -> [Q, 576] in raster order, for a batch of Q questions about one image. "rows LAYER" has the
+            attention of the question's tokens, [Q, T, 576], and "exists" their mask [Q, T].
     """
 
     known_deviations: ClassVar[dict[str, str]] = {"unsorted": "the decoder reads backwards where `reversed` says so"}
@@ -252,7 +252,7 @@ class Observer(Reducer):
         return (TowerScore("cls_attention"),)
 
     def keeps_all(self, tokens: int) -> bool:
-        return False  # or the pipeline would skip the stage before the decoder
+        return False  # otherwise the pipeline would skip the stage before the decoder
 
     def decoder_layers(self, layers: int) -> tuple[int, ...]:
         return tuple(range(1, layers))
@@ -264,7 +264,7 @@ class Observer(Reducer):
         attention = state.text_attention(0, "question", rotary=False, contextual=False)
         self.notes[PROBE] = pool_attention(*attention, "mean", "mean")
         self.notes["tokens"], self.notes["exists"] = state.tokens[0], exists
-        # Layer 0 sees embeddings; its attention with rotation, the softmax over visual keys alone.
+        # The attention of layer 0, whose inputs are the embeddings: with rotation, softmax over visual keys only.
         if not self.reversed:
             self._note_text(0, *(state.text_attention(0, rows, rotary=True, contextual=False)[0] for rows in ROWS))
             return None
@@ -274,7 +274,7 @@ class Observer(Reducer):
 
     def decoder(self, state: DecoderState) -> Reduction | None:
         self._note_text(state.layer, *(state.attention(rows)[0] for rows in ROWS))
-        # Visual tokens do not see the question, so one question of the image stands for all.
+        # Visual tokens do not see the question, so the first question stands for all.
         first = replace(state, ids=state.ids[:1], tokens=state.tokens[:1], sequence=state.sequence.rows([(0, 0)]))
         seen = attention_inputs(first, "causal")
         for kind, average in zip(VISUAL_KINDS, ("all", "viewers"), strict=True):
@@ -283,11 +283,12 @@ class Observer(Reducer):
         return None
 
     def _note_text(self, layer: int, question: Tensor, last: Tensor) -> None:
-        """Keep attention [Q, H, T, N] of the question's rows and of the last one as its mean over heads."""
+        """Keep the mean over heads of two attentions [Q, H, T, N]: of the question's tokens, and of the last token."""
         self.notes[f"rows {layer}"] = self._raster(question.mean(1))
         self.notes[f"last {layer}"] = self._raster(last.mean(1))[:, 0]
 
     def _raster(self, score: Tensor) -> Tensor:
+        """[..., N] brought from reading order to raster order."""
         return score.flip(-1) if self.reversed else score
 
 
@@ -296,59 +297,54 @@ def observe(model: Llava, samples: Sequence[Sample], reverse: bool = False) -> d
 
     Args:
         samples: Q questions with the same image.
-        reverse: feed the visual tokens to the decoder in the opposite order. Then the scores of layer 0 are left out.
+        reverse: feed the visual tokens to the decoder in the opposite order. The scores of layer 0 are then left out.
 
     Returns:
-        The names of `score_names` -> [Q, 576]; and "tokens": [576, D] projected visual tokens.
+        Names as in `score_names` -> [Q, 576]; and "tokens" -> [576, D], the projected visual tokens.
     """
     layers = len(model.llm.layers)
     observer = Observer(budget=model.visual_tokens, reversed=reverse)
     prefill(model, samples, observer)
     notes = {name: tensor.double().numpy() for name, tensor in observer.notes.items() if name != "exists"}
     exists = observer.notes["exists"].numpy()
+    content = np.zeros(exists.shape, dtype=bool)  # [Q, T], tokens of words that name things
+    for sample, there, row in zip(samples, exists, content, strict=True):
+        row[: there.sum()] = content_words(sample.question)
+    averaged = {"question": exists, "content": content, "function": exists & ~content}
     for layer in range(int(reverse), layers):
         rows = notes.pop(f"rows {layer}")
-        for kind in TEXT_KINDS[1:]:
-            notes[f"{kind} {layer}"] = np.stack(
-                [
-                    own[chosen_rows(sample.question, kind, there)].mean(0)
-                    for own, sample, there in zip(rows, samples, exists, strict=True)
-                ]
-            )
+        for kind, chosen_rows in averaged.items():
+            means = [own[chosen].mean(0) for own, chosen in zip(rows, chosen_rows, strict=True)]
+            notes[f"{kind} {layer}"] = np.stack(means)
     return notes
-
-
-def chosen_rows(question: str, kind: str, exists: NDArray[Any]) -> Mask:
-    """[T] bool: which of the question's rows a kind of score averages."""
-    content = np.zeros(len(exists), dtype=bool)
-    content[: exists.sum()] = content_words(question)
-    return {"question": exists, "content": content, "function": exists & ~content}[kind]
 
 
 # Numbers of images.
 
-# Each image is seen as it is; with its upper and lower half exchanged; and with the decoder reading the visual
+# Each image is measured as it is, with its upper and lower half exchanged, and with the decoder reading the visual
 # tokens backwards. In the last two every content stands in the other half of the sequence.
 CONDITIONS = ("as drawn", "halves exchanged", "read backwards")
-# Of every question: how well a score finds the things that it names ("... of others": the same with the scores of the
-# image's other questions, which name other things), NaN where there are none; where in the sequence a score lies; how
-# broad it is, and how far it agrees with the encoder's saliency.
+# Measures of a score for each question. "auroc", "recall 64": how well the score finds the things that the question
+# names, NaN if there are none; "auroc of others": how well the scores of the image's questions about other things find
+# them; "late", "late 64": how much of the score, and how many of its 64 highest values, lie in the second half of the
+# sequence; "effective": how broad the score is; "overlap 64": how far it agrees with the encoder's saliency.
 MEASURES = ("auroc", "auroc of others", "recall 64", "late", "late 64", "effective", "overlap 64")
-# Of every word: how well its cosine finds the patches of the things it is true of, and, as a control, those of the
-# words of the same class (colours or shapes) that nothing in the image is.
+# Measures of each word's cosine. "auroc", "among things": how well it finds the patches of the things that the word
+# describes, among all patches and among those of things. As controls, how well the cosines of other words of its class
+# (colours or shapes) find the same patches: of words that describe nothing in the image, and of words that do.
 WORD = ("auroc", "among things", "absent word", "absent word among things", "other word")
 
 
 @dataclass(frozen=True)
 class Collected:
-    """Numbers of a set of images under one condition. Q questions, S scores, P images, W words.
+    """Measures for a set of images under one condition. Q questions, S scores, P images, W words.
 
     Attributes:
-        names: of the S scores.
-        values: [Q, S, measures], NaN where a score or a target does not exist.
+        names: names of the S scores.
+        values: [Q, S, measures], NaN if a score or a target does not exist.
         asked: the Q questions.
         rows: [P, S, 24] share of a score in every row of patches of the image, mean over its questions.
-        agreement: [P, S] mean rank correlation between the questions of an image.
+        agreement: [P, S] mean rank correlation of a score between the questions of an image.
         words: [P, W, 5] the measures of WORD.
     """
 
@@ -360,7 +356,7 @@ class Collected:
     words: Array
 
     def of(self, score: str, measure: str) -> dict[str, float]:
-        """Question id -> value, of the questions that have one."""
+        """Question id -> value, for the questions that have one."""
         column = self.values[:, self.names.index(score), MEASURES.index(measure)]
         return {one.id: float(x) for one, x in zip(self.asked, column, strict=True) if not np.isnan(x)}
 
@@ -375,7 +371,7 @@ class Collected:
 
 
 def collect(model: Llava, condition: str, images: Sequence[str], folder: Path) -> Collected:
-    """Measure all scores of all questions about these images; what is in `folder` already is read from there."""
+    """Measure all scores of all questions about these images, except those already stored in `folder`."""
     data = benchmarks.get("gqa").load(DEFAULT_DATA, "testdev")
     by_id = {question.id: question for question in data.questions}
     asked = [one for name in images for one in questions() if one.image == name]
@@ -401,13 +397,13 @@ def collect(model: Llava, condition: str, images: Sequence[str], folder: Path) -
 
 
 def digest(model: Llava, reducer: Reducer) -> str:
-    """Changes with the weights and with all code that the numbers depend on, this file's included."""
+    """A hash of the weights and of all code that the numbers depend on."""
     parts = [model.fingerprint, combined(answer_sources(model, reducer))]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
 
 
 def exchanged(image: Image.Image) -> Image.Image:
-    """The image with its upper and lower half exchanged: every patch keeps its pixels."""
+    """The image with its upper and lower half exchanged. Every patch keeps its pixels."""
     pixels = np.asarray(image)
     return Image.fromarray(np.roll(pixels, len(pixels) // 2, axis=0))
 
@@ -417,8 +413,8 @@ def measure_image(
 ) -> dict[str, Array]:
     """The arrays of `Collected` for one image.
 
-    With halves exchanged all scores are moved back, so that index i is the same content in every condition; only the
-    measures of lateness read where it stood.
+    With halves exchanged all scores are moved back, so that an index is the same content in every condition. Only the
+    measures of lateness use the place where it stood.
     """
     image = redraw(asked[0].image)
     moved = condition == "halves exchanged"
@@ -456,7 +452,7 @@ def measure(scores: Array, encoder: Array, image: Scene, asked: Sequence[Annotat
     """[Q, S, measures] of the scores [Q, S, 576] of the questions about one image.
 
     Args:
-        encoder: [Q, 576], what agreement is measured with.
+        encoder: [Q, 576] saliency of the encoder, with which agreement is measured.
         late: [576] bool, the patches that stand in the second half of the sequence.
     """
     found = {
@@ -472,7 +468,7 @@ def measure(scores: Array, encoder: Array, image: Scene, asked: Sequence[Annotat
             continue
         found["auroc"][row] = auroc(scores[row], mask)
         found["recall 64"][row] = recall(scores[row], mask, 64)
-        # Only questions that share no thing count.
+        # Only questions without a thing in common count.
         other = [n for n, two in enumerate(asked) if two.targets and not set(two.targets) & set(one.targets)]
         if other:
             found["auroc of others"][row] = auroc(scores[other], mask).mean(0)
@@ -480,7 +476,11 @@ def measure(scores: Array, encoder: Array, image: Scene, asked: Sequence[Annotat
 
 
 def word_cosines(model: Llava, tokens: Array) -> Array:
-    """[W, 576] cosine of the input embedding of each of WORDS with every projected visual token [576, D]."""
+    """[W, 576] cosine of the input embedding of each of WORDS with every projected visual token.
+
+    Args:
+        tokens: [576, D].
+    """
     ids = torch.tensor([model.tokenizer.convert_tokens_to_ids(word) for word in WORDS])
     with torch.inference_mode():
         table = model.hf_model.get_input_embeddings()(ids.to(model.device)).double().cpu().numpy()
@@ -490,7 +490,7 @@ def word_cosines(model: Llava, tokens: Array) -> Array:
 
 
 def measure_words(cosines: Array, image: Scene) -> Array:
-    """[W, 5] the measures of WORD; NaN for a word that is true of no thing, or where a control does not exist."""
+    """[W, 5] the measures of WORD; NaN for a word that describes no thing, or if a control does not exist."""
     table = np.full((len(WORDS), len(WORD)), np.nan)
     masks = np.stack([word_mask(image, word) for word in WORDS])
     things = image.owner >= 0

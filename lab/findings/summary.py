@@ -1,4 +1,4 @@
-"""Means with intervals over images, the CSV files of them, and the axes of figures."""
+"""Means with intervals over images, their CSV files, and elements of figures."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ Values = Mapping[str, float]  # question (or image and word) -> number
 
 
 def terms(values: Values, groups: Mapping[str, str], scale: float) -> SufficientStatistics:
-    """A mean whose units are drawn by image."""
+    """The sufficient statistics of a mean over questions, which are clustered by image."""
     return ratio_terms({name: values[name] for name in sorted(values)}, groups, "image", scale)
 
 
@@ -30,7 +30,7 @@ def mean(values: Values, groups: Mapping[str, str], scale: float = 1) -> Interva
     """The mean with its 95 % interval over images.
 
     Args:
-        groups: name -> image, for all names at least.
+        groups: name -> image; may have more names than `values`.
         scale: 100 for percent.
     """
     return interval(terms(values, groups, scale))
@@ -44,11 +44,11 @@ def difference(a: Values, b: Values, groups: Mapping[str, str], scale: float = 1
 
 
 def position_bias(drawn: Collected, counterpart: Collected, score: str, measure: str = "late") -> dict[str, float]:
-    """Question id -> how much more than half of a score lies in the second half of the sequence, for no content's sake.
+    """Question id -> how much more than half of a score lies in the second half of the sequence, whatever is there.
 
-    Both contents of an image, its upper and its lower half, stand once in the first and once in the second half of the
-    sequence; the mean of both layouts minus one half is 0 for a score that looks at content alone, 0.5 for one
-    that looks at the second half alone and -0.5 for the first.
+    The upper and the lower half of the image each stand once in the first and once in the second half of the sequence.
+    The mean of both layouts minus one half is 0 for a score that depends on content only, 0.5 for one that depends on
+    the second half only, and -0.5 for the first.
     """
     a, b = drawn.of(score, measure), counterpart.of(score, measure)
     return {name: (a[name] + b[name]) / 2 - 0.5 for name in b if name in a}
@@ -59,7 +59,11 @@ def centre(cell: Cell) -> float:
 
 
 def write_rows(out: Path, name: str, rows: Mapping[str, Mapping[str, Cell | None]]) -> None:
-    """`tables/findings_NAME.csv` below a folder: row -> measure -> value, a line for each value that exists."""
+    """Write `tables/findings_NAME.csv` below a folder, with a line for each value that exists.
+
+    Args:
+        rows: row -> measure -> value.
+    """
     lines = [
         [row, measure, *("" if x is None else f"{x:.4f}" for x in (centre(cell), cell.low, cell.high))]
         for row, cells in rows.items()
@@ -83,14 +87,14 @@ STYLE: Any = {
     "legend.fontsize": 8,
     "legend.frameon": False,
 }
-LEVEL = {"color": "black", "linewidth": 1, "linestyle": "--"}  # of a line that stands for chance, or for nothing
+LEVEL = {"color": "black", "linewidth": 1, "linestyle": "--"}  # of a line that marks the chance level, or zero
 
 
 @contextmanager
 def sheet(
     path: Path, columns: int, width: float, height: float, rows: int = 1, **settings: Any
 ) -> Iterator[Sequence[Any]]:
-    """Panels side by side, row after row; the file is written at the end."""
+    """The panels of a figure, row by row. The file is written at the end of the context."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -107,13 +111,13 @@ def sheet(
 
 
 def bars(cells: Sequence[Cell]) -> NDArray[np.float64]:
-    """[2, n] distances to the ends of the intervals; 0 where there is none."""
+    """[2, n] distances from the values to the ends of their intervals; 0 if there is no interval."""
     ends = [(0.0, 0.0) if c.low is None or c.high is None else (centre(c) - c.low, c.high - centre(c)) for c in cells]
     return np.array(ends).T.clip(min=0)
 
 
 def draw_line(panel: Any, x: Sequence[float], cells: Sequence[Cell], index: int, label: str, **style: Any) -> None:
-    """A line with intervals in the colour and marker of an index."""
+    """Draw a line with intervals in the colour and marker of an index."""
     look = {"color": COLOURS[index], "marker": MARKERS[index], "markersize": 4.5, "linewidth": 1.6, "elinewidth": 0.8}
     panel.errorbar(x, [centre(cell) for cell in cells], yerr=bars(cells), label=label, capsize=2, **look, **style)
 
@@ -121,19 +125,19 @@ def draw_line(panel: Any, x: Sequence[float], cells: Sequence[Cell], index: int,
 def draw_cells(
     panel: Any, cells: Sequence[Cell], places: NDArray[Any], index: int, label: str, size: float = 6
 ) -> None:
-    """Values with their intervals from left to right, one below another, in the colour and marker of an index."""
+    """Draw values with horizontal intervals, one below another, in the colour and marker of an index."""
     look = {"fmt": MARKERS[index], "color": COLOURS[index], "markersize": size}
     panel.errorbar([centre(cell) for cell in cells], places, xerr=bars(cells), label=label, capsize=2, **look)
 
 
 def name_rows(panel: Any, names: Sequence[str], level: float) -> None:
-    """Names on the left, the first one at the top, and a dashed line at a level."""
+    """Put names on the left, the first one at the top, and draw a dashed vertical line at a level."""
     panel.axvline(level, **LEVEL)
     panel.set_yticks(range(len(names)), names)
     panel.invert_yaxis()
 
 
 def legend_below(panel: Any, columns: int) -> None:
-    """The legend of a panel below all panels."""
+    """Put the legend of a panel below all panels."""
     handles, labels = panel.get_legend_handles_labels()
     panel.figure.legend(handles, labels, fontsize=9, loc="outside lower center", ncols=columns)

@@ -31,44 +31,44 @@ OURS = ("video_qa",)  # sets of this repository alone, which no paper reports
 
 
 def reported() -> list[Benchmark]:
-    """The benchmarks of the papers."""
+    """The benchmarks that papers report."""
     return [benchmarks.get(name) for name in benchmarks.names() if name not in OURS]
 
 
 def data_sections() -> str:
     """What each benchmark asks and scores, what is published, and where its data come from."""
-    return "\n\n".join(data_section(benchmark) for benchmark in reported())
-
-
-def data_section(benchmark: Benchmark) -> str:
-    """One benchmark: files of one source stand in one line."""
-    lines = [f"### {benchmark.name}", "", benchmark.summary]
-    if benchmark.published:
-        lines.append(f"Published: {benchmark.published} ({benchmark.published_by}).")
-    about = f"Profiles: {', '.join(benchmark.profiles)}. Splits: {', '.join(benchmark.splits)}."
-    lines += [f"{about} Licence: {benchmark.licence}.", ""]
-    sources: dict[str, list[str]] = {}
-    for need in benchmark.needs:
-        sources.setdefault(need.source, []).append(need_file(need))
-    lines += [f"* {', '.join(files)}: {source}" for source, files in sources.items()]
-    if benchmark.mirror:
-        lines.append(f"* mirror: {' or '.join(f'`{name}`' for name in benchmark.mirror)}")
-    return "\n".join(lines)
+    sections = []
+    for benchmark in reported():
+        lines = [f"### {benchmark.name}", "", benchmark.summary]
+        if benchmark.published:
+            lines.append(f"Published: {benchmark.published} ({benchmark.published_by}).")
+        about = f"Profiles: {', '.join(benchmark.profiles)}. Splits: {', '.join(benchmark.splits)}."
+        lines += [f"{about} Licence: {benchmark.licence}.", ""]
+        sources: dict[str, list[str]] = {}  # files of one source stand in one line
+        for need in benchmark.needs:
+            sources.setdefault(need.source, []).append(need_file(need))
+        lines += [f"* {', '.join(files)}: {source}" for source, files in sources.items()]
+        if benchmark.mirror:
+            lines.append(f"* mirror: {' or '.join(f'`{name}`' for name in benchmark.mirror)}")
+        sections.append("\n".join(lines))
+    return "\n\n".join(sections)
 
 
 def need_file(need: Need) -> str:
+    """A file or folder of a benchmark's data in Markdown, with the number of its files."""
     count = f", {need.count:,} files" if need.count else ""
     return f"`DATA/{need.path}`{count}{' (optional)' if need.optional else ''}"
 
 
 def result_of(folder: Path) -> dict[str, Any]:
+    """The result of a run. Without one, a UserError names the script that makes it."""
     if not is_file(folder / RESULT):
         raise UserError(f"{folder} holds no result; run `bash scripts/tables/embedded_benchmarks.sh` first.")
     return read_result(folder)
 
 
 def score_rows(results: Path) -> list[list[str]]:
-    """Main metric of the bundled toy models with and without reduction, on the same questions."""
+    """One row per benchmark: the main metric of a toy model with and without reduction, on the same questions."""
     rows = []
     for benchmark in reported():
         full = result_of(results / benchmark.name / "full")
@@ -88,7 +88,7 @@ def score_rows(results: Path) -> list[list[str]]:
 
 
 def number(result: dict[str, Any]) -> str:
-    """Main metric with its interval."""
+    """The main metric of a result with its interval."""
     value, found = result["metrics"][result["main"]], interval_of(result)
     if value is None or found is None:
         return "graded by its server"

@@ -1,7 +1,7 @@
-"""What a table costs: downloads, disk, GPU memory and hours, estimated before anything is downloaded.
+"""Estimate what a table costs before anything is downloaded: downloads, disk, GPU memory and hours.
 
-Sizes and lengths are in `downloads.yaml`. Hours are estimated, not measured: operations and bytes of every cell
-(eval/efficiency/estimate.py) over an assumed share of a GPU's data sheet.
+Sizes and lengths are in `downloads.yaml`. Hours are estimated, not measured: the operations and bytes of every cell
+(eval/efficiency/estimate.py), divided by an assumed share of the rates in a GPU's data sheet.
 """
 
 from collections import Counter
@@ -25,15 +25,15 @@ from llava.errors import unknown
 from llava.model.llava_arch import Llava
 
 FILE = Path(__file__).parent / "downloads.yaml"
-# Shares of the data sheet that are assumed to be reached, as in docs/cluster.md.
+# Shares of the data sheet's operations and bandwidth that are assumed to be reached, as in docs/cluster.md.
 OF_PEAK, OF_BANDWIDTH = 0.4, 0.6
-LONGEST_PROMPT, LONGEST_ANSWER = 160, 128  # text tokens, for the memory of a batch
-CUDA_CONTEXT = 1.5 * GIB  # assumed: context, fragments and kernels' own memory, which the estimate leaves out
+LONGEST_PROMPT, LONGEST_ANSWER = 160, 128  # text tokens that the memory of a batch is estimated for
+CUDA_CONTEXT = 1.5 * GIB  # assumed for the context, fragmentation and workspaces, which the estimate leaves out
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU by its data sheet: dense bfloat16 operations and bytes per second, bytes of memory."""
+    """A GPU as in its data sheet: dense bfloat16 operations per second, bytes per second, and bytes of memory."""
 
     name: str
     operations: float
@@ -42,7 +42,7 @@ class Gpu:
 
     @property
     def rates(self) -> Rates:
-        """What is assumed to be reached."""
+        """The rates that are assumed to be reached."""
         return Rates(self.name, OF_PEAK * self.operations, OF_BANDWIDTH * self.bandwidth, OF_BANDWIDTH * 64e9)
 
 
@@ -54,9 +54,13 @@ GPUS = (
 
 
 class Checkpoint(Part):
-    """A repository of the hub: decimal gigabytes, what says so, and further repositories that it needs.
+    """A repository of the hub.
 
-    `shapes` is its name in eval/efficiency/shapes.py; "" for what is no LLaVA.
+    Attributes:
+        gb: its size in decimal gigabytes.
+        shapes: its name in eval/efficiency/shapes.py; "" if it is not there.
+        basis: where `gb` comes from.
+        also: further repositories that it needs.
     """
 
     gb: float
@@ -66,7 +70,7 @@ class Checkpoint(Part):
 
 
 class Load(Part):
-    """A benchmark: size of its data and of its questions. See the comments of `downloads.yaml`."""
+    """The size of a benchmark's data and of its questions. The comments of `downloads.yaml` explain the fields."""
 
     questions: int
     text: int
@@ -94,7 +98,7 @@ class Expense:
     Attributes:
         model: the official model without weights.
         lines: rows of the table, the unreduced model first.
-        loads: benchmark -> its size, in the order of the columns; None where it is not known.
+        loads: benchmark -> its size, in the order of the columns; None if it is not known.
     """
 
     table: Table
@@ -114,12 +118,15 @@ class Expense:
 
     @cached_property
     def peak(self) -> float:
-        """Bytes on the GPU of a batch of the unreduced model, with what the estimate leaves out assumed."""
+        """Bytes that a batch of the unreduced model needs on the GPU, CUDA_CONTEXT included."""
         return self.estimate(self.lines[0], LONGEST_PROMPT, 1, LONGEST_ANSWER).peak + CUDA_CONTEXT
 
     def gpu_hours(self, gpu: Gpu) -> float:
-        """Hours of one GPU for the whole table, at least; each cell as a run of its own, without loading."""
-        batches: Counter[tuple[int, int]] = Counter()  # of benchmarks with equal lengths together
+        """At least how many hours one GPU needs for the whole table, with each cell as a run of its own.
+
+        Loading is not counted.
+        """
+        batches: Counter[tuple[int, int]] = Counter()  # lengths of prompt and answer -> number of batches
         for load in filter(None, self.loads.values()):
             batches[load.text, load.steps] += ceil(load.questions / self.table.real.batch_size)
         seconds = sum(
@@ -130,7 +137,7 @@ class Expense:
         return seconds / 3600
 
     def estimate(self, line: RowAtBudget, text: int, steps: int, new_tokens: int = 1) -> Estimate:
-        """One batch of a row that can run, about the largest image or a video, as `--dry-run` estimates it."""
+        """The estimate, as by `--dry-run`, of one batch of a row that can run, about the largest image or a video."""
         assert line.setting is not None
         name, count = checkpoint_of(self.table).shapes, self.table.real.batch_size
         image = layout_of(self.model, size_of(name), video="Video" in name)

@@ -1,4 +1,4 @@
-"""Draw what methods keep of an image: the figure in the README, and those of docs/methods.md.
+"""Draw which tokens of an image methods keep: the figures in the README and in docs/methods.md.
 
 python -m lab.pages.kept --output docs/images
 """
@@ -21,20 +21,21 @@ from llava.pipeline.generate import generate
 from llava.places import ASSETS, WORK, check_checkout
 from llava.reduction import registry
 
-COLOURS = {True: "#1a7f37", False: "#b42318"}  # of a right and of a wrong answer
+COLOURS = {True: "#1a7f37", False: "#b42318"}  # whether an answer is right -> its colour
 GAP = 12  # pixels
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One sheet: what several methods keep of some images.
+    """One sheet that shows what several methods keep of some images.
 
     Attributes:
-        file: the name of the sheet.
+        file: file name of the sheet.
         model, data: folders below ASSETS.
-        questions: ids.
-        methods: caption, name and options, at `budget`; "full" comes first by itself.
-        columns: cells in a row.
+        questions: ids of the questions.
+        budget: visual tokens that the methods keep.
+        methods: caption, name and options of each; "full" is added as the first.
+        columns: number of cells in a row.
     """
 
     file: str
@@ -52,7 +53,7 @@ FIGURES = [Figure(**fields) for fields in read_yaml(Path(__file__).with_name("ke
 
 
 def draw(figure: Figure) -> Image.Image:
-    """For every question a line, and a cell for each method: what it keeps of the image and what the model answers."""
+    """A heading for every question, and below it a cell for each method: what it keeps and what the model answers."""
     data, model = benchmarks.get(figure.benchmark).load(ASSETS / figure.data, figure.split), load(ASSETS / figure.model)
     assert data.sample_score is not None  # the toy benchmarks have one
     reducers = {FULL: registry.build(FULL, model.visual_tokens)}

@@ -1,9 +1,9 @@
-"""Expected memory of the official models, in docs/cluster.md.
+"""Write the table of the official models' expected memory in docs/cluster.md.
 
     python -m lab.pages.memory
 
-Weights and key/value cache are computed from the shapes of the modules, activations are estimated from them; no weight
-is read and nothing is measured.
+Everything is computed from the shapes of the modules (eval/efficiency/memory.py). No weight is read and nothing is
+measured.
 """
 
 import sys
@@ -24,7 +24,7 @@ from llava.reduction import registry
 PAGE = WORK / "docs" / "cluster.md"
 METHOD = "consensusdrop"
 TEXT, NEW_TOKENS, BATCH = 64, 128, 8
-# Budgets by the visual tokens of an image: those of the papers' tables.
+# Visual tokens of an image -> the budgets of the papers' tables.
 BUDGETS = {576: (192, 64), 2880: (640, 160), 2056: (136,), 1280: (320, 128)}
 
 
@@ -42,12 +42,12 @@ def expected(name: str, budget: int | None = None) -> Estimate:
 
 
 def size_of(name: str) -> tuple[int, int] | None:
-    """An image with the most visual tokens: 1,280 for Qwen, a format that no side rounds down."""
+    """Size of the largest image: for Qwen one of exactly 1,280 visual tokens, for the others None, their default."""
     return (28 * 40, 28 * 32) if name.startswith("Qwen") else None
 
 
 def table(names: Sequence[str] = tuple(MODELS)) -> str:
-    """Weights by part, and per budget the cache, the activations and the whole, without and with tensor parallelism."""
+    """The table: weights, and for each budget the cache, the activations, and the total of three ways to run."""
     rows = []
     for name in names:
         tokens = official(name).visual_tokens

@@ -1,4 +1,4 @@
-"""Write the tables of methods of README.md, docs/methods.md and docs/models/families.md from the methods' metadata.
+"""Write the tables of methods in README.md, docs/methods.md and docs/models/families.md from the methods' metadata.
 
 python -m lab.pages.methods
 """
@@ -25,26 +25,20 @@ FAMILIES = WORK / "docs" / "models" / "families.md"
 README = WORK / "README.md"
 LLAVA_15_7B = ModelSpec(576, 32, PatchGrid(24, 24), tower_blocks=24, has_text_tower=True)
 BUDGETS = (192, 128, 64)
-# The papers' convention: a base image and four tiles of 576 patches each, neither unpadding nor newline tokens.
+# The papers' convention: a base image and four tiles of 576 patches each, without unpadding and newline tokens.
 CROP = PatchGrid(24, 24)
 LLAVA_NEXT_7B = replace(LLAVA_15_7B, visual_tokens=2880, layout=replace(CROP, crops=5), crops=(CROP,) * 5)
 NEXT_BUDGETS = (640, 320, 160)
 
 
 def source_of(name: str) -> str:
-    """The method's name, linked to its file."""
+    """The method's name as a link from docs/ to its file."""
     path = Path(*registry.method(name).__module__.split(".")).with_suffix(".py")
     return f"[`{name}`](../{path})"
 
 
-def in_groups(tokens_per_layer: tuple[int, ...]) -> str:
-    """Equal neighbouring layers together: "576 ×2, 166 ×30"."""
-    parts = [(count, len(list(group))) for count, group in groupby(tokens_per_layer)]
-    return ", ".join(f"{count} ×{layers}" for count, layers in parts)
-
-
 def budget_cell(name: str, budget: int, facts: ModelSpec = LLAVA_15_7B) -> str:
-    """Visual tokens per decoder layer at this budget, and their mean."""
+    """Visual tokens per decoder layer at this budget and their mean: "576 ×2, 166 ×30 = 191.6"."""
     try:
         reducer = registry.build(name, budget)
         crops.require(reducer, facts)
@@ -53,8 +47,11 @@ def budget_cell(name: str, budget: int, facts: ModelSpec = LLAVA_15_7B) -> str:
         return "n/a"
     if planned is None:
         return "by image"
-    mean = sum(planned) / len(planned)
-    return f"{mean:g}" if len(set(planned)) == 1 else f"{in_groups(planned)} = {mean:.1f}"
+    if len(set(planned)) == 1:
+        return f"{planned[0]}"
+    parts = [(count, len(list(layers))) for count, layers in groupby(planned)]
+    runs = ", ".join(f"{count} ×{layers}" for count, layers in parts)
+    return f"{runs} = {sum(planned) / len(planned):.1f}"
 
 
 def table() -> str:
@@ -73,7 +70,7 @@ def table() -> str:
 
 
 def budgets() -> str:
-    """Tokens per layer of the methods that do not have the budget in every layer, on LLaVA-1.5-7B and LLaVA-NeXT-7B."""
+    """Tokens per layer on LLaVA-1.5-7B and LLaVA-NeXT-7B, of methods that do not have the budget in every layer."""
     rows = []
     for name in registry.names():
         cells = [budget_cell(name, budget) for budget in BUDGETS]
@@ -84,7 +81,7 @@ def budgets() -> str:
 
 
 def splits() -> str:
-    """How every method splits its budget over tiles: the default, and in brackets the other choices."""
+    """How methods split their budget over tiles: the default, in brackets the other choices, and the methods."""
     ways: dict[str, list[str]] = {}
     for name in registry.names():
         if name != "full":
@@ -96,7 +93,7 @@ def splits() -> str:
 
 
 def known_deviations() -> str:
-    """Where a method departs from the contract tests, as its class says."""
+    """Where methods depart from the contract tests, as their classes state."""
     lines = []
     for name in registry.names():
         parts = []
@@ -108,13 +105,13 @@ def known_deviations() -> str:
 
 
 def families() -> str:
-    """One row per method, one column per family: a letter where `llava.reduce` refuses, and what the letters mean."""
+    """One row per method, one column per family: a letter if `llava.reduce` refuses, and what the letters mean."""
     table, reasons = support(), dict[str, str]()
     rows = []
     for name in registry.names():
         row = [f"`{name}`"]
         for family, methods in table.items():
-            # The same reason for all methods and families.
+            # Without names, so that the same reason has the same letter for all methods and families.
             why = methods[name].replace(name, "the method").replace(family, "the family")
             row.append(reasons.setdefault(why, chr(ord("a") + len(reasons))) if why else "")
         rows.append(row)
@@ -133,7 +130,7 @@ def readme_table() -> str:
 
 
 def write_readme() -> None:
-    """The number of methods and their table in README.md."""
+    """Write the number of methods and their table into README.md."""
     insert(README, "readme methods", readme_table())
     count = f"**{len(registry.names())} [methods]"
     README.write_text(re.sub(r"\*\*\d+ \[methods\]", count, README.read_text()))

@@ -1,9 +1,9 @@
-"""Write how to reproduce a table: docs/reproduce/PAPER_TABLE.md, and the costs of all in docs/paper_tables.md.
+"""Write how to reproduce each table in docs/reproduce/PAPER_TABLE.md, and the costs of all in docs/paper_tables.md.
 
     vtr tables reproduce
 
-They come from the tables' specs, the published values, the data needs of the benchmarks and estimates; nothing is
-measured, downloaded or run. The text is in `reproduce.md.j2`. The pages are not committed, the costs are.
+The content comes from the tables' specs, the published values, the data needs of the benchmarks and estimates; nothing
+is measured, downloaded or run. The text is in `reproduce.md.j2`. Only the costs are committed, not the pages.
 """
 
 import sys
@@ -31,9 +31,9 @@ from llava.places import WORK, check_checkout
 INDEX = WORK / "docs" / "paper_tables.md"
 FOLDER = WORK / "docs" / "reproduce"
 SERVER = ("vqav2", "vizwiz")  # the papers' splits have no public answers
-JUDGED = ("mmvet", "llava_bench", "tgif_qa", "msvd_qa", "msrvtt_qa", "activitynet_qa")  # by a language model
-MANY = 8  # GPUs of the second column of hours
-INDEX_GPU = GPUS[1]  # of the column of hours in docs/paper_tables.md
+JUDGED = ("mmvet", "llava_bench", "tgif_qa", "msvd_qa", "msrvtt_qa", "activitynet_qa")  # scored by a language model
+MANY = 8  # number of GPUs in the second column of hours
+INDEX_GPU = GPUS[1]  # GPU of the column of hours in docs/paper_tables.md
 COSTS = {"tflops": "TFLOP", "latency_ms": "ms", "speedup": "speed-up"}
 
 
@@ -87,7 +87,7 @@ def gigabytes_of(table: Table) -> float:
 
 
 def hours(cost: Expense, gpu: Gpu) -> tuple[str, str]:
-    """The table's time on one GPU and on several; "n/a" where a batch of the unreduced model does not fit on one."""
+    """The table's time on one GPU and on MANY; "n/a" if a batch of the unreduced model does not fit on one."""
     if cost.peak > gpu.memory:
         return "n/a", "n/a"
     seconds = 3600 * cost.gpu_hours(gpu)
@@ -95,7 +95,7 @@ def hours(cost: Expense, gpu: Gpu) -> tuple[str, str]:
 
 
 def cause_table(columns: Sequence[Column], source: Published | None, convention: str) -> str:
-    """Per benchmark: the published baselines that the gate takes, its tolerance, and what to look at first."""
+    """Per benchmark: the published baselines that the gate compares with, its tolerance, and what to look at first."""
     rows = []
     for column in columns:
         known = source.full(column.published) if source and column.published and not column.published_split else []
@@ -110,7 +110,7 @@ class Sources:
     """The rows of a file of published scores that belong to a table, as Markdown.
 
     Attributes:
-        rows: the unreduced model's, then those of the table's methods, in its order, at falling budgets.
+        rows: rows of the unreduced model, then of the table's methods in its order, at falling budgets.
     """
 
     def __init__(self, table: Table, columns: Sequence[Column], source: Published):
@@ -124,9 +124,9 @@ class Sources:
 
     @property
     def table(self) -> str:
-        """Method, tokens, source, trust, scores, costs where a row has them.
+        """Method, tokens, source, trust, scores, and costs if a row has any.
 
-        Disputed numbers are marked; a cell is empty where the source has none.
+        Disputed numbers are marked "?". A cell is empty if the source has no number for it.
         """
         costs = {name: title for name, title in COSTS.items() if any(name in row.scores for row in self.rows)}
         columns = {**self._titles, AVERAGE: "average", **costs}
@@ -158,7 +158,7 @@ class Sources:
 
     @property
     def disputes(self) -> list[str]:
-        """Why numbers of a row are disputed, one line for each such row."""
+        """Why numbers are disputed, one line for each row with such numbers."""
         lines = []
         for row in self.rows:
             reason = row.disputed or ""
@@ -170,7 +170,7 @@ class Sources:
 
 
 def number(value: float, column: str) -> str:
-    """As printed: at least one decimal, but for MME's points."""
+    """The value as printed, with at least one decimal except for MME's points."""
     text = f"{value:.6g}"
     return text if "." in text or column in POINTS else f"{text}.0"
 
@@ -186,7 +186,7 @@ def index(costs: Sequence[Expense]) -> str:
 
 
 def all_costs() -> list[Expense]:
-    """The costs of the tables that have a page: those of scores."""
+    """The costs of the tables that have a page, which are the tables of scores."""
     found = [spec.read(path) for path in spec.paths()]
     return [expense(table) for table in found if table.kind == "scores"]
 

@@ -1,9 +1,9 @@
-"""Count the code that one answer runs through: how much a reader has to follow.
+"""Count the code that one answer runs through, as a measure of how much a reader has to follow.
 
     python scripts/dev/code_path.py fastervlm 64 [--list]
 
-Counts, inside `llava.pipeline.generate.generate` for one question about one image in one tile, after one warm-up: the
-project's functions (without lambdas and comprehensions), their files, and the calls that enter another file.
+It counts the project's functions (without lambdas and comprehensions), their files, and the calls that enter another
+file, inside `llava.pipeline.generate.generate` for one question about one image in one tile, after one warm-up.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from llava.places import PACKAGES
 
 @dataclass(frozen=True)
 class CodePath:
-    """What a call runs through.
+    """The code that a call ran through.
 
     Attributes:
         functions: (file, qualified name) of every function of the project that was called.
-        crossings: calls into another file of the project than the one that was running.
+        crossings: number of calls from one file of the project into another.
     """
 
     functions: frozenset[tuple[str, str]]
@@ -37,7 +37,7 @@ class CodePath:
 
 
 def trace(call: Callable[[], object], root: Path = PACKAGES) -> CodePath:
-    """Run `call` and collect the functions of the files below `root` that it calls."""
+    """Run `call` and collect the functions below `root` that it calls."""
     packages = f"{root}/"
     functions: set[tuple[str, str]] = set()
     running: list[str] = []

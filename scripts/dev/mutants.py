@@ -7,7 +7,8 @@
 A mutant changes one place: an operator, a sign, a constant, a dropped line or two swapped arguments. Eight come from
 eval/papers, and four each from eval/answers, llava/pipeline and the methods. A mutant that computes the same as the
 original is called equivalent. Only a person can tell that, so the numbers of such mutants are given to --redraw. Texts
-of errors, annotations and docstrings are left alone. FOLDER/seen.json keeps the results: an interrupted run goes on.
+of errors, annotations and docstrings are not mutated. FOLDER/seen.json keeps the results, so an interrupted run can
+continue.
 """
 
 import argparse
@@ -39,20 +40,27 @@ OPERATORS: dict[type, str] = {
     **{ast.Div: "*", ast.FloorDiv: "*", ast.Mod: "*"},
 }
 MARKED = "not (process or table or java or training or browser or slow)"
-Change = tuple[str, int, int, str]  # kind, first and last character of the place, what stands there instead
+Change = tuple[str, int, int, str]  # kind, first and last byte of the changed place, and the new text
 
 
 @dataclass(frozen=True)
 class Mutant:
+    """One change of one file.
+
+    Attributes:
+        text: the whole changed file.
+        change: the lines of a unified difference.
+    """
+
     number: int
     file: str
     kind: str
-    text: str  # the whole file
-    change: str  # the lines of a unified difference
+    text: str
+    change: str
 
 
 def changes(text: str) -> Iterator[Change]:
-    """Every single change of a module that can be drawn."""
+    """All changes of a module that can be drawn, one at a time."""
     starts = [0]
     for line in text.splitlines(keepends=True):
         starts.append(starts[-1] + len(line.encode()))
@@ -102,7 +110,7 @@ def changes(text: str) -> Iterator[Change]:
 
 
 def draw(root: Path, seed: int, redraw: set[int]) -> list[Mutant]:
-    """The mutants of a seed; one whose number is in `redraw` does not count, and one more of its stratum is drawn."""
+    """The mutants of a seed. For each number in `redraw`, one more mutant is drawn from the same folders."""
     drawn: list[Mutant] = []
     for folders, count in STRATA:
         chance = random.Random(f"{seed} {folders}")
@@ -127,7 +135,11 @@ def draw(root: Path, seed: int, redraw: set[int]) -> list[Mutant]:
 
 
 def fast_tests(copy: Path, file: str, all_of_them: bool) -> str | None:
-    """The first of the fast tests that fails, or None; of those that import the module, or of all."""
+    """Run the fast tests; returns the first one that fails, or None.
+
+    Args:
+        all_of_them: run all of them, not only those that import the module.
+    """
     package, _, module = file.removesuffix(".py").replace("/", ".").rpartition(".")
     named = re.compile(rf"{package}(\.| import [^)\n]*|\s+import \([^)]*)\b{module}\b")
     tests = sorted((copy / "tests").rglob("test_*.py"))

@@ -1,12 +1,13 @@
-"""Record what every method keeps, answers and scores, to see after a change of the code that nothing else changed.
+"""Record what every method keeps, answers and scores, to check that a change of the code did not alter it.
 
     python scripts/dev/record.py before.json                         # 25 methods x 5 models x 2 budgets
     python scripts/dev/record.py after.json --against before.json    # exit code 1 and a list where they differ
     python scripts/dev/record.py some.json --methods visiondrop,fastv --models tinyllava
 
-Holds for each model, method and budget: the tokens kept at every reduction of every question, the answers, the metrics
-with their intervals and the tokens per layer, or the sentence with which the method refuses; and the cells of two
-papers' tables. Compare records of one machine only: near ties fall otherwise on another kind of processor.
+A record holds, for each model, method and budget: the tokens kept at every reduction of every question, the answers,
+the metrics with their intervals and the tokens per layer, or the sentence with which the method refuses. It also holds
+the cells of two papers' tables. Compare only records of the same machine, because another processor may decide near
+ties differently.
 """
 
 import argparse
@@ -26,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import llava.pipeline.generate as pipeline  # noqa: E402
 
-# The modules below take the function from there when they are first imported.
+# The modules imported below take the function from there, so it is replaced first.
 unwatched, pipeline.generate = pipeline.generate, lambda *arguments, **options: watched(*arguments, **options)
 
 from eval import cli  # noqa: E402
@@ -49,13 +50,13 @@ TABLES = {
 LIMIT = 6
 SCORES = ("asked", "failed", "metrics", "confidence", "groups", "accounting", "off_budget")  # of result.json
 KEPT: dict[str, list[Any]] = {}
-# What depends on the clock, the machine or the code's own hash: whole names, and parts of names.
+# Names of fields that depend on the clock, the machine or the code's own hash: whole names, and parts of names.
 ONCE = ("run", "finished")
 VOLATILE = ("seconds", "time", "ttft", "date", "commit", "hash", "machine", "path", "folder", "command", "sentence")
 
 
 def watched(*arguments: Any, **options: Any) -> Any:
-    """`generate`, which also writes down what is kept and answered, by question id."""
+    """`generate`, which also stores in KEPT what is kept and answered, by question id."""
     batch = unwatched(*arguments, **options)
     for answer in batch.answers:
         steps = [[step.reduction.kept.tolist(), step.reduction.inputs] for step in answer.trace]
@@ -64,7 +65,7 @@ def watched(*arguments: Any, **options: Any) -> Any:
 
 
 def run(command: Any, arguments: Sequence[str]) -> str | None:
-    """None, or the last sentence on stderr where the command refuses."""
+    """Run a command; returns None, or the last sentence on stderr if it fails."""
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
         try:
@@ -76,7 +77,7 @@ def run(command: Any, arguments: Sequence[str]) -> str | None:
 
 
 def steady(value: Any) -> Any:
-    """A result without what another run on the same machine may change."""
+    """A result without the fields that differ between two runs of the same code on one machine."""
     if isinstance(value, dict):
         kept = (key for key in value if key not in ONCE and not any(word in key.lower() for word in VOLATILE))
         return {key: steady(value[key]) for key in kept}
@@ -84,7 +85,7 @@ def steady(value: Any) -> Any:
 
 
 def record_answers(model: str, checkpoint: Path, method: str) -> dict[str, Any]:
-    """budget -> kept tokens, answers and score of one method on one model."""
+    """Budget -> kept tokens, answers and scores of one method on one model."""
     data, benchmark, budgets = MODELS[model]
     cells = {}
     for budget in ("all",) if method == "full" else budgets.split(","):
@@ -113,12 +114,12 @@ def record_table(name: str) -> list[dict[str, str]]:
 
 
 def differences(before: Any, after: Any, where: str = "") -> Iterator[str]:
-    """Where two records differ, one line each; only what both hold is compared."""
+    """One line for each difference between two records. Only what both hold is compared."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in before:
             if key in after:
                 yield from differences(before[key], after[key], f"{where}/{key}")
-            elif where.count("/") > 2:  # below a model and a method nothing may be missing
+            elif where.count("/") > 2:  # below a model and a method, nothing of `before` may be missing
                 yield f"{where}/{key} is missing"
     elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         for place, (old, new) in enumerate(zip(before, after, strict=True)):

@@ -2,7 +2,7 @@
 
     python scripts/dev/weight.py [FOLDER]
 
-A code line is not blank, a comment, part of a docstring or part of an import. Counts the files that git tracks.
+Code lines are all lines except blank lines, comments, docstrings and imports. Only files that git tracks are counted.
 """
 
 import ast
@@ -34,7 +34,7 @@ def code_lines(file: Path, tree: ast.Module) -> int:
 
 
 def package(file: Path) -> str:
-    """The package a file is counted under: its top folder, and for `eval` the folder below it."""
+    """The package that a file counts for: its top folder, or for `eval` the folder below that."""
     folders = file.parts[:-1]
     return "/".join(folders[: 2 if folders[:1] == ("eval",) else 1]) or "."
 
@@ -54,7 +54,7 @@ def python_weight(files: list[Path], root: Path) -> dict[str, Counter[str]]:
 
 
 def print_rows(weight: dict[str, Counter[str]], total: str) -> None:
-    """One row per package, and their sum."""
+    """Print one row per package, and their sum."""
     rows = [*sorted(weight.items()), (total, sum(weight.values(), Counter()))]
     for name, count in rows:
         counts = "".join(f"{count[key]:11,}" for key in ("files", "lines", "code", "functions", "tests"))

@@ -1,10 +1,10 @@
-"""Builds the wheels, installs them into an empty environment, and runs every `vtr` command from an empty folder.
+"""Build the wheels, install them into an empty environment, and run every `vtr` command from an empty folder.
 
     python scripts/dev/wheel.py FOLDER [PYTHON]     # PYTHON: the interpreter of the environment; python3 if left out
 
-FOLDER gets dist/ (wheel, source distribution and toy wheel), the environment env/ and the working folder empty/: some
-GB where the package index has CUDA builds of torch. The core is tried first, alone, then the extras. Exits with 1 where
-a command ends in a traceback or with another code than is expected here; the output of all commands is in FOLDER/log.
+FOLDER gets dist/ (wheel, source distribution and toy wheel), the environment env/ and the working folder empty/, some
+GB if the package index has CUDA builds of torch. The core is tried alone first, then with the extras. The exit code is
+1 if a command ends in a traceback or with another code than expected here. FOLDER/log has the output of all commands.
 """
 
 import os
@@ -26,13 +26,13 @@ INSTALLED = COMMANDS.keys() - {name for lines in LAB.values() for name in lines}
 MAIN, TOY = "visual_token_reduction", "visual_token_reduction_toy"
 EXTRAS = "eval,pages"
 SECONDS = 900  # for a command
-SOURCE_BYTES = 4 * 2**20  # of the source distribution at most: it carries no assets
-# With the core alone: what works, for `vtr`. Everything else is one sentence.
+SOURCE_BYTES = 4 * 2**20  # the largest source distribution, which carries no assets
+# The arguments of `vtr` that work with the core alone. All others must end in one sentence.
 CORE = ("--help", "--version", "show methods", "show methods consensusdrop")
 RUN = "--limit 8 --wandb disabled --method"
 RUNS = "results/full/limit8 results/consensusdrop/limit8"
 IMAGE = "{toy}/eval/gqa/data/images/test00012d.jpg"
-# Command -> its arguments and the exit code: 0, or 2 where a checkout, a server or an account is needed.
+# Command -> pairs of arguments and exit code: 0, or 2 if a checkout, a server or an account is needed.
 CALLS = {
     "eval": [
         (f"{RUN} consensusdrop --budget 64 --output results/consensusdrop", 0),
@@ -71,13 +71,16 @@ with reduce(model, "consensusdrop", budget=64) as reduced:
 assert set(reduced.accounting[0].tokens_per_layer) == {64}, reduced.accounting
 """
 
-
-# A PYTHONPATH would bring packages of another place, among them perhaps this project.
+# Without PYTHONPATH, which could bring in packages from elsewhere, perhaps this project.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "WANDB_API_KEY")}
 
 
 class Trial:
-    """The environment and the empty folder in which commands run, and a sentence for each that went wrong."""
+    """The environment and the empty folder in which commands run.
+
+    Attributes:
+        failures: a sentence for each command that went wrong.
+    """
 
     def __init__(self, folder: Path, python: str):
         self.folder, self.work, self.failures = folder, folder / "empty", list[str]()
@@ -89,17 +92,17 @@ class Trial:
         subprocess.run([python, "-m", "venv", "--clear", folder / "env"], check=True)
 
     def install(self, *what: str) -> None:
-        """With pip, whose own failure ends the trial."""
+        """Install with pip; if pip fails, the trial ends."""
         print("pip install", *(name.rpartition("/")[2] for name in what), flush=True)
         command = [self.python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *what]
         subprocess.run(command, check=True, env=ENVIRONMENT)
 
     def call(self, command: list[str | Path], codes: tuple[int, ...], sentence: bool = False) -> str:
-        """Run it in the empty folder; returns its output.
+        """Run a command in the empty folder; returns its output.
 
         Args:
             codes: exit codes that are right.
-            sentence: the last line must say what to install if the code is not 0.
+            sentence: if the exit code is not 0, the last line must say what to install.
         """
         words = " ".join(map(str, command)).replace(f"{self.folder}/", "").strip()[:160]
         print(words.partition("\n")[0], flush=True)
@@ -125,9 +128,9 @@ class Trial:
 
 
 def build(folder: Path, python: str) -> list[Path]:
-    """The wheel, made from the source distribution, and the toy wheel, likewise; of the files in git's index.
+    """Build the wheel and the toy wheel, each from its source distribution, from the files in git's index.
 
-    A build writes beside its source, so two trials at a time in one checkout took each other's files away.
+    A build writes next to its source, so the files are copied first; two trials can then run in one checkout.
     """
     source = folder / "source"
     for old in (source, folder / "dist"):
@@ -143,7 +146,7 @@ def build(folder: Path, python: str) -> list[Path]:
 
 
 def contents(folder: Path, wheel: Path) -> list[str]:
-    """What is wrong with the files in the wheel and in the source distribution it was made from."""
+    """A sentence for everything that is wrong with the files in the wheel and in its source distribution."""
     listed = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).split("\n")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     tops = {name.partition("/")[0] for name in held}
@@ -158,7 +161,7 @@ def contents(folder: Path, wheel: Path) -> list[str]:
 
 
 def try_core(trial: Trial, toy: str) -> None:
-    """`reduce` and what works with the core alone; other commands do, or say what to install."""
+    """With the core alone, try `reduce` and the commands of CORE. Other commands must work or say what to install."""
     image = IMAGE.format(toy=toy)
     trial.call([trial.python, "-c", REDUCE, f"{toy}/tinyllava", image], (0,))
     for words in CORE:
@@ -168,8 +171,9 @@ def try_core(trial: Trial, toy: str) -> None:
 
 
 def try_extras(trial: Trial, toy: str) -> None:
-    """Every command; the first runs are those whose results others read."""
-    with socket.create_server(("127.0.0.1", 0)) as server:  # the demo would serve for ever on a port that is free
+    """Try every command, in an order in which results exist before other commands read them."""
+    # The demo must find its port taken, because on a free one it would serve for ever.
+    with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         for name, calls in CALLS.items():
             for arguments, code in calls:
