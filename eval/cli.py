@@ -1,10 +1,10 @@
-"""The console command `vtr`: one name for every command line of the repository.
+"""The console command `vtr`, which runs every command line of the repository.
 
     vtr eval --method consensusdrop --budget 64
     vtr show methods
 
-`pip install -e .` installs it; `python -m eval.cli` is the same. A command's module is imported only when the command
-runs, so that help and typing mistakes cost no time.
+`pip install -e .` installs it; `python -m eval.cli` does the same. A command's module is imported only when the command
+runs, so help and typing mistakes cost no time.
 """
 
 import os
@@ -26,10 +26,10 @@ class Command:
     """A sub-command.
 
     Attributes:
-        module: is imported when the command runs.
+        module: imported when the command runs.
         summary: the command's line in `vtr --help`.
-        arguments: stand before those of the user.
-        function: of the module; it reads `sys.argv` and returns the exit code.
+        arguments: put before those of the user.
+        function: function of the module that reads `sys.argv` and returns the exit code.
     """
 
     module: str
@@ -39,7 +39,7 @@ class Command:
 
 
 TABLE, DASHBOARD = "eval.papers.table", "eval.tracking.dashboard"
-# Heading of `vtr --help` -> the words after `vtr` -> the module that they run.
+# Heading in `vtr --help` -> the words after `vtr` -> command.
 GROUPS = {
     "Use: questions, scores and pages": {
         "eval": Command("eval.__main__", "evaluate one method at one budget on one benchmark"),
@@ -82,21 +82,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with optional_imports():
             return dispatch(list(sys.argv[1:] if arguments is None else arguments))
-    except UserError as error:  # a package of an extra is missing; the commands tell their own errors
+    except UserError as error:  # an optional package is missing; commands print their own errors
         print(error, file=sys.stderr)
         return 2
     except BrokenPipeError:  # `vtr show methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:  # while a command is imported; the commands themselves say more
+    except KeyboardInterrupt:  # while a command is imported; a running command says more
         print("\nStopped.", file=sys.stderr)
         return 128 + signal.SIGINT
 
 
 def dispatch(words: list[str]) -> int:
-    """Find the command that the words begin with, such as `eval` or `tables methods`, and run it."""
+    """Run the command that the words begin with, such as `eval` or `tables methods`; returns the exit code."""
     if not words or words[0] in ("-h", "--help", "help"):
-        print(usage())
+        head = f"Usage: {PROGRAM} COMMAND [arguments]\n\nVisual token reduction. `{PROGRAM} COMMAND --help` says more,"
+        head += f" `{PROGRAM} --version` which code and libraries run."
+        print("\n\n".join([head, *(listing(f"{title}:", group) for title, group in GROUPS.items())]))
         return 0 if words else 2
     if words[0] in ("--version", "-V"):
         print(import_module("eval.versions").summary())
@@ -124,23 +126,16 @@ def dispatch(words: list[str]) -> int:
 
 
 def run(name: str, arguments: list[str]) -> int:
-    """Call the command's function as if it had been started under the command's name."""
+    """Call a command's function as if its module had been started under the command's name."""
     command = COMMANDS[name]
     sys.argv = [f"{PROGRAM} {name}", *command.arguments, *arguments]
     return int(getattr(import_module(command.module), command.function)())
 
 
 def refuse(sentence: str, word: str, known: list[str]) -> int:
-    """Print the error with the nearest name that exists; returns the exit code."""
+    """Print an error with the most similar existing name; returns the exit code."""
     print(f"{sentence}{suggestion(word, known)} Available: {', '.join(dict.fromkeys(known))}.", file=sys.stderr)
     return 2
-
-
-def usage() -> str:
-    """The text of `vtr --help`."""
-    head = f"Usage: {PROGRAM} COMMAND [arguments]\n\nVisual token reduction. `{PROGRAM} COMMAND --help` says more,"
-    head += f" `{PROGRAM} --version` which code and libraries run."
-    return "\n\n".join([head, *(listing(f"{title}:", group) for title, group in GROUPS.items())])
 
 
 def listing(head: str, commands: dict[str, Command]) -> str:

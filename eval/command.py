@@ -1,4 +1,4 @@
-"""What the command lines share: one-sentence errors, and the flags that say which questions are meant."""
+"""What all command lines share: one-sentence errors, signals, output as JSON, and the flags that choose questions."""
 
 import argparse
 import contextlib
@@ -25,12 +25,12 @@ from eval.parallel import ranks
 from llava.errors import UserError
 
 P = ParamSpec("P")
-# What argparse says where a function made by `value` has raised.
+# argparse's message after an error in a function made by `value`.
 VALUE_ERROR = re.compile(r"argument (?P<flag>\S+): (?P<problem>should .*)", re.DOTALL)
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong flags end in one sentence, as every other mistake does."""
+    """A parser that reports wrong flags as UserError, in one sentence."""
 
     def error(self, message: str) -> NoReturn:
         if found := VALUE_ERROR.fullmatch(message):
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults where there are any: "(default: None)" says nothing."""
+    """Shows a flag's default only if there is one, because "(default: None)" says nothing."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return super()._get_help_string(action) if action.default else action.help
@@ -48,7 +48,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 def make_parser(module: str, documentation: str | None) -> Parser:
     """The parser of `python -m MODULE`, described by the first line of its documentation.
 
-    Its usage line names the `vtr` command where that is how the module was started.
+    The usage line names the `vtr` command, if that started the module.
     """
     return Parser(
         prog=sys.argv[0] if sys.argv[0].startswith("vtr ") else f"python -m {module}",
@@ -59,7 +59,7 @@ def make_parser(module: str, documentation: str | None) -> Parser:
 
 
 def value(read: Callable[..., Any], **limits: Any) -> Callable[[str], Any]:
-    """A reader of eval.config as argparse's `type`: its ValueError becomes the sentence after the flag's name."""
+    """Make a reader of eval.config an argparse `type`; its ValueError is printed after the flag's name."""
 
     def checked(text: str) -> Any:
         try:
@@ -71,18 +71,18 @@ def value(read: Callable[..., Any], **limits: Any) -> Callable[[str], Any]:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does."""
+    """Raised for SIGTERM, which ends a command like Ctrl-C."""
 
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 def ignore(number: int, frame: object) -> None:
-    """A handler. SIG_IGN in its place makes Python print an error for a signal that has come already."""
+    """A handler that does nothing; with SIG_IGN Python would print an error for a signal that has already come."""
 
 
 def terminate(number: int, frame: object) -> NoReturn:
-    """A handler of STOPS: the first signal ends the command in order, further ones are ignored."""
+    """A handler of STOPS: the first signal ends the command in order, and further ones are ignored."""
     for one in STOPS:
         signal.signal(one, ignore)
     sys.unraisablehook = send_again
@@ -92,8 +92,8 @@ def terminate(number: int, frame: object) -> NoReturn:
 def send_again(lost: "sys.UnraisableHookArgs") -> None:
     """A hook for exceptions that Python drops, in `__del__` and in callbacks of weak references.
 
-    A signal that comes just then would be dropped as well, and the command could not be stopped any more. So it is sent
-    once more, when the callback is over.
+    The exception of a signal that comes just then is dropped too, and the command could not be stopped any more. The
+    signal is therefore sent once more after the callback.
     """
     if not isinstance(lost.exc_value, KeyboardInterrupt):
         sys.__unraisablehook__(lost)
@@ -109,7 +109,7 @@ def send_again(lost: "sys.UnraisableHookArgs") -> None:
 def stopping_once() -> Iterator[None]:
     """Handle STOPS by `terminate`, so that a second Ctrl-C does not interrupt what the first one has begun."""
     main_thread = threading.current_thread() is threading.main_thread()
-    # A shell starts background jobs with SIGINT ignored, and so it stays; or this is done already.
+    # Signals stay as they are if this is done already, or if SIGINT is ignored, as in a shell's background jobs.
     others = (signal.SIG_IGN, terminate, ignore)
     taken = [number for number in STOPS if main_thread and signal.getsignal(number) not in others]
     before, hook = {number: signal.signal(number, terminate) for number in taken}, sys.unraisablehook
@@ -123,7 +123,7 @@ def stopping_once() -> Iterator[None]:
 
 
 def exit_on_user_error(main: Callable[P, int]) -> Callable[P, int]:
-    """The command line whose user errors and signals are told in one sentence; exit code 2, or 130 and 143."""
+    """Decorate a command line so that a user error or signal prints one sentence; exit code 2, or 130 and 143."""
 
     @functools.wraps(main)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> int:
@@ -132,7 +132,7 @@ def exit_on_user_error(main: Callable[P, int]) -> Callable[P, int]:
                 return main(*args, **kwargs)
             except (UserError, KeyboardInterrupt) as error:
                 if not ranks.current().alone:
-                    raise  # eval.parallel.worker tells the parent process, which prints it once
+                    raise  # eval.parallel.worker reports it to the parent process, which prints it once
                 if isinstance(error, UserError):
                     print(error, file=sys.stderr)
                     return 2
@@ -143,16 +143,16 @@ def exit_on_user_error(main: Callable[P, int]) -> Callable[P, int]:
 
 
 def add_data_flags(p: argparse.ArgumentParser) -> None:
-    """--data, --split, --profile and --source, as `open_dataset` reads them, and --judge."""
+    """Add --data, --split, --profile and --source, as `open_dataset` reads them, and --judge."""
     p.add_argument(
         "--data",
         type=value(path_name),
         default=str(DEFAULT_DATA),
         help="folder that holds the benchmarks, one folder each",
     )
-    p.add_argument("--split", help="split of the benchmark; its first one there is if left out")
+    p.add_argument("--split", help="split of the benchmark; by default the first that is there")
     p.add_argument(
-        "--profile", choices=PROFILES, help="as LLaVA's scripts or as lmms-eval ask and score; default: llava"
+        "--profile", choices=PROFILES, help="ask and score as LLaVA's scripts or as lmms-eval; default: llava"
     )
     p.add_argument(
         "--source", default="auto", choices=SOURCES, help="official files, or the mirror on the hub (or its local copy)"
@@ -160,14 +160,14 @@ def add_data_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--judge", default="auto", metavar="JUDGE", help=JUDGE_HELP)
 
 
-STDOUT = "-"  # where a record goes if --json names no file
+STDOUT = "-"  # value of --json without a file name
 
 
 def add_json_flag(p: argparse.ArgumentParser, keys: str) -> None:
-    """--json [OUT], as `print_record` reads it.
+    """Add --json [OUT], as `print_record` reads it.
 
     Args:
-        keys: of the record, for the help.
+        keys: keys of the record, for the help.
     """
     p.add_argument(
         "--json",
@@ -184,7 +184,7 @@ def print_record(record: Any, lines: Iterable[str], place: str | None) -> None:
     """Print a result as lines of text, or as JSON alone.
 
     Args:
-        place: what --json says: a file that the record is written to as well, STDOUT, or None.
+        place: the value of --json: a file to which the record is also written, STDOUT for JSON alone, or None.
     """
     if place == STDOUT:
         print(json.dumps(record, indent=1, allow_nan=False))
@@ -197,12 +197,12 @@ def print_record(record: Any, lines: Iterable[str], place: str | None) -> None:
 
 
 def without_bars() -> contextlib.AbstractContextManager[Any]:
-    """No progress bars inside, neither ours nor those of libraries that use tqdm."""
+    """A context without progress bars, neither ours nor those of libraries that use tqdm."""
     return mock.patch.object(tqdm, "__init__", functools.partialmethod(tqdm.__init__, disable=True))
 
 
 def open_dataset(name: str, data: str, split: str | None, profile: str | None, source: str) -> Dataset:
-    """The questions that the flags mean."""
+    """The data set that the flags of `add_data_flags` name."""
     benchmark, folder = benchmarks.get(name), Path(data)
     return benchmark.load(
         folder, benchmarks.check_split(benchmark, split, folder), benchmarks.check_profile(benchmark, profile), source

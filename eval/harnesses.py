@@ -1,7 +1,7 @@
-"""What the harnesses of others share when their own models run under a method: lmms-eval's and VLMEvalKit's.
+"""Run models of other evaluation harnesses, lmms-eval and VLMEvalKit, under a method.
 
-A harness writes its prompts itself and calls `generate` of a transformers model. `UnderMethod` runs these calls inside
-`reduce`, hands over the question of each prompt, and counts what was kept.
+A harness writes its own prompts and calls `generate` of a transformers model. `UnderMethod` runs these calls inside
+`reduce`, passes on the question of each prompt, and counts what was kept.
 """
 
 import os
@@ -28,15 +28,15 @@ from llava.reduction.reducer import Reducer
 
 P = ParamSpec("P")
 T = TypeVar("T")
-IMAGE_IDS = ("image_token_id", "image_token_index", "video_token_id")  # as configurations name them
-# How tasks mark the place of an image in their text; a prompt has the model's own image tokens there.
+IMAGE_IDS = ("image_token_id", "image_token_index", "video_token_id")  # their names in model configurations
+# Marks the place of an image in the text of a task; a prompt has the model's own image tokens there.
 PLACEHOLDER = re.compile(r"<image(?: \d+)?>")
 
 
 def ends_the_process(function: Callable[P, T]) -> Callable[P, T]:
-    """The function whose UserError ends the process with one sentence and exit code 2.
+    """Decorate a function so that a UserError ends the process with one sentence and exit code 2.
 
-    Both harnesses catch every other exception, go on to the next task and exit with 0.
+    Both harnesses would catch the exception, go on to the next task and exit with 0.
     """
 
     @wraps(function)
@@ -51,14 +51,14 @@ def ends_the_process(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def refuse_ranks(name: str, instead: str) -> None:
-    """Raise UserError in one of several processes, which was not tried."""
+    """Raise UserError if this is one of several processes, because that was never tried."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"{name} runs in one process; {instead}.")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A method and its budget, checked as far as that can be done before there is a model.
+    """A method and its budget, checked as far as possible before the model is loaded.
 
     Attributes:
         options: of the method, as text.
@@ -74,31 +74,28 @@ class Choice:
         known = self.budget is not None or RETENTION_RATIO in self.options
         registry.build(self.method, self.budget if known else 1, dict(self.options))
 
-    @property
-    def reads_question(self) -> bool:
-        return "question" in registry.method(self.method).metadata.reads
-
 
 class UnderMethod:
     """A harness's model whose `generate` runs under a method inside `asking`.
 
     Args:
-        model: of transformers, of a family that `reduce` takes, or from `load_pretrained_model`.
-        tokenizer: its tokenizer or processor; None where there is none, which methods that read the question refuse.
+        model: a transformers model of a family that `reduce` takes, or one from `load_pretrained_model`.
+        tokenizer: its tokenizer or processor; None if it has none, which is an error for methods that read the
+            question.
 
     Attributes:
-        accounts: of every prompt so far, see `accounting_record`.
+        accounts: one record per prompt so far, see `accounting_record`.
 
     Raises:
-        UserError: `reduce` does not take the model, or the method there.
+        UserError: `reduce` does not take the model, or not with this method.
     """
 
     def __init__(self, model: Any, choice: Choice, tokenizer: Any = None) -> None:
-        # A ScriptModel enters its own `reduced` in each call, and gives it the questions.
+        # A ScriptModel enters its own `reduced` in each call and passes it the questions.
         runtime = model.runtime if isinstance(model, ScriptModel) else model
         self.model, self.scripted = model, runtime is not model
         self.tokenizer = runtime.tokenizer if self.scripted else getattr(tokenizer, "tokenizer", tokenizer)
-        reads = choice.reads_question
+        reads = "question" in registry.method(choice.method).metadata.reads
         if reads and self.tokenizer is None:
             raise UserError(f"{choice.method} reads the question, and this model class has no `tokenizer` to find it.")
         self.reduced = reduce(
@@ -113,24 +110,29 @@ class UnderMethod:
         self.accounts: list[dict[str, Any]] = []
         self._matches = reads and not self.scripted
         self._asked: dict[str, str] = {}
-        self._end: str | None = None  # what the template writes after each text
+        self._end: str | None = None  # what the model's template adds after each text
         self._failure: Exception | None = None
 
     @contextmanager
     def asking(self, texts: Iterable[str]) -> Iterator[None]:
-        """Inside, `model.generate` runs under the method. The model is as before afterwards, also after an error.
+        """Run `model.generate` under the method inside this context; afterwards the model is restored in any case.
 
         Args:
-            texts: what tasks ask inside, as they word it, in any order. An answer-format instruction of LLaVA's
-                benchmark files at their end is no part of the question.
+            texts: the texts of the tasks that are asked inside, in any order. An answer-format instruction of LLaVA's
+                benchmark files at the end of a text is not part of the question.
 
         Raises:
-            UserError: a question is not in the prompts, or `reduce` refuses something. It ends the harness's loop,
-                also where that takes errors for empty answers.
+            UserError: a prompt contains none of the texts, or `reduce` refuses something. The error ends the harness's
+                loop, even if that would turn errors into empty answers.
         """
         self._failure = None
         if self._matches:
-            self._asked = {self._spelled(text): split_suffix(text)[0] for text in map(without_images, texts)}
+            self._asked = {}
+            for text in texts:
+                text = PLACEHOLDER.sub("", text)
+                # Decoded like the prompts, so that unknown words look the same in both.
+                spelled = self._decoded(self.tokenizer(text, add_special_tokens=False).input_ids)
+                self._asked[spelled] = split_suffix(text)[0]
         with ExitStack() as stack:
             if self.scripted:
                 stack.callback(setattr, self.model, "reduced", self.model.reduced)
@@ -157,7 +159,7 @@ class UnderMethod:
             raise _Stopped from error
 
     def _question(self, prompt: Tensor) -> str:
-        """What is asked in a prompt [L]: the longest text that stands before the end of the template."""
+        """The question of a prompt [L]: the longest of the texts that stands right before the end of the template."""
         images = {getattr(self.model.config, name, None) for name in IMAGE_IDS}
         written, end = self._decoded([token for token in prompt.tolist() if token not in images]), self._end
         found = [text for text in self._asked if (text in written if end is None else written.endswith(text + end))]
@@ -171,11 +173,8 @@ class UnderMethod:
         self._end = written.rpartition(longest)[2]
         return self._asked[longest]
 
-    def _spelled(self, text: str) -> str:
-        """A text as `_decoded` finds it in prompts: unknown words look the same in both."""
-        return self._decoded(self.tokenizer(text, add_special_tokens=False).input_ids)
-
     def _decoded(self, ids: list[int]) -> str:
+        """The text of token ids without any white space."""
         return "".join(str(self.tokenizer.decode(ids)).split())
 
     def close(self) -> None:
@@ -190,15 +189,11 @@ class UnderMethod:
 
 
 class _Stopped(BaseException):
-    """An error inside `generate`. Many model classes of lmms-eval answer "" after an Exception, and go on."""
-
-
-def without_images(text: str) -> str:
-    return PLACEHOLDER.sub("", text)
+    """An error inside `generate`; no Exception, because many model classes of lmms-eval catch these and answer ""."""
 
 
 def conclude(accounts: Sequence[Mapping[str, Any]], reducer: Reducer) -> None:
-    """Print the visual tokens per layer that were counted, with a warning where the budget asks for others."""
+    """Print the mean number of visual tokens per layer, with a warning if it misses the budget."""
     if off := off_budget(accounts, reducer):
         print(f"Warning: {off['remark']}", file=sys.stderr)
     mean, budget = summarise_accounting(accounts), budget_text(reducer.budget, reducer.retention_ratio)

@@ -1,7 +1,7 @@
-"""LLaVA's scripts/convert_*.py: answer files as the official scorers and servers read them.
+"""LLaVA's scripts/convert_*.py: convert answer files to what the official scorers and servers read.
 
-Each function is the command line of the script of this name in scripts/, with LLaVA's flags. The files are those that a
-run of ours writes for its own answers.
+Every function that returns an exit code is the command line of one script, with LLaVA's flags. The files equal those
+that `vtr eval` writes for its own answers.
 
 Official code read: haotian-liu/LLaVA@c121f04, scripts/convert_*.py
 Differs from it: the folder of the output is made; only the last line of an answer file may be damaged.
@@ -26,7 +26,7 @@ from llava.errors import UserError
 
 
 def flags(script: str, about: str, *names: str, **defaults: str) -> argparse.Namespace:
-    """What a script was started with; flags without a default are required."""
+    """Parse a script's command line; flags without a default are required."""
     p = make_parser(f"scripts.{script}", about)
     for name in (*names, *defaults):
         p.add_argument(f"--{name.replace('_', '-')}", required=name not in defaults, default=defaults.get(name))
@@ -39,7 +39,7 @@ def rows_of(path: Path | str) -> list[Row]:
 
 @exit_on_user_error
 def gqa() -> int:
-    """What GQA's official script reads."""
+    """Write answers as GQA's official script reads them."""
     args = flags("convert_gqa_for_eval", "Answers as GQA's official script reads them.", "src", "dst")
     rows = [{"questionId": row.fields["question_id"], "prediction": normalise(row.text)} for row in rows_of(args.src)]
     write_file(Path(args.dst), json.dumps(rows))
@@ -48,7 +48,7 @@ def gqa() -> int:
 
 @exit_on_user_error
 def mmvet() -> int:
-    """What MM-Vet's evaluator reads."""
+    """Write answers as MM-Vet's evaluator reads them."""
     args = flags("convert_mmvet_for_eval", "Answers as MM-Vet's evaluator reads them.", "src", "dst")
     write_file(Path(args.dst), json.dumps({f"v1_{row.id}": row.text for row in rows_of(args.src)}, indent=2))
     return 0
@@ -56,7 +56,7 @@ def mmvet() -> int:
 
 @exit_on_user_error
 def mmbench_upload() -> int:
-    """The workbook for MMBench's server."""
+    """Write the workbook for MMBench's server."""
     names = ("annotation_file", "result_dir", "upload_dir", "experiment")
     args = flags("convert_mmbench_for_submission", "The workbook for MMBench's server.", *names)
     table = mmbench.read_tsv(Path(args.annotation_file))
@@ -68,7 +68,7 @@ def mmbench_upload() -> int:
 
 @exit_on_user_error
 def seed_upload() -> int:
-    """SEED-Bench's accuracies on standard output, and the file for its leaderboard."""
+    """Print SEED-Bench's accuracies, and write the file for its leaderboard."""
     names = ("annotation_file", "result_file", "result_upload_file")
     args = flags("convert_seed_for_submission", "SEED-Bench's accuracies, and the file for its leaderboard.", *names)
     path = Path(args.annotation_file)
@@ -91,7 +91,7 @@ def seed_upload() -> int:
 
 
 def processed(result: Path, questions: Path) -> tuple[dict[str, str], list[Any]]:
-    """Answers through the EvalAI answer processor by question id, and the questions; their numbers are printed."""
+    """Question id -> answer after the EvalAI answer processor, and the questions; their numbers are printed."""
     rows, damaged = read_rows(result, partial=True)
     wanted = read_prompts(questions)
     answers = {row.id or "": vqa.process(row.text) for row in rows}
@@ -101,7 +101,7 @@ def processed(result: Path, questions: Path) -> tuple[dict[str, str], list[Any]]
 
 @exit_on_user_error
 def vizwiz() -> int:
-    """The file for VizWiz's server."""
+    """Write the file for VizWiz's server."""
     names = ("annotation_file", "result_file", "result_upload_file")
     args = flags("convert_vizwiz_for_submission", "The file for VizWiz's server.", *names)
     answers, wanted = processed(Path(args.result_file), Path(args.annotation_file))
@@ -114,7 +114,7 @@ def vizwiz() -> int:
 
 @exit_on_user_error
 def vqav2() -> int:
-    """The file for VQAv2's server, with an empty answer to every test2015 question that was not asked."""
+    """Write the file for VQAv2's server, with an empty answer to every test2015 question that was not asked."""
     args = flags(
         "convert_vqav2_for_submission",
         "The file for VQAv2's server.",

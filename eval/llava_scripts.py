@@ -1,7 +1,7 @@
-"""What LLaVA's evaluation scripts ask for: its flags and question files, and answers in the lines that it writes.
+"""Everything behind LLaVA's evaluation scripts: its flags, its question files, and answers in its line format.
 
-The modules of `llava.eval` have LLaVA's names and say which flags, questions and wording each has. Questions go the way
-of `vtr eval`, in the same batches and the same order, so the answers are those of `vtr eval --dtype float16`.
+The modules of `llava.eval` have LLaVA's names and define the flags, questions and wording of each script. Questions are
+answered as by `vtr eval`, in the same batches and order, so the answers equal those of `vtr eval --dtype float16`.
 
 Official code read: haotian-liu/LLaVA@c121f04, llava/eval/model_vqa*.py
 Differs from it: answers are greedy, and sampling and beams are refused; the method comes from --method, --budget and
@@ -45,7 +45,8 @@ class Asked:
     """A question of one of LLaVA's files.
 
     Attributes:
-        fields: of its answer line: the question's id as the file has it, the prompt as LLaVA records it, and more.
+        fields: what its answer line holds besides the answer: the id as in the file, the prompt as LLaVA records it,
+            and more.
     """
 
     question: Question
@@ -56,7 +57,7 @@ class Asked:
 
 
 def method_flags(p: Parser) -> Parser:
-    """--method, --budget and --set, which LLaVA's own modules do not have."""
+    """Add --method, --budget and --set, which LLaVA's own modules do not have."""
     p.add_argument("--method", help="reduce visual tokens by it; VTR_METHOD in the environment if left out, else full")
     p.add_argument("--budget", help="visual tokens per image, or the ratio of them (1/9); VTR_BUDGET if left out")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="option of the method")
@@ -64,13 +65,13 @@ def method_flags(p: Parser) -> Parser:
 
 
 def questions_parser(module: str, documentation: str | None, conv_mode: str = "llava_v1") -> Parser:
-    """The flags that all of LLaVA's model_vqa*.py have, with its defaults, and those of the method."""
+    """A parser with the flags of all of LLaVA's model_vqa*.py, with its defaults, and those of the method."""
     p = make_parser(f"llava.eval.{module}", documentation)
     p.add_argument("--model-path", default="facebook/opt-350m", help="folder or hub name of a checkpoint")
     p.add_argument("--model-base", help="not supported: merge the weights first")
     p.add_argument("--image-folder", default="", help="folder of the images")
     p.add_argument("--question-file", default="tables/question.jsonl", help="LLaVA's questions")
-    p.add_argument("--answers-file", default="answer.jsonl", help="written anew")
+    p.add_argument("--answers-file", default="answer.jsonl", help="file to write; an old one is replaced")
     p.add_argument("--conv-mode", default=conv_mode, help="template of the prompt")
     p.add_argument("--num-chunks", type=int, default=1, help="parts that the questions are cut into")
     p.add_argument("--chunk-idx", type=int, default=0, help="which of them to ask, from 0")
@@ -79,17 +80,17 @@ def questions_parser(module: str, documentation: str | None, conv_mode: str = "l
 
 
 def decoding_flags(p: Parser) -> Parser:
-    """--top_p and --num_beams, which all but the module for ScienceQA have."""
+    """Add --top_p and --num_beams, which all modules except the one for ScienceQA have."""
     p.add_argument("--top_p", type=float, help="has no effect on greedy answers")
     p.add_argument("--num_beams", type=int, default=1, help="must be 1: answers are greedy")
     return p
 
 
 def chosen_method(args: Any) -> tuple[str, int | float | None, dict[str, str]]:
-    """Method, budget and options from the flags, or from the environment, which is then said on standard error.
+    """Method, budget and options from the flags, or else from the environment, with a note on standard error.
 
     Args:
-        args: of the command line, or an object that a script made, which may lack our flags.
+        args: parsed flags, or an object made by a script, which may lack our flags.
     """
     size = getattr(args, "budget", None)
     name, text = or_environment(getattr(args, "method", None), size)
@@ -106,7 +107,7 @@ def chosen_method(args: Any) -> tuple[str, int | float | None, dict[str, str]]:
 
 
 def refuse(args: Any) -> None:
-    """Raise UserError for what LLaVA's flags can ask for and this package does not do."""
+    """Raise UserError if LLaVA's flags ask for something that this package does not do."""
     if getattr(args, "model_base", None) is not None:
         raise UserError(f"--model-base is not supported; merge {args.model_path} into {args.model_base} first.")
     if args.temperature > 0:
@@ -128,7 +129,7 @@ def file_of(text: str) -> Path:
 
 
 def questions_of_lines(args: Any) -> tuple[list[Asked], Images]:
-    """The questions of a file of JSON lines with question_id, image and text, and the folder of their images."""
+    """The questions of a file whose JSON lines have question_id, image and text, and the folder of their images."""
     asked = [
         Asked(
             Question(str(one.id), one.question, one.suffix, (one.image,), ""),
@@ -140,13 +141,13 @@ def questions_of_lines(args: Any) -> tuple[list[Asked], Images]:
 
 
 def chunk(asked: Sequence[Asked], count: int, number: int) -> list[Asked]:
-    """Part `number` of `count`, cut as LLaVA cuts them; the last parts may be empty."""
+    """Part `number` (from 0) of `count`, cut as LLaVA does; the last parts may be empty."""
     size = math.ceil(len(asked) / count)
     return list(asked[number * size : (number + 1) * size])
 
 
 def told_apart(asked: Sequence[Asked]) -> list[Asked]:
-    """The same with ids of their own: TextVQA's file has those of images, and MMBench asks in several rounds."""
+    """The questions with unique ids: TextVQA's file has ids of images, and MMBench asks in several rounds."""
     seen: Counter[str] = Counter()
     named = []
     for one in asked:
@@ -160,17 +161,17 @@ def told_apart(asked: Sequence[Asked]) -> list[Asked]:
 
 
 def answer(args: Any, read: Callable[[Any], tuple[list[Asked], Images]], max_new_tokens: int) -> None:
-    """Ask the questions of this process's part, and write LLaVA's answer lines in the order of the file.
+    """Answer this process's part of the questions, and write LLaVA's answer lines in the order of the file.
 
-    An answers file of an earlier run is deleted first: LLaVA's scripts go on after an error, and their next step would
-    score the old answers. Every line in the new one is whole.
+    An answers file of an earlier run is deleted first, because LLaVA's scripts go on after an error, and their next
+    step would score the old answers. Every line of the new file is complete.
 
     Args:
-        read: the questions that the flags mean, and their images.
+        read: flags -> the questions, and their images.
 
     Raises:
-        UserError: something that is asked for cannot be done, or a question cannot be answered; the answers to those
-            before it are in the file.
+        UserError: the flags ask for something that cannot be done, or a question cannot be answered; the answers to
+            questions before it are in the file.
     """
     path = file_of(args.answers_file)
     make_folder(path.parent)
@@ -182,7 +183,9 @@ def answer(args: Any, read: Callable[[Any], tuple[list[Asked], Images]], max_new
     build_reducer(config, visual_tokens=None)  # refuses wrong options before the weights are read
     asked, images = read(args)
     part = told_apart(chunk(asked, args.num_chunks, args.chunk_idx))
-    data = dataset_of(part, images, max_new_tokens)
+    # The questions have no references, and nothing here scores the answers.
+    questions = tuple(one.question for one in part)
+    data = Dataset("", questions, images, "", lambda *_: Score({}, {}, {}), None, no_submission, max_new_tokens)
     data.check_images(data.questions)
     model = load_model(config)
     use_template(model, args.conv_mode)
@@ -204,18 +207,8 @@ def answer(args: Any, read: Callable[[Any], tuple[list[Asked], Images]], max_new
             print(f"Warning: {off['remark']}", file=sys.stderr)
 
 
-def dataset_of(asked: Sequence[Asked], images: Images, max_new_tokens: int) -> Dataset:
-    """Questions without references, which nothing here scores."""
-    questions = tuple(one.question for one in asked)
-    return Dataset("", questions, images, "", unscored, None, no_submission, max_new_tokens)
-
-
-def unscored(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
-    return Score({}, {}, {})
-
-
 def use_template(model: Any, name: str) -> None:
-    """Write prompts by one of LLaVA's templates, by any of its names."""
+    """Make the model write prompts with one of LLaVA's templates, which may have several names."""
     asked = conv_templates.get(name)
     mode = next((mode for mode in MODES if asked and conv_templates.get(mode) == asked), name)
     own = MODES.get(str(model.conversation))
@@ -225,7 +218,10 @@ def use_template(model: Any, name: str) -> None:
 
 
 def write_lines(job: Job, asked: Sequence[Asked], lines: DurableLines, model: str) -> list[dict[str, Any]]:
-    """Ask all questions; a line is written when those of all questions before it are. Returns the accounts."""
+    """Answer all questions and return their accounting records.
+
+    A line is written as soon as the lines of all questions before it are.
+    """
     settings, limit = settings_hash(job.settings), BatchLimit()
     order = asking_order(job.planned, job.planned, job.model)
     done: dict[str, dict[str, Any]] = {}

@@ -7,7 +7,7 @@
     vtr new table PAPER/NAME       # specification and script of a table; check also takes a PATH.yaml anywhere
     vtr new family CLASS           # a row of llava/hf/families.py and a tiny model, for a class of transformers
 
-The files stand in eval/templates/, those of a kind in one text, each below a line "==== PATH".
+The templates are in eval/templates/, one text per kind, in which each file follows a line "==== PATH".
 """
 
 import keyword
@@ -29,14 +29,14 @@ from llava.reduction import registry
 
 CONTAINER = "ForConditionalGeneration"
 TOY_SETS = WORK / "assets" / "eval" / "README.md"
-# Kind -> what writes the data that its tests read, and, where these pass, the generated files that name it.
+# Kind -> commands that write the data which its tests read; and, after these pass, the generated files that name it.
 DATA_WRITERS = {"benchmark": ("-m lab.toy.benchmarks --output assets/eval --only {}",)}
 WRITERS = {
     "method": ("-m tests.golden {}", "-m eval.cli tables methods"),
     "benchmark": ("-m eval.cli tables benchmarks pages",),
     "family": ("-m eval.cli tables methods",),
 }
-# Kind -> tests over all of its names, and those that read generated files or the whole repository.
+# Kind -> tests over all names of the kind; and tests that read generated files or the whole repository.
 FAMILIES = ("selection_methods", "merging_methods", "decoder_methods", "tile_methods")
 OVER_ALL = {
     "method": ("every_method", "next", *FAMILIES),
@@ -55,31 +55,29 @@ EXAMPLE = {
     "table": "bash scripts/{}.sh --limit 20",
     "family": "vtr show models",
 }
-WHOLE = ("structure", "benchmark_pages", "toy_benchmarks")  # files of GENERATED that are about no name alone
+WHOLE = ("structure", "benchmark_pages", "toy_benchmarks")  # tests of GENERATED that run whole, not for one name
 KINDS = tuple(EXAMPLE)
 ROW_OF_FAMILY = WORK / "llava" / "hf" / "families.py", "}\n\n\ndef declared("
 TINY_FAMILY = WORK / "tests" / "stock_families.py", "}\n# 5.20's SmolVLM"
 
 
 def known(kind: str) -> list[str]:
-    """The names that there are."""
+    """The existing names of a kind."""
     if kind == "family":
         return [name.removesuffix(CONTAINER) for name in FAMILY_ROWS]
-    return {"method": registry.names, "benchmark": benchmarks.names, "table": table_names}[kind]()
-
-
-def table_names() -> list[str]:
-    return [spec.short(path) for path in spec.paths()]
+    if kind == "table":
+        return [spec.short(path) for path in spec.paths()]
+    return registry.names() if kind == "method" else benchmarks.names()
 
 
 def new(kind: str, name: str) -> list[str]:
     """Write the files of a new name; nothing is overwritten.
 
     Returns:
-        Their paths in the repository.
+        The paths of the files in the repository.
 
     Raises:
-        UserError: the name is no identifier in lower case, or taken; for a family, transformers has no such class.
+        UserError: the name is not an identifier in lower case, or taken; for a family, transformers has no such class.
     """
     if kind == "family":
         return new_family(name.removesuffix(CONTAINER))
@@ -103,14 +101,14 @@ def new(kind: str, name: str) -> list[str]:
         (WORK / path).parent.mkdir(exist_ok=True)
         (WORK / path).write_text(content)
         (WORK / path).chmod(0o755 if path.endswith(".sh") else 0o644)
-    if kind == "benchmark":  # the list of toy sets, in front of the mirrors
+    if kind == "benchmark":  # a row in the list of toy sets, before the mirrors
         row, last = f"| `{name}/` | {name} | 33 | of GQA's |\n", "| `hub/` |"
         TOY_SETS.write_text(TOY_SETS.read_text().replace(last, row + last, 1))
     return list(files)
 
 
 def new_family(name: str) -> list[str]:
-    """Add a row to the declared families and one to their tiny models, with the tower's path where it can be found."""
+    """Add a row to the declared families and one to their tiny models; the tower's path is found or guessed."""
     if name in known("family"):
         raise UserError(f"The family {name} is declared already, in {ROW_OF_FAMILY[0].relative_to(WORK)}.")
     container = getattr(transformers, f"{name}{CONTAINER}", None)
@@ -134,21 +132,17 @@ def new_family(name: str) -> list[str]:
 
 
 def tests_of(kind: str, name: str, stems: Sequence[str]) -> list[str]:
-    """Arguments of pytest: of these files the tests that can fail for a name; [] where there is none."""
+    """Arguments of pytest that select the tests in these files that can fail for a name; [] if no file exists."""
     files = [f"tests/test_{stem}.py" for stem in stems if (WORK / "tests" / f"test_{stem}.py").is_file()]
-    # The identifiers of tests of families are the names of their tiny models.
-    names = tiny_names(name) if kind == "family" else [name]
+    names = [name]
+    if kind == "family":  # tests of families are named after their tiny models
+        names = re.findall(rf'"(\w+)": \(\s*"{name}",', TINY_FAMILY[0].read_text())
     whole = [f"test_{stem}.py" for stem in (*WHOLE, name) if stem in stems]
     return [*files, "-k", " or ".join([*names, *whole])] if files else []
 
 
-def tiny_names(family: str) -> list[str]:
-    """Names of the family's tiny models in tests/stock_families.py."""
-    return re.findall(rf'"(\w+)": \(\s*"{family}",', TINY_FAMILY[0].read_text())
-
-
 def run(*commands: Sequence[str], quiet: bool = False) -> int:
-    """Run Python with these arguments one after another, until one fails; returns the exit code."""
+    """Run Python commands one after another until one fails; returns the last exit code."""
     for command in commands:
         if not quiet:
             print("+ python", *command, flush=True)
@@ -158,12 +152,13 @@ def run(*commands: Sequence[str], quiet: bool = False) -> int:
 
 
 def check(kind: str, name: str, write: bool) -> int:
-    """Run the tests of a name: its own first, then those over all names; returns the exit code of the first that fail.
+    """Run the tests of a name; returns the exit code of the first that fail.
 
-    Generated files (golden indices, pages) are written, if asked to, only behind these, and their tests come last.
+    Its own tests run first, then those over all names, then those of generated files (golden indices, pages). With
+    `write` the generated files are written before their tests, if all tests before have passed.
     """
     if kind == "table":
-        table = spec.read(spec.find(name))  # also a user's own, to which no tests belong
+        table = spec.read(spec.find(name))  # may be a user's own file, which has no tests
         print(f"{name}: {len(table.rows)} rows, {len(table.columns)} columns, {len(table.budgets)} budgets are valid.")
         name = table.identity
         if CHECKOUT is None or name not in known(kind):
@@ -173,16 +168,16 @@ def check(kind: str, name: str, write: bool) -> int:
         if name not in known(kind):
             raise unknown("declared family", name, known(kind))
     elif name not in known(kind):
-        (registry.method if kind == "method" else benchmarks.get)(name)  # the sentence for it
+        (registry.method if kind == "method" else benchmarks.get)(name)  # raises, unless it is a composition
         raise UserError(f"{name} is a composition; check its parts: {name.replace('+', ', ')}.")
     pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors")
-    selected = [tests_of(kind, name, stems) for stems in ([name], OVER_ALL[kind], GENERATED.get(kind, ()))]
-    *first, last = ([*pytest, *tests] if tests else [] for tests in selected)
+    selected = (tests_of(kind, name, stems) for stems in ([name], OVER_ALL[kind]))
+    before = [[*pytest, *tests] for tests in selected if tests]
+    generated = tests_of(kind, name, GENERATED.get(kind, ()))
+    after = [[*pytest, *generated]] if generated else []
     writers = [command.format(name).split() for command in WRITERS.get(kind, ()) if write]
     data = [command.format(name).split() for command in DATA_WRITERS.get(kind, ()) if write]
-    code = (
-        run(*data) or run(*filter(None, first), quiet=True) or run(*writers) or run(*filter(None, [last]), quiet=True)
-    )
+    code = run(*data) or run(*before, quiet=True) or run(*writers) or run(*after, quiet=True)
     if code and kind in WRITERS and not write:
         print(
             f"Missing or old golden rows, limits and pages are written by `vtr check {kind} {name} --write`, that is: "

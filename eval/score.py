@@ -4,9 +4,9 @@
     vtr score vizwiz --answers merge.jsonl --submission upload/    # also the file for the server
     vtr compare RUN_A RUN_B      # output folders of `vtr eval`: difference, 95 % interval and a paired test
 
-Files of LLaVA's scripts, of lmms-eval (samples_*.jsonl) and of this repository are read; see eval/answers/reading.py.
-Runs, also RUN/limit200, are compared if both asked the same questions about the same images with the same files of the
-model, the same code and the same options, but for the method.
+Files of LLaVA's scripts, lmms-eval (samples_*.jsonl) and this repository are read; see eval/answers/reading.py. Two
+runs, or parts such as RUN/limit200, are compared only if both asked the same questions about the same images with the
+same model files, code and options; the method may differ.
 """
 
 import contextlib
@@ -41,10 +41,11 @@ from llava.errors import UserError
 def score_file(
     path: Path, data: Dataset, partial: bool = False, judge: str = "auto", submission: Path | None = None
 ) -> dict[str, Any]:
-    """Score an answer file; returns the record for JSON. Verdicts of an LLM judge are stored beside the file.
+    """Score an answer file; returns the record for JSON. Verdicts of an LLM judge are stored next to the file.
 
     Args:
-        submission: folder for what the benchmark's server or script reads.
+        partial: see `read_answers`.
+        submission: folder for the file that the benchmark's server or script reads.
     """
     check_judge(data, judge)
     if submission is not None and data.submission is no_submission:
@@ -65,11 +66,11 @@ def score_file(
 
 
 def compare(a: Path, b: Path, data: Dataset, partial: bool = False, judge: str = "auto") -> dict[str, Any]:
-    """Both scores and a minus b over the questions that both runs answer.
+    """Both scores, and a minus b, over the questions that both runs answered.
 
     Args:
         a, b: output folders.
-        partial: go on without the questions that failed in a run.
+        partial: leave out questions that failed in a run instead of refusing the run.
     """
     check_judge(data, judge)
     runs = [read_stored(path, data, partial) for path in (a, b)]
@@ -81,17 +82,16 @@ def compare(a: Path, b: Path, data: Dataset, partial: bool = False, judge: str =
     total = len(data.questions)
     notes = [f"compared on {len(asked):,} of {total:,} questions"] if len(asked) < total else []
     notes += circumstances({"A": runs[0].result, "B": runs[1].result})
-    scores, facts = zip(
-        *(
-            score_answers(data, judge, asked, {n: t for n, t in one.texts.items() if n in common}, one.answers)
-            for one in runs
-        ),
-        strict=True,
-    )
+    scores, judges = [], []
+    for run in runs:
+        texts = {name: text for name, text in run.texts.items() if name in common}
+        score, facts = score_answers(data, judge, asked, texts, run.answers)
+        scores.append(score)
+        if "judge" in facts:
+            judges.append(facts["judge"]["name"])
     metric = scores[0].main
     if scores[1].main != metric:
         raise UserError(f"A was scored with {metric} and B with {scores[1].main}; score both with the same --judge.")
-    judges = [one["judge"]["name"] for one in facts if "judge" in one]
     if len(set(judges)) > 1:
         raise UserError(f"A was judged by {judges[0]} and B by {judges[1]}; score both with the same --judge.")
     if any(score.values.get(metric) is None for score in scores):
@@ -129,10 +129,10 @@ def comparison_lines(record: Mapping[str, Any]) -> list[str]:
 
 
 def answers_parser(module: str, description: str, keys: str) -> Parser:
-    """The flags of both command lines.
+    """A parser with the flags that both command lines share.
 
     Args:
-        keys: of the record that --json writes.
+        keys: keys of the record that --json writes, for the help.
     """
     p = make_parser(module, description)
     add_data_flags(p)

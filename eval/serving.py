@@ -1,12 +1,13 @@
-"""Ask a server of scripts/serve.sh with prompts as embeddings, or write these to a file.
+"""Ask a server of scripts/serve.sh with prompts as embeddings, or write the embeddings to a file.
 
     vtr serve-client consensusdrop 64 --image dog.jpg --question "What is the dog doing?"
     vtr serve-client consensusdrop 32,64,128 --questions questions.jsonl
     vtr export prompts.safetensors consensusdrop 64 --questions questions.jsonl
 
-A file of questions has a line {"question_id": ..., "image": ..., "text": ...} for each, as LLaVA's have; images lie
-beside it. KEY in the environment is the server's key. `python -m eval.serving METHOD BUDGET`, for scripts/serve.sh,
-prints the route of a method and the engine's arguments. All take --set KEY=VALUE, an option of the method.
+A file of questions has a line {"question_id": ..., "image": ..., "text": ...} for each, like LLaVA's files; images are
+in the folder of the file. KEY in the environment is the server's key. `python -m eval.serving METHOD BUDGET`, which
+scripts/serve.sh calls, prints the route of a method and the engine's arguments. All commands take --set KEY=VALUE, an
+option of the method.
 """
 
 import argparse
@@ -65,7 +66,7 @@ def parser(command: str, description: str) -> Parser:
 
 
 def asked(args: argparse.Namespace) -> list[Sample]:
-    """The questions that the flags mean; images are opened later."""
+    """The questions that the flags name; images are opened later."""
     if (args.questions is None) == (args.image is None or args.question is None):
         raise UserError("Give one question with --image and --question, or a file of questions with --questions.")
     if args.questions is None:
@@ -82,7 +83,7 @@ def asked(args: argparse.Namespace) -> list[Sample]:
 
 
 def front(args: argparse.Namespace) -> Llava:
-    """The model of what is asked; mistakes are told before it is loaded."""
+    """The model that the flags name; mistakes in flags and questions are reported before it is loaded."""
     asked(args)
     reducer = build(args.method, 1, options(args))
     refuse_gaps(reducer)
@@ -90,7 +91,7 @@ def front(args: argparse.Namespace) -> Llava:
 
 
 def prompts(args: argparse.Namespace, model: Llava) -> Iterator[tuple[dict[str, str], Tensor]]:
-    """What is asked, in words, and its [L, H] embeddings, of every question at every budget."""
+    """For every question at every budget: what is asked, in words, and the prompt's embeddings [L, H]."""
     budgets: list[str | None] = [budget for budget in (args.budget or "").split(",") if budget] or [None]
     reducers = [configured(args.method, budget, model.spec, options(args)) for budget in budgets]
     samples = asked(args)
@@ -137,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @exit_on_user_error
 def export_command(arguments: Sequence[str] | None = None) -> int:
-    """The command line `vtr export`: tensors 0, 1, ..., and a line of JSON on each beside; returns the exit code."""
+    """The command line `vtr export`: write tensors 0, 1, ..., and a JSON line on each; returns the exit code."""
     args = parser("eval.serving export", "Write prompts as embeddings to a safetensors file.").parse_args(arguments)
     if args.file.suffix != ".safetensors":
         raise UserError(f"The file to write should end in .safetensors, got {args.file}.")
@@ -154,7 +155,7 @@ def export_command(arguments: Sequence[str] | None = None) -> int:
 
 @exit_on_user_error
 def route_command(arguments: Sequence[str] | None = None) -> int:
-    """For scripts/serve.sh: a line with the route, then one for each argument of the engine; returns the exit code."""
+    """For scripts/serve.sh: print the route, then one line for each argument of the engine; returns the exit code."""
     p = make_parser("eval.serving", "The route of a method, and the engine's arguments.")
     add_method(p)
     args = p.parse_args(arguments)

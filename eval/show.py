@@ -8,7 +8,7 @@
     vtr check-data playground/data/eval
     vtr check-data DATA pope textvqa
 
-A benchmark counts as complete when its own reader accepts the files and every image it names is there.
+A benchmark counts as complete if its own reader accepts the files and every image that they name is there.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from llava.errors import UserError, unknown
 from llava.places import ASSETS, check_bundled
 
 KINDS = ("methods", "benchmarks", "models")
-# What --json prints of an entry, by kind; null where an entry lacks it.
+# Kind -> what --json prints of an entry; null if an entry lacks it.
 SOURCES = ("paper", "reads", "without a CLS token", "official code read", "differs from the release")
 KEYS = {
     "methods": ("name", "summary", *SOURCES, "options"),
@@ -42,7 +42,7 @@ def entries_of(kind: str, name: str | None = None) -> list[dict[str, Any]]:
     """List methods, benchmarks or models, sorted by name; each entry has at least "name".
 
     Args:
-        name: of a method, the only one that is asked for; compositions are in no list.
+        name: describe only this method, which may be a composition; compositions are in no list.
     """
     if kind == "methods":
         from llava.reduction import registry
@@ -80,23 +80,19 @@ def overview(kind: str, entries: Sequence[dict[str, Any]]) -> str:
 
 
 def details(entry: dict[str, Any]) -> str:
-    """One entry with all its fields; options of a method with type, default and meaning."""
+    """One entry with all its fields; options of a method with default, meaning and choices."""
     lines = [entry["name"]]
     for key, value in (entry | entry.get("refused", {})).items():
         if key == "options":
             lines.append("  options, set by --set NAME.OPTION=VALUE:")
-            lines += [option_line(option) for option in value]
+            for option in value:
+                choices = f"; one of {', '.join(option['choices'])}" if len(option["choices"] or ()) > 1 else ""
+                text = f"{option['name']} = {option['default']!r}: {option['doc']}{choices}"
+                lines.append(textwrap.fill(text, 110, initial_indent="    ", subsequent_indent="        "))
         elif key not in ("name", "refused"):
             text = f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}"
             lines.append(textwrap.fill(text, 110, initial_indent="  ", subsequent_indent="    "))
     return "\n".join(lines)
-
-
-def option_line(option: dict[str, Any]) -> str:
-    several = len(option["choices"] or ()) > 1
-    choices = f"; one of {', '.join(option['choices'])}" if several else ""
-    text = f"{option['name']} = {option['default']!r}: {option['doc']}{choices}"
-    return textwrap.fill(text, 110, initial_indent="    ", subsequent_indent="        ")
 
 
 @exit_on_user_error
@@ -131,8 +127,8 @@ class Finding:
 
     Attributes:
         state: COMPLETE, INCOMPLETE or ABSENT.
-        source: "official", or the id of the local copy of the mirror; "" if neither is there.
-        details: one sentence per fact: counts, what is missing and where to get it.
+        source: "official", or the id of the local copy of the mirror; "" if there is neither.
+        details: one sentence per fact: counts, what is missing, where to get it.
     """
 
     name: str
@@ -143,7 +139,7 @@ class Finding:
 
 
 def check_folder(data: Path, benchmark: Benchmark) -> Finding:
-    """Official files first; a local copy of the mirror counts where there are none."""
+    """Look for a benchmark's official files, or else for a local copy of its mirror."""
     lost = [problem for need in benchmark.needs if (problem := missing(data, need))]
     there = [need for need in benchmark.needs if need.found(data)]
     copy = local_copy(data, benchmark.mirror)
@@ -155,11 +151,22 @@ def check_folder(data: Path, benchmark: Benchmark) -> Finding:
         return read(data, benchmark, "auto", [], f"{cached[0][0]} in the hub's cache")
     if there:
         return Finding(benchmark.name, INCOMPLETE, "official", tuple(lost), benchmark.licence)
-    return Finding(benchmark.name, ABSENT, "", (where_to_get(benchmark),), benchmark.licence)
+    places = [f"{need.path} from {need.source}" for need in benchmark.needs if not need.optional]
+    if benchmark.mirror:
+        name = benchmark.mirror[0]
+        places.append(f"or hf download {name} --repo-type dataset --local-dir DATA/hub/{name}")
+    where = "; ".join(places) or "made by this repository only"
+    return Finding(benchmark.name, ABSENT, "", (where,), benchmark.licence)
 
 
 def read(data: Path, benchmark: Benchmark, source: str, lost: Iterable[str], copy: str = "") -> Finding:
-    """What the benchmark's own reader says of the files."""
+    """Read a benchmark with its own reader: complete if it accepts the files and all images are there.
+
+    Args:
+        source: as for Benchmark.load.
+        lost: sentences about missing files.
+        copy: id of the local copy of the mirror, if that is read.
+    """
     try:
         split = benchmarks.check_split(benchmark, None, data)
         found = benchmark.load(data, split, benchmark.profiles[0], source)
@@ -172,7 +179,7 @@ def read(data: Path, benchmark: Benchmark, source: str, lost: Iterable[str], cop
 
 
 def missing(data: Path, need: Need) -> str | None:
-    """What is wrong with a file or folder, and where it comes from."""
+    """What is missing of a file or folder, and where it comes from; None if nothing is."""
     path = need.found(data)
     optional = " (optional)" if need.optional else ""
     if path is None:
@@ -185,17 +192,8 @@ def missing(data: Path, need: Need) -> str | None:
     return None
 
 
-def where_to_get(benchmark: Benchmark) -> str:
-    """The official files' places, or the mirror's."""
-    places = [f"{need.path} from {need.source}" for need in benchmark.needs if not need.optional]
-    if benchmark.mirror:
-        name = benchmark.mirror[0]
-        places.append(f"or hf download {name} --repo-type dataset --local-dir DATA/hub/{name}")
-    return "; ".join(places) or "made by this repository only"
-
-
 def finding_lines(findings: Iterable[Finding]) -> list[str]:
-    """One block per benchmark."""
+    """The findings as text, one block per benchmark."""
     text = []
     for finding in findings:
         source = f" ({finding.source})" if finding.source and finding.source != "official" else ""
@@ -208,8 +206,11 @@ def finding_lines(findings: Iterable[Finding]) -> list[str]:
 
 @exit_on_user_error
 def check_data_command(arguments: Sequence[str] | None = None) -> int:
-    """The command line: 1 if something is incomplete, or nothing, or not all that was asked for, is there; 2 for a
-    wrong call; else 0."""
+    """The command line; returns the exit code.
+
+    It is 2 for a wrong call. It is 1 if a benchmark is incomplete, if one that was named is absent, or if none was
+    named and all are absent. Otherwise it is 0.
+    """
     p = make_parser("eval.cli check-data", "Look at a data folder: which benchmarks are complete, and what is missing.")
     p.add_argument("data", nargs="?", default=str(DEFAULT_DATA), help="folder that holds the benchmarks")
     p.add_argument("benchmarks", nargs="*", help="look at these only")

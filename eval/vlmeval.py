@@ -21,7 +21,7 @@ ROOT_VARIABLE, FOLDER_FLAG = "MMEVAL_ROOT", "--work-dir"
 
 
 class Inside:
-    """Stands in for `generate` of VLMEvalKit's BaseModel: the model's own runs under the method."""
+    """Replaces `generate` of VLMEvalKit's BaseModel: the model's own `generate` runs under the method."""
 
     def __init__(self, choice: Choice, original: Callable[..., Any]) -> None:
         self.choice, self.original = choice, original
@@ -32,7 +32,8 @@ class Inside:
     def __call__(self, model: Any, message: Any, dataset: str | None = None) -> Any:
         if self.under is None:
             self.model = model
-            self.under = UnderMethod(getattr(model, "model", None), self.choice, tokenizer_of(model))
+            tokenizer = getattr(model, "tokenizer", None) or getattr(model, "processor", None)
+            self.under = UnderMethod(getattr(model, "model", None), self.choice, tokenizer)
         if model is not self.model:
             raise UserError("vtr run-vlmeval runs one model at a time; start it once for each --model.")
         parts = model.preproc_content(message)
@@ -49,15 +50,11 @@ class Inside:
         self.under.close()
 
 
-def tokenizer_of(model: Any) -> Any:
-    return getattr(model, "tokenizer", None) or getattr(model, "processor", None)
-
-
 def own_folder(arguments: list[str], choice: Choice) -> list[str]:
-    """The arguments with a folder of the method's own: VLMEvalKit names its files by model and data set alone."""
+    """The arguments with an output folder for the method, as VLMEvalKit names its files by model and data set only."""
     options = [f"{key}={value}" for key, value in sorted(choice.options.items())]
     name = folder_name("-".join(filter(None, [choice.method, choice.budget, *options])))
-    if root := os.environ.get(ROOT_VARIABLE):  # which wins over the flag
+    if root := os.environ.get(ROOT_VARIABLE):  # the variable overrides the flag
         os.environ[ROOT_VARIABLE] = str(Path(root) / name)
     elif not any(word.partition("=")[0] == FOLDER_FLAG for word in arguments):
         return [*arguments, FOLDER_FLAG, str(Path("outputs") / name)]

@@ -25,15 +25,15 @@ SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 @dataclass(frozen=True)
 class Row:
-    """One answer as a file has it.
+    """One answer, read from an answer file.
 
     Attributes:
         where: file and line, for errors.
-        id: None where the file names none.
-        text: the model's raw text.
-        prompt: what the model was asked, if the file says it.
-        asked: the question as the data set has it, where the file holds that.
-        number: row of the data set, which lmms-eval's files give instead of an id.
+        id: the question's id; None if the file gives none.
+        text: the model's raw answer.
+        prompt: what the model was asked, if the file records it.
+        asked: the question as worded in the data set, if the file records it.
+        number: row number in the data set, which lmms-eval's files give instead of an id.
         fields: the whole record.
     """
 
@@ -47,9 +47,9 @@ class Row:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a regular file; UserError if something else has its name.
+    """Whether `path` is a regular file; UserError if something else has this name.
 
-    A folder, a pipe or a broken link in the place of an optional file must not count as "no such file".
+    A folder, a pipe or a broken link in place of an optional file must not be mistaken for a missing file.
     """
     try:
         mode = path.stat().st_mode
@@ -82,7 +82,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(content: bytes, where: str) -> Any:
-    """A JSON document, refused if Python would read it in silence as something else than it says.
+    """Parse a JSON document strictly: double keys and half surrogate pairs, which Python accepts, are errors.
 
     Args:
         where: file, or file and line, for the error.
@@ -102,8 +102,8 @@ def parse_json(content: bytes, where: str) -> Any:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of a JSON document; json.loads alone would keep the last of two entries with the same key."""
-    # The lines of a file have the same keys: one string for all of them is a third of the memory of a large store.
+    """A JSON object as a dict; ValueError if a key occurs twice, where json.loads would keep the last entry."""
+    # All lines of a file have the same keys; sharing one string per key saves much of the memory of a large store.
     found = {sys.intern(key): value for key, value in pairs}
     if len(found) < len(pairs):
         repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
@@ -116,7 +116,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 
 
 def parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    """One line of a JSON-lines file: it must be an object."""
+    """The JSON object in one line of a JSON-lines file; UserError if it holds anything else."""
     row = parse_json(line, f"{path} line {number}")
     if not isinstance(row, dict):
         raise UserError(f"{path} line {number} should be a JSON object, got {type(row).__name__}.")
@@ -124,18 +124,18 @@ def parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) for every line that is not blank."""
-    # Split on the newline byte only: str.splitlines would also break inside a text at U+2028.
+    """(line number, object) of every line of a JSON-lines file, without blank lines."""
+    # Split at the newline byte only: str.splitlines would also split a text at U+2028.
     for number, line in enumerate(read_bytes(path).split(b"\n"), start=1):
         if line.strip():
             yield number, parse_line(path, number, line)
 
 
 def read_appended(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
-    """(line number, bytes, object) of every line of a file that a process may have been killed while appending to.
+    """(line number, bytes, object) of every line of a file whose writer may have been killed.
 
-    Only the last line can be torn, so it is left out if it has no newline and is no JSON object. A line that is whole
-    but for its newline comes without one. Blank lines have no object.
+    Only the last line can be incomplete. It is skipped if it lacks its newline and is not a JSON object. If only the
+    newline is missing, the line is returned without it. The object of a blank line is None.
 
     Raises:
         UserError: any other line is not a JSON object.
@@ -165,7 +165,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_file(path: Path, content: Any) -> None:
-    """Replace `path`: bytes and text as they are, everything else as JSON. Its folder is made."""
+    """Replace `path` and make its folder. Bytes and text are written as they are, everything else as JSON."""
     make_folder(path.parent)
     if isinstance(content, bytes):
         write_bytes(path, content)
@@ -186,7 +186,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         remove_abandoned(path)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            with contextlib.suppress(OSError):  # without locks, only `remove_abandoned` is lost
+            with contextlib.suppress(OSError):  # on a file system without locks `remove_abandoned` does nothing
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             write_all(descriptor, content)
             os.fsync(descriptor)
@@ -203,7 +203,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_all(descriptor: int, content: bytes) -> None:
-    """Write all of `content`, of which a single call of the system may take only a part."""
+    """Write all of `content`; a single system call may write only part of it."""
     left = memoryview(content)
     while left:
         left = left[os.write(descriptor, left) :]
@@ -212,7 +212,7 @@ def write_all(descriptor: int, content: bytes) -> None:
 def remove_abandoned(path: Path) -> None:
     """Delete the temporary files of processes that were killed in `write_bytes(path, ...)`.
 
-    A process locks its temporary file, so that what is unlocked belongs to nobody, on whatever machine it was written.
+    A process keeps its temporary file locked, so a file without a lock has lost its process, on whatever machine.
     """
     for other in path.parent.glob(f".{glob.escape(path.name)}.*"):
         if other.name.removeprefix(f".{path.name}.").isdecimal():
@@ -222,10 +222,10 @@ def remove_abandoned(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it; it may be there already.
+    """Make a folder and its parents; it may exist already.
 
     Raises:
-        UserError: the disk fails, or something else has the name.
+        UserError: the disk fails, or something that is not a folder has the name.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -236,7 +236,7 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make new names in `folder` durable; a file system that cannot do it is left alone."""
+    """Make new file names in `folder` survive a power failure, if the file system can."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -246,48 +246,44 @@ def sync_folder(folder: Path) -> None:
 
 
 class DurableLines:
-    """An append-only JSON-lines file in which every line that was ever acknowledged stays readable.
+    """An append-only JSON-lines file: a line stays readable once `append` has returned.
 
-    A process can only die in the middle of the last line, so opening cuts that line and nothing else. Lines go to the
-    end of the file, wherever that is: two processes that write to one file, because their file system has no locks to
-    keep the second one out, do not write over each other's lines.
+    A process that is killed can leave only its last line incomplete, so opening the file cuts that line and nothing
+    else. Lines are appended at the current end of the file. If two processes write to one file, because the file system
+    has no locks, they do not overwrite each other's lines.
 
     Attributes:
-        rows: every line there is, in file order.
+        rows: all lines, in file order.
     """
 
     def __init__(self, path: Path):
-        """Open or create the file."""
+        """Open or create the file, and cut a last line that is incomplete."""
         self.path = path
         self.rows: list[dict[str, Any]] = []
-        # Where the file ends, and how far and how many lines of it a power failure cannot take any more.
+        # The end of the file in bytes, and the bytes and lines that are safe from a power failure.
         self._end = self._synced = self._synced_rows = 0
-        self._shared = False  # another process was seen to write here
+        self._shared = False  # whether another process was seen writing to the file
         try:
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
             raise UserError(f"Cannot open {self.path}: {error.strerror}.") from error
         try:
-            self._recover()
+            unfinished = None
+            for _, line, row in read_appended(self.path):
+                if not line.endswith(b"\n"):
+                    unfinished = row
+                    break
+                self._end += len(line)
+                if row is not None:
+                    self.rows.append(row)
+            self._synced, self._synced_rows = self._end, len(self.rows)
+            if self._end < os.fstat(self._descriptor).st_size:
+                self._cut(self._end)
+            if unfinished is not None:  # only the newline of this line is missing
+                self.append([unfinished])
         except BaseException:
             self.close()
             raise
-
-    def _recover(self) -> None:
-        unfinished = None
-        for _, line, row in read_appended(self.path):
-            if not line.endswith(b"\n"):
-                unfinished = row
-                break
-            self._end += len(line)
-            if row is not None:
-                self.rows.append(row)
-        self._synced, self._synced_rows = self._end, len(self.rows)
-        if self._end < os.fstat(self._descriptor).st_size:
-            self._cut(self._end)
-        if unfinished is not None:
-            # Cut exactly before the newline: the line is whole, only its end mark is missing.
-            self.append([unfinished])
 
     @property
     def unlinked(self) -> bool:
@@ -295,13 +291,13 @@ class DurableLines:
         return os.fstat(self._descriptor).st_nlink == 0
 
     def append(self, rows: Iterable[dict[str, Any]], sync: bool = True) -> None:
-        """Write `rows`; on return they survive the end of this process.
+        """Write `rows`; once this returns they survive a kill of this process.
 
         Args:
-            sync: also wait until they would survive a power failure.
+            sync: also wait until they survive a power failure.
 
         Raises:
-            UserError: the disk is full or fails; none of the rows is in the file then.
+            UserError: the disk is full or fails; then none of the rows is in the file.
         """
         rows = list(rows)
         data = "".join(json.dumps(row) + "\n" for row in rows).encode()
@@ -311,7 +307,7 @@ class DurableLines:
             write_all(self._descriptor, data)
         except BaseException as error:  # Ctrl-C between two writes, too
             with contextlib.suppress(OSError):
-                if data.startswith(os.pread(self._descriptor, len(data) + 1, start)):  # else it is another process's
+                if data.startswith(os.pread(self._descriptor, len(data) + 1, start)):  # else another process wrote it
                     self._cut(start)
             if not isinstance(error, OSError):
                 raise
@@ -326,17 +322,17 @@ class DurableLines:
             self.sync()
 
     def sync(self) -> None:
-        """Return when every line would survive a power failure.
+        """Wait until every line survives a power failure.
 
         Raises:
-            UserError: the disk is full or fails; the lines since the last sync are gone.
+            UserError: the disk is full or fails; the lines since the last sync are lost.
         """
         if self._synced == self._end or self._descriptor < 0:
             return
         try:
             os.fsync(self._descriptor)
         except OSError as error:
-            # What the file system still holds of the lines after the last sync is unknown.
+            # Which of the lines after the last sync the file system still holds is unknown.
             with contextlib.suppress(OSError):
                 if not self._shared and os.fstat(self._descriptor).st_size == self._end:
                     self._cut(self._synced)
@@ -349,7 +345,7 @@ class DurableLines:
         self._synced, self._synced_rows = self._end, len(self.rows)
 
     def _cut(self, end: int) -> None:
-        with contextlib.suppress(OSError):  # if this fails too, the next start cuts the torn line
+        with contextlib.suppress(OSError):  # if this fails too, the next start cuts the incomplete line
             os.ftruncate(self._descriptor, end)
 
     def close(self) -> None:

@@ -1,9 +1,9 @@
-"""Answer files of LLaVA's scripts, of lmms-eval and of this repository, read and joined with a benchmark's questions.
+"""Read answer files of LLaVA's scripts, lmms-eval and this repository, and match them with a benchmark's questions.
 
-A file is never trusted: answers that are missing, foreign, repeated or out of order are named and counted, and either
-refused or, with `partial`, left out and noted in the result. Recorded prompts must hold the questions that the answers
-are about to be scored with. Ids alone do not say it: English and Chinese MMBench share theirs, and rows of lmms-eval's
-data sets are numbers.
+A file is never trusted. Answers that are missing, repeated or belong to no question are counted and named. They are
+refused or, with `partial`, left out and noted in the result. If a file records prompts, these must contain the
+questions, because equal ids prove little: English and Chinese MMBench share their ids, and lmms-eval only numbers the
+rows of its data sets.
 """
 
 from collections import defaultdict
@@ -20,27 +20,27 @@ from eval.benchmarks.media import digest_of
 from eval.metrics import first_names
 from llava.errors import UserError
 
-# The names that id and text have in LLaVA's answer files, in official prediction files, in lmms-eval's samples and in
-# Video-LLaVA's (whose "answer" is the reference: the prediction's names come first).
+# Keys of id and text in LLaVA's answer files, official prediction files, lmms-eval's samples and Video-LLaVA's files.
+# "answer" comes late because it is the reference in Video-LLaVA's files.
 IDS = ("question_id", "questionId", "id", "index", "image", "image_id")
 TEXTS = ("text", "prediction", "pred", "filtered_resps", "resps", "answer", "caption")
-# Share of recorded prompts without their question from which a file counts as answers to other questions.
+# If more than this share of the recorded prompts lack their question, the file answers other questions.
 REFUSED = 0.5
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Texts by our question ids in file order, and what the reader of a score must know about the file."""
+    """Question id -> answer in file order, and notes about the file for the reader of a score."""
 
     texts: dict[str, str]
     notes: tuple[str, ...] = ()
 
 
 def read_answers(path: Path, data: Dataset, partial: bool = False) -> Answers:
-    """The answers of a file to the questions of a data set.
+    """Read the answers of a file to the questions of a data set.
 
     Args:
-        partial: go on with what fits instead of refusing the file.
+        partial: use the answers that fit instead of refusing the file.
     """
     rows = data.read(path) if data.read is not None else None
     notes: list[str] = []
@@ -51,7 +51,7 @@ def read_answers(path: Path, data: Dataset, partial: bool = False) -> Answers:
 
 
 def read_rows(path: Path, partial: bool = False) -> tuple[list[Row], list[str]]:
-    """Records of a JSON-lines file, of a JSON list of records, or of a JSON map from id to text."""
+    """The answers of a JSON-lines file, a JSON list of records, or a JSON map from id to text; and notes."""
     content = read_bytes(path).strip()
     first, _, more = content.partition(b"\n")
     if first and not (more and is_object(first)):
@@ -72,7 +72,7 @@ def read_rows(path: Path, partial: bool = False) -> tuple[list[Row], list[str]]:
         except UserError as error:
             if number < len(lines):
                 raise
-            # Only a file's end can be torn, by a full disk or a process that was killed.
+            # Only the end of a file can be incomplete, after a full disk or a kill.
             torn = f"{path} line {number}, the last one, is cut off"
             if not partial:
                 raise UserError(f"{torn}; repair the file, or score the rest of it with --partial.") from error
@@ -82,7 +82,7 @@ def read_rows(path: Path, partial: bool = False) -> tuple[list[Row], list[str]]:
 
 
 def is_object(line: bytes) -> bool:
-    """Whether a line is a whole JSON object: the first of JSON lines rather than of one document over many lines."""
+    """Whether a line is a whole JSON object, so that its file holds JSON lines and not one document."""
     try:
         return isinstance(parse_json(line, "line 1"), dict)
     except UserError:
@@ -90,13 +90,19 @@ def is_object(line: bytes) -> bool:
 
 
 def read_row(record: Any, where: str) -> Row:
-    """One answer in any of the namings."""
+    """One answer, under any of the keys in IDS and TEXTS."""
     if not isinstance(record, dict):
         raise UserError(f"{where} should be a JSON object, got {type(record).__name__}.")
     found = record.get("doc")
     doc: Mapping[str, Any] = found if isinstance(found, dict) else {}
     ids = [source[key] for source in (record, doc) for key in IDS if isinstance(source.get(key), str | int)]
-    texts = [text for key in TEXTS if (text := plain_text(record.get(key))) is not None]
+    texts = []
+    for key in TEXTS:
+        value = record.get(key)
+        while isinstance(value, list) and value:  # lmms-eval nests texts in lists
+            value = value[0]
+        if isinstance(value, str):
+            texts.append(value)
     number = record.get("doc_id") if isinstance(record.get("doc_id"), int) else None
     if not texts or (not ids and number is None):
         raise UserError(f"{where} should have an id ({', '.join(IDS)}) and a text ({', '.join(TEXTS)}).")
@@ -112,15 +118,16 @@ def read_row(record: Any, where: str) -> Row:
     )
 
 
-def plain_text(value: Any) -> str | None:
-    """A text, or the first of lmms-eval's nested lists of them."""
-    while isinstance(value, list) and value:
-        value = value[0]
-    return value if isinstance(value, str) else None
-
-
 def join(path: Path, rows: Sequence[Row], data: Dataset, partial: bool = False) -> Answers:
-    """Texts by our ids."""
+    """Match the answers of a file with the questions of a data set.
+
+    Args:
+        partial: leave out what does not fit and note it.
+
+    Raises:
+        UserError: without `partial`, if questions and answers do not match one to one; always, if nothing fits or a
+            question has two different answers.
+    """
     known = {question.id: question for question in data.questions}
     official: dict[str, list[Question]] = defaultdict(list)
     for question in data.questions:
@@ -188,10 +195,10 @@ def join(path: Path, rows: Sequence[Row], data: Dataset, partial: bool = False) 
 
 
 def other_images(answered: Sequence[tuple[Question, Row]], data: Dataset) -> tuple[list[str], int]:
-    """Ids of the questions that were asked about other images than they have now, by the hashes that our lines hold.
+    """Compare the image hashes that our own answer files record with the images of the data set.
 
     Returns:
-        The ids, and the number of answers whose images are not here to be compared.
+        Ids of the questions whose images have changed, and the number of answers whose images are not here to compare.
     """
     unlike, absent = [], 0
     for question, row in answered:
@@ -206,14 +213,14 @@ def other_images(answered: Sequence[tuple[Question, Row]], data: Dataset) -> tup
 def name_of(
     row: Row, known: Mapping[str, Question], official: Mapping[str, Sequence[Question]], questions: Sequence[Question]
 ) -> str | None:
-    """Our id of the question that a row answers; None if there is no such question."""
+    """Our id of the question that a row answers; None if there is none or several fit."""
     if row.id is None:
         return questions[row.number].id if row.number is not None and 0 <= row.number < len(questions) else None
     if row.id in known:
         return row.id
     candidates = official.get(row.id, ())
     if len(candidates) > 1 and row.prompt is not None:
-        # Image ids that stand for several questions: the prompt decides.
+        # Several questions share this id, for example an image's: the prompt decides.
         prompt = row.prompt.strip()
         candidates = [q for q in candidates if prompt in (q.message.strip(), q.question.strip())] or [
             q for q in candidates if q.question.strip() in prompt
@@ -230,15 +237,15 @@ def counted(number: int, noun: str) -> str:
 
 
 def plain(text: str) -> str:
-    """A text without the differences that profiles make: case, white space and the place of an image."""
+    """A text in lower case, without image placeholders and extra white space, in which profiles differ."""
     return " ".join(text.replace("<image>", " ").lower().split())
 
 
 def holds(prompt: str, question: Question) -> bool:
     """Whether a recorded prompt asks a question.
 
-    One of the two texts holds the other, or the prompt holds half the lines of the question: other programs join lines,
-    and add or leave out hints.
+    It does if one text contains the other, or if the prompt contains at least half of the question's lines: other
+    programs join lines, and add or leave out hints.
     """
     asked, wanted = plain(split_suffix(prompt.strip())[0]), plain(question.question)
     if not asked or asked in wanted or wanted in asked:
@@ -248,7 +255,11 @@ def holds(prompt: str, question: Question) -> bool:
 
 
 def check_prompts(path: Path, answered: Sequence[tuple[Question, Row]], data: Dataset) -> list[str]:
-    """Notes about prompts that do not hold their question; a file with more than half of those is refused."""
+    """Notes about recorded prompts that do not contain their question.
+
+    Raises:
+        UserError: more than half of them do not, or the file belongs to a run of ours on another benchmark.
+    """
     recorded = [(question, row.prompt or row.asked) for question, row in answered]
     known = [(question, prompt) for question, prompt in recorded if prompt is not None]
     wrong = [question.id for question, prompt in known if not holds(prompt, question)]
@@ -259,26 +270,20 @@ def check_prompts(path: Path, answered: Sequence[tuple[Question, Row]], data: Da
             f"prompts do not hold the question with their id; {question.id} was asked {shorten(prompt)!r}, and the "
             f"question is {shorten(question.question)!r}. Check the benchmark's name, split and profile."
         )
-    # Where all questions have the same words, prompts prove nothing.
-    if not known or len({question.question for question in data.questions}) == 1:
-        check_store(path, data)
+    # If all questions have the same words, prompts prove nothing; but our own runs name their benchmark.
+    proven = known and len({question.question for question in data.questions}) > 1
+    settings_file = path.with_name("settings.json")
+    if not proven and path.name == "answers.jsonl" and is_file(settings_file):
+        settings: Any = read_json(settings_file)
+        benchmark = settings.get("benchmark") if isinstance(settings, Mapping) else None
+        if data.benchmark and isinstance(benchmark, str) and benchmark != data.benchmark:
+            raise UserError(f"{path} holds answers to {benchmark}, as {settings_file} says, not to {data.benchmark}.")
     if not wrong:
         return []
     return [f"{len(wrong):,} of {len(known):,} recorded prompts do not hold their question ({first_names(wrong)})"]
 
 
-def check_store(path: Path, data: Dataset) -> None:
-    """Refuse the answers of one of our runs on another benchmark, which its settings name."""
-    settings_file = path.with_name("settings.json")
-    if path.name != "answers.jsonl" or not is_file(settings_file):
-        return
-    settings: Any = read_json(settings_file)
-    benchmark = settings.get("benchmark") if isinstance(settings, Mapping) else None
-    if data.benchmark and isinstance(benchmark, str) and benchmark != data.benchmark:
-        raise UserError(f"{path} holds answers to {benchmark}, as {settings_file} says, not to {data.benchmark}.")
-
-
 def shorten(text: str, length: int = 60) -> str:
-    """The start of a text, for an error."""
+    """The first `length` characters of a text on one line, for an error."""
     text = " ".join(text.split())
     return text if len(text) <= length else f"{text[:length]}..."

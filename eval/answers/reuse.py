@@ -1,17 +1,16 @@
-"""Whether stored answers may be used: for the questions of today, and beside those of another run.
+"""Decide whether stored answers may be used again: for today's questions, and next to the answers of another run.
 
-An answer belongs to what gave it, and a score to the labels beside:
+An answer is valid for what produced it, and a score also for its labels. Where each of these is recorded:
 
     questions       settings.json `questions`, and the `prompt` of every line
-    images          the hash in every line, over all lines in result.json `images`
+    images          a hash in every line; one hash over all lines in result.json `images`
     model, code     settings.json: hashes of the checkpoint's files and of every source file
     options         the rest of settings.json
     labels          result.json `labels`
 
-Every line's `answer_id` is a hash of the settings and the question, so lines of another store are seen. The store
-itself compares the settings (eval.answers.store). Whatever scores stored answers anew reads them with `read_stored`;
-whatever puts two runs side by side asks `joint_differences` first. A result is only believed together with what it was
-made of: `read_result` and `own_lines` are how runs, sweeps, tables and comparisons read a store that nobody has open.
+The `answer_id` of a line is a hash of the settings and the question, so a line of another store is noticed. The store
+compares the settings when it is opened (eval.answers.store). This module serves everything that reads a store which
+nobody has open: use `read_stored` to score its answers again, and `joint_differences` before comparing two runs.
 """
 
 import hashlib
@@ -30,16 +29,16 @@ from eval.metrics import first_names
 from llava.errors import UserError
 
 RESULT = "result.json"
-# Settings in which a method may differ from another one and still answer the same questions under the same conditions.
+# Settings that belong to a method: runs that differ only in these are comparable.
 OF_THE_METHOD = ("method", "config", "seed", "text_tower", "method_code")
-# Settings that need not be those of the process which reads a result.
+# Settings that may differ between a result and the process that reads it.
 UNEXPECTED = ("device", "code", "method_code")
-# What two runs may differ in whose answers are scored anew on the questions they share.
+# What may differ between two runs if their answers to common questions are scored again.
 OF_THE_SCORE = ("asked", "images", "main", "facts")
 
 
 class Result(TypedDict):
-    """What every reader of a result.json relies on. More is in it."""
+    """The part of a result.json that every reader relies on."""
 
     settings: dict[str, Any]
     asked: int
@@ -54,10 +53,10 @@ class Result(TypedDict):
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """result.json of a finished run.
+    """The result.json of a finished run.
 
     Raises:
-        UserError: it is not there, or damaged.
+        UserError: the file is missing or damaged.
     """
     path = folder / RESULT
     try:
@@ -69,17 +68,17 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 def own_lines(path: Path, settings: Mapping[str, Any], wanted: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
-    """The answers of a store to some questions, without a last line that a killed process has left torn.
+    """The answers of a store to some questions; an incomplete last line is skipped.
 
     Args:
-        settings: those of the store.
+        settings: of the store.
         wanted: ids of questions.
 
     Returns:
-        Question id -> line of answers.jsonl, and the ids of wanted questions whose line is of another store.
+        Question id -> line of answers.jsonl, and the ids of questions whose line comes from another store.
 
     Raises:
-        UserError: another line than the last is damaged.
+        UserError: a line before the last is damaged.
     """
     hashed, known = settings_hash(settings), frozenset(wanted)
     lines = {}
@@ -91,10 +90,10 @@ def own_lines(path: Path, settings: Mapping[str, Any], wanted: Iterable[str]) ->
 
 
 def check_reuse(data: Dataset, questions: Iterable[Question], answers: Mapping[str, Any], folder: Path) -> None:
-    """Compare stored answers with the prompts and images that their questions have now.
+    """Check that stored answers belong to the prompts and images that their questions have now.
 
     Args:
-        questions: those of this run; the ones without an answer are passed over.
+        questions: of this run; those without an answer are skipped.
         answers: question id -> line of answers.jsonl.
         folder: of the store, for the error.
 
@@ -113,14 +112,15 @@ def check_reuse(data: Dataset, questions: Iterable[Question], answers: Mapping[s
 
 
 def images_of(line: Mapping[str, Any]) -> str | None:
-    """Hashes of the images that a line of an answer file is about; None where it does not say them."""
+    """The image hashes recorded in a line of an answer file; None if there are none."""
     metadata = line.get("metadata")
     return metadata.get("images") if isinstance(metadata, dict) else None
 
 
 def images_digest(lines: Iterable[Mapping[str, Any]]) -> str:
-    """One hash of the images of several lines."""
-    text = "".join(f"{name} {images}\n" for name, images in sorted((x["question_id"], images_of(x)) for x in lines))
+    """One hash over the images of several lines of answers.jsonl."""
+    images = sorted((line["question_id"], images_of(line)) for line in lines)
+    text = "".join(f"{name} {hashes}\n" for name, hashes in images)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -129,10 +129,10 @@ class Stored:
     """A finished run.
 
     Attributes:
-        folder: as it was named.
+        folder: as the caller named it.
         answers: the answer file.
         result: content of result.json.
-        texts: question id -> answer, of the questions that were asked and answered.
+        texts: question id -> answer, for the questions that were answered.
         images: question id -> hash of its images.
     """
 
@@ -143,16 +143,16 @@ class Stored:
     images: dict[str, str | None]
 
     def judged(self, facts: Mapping[str, Any]) -> "Stored":
-        """With the judge that scores it now: verdicts may have come, or gone, since its result was written.
+        """A copy with facts about the judge that scores it now, which may differ from when the result was written.
 
         Args:
-            facts: about the judge, as eval.judging.choice.score_answers returns them.
+            facts: as eval.judging.choice.score_answers returns them.
         """
         return replace(self, result={**self.result, "facts": {**self.result["facts"], **facts}})
 
 
 def results_folder(folder: Path) -> Path:
-    """The folder with the result: the run's own, or its only limitN/ for a run of the first N questions."""
+    """The folder that holds a run's result.json: the run's folder, or its only limitN/ (a run of N questions)."""
     if is_file(folder / RESULT):
         return folder
     parts = sorted(path.parent for path in folder.glob(f"limit*/{RESULT}"))
@@ -168,15 +168,14 @@ def results_folder(folder: Path) -> Path:
 def read_stored(
     folder: Path, data: Dataset, partial: bool = False, expected: Mapping[str, Any] | None = None
 ) -> Stored:
-    """The answers of a finished run to the questions of a data set, to be scored with its labels.
+    """Read the answers of a finished run to the questions of a data set, so that they can be scored again.
 
     Args:
-        partial: go on without the questions that failed.
-        expected: settings that it should have, on any device and by any code; None to expect none.
+        partial: accept a run in which questions failed, without these.
+        expected: settings that the run must have, except device and code; None to accept any.
 
     Raises:
-        UserError: it is not finished, it was asked other questions or scored with other labels than those of `data`, it
-            has other settings, or its lines are not its own.
+        UserError: the run is not finished, its questions, labels or settings differ, or it holds lines of another run.
     """
     place = results_folder(folder)
     result = read_result(place)
@@ -209,39 +208,40 @@ def read_stored(
 
 
 def joint(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What two results must agree on to stand side by side, as full and a method or two methods do."""
+    """What two results must have in common to be compared, such as a method and `full`, or two methods."""
     own = {key: result.get(key) for key in ("labels", "images", "asked", "main")}
     return without(result["settings"], OF_THE_METHOD) | own | {"facts": facts_of(result)}
 
 
 def facts_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts of a result; of a judge its name, because every run has verdicts of its own."""
+    """The facts of a result, with only the name of a judge, because each run has its own verdicts."""
     facts = dict(result.get("facts") or {})
     return facts | {"judge": facts["judge"]["name"]} if "judge" in facts else facts
 
 
 def without(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """The settings but for some."""
+    """The settings without those named."""
     return {key: value for key, value in settings.items() if key not in names}
 
 
 def joint_differences(a: Mapping[str, Any], b: Mapping[str, Any], leave_out: Sequence[str] = ()) -> list[str]:
-    """What keeps two results from standing side by side, in words; nothing if they may.
+    """The differences that forbid comparing two results, in words; empty if they may be compared.
 
-    Methods have code of their own, but a file that both ran must be the same: a method at two budgets is one method.
+    The code of the two methods may differ, but a source file that both used must be the same in both runs.
     """
-    one, other = (result["settings"].get("method_code", {}) for result in (a, b))
-    code = [{"method_code": {name: files[name] for name in one.keys() & other.keys()}} for files in (one, other)]
-    first, second = (without(joint(result), leave_out) | own for result, own in zip((a, b), code, strict=True))
+    code_a, code_b = (result["settings"].get("method_code", {}) for result in (a, b))
+    common = code_a.keys() & code_b.keys()
+    first = without(joint(a), leave_out) | {"method_code": {name: code_a[name] for name in common}}
+    second = without(joint(b), leave_out) | {"method_code": {name: code_b[name] for name in common}}
     return differences(first, second, between=" and")
 
 
 def check_images(a: Mapping[str, str | None], b: Mapping[str, str | None], title: str) -> None:
-    """Raise UserError if answers to the same questions were given to other images.
+    """Raise UserError if the same questions were asked about different images.
 
     Args:
-        a, b: question id -> hash of its images, None where that is not known.
-        title: of the two, for the sentence.
+        a, b: question id -> hash of its images; None if unknown.
+        title: names both runs in the error.
     """
     other = [name for name in a if name in b and None not in (a[name], b[name]) and a[name] != b[name]]
     if other:
@@ -257,11 +257,11 @@ def check_joint(a: Stored, b: Stored) -> None:
 
 
 def check_table(folders: Sequence[Path], model_files: Any = None) -> None:
-    """Raise UserError unless finished runs may stand in one table.
+    """Raise UserError unless finished runs may be put into one table.
 
     Args:
-        folders: of their result.json, that of `full` first.
-        model_files: fingerprint of the model that the table is of; None where none is loaded.
+        folders: the folders of their result.json; `full` comes first.
+        model_files: fingerprint of the table's model; None if no model is loaded.
     """
     full = read_result(folders[0])
     if model_files not in (None, full["settings"].get("model_files")):

@@ -1,15 +1,15 @@
-"""Hashes of the source that answers depend on: the model, the method, and every project module that they import.
+"""Hashes of the source code that answers depend on: model, method, and every project module that these import.
 
-A stored answer is only valid for the code that made it. `answer_sources` follows the import statements of the modules
-of model and method, so that editing one method leaves the stored answers of all others valid. Files are parsed before
-they are hashed: comments, docstrings and formatting do not matter.
+A stored answer is only valid for the code that made it. `answer_sources` follows import statements from the modules of
+model and method, so editing one method leaves the stored answers of all others valid. Files are parsed before they are
+hashed: comments, docstrings and formatting do not matter.
 
-The code that makes an answer is the code that this process has imported, whatever is on the disk by then. So the
-content of a file is kept when it is imported (`record_imports`), hashes are of that, and `check_sources` compares them
-with the disk before a run writes anything that would be taken for the work of the new code.
+A process runs the code that it has imported, even if the file on disk has changed since. `record_imports` therefore
+keeps the content of each file as it is imported, and hashes are taken from that. `check_sources` compares them with the
+disk before a run writes anything that would pass for the work of the new code.
 
-Modules of `eval` are not followed. What they contribute to an answer is its prompt and its images, and the answer
-store compares both for every question. `differences` says in words which settings and files differ.
+Modules of `eval` are not followed. They contribute the prompt and the images of an answer, and the answer store
+compares both for every question. `differences` says in words which settings and files differ.
 """
 
 import ast
@@ -30,11 +30,11 @@ from llava.places import PACKAGES
 
 # Packages whose imports are followed: the model and the pipeline, and the methods (llava.reduction.registry.PACKAGES).
 FOLLOWED = ("llava", "baselines", "consensusdrop", "visiondrop", "attnmix")
-# What loads a model, runs it under a method, and remembers the output of its tower; model and method import none of it.
+# Modules that neither model nor method imports: they load a model, run it and cache the vision tower's output.
 ENTRIES = ("llava/model/checkpoint/load.py", "llava/pipeline/generate.py", "eval/feature_cache.py")
 # Folders of libraries.
 LIBRARIES = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib"))
-# Settings that are hashes of files, and what these are in words; of so many files the names are said.
+# Settings that are hashes of files, with a description; `listed` names at most NAMED files.
 HASHED = {
     "code": "code",
     "method_code": "code of the method",
@@ -48,15 +48,15 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 # File -> its content when it was imported.
 IMPORTED: dict[Path, bytes] = {}
-# Class of a module that was imported in another way -> content of its file when it was first asked for.
+# For classes of modules that were imported without being recorded: class -> content of its file at the first look.
 FIRST_SEEN: "WeakKeyDictionary[type, bytes]" = WeakKeyDictionary()
 
 
 class RecordingLoader(SourceFileLoader):
-    """Imports a module from its source, and keeps that.
+    """Imports a module from its source and keeps the source.
 
-    A .pyc is not used: Python takes one for current if the source has the same size and was changed in the same second,
-    so code and hash could be of different contents. Compiling the hundred modules of a run takes 0.2 seconds.
+    A .pyc is not used, because Python considers it current if the source has the same size and was changed in the same
+    second; code and hash could then differ. Compiling the hundred modules of a run takes 0.2 seconds.
     """
 
     def get_code(self, fullname: str) -> CodeType:
@@ -66,7 +66,7 @@ class RecordingLoader(SourceFileLoader):
 
 
 class RecordingFinder:
-    """Finds modules that answers depend on as the other finders do, and has them loaded by `RecordingLoader`."""
+    """Finds the modules that answers depend on with Python's other finders, and loads them with `RecordingLoader`."""
 
     @classmethod
     def find_spec(
@@ -83,7 +83,7 @@ class RecordingFinder:
 
 
 def record_imports() -> None:
-    """Keep the content of every file that answers depend on when it is imported; of those that are already, now."""
+    """Keep the content of every file that answers depend on: as it is now if imported, else when it is imported."""
     if RecordingFinder in sys.meta_path:
         return
     for name, module in list(sys.modules.items()):
@@ -99,10 +99,10 @@ def answer_sources(*objects: Any, root: Path = PACKAGES, on_disk: bool = False) 
     """File -> hash of its code, for the classes of `objects` and all project modules that they import.
 
     Args:
-        objects: model and method; a composition has the files of its parts, too.
-        root: folder of the project. Files outside of it are hashed under their name, and their imports are followed
-            into the project.
-        on_disk: of the files as they are now, not of what this process imported.
+        objects: model and method; for a composition the files of its parts are included.
+        root: folder of the project. A file outside it is listed by its bare name, and the project modules that it
+            imports are included.
+        on_disk: hash the files as they are now, not as this process imported them.
     """
     found: dict[Path, str] = {}
     waiting = [root / name for name in ENTRIES]
@@ -115,15 +115,16 @@ def answer_sources(*objects: Any, root: Path = PACKAGES, on_disk: bool = False) 
         if path not in found and (content := content_of(path, on_disk)) is not None:
             found[path], imported = read_source(path, root, content)
             waiting += imported
-    return dict(sorted((file_name(path, root), digest) for path, digest in found.items()))
+    names = {path: path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name for path in found}
+    return dict(sorted((names[path], digest) for path, digest in found.items()))
 
 
 def check_sources(*objects: Any, known: Mapping[str, str] | None = None) -> None:
-    """Raise UserError if code was edited after this process imported it; the error names the files.
+    """Raise UserError, naming the files, if code was edited after this process imported it.
 
     Args:
         objects: see `answer_sources`.
-        known: what `answer_sources` gave before; modules that were imported since then must not differ from it either.
+        known: an earlier result of `answer_sources`; modules imported since then must match it too.
     """
     imported, now = (answer_sources(*objects, on_disk=on_disk) for on_disk in (False, True))
     changed = [name for other in (imported, now) for name in changed_files(known or imported, other)]
@@ -137,6 +138,7 @@ def check_sources(*objects: Any, known: Mapping[str, str] | None = None) -> None
 
 
 def listed(names: Sequence[str]) -> str:
+    """The first NAMED names, and how many more there are."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return f"{', '.join(names[:NAMED])}{more}"
 
@@ -147,7 +149,7 @@ def combined(files: Mapping[str, str]) -> str:
 
 
 def changed_files(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """Files whose code differs, each with what happened to it."""
+    """The names of files whose code differs, marked "new" or "gone" if only one side has the file."""
     return [
         name if name in old and name in new else f"{name} ({'new' if name in new else 'gone'})"
         for name in sorted(old.keys() | new.keys())
@@ -156,7 +158,7 @@ def changed_files(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
 
 
 def class_files(cls: type, root: Path, on_disk: bool) -> Iterator[tuple[Path, bytes]]:
-    """Source files of a class and its bases, as far as they belong to the project or to the user's own code."""
+    """Path and content of the source files of a class and its bases, except bases that come from libraries."""
     for base in cls.__mro__:
         try:
             path = Path(inspect.getsourcefile(base) or "").resolve()
@@ -172,7 +174,7 @@ def class_files(cls: type, root: Path, on_disk: bool) -> Iterator[tuple[Path, by
 
 
 def content_of(path: Path, on_disk: bool) -> bytes | None:
-    """A file as this process imported it; as it is now if it has not, or `on_disk`; None if there is none."""
+    """A file as this process imported it; as it is now with `on_disk` or if not imported; None if there is no file."""
     if path in IMPORTED and not on_disk:
         return IMPORTED[path]
     try:
@@ -181,33 +183,23 @@ def content_of(path: Path, on_disk: bool) -> bytes | None:
         return None
 
 
-def file_name(path: Path, root: Path) -> str:
-    """The path below the project's root, or the bare name of a file elsewhere."""
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
-
-
 @lru_cache(maxsize=4096)
 def read_source(path: Path, root: Path, content: bytes) -> tuple[str, tuple[Path, ...]]:
-    """Hash of a file's code, and the project files that it imports; of a file that is no Python, of its bytes."""
+    """Hash of a file's code without comments, docstrings and layout, and the project files that it imports."""
     try:
         tree = ast.parse(content)
-    except (SyntaxError, ValueError):  # half an edit: it cannot be imported, and must not look like the code before
+    except (SyntaxError, ValueError):  # half an edit: hashed as bytes, so that it differs from the code before
         return hashlib.sha256(content).hexdigest()[:12], ()
     imported = tuple(dict.fromkeys(project_files(tree, path, root)))
-    digest = hashlib.sha256(canonical(tree).encode("utf-8", "surrogatepass")).hexdigest()[:12]
-    return digest, imported
-
-
-def canonical(tree: ast.Module) -> str:
-    """The code as a text, without comments, docstrings and positions; the tree loses its docstrings."""
     for node in ast.walk(tree):
         if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
             del node.body[0]
-    return ast.dump(tree)
+    code = ast.dump(tree).encode("utf-8", "surrogatepass")
+    return hashlib.sha256(code).hexdigest()[:12], imported
 
 
 def project_files(tree: ast.Module, path: Path, root: Path) -> Iterator[Path]:
-    """Files of the packages in FOLLOWED that are imported anywhere in a module, inside functions as well."""
+    """Files of the packages in FOLLOWED that a module imports anywhere, also inside functions."""
     package = path.relative_to(root).parent.parts if path.is_relative_to(root) else ()
     for node in ast.walk(tree):
         names: Iterable[tuple[str, ...]] = ()
@@ -223,7 +215,7 @@ def project_files(tree: ast.Module, path: Path, root: Path) -> Iterator[Path]:
 
 
 def module_file(parts: tuple[str, ...], root: Path) -> Path | None:
-    """The file of a dotted name: a module, or for a name in a module that module; None outside the project."""
+    """The file of a dotted name, which is a module or a name in a module; None outside the project."""
     for length in (len(parts), len(parts) - 1):
         if length < 1:
             break
@@ -235,10 +227,10 @@ def module_file(parts: tuple[str, ...], root: Path) -> Path | None:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], between: str = ", now") -> list[str]:
-    """Settings that differ, as 'key: old, now new', and 'code: decoder.py' for files.
+    """Settings that differ, as "key: old, now new"; for files "code: decoder.py".
 
     Args:
-        between: what stands between two values.
+        between: text between the two values.
     """
     hashed = {key for key in HASHED if isinstance(old.get(key), dict) and isinstance(new.get(key), dict)}
     before, after = (flatten({key: value for key, value in one.items() if key not in hashed}) for one in (old, new))

@@ -1,38 +1,38 @@
 """The answer store: one folder per run, one line per answer, safe against kill -9, two writers and a full disk.
 
-    answers.jsonl    one line per question, in LLaVA's fields, with a hash of the question's images; in the order in
-                     which they were answered, and in that of the benchmark once a result is written
-    timing.jsonl     one line per batch: its questions, its process, seconds, FLOPs and the conditions of measurement
-    runs.jsonl       one line per process that wrote: commit, library versions
+    answers.jsonl    one line per question with LLaVA's fields and a hash of the question's images; in the order of
+                     answering, sorted into the benchmark's order before a result is written
+    timing.jsonl     one line per batch: its questions and process, seconds, FLOPs and the conditions of measurement
+    runs.jsonl       one line per process that wrote answers: commit and library versions
     failures.jsonl   one line per failed try to answer a question, with the reason; only if there was one
-    conflicts.jsonl  different answers of a second rank to a question; only if there was one
+    conflicts.jsonl  answers of a second rank that differ from the first rank's; only if there are any
     settings.json    what the answers depend on, with hashes of the model's files and of every source file; a run with
-                     others is refused
-    result.json      the result of all questions, beside the benchmark's submission files; written after them, so a
-                     result without one of them, or without one of its answers, has lost it (eval.answers.reuse)
-    limit50/         the result and the submission files of a run with --limit 50
+                     other settings is refused
+    result.json      the result over all questions; the benchmark's submission files stand next to it. It is written
+                     last, so if one of them or an answer is missing, it was lost later (eval.answers.reuse)
+    limit50/         result and submission files of a run with --limit 50
     replaced-1/      what --restart moved aside
-    lock             host and process that took the folder last; the lock ends with the process, the file stays
+    lock             host and process that last took the folder; the lock ends with the process, the file stays
 
-Lines belong together by the ids of questions, and by `run` and `rank` of the process. So a batch whose answers were
-torn by a crash does no harm: its line of timing.jsonl names questions that have no answer, or a later batch.
+Lines of different files are matched by question id and by the `run` and `rank` of the process. If a crash tears the
+answers of a batch, its line in timing.jsonl names questions that have no answer or that a later batch answered.
 
-While several ranks answer, and after all of them were killed, there are also:
+While several ranks answer, and if all of them were killed, there are also:
 
-    shards/<world>-rank<rank>/   the first four files of one rank, until they are merged
-    merging/         the files with the lines of the shards, while they are written
-    merged/          the same once they are whole: on their way to the places of the store's own
+    shards/<world>-rank<rank>/   the first four files, written by one rank, until they are merged
+    merging/         copies of the store's files with the lines of the shards added, while they are written
+    merged/          the same copies once they are complete, until they have replaced the store's files
 
-A rank is one process, a world all ranks of one start. Ranks write without locks and without waiting for each other,
-because no two processes ever write to the same shard: a process of an earlier start that still lives has another world.
+A rank is one process; a world is all ranks of one start. Ranks write without locks and without waiting for each other,
+because no two processes write to the same shard: a process of an earlier start that is still alive has another world.
 
-The step from merging/ to merged/ is one rename. Before it nothing has changed; after it the next process finishes the
-merge if this one is killed. The next run in the folder merges what is left there. It also deletes temporary files
-(.NAME.PROCESS) of processes that were killed while they replaced a file, so after it the folder holds what the first
+The step from merging/ to merged/ is one rename. Before it nothing has changed; after it, if this process is killed, the
+next one finishes the merge. The next run in the folder merges the shards that it finds. It also deletes the temporary
+files (.NAME.PROCESS) of processes that were killed while replacing a file. The folder then holds only what the first
 list names.
 
-The number of questions asked (--limit) is not a setting: a store holds the answers to some of the benchmark's
-questions, and growing the limit continues it.
+The number of questions (--limit) is not a setting: a store may hold answers to some of the benchmark's questions, and
+a run with a larger limit continues it.
 """
 
 import contextlib
@@ -69,25 +69,25 @@ CONFLICTS = "conflicts.jsonl"
 SHARDS = "shards"
 SHARD_NAME = re.compile(r"[A-Za-z0-9_.]+-rank\d+")
 MERGING, MERGED = "merging", "merged"
-# In merging/ and merged/: names of the shards.
+# File in merging/ and merged/ that names the shards whose lines are included.
 MERGED_SHARDS = "shards.jsonl"
 ADVICE = "choose another --output, or --restart to move them aside"
-# At least, from one sync to the next. It takes 0.2 ms on a local disk and 50 ms on a busy shared one: twice after every
-# question, that would be a tenth of the run.
+# Shortest time between two syncs. A sync takes 0.2 ms on a local disk and 50 ms on a busy shared one; two after every
+# question would take a tenth of the run.
 SYNC_SECONDS = 10
-# The order in which --restart moves them: answers without the settings that they were made under are worth nothing.
+# In the order in which --restart moves them: settings go after the answers, which are worth nothing without them.
 FILES = (
     "result.json", "predictions.json", SHARDS, FAILURES, CONFLICTS, TIMING, RUNS, ANSWERS, "settings.json", "wandb_id",
 )  # fmt: skip
-# How a file system says that it has no locks. Any other error of a lock may pass.
+# Errors by which a file system says that it has no locks. Any other error may be temporary.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 UNLOCKED = "has no locks"
-# Files that `eval.answers.jsonl.write_bytes` had not renamed yet when its process (the number) was killed.
+# Temporary files of `eval.answers.jsonl.write_bytes`; the number is the process that was killed before it renamed them.
 UNFINISHED = re.compile(r"\..+\.\w+\.\d+")
 
 Row = dict[str, Any]
 
-# What the lines of a file need so that they can be put together, and the name of their process where there is one.
+# Keys that every line of a file must have, with their types; and the keys of its process, which may be missing.
 FORMS: dict[str, dict[str, type]] = {
     ANSWERS: {"question_id": str, "text": str},
     FAILURES: {"question_id": str, "reason": str},
@@ -98,21 +98,21 @@ PROCESS: dict[str, type] = {"run": str, "rank": int}
 
 
 def settings_hash(settings: Mapping[str, Any]) -> str:
-    """Hash of the settings that answers depend on."""
+    """Hash of the settings that answers depend on, 64 hexadecimal digits."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def answer_id(settings: str, question_id: str) -> str:
-    """The `answer_id` of an answer: it depends on settings and question, so equal runs write equal files.
+    """The `answer_id` of an answer. It depends only on settings and question, so equal runs write equal files.
 
     Args:
-        settings: their hash.
+        settings: as returned by `settings_hash`.
     """
     return hashlib.sha256(f"{settings} {question_id}".encode()).hexdigest()[:22]
 
 
 def check_line(row: Row, path: Path, number: int) -> None:
-    """Raise UserError unless a line has what the file of that name holds, in its type."""
+    """Raise UserError unless a line has the keys and types that its file needs (FORMS)."""
     form = FORMS[path.name]
     wrong = [key for key, kind in form.items() if not isinstance(row.get(key), kind)]
     wrong += [key for key, kind in PROCESS.items() if not isinstance(row.get(key), kind | None)]
@@ -124,7 +124,7 @@ def check_line(row: Row, path: Path, number: int) -> None:
 
 
 def result_folder(output: Path, asked: int, available: int) -> Path:
-    """Where result and submission of a run go: a partial result never replaces the complete one."""
+    """The folder for a run's result and submission files; a partial result never replaces the complete one."""
     return output if asked >= available else output / f"limit{asked}"
 
 
@@ -132,19 +132,19 @@ def result_folder(output: Path, asked: int, available: int) -> Path:
 
 
 class AnswerFiles:
-    """The files of a folder, appended to by this process alone: of a store, or of a rank's shard of it.
+    """The files of a store, or of a rank's shard; only this process appends to them.
 
-    What `add` and `fail` have written survives the end of this process, however it ends. A power failure or a crash of
-    the whole machine can lose the batches of the last SYNC_SECONDS; their questions are then asked again.
+    What `add` and `fail` have written survives any end of this process. A power failure or a crash of the machine can
+    lose the batches of the last SYNC_SECONDS; their questions are then asked again.
 
     Attributes:
-        process: the line of runs.jsonl, written before the first answer or failure; empty for a process without a name.
+        process: the line of this process in runs.jsonl, written before its first answer or failure; may be empty.
     """
 
     def __init__(self, folder: Path, process: Mapping[str, Any] | None = None):
         """
         Args:
-            process: with a "run", the name of this process, and a "rank" where there are several.
+            process: what runs.jsonl says about this process: "run", its name; "rank", if there are several; and more.
         """
         self.folder, self.process = folder, dict(process or {})
         self._named = False
@@ -152,13 +152,13 @@ class AnswerFiles:
         self._next_sync = 0.0
 
     def _open(self, name: str) -> DurableLines:
-        """A file of the folder, opened once and made if it is not there."""
+        """A file of the folder, opened on first use and created if missing."""
         if name not in self._files:
             self._files[name] = DurableLines(self.folder / name)
         return self._files[name]
 
     def _write(self, lines: Mapping[str, Iterable[Row]]) -> None:
-        """Append lines to the files in the given order, after the line of this process."""
+        """Append lines to the files in the given order; before the first time write the line of this process."""
         if not self._named and self.process:
             self._open(RUNS).append([self.process], sync=False)
         self._named = True
@@ -169,15 +169,15 @@ class AnswerFiles:
             self._next_sync = time.monotonic() + SYNC_SECONDS
 
     def sync(self) -> None:
-        """Return when every line would survive a power failure; UserError if the disk is full or fails."""
+        """Wait until every line survives a power failure; UserError if the disk is full or fails."""
         for file in self._files.values():
             file.sync()
 
     def add(self, answers: Sequence[Row], timing: Mapping[str, Any]) -> None:
-        """Write one batch; on return it survives the end of this process.
+        """Write one batch; once this returns it survives any end of this process.
 
         Args:
-            timing: line of timing.jsonl; its questions, their number and this process are set here.
+            timing: the batch's line of timing.jsonl; its questions, their number and this process are added here.
 
         Raises:
             UserError: the disk is full; everything before this batch is kept.
@@ -187,7 +187,7 @@ class AnswerFiles:
         self._write({TIMING: [own | dict(timing) | {"questions": len(ids), "question_ids": ids}], ANSWERS: answers})
 
     def fail(self, failures: Sequence[Mapping[str, Any]]) -> list[Row]:
-        """Write questions that could not be answered; on return the lines survive the end of this process.
+        """Record questions that could not be answered; once this returns the lines survive any end of this process.
 
         Args:
             failures: {"question_id", "reason": one sentence, "kind": "image", "error" or "memory"}; the "run" of this
@@ -203,7 +203,7 @@ class AnswerFiles:
 
     def close(self) -> None:
         """Sync and close the files; further calls do nothing."""
-        with contextlib.ExitStack() as stack:  # one that cannot be synced keeps no other one open
+        with contextlib.ExitStack() as stack:  # closes every file, even if one cannot be synced
             while self._files:
                 stack.callback(self._files.popitem()[1].close)
 
@@ -221,9 +221,9 @@ class Shard(AnswerFiles):
         """Make the shard's folder and files.
 
         Args:
-            store_folder: folder of the store that the answers are merged into.
-            world: random name of this start of ranks: letters, digits, "_" and ".".
-            rank: number of this process in its start.
+            store_folder: folder of the store that the answers will be merged into.
+            world: random name of this start of the ranks; letters, digits, "_" and ".".
+            rank: number of this process among the ranks.
 
         Raises:
             UserError: the folder cannot be written to.
@@ -251,7 +251,7 @@ class AnswerStore(AnswerFiles):
 
     Attributes:
         answers: question id -> line, in the order of the file.
-        failures: question id -> line of the latest failure, of the questions without an answer.
+        failures: question id -> line of its latest failure, for questions without an answer.
     """
 
     def __init__(
@@ -262,18 +262,18 @@ class AnswerStore(AnswerFiles):
         restart: bool = False,
         process: Mapping[str, Any] | None = None,
     ):
-        """Open or create the store, and merge the shards that ranks of an earlier start have left.
+        """Open or create the store, and merge the shards that an earlier start of ranks has left.
 
         Args:
-            folder: made if it is not there.
+            folder: created if missing.
             settings: what the answers depend on, JSON types only.
-            known: ids of all questions of the benchmark, asked in this run or not.
-            restart: move what is there into a numbered sub-folder first.
-            process: what runs.jsonl says about this process if it adds answers.
+            known: ids of all questions of the benchmark, also of those that this run does not ask.
+            restart: first move what is there into a numbered sub-folder.
+            process: see `AnswerFiles`.
 
         Raises:
-            UserError: another process has the folder, its lines do not belong to these settings or questions, or it
-                cannot be written to.
+            UserError: another process holds the folder, its lines belong to other settings or questions, or it cannot
+                be written to.
         """
         super().__init__(folder, process)
         self._settings = settings
@@ -287,21 +287,21 @@ class AnswerStore(AnswerFiles):
             if restart:
                 move_aside(folder)
             self._read()
-            self._agree()
+            self._check_settings()
             self.merge()
         except BaseException:
             self.close()
             raise
 
     def _read(self) -> None:
-        """Open the files and index their lines; a store is refused if one is incomplete, foreign or repeated."""
+        """Open the files and index their lines; UserError if a line is incomplete, foreign or answers a second time."""
         self.answers: dict[str, Row] = {}
         self.failures: dict[str, Row] = {}
         for name in (ANSWERS, TIMING, RUNS):
             self._open(name)
         for number, row in enumerate(self._open(ANSWERS).rows, start=1):
             name = self._check(row, self.folder / ANSWERS, number)
-            # Two processes that no lock kept apart give the same answer twice.
+            # Without locks two processes may have written the same answer.
             if self.answers.setdefault(name, row) != row:
                 raise UserError(f"{self.folder / ANSWERS} line {number} answers question {name} a second time.")
         for name in (TIMING, RUNS):
@@ -314,7 +314,7 @@ class AnswerStore(AnswerFiles):
                     self.failures[name] = row
 
     def _check(self, row: Row, path: Path, number: int) -> str:
-        """The question of a line, if it is about one; UserError if the line does not belong to this benchmark."""
+        """Return the question id of a line that has one; UserError if the line does not belong to this benchmark."""
         check_line(row, path, number)
         name = row.get("question_id")
         if "question_id" in FORMS[path.name] and name not in self._known:
@@ -322,8 +322,8 @@ class AnswerStore(AnswerFiles):
             raise UserError(f"{path} line {number} {what} question {name}, which this benchmark does not have.")
         return str(name)
 
-    def _agree(self) -> None:
-        """Refuse answers that were made under other settings, and lines of another store."""
+    def _check_settings(self) -> None:
+        """Raise UserError for answers made under other settings or of another store; write settings.json if new."""
         path = self.folder / "settings.json"
         if not self.answers and not self.failures and not any(map(holds_lines, shard_folders(self.folder))):
             write_json(path, self._settings)
@@ -344,7 +344,7 @@ class AnswerStore(AnswerFiles):
 
     @property
     def remarks(self) -> list[str]:
-        """What a reader of the result must know about the store: no locks, shards left out, unequal answers."""
+        """Notes about the store for the reader of a result: missing locks, skipped shards, conflicting answers."""
         names = dict.fromkeys(str(row["question_id"]) for _, _, row in read_appended(self.folder / CONFLICTS) if row)
         unequal = (
             f"two ranks answered question {name} differently; {CONFLICTS} holds what is not counted" for name in names
@@ -352,26 +352,25 @@ class AnswerStore(AnswerFiles):
         return [*self._remarks, *unequal]
 
     def merge(self) -> int:
-        """Merge all shards into the store, in one step for a reader of answers.jsonl, and delete them.
+        """Merge all shards into the store and delete them. A reader of answers.jsonl sees one single change.
 
-        A kill at any moment loses no answer and repeats none: the next opening of the store merges again. Of two
-        different answers to a question the first counts, and conflicts.jsonl keeps the other. Ranks must have closed
-        their shards or have ended.
+        Ranks must have closed their shards or have ended. A kill at any moment neither loses nor repeats an answer,
+        because the next opening of the store merges again. If two answers to a question differ, the first counts and
+        conflicts.jsonl keeps the other.
 
         Returns:
-            How many answers were taken.
+            The number of new answers.
 
         Raises:
-            UserError: a shard holds lines that do not belong, or the disk is full. The shards are kept, and the store
-                is as it was.
+            UserError: a shard holds foreign lines, or the disk is full. Shards and store are then unchanged.
         """
         before, taken = len(self.answers), dict[str, Row]()
         lines: dict[str, list[Row]] = {name: [] for name in (ANSWERS, TIMING, RUNS, FAILURES, CONFLICTS)}
         merged = [shard for shard in shard_folders(self.folder) if self._take(shard, taken, lines)]
         if not merged:
-            delete_shards(self.folder, ())  # their folder, if it is empty
+            delete_shards(self.folder, ())  # only removes the empty folder
             return 0
-        in_order = sorted(taken.values(), key=lambda row: self._known[row["question_id"]])  # whoever answered them
+        in_order = sorted(taken.values(), key=lambda row: self._known[row["question_id"]])
         lines |= {ANSWERS: in_order, MERGED_SHARDS: [{"shard": shard.name} for shard in merged]}
         try:
             write_merged(self.folder, lines)
@@ -386,11 +385,11 @@ class AnswerStore(AnswerFiles):
         return len(self.answers) - before
 
     def _take(self, shard: Path, taken: dict[str, Row], lines: dict[str, list[Row]]) -> bool:
-        """Read and check a shard: its answers go to `taken` and its other lines to `lines`.
+        """Read and check a shard; its new answers are added to `taken`, its other lines to `lines`.
 
         Returns:
-            False for a shard of other settings, which is left out and said: a process that outlives --restart can
-            leave one in the new store.
+            False for a shard of other settings, which a process that outlived --restart can leave in the new store. It
+            is skipped with a remark.
         """
         own, mine, first = settings_hash(self._settings), set[str](), True
         for number, _, row in read_appended(shard / ANSWERS):
@@ -406,7 +405,8 @@ class AnswerStore(AnswerFiles):
                     f"the answers in {shard.relative_to(self.folder)} are left out, because they were made under "
                     "other settings or by other code; delete that folder, or --restart to move everything aside"
                 )
-                self._remarks += [] if remark in self._remarks else [remark]
+                if remark not in self._remarks:
+                    self._remarks.append(remark)
                 return False
             name, first = self._check(row, shard / ANSWERS, number), False
             if name not in self.answers and name not in taken:
@@ -432,13 +432,13 @@ class AnswerStore(AnswerFiles):
 
     @property
     def _batches(self) -> dict[str, Row]:
-        """Question id -> the line of timing.jsonl of its answer: the last one, if it was asked again after a crash."""
+        """Question id -> line of timing.jsonl with its answer; the last one, if it was asked again after a crash."""
         return {name: row for row in self._open(TIMING).rows for name in row["question_ids"] if name in self.answers}
 
     def timing_of(self, names: Collection[str]) -> list[Row]:
-        """The batches all of whose questions are among `names`.
+        """The lines of timing.jsonl whose questions are all among `names`.
 
-        Seconds of a batch cannot be divided: one that was torn, or of which another rank gave an answer, is left out.
+        The seconds of a batch cannot be divided, so a batch is skipped if it lost an answer or another rank gave one.
         """
         wanted, batches = set(names), self._batches
         return [
@@ -450,7 +450,7 @@ class AnswerStore(AnswerFiles):
         ]
 
     def origins(self, names: Iterable[str]) -> list[tuple[Row | None, int]]:
-        """Which processes answered these questions: (line of runs.jsonl, number of answers), None for not recorded."""
+        """The processes that answered these questions: (line of runs.jsonl or None, number of answers) of each."""
         processes = {(row.get("run"), row.get("rank")): row for row in self._open(RUNS).rows}
         known = self._batches
         batches = [known.get(name, {}) for name in names if name in self.answers]
@@ -469,16 +469,15 @@ class AnswerStore(AnswerFiles):
         return lines
 
     def put_in_order(self) -> None:
-        """Sync, with the answers in the order of the benchmark, each once, whoever gave them and when.
+        """Sync, and sort the answers into the benchmark's order, each once, before a result is written.
 
-        What is made of the answers can be written then. In a folder without a lock another process may be writing to
-        the file, so its lines stay as they are.
+        Without a lock another process may be writing to the file, so its lines stay as they are.
 
         Raises:
-            UserError: the disk is full or fails; no answer is lost that was not lost before.
+            UserError: the disk is full or fails; no further answer is lost.
         """
         self.sync()
-        if self._lock is None or ANSWERS not in self._files:  # put in order, and nothing was added since
+        if self._lock is None or ANSWERS not in self._files:  # not open: sorted before, and nothing was added since
             return
         rows = sorted(self.answers.values(), key=lambda row: self._known[row["question_id"]])
         if rows == self._files[ANSWERS].rows:
@@ -488,7 +487,7 @@ class AnswerStore(AnswerFiles):
         self.answers = {row["question_id"]: row for row in rows}
 
     def close(self) -> None:
-        """Sync and close the files and give the folder back; further calls do nothing."""
+        """Sync and close the files and release the folder; further calls do nothing."""
         try:
             super().close()
         finally:
@@ -515,27 +514,27 @@ def holds_lines(shard: Path) -> bool:
 
 
 def delete_shards(store_folder: Path, names: Iterable[str]) -> None:
-    """Delete shards by the names of their folders; those that are gone already are passed over."""
+    """Delete shards by the names of their folders, as far as they still exist; UserError if one cannot be deleted."""
     folder = store_folder / SHARDS
     for name in filter(SHARD_NAME.fullmatch, names):
-        # A process of an earlier start may still have files of its shard open, which a network file system keeps under
-        # other names: what matters is that the lines are gone.
+        # A process of an earlier start may still have files of its shard open, and a network file system then keeps
+        # them under other names. It is enough that answers.jsonl is gone.
         shutil.rmtree(folder / name, ignore_errors=True)
         if (folder / name / ANSWERS).exists():
             raise UserError(f"Cannot delete {folder / name}, whose answers are merged; delete it by hand.")
-    with contextlib.suppress(OSError):  # other shards are there, or it is gone
+    with contextlib.suppress(OSError):  # it holds other shards, or is gone
         folder.rmdir()
         sync_folder(store_folder)
 
 
 def write_merged(folder: Path, lines: Mapping[str, Sequence[Row]]) -> None:
-    """Write copies of the store's files with further lines to merged/, all of them or none.
+    """Write copies of the store's files with added lines to merged/, either all or none.
 
     Args:
-        lines: name of the file -> what is added to it.
+        lines: name of a file -> lines to add.
 
     Raises:
-        OSError: the disk is full or fails; nothing has changed then.
+        OSError: the disk is full or fails; nothing has changed.
     """
     staging = folder / MERGING
     try:
@@ -557,10 +556,10 @@ def write_merged(folder: Path, lines: Mapping[str, Sequence[Row]]) -> None:
 
 
 def finish_merge(folder: Path) -> None:
-    """Finish the merge of a process that has written merged/, and forget one that has not; no file may be open.
+    """Finish a merge whose merged/ is complete and discard one that is not; no file of the store may be open.
 
     Raises:
-        UserError: the disk fails; a later call goes on.
+        UserError: the disk fails; a later call continues.
     """
     merged = folder / MERGED
     shutil.rmtree(folder / MERGING, ignore_errors=True)
@@ -585,20 +584,19 @@ def finish_merge(folder: Path) -> None:
 
 
 def lock_folder(folder: Path) -> tuple[FileLock | None, str | None]:
-    """Take the folder for this process until `release()`, or until the process ends, however it ends.
+    """Take the folder for this process, until `release()` or any end of the process.
 
-    The file `lock` names the host and the process that took the folder last; it stays in the folder.
+    The file `lock` names the host and process that last took the folder; it stays in the folder.
 
     Returns:
-        (lock, None), or on a file system without locks (None, a sentence that says so): unprotected is better than
-        unusable.
+        (lock, None); on a file system without locks (None, a sentence about it), and the folder is used unprotected.
 
     Raises:
         UserError: another process holds the folder, or it cannot be written to.
     """
     path = folder / "lock"
     make_folder(folder)
-    # No fallback to a lock by the existence of a file: a process that is killed would leave the folder locked.
+    # No fallback to a lock by a file's existence: a process that is killed would leave the folder locked.
     lock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
     try:
         path.touch()
@@ -616,16 +614,16 @@ def lock_folder(folder: Path) -> tuple[FileLock | None, str | None]:
             f"the file system of {folder} {UNLOCKED} ({error.strerror}): a second run that writes to this folder at "
             "the same time would not have been noticed"
         )
-    with contextlib.suppress(OSError):  # the name only helps to read the message above
+    with contextlib.suppress(OSError):  # the text is only used in the message above
         path.write_text(f"process {os.getpid()} on host {os.uname().nodename}\n")
     return lock, None
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete temporary files of processes that were killed while they wrote, in a run's folder and its sub-folders.
+    """Delete the temporary files of killed processes in a run's folder and its sub-folders.
 
-    The folder must be locked: then no other process writes there, whatever its number. Sub-folders that are runs of
-    their own are left alone.
+    The folder must be locked, so that no other process writes there. Sub-folders that are runs of their own are left
+    alone.
     """
     for pattern in (".*", "*/.*", "limit*/*/.*"):
         for path in folder.glob(pattern):
@@ -635,9 +633,9 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def check_restart(folder: Path, planned: Collection[str]) -> None:
-    """Refuse to move answers aside that a limited run would not give again.
+    """Refuse a --restart that would move more answers aside than the run asks for again.
 
-    The others cannot stay: they were made under the settings that move with them.
+    Answers to other questions cannot stay, because the settings they were made under are moved too.
 
     Args:
         planned: ids of the questions that will be asked.
@@ -656,8 +654,11 @@ def check_restart(folder: Path, planned: Collection[str]) -> None:
 def move_aside(folder: Path) -> None:
     """Move an earlier run's files to the first free `replaced-N`; nothing is deleted."""
     partial = [path.name for path in folder.glob("limit*") if path.name.removeprefix("limit").isdecimal()]
-    names = dict.fromkeys([*partial, *submission_files(folder / "result.json"), *FILES])
-    present = [name for name in names if (folder / name).exists()]
+    written: list[Any] = []
+    with contextlib.suppress(UserError, AttributeError):  # a damaged result names no files
+        written = read_json(folder / "result.json").get("submission", [])
+    submission = [name for name in written if isinstance(name, str) and ".." not in Path(name).parts]
+    present = [name for name in dict.fromkeys([*partial, *submission, *FILES]) if (folder / name).exists()]
     if not present:
         return
     number = 1
@@ -672,12 +673,3 @@ def move_aside(folder: Path) -> None:
     except OSError as error:
         raise UserError(f"Cannot move the earlier run to {target}: {error.strerror}.") from error
     sync_folder(folder)
-
-
-def submission_files(result: Path) -> list[str]:
-    """Names of the files that were written beside a result; none for a result that does not say it."""
-    try:
-        names = read_json(result).get("submission", [])
-    except (UserError, AttributeError):
-        return []
-    return [name for name in names if isinstance(name, str) and ".." not in Path(name).parts]

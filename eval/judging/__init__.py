@@ -1,6 +1,6 @@
 """Benchmarks whose answers an LLM judge grades.
 
-A benchmark defines a `Judging`: what the judge is asked, how its reply is read, and the score of its verdicts.
+A benchmark defines a `Judging`: what the judge is asked, how its reply is read, and how verdicts become a score.
 eval/judging/choice.py picks the judge that --judge names: an endpoint, stored verdicts or a word match.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from eval.answers.jsonl import read_json
 from eval.metrics import Score
 
-# What a judge said about one answer, in JSON types. Its fields are the benchmark's own.
+# What a judge said about one answer, in JSON types. Each benchmark has its own fields.
 Verdict = dict[str, Any]
 
 
@@ -24,10 +24,10 @@ class Request:
     """One question to a judge.
 
     Attributes:
-        id: of the benchmark's question.
-        messages: role and content, as chat models take them.
-        temperature: None leaves it to the judge, as the official script does.
-        max_tokens: longest reply; None as above.
+        id: id of the benchmark's question.
+        messages: role and content of each message, as chat models take them.
+        temperature: None leaves it to the judge, if the official script does so.
+        max_tokens: longest reply; None as for `temperature`.
     """
 
     id: str
@@ -37,7 +37,7 @@ class Request:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what is asked: a verdict counts for exactly the answer it was given about."""
+        """Hash of the messages, because a verdict is valid only for the answer that it judged."""
         return hashlib.sha256(json.dumps(self.messages).encode()).hexdigest()[:16]
 
 
@@ -46,18 +46,18 @@ class Judging:
     """How a judge is used on one benchmark.
 
     Attributes:
-        benchmark: its name on the command line.
-        official: the judge of the published numbers.
-        main: name of the number it gives.
-        requests: (ids that were asked, raw text by id) -> one request for each.
+        benchmark: name of the benchmark on the command line.
+        official: the judge behind the published numbers.
+        main: name of the number that the verdicts give.
+        requests: (ids that were asked, raw text by id) -> one request for each id.
         parse: (id, reply) -> verdict; None if the reply cannot be read.
-        read: verdicts of the official script on disk, by question id.
+        read: path -> verdicts that the official script wrote, by question id.
         score: (ids, verdict by id) -> the official metric; ids without a verdict had no readable reply.
-        match: (ids, raw text by id) -> a word match with the reference answers, no published metric.
-        tries: replies that are asked for until one can be read.
-        again: (first request, unreadable replies so far) -> the next request; by default the same.
+        match: (ids, raw text by id) -> a word match with the reference answers, which is not a published metric.
+        tries: how often a judge is asked until its reply can be read.
+        again: (first request, number of unreadable replies) -> the next request; by default the same one.
         failed: verdict after the last try; None leaves the question out of the score.
-        text: the answer that a verdict on disk is about, if it says so.
+        text: verdict on disk -> the answer that it judged; None if it does not say.
     """
 
     benchmark: str
@@ -76,12 +76,12 @@ class Judging:
 
 @cache
 def prompts() -> Any:
-    """The official judge prompts; README.md says where they are from."""
+    """The official judge prompts; README.md names their sources."""
     return read_json(Path(__file__).parent / "prompts.json")
 
 
 def judged_facts(judging: Judging, questions: int, published: int) -> dict[str, Any]:
-    """The `facts` of a data set that a judge scores; another number of questions than the published one is said."""
+    """The `facts` of a judged data set, with a remark if its size differs from the published set's."""
     facts: dict[str, Any] = {"questions": questions, "official judge": judging.official}
     if questions != published:
         facts["size"] = f"{questions:,} questions, the published set has {published}"

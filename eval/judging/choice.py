@@ -1,7 +1,7 @@
-"""The --judge flag: which LLM judge scores the answers of a run, how it is asked, and the notes on it in the result.
+"""The --judge flag: which LLM judge scores the answers of a run, how it is asked, and what the result says about it.
 
-A judge is asked about every answer that has no verdict yet. Verdicts are kept in judgements-<judge>.jsonl beside the
-answers, one line per judged answer, written as replies come in.
+A judge is asked about every answer that has no verdict yet. Verdicts are stored as replies come in, one line per judged
+answer, in judgements-<judge>.jsonl next to the answers.
 """
 
 import contextlib
@@ -31,17 +31,17 @@ NAMED = ("auto", "none", "match", "endpoint")
 
 Scored = tuple[Score, dict[str, Any]]
 
-# An upper estimate for English: tokens are four characters on average, and roles cost a few tokens each.
+# For an upper estimate in English: a token is four characters on average, and the role of a message costs a few tokens.
 BYTES_PER_TOKEN = 3
 TOKENS_PER_MESSAGE = 8
 
-# For judges without a limit on the reply; a verdict of these is one line.
+# Tokens of a reply if the request sets no limit; such verdicts are one line.
 USUAL_REPLY = 64
 
 # A verdict as it is stored.
 Line = dict[str, Any]
 
-# By question id and by the hash of what was asked.
+# (question id, hash of what was asked) -> line.
 Found = dict[tuple[str, str], Line]
 
 FIELDS = ("question_id", "asked", "verdict", "judge")
@@ -51,7 +51,7 @@ FIELDS = ("question_id", "asked", "verdict", "judge")
 
 
 def check_judge(data: Dataset, judge: str) -> None:
-    """Raise before a run what would stop its scoring."""
+    """Raise UserError before a run if --judge could not score its answers."""
     if data.judging is None:
         if judge != "auto":
             raise UserError(f"{data.title} is scored without a judge; leave --judge {judge} out.")
@@ -66,34 +66,37 @@ def check_judge(data: Dataset, judge: str) -> None:
 def score_answers(
     data: Dataset, judge: str, asked: Sequence[str], texts: Mapping[str, str], answers: Path
 ) -> tuple[Score, dict[str, Any]]:
-    """The score, and facts about the judge for the result.
+    """Score answers, with a judge if the benchmark needs one.
 
     Args:
-        answers: the answer file; verdicts are kept beside it.
+        judge: a word of NAMED, or a file or folder with verdicts.
+        asked: ids of the questions that were asked.
+        texts: question id -> answer.
+        answers: the answer file; verdicts are stored next to it.
+
+    Returns:
+        The score, and facts about the judge for the result.
     """
     judging: Judging | None = data.judging
     if judging is None:
         return data.score(asked, texts), {}
-    score, facts = _score(judging, judge, asked, texts, answers)
-    return score, {"judge": facts}
-
-
-def _score(judging: Judging, judge: str, asked: Sequence[str], texts: Mapping[str, str], answers: Path) -> Scored:
-    """The score by what --judge names: verdicts of a model, those in the folder and new ones, or none."""
+    facts: dict[str, Any] = {"name": judge}
     if judge == "none":
         missing = f"{judging.main} was not measured: {_advice(judging, answers)}"
-        return Score({judging.main: None}, {}, {}, (missing,), judging.main), {"name": "none"}
-    if judge == "match":
-        return judging.match(asked, texts), {"name": "match"}
-    if judge == "endpoint" or (judge == "auto" and configured()):
+        score = Score({judging.main: None}, {}, {}, (missing,), judging.main)
+    elif judge == "match":
+        score = judging.match(asked, texts)
+    elif judge == "endpoint" or (judge == "auto" and configured()):
         model, requests = endpoint(), judging.requests(asked, texts)
         path = verdict_file(answers.parent, model.name)
         with contextlib.closing(Store(path)) as store:
             ask(model, judging, requests, store)
-        return _of_lines(judging, asked, lines_of(store.found, requests), path)
-    if judge == "auto":
-        return _kept(judging, asked, texts, answers)
-    return _from_disk(judging, Path(judge), asked, texts)
+        score, facts = _of_lines(judging, asked, lines_of(store.found, requests), path)
+    elif judge == "auto":
+        score, facts = _kept(judging, asked, texts, answers)
+    else:
+        score, facts = _from_disk(judging, Path(judge), asked, texts)
+    return score, {"judge": facts}
 
 
 def _advice(judging: Judging, answers: Path) -> str:
@@ -105,7 +108,7 @@ def _advice(judging: Judging, answers: Path) -> str:
 
 
 def _kept(judging: Judging, asked: Sequence[str], texts: Mapping[str, str], answers: Path) -> Scored:
-    """Verdicts beside the answers, the official judge's if there are several; without any, the word match."""
+    """The score of verdicts stored next to the answers, the official judge's first; without any, the word match."""
     requests = judging.requests(asked, texts)
     files = sorted(answers.parent.glob("judgements-*.jsonl"))
     stored = {path: lines_of(read_verdicts(path), requests) for path in files}
@@ -126,7 +129,7 @@ def _kept(judging: Judging, asked: Sequence[str], texts: Mapping[str, str], answ
 
 
 def _of_lines(judging: Judging, asked: Sequence[str], lines: Mapping[str, Line], path: Path) -> Scored:
-    """The score of stored verdicts, with what sets them apart from the published ones."""
+    """The score of verdicts in our format, with notes on how they differ from the published ones."""
     verdicts = {name: line["verdict"] for name, line in lines.items() if line["verdict"] is not None}
     score, facts = _judged(judging, asked, verdicts, (line["judge"] for line in lines.values()), path)
     if failed := [name for name in asked if lines[name].get("failed")]:
@@ -137,6 +140,7 @@ def _of_lines(judging: Judging, asked: Sequence[str], lines: Mapping[str, Line],
 
 
 def _about(judging: Judging, models: Sequence[str]) -> str:
+    """A note on whether verdicts of these models are comparable with published numbers."""
     if list(models) == [judging.official]:
         return f"judged by {judging.official}, as the published numbers"
     if not models:
@@ -158,7 +162,7 @@ def _about(judging: Judging, models: Sequence[str]) -> str:
 def _judged(
     judging: Judging, asked: Sequence[str], verdicts: Mapping[str, Verdict], models: Iterable[Any], path: Path
 ) -> Scored:
-    """The score of verdicts, which models gave them, and what sets them apart from the published ones."""
+    """The score of verdicts, with facts about the models that gave them and a note on comparability."""
     names = sorted(set(map(str, models)))
     score = judging.score(asked, verdicts)
     facts = {"name": ", ".join(names) or "unknown", "official": judging.official, "verdicts": str(path)}
@@ -166,7 +170,7 @@ def _judged(
 
 
 def _from_disk(judging: Judging, path: Path, asked: Sequence[str], texts: Mapping[str, str]) -> Scored:
-    """Verdicts in our format or in that of the official script."""
+    """The score of verdicts in a file or folder, in our format or the official script's."""
     is_lines = path.is_file() and path.suffix == ".jsonl"
     first = next((row for _, _, row in read_appended(path) if row), {}) if is_lines else {}
     if all(name in first for name in FIELDS):
@@ -191,8 +195,10 @@ def _from_disk(judging: Judging, path: Path, asked: Sequence[str], texts: Mappin
 
 
 def as_list(models: Any) -> list[Any]:
-    """The "model" of an official verdict: absent, one name, or one for each run."""
-    return models if isinstance(models, list) else [] if models is None else [models]
+    """The "model" of an official verdict, which may be absent, one name, or one name per run, as a list."""
+    if models is None:
+        return []
+    return models if isinstance(models, list) else [models]
 
 
 def _check_cover(path: Path, asked: Sequence[str], verdicts: Mapping[str, Verdict], what: str = "") -> None:
@@ -207,12 +213,13 @@ def _check_cover(path: Path, asked: Sequence[str], verdicts: Mapping[str, Verdic
 
 
 def verdict_file(folder: Path, judge: str) -> Path:
-    """Where the verdicts of a judge are kept."""
-    return folder / f"judgements-{re.sub(r'[^A-Za-z0-9_.-]+', '-', judge).strip('-.') or 'judge'}.jsonl"
+    """The file in which the verdicts of a judge are stored."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", judge).strip("-.") or "judge"
+    return folder / f"judgements-{name}.jsonl"
 
 
 def line(request: Request, verdict: Verdict | None, reply: str, judge: str, tries: int, failed: bool) -> Line:
-    """A verdict as it is stored."""
+    """A verdict as a line of the file."""
     return {
         "question_id": request.id,
         "asked": request.fingerprint,
@@ -225,12 +232,12 @@ def line(request: Request, verdict: Verdict | None, reply: str, judge: str, trie
 
 
 def key_of(request: Request) -> tuple[str, str]:
-    """What a verdict is found by: the question and what was asked, so that several answer files can share a folder."""
+    """The key of a verdict: question and hash of what was asked, so that several answer files can share a folder."""
     return request.id, request.fingerprint
 
 
 def by_request(path: Path, rows: Iterable[Line]) -> Found:
-    """The lines of a file by question and by what was asked; the last one counts."""
+    """The lines of a file by key; of several lines with the same key the last one counts."""
     found = {}
     for row in rows:
         if lost := [name for name in FIELDS if name not in row]:
@@ -240,20 +247,20 @@ def by_request(path: Path, rows: Iterable[Line]) -> Found:
 
 
 def read_verdicts(path: Path) -> Found:
-    """Verdicts of a file that nobody is writing to, without a last one that a killed process has left torn."""
+    """The verdicts of a file that nobody has open; an incomplete last line is skipped."""
     return by_request(path, (row for _, _, row in read_appended(path) if row))
 
 
 def lines_of(found: Found, requests: Iterable[Request]) -> dict[str, Line]:
-    """Lines by question id, of those requests that have one."""
+    """Question id -> line, for the requests that have one."""
     return {request.id: found[key] for request in requests if (key := key_of(request)) in found}
 
 
 class Store:
-    """A file of verdicts that grows; every line that was added survives a crash.
+    """A growing file of verdicts; a line survives a crash once `append` has returned.
 
     Attributes:
-        found: the lines there are, by question and by what was asked.
+        found: the lines by key, see `key_of`.
     """
 
     def __init__(self, path: Path):
@@ -265,7 +272,7 @@ class Store:
             raise
 
     def append(self, entry: Line) -> None:
-        """Write one verdict and return when it is on the disk."""
+        """Write one verdict to the disk."""
         self._lines.append([entry])
         self.found[entry["question_id"], entry["asked"]] = entry
 
@@ -277,9 +284,9 @@ class Store:
 
 
 def ask(judge: Endpoint, judging: Judging, requests: Sequence[Request], store: Store) -> None:
-    """Ask about all requests without a stored verdict, and store each verdict as it arrives.
+    """Send all requests that have no stored verdict, and store each verdict as it arrives.
 
-    Prints how much is asked before the first request, because requests cost money.
+    Because requests cost money, an estimate of their number and size is printed first.
     """
     pending = [request for request in requests if key_of(request) not in store.found]
     if not pending:
@@ -305,13 +312,13 @@ def ask(judge: Endpoint, judging: Judging, requests: Sequence[Request], store: S
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 keep(done, store, bar)
         except BaseException:
-            # Requests in flight have been paid for.
+            # Requests in flight have been paid for, so their verdicts are stored too.
             keep([future for future in running if future.exception() is None], store, bar)
             raise
 
 
 def keep(done: Iterable[Future[Line]], store: Store, bar: "tqdm[Any]") -> None:
-    """Store what was judged, then raise what went wrong."""
+    """Store the verdicts of finished requests, then raise the first error among them."""
     failures = []
     for future in done:
         if (failure := future.exception()) is not None:
@@ -324,7 +331,7 @@ def keep(done: Iterable[Future[Line]], store: Store, bar: "tqdm[Any]") -> None:
 
 
 def judge_one(judge: Endpoint, judging: Judging, request: Request) -> Line:
-    """One verdict, asked for until it can be read or the official number of tries is used up."""
+    """Ask for one verdict until it can be read or the official number of tries is used up."""
     reply, model = "", judge.name
     for failures in range(judging.tries):
         reply, model = judge.reply(judging.again(request, failures) if failures else request)
@@ -335,7 +342,7 @@ def judge_one(judge: Endpoint, judging: Judging, request: Request) -> Line:
 
 
 def estimate(judge: Endpoint, judging: Judging, requests: Sequence[Request]) -> str:
-    """How much is about to be asked, by an upper estimate of lengths without the judge's tokenizer."""
+    """A sentence on how much is about to be asked: number of requests, and at most how many tokens."""
     lengths = [len(message["content"].encode()) for request in requests for message in request.messages]
     tokens_in = sum(math.ceil(length / BYTES_PER_TOKEN) + TOKENS_PER_MESSAGE for length in lengths)
     tokens_out = sum(request.max_tokens or USUAL_REPLY for request in requests)

@@ -1,13 +1,12 @@
-"""The judge that can be asked: a chat model at an OpenAI-compatible address.
+"""A judge that can be asked: a chat model at an OpenAI-compatible address, reached through the `openai` client.
 
-It is read from the environment, through the `openai` client. A model on this machine is served at such an address too.
+A model served on this machine has such an address too. The judge is configured by environment variables only, because
+command lines end up in logs and shell histories, and a key must not.
 
     JUDGE_MODEL    name of the model
     JUDGE_URL      base address such as https://api.openai.com/v1, or OPENAI_BASE_URL
-    JUDGE_KEY      or OPENAI_API_KEY; local servers mostly need none
+    JUDGE_KEY      or OPENAI_API_KEY; most local servers need none
     JUDGE_WORKERS  requests in flight at once, 4 if not set
-
-From there only: command lines end up in logs and shell histories, and a key must not.
 """
 
 import json
@@ -26,7 +25,7 @@ from llava.errors import UserError
 if TYPE_CHECKING:
     from openai import OpenAI
 
-# The client waits between tries, 0.5 to 8 s each and 31 s in all, or as long as the server's Retry-After says.
+# The client waits 0.5 to 8 s between tries, 31 s in all, or as long as the server's Retry-After says.
 TRIES = 8
 TIMEOUT = 120.0
 PATH = "/chat/completions"
@@ -38,8 +37,8 @@ class Endpoint:
 
     Attributes:
         url: base address, without the path of the request.
-        key: never printed and no part of repr.
-        timeout: seconds until a request without an answer is sent again.
+        key: never printed, also not by repr.
+        timeout: seconds after which an unanswered request is sent again.
     """
 
     name: str
@@ -50,7 +49,7 @@ class Endpoint:
 
     @cached_property
     def client(self) -> "OpenAI":
-        """The connection; all threads share it."""
+        """The connection, shared by all threads."""
         from openai import DefaultHttpxClient, OpenAI
 
         return OpenAI(
@@ -63,7 +62,14 @@ class Endpoint:
         )
 
     def reply(self, request: Request) -> tuple[str, str]:
-        """The reply, and the model's name as the server gives it; busy servers are asked again after a while."""
+        """Ask the judge; a busy server is asked again after a while.
+
+        Returns:
+            The reply, and the model's name as the server gives it.
+
+        Raises:
+            UserError: the server refuses the request, does not answer, or does not answer as a chat endpoint does.
+        """
         import openai
 
         body: dict[str, Any] = {
@@ -84,15 +90,12 @@ class Endpoint:
             raise self._unanswered(self._clean(str(error.__cause__ or error))) from None
         except openai.OpenAIError as error:
             raise UserError(f"The judge at {self.url} cannot be asked ({self._clean(str(error))}).") from None
-        return self._read(answer.text)
-
-    def _read(self, text: str) -> tuple[str, str]:
         try:
-            answer = json.loads(text)
-            # An empty reply, as content filters give it, is null.
-            return answer["choices"][0]["message"]["content"] or "", str(answer.get("model") or self.name)
+            read = json.loads(answer.text)
+            # Content filters give null for an empty reply.
+            return read["choices"][0]["message"]["content"] or "", str(read.get("model") or self.name)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-            shown = self._clean(text[:200])
+            shown = self._clean(answer.text[:200])
             raise UserError(f"{self.url} does not answer as a chat endpoint does; it sent {shown!r}.") from None
 
     def _unanswered(self, problem: str) -> UserError:
@@ -102,20 +105,20 @@ class Endpoint:
         )
 
     def _clean(self, text: str) -> str:
-        """One line without the key, which some servers repeat in their errors."""
+        """The text on one line and without the key, which some servers repeat in their errors."""
         text = " ".join(text.split())
         return text.replace(self.key, "***") if self.key else text
 
 
 def address(environment: Mapping[str, str]) -> tuple[str, str, str]:
-    """Name of the model, base address and key; "" for what is not set."""
+    """Name of the model, base address and key from the environment; "" for what is not set."""
     url = environment.get("JUDGE_URL") or environment.get("OPENAI_BASE_URL") or ""
     key = environment.get("JUDGE_KEY") or environment.get("OPENAI_API_KEY") or ""
     return environment.get("JUDGE_MODEL", ""), url, key.strip()
 
 
 def configured(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether an endpoint is set up completely, key included."""
+    """Whether the environment describes an endpoint completely, key included."""
     return all(address(environment))
 
 
@@ -131,7 +134,7 @@ def endpoint(environment: Mapping[str, str] = os.environ) -> Endpoint:
         raise UserError(f"JUDGE_URL should be an address such as https://api.openai.com/v1, got {url!r}.") from None
     url = url.rstrip("/")
     if not (key.isascii() and key.isprintable()):
-        # Said here: the error of the header it would go into shows the key.
+        # Checked here, because the error about an invalid header would show the key.
         raise UserError("JUDGE_KEY (or OPENAI_API_KEY) holds characters that no key has; copy it again.")
     return Endpoint(
         model,

@@ -17,24 +17,24 @@ from eval.__main__ import configurations, parser
 from eval.config import FULL, RunConfig
 from llava.errors import UserError, unknown
 
-# Model argument -> flag of `python -m eval`. "set.alpha=0.5" is an option of the method, "image.merge=spatial" a
-# choice of reading images. lmms-eval hands its own --batch_size and --device over, too.
+# Model argument -> flag of `python -m eval`. "set.alpha=0.5" is an option of the method, "image.merge=spatial" of image
+# reading. lmms-eval also passes its own --batch_size and --device.
 PLAIN = {"pretrained": "model", "batch_size": "batch-size", "text_tower": "text-tower"}
 PLAIN |= {name: name for name in ("method", "budget", "dtype", "device", "seed", "quantization")}
 GROUPS = {"set": "--set", "image": "--image-option"}
 
 
 def configuration(arguments: Mapping[str, Any]) -> RunConfig:
-    """The same configuration as of `python -m eval` with these arguments.
+    """The configuration that `python -m eval` would have with these arguments.
 
     Args:
-        arguments: name -> value; lmms-eval has turned numbers and truth values into Python's.
+        arguments: name -> value; lmms-eval has already turned numbers and truth values into Python's.
 
     Raises:
-        UserError: an unknown argument, a wrong value, or several methods or budgets.
+        UserError: an argument is unknown, a value is wrong, or there are several methods or budgets.
     """
     given = {"method": FULL} | {name: written(value) for name, value in arguments.items()}
-    given.pop("max_batch_size", None)  # lmms-eval's limit of the batch size "auto", which is refused
+    given.pop("max_batch_size", None)  # belongs to lmms-eval's batch size "auto", which is refused
     words = []
     for key, value in given.items():
         group, _, name = key.partition(".")
@@ -51,5 +51,5 @@ def configuration(arguments: Mapping[str, Any]) -> RunConfig:
 
 
 def written(value: object) -> str:
-    """A model argument as it was written, without the quotes that protect its commas from lmms-eval."""
+    """A model argument as the user wrote it, without the quotes that protect its commas from lmms-eval."""
     return str(value).lower() if isinstance(value, bool) else str(value).strip("'\"")

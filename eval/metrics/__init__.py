@@ -1,4 +1,4 @@
-"""Official metrics as pure functions on data. One file per metric; what they return is a `Score`."""
+"""Official metrics as pure functions that return a `Score`, one file per metric."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,21 +15,20 @@ WORDS: dict[str, str] = read_yaml(Path(__file__).with_name("words.yaml"))
 
 @dataclass(frozen=True)
 class SufficientStatistics:
-    """A headline number as a function of sums over units, so that intervals and paired tests can draw units anew.
+    """A main number as a function of sums over units, so that intervals and paired tests can resample units.
 
-    Every official metric here has this form: an accuracy is (right, all) -> right / all, an F1 is a function of summed
-    true and false positives, MME's score of summed counts per task.
+    Every official metric here has this form. An accuracy is (right, all) -> right / all, an F1 is a function of summed
+    true and false positives, and MME's score of summed counts per task.
 
     Attributes:
         unit: what one row is, for sentences: "question", "image pair", "group".
         names: [units] stable ids, the same for every answer file of a benchmark.
-        clusters: [units] label of what has to be drawn together, mostly the image.
+        clusters: [units] label of each unit's cluster; units of a cluster, mostly an image, are drawn together.
         sums: [units, terms].
         value: sums [..., terms] -> the number [...], vectorised over the leading dimensions.
-        proportion: whether the number is 100 times a mean of sample scores in [0, 1], a row of `sums` being (sample
+        proportion: whether the number is 100 times a mean of sample scores in [0, 1]; a row of `sums` is then (sample
             score, 1).
-        most: the largest value of a number that is no proportion and cannot be below 0, for its interval; None where
-            there is none.
+        most: largest value of a number that is not a proportion and never below 0; None if it has no largest value.
     """
 
     unit: str
@@ -43,17 +42,17 @@ class SufficientStatistics:
 
 @dataclass(frozen=True)
 class Score:
-    """What a metric says about a set of predictions.
+    """The result of a metric on a set of predictions.
 
     Attributes:
-        values: name -> number in the unit the official script prints; None if it cannot be computed.
-        groups: breakdown name -> group -> (number in that unit, count of what it is a mean of).
-        correct: question id -> sample score in [0, 1], for intervals and tables; empty where questions have none.
+        values: name -> number in the unit that the official script prints; None if it cannot be computed.
+        groups: breakdown -> group -> (number in that unit, how many items it averages).
+        correct: question id -> sample score in [0, 1], for intervals and tables; empty if questions have none.
         notes: what the reader must know about these numbers.
         main: the key in `values` of the number that papers print.
-        points: keys of `values` and `groups` that are no percentages.
-        terms: how `main` comes about, where it is not 100 x the mean of `correct`.
-        other_terms: how further numbers that papers print come about: key in `values` -> terms.
+        points: keys of `values` and `groups` that are not percentages.
+        terms: sufficient statistics of `main`, if it is not 100 x the mean of `correct`.
+        other_terms: key in `values` -> sufficient statistics, for further numbers that papers print.
     """
 
     values: dict[str, float | None]
@@ -73,7 +72,13 @@ def ratio_terms(
     scale: float = 100,
     proportion: bool = False,
 ) -> SufficientStatistics:
-    """Those of `scale` times the mean sample score; `proportion` says that sample scores are in [0, 1]."""
+    """The sufficient statistics of `scale` times the mean sample score.
+
+    Args:
+        sample_scores: question id -> score.
+        clusters: question id -> label of its cluster; by default every question is a cluster.
+        proportion: whether `scale` is 100 and the scores are in [0, 1].
+    """
     names = tuple(sample_scores)
     return SufficientStatistics(
         unit,
@@ -86,7 +91,7 @@ def ratio_terms(
 
 
 def divide(above: Array, below: Array) -> Array:
-    """above / below, 0 where there is nothing to divide by."""
+    """above / below, and 0 where `below` is 0."""
     return np.divide(above, below, out=np.zeros_like(np.asarray(above, dtype=np.float64)), where=below != 0)
 
 

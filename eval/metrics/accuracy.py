@@ -1,4 +1,4 @@
-"""What most metrics share: coverage of the questions, means in percent, breakdowns, matches of short texts, letters."""
+"""What most metrics share: coverage of questions, means in percent, breakdowns, matches of short texts, letters."""
 
 import re
 import string
@@ -16,7 +16,7 @@ WORD = re.compile(r"(?<!\w)-?\d+(?:[.,]\d+)*|\w+")
 
 
 def check_coverage(balanced: Iterable[str], predictions: Iterable[str], known: set[str]) -> None:
-    """Every balanced question is answered and every answer belongs to a question."""
+    """Raise UserError unless every question of `balanced` has a prediction and every prediction's id is `known`."""
     predicted = set(predictions)
     if missing := [name for name in balanced if name not in predicted]:
         noun = "question" if len(missing) == 1 else "questions"
@@ -27,17 +27,17 @@ def check_coverage(balanced: Iterable[str], predictions: Iterable[str], known: s
 
 
 def percent(sample_scores: Iterable[float]) -> float:
-    """100 x the mean, 0 for nothing, in the official order of operations so that the last digit agrees."""
+    """100 x the mean, or 0 without scores; operations in the official order, so that the last digit agrees."""
     sample_scores = list(sample_scores)
     return sum(sample_scores) / len(sample_scores) * 100 if sample_scores else 0.0
 
 
 def grouped(correct: Mapping[str, float], key: Mapping[str, Any]) -> dict[str, tuple[float, int]]:
-    """Percent correct and number of questions for each value of `key`, sorted by it.
+    """Percent correct and number of questions for each group, sorted by group.
 
     Args:
-        key: question id -> group, a text or a number, or a list of groups, in each of which the question counts;
-            questions that are not in it are left out.
+        key: question id -> group (text or number), or a list of groups, in each of which the question counts;
+            questions that are not in `key` are left out.
     """
     buckets: dict[Any, list[float]] = defaultdict(list)
     for name, sample_score in correct.items():
@@ -54,13 +54,13 @@ def mean_score(
     kinds: Mapping[str, Mapping[str, Any]] | None = None,
     main: str = "accuracy",
 ) -> Score:
-    """Percent of right answers.
+    """The mean of sample scores in percent, as a `Score`.
 
     Args:
-        answers: question id -> reference, of the questions that were asked.
-        texts: question id -> the model's text; one for every question.
-        sample_score: (text, reference) -> its score in [0, 1].
-        kinds: name of a breakdown -> question id -> group, as `grouped` takes them; one without any is left out.
+        answers: question id -> reference, for the questions that were asked.
+        texts: question id -> the model's text, one for every question.
+        sample_score: (text, reference) -> score in [0, 1].
+        kinds: name of a breakdown -> question id -> group, see `grouped`; empty breakdowns are left out.
         main: name of the number.
     """
     check_coverage(answers, texts, set(answers))
@@ -70,7 +70,7 @@ def mean_score(
 
 
 def normalise(text: str) -> str:
-    """A model's text as GQA compares it: LLaVA strips final full stops and lower-cases, nothing else."""
+    """A text as GQA compares it: in lower case without final full stops, as LLaVA does, and nothing else."""
     return text.rstrip(".").lower()
 
 
@@ -80,34 +80,34 @@ def bare(text: str) -> str:
 
 
 def exact_match(text: str, answer: str) -> float:
-    """1 if the text is the answer, but for case, final full stops and spaces around it."""
+    """1 if the text is the answer, ignoring case, final full stops and surrounding spaces."""
     return float(normalise(text.strip()) == normalise(answer.strip()))
 
 
 def loose_match(text: str, answer: str) -> float:
-    """1 if the text is the answer, but for case and punctuation: lmms-eval's exact_match with both switches on."""
+    """1 if the text is the answer, ignoring case and punctuation: lmms-eval's exact_match with both switches on."""
     return float(bare(text) == bare(answer))
 
 
 def words(text: str) -> tuple[str, ...]:
-    """Lower-case words and numbers, signs kept, without punctuation: for matches that need no LLM judge."""
+    """Words and numbers of a text in lower case, with signs but no punctuation, for matches without an LLM judge."""
     return tuple(word.replace(",", "") for word in WORD.findall(text.lower()))
 
 
 def contains(said: Sequence[str], element: Sequence[str]) -> bool:
-    """Whether the words of `element` follow each other in `said`."""
+    """Whether `said` contains the words of `element` in sequence."""
     count = len(element)
     return count > 0 and any(said[start : start + count] == element for start in range(len(said) - count + 1))
 
 
 # -- letters ---------------------------------------------------------------------------------------------------------
 
-# How lmms-eval 0.7.3 reads an option's letter out of an answer: the filter of AI2D, the extractor of other sets.
-# Written from descriptions of both and compared with the released package on thousands of drawn answers.
+# How lmms-eval 0.7.3 reads the letter of an option from an answer: AI2D's filter, and the extractor of other sets.
+# Written from descriptions of both and compared with the released package on thousands of random answers.
 
 FIRST_LETTER = re.compile(r"\s*([A-Z])\.")
 
-# How a letter may stand in a text, and how far each form is trusted.
+# Forms in which a letter may stand in a text, with the rank of each; a higher rank wins.
 FORMS = {"({})": 6, "{}.": 5, "{}:": 4, "{})": 3, "{} ": 2}
 START, END, AFTER_PHRASE, ANYWHERE = 10, 9, 7, 0
 
@@ -121,25 +121,25 @@ PHRASES = (
 
 
 def ai2d_score(text: str, answer: str) -> float:
-    """1 if the text is the letter, but for case, punctuation, and white space around it.
+    """1 if the text is the letter, ignoring case, punctuation and surrounding white space.
 
-    AI2D's filter first takes the capital letter that a text begins with, if a full stop follows.
+    If the text begins with a capital letter and a full stop, AI2D's filter takes only that letter.
     """
     match = FIRST_LETTER.match(text)
     return float(bare((match.group(1) if match else text).strip()) == bare(answer))
 
 
 def extract_letter(text: str, letters: Sequence[str] = "ABCD") -> str:
-    """The letter that a text most probably means, "" if it holds none.
+    """The letter that a text most probably means; "" if it contains none.
 
-    Candidates are ranked by form, then by place, the later first. Capital letters inside words count, as does the
-    first word of "A dog": only the ranks keep them from winning.
+    Candidates are ranked by form; of equal ranks the last in the text wins. Capital letters inside words are candidates
+    too, and so is the first word of "A dog"; only their rank keeps them from winning.
     """
     text = text.strip()
     for mark in ",.!?;:'\"":
         text = text.strip(mark)
     padded = f" {text} "
-    core = padded.strip()
+    core, lowered = padded.strip(), padded.lower()
     candidates: list[tuple[int, int, str]] = []
     for letter in letters:
         for form, rank in FORMS.items():
@@ -149,22 +149,17 @@ def extract_letter(text: str, letters: Sequence[str] = "ABCD") -> str:
             candidates.append((START, 0, letter))
         if core.endswith(letter) and not core[-2:-1].isalpha():
             candidates.append((END, len(padded), letter))
-        candidates += [(AFTER_PHRASE, place, letter) for place in after_phrases(padded, letter)]
+        for phrase in PHRASES:
+            start = lowered.find(phrase)
+            if start >= 0 and (place := padded.find(letter, start + len(phrase))) >= 0:
+                candidates.append((AFTER_PHRASE, place, letter))
     if not candidates:
         candidates = [(ANYWHERE, padded.rfind(letter), letter) for letter in letters if letter in padded]
     return max(candidates)[2] if candidates else ""
 
 
-def after_phrases(text: str, letter: str) -> list[int]:
-    """Where the letter first stands after each phrase like "the answer is" that the text has."""
-    lowered = text.lower()
-    starts = ((lowered.find(phrase), len(phrase)) for phrase in PHRASES)
-    places = (text.find(letter, start + length) for start, length in starts if start >= 0)
-    return [place for place in places if place >= 0]
-
-
 def realworldqa_score(text: str, answer: str) -> float:
-    """1 if the text is right: by letter for letters A to D, else the same text but for case and final full stops."""
+    """1 if the text is right: the letter, if the answer is A to D; else the same text, ignoring case and full stops."""
     answer = answer.strip()
     if answer.upper() in ("A", "B", "C", "D"):
         return float(extract_letter(text) == answer.upper())

@@ -1,22 +1,22 @@
 """Caption scores against several references: CIDEr, BLEU-1 to -4, ROUGE-L, and METEOR where Java is installed.
 
-Official scorer: pycocoevalcap 1.2 (the COCO caption evaluation), through which lmms-eval computes these numbers. It
-computes them here too, and is imported only when it is needed. CIDEr, BLEU and ROUGE-L of the package are Python. Its
-tokenizer and METEOR are Java programs: without Java, `tokenize_ptb` gives the same tokens and METEOR is not computed.
+Official scorer: pycocoevalcap 1.2 (the COCO caption evaluation), which lmms-eval uses as well. The numbers here come
+from this package, which is imported only when it is needed. Its CIDEr, BLEU and ROUGE-L are Python. Its tokenizer and
+METEOR are Java programs: without Java, `tokenize_ptb` gives the same tokens and METEOR is not computed.
 
-All numbers are times 100, as papers print them, in points. Differs from the official scorer:
+All numbers are in points, times 100, as papers print them. Differs from the official scorer:
   - line breaks inside a caption become blanks: the package passes all captions to its tokenizer as lines of one file,
     so that a carriage return would shift the captions of all later images;
-  - SPICE, which lmms-eval leaves out too, is not computed.
+  - SPICE is not computed; lmms-eval leaves it out too.
 
-The tokenizer: the official scores run the Java class edu.stanford.nlp.process.PTBTokenizer (Penn Treebank tokens) of
-CoreNLP 3.4.1 with -preserveLines -lowerCase and then drop a list of punctuation marks. `tokenize_ptb` gives the same
-strings without Java for text as it occurs in captions; it was written from that program's output, not from its source.
-What captions do not contain (phone numbers in brackets, mark-up with blanks inside, most emoticons) is not reproduced.
-Kept as they are, because the scores depend on them:
-  - brackets become words ("-lrb-"): the official list of marks to drop has them in capitals only;
-  - "!?" and the like are one mark that is on no list, so they stay;
-  - a full stop after a word stays with it before "," ";" or ":" ("dog., man" -> "dog. man").
+The tokenizer: the official scorer runs the Java class edu.stanford.nlp.process.PTBTokenizer (Penn Treebank tokens) of
+CoreNLP 3.4.1 with -preserveLines -lowerCase and then drops a list of punctuation marks. `tokenize_ptb` gives the same
+strings without Java for text that occurs in captions. It was written from that program's output, not from its source,
+and does not reproduce what captions do not contain: phone numbers in brackets, mark-up with blanks inside, most
+emoticons. These oddities are kept, because the scores depend on them:
+  - brackets become words ("-lrb-"), because the official list of marks to drop has them in capitals only;
+  - "!?" and similar runs are one mark that is on no list, so they stay;
+  - a full stop stays with its word before "," ";" or ":" ("dog., man" -> "dog. man").
 """
 
 import re
@@ -33,7 +33,7 @@ LINE_BREAKS = re.compile(r"\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 # Image id -> captions; a scored caption is a list of one.
 Captions = Mapping[str, Sequence[str]]
 
-# Below this many images a rare word is not told from a common one; the number is the papers' test set.
+# With fewer images CIDEr cannot tell rare words from common ones; this is the size of the papers' test set.
 FEW_IMAGES = 1000
 
 
@@ -43,15 +43,15 @@ def captions_score(
     domains: Mapping[str, str] | None = None,
     java: bool | None = None,
 ) -> Score:
-    """The numbers over all images of `captions`.
+    """Score captions against their references.
 
     Args:
-        references: image id -> reference captions, raw; only those of images in `captions` count, also for the word
-            weights of CIDEr.
-        captions: image id -> caption, raw.
-        domains: image id -> the part of the set it belongs to. A part's CIDEr is the mean of its images' values under
-            the word weights of all images.
-        java: whether to run the official tokenizer and METEOR, which are Java programs; None if Java is installed.
+        references: image id -> raw reference captions. Only images in `captions` count, also for CIDEr's word weights.
+        captions: image id -> raw caption.
+        domains: image id -> part of the set. The CIDEr of a part is the mean over its images, with the word weights of
+            all images.
+        java: whether to run the official tokenizer and METEOR, which are Java programs; None decides by whether Java is
+            installed.
     """
     check_installed()
     if lost := [name for name in captions if not references.get(name)]:
@@ -77,12 +77,12 @@ def captions_score(
 
 
 def has_java() -> bool:
-    """Whether the official tokenizer and METEOR can run."""
+    """Whether Java is installed, so that the official tokenizer and METEOR can run."""
     return shutil.which("java") is not None
 
 
 def described() -> str:
-    """The scorer that will run, for results."""
+    """Name and version of the scorer and its tokenizer, for results."""
     check_installed()
     tokenizer = "its own tokenizer" if has_java() else "this repository's tokenizer, no METEOR: Java is not installed"
     return f"pycocoevalcap {version('pycocoevalcap')} with {tokenizer}"
@@ -94,7 +94,12 @@ def check_installed() -> None:
 
 
 def tokenize(captions: Captions, java: bool) -> dict[str, list[str]]:
-    """Tokens with a blank between them, of captions without line breaks."""
+    """Image id -> captions as tokens separated by blanks.
+
+    Args:
+        captions: without line breaks.
+        java: run the official tokenizer.
+    """
     if not java:
         return {name: [tokenize_ptb(text) for text in texts] for name, texts in captions.items()}
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
@@ -111,7 +116,7 @@ def tokenize(captions: Captions, java: bool) -> dict[str, list[str]]:
 
 
 def cider(references: Captions, captions: Captions) -> dict[str, float]:
-    """CIDEr-D of every image, 0 to 10, of tokenized captions."""
+    """CIDEr-D of every image, 0 to 10, from tokenized captions."""
     from pycocoevalcap.cider.cider import Cider
 
     if not any(text.split() for texts in references.values() for text in texts):
@@ -122,7 +127,7 @@ def cider(references: Captions, captions: Captions) -> dict[str, float]:
 
 
 def bleu(references: Captions, captions: Captions) -> list[float]:
-    """BLEU-1 to -4 over all images, 0 to 1, of tokenized captions."""
+    """BLEU-1 to -4 over all images, 0 to 1, from tokenized captions."""
     from pycocoevalcap.bleu.bleu import Bleu
 
     values, _ = Bleu(4).compute_score(references, captions, verbose=0)
@@ -130,7 +135,7 @@ def bleu(references: Captions, captions: Captions) -> list[float]:
 
 
 def rouge_l(references: Captions, captions: Captions) -> float:
-    """ROUGE-L over all images, 0 to 1, of tokenized captions."""
+    """ROUGE-L over all images, 0 to 1, from tokenized captions."""
     from pycocoevalcap.rouge.rouge import Rouge
 
     if not captions:
@@ -139,7 +144,7 @@ def rouge_l(references: Captions, captions: Captions) -> float:
 
 
 def meteor(references: Captions, captions: Captions) -> float:
-    """METEOR over all images, 0 to 1, of tokenized captions. Needs Java."""
+    """METEOR over all images, 0 to 1, from tokenized captions. Needs Java."""
     from pycocoevalcap.meteor.meteor import Meteor
 
     try:
@@ -151,17 +156,17 @@ def meteor(references: Captions, captions: Captions) -> float:
 # Marks that pycocoevalcap drops after tokenizing.
 DROPPED = {"''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-# Marks that are written in another way.
+# Marks that the tokenizer rewrites.
 QUOTES = {"‘": "`", "’": "'", "“": "``", "”": "''", '"': "''", "«": "``", "»": "''", "…": "...", "–": "--", "—": "--"}
 SIGNS = {"€": "$", "£": "#", "¢": "cents", "½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"}
 REWRITTEN = BRACKETS | QUOTES | SIGNS
 ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": "''", "&apos;": "'"}
-# Where words that are two tokens are cut, by the name of their pattern.
+# Words that are cut into two tokens: name of the pattern in TOKEN -> length of the first token.
 CUTS = {"three": 3, "itis": 2, "more": 4, "you": 2}
 
 SHORTENED, STATES, NUMBERED = (WORDS[kind].split() for kind in ("abbreviations", "states", "numbered"))
 
-# Letters and digits of words; fractions and raised digits stand alone although Unicode counts them as word characters.
+# Letters and digits of words. Fractions and raised digits stand alone, although Unicode counts them as word characters.
 ODD = "_½¼¾⅓⅔⅛⅜⅝⅞¹²³"
 LETTER = rf"[^\W\d{ODD}]"
 CHARACTER = rf"(?:[^\W{ODD}]|[\u0300-\u036f])"
@@ -210,13 +215,13 @@ TOKEN = re.compile(
 
 
 def tokenize_ptb(caption: str) -> str:
-    """A caption's tokens with a blank between them, as pycocoevalcap's tokenizer gives them."""
+    """A caption's tokens separated by blanks, as pycocoevalcap's tokenizer gives them."""
     return " ".join(token for token in treebank(caption) if token not in DROPPED)
 
 
 @lru_cache(maxsize=1 << 16)
 def treebank(caption: str) -> tuple[str, ...]:
-    """All tokens in lower case, punctuation included; quotes may stand as "''" where the official ones are "``"."""
+    """All tokens in lower case, punctuation included; opening quotes may be "''" where the official ones are "``"."""
     tokens: list[str] = []
     for match in TOKEN.finditer(caption.replace("\N{SOFT HYPHEN}", "")):
         kind, text = match.lastgroup, match.group().lower()

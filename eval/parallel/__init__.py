@@ -1,10 +1,11 @@
-"""Several processes for one command: DeepSpeed's launcher starts them, this package says who does what.
+"""Run one command in several processes, which DeepSpeed's launcher starts.
 
-    placement.py  which machines and accelerators: GPUS, RANKS, HOSTFILE, a Slurm allocation
-    launch.py     the command that the user typed: starts the ranks, sees one that hangs, died or is lost, ends all
+    placement.py  which machines and accelerators are used: GPUS, RANKS, HOSTFILE, a Slurm allocation
+    launch.py     the process that the user started: starts the ranks, and ends all if one hangs, died or is lost
     worker.py     what the launcher runs on every accelerator
     ranks.py      the place of this process among the ranks, and the key-value store that they share
 
-A rank is one process. A replica is the group of ranks that together hold one model: one rank, or as many as tensor
-parallelism or ZeRO take. Replicas share the questions; the ranks of a replica answer the same ones together.
+A rank is one process. A replica is the group of ranks that together hold one model: one rank, or several with tensor
+parallelism or ZeRO. The questions are divided among replicas; the ranks of a replica answer the same questions
+together.
 """

@@ -1,7 +1,7 @@
 """Start the ranks of a command with DeepSpeed's launcher, watch them, and end all of them together.
 
-The process that the user started asks no questions itself: it serves the store that the ranks share (ranks.py), so it
-sees what each of them does, also when one is killed or hangs. Nothing of this is needed for a single process.
+The process that the user started answers no questions itself. It serves the store that the ranks share (ranks.py), so
+it sees what each of them does, even if one is killed or hangs. A command in a single process needs nothing of this.
 """
 
 import base64
@@ -32,9 +32,9 @@ from llava.places import PACKAGES
 WORKER = "eval.parallel.worker"
 # One launcher per node; srun sets the number of the node.
 ON_EACH_NODE = 'exec "$0" -u -m deepspeed.launcher.launch --node_rank="$SLURM_NODEID" "$@"'
-END_SECONDS = 10  # for the ranks to end by themselves once they are told to
-# What ranks on machines that pdsh reaches take over from this process's environment, by the start of the name. Keys and
-# tokens are not among them: they would stand on command lines that everybody on those machines can read.
+END_SECONDS = 10  # time for the ranks to end by themselves after they were told to
+# Variables whose names start like this are passed on to ranks that pdsh starts on other machines. Keys and tokens are
+# not passed on, because everybody on those machines can read command lines.
 FORWARDED = (
     "DS_",
     "HF_",
@@ -50,10 +50,10 @@ FORWARDED = (
 )
 SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD")
 POLL_SECONDS = 0.1
-SHOWN = 3  # questions that a sentence names
-# Importing torch from a file system that many ranks read at once takes minutes.
+SHOWN = 3  # questions named in a sentence
+# Time for a rank to start: importing torch from a file system that many ranks read at once takes minutes.
 START_SECONDS = 600
-# A rank shows every second that it lives. Where its machine's launcher cannot tell us, this much silence is its end.
+# A rank on another machine counts as lost after this much silence; ranks give a sign of life every second.
 LOST_SECONDS = 120
 
 
@@ -80,11 +80,11 @@ def launch(
     """Run `main(arguments)` of a module on every rank.
 
     Args:
-        timeout: seconds that a rank may take for one thing (loading, one batch, merging) before it counts as hung.
+        timeout: seconds that a rank may take for one step (loading, one batch, merging) before it counts as hung.
         progress: called a few times a second while the ranks work.
 
     Returns:
-        The exit code: the first rank's own, 1 where a rank died or hung, 2 for a user error, 130 or 143 after a signal.
+        The exit code: the ranks' own, 1 if a rank died or hung, 2 for a user error, 130 or 143 after a signal.
     """
     control = Control.serve(LOOPBACK if placement.launcher == "local" else socket.gethostname())
     own = {"module": module, "arguments": list(arguments), "size": placement.size}
@@ -96,7 +96,7 @@ def launch(
     process = None
     try:
         try:
-            # A session of its own: a Ctrl-C at the terminal comes to this process alone, which ends the ranks in order.
+            # In a session of its own, so that Ctrl-C reaches only this process, which then ends the ranks in order.
             process = subprocess.Popen(command, env=environment, start_new_session=True)
         except OSError as error:
             raise UserError(f"Cannot start the ranks with {command[0]}: {error.strerror}.") from error
@@ -109,9 +109,9 @@ def launch(
         return 143 if isinstance(stopped, Terminated) else 130
     except Problem as problem:
         end(process, control, remote)
-        # A user's error says itself what to do before the next start.
+        # The sentence of a user error says itself what to do next.
         sentence = kept(control, advice=problem.code == 1)
-        # The progress bar of a rank that was killed has no end of line.
+        # The newline ends the progress bar of a rank that was killed.
         print(f"\n{problem} {sentence}" if sentence else problem, file=sys.stderr)
         return problem.code
     finally:
@@ -119,10 +119,10 @@ def launch(
 
 
 def kept(control: Control, advice: bool = True) -> str:
-    """What a user needs to know after a run that did not finish; nothing before it has begun.
+    """A sentence on what is kept of a run that did not finish; "" if no question was asked yet.
 
     Args:
-        advice: say how to go on.
+        advice: also say how to go on.
     """
     if (runs := control.peek("runs")) is not None:
         found = f"{control.count('finished', 0):,} of {runs:,} runs are finished, and answers of the others are kept"
@@ -135,15 +135,15 @@ def kept(control: Control, advice: bool = True) -> str:
 
 
 def launcher_command(placement: Placement, worker: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-    """DeepSpeed's launcher on every machine of the placement.
+    """The command that starts DeepSpeed's launcher on every machine of the placement.
 
     Args:
         worker: module and arguments of every rank.
-        environment: of this process; the parts of it that ranks on other machines need are on pdsh's command line.
+        environment: of this process; what ranks on other machines need of it goes on pdsh's command line.
     """
     python, count = sys.executable, len(placement.hosts)
     world = base64.urlsafe_b64encode(json.dumps(dict(placement.hosts)).encode()).decode()
-    # Ranks find each other through the store, not at this address; the launcher wants one.
+    # The launcher requires this address, but ranks find each other through the store.
     first = LOOPBACK if placement.launcher == "local" else placement.hosts[0][0]
     options = [f"--world_info={world}", f"--master_addr={first}", f"--master_port={free_port()}"]
     options += ["--log_level=critical", "--no_local_rank", "--module", *worker]
@@ -155,8 +155,8 @@ def launcher_command(placement: Placement, worker: Sequence[str], environment: M
     launcher = [python, "-u", "-m", "deepspeed.launcher.launch"]
     if placement.launcher == "local":
         return [*launcher, *options]
-    # As DeepSpeed's own runner starts it, with three differences: the lines that ranks print are left as they are, the
-    # launchers' log is off, and Ctrl-C does not end the launchers of other commands (`pkill -f` ends all of them).
+    # As DeepSpeed's own runner starts it, with three differences: lines that ranks print are not changed, the launchers
+    # log nothing, and Ctrl-C does not end the launchers of other commands, which the runner's `pkill -f` does.
     if shutil.which("pdsh") is None:
         raise UserError("HOSTFILE needs pdsh to reach the machines; install it (apt-get install pdsh).")
     settings = [
@@ -170,27 +170,27 @@ def launcher_command(placement: Placement, worker: Sequence[str], environment: M
 
 
 def rank_environment(placement: Placement, environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the ranks: they share the processor's cores, and find this repository."""
+    """The environment of the ranks: each gets its share of the processor's cores, and finds this repository."""
     own = dict(environment)
     local = len(placement.hosts[0][1])
     own.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // local)))
     own.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # torch prints a stack of C++ frames when the parent process is gone; the rank says it in a sentence.
+    # When the parent process is gone, torch would print a stack of C++ frames; the rank prints a sentence.
     own.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if placement.launcher == "local" and not accelerators():
-        own.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would say on standard output that it has chosen it
+        own.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed prints that it has chosen it
     own["PYTHONPATH"] = os.pathsep.join([str(PACKAGES), *filter(None, [own.get("PYTHONPATH")])])
     return own
 
 
 def end(process: "subprocess.Popen[bytes] | None", control: Control, remote: bool) -> None:
-    """End the launchers and every rank; those of other machines that do not listen end when the store is gone."""
+    """End the launchers and every rank. Ranks on other machines that cannot be told end when the store is gone."""
     if process is None or not alive(process):
         return
-    before = signal.signal(signal.SIGINT, ignore)  # ending takes seconds: a further Ctrl-C changes nothing
+    before = signal.signal(signal.SIGINT, ignore)  # ending takes seconds, and a second Ctrl-C must not interrupt it
     try:
         control.count("stop")
-        # pdsh and srun may drop the machines when they are ended: ranks hear of it from the store first.
+        # The store tells the ranks to stop first, as pdsh and srun may lose the machines when they are ended.
         if remote:
             wait_for_end(process)
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -203,7 +203,7 @@ def end(process: "subprocess.Popen[bytes] | None", control: Control, remote: boo
 
 
 def wait_for_end(process: "subprocess.Popen[bytes]") -> bool:
-    """Whether the launcher's group ends in time."""
+    """Wait up to END_SECONDS for the launcher's process group to end; returns whether it did."""
     limit = time.monotonic() + END_SECONDS
     while alive(process) and time.monotonic() < limit:
         time.sleep(0.05)
@@ -211,13 +211,13 @@ def wait_for_end(process: "subprocess.Popen[bytes]") -> bool:
 
 
 def alive(process: "subprocess.Popen[bytes]") -> bool:
-    """Whether any process of the launcher's group runs."""
+    """Whether any process of the launcher's group still runs."""
     process.poll()
     try:
         os.killpg(process.pid, 0)
     except ProcessLookupError:
         return False
-    # In a container nobody may ever take note of the end of a process whose parent is gone.
+    # In a container a process whose parent is gone may stay a zombie for ever; zombies do not count.
     for number in psutil.pids():
         with contextlib.suppress(ProcessLookupError, psutil.Error):
             if os.getpgid(number) == process.pid and psutil.Process(number).status() != psutil.STATUS_ZOMBIE:
@@ -230,7 +230,7 @@ def alive(process: "subprocess.Popen[bytes]") -> bool:
 
 @dataclass
 class Seen:
-    """What was last seen of a rank, and when, in seconds of the watch's own clock."""
+    """The last report and sign of life of a rank, with their times in seconds of the watch's own clock."""
 
     report: dict[str, Any] | None = None
     reported: float = 0.0
@@ -246,19 +246,19 @@ def watch(
     progress: Callable[[Control], None] = lambda control: None,
     remote: bool = False,
 ) -> None:
-    """Wait until the launcher has ended, or a rank cannot go on.
+    """Wait until the launcher has ended or a rank cannot go on.
 
     Args:
-        timeout: seconds that a rank may take for one thing.
-        remote: whether ranks are on other machines: pdsh goes on where one of several machines has failed.
+        timeout: seconds that a rank may take for one step.
+        remote: whether ranks are on other machines, where pdsh keeps running if one of several machines fails.
 
     Raises:
-        Problem: a rank hangs, or shows no sign of life.
+        Problem: a rank hangs, died, or gives no sign of life.
     """
     clock, before = 0.0, time.monotonic()
     seen = [Seen() for _ in range(ranks)]
     while process.poll() is None:
-        # Time in which this process was stopped (Ctrl-Z) does not count: the ranks waited for it.
+        # Time in which this process was stopped (Ctrl-Z) does not count, because the ranks waited for it.
         now = time.monotonic()
         clock, before = clock + min(1.0, now - before), now
         for number, rank in enumerate(seen):
@@ -273,11 +273,11 @@ def watch(
         if any(rank.report and rank.report["phase"] in (FAILED, STOPPED) for rank in seen):
             return
         progress(control)
-        time.sleep(max(POLL_SECONDS, ranks * POLL_SECONDS / 10))  # many ranks would keep this process busy
+        time.sleep(max(POLL_SECONDS, ranks * POLL_SECONDS / 10))  # longer for many ranks, to save work
 
 
 def check(rank: Seen, number: int, ranks: int, clock: float, timeout: float, remote: bool) -> None:
-    """Raise Problem for a rank that does not go on."""
+    """Raise Problem if a rank has not started, hangs, or is lost."""
     silent = clock - rank.reported
     if rank.report is None:
         if silent > max(timeout, START_SECONDS):
@@ -289,7 +289,7 @@ def check(rank: Seen, number: int, ranks: int, clock: float, timeout: float, rem
 
 
 def died(control: Control, number: int, report: dict[str, Any] | None) -> bool:
-    """Whether a rank of this machine is gone without a last word."""
+    """Whether a rank on this machine ended without reporting its end."""
     if report is None:
         return False
     try:
@@ -297,7 +297,7 @@ def died(control: Control, number: int, report: dict[str, Any] | None) -> bool:
             return False
     except psutil.NoSuchProcess:
         pass
-    last = control.peek(f"rank{number}")  # it may have come after `report`
+    last = control.peek(f"rank{number}")  # may be newer than `report`
     return last["phase"] not in ENDED
 
 
@@ -305,7 +305,7 @@ def outcome(control: Control, ranks: int, by_ssh: bool = False) -> int:
     """The exit code of ranks that have ended.
 
     Args:
-        by_ssh: pdsh has started them on the machines of a hostfile.
+        by_ssh: whether pdsh started them on the machines of a hostfile.
 
     Raises:
         Problem: not all of them finished.
@@ -321,7 +321,7 @@ def outcome(control: Control, ranks: int, by_ssh: bool = False) -> int:
     if not any(phases):
         advice = "; see that `ssh HOST true` works without a password for every machine of HOSTFILE" if by_ssh else ""
         raise Problem(f"None of the {ranks} ranks has started{advice}.")
-    # Ranks that were told to stop say so; one that died by itself could not.
+    # Ranks that were told to stop have reported it; a rank that died could not.
     for number, (report, phase) in enumerate(zip(reports, phases, strict=True)):
         if phase not in (STOPPED, FINISHED):
             raise Problem(f"{describe(number, ranks, report, 'died')}, so all ranks were stopped.")
@@ -329,7 +329,7 @@ def outcome(control: Control, ranks: int, by_ssh: bool = False) -> int:
 
 
 def describe(number: int, ranks: int, report: dict[str, Any] | None, verb: str = "hung") -> str:
-    """ "Rank 1 of 2 (node1, process 4711) hung while it was asking question 20151"."""
+    """What happened to a rank: "Rank 1 of 2 (node1, process 4711) hung while it was asking question 20151"."""
     if report is None:
         return f"Rank {number} of {ranks} {verb} before it had started"
     where = f"Rank {number} of {ranks} ({report['host']}, process {report['process']})"

@@ -1,9 +1,9 @@
-"""Which machines and accelerators a command uses, from the environment. Needs no torch.
+"""Read from the environment which machines and accelerators a command uses. Needs no torch.
 
-RANKS=2              two processes on this machine, on whatever it has; for machines without accelerators
-GPUS=4               so many accelerators of this machine
-GPUS=0,2  GPUS=3,    these, by index; the comma tells an index from a number
-HOSTFILE=hosts.txt   lines "HOST slots=8", as DeepSpeed and MPI read them; HOST may be an address, [fd00::2] too
+RANKS=2              two processes on this machine, also without accelerators
+GPUS=4               four accelerators of this machine
+GPUS=0,2  GPUS=3,    the accelerators with these indices; the comma tells an index from a number
+HOSTFILE=hosts.txt   lines "HOST slots=8", as DeepSpeed and MPI read them; HOST may be an address such as [fd00::2]
 (Slurm)              an allocation of several nodes
 (none of these)      all accelerators of this machine
 """
@@ -31,11 +31,11 @@ class Placement:
     """The ranks of a command.
 
     Attributes:
-        hosts: name of each machine and the accelerators to use there, one rank each.
-        size: ranks of a replica; the ranks of a replica are on one machine.
+        hosts: (name, accelerators) of each machine; every accelerator gets one rank.
+        size: ranks per replica, which are all on one machine.
         launcher: "local", or how DeepSpeed's launcher is started on every machine: "slurm" (by srun) or "hostfile" (by
             pdsh).
-        processor: the ranks leave accelerators alone (--device cpu).
+        processor: whether the ranks do not use accelerators (--device cpu).
     """
 
     hosts: tuple[tuple[str, tuple[Device, ...]], ...]
@@ -60,14 +60,14 @@ class Placement:
         return self.ranks // self.size
 
     def at_most(self, replicas: int) -> "Placement":
-        """With no more replicas than there is work for; machines of a hostfile or an allocation are not left out."""
+        """The placement with at most so many replicas on this machine; with several machines it is unchanged."""
         if self.launcher != "local" or self.replicas <= max(1, replicas):
             return self
         host, devices = self.hosts[0]
         return replace(self, hosts=((host, devices[: max(1, replicas) * self.size]),))
 
     def describe(self) -> str:
-        """ "2 ranks", "16 ranks on 2 machines, 2 for each model"."""
+        """The placement in words: "2 ranks", "16 ranks on 2 machines, 2 for each model"."""
         places = f" on {len(self.hosts)} machines" if len(self.hosts) > 1 else ""
         return f"{self.ranks} ranks{places}" + (f", {self.size} for each model" if self.size > 1 else "")
 
@@ -82,10 +82,10 @@ def detect(
     """The placement that the environment asks for; None for one process.
 
     Args:
-        accelerators: counts those of this machine; called only if it matters.
-        size: ranks of a replica.
-        device: of the command; one that is named keeps the command in one process.
-        nodes: names of a Slurm node list; scontrol if left out.
+        accelerators: counts the accelerators of this machine; called only if needed.
+        size: ranks per replica.
+        device: of the command; any but "auto" and "cpu" keeps the command in one process.
+        nodes: expands a Slurm node list into names; by default scontrol does.
 
     Raises:
         UserError: variables contradict each other, hold nonsense, or the command was started by a launcher.
@@ -114,7 +114,11 @@ def detect(
     elif named == "GPUS":
         devices = chosen_gpus(environment, accelerators())
     elif device == "auto" and whole_or(count_of_nodes, 1) > 1:
-        return slurm(environment, accelerators(), size, nodes or expand_node_list)
+        # Each node gets as many ranks as this node has accelerators; without accelerators one replica.
+        devices = visible(environment, accelerators()) or tuple(range(max(1, size)))
+        node_list = environment.get("SLURM_JOB_NODELIST") or environment.get("SLURM_NODELIST", "")
+        names = (nodes or expand_node_list)(node_list)
+        return Placement(tuple((name, devices) for name in names), size, "slurm")
     else:
         devices = visible(environment, accelerators()) if device == "auto" else ()
     if size > max(1, len(devices)):
@@ -128,7 +132,7 @@ def detect(
 
 
 def refuse_launchers(environment: Mapping[str, str]) -> None:
-    """Raise UserError for a process that torchrun, deepspeed or srun has started several times."""
+    """Raise UserError if torchrun, deepspeed or srun has started this command several times."""
     if whole_or(environment.get("WORLD_SIZE"), 1) > 1:
         raise UserError(
             "This command was started by a launcher (WORLD_SIZE is set). Start it once, without deepspeed or torchrun: "
@@ -142,7 +146,7 @@ def refuse_launchers(environment: Mapping[str, str]) -> None:
 
 
 def chosen_gpus(environment: Mapping[str, str], there: int) -> tuple[Device, ...]:
-    """Accelerators that GPUS names: a number of them, or their indices."""
+    """The accelerators that GPUS asks for, by number or by indices."""
     text, known = environment["GPUS"], visible(environment, there)
     if "," not in text:
         if text.strip() == "0":
@@ -166,9 +170,9 @@ def chosen_gpus(environment: Mapping[str, str], there: int) -> tuple[Device, ...
 
 
 def visible(environment: Mapping[str, str], there: int) -> tuple[Device, ...]:
-    """The accelerators as the launcher wants them: CUDA_VISIBLE_DEVICES has already chosen some.
+    """The accelerators as the launcher takes them, after the choice in CUDA_VISIBLE_DEVICES.
 
-    It holds indices, or names such as GPU-8932f937 and MIG-c6d4f1ef of whole GPUs and parts of them.
+    That variable holds indices, or names of GPUs (GPU-8932f937) and of parts of them (MIG-c6d4f1ef).
     """
     text = environment.get(VISIBLE, "").strip()
     if not text or not there:
@@ -178,7 +182,7 @@ def visible(environment: Mapping[str, str], there: int) -> tuple[Device, ...]:
 
 
 def read_hostfile(path: Path, size: int = 1) -> Placement:
-    """The machines of a hostfile; one machine is enough."""
+    """The placement that a hostfile describes; it may name a single machine."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -201,15 +205,8 @@ def read_hostfile(path: Path, size: int = 1) -> Placement:
     return Placement(tuple(hosts.items()), size, "hostfile")
 
 
-def slurm(environment: Mapping[str, str], there: int, size: int, nodes: Callable[[str], list[str]]) -> Placement:
-    """All nodes of the allocation, with a rank on each for every accelerator that the job sees on this node, or one."""
-    names = nodes(environment.get("SLURM_JOB_NODELIST") or environment.get("SLURM_NODELIST", ""))
-    devices = visible(environment, there) or tuple(range(max(1, size)))
-    return Placement(tuple((name, devices) for name in names), size, "slurm")
-
-
 def expand_node_list(text: str) -> list[str]:
-    """ "node[1-2]" -> ["node1", "node2"], by Slurm itself."""
+    """Expand a node list with Slurm's scontrol: "node[1-2]" -> ["node1", "node2"]."""
     command = ["scontrol", "show", "hostnames", text]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
@@ -221,7 +218,7 @@ def expand_node_list(text: str) -> list[str]:
 
 
 def accelerators() -> int:
-    """Accelerators of this machine that a rank can have for itself."""
+    """The number of accelerators that this machine has for ranks."""
     import torch
 
     return torch.cuda.device_count()
@@ -233,4 +230,5 @@ def here(size: int = 1, device: str = "auto") -> Placement | None:
 
 
 def whole_or(text: str | None, otherwise: int) -> int:
+    """The whole number that a variable holds; `otherwise` if it holds none."""
     return int(text) if text and text.isdigit() else otherwise

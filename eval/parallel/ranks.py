@@ -1,9 +1,9 @@
 """The place of this process among the ranks of one command, and what the ranks share.
 
 A process is alone unless eval.parallel.worker says otherwise. Ranks share counters and small JSON values (never
-pickles) in torch's TCPStore. The parent process serves the store, so it outlives every rank, and a rank that cannot
-reach it knows that the parent is gone. torch is imported with the first store only: every command line imports this
-module.
+pickles) in torch's TCPStore. The parent process serves the store, so the store outlives every rank, and a rank that
+cannot reach it knows that the parent is gone. torch is imported only with the first store, because every command line
+imports this module.
 """
 
 import itertools
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 CONNECT_SECONDS = 120
-ATTEMPT_SECONDS = 5  # no signal gets through to a store that tries to connect
+ATTEMPT_SECONDS = 5  # short, because a store that tries to connect lets no signal through
 POLL_SECONDS = 0.02
 LOOPBACK = "127.0.0.1"
-# What a rank does; the parent process reads it.
+# What a rank is doing, as it reports to the parent process.
 LOADING, ASKING, MERGING = "loading", "asking", "merging"
 WAITING, SCORING = "waiting", "scoring"
 FINISHED, FAILED, STOPPED = "finished", "failed", "stopped"
-# A rank must not be in one of these for longer than the time-out.
+# A rank must not stay in one of these for longer than the time-out.
 WATCHED = (LOADING, ASKING, MERGING)
-# Nothing more comes from a rank in one of these.
+# The last report of a rank is one of these.
 ENDED = (FINISHED, FAILED, STOPPED)
 
 
 class Control:
-    """A client of the store, and in the parent its server.
+    """A client of the store; in the parent process also its server.
 
     Attributes:
         address: "HOST:PORT", for `connect`.
@@ -52,11 +52,11 @@ class Control:
         """Serve a store on a free port.
 
         Args:
-            host: the name by which ranks reach this machine. The loopback address cannot be reached from elsewhere.
+            host: the name by which ranks reach this machine; with the loopback address only ranks on this machine can.
         """
         from torch.distributed import TCPStore
 
-        # Other machines may have addresses of IPv6 alone.
+        # Other machines may have IPv6 addresses only.
         both = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
         own: dict[str, Any] = {} if host == LOOPBACK else both
         listening = socket.create_server((host if host == LOOPBACK else "", 0), backlog=1024, **own)
@@ -84,12 +84,12 @@ class Control:
         limit = time.monotonic() + CONNECT_SECONDS
         while True:
             try:
-                # Refused at once where nobody listens; the store would try again until its time-out.
+                # This fails at once if nobody listens, where TCPStore would try until its time-out.
                 socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
                 brief = timedelta(seconds=ATTEMPT_SECONDS)
                 store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=brief)
             except (DistError, OSError) as error:
-                # The parent may have ended after the first line: then that line is refused now.
+                # If the parent ended in between, create_connection is refused in the next turn.
                 if isinstance(error, DistError) and time.monotonic() < limit:
                     continue
                 raise UserError(
@@ -118,26 +118,26 @@ class Control:
         self._store.set(key, json.dumps(value))
 
     def peek(self, key: str) -> Any:
-        """The value, or None where nobody has published it."""
+        """The published value, or None if there is none yet."""
         return json.loads(self._store.get(key)) if self._store.check([key]) else None
 
     def get(self, key: str) -> Any:
-        """The value, once somebody has published it."""
-        while not self._store.check([key]):  # a wait inside the store would not let signals through
+        """Wait until a value is published, and return it."""
+        while not self._store.check([key]):  # waiting inside the store would not let signals through
             time.sleep(POLL_SECONDS)
         return json.loads(self._store.get(key))
 
 
 @dataclass(frozen=True)
 class Rank:
-    """One process among several.
+    """The place of a process among the ranks of one start.
 
     Attributes:
         number: of this rank, from 0.
-        world: ranks in all.
-        size: ranks of a replica.
+        world: number of ranks.
+        size: ranks per replica.
         name: a random word for this start of the ranks.
-        control: None for a process that is alone.
+        control: the store that the ranks share; None for a process that is alone.
     """
 
     number: int = 0
@@ -171,9 +171,10 @@ class Rank:
         return self.number % self.size == 0
 
     def claim(self, what: str) -> int:
-        """The next number that no other replica has: 0, 1, 2 ... of questions' batches or of table cells.
+        """Claim the next item of a kind (batches of questions, table cells): returns 0, 1, 2, ...
 
-        The ranks of a replica get the same number; they must call this equally often.
+        No two replicas get the same number. The ranks of a replica get the same one, so they must call this equally
+        often.
         """
         own = next(self._rounds)
         if self.control is None:
@@ -199,7 +200,7 @@ class Rank:
             self.control.put(key, value)
 
     def get(self, key: str) -> Any:
-        """What another rank has published, once it has."""
+        """Wait until another rank has published a value, and return it."""
         assert self.control is not None
         return self.control.get(key)
 
@@ -207,24 +208,19 @@ class Rank:
         """Tell the parent process what this rank does from now on.
 
         Args:
-            questions: ids of those that are asked.
+            questions: ids of the questions that are asked.
         """
         if self.control is not None:
-            # The counter makes every report a new value: the parent waits for change.
+            # The counter makes every report a new value, as the parent looks for changes.
             report = {"phase": phase, "questions": list(questions), "number": self.control.count("reports")}
             place = {"host": socket.gethostname(), "process": os.getpid()}
             self.control.put(f"rank{self.number}", report | place | more)
 
     @property
     def phase(self) -> str | None:
-        """What this rank has reported last."""
+        """The phase that this rank reported last."""
         report = None if self.control is None else self.control.peek(f"rank{self.number}")
         return None if report is None else report["phase"]
-
-    @property
-    def ended(self) -> bool:
-        """Whether the last report was the last word."""
-        return self.phase in ENDED
 
 
 _current = Rank()
@@ -242,6 +238,6 @@ def become(rank: Rank) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now. The launcher wants one; ranks find each other through the store."""
+    """A port on which nobody listens now."""
     with socket.create_server(("", 0)) as listening:
         return int(listening.getsockname()[1])

@@ -2,8 +2,8 @@
 
     python -m eval.parallel.worker ADDRESS
 
-The parent process, at ADDRESS, says which module to run with which arguments; so no shell on the way to another machine
-can change them. Users do not start this; eval/parallel/launch.py does.
+The parent process at ADDRESS says which module to run with which arguments, so no shell on the way to another machine
+can change them. eval/parallel/launch.py starts this, not the user.
 """
 
 import os
@@ -20,7 +20,7 @@ from torch.distributed import DistError
 
 from eval.command import STOPS, terminate
 from eval.parallel import ranks
-from eval.parallel.ranks import FAILED, FINISHED, LOADING, LOOPBACK, STOPPED, Control, Rank, free_port
+from eval.parallel.ranks import ENDED, FAILED, FINISHED, LOADING, LOOPBACK, STOPPED, Control, Rank, free_port
 from llava.errors import UserError, optional_imports
 
 BEAT_SECONDS = 1
@@ -29,11 +29,11 @@ BEAT_SECONDS = 1
 def main(words: Sequence[str]) -> int:
     """Take this process's place among the ranks, and run the command.
 
-    SIGTERM before it has its place ends the process at once: nobody needs to hear of it.
+    Before that, SIGTERM ends the process at once without a report.
 
     Returns:
-        The exit code for the launcher: 0 for a rank that has finished, whatever its command returned, because any other
-        code makes the launcher end the ranks that have not finished yet.
+        The exit code for the launcher. It is 0 for a rank that has finished, whatever its command returned, because any
+        other code makes the launcher end the ranks that have not finished yet.
     """
     try:
         control = Control.connect(words[0])
@@ -54,27 +54,27 @@ def main(words: Sequence[str]) -> int:
         if not control.answers():
             end_without_parent(rank)
         raise
-    except KeyboardInterrupt:  # told to stop while it said its last word
+    except KeyboardInterrupt:  # told to stop while it reported its end
         return 1
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the last word is said
-        # A thread that talks to the store while Python ends would abort the process.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end is reported, so nothing is left to stop
+        # A thread that talks to the store while Python exits would abort the process.
         ended.set()
         follower.join()
 
 
 def work(rank: Rank, module: str, arguments: Sequence[str], processor: bool) -> None:
-    """Run `main(arguments)` of a module, and report how it ended; errors that are not the user's are printed.
+    """Run `main(arguments)` of a module and report how it ended; unexpected errors are printed with their traceback.
 
     Args:
-        processor: leave accelerators alone.
+        processor: do not use accelerators.
     """
     try:
         for number in STOPS:
             signal.signal(number, terminate)
         rank.report(LOADING)
         take_device(processor)
-        if not rank.first:  # only the first rank prints results; warnings and errors of the others are still seen
+        if not rank.first:  # only the first rank prints results; the others still print warnings and errors
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if rank.size > 1:
             join_replica(rank)
@@ -86,31 +86,31 @@ def work(rank: Rank, module: str, arguments: Sequence[str], processor: bool) -> 
             leave()
         rank.report(FINISHED, code=code)
     except KeyboardInterrupt:
-        if not rank.ended:
+        if rank.phase not in ENDED:
             rank.report(STOPPED)
     except UserError as error:
         rank.report(FAILED, reason=str(error), code=2)
     except Exception as error:
-        rank.count("failed")  # raises DistError without the parent process: that is the reason then
+        rank.count("failed")  # raises DistError if the parent process is gone, which is then the real reason
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error}".rstrip(".: ")
         rank.report(FAILED, reason=f"Rank {rank.number} of {rank.world} failed: {reason}.", code=1)
 
 
 def take_device(processor: bool) -> None:
-    """The accelerator of this rank is the one that "cuda" means from now on; ranks share the processor's cores."""
+    """Make "cuda" mean this rank's accelerator, and limit its threads to its share of the processor's cores."""
     import torch
 
-    if processor:  # torch has not looked for accelerators yet
+    if processor:  # in time, as torch has not looked for accelerators yet
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
     elif torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if "OMP_NUM_THREADS" not in os.environ:  # a rank on another machine than the parent process
+    if "OMP_NUM_THREADS" not in os.environ:  # on another machine than the parent process
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_SIZE"])))
 
 
 def join_replica(rank: Rank) -> None:
-    """Make the ranks of this replica a torch.distributed world of their own."""
+    """Join the ranks of this replica into a torch.distributed world of their own."""
     from llava.model.parallel import join
 
     key = f"replica{rank.replica}"
@@ -125,9 +125,9 @@ def join_replica(rank: Rank) -> None:
 
 
 def follow(rank: Rank, control: Control, ended: threading.Event) -> None:
-    """Show the parent process that this one lives; stop when it says so, and end when it is gone.
+    """Give the parent process signs of life; stop when it says so, and end when it is gone.
 
-    Without the parent process nobody would read what this one does, or stop it.
+    Without its parent this process could neither report nor be stopped.
     """
     stopped = False
     while not ended.wait(BEAT_SECONDS):
@@ -142,7 +142,7 @@ def follow(rank: Rank, control: Control, ended: threading.Event) -> None:
 
 
 def end_without_parent(rank: Rank) -> NoReturn:
-    """End this process at once, wherever its main thread is."""
+    """End this process at once, whatever its main thread is doing; the first rank prints why."""
     if rank.first:
         print("The process that started the ranks is gone, so they end; what was answered is kept.", file=sys.stderr)
     os._exit(1)

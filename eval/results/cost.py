@@ -1,4 +1,4 @@
-"""What answers cost: visual tokens and bytes per sample, time per batch, floating point operations per question."""
+"""What answers cost: visual tokens and bytes per sample, time per batch, floating-point operations per question."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ PARTS = ("tower", "projector", "selection", "prefill")
 
 
 class Line(TypedDict):
-    """A line of timing.jsonl, as far as numbers are made of it."""
+    """The keys of a line of timing.jsonl from which numbers are computed."""
 
     questions: int
     images: int
@@ -40,7 +40,7 @@ class Line(TypedDict):
 
 
 def accounting_record(accounting: TokenAccounting) -> dict[str, Any]:
-    """One sample's accounting as it stands in the answer file."""
+    """One sample's accounting as the answer file records it."""
     return {
         "entering": list(accounting.tokens_per_layer),
         "mean": accounting.mean,
@@ -54,7 +54,7 @@ def accounting_record(accounting: TokenAccounting) -> dict[str, Any]:
 
 
 def timing_record(batch: Batch, conditions: Mapping[str, Any]) -> dict[str, Any]:
-    """One batch's line in timing.jsonl: seconds for the batch as a whole, and what they were measured under."""
+    """One batch's line of timing.jsonl: seconds of the whole batch, and the conditions of the measurement."""
     return {
         "questions": len(batch.answers),
         "images": batch.images,
@@ -64,13 +64,13 @@ def timing_record(batch: Batch, conditions: Mapping[str, Any]) -> dict[str, Any]
         "kv_bytes_allocated": batch.kv_bytes_allocated,
         "flops": batch.operations.total,
         "flops_alone": batch.operations.alone,
-        "notes": [],  # what a limit of memory remarks
+        "notes": [],  # remarks about a lack of memory
         **conditions,
     }
 
 
 def checked(lines: Sequence[Mapping[str, Any]], path: Path) -> Sequence[Mapping[str, Any]]:
-    """The same lines of `path`; UserError if one of them holds something else than `timing_record` writes."""
+    """Return lines of `path` unchanged; UserError if one of them lacks what `timing_record` writes."""
     for line in lines:
         try:
             check(Line, line, f"The line of question {line['question_ids'][0]} in {path}")
@@ -80,9 +80,9 @@ def checked(lines: Sequence[Mapping[str, Any]], path: Path) -> Sequence[Mapping[
 
 
 def summarise_accounting(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means of what was really computed, over the samples that have an image: the others have no visual tokens.
+    """Means of what was computed, over the samples with an image; over all samples if none has one.
 
-    Tokens on padding are None if they are not known of one of them, as of answers of earlier versions.
+    `mean_tokens_on_padding` is None if a sample does not record it, as answers of earlier versions do not.
     """
     total, records = len(records), [record for record in records if record["visual_tokens"]] or records
     depth = min(len(record["entering"]) for record in records)
@@ -103,27 +103,29 @@ def summarise_accounting(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]
 def off_budget(
     records: Sequence[Mapping[str, Any]], reducer: Reducer, planned_only: bool = False
 ) -> dict[str, Any] | None:
-    """A mean over questions that is not the budget that was asked for; None where they agree.
+    """Describe how the mean number of visual tokens over all questions misses the budget; None if it does not.
 
-    The two agree within the method's `rounding`. The budget of an image with fewer tokens is all of these. A method
-    that adapts to the image may keep more of one and less of another, as long as the mean is the budget.
+    Deviations up to the method's `rounding` are accepted. If an image has fewer tokens than the budget, its budget is
+    all of them. A method that adapts to the image may keep more of one image and less of another, as long as the mean
+    is the budget.
 
     Args:
-        records: accounts.
-        reducer: the method. Where it says that it counts otherwise (known_deviations, "uncounted"), its plan is what
-            was asked for.
-        planned_only: leave out images of which the method has no plan: the mean of a few says nothing.
+        records: one per question, see `accounting_record`.
+        reducer: the method. If it declares that it counts otherwise (known_deviations, "uncounted"), the mean is
+            compared with its plan in place of the budget.
+        planned_only: leave out images for which the method has no plan, because the mean of a few says nothing.
 
     Returns:
-        asked, counted, questions, and the remark that says so.
+        asked, counted, questions, and a remark in words.
     """
-    # Questions without an image have nothing to keep: they would only water a deviation down.
+    # Questions without an image keep nothing and would only hide a deviation.
     bound = [record for record in records if record["visual_tokens"]]
     bound = [record for record in bound if not planned_only or record["planned"] is not None]
     if not bound:
         return None
-    otherwise = bool(reducer.deviates("uncounted"))
-    targets = [record["planned" if otherwise and record["planned"] is not None else "asked"] for record in bound]
+    targets = [record["asked"] for record in bound]
+    if reducer.deviates("uncounted"):
+        targets = [record["asked"] if record["planned"] is None else record["planned"] for record in bound]
     counted, asked = fmean(record["mean"] for record in bound), fmean(targets)
     if abs(counted - asked) <= reducer.rounding:
         return None
@@ -139,10 +141,10 @@ def off_budget(
 
 
 def summarise_timing(lines: Sequence[Mapping[str, Any]], this_run: str) -> dict[str, Any]:
-    """Time over every timed batch, and apart from it over the batches of this run.
+    """Times over all timed batches, and over those of this run alone.
 
     Args:
-        this_run: the `run` of the lines that belong to this process.
+        this_run: the `run` in the lines of this process.
     """
     return {
         **times(lines),
@@ -153,9 +155,9 @@ def summarise_timing(lines: Sequence[Mapping[str, Any]], this_run: str) -> dict[
 
 
 def times(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Milliseconds of a batch, and milliseconds, key/value bytes and decode steps per question; None without lines.
+    """Milliseconds per batch and per question, key/value bytes per question and decode steps; None without lines.
 
-    `ms_per_question` is the median time of `batch` divided by its questions: a cost, not a latency.
+    `ms_per_question` is the median time of `batch` divided by its number of questions. It is a cost, not a latency.
     """
     count, batch = sum(line["questions"] for line in lines), batch_latency(lines)
 
@@ -174,10 +176,10 @@ def times(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def batch_latency(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Median milliseconds over the batches of one size, the most frequent one and the larger of equals.
+    """Median milliseconds over the batches of the most frequent size, the larger one if two are equally frequent.
 
-    The median, because the first batch pays for warm-up. These are times of the run: the tower does not see an image
-    again that it has seen, so they hold no time to first token (eval.ask.first_token_times).
+    The median, because the first batch includes warm-up. These times give no time to first token, because the run does
+    not encode an image a second time; eval.ask.first_token_times measures it.
     """
     if not lines:
         return None
@@ -189,16 +191,16 @@ def batch_latency(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def summarise_flops(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Floating point operations up to the first token, the vision tower apart.
+    """Floating-point operations up to the first token, with the vision tower separate.
 
-    Questions of a batch share the tower's pass over their image, so what a batch really computes depends on its size.
-    All numbers but the last are of questions asked alone and do not, apart from padding where a method scores questions
-    of different lengths together.
+    Questions about one image share the tower's pass in a batch, so the operations of a batch depend on its size. All
+    numbers except the last are for questions asked alone, and depend on the batch only by padding, if a method scores
+    questions of different lengths together.
 
     Returns:
-        questions (that these lines are about), tower_per_image, language_model_per_question (projector, selection and
-        prefill), by_part (per question), per_question (everything) and as_batched_per_question; None without lines, and
-        for sums of which a part is not counted in this model.
+        questions (in these lines), tower_per_image, language_model_per_question (projector, selection and prefill),
+        by_part (per question), per_question (everything) and as_batched_per_question. A number is None without lines,
+        or if it needs a part that is not counted for this model.
     """
     count, images = (sum(line[key] for line in lines) for key in ("questions", "images"))
     parts = {part: sum(line["flops_alone"].get(part, 0) for line in lines) for part in PARTS}
@@ -215,15 +217,15 @@ def summarise_flops(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def conditions(line: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """What a timing was measured under."""
+    """The conditions of a timing: device, hardware, threads, batch size and number format."""
     return tuple((key, line.get(key)) for key in ("device", "hardware", "threads", "batch_size", "dtype"))
 
 
 def mixed_batches(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A remark about answers in half precision that were asked in batches of several sizes; nothing for others.
+    """A remark if answers in half precision were computed with several batch sizes; otherwise an empty list.
 
-    Sums are taken in another order in a larger batch, and in half precision their rounding decides one answer of some
-    hundred. The last batch of a run is smaller in every run, so the size that was asked for counts.
+    The batch size changes the order of sums, and in half precision their rounding changes one answer in some hundred.
+    The requested size counts, because the last batch of every run is smaller.
 
     Args:
         lines: of timing.jsonl.
@@ -231,7 +233,8 @@ def mixed_batches(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     sizes = Counter[str]()
     for line in lines:
         if line.get("dtype") in HALF:
-            sizes[f"{line['batch_size']}{' at most, for lack of memory' * bool(line['notes'])}"] += line["questions"]
+            at_most = " at most, for lack of memory" if line["notes"] else ""
+            sizes[f"{line['batch_size']}{at_most}"] += line["questions"]
     if len(sizes) < 2:
         return []
     parts = "; ".join(f"{size}: {count:,} answers" for size, count in sizes.items())
@@ -242,10 +245,10 @@ def mixed_batches(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def notes(lines: Sequence[Mapping[str, Any]], asked: int) -> list[str]:
-    """Every distinct remark, in order of first appearance, and whether questions are missing from the means.
+    """All distinct remarks in order of first appearance, and one if questions are missing from the means.
 
     Args:
-        asked: questions with an answer. Lines of some are missing where a disk has failed, or a batch was torn.
+        asked: number of questions with an answer. Their lines can be missing if the disk failed or a batch was torn.
     """
     found = list(dict.fromkeys(note for line in lines for note in line["notes"]))
     if (timed := sum(line["questions"] for line in lines)) < asked:

@@ -1,10 +1,10 @@
-"""The result of a run: the part that scoring alone can fill, what made it, and the sentences that are printed of it."""
+"""The result of a run: what the score alone provides, what produced the answers, and the sentences that are printed."""
 
 import dataclasses
 import platform
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,16 @@ from llava.budget import RETENTION_RATIO, budget_text
 from llava.errors import UserError
 
 LOWER_IS_BETTER = {"distribution"}
-# Those of them that can change an answer.
+# Libraries whose version can change an answer.
 DECIDING = ("torch", "transformers", "tokenizers", "numpy", "pillow")
 PARTIAL = re.compile(r"limit\d+")
 
 
 def scored(score: Score, questions: Iterable[Question], labels: Mapping[str, str]) -> dict[str, Any]:
-    """The score in JSON types, with the 95 % confidence intervals of its main number and of `other_terms`.
+    """The score in JSON types, with 95 % confidence intervals of its main number and of those in `other_terms`.
 
     Args:
-        labels: of eval.benchmarks.base.Dataset.labels.
+        labels: as eval.benchmarks.base.Dataset.labels returns them.
     """
     return {
         "questions": len(score.correct) or len(list(questions)),
@@ -44,7 +44,7 @@ def scored(score: Score, questions: Iterable[Question], labels: Mapping[str, str
 
 
 def confidence(score: Score, labels: Mapping[str, str]) -> dict[str, Any]:
-    """Intervals by number, and the unit that was resampled; nothing where there is no number."""
+    """Name of a number -> its interval and the unit that was resampled; empty if the main number is missing."""
     if score.values.get(score.main) is None:
         return {}
     drawn = {name: terms_of(score, labels, name) for name in (score.main, *score.other_terms)}
@@ -52,22 +52,22 @@ def confidence(score: Score, labels: Mapping[str, str]) -> dict[str, Any]:
 
 
 def interval_of(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The interval of the main number of a result, if it has one."""
+    """The interval of a result's main number, if it has one."""
     found: Mapping[str, Any] | None = record["confidence"].get(record["main"])
     return found
 
 
 def main_score(result: Mapping[str, Any]) -> float | None:
-    """The main number of a result; None where it is missing."""
+    """The main number of a result; None if it is missing."""
     score: float | None = result["metrics"].get(result["main"])
     return score
 
 
 def percent_of_full(result: Mapping[str, Any], output: Path) -> float | None:
-    """Main score in percent of that of `full`; None where either is missing or `full` scores 0.
+    """The main score in percent of the score of `full`; None if either is missing or `full` scores 0.
 
     Args:
-        output: the run's folder; the result of `full` is looked for in the folders beside it.
+        output: the run's folder; the result of `full` is searched in the folders next to it.
     """
     score = main_score(result)
     full = full_score(result, output)
@@ -75,27 +75,27 @@ def percent_of_full(result: Mapping[str, Any], output: Path) -> float | None:
 
 
 def full_score(result: Mapping[str, Any], output: Path) -> float | None:
-    """Main score of a run of `full` that asked the same questions, about the same images, under the same settings."""
+    """Main score of a run of `full` on the same questions and images under the same settings; None if there is none."""
     if result["method"] == FULL:
         return main_score(result)
     folder = output.resolve()
     run = folder.parent if PARTIAL.fullmatch(folder.name) else folder  # results of the first questions are in limitN/
     found = [*run.parent.glob("*/result.json"), *run.parent.glob("*/limit*/result.json")]
-    # Folders of `full` usually say so; a sweep has hundreds of others.
+    # Folders of `full` usually have it in their name; they are tried first, as a sweep has hundreds of others.
     for path in sorted(found, key=lambda path: (not path.relative_to(run.parent).parts[0].startswith(FULL), path)):
         try:
             other = read_result(path.parent)
         except UserError:
-            continue  # a damaged file is an error of the run that it belongs to
+            continue  # the run that a damaged file belongs to reports it
         if other.get("method") == FULL and joint(other) == joint(result):
             return main_score(other)
     return None
 
 
 def operations_of(result: Mapping[str, Any]) -> float | None:
-    """Operations per question, to be shown beside those of other runs; None where they are not of every question.
+    """Operations per question, for comparison between runs; None unless they were counted for every question.
 
-    Questions differ in length, so a mean over fewer of them is another number.
+    Questions differ in length, so a mean over only some of them is not comparable.
     """
     whole = (result.get("timing") or {}).get("questions", result["asked"]) == result["asked"]
     found: float | None = (result.get("flops") or {}).get("per_question")
@@ -106,10 +106,10 @@ def operations_of(result: Mapping[str, Any]) -> float | None:
 
 
 def made_by(origins: Sequence[tuple[Mapping[str, Any] | None, int]]) -> dict[str, Any]:
-    """Commit and library versions of the answers, and notes where not all of them have the same.
+    """Commit and library versions of the answers, with a note if they are not the same for all answers.
 
     Args:
-        origins: see AnswerStore.origins.
+        origins: as AnswerStore.origins returns them.
     """
     total = sum(number for _, number in origins)
     notes = []
@@ -119,9 +119,8 @@ def made_by(origins: Sequence[tuple[Mapping[str, Any] | None, int]]) -> dict[str
     for run, number in origins:
         commits["unknown" if run is None else run["commit"]] += number
         if run is not None:
-            libraries[", ".join(f"{library} {release}" for library, release in sorted(run["versions"].items()))] += (
-                number
-            )
+            versions = ", ".join(f"{library} {release}" for library, release in sorted(run["versions"].items()))
+            libraries[versions] += number
     for what, found in (("commits", commits), ("library versions", libraries)):
         if len(found) > 1:
             parts = "; ".join(f"{name}: {number:,} answers" for name, number in found.items())
@@ -135,13 +134,13 @@ def made_by(origins: Sequence[tuple[Mapping[str, Any] | None, int]]) -> dict[str
 
 
 def circumstances(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Sentences about what is no setting of an answer but can move one, where it differs between runs.
+    """Sentences about differences between runs that are not settings but can change an answer.
 
-    These are versions of libraries and hardware and, in half precision, the number of questions asked at once. A run
-    whose mean of visual tokens is not its budget is named, too.
+    These are library versions, hardware and, in half precision, the batch size. Runs that are off their budget are
+    named too.
 
     Args:
-        results: what a reader knows the run by -> content of result.json.
+        results: a name of the run for the reader -> content of result.json.
     """
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name, result in results.items():
@@ -163,7 +162,7 @@ def circumstances(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def hardware(device: str) -> str:
-    """The name of the chip of a torch device; timings mean nothing without it."""
+    """The name of the chip behind a torch device; timings mean nothing without it."""
     if device.startswith("cuda"):
         import torch
 
@@ -180,9 +179,15 @@ def hardware(device: str) -> str:
 
 
 def score_lines(record: Mapping[str, Any]) -> list[str]:
-    """A `scored` record as the lines a person reads, numbers with the official two decimals."""
+    """A record of `scored` as lines of text; numbers have two decimals, as official scripts print them."""
     points, main = set(record["points"]), record["main"]
-    lines = [f"{name:14s} {metric_text(name, value, points)}" for name, value in record["metrics"].items()]
+    lines = []
+    for name, value in record["metrics"].items():
+        text = "not measured"
+        if value is not None:
+            better = " (lower is better)" if name in LOWER_IS_BETTER else ""
+            text = f"{value:.2f}{'' if name in points else ' %'}{better}"
+        lines.append(f"{name:14s} {text}")
     if (found := interval_of(record)) is not None:
         lines.append(f"{main}, 95 % CI by {found.get('unit', 'image')}: {ends(found, 2)}")
     for name, table in ((name, table) for name, table in record["groups"].items() if table):
@@ -192,20 +197,14 @@ def score_lines(record: Mapping[str, Any]) -> list[str]:
     return lines + [f"note: {note}" for note in record["notes"]]
 
 
-def metric_text(name: str, value: float | None, points: Collection[str] = ()) -> str:
-    if value is None:
-        return "not measured"
-    return f"{value:.2f}" + ("" if name in points else " %") + (" (lower is better)" if name in LOWER_IS_BETTER else "")
-
-
 def cost_lines(result: Mapping[str, Any]) -> list[str]:
-    """Tokens, bytes, times, questions per second (and of each rank where there were several) and FLOPs of a run."""
+    """Lines about a run's tokens, bytes, times, questions per second (also by rank, if several) and FLOPs."""
     accounting, timing, flops = result["accounting"], result["timing"], result["flops"]
     layers = ", ".join(number(tokens) for tokens in accounting["entering_per_layer"])
     held, room = short(accounting["kv_bytes_per_sample"] / 1e6, 100), timing["kv_bytes_allocated"]
     with_room = f", {short(room / 1e6, 100)} MB held while answering (padding, room for new tokens)" if room else ""
     timed = "" if timing["questions"] == result["asked"] else of_some(timing["questions"], result["asked"])
-    # None where it is not known, absent from results of earlier versions.
+    # None if unknown; absent from results of earlier versions.
     empty = "" if (padding := accounting.get("mean_tokens_on_padding")) is None else f"{padding:.1f} on padding, "
     lines = [
         f"visual tokens entering each layer: {layers} (mean {accounting['mean_tokens_per_layer']:.1f}, "
@@ -230,7 +229,7 @@ def cost_lines(result: Mapping[str, Any]) -> list[str]:
 
 
 def share_with_image(accounting: Mapping[str, Any]) -> str:
-    """Of how many questions the means of an accounting are, where some have no image."""
+    """The number of questions that an accounting's means cover, if some questions have no image; otherwise ""."""
     total = accounting["samples"]
     return of_some(total - accounting["without_image"], total, " with an image") if accounting["without_image"] else ""
 
@@ -240,7 +239,7 @@ def of_some(some: int, total: int, which: str = "") -> str:
 
 
 def failed_lines(result: Mapping[str, Any], shown: int = 5) -> list[str]:
-    """The questions without an answer, with the reason of the first ones, and what to do."""
+    """Lines about the questions without an answer: the reasons of the first ones, and what to do."""
     failed = result.get("failed", ())
     if not failed:
         return []
@@ -250,7 +249,7 @@ def failed_lines(result: Mapping[str, Any], shown: int = 5) -> list[str]:
 
 
 def time_lines(timing: Mapping[str, Any]) -> list[str]:
-    """Median milliseconds of a batch, the same per question, and what they were measured under."""
+    """Lines with median milliseconds per batch and per question, and the conditions of the measurement."""
     if not timing["questions"]:
         return []
     batch, alone = timing["batch"], timing["ms_per_question"]
@@ -270,7 +269,7 @@ def batch_text(questions: int) -> str:
 
 
 def sentence(result: Mapping[str, Any]) -> str:
-    """The result in words: what, how good, how sure, on how much, at which cost."""
+    """The result in one sentence: method and budget, score with its interval, number of questions, and cost."""
     accounting, timing, main, ci = result["accounting"], result["timing"], result["main"], interval_of(result)
     score = "answers written, no score"
     if (value := result["metrics"].get(main)) is not None:
@@ -297,7 +296,7 @@ def sentence(result: Mapping[str, Any]) -> str:
 
 
 def off_text(result: Mapping[str, Any]) -> str:
-    """What the sentence says of a mean that is not the budget; "" where it is."""
+    """The part of the sentence about a mean that misses the budget; "" if it does not."""
     accounting = result["accounting"]
     if off := result["off_budget"]:
         over = f"{off['questions']:,} question{'' if off['questions'] == 1 else 's'}"
@@ -309,7 +308,7 @@ def off_text(result: Mapping[str, Any]) -> str:
 
 
 def ends(found: Mapping[str, Any], digits: int) -> str:
-    """An interval's two ends, or why there is none."""
+    """The two ends of an interval, or the reason why there is none."""
     if found["low"] is None:
         return str(found["method"])
     return f"{rounded(found['low'], digits)} to {rounded(found['high'], digits)}"
@@ -321,7 +320,7 @@ def number(value: float) -> str:
 
 
 def short(value: float, whole_from: float) -> str:
-    """No decimals from `whole_from` on, one below, and two digits for what would print as 0.0."""
+    """A number with no decimals from `whole_from` on, with one below, and with two digits below 0.1."""
     if value >= whole_from:
         return f"{value:.0f}"
     return f"{value:.1f}" if value >= 0.1 else f"{value:.2g}"

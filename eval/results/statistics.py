@@ -1,11 +1,9 @@
 """Confidence intervals of a score, and paired tests between two scores on the same questions.
 
 Every score is a function of sums over units, the metric's `SufficientStatistics`. Units that share a cluster label,
-mostly an image, are drawn together: answers about one image are not independent. There is one function for intervals,
-`interval`, and one for differences, `compare`; reports, tables and sweeps use these two.
-docs/statistics.md states the rules for readers.
-
-The studentised permutation test of two scores on the same clusters.
+mostly an image, are drawn together, because answers about one image are not independent. Reports, tables and sweeps use
+one function for intervals, `interval`, and one for differences, `compare`. docs/statistics.md states the rules for
+readers.
 """
 
 import itertools
@@ -22,17 +20,17 @@ from eval.metrics import Array, Score, SufficientStatistics, ratio_terms
 from llava.errors import UserError
 
 LEVEL = 0.95
-# Draws of every test, wherever it is printed. A p-value is then at least 1 / 10,001, and Holm's correction multiplies
-# it by the number of comparisons, so that differences can be significant in families of up to 500 comparisons.
+# Random draws of every test. The smallest p-value is then 1 / 10,001. Holm's correction multiplies it by the number of
+# comparisons, so a difference can be significant among up to 500 comparisons.
 RESAMPLES = 10_000
-# No interval covers what it promises with fewer clusters, or with fewer that decide the spread (docs/statistics.md).
+# With fewer clusters, or fewer that decide the spread, no interval has the coverage it promises (docs/statistics.md).
 FEWEST_CLUSTERS, FEWEST_DECIDING = 20, 3
-# Random numbers held in memory at once: 2 M float64 are 16 MB.
+# Random numbers held in memory at once; 2 million float64 are 16 MB.
 DRAWS_AT_ONCE = 2_000_000
-# Relative step of the numeric derivatives, and how close two test statistics are to count as equal: derivatives carry
-# errors of about 1e-9, and ties decide p-values of small samples.
+# Relative step of the numeric derivatives, and the distance up to which two test statistics count as equal. Derivatives
+# have errors of about 1e-9, and ties decide p-values of small samples.
 STEP, TIE = 1e-5, 1e-6
-# A standard error of this share of the score is what derivatives and rounding leave of none.
+# A standard error up to this share of the score counts as zero; errors of derivatives and rounding are this large.
 NO_SPREAD = 1e-7
 
 Value = Callable[[Array], Array]
@@ -44,7 +42,7 @@ class Interval:
     """A score and its 95 % confidence interval, in the unit of the score.
 
     Attributes:
-        low, high: None where the units cannot tell how far the score may be off; `method` says why.
+        low, high: None if the units do not allow an interval; `method` says why.
         method: "Wilson", "Student" or "Jeffreys"; or the reason why there is no interval.
     """
 
@@ -59,8 +57,8 @@ class Comparison:
     """Score a minus score b over the same units.
 
     Attributes:
-        low, high: 95 % confidence interval; it holds 0 exactly if `p` is above 0.05. None where the clusters cannot
-            tell how far the difference may be off, by the rule of `interval`.
+        low, high: 95 % confidence interval, which contains 0 exactly if `p` is above 0.05; None by the same rules as
+            for `interval`.
         p: two-sided p-value of a paired permutation test of "no difference".
         note: why there is no interval, or "".
     """
@@ -73,13 +71,14 @@ class Comparison:
 
 
 def interval(terms: SufficientStatistics) -> Interval:
-    """95 % confidence interval of a score, from the spread of its clusters; docs/statistics.md has its coverage.
+    """95 % confidence interval of a score, from the spread of its clusters; docs/statistics.md reports its coverage.
 
-    The standard error is that of the delta method: near its sums the score is linear, and a cluster's share is its row
-    times the slopes. Student's quantile has Satterthwaite's degrees of freedom, 2 / (1 / d - 1 / n) for n clusters of
-    which d are `deciding`. With both, a score that has a largest value gets Wilson's interval, which stays between 0
-    and that value (Korn and Graubard 1998 do so for samples of clusters), another one a symmetric interval. One
-    right-or-wrong question per cluster gets Jeffreys' interval (Brown, Cai and DasGupta 2001).
+    The standard error comes from the delta method: near its sums the score is linear, and a cluster's share is its row
+    times the slopes. It is multiplied by Student's quantile with Satterthwaite's degrees of freedom,
+    2 / (1 / d - 1 / n) for n clusters of which d are `deciding`. A score with a largest value gets Wilson's interval,
+    which stays between 0 and that value (as Korn and Graubard 1998 do for samples of clusters); any other score gets a
+    symmetric interval. If every cluster is one right-or-wrong question, the interval is Jeffreys' (Brown, Cai and
+    DasGupta 2001).
     """
     rows = summed_by_cluster(terms)
     sums, count = rows.sum(0), len(rows)
@@ -110,23 +109,22 @@ def interval(terms: SufficientStatistics) -> Interval:
 
 
 def deciding(shares: Array, counts: Array | float = 1.0) -> float:
-    """How many clusters decide a spread: n / kurtosis, about the number of wrong ones where nearly all are right.
+    """The number of clusters that decide a spread, n / kurtosis; about the wrong ones, if nearly all are right.
 
     Args:
         shares: of each cluster, or kind of clusters, in a score; their mean is 0.
-        counts: clusters of each kind.
+        counts: number of clusters of each kind.
     """
     fourth = float((counts * shares**4).sum())
     return float((counts * shares**2).sum()) ** 2 / fourth if fourth > 0 else 0.0
 
 
 def bound(terms: SufficientStatistics, rows: Array) -> str:
-    """Where nearly every cluster of a proportion is right (or wrong) there is still an exact one-sided bound.
+    """An exact one-sided bound of a proportion, in words; "" if there is none, or if it is 0 or 100.
 
-    A bound of 0 or 100 says nothing and is left out.
-
-    Clopper and Pearson's, of the share of clusters without an error (or with one right answer), which is not above (or
-    below) the accuracy of clusters of one size.
+    If at least half of the answers are right, this is Clopper and Pearson's lower bound of the share of clusters
+    without an error. For clusters of equal size this share is not above the accuracy. Otherwise it is their upper bound
+    of the share of clusters with a right answer, which is not below the accuracy.
 
     Args:
         rows: [clusters, 2], sum of the sample scores and number of questions.
@@ -149,13 +147,13 @@ def compare(a: SufficientStatistics, b: SufficientStatistics, resamples: int = R
     """Score a minus score b over the same units, with a p-value and an interval from one paired permutation test.
 
     If there is no difference, the answers of a and b about a cluster can be exchanged. The test statistic is the
-    difference divided by its standard error, both recomputed in every exchange. p is the share of exchanges that are at
-    least as far from zero as the observed value; the interval is the difference plus or minus its standard error times
-    the critical value of the same test. Hence the interval excludes 0 exactly if p is at most 0.05.
+    difference divided by its standard error; both are recomputed for every exchange. p is the share of exchanges at
+    least as far from zero as the observed value. The interval is the difference plus or minus its standard error times
+    the critical value of the same test, so it excludes 0 exactly if p is at most 0.05.
 
-    Up to 13 clusters all exchanges are enumerated, above that `resamples` of them are drawn. The p-value holds for any
-    number of clusters. There is no interval for the same reasons as for a score: no spread, fewer than FEWEST_CLUSTERS
-    clusters, or fewer than FEWEST_DECIDING that decide the spread.
+    With up to 13 clusters all exchanges are enumerated; with more, `resamples` of them are drawn. The p-value is valid
+    for any number of clusters. The interval is missing for the same reasons as for a score: no spread, fewer than
+    FEWEST_CLUSTERS clusters, or fewer than FEWEST_DECIDING that decide the spread.
     """
     if a.names != b.names or a.clusters != b.clusters:
         raise UserError("Both answer sets must cover the same questions in the same version of the data.")
@@ -181,17 +179,21 @@ def compare(a: SufficientStatistics, b: SufficientStatistics, resamples: int = R
 def accuracy_terms(
     scores: Mapping[str, float], clusters: Mapping[str, str], unit: str = "image"
 ) -> SufficientStatistics:
-    """The sufficient statistics of an accuracy: question id -> sample score, drawn by cluster."""
+    """The sufficient statistics of an accuracy.
+
+    Args:
+        scores: question id -> sample score in [0, 1].
+        clusters: question id -> label of its cluster.
+    """
     return ratio_terms({name: scores[name] for name in sorted(scores)}, clusters, unit, proportion=True)
 
 
 def terms_of(score: Score, labels: Mapping[str, str], name: str = "") -> SufficientStatistics:
-    """What is drawn for a number of a score: the metric's own units, or its questions, with those about one image
-    together.
+    """The sufficient statistics of a number: the metric's own units, or questions clustered by image.
 
     Args:
-        labels: of eval.benchmarks.base.Dataset.labels.
-        name: of the number, one of `other_terms`; by default the main one.
+        labels: as eval.benchmarks.base.Dataset.labels returns them.
+        name: of the number in `other_terms`; the main number by default.
     """
     terms = score.other_terms.get(name, score.terms)
     if terms is None:
@@ -203,7 +205,7 @@ def terms_of(score: Score, labels: Mapping[str, str], name: str = "") -> Suffici
 
 
 def summed_by_cluster(terms: SufficientStatistics) -> Array:
-    """[clusters, terms], clusters in order of first appearance."""
+    """The sums of each cluster, [clusters, terms], in order of first appearance."""
     if not len(terms.names):
         raise UserError("There is nothing to resample: no questions were scored.")
     number: dict[str, int] = {}
@@ -221,20 +223,20 @@ def plural(unit: str, count: int = 2) -> str:
 def rounded(value: float, digits: int = 1, sign: str = "") -> str:
     """A number as every table and sentence prints it; 90.25 is "90.3", and "+90.3" with the sign "+".
 
-    Exact ties go away from zero. Python's own formatting follows the binary form of the number, so that 90.25 is
-    "90.2" and 93.75 is "93.8". Ties are common: a score of 400 questions is a multiple of 0.25.
+    Ties are rounded away from zero. Python's own formatting rounds them to even digits: 90.25 is "90.2" and 93.75 is
+    "93.8". Ties are common, because a score of 400 questions is a multiple of 0.25.
     """
     exact = Decimal(repr(round(float(value), 9) + 0.0))  # 90.24999999999999 is a tie too; + 0.0 takes the sign of -0.0
     return f"{exact.quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP):{sign}f}"
 
 
 def p_text(p: float) -> str:
-    """ "0.0341", or "< 0.0001": a share of drawn exchanges is never "0.0000"."""
+    """A p-value as "0.0341" or "< 0.0001", because a share of drawn exchanges is never 0."""
     return "< 0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: p-values that hold for all comparisons of a family together."""
+    """P-values after Holm's step-down correction, valid for all comparisons of a family together."""
     order = sorted(range(len(values)), key=values.__getitem__)
     corrected, highest = [0.0] * len(values), 0.0
     for rank, index in enumerate(order):
@@ -246,9 +248,9 @@ def holm(values: Sequence[float]) -> list[float]:
 def all_pairs(
     scores: Mapping[Name, SufficientStatistics], resamples: int = RESAMPLES
 ) -> dict[tuple[Name, Name], Comparison]:
-    """`compare` of every score with every other on the same questions; p-values corrected by Holm over all pairs.
+    """`compare` every score with every other on the same questions; p-values are corrected by Holm over all pairs.
 
-    The intervals are those of single comparisons, without the correction.
+    The intervals are not corrected.
 
     Returns:
         (a, b) -> a minus b, for a before b in `scores`.
@@ -283,10 +285,10 @@ class Exchanges:
         self._observed = float(ratio(abs(difference), error))
 
     def test(self, alpha: float, resamples: int, draws_at_once: int, seed: int) -> tuple[float, float]:
-        """The p-value, and the critical value of the test statistic: it is exceeded exactly if p <= alpha.
+        """The p-value, and the critical value that the observed statistic exceeds exactly if p <= alpha.
 
-        p is the share of exchanges whose statistic is at least the observed one; an infinite one (a difference without
-        spread) is equal to another. Where exchanges are drawn, the observed one is among them, so p is never 0.
+        p is the share of exchanges whose statistic is at least the observed one. Infinite statistics (a difference
+        without spread) count as equal. If exchanges are drawn, the observed one is added to them, so p is never 0.
         """
         if self.clusters < 2:
             return 1.0, float("inf")
@@ -302,9 +304,8 @@ class Exchanges:
     def _critical(self, known: Array, alpha: float) -> float:
         """Half way between the largest value that is not significant and the smallest that is.
 
-        Test statistics of few differing clusters take few values, so that the two can be far apart. With five or fewer
-        differing clusters no value is significant; the interval then takes Student's quantile, because its end would
-        otherwise lie at 0.
+        With few differing clusters the statistic takes few values, so these two can be far apart. With five or fewer
+        no value is significant; Student's quantile is then used, because the interval would otherwise end at 0.
         """
         largest = float(np.sort(known)[math.ceil(round((1 - alpha) * len(known), 6)) - 1])
         above = known[(known > largest * (1 + TIE) + TIE) & np.isfinite(known)]
@@ -313,12 +314,12 @@ class Exchanges:
         return max(largest, float(stats.t.ppf(1 - alpha / 2, max(1, self.differing - 1))))
 
     def statistic(self, signs: Array) -> Array:
-        """|difference| / standard error of exchanges [..., clusters]; ties with the observed value are made exact."""
+        """|difference| / standard error for exchanges [..., clusters]; near ties become equal to the observed value."""
         found = ratio(*(abs(part) for part in self._measure(signs)))
         return np.where(np.isclose(found, self._observed, rtol=TIE, atol=TIE), self._observed, found)
 
     def _measure(self, signs: Array) -> tuple[Array, Array]:
-        """Difference and standard error, by the delta method: the score is linear in each cluster near its sums."""
+        """Difference and standard error for signs [..., clusters], by the delta method."""
         sums = signs @ self._linear
         half, cross = sums[..., : self.terms], sums[..., self.terms :]
         cross = cross.reshape(*cross.shape[:-1], self.terms, self.terms)
@@ -339,7 +340,7 @@ class Exchanges:
 
 
 def ratio(above: Array, below: Array) -> Array:
-    """above / below; infinite for a difference without spread, 0 for none."""
+    """above / below; where `below` is 0: 0 if `above` is 0 too, otherwise infinite."""
     above, below = np.asarray(above, float), np.asarray(below, float)
     found = np.full(np.broadcast(above, below).shape, np.inf)
     found[above <= 1e-9] = 0.0
@@ -348,7 +349,7 @@ def ratio(above: Array, below: Array) -> Array:
 
 
 def slope(value: Value, sums: Array) -> Array:
-    """The derivatives of a score by each of its sums, [..., terms]."""
+    """The derivatives of a score with respect to each of its sums, [..., terms], by central differences."""
     found = np.empty_like(sums)
     for term in range(sums.shape[-1]):
         step = STEP * (1 + np.abs(sums[..., term]))

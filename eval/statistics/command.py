@@ -1,4 +1,4 @@
-"""Statistics of finished runs beside the full model: percent of full, loyalty, hard questions, tokens needed.
+"""Statistics of finished runs compared with the full model: percent of full, loyalty, hard questions, tokens needed.
 
 vtr stats FOLDER_OF_FULL FOLDER...      # several budgets of a method, and of downsample for the hard questions
 
@@ -52,9 +52,9 @@ class Run:
     """One finished run.
 
     Attributes:
-        budget: visual tokens per image; for a retention ratio the rounded mean over layers and questions.
-        options: of the method, without the budget, also where that is a ratio.
-        sample_scores: question id -> score in [0, 1]; None for benchmarks without a score of one answer.
+        budget: visual tokens per image; for a retention ratio the mean over layers and questions, rounded.
+        options: of the method, without budget or retention ratio.
+        sample_scores: question id -> score in [0, 1]; None if single answers have no score.
     """
 
     stored: Stored
@@ -71,15 +71,15 @@ class Run:
 
     @property
     def texts(self) -> Mapping[str, str]:
-        """Question id -> answer, of the questions that were asked."""
+        """Question id -> answer."""
         return self.stored.texts
 
 
 def read_run(folder: Path, data: Dataset, judge: str = "auto") -> Run:
-    """The run, its stored answers scored anew.
+    """Read a finished run and score its stored answers again.
 
     Raises:
-        UserError: see eval.answers.reuse.read_stored; or it has no score.
+        UserError: the run has no score, or see eval.answers.reuse.read_stored.
     """
     stored = read_stored(folder, data)
     check_judge(data, judge)
@@ -100,7 +100,7 @@ def read_run(folder: Path, data: Dataset, judge: str = "auto") -> Run:
 
 
 def by_method(runs: list[Run]) -> dict[str, dict[int, Run]]:
-    """Label -> budget -> run. The label is the method, with the options in which its runs differ."""
+    """Label -> budget -> run. The label is the method's name with the options in which its runs differ."""
     found: dict[str, dict[int, Run]] = {}
     for run in runs:
         same = [other.options for other in runs if other.method == run.method]
@@ -114,7 +114,7 @@ def by_method(runs: list[Run]) -> dict[str, dict[int, Run]]:
 
 
 def statistics_of(full: Run, runs: list[Run], data: Dataset, share: float) -> Any:
-    """All statistics of the runs as JSON types: a list of rows, and the tokens needed by method."""
+    """All statistics of the runs in JSON types: one row per run, and the tokens needed by method."""
     first: dict[str, Run] = {}
     for run in runs:
         check_joint(full.stored, run.stored)
@@ -143,9 +143,9 @@ def statistics_of(full: Run, runs: list[Run], data: Dataset, share: float) -> An
 
 
 def row_of(run: Run, full: Run, control: Run | None, data: Dataset) -> dict[str, Any]:
-    """Score, loyalty and hard questions of one run; None for what cannot be computed.
+    """Score, loyalty and hard questions of one run; a value is None if it cannot be computed.
 
-    Loyalty and hard questions are about the questions that show an image: no method changes the others.
+    Loyalty and hard questions leave out questions without an image, which no method changes.
     """
     labels = data.labels(full.stored.images)
     shown = {question.id for question in data.questions if question.images}
@@ -164,7 +164,7 @@ def row_of(run: Run, full: Run, control: Run | None, data: Dataset) -> dict[str,
 
 
 def plain_interval(found: Interval | None) -> dict[str, Any] | None:
-    """In JSON types, which have no NaN."""
+    """An interval in JSON types; a mean of NaN becomes None."""
     if found is None:
         return None
     return dataclasses.asdict(found) | {"mean": None if math.isnan(found.mean) else found.mean}
@@ -181,7 +181,12 @@ def lines(record: Mapping[str, Any]) -> list[str]:
         table.append([row["method"], f"{row['budget']:,}", cell(row["score"]), bound, *known])
     about = f"{record['title']}, {record['questions']:,} questions, {record['clusters']:,} {record['drawn']}s"
     found = [about, "", markdown(header, table), ""]
-    found += [sentence(label, needed) for label, needed in record["tokens_needed"].items()]
+    for label, needed in record["tokens_needed"].items():
+        tests = ", ".join(f"{budget}: {p_text(test['p'])}" for budget, test in needed["tests"].items())
+        found.append(
+            f"{label} needs {needed['text']} tokens to keep {100 * needed['share']:g} % of full (one-sided test at "
+            f"{100 * LEVEL:g} %, largest budget first; p by budget: {tests})."
+        )
     found += [f"no interval, {name}: {reason}" for name, reason in withheld(record)]
     return found + [f"note: {note}" for note in record["notes"]]
 
@@ -199,17 +204,8 @@ def withheld(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def sentence(label: str, needed: Mapping[str, Any]) -> str:
-    """The tokens needed in words, with the p-value of every budget."""
-    tests = ", ".join(f"{budget}: {p_text(test['p'])}" for budget, test in needed["tests"].items())
-    return (
-        f"{label} needs {needed['text']} tokens to keep {100 * needed['share']:g} % of full (one-sided test at "
-        f"{100 * LEVEL:g} %, largest budget first; p by budget: {tests})."
-    )
-
-
 def cell(found: Mapping[str, Any] | None, questions: int | None = None) -> str:
-    """An interval for a table; of a group with the number of its questions."""
+    """An interval as a cell of the table; for a group of questions also their number."""
     if found is None:
         return "n/a"
     text = "n/a" if found["mean"] is None else score_text(Interval(found["mean"], found["low"], found["high"]))
@@ -217,7 +213,7 @@ def cell(found: Mapping[str, Any] | None, questions: int | None = None) -> str:
 
 
 def fraction(text: str) -> float:
-    """A number above 0 and below 1; ValueError for anything else."""
+    """Read a number above 0 and below 1; ValueError for anything else."""
     try:
         number = float(text)
     except ValueError:
@@ -235,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("runs", type=Path, nargs="+", help="output folders of runs of the same benchmark")
     add_data_flags(p)
     p.add_argument(
-        "--share", type=value(fraction), default=SHARE, help="of the score of full that tokens needed asks for"
+        "--share", type=value(fraction), default=SHARE, help="share of the score of full that tokens needed asks for"
     )
     add_json_flag(p, "title, main, unit, questions, clusters, drawn, full, rows, tokens_needed, notes")
     args = p.parse_args(arguments)

@@ -1,23 +1,23 @@
 """A method's score as a share of the full model's: a test of 99 %, tokens needed, and averages over benchmarks.
 
-**Test.** One-sided, that the method reaches a share of the full model's score, with the lower bound of that share. The
-null distribution is the one nearest to the data in which the method has exactly the share: the probability of each
-cluster is multiplied by exp(t x its influence on the difference), with the t that makes the difference zero
-(exponential tilting; Efron 1981, DiCiccio and Romano 1990). p is the probability of a difference at least as large as
-the observed one when as many clusters are drawn from it. For single right-or-wrong questions of which the method only
-loses some, this is nearly the binomial test. A t-test and the percentile bootstrap pass too many methods here. Methods
-near 99 % lose few questions, so that a sample that happens to lose fewer has both a larger difference and a smaller
-standard error (docs/statistics.md).
+**Test.** The test is one-sided: does the method reach a given share of the full model's score? A lower bound of the
+share comes with it. The null distribution is the one nearest to the data in which the method has exactly that share.
+The probability of each cluster is multiplied by exp(t x its influence on the difference), with the t that makes the
+difference zero (exponential tilting; Efron 1981, DiCiccio and Romano 1990). p is the probability of a difference at
+least as large as the observed one when the same number of clusters is drawn from this distribution. For single
+right-or-wrong questions of which the method only loses some, this is nearly the binomial test. A t-test and the
+percentile bootstrap pass too many methods here: methods near 99 % lose few questions, so a sample that happens to lose
+fewer has both a larger difference and a smaller standard error (docs/statistics.md).
 
 **Tokens needed.** The smallest measured budget at which a method is shown to keep 99 % of the full model's score.
-Budgets are tested from the largest to the smallest, each at the same level, and the first one that fails ends the
-sequence (fixed-sequence testing). The probability that a budget below the share is named is then at most the level,
-without a correction for the number of budgets.
+Budgets are tested from the largest to the smallest at the same level, and the first failure ends the sequence
+(fixed-sequence testing). The probability of naming a budget that is below the share is then at most the level, without
+a correction for the number of budgets.
 
-**Averages over benchmarks.** The mean of a method's relative scores with its interval. As Agarwal et al. do (2021,
-"Deep reinforcement learning at the edge of the statistical precipice"), every benchmark is a stratum of its own, in
-which its clusters vary; the benchmarks themselves are fixed. The interval covers the questions, not the choice of
-benchmarks. The standard error is that of the delta method, which needs no random numbers.
+**Averages over benchmarks.** The mean of a method's relative scores with its interval. As in Agarwal et al. (2021,
+"Deep reinforcement learning at the edge of the statistical precipice"), each benchmark is a stratum in which clusters
+vary, and the benchmarks themselves are fixed. The interval covers the questions, not the choice of benchmarks. The
+standard error comes from the delta method, which needs no random numbers.
 """
 
 from collections.abc import Iterator, Mapping
@@ -44,9 +44,9 @@ from eval.results.statistics import (
 from llava.errors import UserError
 
 SHARE, LEVEL = 0.99, 0.05
-# Differences this close are equal: scores of the same counts differ by rounding alone.
+# Differences this close count as equal, because scores of the same counts can differ by rounding.
 TIE = 1e-9
-# Steepest tilt that is tried; the influences have a standard deviation of about 1.
+# The largest tilt t that is tried; influences are scaled to a standard deviation of 1.
 STEEPEST = 1e4
 # Precision of the lower bound, as a share.
 PRECISION = 1e-4
@@ -56,15 +56,15 @@ Scores = Mapping[str, tuple[SufficientStatistics, SufficientStatistics]]
 
 @dataclass(frozen=True)
 class Pairs:
-    """Summed rows of a method and of the full model by cluster; clusters with equal rows are one kind.
+    """The sums of a method and of the full model by cluster; clusters with equal sums form one kind.
 
-    Right-or-wrong questions give a few dozen kinds for thousands of images. A bootstrap draw of clusters is a
-    multinomial draw of kinds, which is 10 to 100 times faster than drawing labels.
+    Thousands of images with right-or-wrong questions give a few dozen kinds. A draw of clusters is then a multinomial
+    draw of kinds, which is 10 to 100 times faster than drawing labels.
 
     Attributes:
         method, full: [kinds, terms] sums of one cluster of the kind.
-        counts: [kinds] clusters of the kind.
-        of_method, of_full: the scores of summed rows [..., terms].
+        counts: [kinds] number of clusters of the kind.
+        of_method, of_full: their `value` computes the scores from sums [..., terms].
     """
 
     method: Array
@@ -79,17 +79,17 @@ class Pairs:
         return int(self.counts.sum())
 
     def scores(self, counts: Array) -> tuple[Array, Array]:
-        """Score of the method and of the full model for counts of kinds [..., kinds]."""
+        """Scores of the method and of the full model for counts of kinds [..., kinds]."""
         return self.of_method.value(counts @ self.method), self.of_full.value(counts @ self.full)
 
     def draws(
         self, weights: Array, clusters: int, resamples: int, random: np.random.Generator
     ) -> Iterator[tuple[Array, Array]]:
-        """Both scores of `resamples` draws of clusters, in batches that fit into memory.
+        """Both scores for `resamples` draws of clusters, in batches that fit into memory.
 
         Args:
             weights: [kinds] probability of each kind.
-            clusters: drawn each time.
+            clusters: number drawn each time.
         """
         at_once = max(1, DRAWS_AT_ONCE // len(weights))
         for start in range(0, resamples, at_once):
@@ -98,7 +98,7 @@ class Pairs:
 
 
 def pair(method: SufficientStatistics, full: SufficientStatistics) -> Pairs:
-    """The pairs of two scores; UserError if they are not of the same questions."""
+    """Pair the clusters of two scores; UserError if the scores are not about the same questions."""
     if method.names != full.names or method.clusters != full.clusters:
         raise UserError("The method and the full model must have answered the same questions in the same data.")
     rows = np.concatenate([summed_by_cluster(method), summed_by_cluster(full)], axis=1)
@@ -111,9 +111,9 @@ def pair(method: SufficientStatistics, full: SufficientStatistics) -> Pairs:
 
 
 def p_value(pairs: Pairs, share: float, resamples: int = RESAMPLES, seed: int = 0) -> float:
-    """One-sided p-value of "the score of the method is at most `share` times that of the full model".
+    """One-sided p-value of "the method scores at most `share` times what the full model scores".
 
-    1 where no weighting of the clusters gives exactly that share.
+    It is 1 if no weighting of the clusters gives exactly that share.
     """
     supported = with_worst_cluster(pairs, share)
     weights = null_weights(supported, share)
@@ -128,10 +128,10 @@ def p_value(pairs: Pairs, share: float, resamples: int = RESAMPLES, seed: int = 
 
 
 def lower_bound(pairs: Pairs, level: float, passed: float | None = None) -> float:
-    """The largest share that the test rejects at `level`: a one-sided bound of method / full with confidence 1 - level.
+    """The largest share that the test rejects at `level`: a lower bound of method / full with confidence 1 - level.
 
     Args:
-        passed: a share that is known to be rejected, which saves time.
+        passed: a share known to be rejected, where the search can start.
     """
     method, full = pairs.scores(pairs.counts)
     high = float(method / full)
@@ -156,18 +156,18 @@ def lower_bound(pairs: Pairs, level: float, passed: float | None = None) -> floa
 
 
 def difference(pairs: Pairs, counts: Array, share: float) -> Array:
-    """Score of the method minus `share` times that of the full model, for counts of kinds [..., kinds]."""
+    """The method's score minus `share` times the full model's, for counts of kinds [..., kinds]."""
     method, full = pairs.scores(counts)
     return method - share * full
 
 
 def with_worst_cluster(pairs: Pairs, share: float) -> Pairs:
-    """The observed clusters and one that speaks against the method twice as much as any of them.
+    """Add a cluster that speaks against the method twice as much as any observed one.
 
-    Few clusters lose anything near 99 %, so the worst one that can occur is rarely among those observed. Where none
-    speaks against the method, or fewer than FEWEST_DECIDING clusters decide the spread of the difference, the full
-    model gets everything in the added cluster right and the method everything wrong. For single questions without a
-    loss the test is then the exact one, p = 0.99^n.
+    At a share near 99 % few clusters lose anything, so the worst possible one has rarely been observed. If no cluster
+    speaks against the method, or fewer than FEWEST_DECIDING clusters decide the spread of the difference, then in the
+    added cluster the full model has everything right and the method everything wrong. For n single questions without a
+    loss this gives the exact test, p = 0.99^n.
     """
     few = deciding(influences(pairs, share), pairs.counts) < FEWEST_DECIDING
     if pairs.of_method.proportion and pairs.of_full.proportion:
@@ -184,15 +184,15 @@ def with_worst_cluster(pairs: Pairs, share: float) -> Pairs:
 
 
 def added(pairs: Pairs, method: Array, full: Array) -> Pairs:
-    """The pairs and one more cluster."""
+    """The pairs with one more cluster."""
     rows = np.vstack([pairs.method, method]), np.vstack([pairs.full, full])
     return replace(pairs, method=rows[0], full=rows[1], counts=np.append(pairs.counts, 1.0))
 
 
 def null_weights(pairs: Pairs, share: float) -> Array | None:
-    """[kinds] the probabilities nearest to the observed shares under which the difference is zero; None without such.
+    """The probabilities [kinds] nearest to the observed ones under which the difference is zero; None if none exist.
 
-    Nearest in the Kullback-Leibler divergence, up to the linearisation of the score in its sums.
+    Nearest by Kullback-Leibler divergence, with the score linearised in its sums.
     """
     influence = influences(pairs, share)
     spread = float(np.sqrt(pairs.counts @ influence**2 / pairs.clusters))
@@ -221,7 +221,7 @@ def null_weights(pairs: Pairs, share: float) -> Array | None:
 
 
 def influences(pairs: Pairs, share: float) -> Array:
-    """[kinds] how far one cluster of a kind moves the difference, to first order (delta method), mean zero."""
+    """How far one cluster of each kind moves the difference, [kinds], to first order (delta method), with mean zero."""
     slope_method = slope(pairs.of_method.value, pairs.counts @ pairs.method)
     slope_full = slope(pairs.of_full.value, pairs.counts @ pairs.full)
     found = pairs.method @ slope_method - share * (pairs.full @ slope_full)
@@ -236,9 +236,9 @@ class BudgetTest:
     """One budget against the full model.
 
     Attributes:
-        of_full: score in percent of that of the full model.
-        low: one-sided lower bound of `of_full` in percent, at the level of the test; None if it was not asked for.
-        p: of "at most the share", for this budget alone.
+        of_full: score in percent of the full model's score.
+        low: one-sided lower bound of `of_full` in percent, at the level of the test; None if not asked for.
+        p: p-value of "at most the share", for this budget alone.
         passed: whether `p` is at most the level here and at all larger measured budgets.
     """
 
@@ -253,7 +253,7 @@ class TokensNeeded:
     """The answer and the tests behind it.
 
     Attributes:
-        tokens: None where the largest budget already fails.
+        tokens: the smallest budget that passed; None if the largest one already fails.
         tests: budget -> its test, from the largest budget down.
     """
 
@@ -263,7 +263,7 @@ class TokensNeeded:
 
     @property
     def text(self) -> str:
-        """ "192", or "more than 448"."""
+        """The tokens needed as text: "192", or "more than 448" if the method did not pass at 448."""
         return f"more than {max(self.tests):,}" if self.tokens is None else f"{self.tokens:,}"
 
 
@@ -273,16 +273,16 @@ def tokens_needed(
     share: float = SHARE,
     bounds: bool = True,
 ) -> TokensNeeded:
-    """The smallest budget from which on the score is shown to be more than `share` of the full model's.
+    """The smallest budget at which, as at all larger ones, the score is shown to exceed `share` of the full model's.
 
-    The probability of naming a budget at which the score is at most the share is LEVEL.
+    The probability of naming a budget at which the score is at most the share is at most LEVEL.
 
     Args:
         by_budget: visual tokens -> the method's score on the same questions.
-        bounds: also find the lower bounds, which takes ten times as long as the tests.
+        bounds: also compute the lower bounds, which takes ten times as long as the tests.
 
     Raises:
-        UserError: no budget, other questions, or a full model that scores 0.
+        UserError: there is no budget, the questions differ, or the full model scores 0.
     """
     if not by_budget:
         raise UserError("Tokens needed: at least one measured budget is needed.")
@@ -308,23 +308,23 @@ def tokens_needed(
 
 
 def relative_mean(scores: Scores) -> Interval:
-    """Mean of method / full over benchmarks in percent, the average of the papers' tables, with its 95 % interval.
+    """Mean of method / full over benchmarks in percent, the average in papers' tables, with its 95 % interval.
 
-    The variances of the relative scores are added, as benchmarks share no question. Each is that of the delta method:
+    Benchmarks share no questions, so the variances of the relative scores are added. Each comes from the delta method:
     near its sums a ratio is linear, and a cluster's share in method / full is (m - method / full x f) / full, where m
-    and f are the cluster's shares in the two scores. Quantile and degrees of freedom are those of
-    `eval.results.statistics.interval`, and so are the reasons for no interval: few clusters in a benchmark, no spread,
-    or few clusters that decide it.
+    and f are the cluster's shares in the two scores. Quantile and degrees of freedom are the same as in
+    `eval.results.statistics.interval`. So are the reasons for no interval: few clusters in a benchmark, no spread, or
+    few clusters that decide it.
 
     Args:
         scores: benchmark -> (method, full model) on the same questions.
 
     Raises:
-        UserError: no benchmark, other questions, or a full model that scores 0.
+        UserError: there is no benchmark, the questions differ, or the full model scores 0.
     """
     if not scores:
         raise UserError("An average over benchmarks needs at least one benchmark.")
-    by_name = {name: pair(*scores[name]) for name in sorted(scores)}  # the order given changes nothing
+    by_name = {name: pair(*scores[name]) for name in sorted(scores)}  # sorted, so the given order changes nothing
     observed = [relative(name, *pairs.scores(pairs.counts)) for name, pairs in by_name.items()]
     mean = float(np.mean(observed))
     for name, pairs in by_name.items():
@@ -351,7 +351,7 @@ def relative_mean(scores: Scores) -> Interval:
 
 
 def relative(benchmark: str, method: Array, full: Array) -> float:
-    """100 x method / full; UserError where full is 0, which happens to sets of a few questions."""
+    """100 x method / full; UserError if full is 0, which happens with very few questions."""
     if full <= 0:
         raise UserError(
             f"{benchmark}: the full model scores 0 on these questions, so that there is no relative score; leave this "

@@ -1,9 +1,9 @@
-"""Weights & Biases: a run, how it is opened, and what a running evaluation or training tells it.
+"""Weights & Biases: open a W&B run, and log a running evaluation or training to it.
 
-Logging never asks a question, never waits long, and works without network or home folder. A failure of W&B is reported
-on standard error and changes neither the run nor its files. docs/evaluation.md says what is logged.
+Logging never asks the user anything, never waits long, and works without network or home folder. If W&B fails, this is
+reported on standard error and changes neither the run nor its files. docs/evaluation.md says what is logged.
 
-A folder's W&B run has a fixed id, kept in its file `wandb_id`: continuing the folder continues the W&B run.
+The id of a folder's W&B run is stored in its file `wandb_id`, so continuing the folder continues the W&B run.
 """
 
 import netrc
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from llava.processing.prompt import Sample
 
 PROJECT = "visual-token-reduction"
-# W&B's own server: its address since wandb 0.31, and the one under which older logins stored their key.
+# Addresses of W&B's own server: since wandb 0.31, and before; older logins stored their key under the latter.
 HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")
 ID_FILE = "wandb_id"
 IDENTITY = re.compile(r"[!-~]{1,128}")  # one word
@@ -41,7 +41,7 @@ GROUP_LENGTH = NAME_LENGTH = 128
 
 
 def resolve_mode(mode: str) -> str:
-    """One of "online", "offline", "disabled"."""
+    """The mode "online", "offline" or "disabled"; "auto" is decided by WANDB_MODE and by whether there is a key."""
     if mode != "auto":
         return mode
     wish = os.environ.get("WANDB_MODE", "").lower()
@@ -51,7 +51,7 @@ def resolve_mode(mode: str) -> str:
 
 
 def has_key() -> bool:
-    """Whether W&B can log in without asking: on a terminal it would ask, and wait."""
+    """Whether W&B finds a key; without one it would ask for it on a terminal, and wait."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "")).hostname
@@ -65,7 +65,7 @@ def has_key() -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """The kind of an error and the first line of its message, without the API key should it be in there."""
+    """The kind of an error and the first line of its message, with the API key hidden."""
     text = str(error).splitlines()[0] if str(error) else "no message"
     key = os.environ.get("WANDB_API_KEY")
     return f"{type(error).__name__}: {text.replace(key, '***') if key else text}"
@@ -80,9 +80,9 @@ def start_evaluation(
     """Begin logging an evaluation.
 
     Args:
-        config: its `table` names the paper table that the run is a cell of: the group, a tag and a setting.
-        settings: what its answers depend on.
-        resolved: what the run was asked to do, under the names of result.json's `config`.
+        config: if `table` names the paper table that the run belongs to, it becomes the group, a tag and a setting.
+        settings: what the answers depend on.
+        resolved: what the run was asked to do, with the keys of result.json's `config`.
     """
     about = flat(settings) | {name: value for name, value in resolved.items() if name != "options"}
     about |= {"checkpoint": str(config.model), "table": config.table}
@@ -108,14 +108,13 @@ def start(
     """Begin logging.
 
     Args:
-        mode: "auto" lets WANDB_MODE decide, else online if there is a key and offline if not; or "online",
-            "offline", "disabled".
-        output: the run's folder; the W&B files go below it unless WANDB_DIR says otherwise.
-        settings: become the run's configuration.
-        tags: those that are None are left out; those of WANDB_TAGS are added.
+        mode: see `resolve_mode`.
+        output: the run's folder; W&B's files go below it unless WANDB_DIR says otherwise.
+        settings: the configuration of the W&B run.
+        tags: None values are left out; the tags in WANDB_TAGS are added.
         id_file: file in `output` that holds the id of the W&B run.
-        group: None groups runs of the same benchmark and split.
-        note: what the name says besides the last three folders of `output`.
+        group: by default runs of the same benchmark and split form a group.
+        note: added to the name of the run, after the last three folders of `output`.
 
     WANDB_RUN_GROUP, WANDB_JOB_TYPE and WANDB_NAME replace the group, the job type and the name.
     """
@@ -136,7 +135,7 @@ def start(
     tags = [*tags, *filter(None, os.environ.get("WANDB_TAGS", "").split(","))]
     group = group or f"{settings.get('benchmark')}-{settings.get('split')}"
     about = {
-        # W&B prefers arguments to variables; whoever sets a variable wants it to hold.
+        # W&B lets arguments override variables; here a variable that the user has set overrides.
         "name": os.environ.get("WANDB_NAME") or " ".join(["/".join(output.parts[-3:]), *note])[:NAME_LENGTH],
         "group": (os.environ.get("WANDB_RUN_GROUP") or group)[:GROUP_LENGTH],
         "job_type": os.environ.get("WANDB_JOB_TYPE") or job_type,
@@ -147,7 +146,7 @@ def start(
     identity = known or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(6)
     for attempt in dict.fromkeys((mode, "offline")):
         try:
-            # Before W&B knows the run: a process that is killed in between would leave it a second one.
+            # Written before W&B knows the run: after a kill in between, the next process would start a second run.
             write_file(output / id_file, f"{identity}\n")
             run = open_run(wandb, attempt, output, identity, about)
             return Tracker(wandb, run, output, resumed=bool(known))
@@ -157,7 +156,7 @@ def start(
 
 
 def known_id(file: Path) -> str:
-    """The id that an earlier process has written to a file; "" where there is none, or something that is no id."""
+    """The id that an earlier process wrote to a file; "" if the file is missing or holds no id."""
     try:
         text = file.read_bytes().decode("ascii").strip()
     except (OSError, UnicodeDecodeError):
@@ -166,7 +165,7 @@ def known_id(file: Path) -> str:
 
 
 def keep_below(output: Path) -> None:
-    """Give W&B folders it may write: by default some of its files go to the home folder, which may be read-only."""
+    """Make W&B write all of its files below `output`, because the home folder may be read-only."""
     base = (output / "wandb").resolve()
     for variable, folder in (("WANDB_DATA_DIR", "data"), ("WANDB_CACHE_DIR", "cache"), ("WANDB_CONFIG_DIR", "config")):
         if not os.environ.get(variable):
@@ -175,18 +174,18 @@ def keep_below(output: Path) -> None:
 
 
 def open_run(wandb: Any, mode: str, output: Path, identity: str, about: Mapping[str, Any]) -> Any:
-    """wandb.init that neither asks nor captures the terminal.
+    """Call wandb.init so that it neither asks for input nor captures the terminal.
 
     Args:
-        identity: the id of the run, new or of an earlier process.
-        about: its name, group, job type, tags and configuration.
+        identity: id of the run, new or from an earlier process.
+        about: name, group, job type, tags and configuration.
     """
     return wandb.init(
         project=os.environ.get("WANDB_PROJECT", PROJECT),
         id=identity,
         dir=os.environ.get("WANDB_DIR", str(output)),
         mode=mode,
-        # Offline parts of a run are joined by their id when they are uploaded; `resume` is for the server.
+        # Offline parts of a run are joined by their id at the upload; `resume` concerns the server only.
         resume="allow" if mode == "online" else None,
         settings=wandb.Settings(
             init_timeout=15,
@@ -196,7 +195,7 @@ def open_run(wandb: Any, mode: str, output: Path, identity: str, about: Mapping[
             save_code=False,
             x_disable_meta=True,
             x_disable_stats=mode == "offline",
-            finish_timeout=120,  # seconds for the upload when the network went away during the run
+            finish_timeout=120,  # seconds for the upload, if the network was lost during the run
             finish_timeout_raises=True,
         ),
         **about,
@@ -206,15 +205,15 @@ def open_run(wandb: Any, mode: str, output: Path, identity: str, about: Mapping[
 # -- settings and numbers ------------------------------------------------------------------------------------------
 
 HEADLINE = ("score", "percent_of_full", "metric", "questions", "tokens_per_layer", "kv_bytes_per_question")
-OFF_BUDGET = "off budget"  # tag of a run whose mean of visual tokens is not its budget
-SETTINGS = ("device", "dtype", "batch_size")  # conditions of the timing that are settings as well
+OFF_BUDGET = "off budget"  # tag of a run whose mean number of visual tokens misses its budget
+SETTINGS = ("device", "dtype", "batch_size")  # conditions of the timing that are settings too
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of an evaluation on one level, the method's budget and options among them.
+    """The settings of an evaluation as one flat dict, including the method's budget and options.
 
-    Hashes of many files become one. An option that has the name of another setting becomes "option.NAME", unless it has
-    the same value.
+    Hashes of many files are combined into one. An option with the name of another setting becomes "option.NAME", unless
+    both have the same value.
     """
     hashed = {key: combined(settings[key]) for key in HASHED if isinstance(settings.get(key), dict)}
     named = flatten({key: value for key, value in settings.items() if key != "config"} | hashed)
@@ -224,7 +223,7 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def headline(result: Mapping[str, Any], output: Path) -> tuple[Any, ...]:
-    """The numbers that every benchmark has, in the order of HEADLINE; None where there is none."""
+    """The numbers that every benchmark has, in the order of HEADLINE; missing ones are None."""
     return (
         result["metrics"].get(result["main"]),
         report.percent_of_full(result, output),
@@ -236,7 +235,7 @@ def headline(result: Mapping[str, Any], output: Path) -> tuple[Any, ...]:
 
 
 def numbers_of(result: Mapping[str, Any]) -> dict[str, float]:
-    """Every number of the result by a flat name."""
+    """Every number of the result, under a flat name such as "timing/batch/questions"."""
     tree = {key: result[key] for key in ("metrics", "confidence", "accounting", "timing", "flops")}
     numbers = {
         name.replace(".", "/"): value
@@ -249,7 +248,7 @@ def numbers_of(result: Mapping[str, Any]) -> dict[str, float]:
     for part in throughput["ranks"]:
         numbers[f"throughput/rank {part['rank']}/questions_per_second"] = part["questions_per_second"]
     numbers["failed"] = len(result["failed"])
-    if report.operations_of(result) is None:  # of fewer questions than other runs
+    if report.operations_of(result) is None:  # counted for only some of the questions, so not comparable
         numbers.pop("flops/per_question", None)
     for layer, tokens in enumerate(result["accounting"]["entering_per_layer"]):
         numbers[f"accounting/entering/layer {layer}"] = tokens
@@ -266,21 +265,21 @@ COLUMNS = ("question_id", "image", "kept tokens", "question", "reference", "answ
 
 
 class Tracker:
-    """Logging to one W&B run; without one, and after a failure of W&B, every function does nothing.
+    """Logs to one W&B run. Without a run, and after a failure of W&B, its methods do nothing.
 
     Args:
-        output: the folder that the results are in.
-        resumed: an earlier process logged to this run.
+        output: folder of the results.
+        resumed: whether an earlier process logged to this run.
     """
 
     def __init__(self, wandb: Any = None, run: Any = None, output: Path = Path(), resumed: bool = False):
         self._wandb, self._run, self._output, self._resumed = wandb, run, output, resumed
-        self._answered: int | None = None  # questions, once this process has answered any
-        # The first samples of this process that have images, by id; drawn when the run is complete.
+        self._answered: int | None = None  # number of answered questions, once this process has answered any
+        # Sample id -> the first samples of this process that have images; drawn when the run is complete.
         self._shown: dict[str, tuple[Sample, Answer, float | None]] = {}
 
     def send(self, action: Callable[[Any, Any], Any]) -> None:
-        """Call `action(wandb, run)`; the first failure ends the logging and nothing else."""
+        """Call `action(wandb, run)`. The first failure ends the logging, and nothing else."""
         run = self._run
         if run is None:
             return
@@ -289,7 +288,7 @@ class Tracker:
         except Exception as error:
             print(f"W&B logging stopped ({one_line(error)}); the results are not affected.", file=sys.stderr)
             self._run = None
-            with suppress(Exception):  # left open, it would spoil the next run of this process
+            with suppress(Exception):  # an open run would disturb the next run of this process
                 end(self._wandb, run, 1)
 
     def batch(
@@ -300,11 +299,12 @@ class Tracker:
         answered: int,
         accuracy: float | None,
     ) -> None:
-        """One batch is stored.
+        """Log a batch that was answered and stored.
 
         Args:
-            sample_scores: score of each answer; empty where the benchmark has none for single answers.
-            accuracy: percent, over all `answered` questions so far, or None.
+            sample_scores: score of each answer; empty if single answers have no score.
+            answered: number of questions answered so far.
+            accuracy: percent over these questions, or None.
         """
         if self._run is None:
             return
@@ -321,27 +321,28 @@ class Tracker:
         }
         if accuracy is not None:
             numbers["progress/accuracy"] = accuracy
-        # The number of answers as the step: a continued run goes on where the earlier one stopped.
+        # The step is the number of answers, so a continued run goes on where the earlier one stopped.
         self.log(numbers, step=answered)
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
-        """Numbers of a batch or a training step."""
+        """Log the numbers of a batch or a training step."""
         self.send(lambda _, run: run.log(dict(numbers), step=step))
 
     def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """A table of its own."""
+        """Log a table."""
         content = [list(row) for row in rows]
         self.send(lambda wandb, run: run.log({name: wandb.Table(columns=list(columns), data=content)}))
 
     def finish(self, result: Mapping[str, Any], rows: Callable[[], Sequence[Sequence[Any]]]) -> None:
-        """The run is complete.
+        """Log the result of a complete run.
 
         Args:
-            rows: returns the sample table in the order of COLUMNS, the image or None and None for the kept tokens.
+            rows: returns the rows of the sample table in the order of COLUMNS; "image" is an image, several or None,
+                and "kept tokens" is None.
         """
         new = self._answered is not None or not self._resumed
         if not new and result["partial"]:
-            return  # the run of all questions keeps its numbers when the first few are looked at again
+            return  # a look at the first few questions must not replace the numbers of all questions
         self.send(lambda _, run: self._summarise(run, result))
         if new:
             self.send(lambda _, run: run.log(self._drawn(rows()), step=self._answered))
@@ -354,13 +355,13 @@ class Tracker:
             | {"sentence": result["sentence"], "commit": result["commit"]}
             | {"off_budget": result["off_budget"]["remark"] if result["off_budget"] else ""}
         )
-        tags = [tag for tag in run.tags or () if tag != OFF_BUDGET]  # it may be of fewer questions
+        tags = [tag for tag in run.tags or () if tag != OFF_BUDGET]  # the tag may come from fewer questions
         run.tags = (*tags, OFF_BUDGET) if result["off_budget"] else tuple(tags)
         conditions = {key: value for key, value in result["conditions"].items() if key not in SETTINGS}
         run.config.update({"versions": result["versions"], **conditions}, allow_val_change=True)
 
     def _drawn(self, rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
-        """The sample table with small images and overlays, and the first images beside what was kept of them."""
+        """The sample table with small images and overlays, and a gallery of images next to their kept tokens."""
         from eval.figures.overlay import beside, draw_answer, draw_original
 
         def thumbnails(images: Sequence[Any]) -> Any:
@@ -388,13 +389,13 @@ class Tracker:
         return {"samples": table} | ({"kept tokens": gallery} if gallery else {})
 
     def close(self, failed: bool) -> None:
-        """Always called last."""
+        """End the W&B run and print where it is; always called last."""
         self.send(lambda wandb, run: end(wandb, run, int(failed)))
         if self._run is None:
             return
         if self._run.offline:
             folder = folder_of(self._run)
-            # All parts of a continued run; folders of parts that begin in the same second end in -1, -2.
+            # The pattern covers all parts of a continued run; parts that began in the same second end in -1, -2.
             parts = f"{folder.parent}/*run-*-{self._run.id}*" if self._resumed else folder
             print(f"W&B: offline run in {folder}; upload it with: wandb sync {parts}")
         elif self._run.url:
@@ -402,17 +403,17 @@ class Tracker:
 
 
 def end(wandb: Any, run: Any, code: int) -> None:
-    """Finish the run, and leave its file complete."""
+    """Finish the run and wait until its file is complete."""
     try:
         run.finish(exit_code=code)
     except TimeoutError:
         print(f"W&B: the upload did not finish in time; complete it with: wandb sync {folder_of(run)}")
-    # `finish` returns before an offline file is complete; ending W&B's service waits for that, so that the command
-    # that is printed works at once. Not while somebody else in this process is logging.
+    # `finish` returns before an offline file is complete. Ending W&B's service waits for the file, so that the printed
+    # command works at once. The service is not ended while another run of this process is logging.
     if run.offline and wandb.run is None:
         wandb.teardown()
 
 
 def folder_of(run: Any) -> Path:
-    """Where W&B keeps the files of a run."""
+    """The folder of a run's W&B files."""
     return Path(run.dir).parent

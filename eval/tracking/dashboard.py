@@ -1,4 +1,4 @@
-"""The W&B workspace and the W&B report: the same panels, of runs grouped by table, model, method and budget.
+"""The W&B workspace and the W&B report, with the same panels; runs are grouped by table, model, method and budget.
 
 vtr wandb workspace my-team/visual-token-reduction
 vtr wandb report my-team/visual-token-reduction --table llava15 --dry-run
@@ -25,9 +25,9 @@ OF_FULL = "percent_of_full"
 TOKENS = "tokens_per_layer"
 TTFT = "timing/ttft/median_ms"
 OPERATIONS = "flops/per_question"
-# Configuration keys: runs of one table, model, method and budget are one line of the list.
+# Configuration keys by which the list groups its runs.
 GROUPING = ("table", "model", "method", "budget")
-# Columns of the list of runs, beside the name.
+# Columns of the list of runs, in addition to the name.
 COLUMNS = (SCORE, OF_FULL, TOKENS, TTFT)
 JOB_TYPES = ("evaluation", "table")
 GRID, HEIGHT = 24, 10  # columns of a report's grid, and rows of a panel
@@ -38,8 +38,9 @@ class Panel:
     """A panel.
 
     Attributes:
+        key: what the panel shows, a key under which runs log.
         x: key of the horizontal axis of a scatter plot.
-        job: the kind of run that logs the keys.
+        job: the kind of run that logs these keys.
     """
 
     kind: Literal["scatter", "bar", "table", "media"]
@@ -54,7 +55,7 @@ class Section:
     """Panels under a heading.
 
     Attributes:
-        about: what the report says of them.
+        about: what the report says about the panels.
     """
 
     title: str
@@ -111,13 +112,13 @@ def report_command(arguments: Sequence[str] | None = None) -> int:
 
 
 def publish(thing: str, make: Callable[..., Any], arguments: Sequence[str] | None, documentation: str | None) -> int:
-    """The command line of a `thing` that is saved in a W&B project, or printed with --dry-run; returns the exit code.
+    """The command line that saves a `thing` in a W&B project, or prints it with --dry-run; returns the exit code.
 
     Args:
         make: (entity, project, name, table) -> an object of wandb-workspaces.
 
     Raises:
-        UserError: no key, or W&B refuses or cannot be reached.
+        UserError: there is no key, or W&B refuses or cannot be reached.
     """
     p = make_parser(f"eval.cli wandb {thing}", documentation)
     p.add_argument(
@@ -146,14 +147,14 @@ def publish(thing: str, make: Callable[..., Any], arguments: Sequence[str] | Non
         with redirect_stdout(sys.stderr):
             new.save()
             address = new.url
-    except Exception as error:  # of the network, of the server's answer, of the login
+    except Exception as error:  # network, server and login raise many kinds
         raise UserError(f"W&B did not save the {thing} ({one_line(error)}).") from error
     print(f"{thing}: {address}")
     return 0
 
 
 def project_path(text: str) -> str:
-    """ENTITY/PROJECT; ValueError for anything else."""
+    """Read ENTITY/PROJECT; ValueError for anything else."""
     if not PLACE.fullmatch(text):
         raise ValueError(f"should look like my-team/visual-token-reduction, got {text!r}")
     return text
@@ -185,7 +186,7 @@ def workspace(entity: str, project: str, name: str, table: str | None = None) ->
 
 
 def report(entity: str, project: str, name: str, table: str | None = None) -> Any:
-    """The report, not saved. Its sets of runs name no project: the report's own is meant, and nothing is looked up.
+    """The report, not saved. Its sets of runs name no project, so they use the report's own and need no network.
 
     Args:
         table: show only the runs of this paper table.
@@ -204,7 +205,7 @@ def report(entity: str, project: str, name: str, table: str | None = None) -> An
 
 
 def runs_of(jobs: Sequence[str], table: str | None) -> Any:
-    """The filter for runs of these job types and this table."""
+    """The filter for runs of these job types and, if given, this table."""
     import wandb_workspaces.expr as expr
 
     wanted = [expr.Metric("JobType").isin(list(jobs))]
@@ -214,7 +215,7 @@ def runs_of(jobs: Sequence[str], table: str | None) -> Any:
 
 
 def placed(panels: Sequence[Panel]) -> list[Any]:
-    """Plots beside each other; a table over the whole width below them."""
+    """The panels in a report's grid: plots side by side, tables over the whole width below them."""
     plots = [panel for panel in panels if panel.kind != "table"]
     tables = [panel for panel in panels if panel.kind == "table"]
     width = GRID // len(plots)

@@ -27,7 +27,7 @@ REASONS = UPLOADED, RUNNING, RESTARTED = "uploaded before", "still running", "re
 
 @dataclass(frozen=True)
 class OfflineRun:
-    """One W&B run as it lies on the disk.
+    """One offline W&B run on the disk.
 
     Attributes:
         name: its id.
@@ -39,12 +39,12 @@ class OfflineRun:
 
     @property
     def uploaded(self) -> bool:
-        """Whether every part is: W&B leaves a file beside what it has uploaded."""
+        """Whether every part is uploaded; W&B then leaves a .synced file in its folder."""
         return all(any(part.glob("*.wandb.synced")) for part in self.parts)
 
     @property
     def left_out(self) -> str | None:
-        """Why the run is left out; None if it is to be uploaded."""
+        """Why the run is left out, one of REASONS; None if it is to be uploaded."""
         output = self.parts[-1].parent.parent
         if self.uploaded:
             return UPLOADED
@@ -57,7 +57,7 @@ class OfflineRun:
 
 @exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 1 if W&B did not upload all of them."""
+    """The command line; returns the exit code, 1 if some runs are not uploaded."""
     p = make_parser("eval.tracking.sync", __doc__)
     p.add_argument("folder", nargs="?", default="results", type=value(path_name), help="folder that holds the runs")
     p.add_argument("--dry-run", action="store_true", help="list the runs that would be uploaded")
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         upload(chosen)
-    except KeyboardInterrupt:  # without a network, W&B keeps trying
+    except KeyboardInterrupt:  # the user's way out if W&B keeps trying without a network
         print("\nStopped; run this command again for what is not uploaded.", file=sys.stderr)
     left = [run for run in chosen if not run.uploaded]
     print(f"{len(chosen) - len(left):,} of {len(chosen):,} runs are uploaded.")
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def find_runs(folder: Path) -> list[OfflineRun]:
-    """Offline runs at any depth, those of the same id in the same place as one."""
+    """The offline runs at any depth below a folder; parts with the same id in the same place are one run."""
     found: dict[tuple[Path, str], list[Path]] = {}
     for file in sorted(folder.rglob("offline-run-*/run-*.wandb")):
         key = (file.parent.parent, file.stem.removeprefix("run-"))
@@ -98,7 +98,7 @@ def find_runs(folder: Path) -> list[OfflineRun]:
 
 
 def upload(runs: Sequence[OfflineRun]) -> None:
-    """Call `wandb sync`.
+    """Upload runs with `wandb sync`.
 
     Raises:
         UserError: there is no key or no `wandb`, or it fails.
@@ -108,8 +108,8 @@ def upload(runs: Sequence[OfflineRun]) -> None:
         raise UserError(f"The command wandb is not installed here; {how_to_install('cluster')} brings it.")
     if not has_key():
         raise UserError("W&B has no API key; run `wandb login` or set WANDB_API_KEY, then run this command again.")
-    with tempfile.TemporaryDirectory() as logs:  # otherwise W&B makes a folder for its logs where the command runs
-        # All parts of a run in one call, uploaded before or not: W&B joins them only then.
+    with tempfile.TemporaryDirectory() as logs:  # otherwise W&B writes its logs to a folder in the current one
+        # All parts of a run in one call, even those uploaded before: W&B joins them only then.
         command = [program, "sync", "--include-synced", *(str(part) for run in runs for part in run.parts)]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, env={"WANDB_DIR": logs} | os.environ)
     if done.returncode:
@@ -119,7 +119,7 @@ def upload(runs: Sequence[OfflineRun]) -> None:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds a lock of eval.answers.store; the file is not changed."""
+    """Whether a process holds a lock file of eval.answers.store; the file is not changed."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

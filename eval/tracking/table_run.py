@@ -10,7 +10,7 @@ from eval.tracking import start
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-# Keys of the run; the workspace and the report show them.
+# Keys under which the run logs; the workspace and the report show them.
 TABLE = "table"
 GALLERY = "kept tokens"
 TOKENS_PLOT = "accuracy against tokens"
@@ -36,18 +36,18 @@ def log_table_run(
 ) -> None:
     """Log a finished table as one W&B run; the same table in the same folder continues its run.
 
-    Args:
-        mode: as of `start`.
-        folder: where the table's results are; its W&B files go below it.
-        name: of the table, the `--table` of the runs that it was made from.
-        about: settings of the table, such as benchmark and model; the run's configuration and the artifact's metadata.
-        columns, rows: the table.
-        files: the table as it was written (md, csv, tex, html).
-        points: one per cell: `method`, `budget`, `tokens`, `ttft_ms`, `score` and, in a table of several benchmarks,
-            `benchmark`; those without the number of an axis or without a score are left out of its plot.
-        images: caption -> image file of kept tokens.
+    If W&B fails, or a file is missing, this is reported on standard error and changes nothing else.
 
-    A failure of W&B, or a file that is not there, is reported on standard error and changes nothing else.
+    Args:
+        mode: see `start`.
+        folder: folder of the table's results; its W&B files go below it.
+        name: name of the table, the `--table` of its runs.
+        about: settings of the table, such as benchmark and model, for the run's configuration and the artifact.
+        columns, rows: the table.
+        files: the files that the table was written to (md, csv, tex, html).
+        points: one per cell: `method`, `budget`, `tokens`, `ttft_ms`, `score` and, in a table of several benchmarks,
+            `benchmark`. A plot leaves out points without a score or without the number of its axis.
+        images: caption -> image file of kept tokens.
     """
     tags = [name, *(value for key in ("benchmark", "model") if isinstance(value := about.get(key), str))]
     id_file = f"wandb_id-table-{slug(name)}"
@@ -60,7 +60,7 @@ def log_table_run(
                 content[plot] = wandb.Plotly(figure(placed, key, axis, name))
         if images:
             content[GALLERY] = [wandb.Image(str(path), caption=caption) for caption, path in images.items()]
-        # The step must not go back: starts of this run before this one, by the folders that W&B made.
+        # The step must not go back, so it is the number of earlier starts of this run, by the folders that W&B made.
         own = Path(run.dir).parent
         earlier = [file for file in own.parent.glob(f"*run-*/run-{run.id}.wandb") if file.parent != own]
         run.log(content, step=len(earlier))
@@ -76,23 +76,23 @@ def log_table_run(
 
 
 def slug(name: str) -> str:
-    """The name in characters that files and artifacts may have."""
+    """The name with only the characters that files and artifacts may have."""
     return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "table"
 
 
 def figure(points: Sequence[Mapping[str, Any]], key: str, axis: str, title: str) -> "go.Figure":
-    """Score against the number `key`: one line per method and benchmark, one point per budget."""
+    """A plot of score against the number `key`: one line per method and benchmark, one point per budget."""
     import plotly.graph_objects as go
 
     lines: dict[str, list[Mapping[str, Any]]] = {}
-    for point in points:  # scores of two benchmarks are never joined
+    for point in points:  # scores of two benchmarks are never connected
         label = ", ".join(str(point[part]) for part in ("method", "benchmark") if point.get(part) is not None)
         lines.setdefault(label, []).append(point)
     plot = go.Figure()
     for number, (label, line) in enumerate(lines.items()):
         line.sort(key=lambda point: point[key])
         plot.add_scatter(
-            # Lists of plain numbers: plotly writes arrays in a form that older viewers cannot read.
+            # Lists of plain numbers, because plotly writes arrays in a form that older viewers cannot read.
             x=[float(point[key]) for point in line],
             y=[float(point["score"]) for point in line],
             customdata=[[str(point["budget"])] for point in line],

@@ -1,6 +1,6 @@
-"""A LLaVA with a reduction method as lmms-eval's model.
+"""A LLaVA with a reduction method, as a model of lmms-eval.
 
-Checked against lmms-eval 0.7.3. As in its own LLaVA models, the stop strings of a task ("until") are not used: an
+Checked against lmms-eval 0.7.3. Like its own LLaVA models, this one ignores the stop strings of a task ("until"): an
 answer ends with the end token or after max_new_tokens.
 """
 
@@ -33,7 +33,7 @@ except ModuleNotFoundError as error:
         f"The plug-in needs lmms-eval, and {error.name} is not installed; see docs/harnesses.md, or run python -m eval."
     ) from error
 
-# What lmms-eval's LLaVA takes where a task sets no limit.
+# Limit of new tokens if a task sets none, as in lmms-eval's LLaVA.
 LONGEST = 1024
 
 
@@ -42,7 +42,7 @@ class LlavaReduced(lmms):
 
     Args:
         batch_size: questions answered at once; answers do not depend on it.
-        arguments: see eval.lmms_plugin; `set.KEY` and `image.KEY` among them.
+        arguments: see eval.lmms_plugin.configuration; they include `set.KEY` and `image.KEY`.
     """
 
     is_simple = True
@@ -52,7 +52,7 @@ class LlavaReduced(lmms):
         super().__init__()
         refuse_ranks("llava_reduced", "start lmms-eval without accelerate or torchrun")
         config = configuration({**arguments, "batch_size": batch_size})
-        build_reducer(config, visual_tokens=None)  # wrong names are found before the weights are read
+        build_reducer(config, visual_tokens=None)  # refuses wrong names before the weights are read
         self.config = config
         self.model = load_model(config)
         self.reducer = build_reducer(config, self.model.visual_tokens)
@@ -92,16 +92,25 @@ class LlavaReduced(lmms):
         return texts
 
     def sample(self, request: Any) -> Sample:
-        """A request as a question; its answer-format instruction, where it is a known one, is told apart."""
+        """A request as a sample; an answer-format instruction that is known is separated from the question."""
         context, _, visuals_of, number, task, split = request.args
         question, suffix = split_suffix(context)
         name = f"{task}/{split}/{number}"
-        images = tuple(opened(visual, name) for visual in visuals_of(self.task_dict[task][split][number]) or ())
-        return Sample(name, question, suffix, images[0] if len(images) == 1 else images or None)
+        images: list[Image.Image | Video] = []
+        for visual in visuals_of(self.task_dict[task][split][number]) or ():
+            if isinstance(visual, Image.Image):
+                images.append(as_rgb(visual))
+            elif isinstance(visual, str | os.PathLike):  # the path of a video
+                images.append(read_video(os.fspath(visual)))
+            else:
+                raise UserError(
+                    f"{name} comes with a {type(visual).__name__}; llava_reduced takes images and paths of videos."
+                )
+        return Sample(name, question, suffix, images[0] if len(images) == 1 else tuple(images) or None)
 
     @ends_the_process
     def refuse(self, requests: Sequence[Any]) -> NoReturn:
-        """For the requests that are not answered."""
+        """Refuse all other requests."""
         raise UserError(
             "llava_reduced generates one answer per question, no likelihoods and no dialogues; "
             "choose a task whose output_type is generate_until."
@@ -111,7 +120,7 @@ class LlavaReduced(lmms):
 
 
 def max_new_tokens(settings: Mapping[str, Any], task: str) -> int:
-    """The task's limit; UserError if it wants anything but greedy decoding."""
+    """The task's limit of new tokens; UserError if the task asks for sampling or beams."""
     warm = (settings.get("temperature") or 0) > 0 and settings.get("do_sample") is not False
     if warm or (settings.get("num_beams") or 1) > 1:
         raise UserError(
@@ -119,12 +128,3 @@ def max_new_tokens(settings: Mapping[str, Any], task: str) -> int:
             "add --gen_kwargs temperature=0,do_sample=False,num_beams=1."
         )
     return int(settings.get("max_new_tokens") or LONGEST)
-
-
-def opened(visual: object, name: str) -> Image.Image | Video:
-    """An image as RGB, or the frames of a video that is given as a path."""
-    if isinstance(visual, Image.Image):
-        return as_rgb(visual)
-    if isinstance(visual, str | os.PathLike):
-        return read_video(os.fspath(visual))
-    raise UserError(f"{name} comes with a {type(visual).__name__}; llava_reduced takes images and paths of videos.")

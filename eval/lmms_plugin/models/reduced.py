@@ -1,7 +1,7 @@
-"""A model class of lmms-eval's own under a reduction method: `--model reduced --model_args base=llava_hf,...`.
+"""Run one of lmms-eval's own model classes under a reduction method: `--model reduced --model_args base=llava_hf,...`.
 
-Checked against lmms-eval 0.7.3. The class itself loads the model, writes the prompts and decodes the answers; its
-`generate_until` runs inside `reduce`.
+Checked against lmms-eval 0.7.3. The model class loads the model, writes the prompts and decodes the answers as usual;
+its `generate_until` runs inside `reduce`.
 """
 
 import inspect
@@ -26,10 +26,10 @@ EXAMPLE = "as base=llava_hf,method=consensusdrop,budget=64,pretrained=llava-hf/l
 
 
 class Reduced(lmms):
-    """Builds the model of another class, `base`, under a method; see eval.lmms_plugin for its own arguments.
+    """Builds a model of another class, `base`, that runs under a method.
 
     Args:
-        arguments: its own, and all that `base` takes.
+        arguments: base, method, budget, text_tower, force_simple, options as `set.KEY`, and all arguments of `base`.
     """
 
     is_simple = True
@@ -37,14 +37,16 @@ class Reduced(lmms):
     @ends_the_process
     def __new__(cls, **arguments: Any) -> Any:
         refuse_ranks("reduced", "start lmms-eval without accelerate or torchrun, or set device_map=auto")
-        own, of_method, rest = divided(arguments)
+        own = {name: written(arguments[name]) for name in OWN if name in arguments}
+        options = {name.removeprefix("set."): written(value) for name, value in arguments.items() if name[:4] == "set."}
+        rest = {name: value for name, value in arguments.items() if name not in own and name[:4] != "set."}
         if missing := {"base", "method"} - own.keys():
             raise UserError(f"--model reduced needs {' and '.join(sorted(missing))} in --model_args; {EXAMPLE}.")
-        choice = Choice(own["method"], own.get("budget"), of_method, own.get("text_tower"))
+        choice = Choice(own["method"], own.get("budget"), options, own.get("text_tower"))
         kind = class_of(own["base"], own.get("force_simple") == "true")
         refuse_unknown(rest, kind, own["base"])
         print(f"{choice.method} inside {kind.__module__}.{kind.__name__}", flush=True)
-        # Of another class than this one, so that Python does not call __init__ again.
+        # An object of another class, for which Python does not call __init__ a second time.
         mixed: Any = type(f"Reduced{kind.__name__}", (_Inside, kind), {})
         return mixed(choice, **rest)
 
@@ -55,7 +57,7 @@ class Reduced(lmms):
 
 
 class _Inside:
-    """What stands before the base class."""
+    """The methods that override those of the base class."""
 
     def __init__(self, choice: Choice, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -74,7 +76,7 @@ class _Inside:
 
     @ends_the_process
     def refuse(self, requests: Sequence[Any]) -> NoReturn:
-        """For the requests that are not answered: a reduced prompt has the logits of its last token alone."""
+        """Refuse other requests: a reduced prompt has logits for its last token only."""
         raise UserError(
             "reduced generates one answer per question, no likelihoods and no dialogues; choose a task whose "
             "output_type is generate_until."
@@ -83,16 +85,8 @@ class _Inside:
     loglikelihood = generate_until_multi_round = generate_visual_cot = refuse
 
 
-def divided(arguments: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str], dict[str, Any]]:
-    """The model arguments as written: our own, options of the method (`set.KEY`), and those of the base as they are."""
-    options = {name.removeprefix("set."): written(value) for name, value in arguments.items() if name[:4] == "set."}
-    own = {name: written(arguments[name]) for name in OWN if name in arguments}
-    rest = {name: value for name, value in arguments.items() if name not in own and name[:4] != "set."}
-    return own, options, rest
-
-
 def class_of(base: str, simple: bool) -> Any:
-    """lmms-eval's model class of this name; UserError if there is none or it cannot be imported."""
+    """lmms-eval's model class with this name; UserError if there is none or it cannot be imported."""
     known = set(list_available_models(include_aliases=True)) - NOT_WRAPPED
     if base not in known:
         raise unknown("base model of lmms-eval", base, known)
@@ -103,7 +97,7 @@ def class_of(base: str, simple: bool) -> Any:
 
 
 def refuse_unknown(arguments: Mapping[str, Any], kind: type, base: str) -> None:
-    """Raise UserError for an argument that no constructor of the class names: many take any, and forget it."""
+    """Raise UserError for an argument that no constructor of the class names; many accept any and ignore it."""
     constructors: list[Any] = [one.__dict__["__init__"] for one in kind.__mro__ if "__init__" in one.__dict__]
     known = {
         name
