@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from llava.model.official_names import LlavaLlamaForCausalLM
 
 # The version of the whole distribution; pyproject.toml reads it here.
-__version__ = "1.0.0rc1"
+__version__ = "1.0.0"
 __all__ = ["LlavaLlamaForCausalLM", "load", "reduce"]
 
 HOMES = {
