@@ -1,5 +1,6 @@
 """The plug-in's classes for vLLM against stand-ins for the engine's modules: prompts, positions, attention."""
 
+import dataclasses
 import importlib
 import sys
 from types import ModuleType, SimpleNamespace
@@ -11,9 +12,14 @@ from transformers import AutoConfig
 
 from eval.config import DEFAULT_MODEL
 from llava.errors import UserError
+from llava.pipeline.accounting import Timer
+from llava.pipeline.generate import until_decoder
+from llava.reduction import registry
 from llava.reduction.registry import build
 from llava.reduction.token_layout import single
 from llava.serving.engine_method import handed_over, served_by
+from tests.conftest import samples
+from tests.engine_stand_in import engine_tower
 from tests.stock_families import make
 
 STOCK = {"LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration", "InternS1ForConditionalGeneration"}
@@ -154,3 +160,22 @@ def test_an_engine_refuses_gaps_between_positions_of_llava() -> None:
     config.vtr = {"method": "divprune", "budget": 64, "options": {"positions": "original"}}
     with pytest.raises(UserError, match="numbers a prompt without gaps; divprune"):
         served_by(config)
+
+
+@pytest.mark.parametrize("method", registry.names())
+@torch.inference_mode()
+def test_an_image_becomes_the_same_tokens_inside_an_engine(method, tiny):
+    """Tower scores come from what a stand-in of the engine's attention is given; the pipeline computes its own."""
+    batch = [sample for sample in samples() if sample.images]
+    try:
+        tower = engine_tower(method, 6)
+    except UserError as error:
+        assert "send prompt embeddings" in str(error) or "vLLM has one length" in str(error) or method == "full"
+        return
+    found = tower.clip_images([tiny.image_processor(sample.image)[None] for sample in batch], [(0, 0)] * len(batch))
+    # A prompt of the engine is an image alone, named by its number; it matters to methods that draw.
+    named = [dataclasses.replace(sample, id=str(number)) for number, sample in enumerate(batch)]
+    sequence = until_decoder(tiny, named, registry.build(method, 6), Timer(tiny.device)).start
+    for row, (own, (start, stop)) in enumerate(zip(found, sequence.images, strict=True)):
+        before = sequence.padding(row)
+        torch.testing.assert_close(own, sequence.hidden[row, before + start : before + stop], atol=1e-5, rtol=1e-5)

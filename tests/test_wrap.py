@@ -125,10 +125,10 @@ def test_generates_what_our_own_model_answers(case, tmp_path, request):
     ours.end_ids, free = frozenset(), {"min_new_tokens": 0, "eos_token_id": rows - 1}
     free["suppress_tokens"] = list(range(ours.vocabulary, rows))
     names = {**METHODS, "full": {}, "attnmix": {}, "consensusdrop": {}}
-    if family.startswith("qwen"):  # without those that compare or merge features, which are projected ones in `reduce`
-        names.pop("visiondrop")
+    if family.startswith("qwen"):  # whose features were those before the projector here, and projected in `reduce`
         names |= {"sparsevlm": {"schedule": "kept"}, "dart": {"official": True}}
-        names |= {key: {} for key in ("divprune", "globalcom2", "hired", "holov", "uniform", "vscan")}
+        more = "divprune globalcom2 hired holov uniform vscan scope prumerge prumerge_plus visionzip vispruner"
+        names |= {name: {} for name in more.split()}
     for name, options in names.items():
         budget = 8 if name != "full" else ours.visual_tokens
         (answer,) = generate(ours, [sample], registry.build(name, budget, options), max_new_tokens=8).answers
