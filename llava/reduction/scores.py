@@ -2,7 +2,7 @@
 
 A score is defined once, in TOWER_SCORES, by the attention of one block: the queries of some tokens, the keys of all,
 and how many operations their products take. Every tower hands over its attention as a `BlockAttention`: CLIP's is
-computed from a block's input (`ClipAttention` below), other towers and serving engines write down what their own
+computed from a block's input (`clip_attention` below), other towers and serving engines write down what their own
 attention was given (llava/model/multimodal_encoder/stock_tower.py). To add a score, write a function of a
 `BlockAttention` and register it; nothing else needs to know it.
 
@@ -13,7 +13,6 @@ Shapes: B images, P patches, C = 1 class token or 0 before them, D channels, H h
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Protocol
 
 import torch
 from einops import rearrange
@@ -51,84 +50,36 @@ class TowerScore:
 # -- what a score reads
 
 
-class BlockAttention(Protocol):
-    """The attention of one tower block over B images.
+@dataclass(frozen=True)
+class BlockAttention:
+    """The attention of one tower block over B images, as the scores read it.
 
     Attributes:
-        cls: C, 1 if a class token stands before the patches, else 0.
+        queries: (tokens) -> [B, n, D] float32, queries of these tokens as the block compares them, after norms and
+            rotations, all heads side by side.
+        keys: [B, C + P, D] float32 as the block compares them.
+        projected_keys: [B, C + P, D] float32, before norms and rotations. Methods compare these with each other: a
+            rotation makes keys of two similar patches differ by where the patches stand.
         heads: H.
         scale: factor of the products of queries and keys.
-        keys: [B, H, C + P, d] float32 as the block compares them, after norms and rotations.
-        projected_keys: [B, H, C + P, d] float32, before these. Methods compare keys of patches with each other; after a
-            rotation, keys of two similar patches differ because they stand at different places.
-        flat_keys, flat_projected_keys: the same with all heads side by side, [B, C + P, D].
+        cls: C, 1 if a class token stands before the patches, else 0.
     """
 
-    @property
-    def cls(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def scale(self) -> float: ...
-    @property
-    def keys(self) -> Tensor: ...
-    @property
-    def projected_keys(self) -> Tensor: ...
-    @property
-    def flat_keys(self) -> Tensor: ...
-    @property
-    def flat_projected_keys(self) -> Tensor: ...
-
-    def queries(self, tokens: slice) -> Tensor:
-        """[B, H, n, d] float32, queries of these tokens, as the block compares them."""
-        ...
-
-    def flat_queries(self, tokens: slice) -> Tensor:
-        """[B, n, D] float32, the same with all heads side by side."""
-        ...
-
-
-@dataclass(frozen=True)
-class ClipAttention:
-    """The attention of a CLIPEncoderLayer, computed from its input as far as a score asks for it.
-
-    Attributes:
-        attention: of the block.
-        normed: [B, 1 + P, D] its input, CLS first.
-    """
-
-    attention: VisionAttention
-    normed: Tensor
+    queries: Callable[[slice], Tensor]
+    keys: Tensor
+    projected_keys: Tensor
+    heads: int
+    scale: float
     cls: int = 1
 
-    @property
-    def heads(self) -> int:
-        return self.attention.num_heads
-
-    @property
-    def scale(self) -> float:
-        return self.attention.scale
-
     @cached_property
-    def flat_keys(self) -> Tensor:
-        return in_float32(self.attention.k_proj(self.normed))
+    def head_keys(self) -> Tensor:
+        """[B, H, C + P, d], the keys by heads."""
+        return self.by_heads(self.keys)
 
-    @cached_property
-    def keys(self) -> Tensor:
-        return self._by_heads(self.flat_keys)
-
-    # CLIP turns no keys.
-    flat_projected_keys = property(lambda self: self.flat_keys)
-    projected_keys = property(lambda self: self.keys)
-
-    def flat_queries(self, tokens: slice) -> Tensor:
-        return in_float32(self.attention.q_proj(self.normed[:, tokens]))
-
-    def queries(self, tokens: slice) -> Tensor:
-        return self._by_heads(self.flat_queries(tokens))
-
-    def _by_heads(self, states: Tensor) -> Tensor:
-        return rearrange(states, "b n (h d) -> b h n d", h=self.attention.num_heads)
+    def by_heads(self, states: Tensor) -> Tensor:
+        """[B, n, D] -> [B, H, n, d]."""
+        return rearrange(states, "b n (h d) -> b h n d", h=self.heads)
 
 
 # -- the scores
@@ -140,7 +91,8 @@ def cls_attention(block: BlockAttention) -> Tensor:
     Returns:
         [B, P]. The softmax runs over CLS and patches, so a row sums to less than 1.
     """
-    weights = (block.queries(slice(0, 1)) @ block.keys.mT * block.scale).softmax(-1)
+    query = block.by_heads(block.queries(slice(0, 1)))
+    weights = (query @ block.head_keys.mT * block.scale).softmax(-1)
     return weights[:, :, 0, 1:].mean(1)
 
 
@@ -151,7 +103,7 @@ def cls_logits(block: BlockAttention) -> Tensor:
         [B, P], of any sign.
     """
     # The sum of the heads' products is the product over all channels.
-    query, key = block.flat_queries(slice(0, 1)), block.flat_keys[:, 1:]
+    query, key = block.queries(slice(0, 1)), block.keys[:, 1:]
     products: Tensor = (query @ key.mT)[:, 0] * (block.scale / block.heads)
     return products
 
@@ -162,7 +114,7 @@ def fused_cls_attention(block: BlockAttention) -> Tensor:
     Returns:
         [B, P]; a row sums to less than 1.
     """
-    query, key = block.flat_queries(slice(0, 1)), block.flat_keys
+    query, key = block.queries(slice(0, 1)), block.keys
     shares: Tensor = (query @ key.mT * key.shape[-1] ** -0.5).softmax(-1)[:, 0, 1:]
     return shares
 
@@ -173,7 +125,7 @@ def received_attention(block: BlockAttention) -> Tensor:
     Returns:
         [B, P]. Query rows are processed in slices, so the full attention map is never held.
     """
-    query, key = block.queries(slice(block.cls, None)), block.keys.mT
+    query, key = block.by_heads(block.queries(slice(block.cls, None))), block.head_keys.mT
     images, heads, patches, _ = query.shape
     received = key.new_zeros(images, key.shape[-1])
     for rows in query.split(max(1, min(ROWS, WEIGHTS // (images * heads * key.shape[-1]))), dim=2):
@@ -183,12 +135,13 @@ def received_attention(block: BlockAttention) -> Tensor:
 
 def keys(block: BlockAttention) -> Tensor:
     """[B, P, d] keys of the patches, mean over heads, not normalised: the space in which VisionZip and others merge."""
-    return block.projected_keys[:, :, block.cls :].mean(1)
+    keys = block.head_keys if block.projected_keys is block.keys else block.by_heads(block.projected_keys)
+    return keys[:, :, block.cls :].mean(1)
 
 
 def whole_keys(block: BlockAttention) -> Tensor:
     """[B, P, D] keys of the patches, all heads side by side, not normalised."""
-    return block.flat_projected_keys[:, block.cls :]
+    return block.projected_keys[:, block.cls :]
 
 
 @dataclass(frozen=True)
@@ -242,17 +195,6 @@ WITHOUT_CLS_RULE = (
 )
 
 
-def score_kind(score: TowerScore) -> ScoreKind:
-    """How a score is computed.
-
-    Raises:
-        UserError: there is no such score.
-    """
-    if score.kind not in TOWER_SCORES:
-        raise unknown("tower score", score.kind, TOWER_SCORES)
-    return TOWER_SCORES[score.kind]
-
-
 @lru_cache(maxsize=256)
 def by_block(scores: tuple[TowerScore, ...], depth: int) -> dict[int, list[TowerScore]]:
     """Scores by the block they are read from, in a tower of `depth` blocks.
@@ -265,7 +207,8 @@ def by_block(scores: tuple[TowerScore, ...], depth: int) -> dict[int, list[Tower
         index = score.index(depth)
         if not -depth <= index < depth:
             raise UserError(f"TowerScore {score.kind} needs tower block {index}, but the tower has {depth} blocks.")
-        score_kind(score)
+        if score.kind not in TOWER_SCORES:
+            raise unknown("tower score", score.kind, TOWER_SCORES)
         blocks.setdefault(index % depth, []).append(score)
     return blocks
 
@@ -282,8 +225,22 @@ def block_scores(asked: Sequence[TowerScore], block: VisionBlock, hidden: Tensor
     """
     # What the attention in space of a video block works on is what attention over time makes of its input.
     before_space = getattr(block, "before_space", None)
-    seen = ClipAttention(block.self_attn, block.layer_norm1(hidden if before_space is None else before_space(hidden)))
-    return {score: score_kind(score).compute(seen) for score in asked}
+    seen = clip_attention(block.self_attn, block.layer_norm1(hidden if before_space is None else before_space(hidden)))
+    return {score: TOWER_SCORES[score.kind].compute(seen) for score in asked}
+
+
+def clip_attention(attention: VisionAttention, normed: Tensor) -> BlockAttention:
+    """The attention of a CLIPEncoderLayer, whose keys are not rotated.
+
+    Args:
+        normed: [B, 1 + P, D] its input after the norm, CLS first.
+    """
+    keys = in_float32(attention.k_proj(normed))
+
+    def queries(tokens: slice) -> Tensor:
+        return in_float32(attention.q_proj(normed[:, tokens]))
+
+    return BlockAttention(queries, keys, keys, attention.num_heads, attention.scale)
 
 
 def score_flops(scores: tuple[TowerScore, ...], blocks: Sequence[VisionBlock], patches: int) -> int:
@@ -292,7 +249,7 @@ def score_flops(scores: tuple[TowerScore, ...], blocks: Sequence[VisionBlock], p
     for index, asked in by_block(scores, len(blocks)).items():
         attention = blocks[index].self_attn
         total += linear_flops(attention.k_proj, patches + 1)
-        for kind in map(score_kind, asked):
+        for kind in (TOWER_SCORES[score.kind] for score in asked):
             total += linear_flops(attention.q_proj, kind.rows(patches))
             total += kind.product_flops(patches, 1, attention.q_proj.out_features)
     return total

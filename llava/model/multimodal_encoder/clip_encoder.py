@@ -15,7 +15,7 @@ from llava.model.official_names import CLIPVisionTower as CLIPVisionTower  # fro
 from llava.reduction.merging import Reduction
 from llava.reduction.modules import linear_flops
 from llava.reduction.reducer import Reducer, check_reductions
-from llava.reduction.scores import ClipAttention, TowerScore, block_scores, by_block
+from llava.reduction.scores import TowerScore, block_scores, by_block, clip_attention
 from llava.reduction.states import BlockState
 from llava.reduction.token_layout import ModelSpec
 
@@ -182,7 +182,7 @@ class TowerMerger:
         attended = hidden + block.self_attn(hidden_states=normed, attention_mask=bias)[0]
         reduction = None
         if index in self.blocks:
-            keys = ClipAttention(block.self_attn, normed).projected_keys.mean(1)
+            keys = clip_attention(block.self_attn, normed).head_keys.mean(1)
             state = BlockState(ids=self.names, spec=self.spec, tokens=attended, keys=keys, sizes=sizes, block=index)
             reduction = self.reducer.tower(state)
             check_reductions(self.reducer, f"tower in block {index}", reduction, self.names, hidden.shape[1])

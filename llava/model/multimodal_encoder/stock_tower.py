@@ -12,8 +12,7 @@ import copy
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from llava.reduction.ranking import in_float32
-from llava.reduction.scores import TOWER_SCORES, WITHOUT_CLS, TowerScore, by_block
+from llava.reduction.scores import TOWER_SCORES, WITHOUT_CLS, BlockAttention, TowerScore, by_block
 from llava.transformers_names import ALL_ATTENTION_FUNCTIONS, kernel_of, set_kernel
 
 RECORDING = "recorded_attention"  # the name of our kernel among those of transformers
@@ -44,56 +43,31 @@ class Call(NamedTuple):
     scale: float
 
 
-@dataclass(frozen=True)
-class RecordedAttention:
-    """The attention of one block over B views of equal size; see `llava.reduction.scores.BlockAttention`."""
+def attention_of_call(call: Call, cls: int) -> BlockAttention:
+    """What scores read of a recorded call, whose rows are views of equal size.
 
-    call: Call
-    cls: int
+    Args:
+        cls: class tokens in front of the patches, 0 or 1.
+    """
+    heads = call.query.shape[1]
 
-    @property
-    def scale(self) -> float:
-        return self.call.scale
+    def side_by_side(states: Tensor) -> Tensor:
+        """[B, heads, n, d] -> [B, n, D] float32, each head of keys as often as query heads read it."""
+        shared = heads // states.shape[1]
+        states = in_float32(states if shared == 1 else states.repeat_interleave(shared, 1))
+        return states.transpose(1, 2).flatten(2)
 
-    @property
-    def heads(self) -> int:
-        return self.call.query.shape[1]
-
-    @cached_property
-    def keys(self) -> Tensor:
-        return self._as_queries(self.call.key)
-
-    @cached_property
-    def projected_keys(self) -> Tensor:
-        return self._as_queries(self.call.projected)
-
-    @property
-    def flat_keys(self) -> Tensor:
-        return side_by_side(self.keys)
-
-    @property
-    def flat_projected_keys(self) -> Tensor:
-        return side_by_side(self.projected_keys)
-
-    def queries(self, tokens: slice) -> Tensor:
-        return in_float32(self.call.query[:, :, tokens])
-
-    def flat_queries(self, tokens: slice) -> Tensor:
-        return side_by_side(self.queries(tokens))
-
-    def _as_queries(self, keys: Tensor) -> Tensor:
-        """In float32, each head as often as query heads read it."""
-        keys = in_float32(keys)
-        shared = self.call.query.shape[1] // keys.shape[1]
-        return keys if shared == 1 else keys.repeat_interleave(shared, 1)
+    return BlockAttention(
+        lambda tokens: side_by_side(call.query[:, :, tokens]),
+        side_by_side(call.key),
+        side_by_side(call.projected),
+        heads,
+        call.scale,
+        cls,
+    )
 
 
-def side_by_side(states: Tensor) -> Tensor:
-    """[B, H, n, d] -> [B, n, H * d]."""
-    return states.transpose(1, 2).flatten(2)
-
-
-def views_of(calls: Sequence[Call], patches: Sequence[int], cls: int | None) -> list[RecordedAttention]:
+def views_of(calls: Sequence[Call], patches: Sequence[int], cls: int | None) -> list[BlockAttention]:
     """Recorded calls, cut into views in their order; views that one call holds as equal rows stay together.
 
     Args:
@@ -107,7 +81,7 @@ def views_of(calls: Sequence[Call], patches: Sequence[int], cls: int | None) -> 
             call = call._replace(query=query, key=key, projected=projected)
         images, tokens = call.query.shape[0], call.query.shape[2]
         if call.mask is None and tokens == patches[done] + extra:
-            views.append(RecordedAttention(call, extra))
+            views.append(attention_of_call(call, extra))
             done += images
             continue
         # Rows with padding, or with several views side by side.
@@ -118,7 +92,7 @@ def views_of(calls: Sequence[Call], patches: Sequence[int], cls: int | None) -> 
             while start < len(places):
                 own = places[start : start + patches[done] + extra]
                 query, key, projected = (part[row, :, own][None] for part in call[:3])
-                views.append(RecordedAttention(Call(query, key, projected, None, call.scale), extra))
+                views.append(attention_of_call(Call(query, key, projected, None, call.scale), extra))
                 start, done = start + len(own), done + 1
     return views
 
