@@ -11,20 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from eval.answers.reuse import RESULT, Stored, check_images, check_joint, read_result, read_stored
-from eval.answers.store import result_folder
+from eval.ask import Job
 from eval.benchmarks.media import digest_of
-from eval.config import RunConfig, build_reducer, store_settings
+from eval.config import RunConfig
 from eval.judging.choice import score_answers
 from eval.metrics import SufficientStatistics
-from eval.papers.runs import RowAtBudget, RunTarget, config_of
+from eval.papers.runs import Jobs, RowAtBudget
 from eval.papers.spec import Budget, Column, Row
 from eval.results import report
 from eval.results.statistics import terms_of
 from eval.statistics.answers import Normalise, plain, sample_scores
-from eval.sweep import dataset
 from eval.tables import interval_text
 from llava.errors import UserError
-from llava.model.llava_arch import Llava
 from llava.places import CHECKOUT, WORK
 
 
@@ -98,21 +96,19 @@ class Cell:
         return "" if self.low is None else interval_text(self.low, self.high)
 
 
-def read_cell(line: RowAtBudget, column: Column, where: RunTarget, model: Llava) -> Cell | str:
+def read_cell(line: RowAtBudget, column: Column, job: Job) -> Cell | str:
     """A finished run; a sentence instead if some of its questions failed or it is off its budget.
 
     Raises:
         UserError: there is no result of these questions.
     """
-    config = config_of(line, column, where, model)
-    assert config.output is not None and config.split is not None
-    data = dataset(column.benchmark, where.data, config.split)
-    asked = [question.id for question in data.questions[: where.limit]]
-    folder = Path(config.output)
-    place = result_folder(folder, len(asked), len(data.questions))
-    if not (place / RESULT).is_file():
-        raise UserError(f"{folder} holds no result of {len(asked):,} questions; run the table without --render first.")
-    result = read_result(place)
+    data, questions = job.data, job.planned
+    asked = [question.id for question in questions]
+    if not (job.results / RESULT).is_file():
+        raise UserError(
+            f"{job.output} holds no result of {len(asked):,} questions; run the table without --render first."
+        )
+    result = read_result(job.results)
     if failed := result.get("failed"):
         return (
             f"{line.title} at {line.budget} on {column.title}: {len(failed):,} of {len(asked):,} questions failed, the "
@@ -120,47 +116,46 @@ def read_cell(line: RowAtBudget, column: Column, where: RunTarget, model: Llava)
         )
     if off := result.get("off_budget"):
         return f"{line.title} at {line.budget} on {column.title}: {off['remark']}"
-    expected = store_settings(config, config.split, data, model, build_reducer(config, model.visual_tokens))
-    stored = read_stored(place, data, expected=expected)
-    now = {one.id: digest_of(data.images, one.images) for one in data.questions[: where.limit]}
-    check_images(stored.images, now, f"The answers in {folder} and the questions in {where.data}")
+    stored = read_stored(job.results, data, expected=job.settings)
+    now = {question.id: digest_of(data.images, question.images) for question in questions}
+    check_images(stored.images, now, f"The answers in {job.output} and the questions in {job.config.data}")
     texts = stored.texts
-    score, judge_facts = score_answers(data, config.judge, asked, texts, stored.answers)
+    score, judge_facts = score_answers(data, job.config.judge, asked, texts, stored.answers)
     # As it is scored now: verdicts may have come, or gone, since the result was written.
     labels = data.labels(stored.images)
-    result |= report.scored(score, data.questions[: where.limit], labels)
+    result |= report.scored(score, questions, labels)
     metric, value = metric_of(column, result, {result["main"], *score.other_terms})
-    terms = terms_of(score, labels, metric)
     found = result["confidence"].get(metric, {"low": None, "high": None, "method": f"{metric} has none"})
-    accounting, counted, flops = result["accounting"], result["flops"]["per_question"], report.operations_of(result)
+    accounting, flops = result["accounting"], report.operations_of(result)
+    counted_for = f"{result['timing']['questions']:,} of {len(asked):,} questions"
     return Cell(
-        line,
-        shown(column, metric),
-        value,
-        found["low"],
-        found["high"],
-        metric,
-        metric in result["points"],
-        len(asked),
-        len(data.questions),
-        accounting["mean_tokens_per_layer"],
-        accounting["merged_tokens"],
-        accounting["kv_bytes_per_sample"],
-        flops,
-        folder,
-        command_of(line, column, where, config),
-        result["commit"] or "",
-        result["finished"],
-        terms,
-        data.normalise or plain,
-        texts,
-        sample_scores(score, texts, data) or {},
-        {one.id: labels[one.id] for one in data.questions[: where.limit] if one.images},
-        other_judge({**result["facts"], **judge_facts}.get("judge", {})),
-        stored.judged(judge_facts),
-        found["method"].removeprefix("n/a: ") if found["low"] is None else "",
-        f"{result['timing']['questions']:,} of {len(asked):,} questions" if flops != counted else "",
-        accounting.get("mean_tokens_on_padding"),
+        line=line,
+        column=shown(column, metric),
+        value=value,
+        low=found["low"],
+        high=found["high"],
+        metric=metric,
+        whole=metric in result["points"],
+        questions=len(asked),
+        available=len(data.questions),
+        tokens=accounting["mean_tokens_per_layer"],
+        merged=accounting["merged_tokens"],
+        kv_bytes=accounting["kv_bytes_per_sample"],
+        flops=flops,
+        folder=job.output,
+        command=command_of(line, column, job.config),
+        commit=result["commit"] or "",
+        finished=result["finished"],
+        terms=terms_of(score, labels, metric),
+        normalise=data.normalise or plain,
+        texts=texts,
+        sample_scores=sample_scores(score, texts, data) or {},
+        clusters={question.id: labels[question.id] for question in questions if question.images},
+        other_judge=other_judge({**result["facts"], **judge_facts}.get("judge", {})),
+        stored=stored.judged(judge_facts),
+        no_interval=found["method"].removeprefix("n/a: ") if found["low"] is None else "",
+        no_flops=counted_for if flops != result["flops"]["per_question"] else "",
+        padding=accounting.get("mean_tokens_on_padding"),
     )
 
 
@@ -200,27 +195,25 @@ def shown(column: Column, metric: str) -> Column:
     return column.model_copy(update={"title": title})
 
 
-def command_of(line: RowAtBudget, column: Column, where: RunTarget, config: RunConfig) -> str:
+def command_of(line: RowAtBudget, column: Column, run: RunConfig) -> str:
     """The command that asks the questions of a cell outside the table, with every flag that is not its default."""
-    assert line.setting is not None
-    place = where.place
-    data = relative(where.data)
-    options = dict(line.setting.options)
+    data = relative(run.data)
+    options = dict(run.options)
     ratio = options.pop("retention_ratio", None)
-    budgets = [str(one) for one in (line.setting.budget, ratio and line.budget) if one is not None]
+    budgets = [str(one) for one in (run.budget, ratio and line.budget) if one is not None]
     if CHECKOUT:
-        words = [f"MODEL={relative(place.model)}", *([] if data == "assets/eval" else [f"DATA={data}"])]
-        words += [f"bash scripts/eval/{column.benchmark}.sh {line.method}", *budgets]
+        words = [f"MODEL={relative(run.model)}", *([] if data == "assets/eval" else [f"DATA={data}"])]
+        words += [f"bash scripts/eval/{column.benchmark}.sh {run.method}", *budgets]
     else:
-        words = [f"vtr eval --benchmark {column.benchmark} --method {line.method}", *(f"--budget {b}" for b in budgets)]
-        words += [f"--model {shlex.quote(place.model)} --data {shlex.quote(data)}"]
+        words = [f"vtr eval --benchmark {column.benchmark} --method {run.method}", *(f"--budget {b}" for b in budgets)]
+        words += [f"--model {shlex.quote(run.model)} --data {shlex.quote(data)}"]
     words += [f"--split {column.split}"] if column.split else []
     words += [f"--set {key}={value}" for key, value in options.items()]
-    words += [f"--image-option {key}={value}" for key, value in place.image_options.items()]
-    words += [f"--dtype {place.dtype}"] if place.dtype != "float32" else []
-    words += [f"--batch-size {place.batch_size}"] if place.batch_size != RunConfig.batch_size else []
-    words += [f"--judge {config.judge}"] if config.judge != RunConfig.judge else []
-    words += [f"--limit {where.limit}"] if where.limit else []
+    words += [f"--image-option {key}={value}" for key, value in run.image_options.items()]
+    words += [f"--dtype {run.dtype}"] if run.dtype != "float32" else []
+    words += [f"--batch-size {run.batch_size}"] if run.batch_size != RunConfig.batch_size else []
+    words += [f"--judge {run.judge}"] if run.judge != RunConfig.judge else []
+    words += [f"--limit {run.limit}"] if run.limit else []
     return " ".join(words)
 
 
@@ -269,14 +262,14 @@ class Measured:
         return sum(100 * cell.value / full[name].value for name, cell in row.items()) / len(row)
 
 
-def read_cells(lines: Sequence[RowAtBudget], columns: Sequence[Column], where: RunTarget, model: Llava) -> Measured:
+def read_cells(lines: Sequence[RowAtBudget], columns: Sequence[Column], jobs: Jobs) -> Measured:
     """Every cell of the table."""
     cells: dict[tuple[int, str], Cell] = {}
     first_of_method: dict[tuple[str, str], int] = {}
     failed: list[str] = []
     for index, line in enumerate(lines):
-        for column in columns if line.setting is not None else ():
-            found = read_cell(line, column, where, model)
+        for column in columns if line.run is not None else ():
+            found = read_cell(line, column, jobs[index, column.benchmark])
             if isinstance(found, str):
                 failed.append(found)
             else:

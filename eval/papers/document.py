@@ -360,37 +360,30 @@ def reported_document(table: Table, rows: Sequence[Reported], command: str) -> D
 
 
 def facts_of(table: Table, where: RunTarget, found: Measured, command: str) -> list[tuple[str, str]]:
-    """Model, data, command and commits of the page."""
-    cells = list(found.cells.values())
-    commits = sorted({cell.commit[:10] for cell in cells})
-    place = where.place
-    facts = [
-        ("Paper's model", table.model_title),
-        ("Measured on", relative(place.model) + (" (toy model)" if where.is_toy else "")),
-        ("Data", relative(where.data)),
-        ("Questions", questions_text(found, where.limit)),
-        ("Command", f"`{command}`"),
-        ("Commit", ", ".join(commits) or "n/a"),
-    ]
-    if place.image_options:
-        facts.insert(3, ("Image options", ", ".join(f"{key}={value}" for key, value in place.image_options.items())))
-    return facts
-
-
-def questions_text(found: Measured, limit: int | None) -> str:
-    """How many questions of each benchmark were asked."""
-    parts = []
+    """Model, data, questions of each benchmark, command and commits of the page."""
+    run, parts = where.run, []
     for cell in found.row(0).values():
         of = f" of {cell.available:,}" if cell.questions < cell.available else ""
         parts.append(f"{cell.column.title} {cell.questions:,}{of}")
-    return ", ".join(parts) + (f" (the first {limit:,} of each)" if limit else "")
+    questions = ", ".join(parts) + (f" (the first {run.limit:,} of each)" if run.limit else "")
+    commits = sorted({cell.commit[:10] for cell in found.cells.values()})
+    options = ", ".join(f"{key}={value}" for key, value in run.image_options.items())
+    return [
+        ("Paper's model", table.model_title),
+        ("Measured on", relative(run.model) + (" (toy model)" if where.is_toy else "")),
+        ("Data", relative(run.data)),
+        *([("Image options", options)] if options else []),
+        ("Questions", questions),
+        ("Command", f"`{command}`"),
+        ("Commit", ", ".join(commits) or "n/a"),
+    ]
 
 
 def notes_of(table: Table, found: Measured, entries: Sequence[Entry], reported: Sequence[Reported] = ()) -> list[str]:
     """What a reader must know about the numbers."""
     has_published, cells = any(entry.published for entry in entries), list(found.cells.values())
     notes = [*reported_notes(reported), *table.notes]
-    if any(line.by_kept and line.setting for line in found.lines):
+    if any(line.by_kept for line in found.lines):
         notes.append(f"{MARK} {MARK_TEXT}.")
     splits = [f"{column.title} ({column.published_split})" for column in found.columns if column.published_split]
     if has_published and splits:

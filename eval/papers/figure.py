@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.benchmarks.base import Dataset
 from eval.config import folder_name
 from eval.feature_cache import without_memory
 from eval.figures.overlay import beside, draw_answer
-from eval.papers.runs import RowAtBudget, RunTarget, split_of
-from eval.papers.spec import Column
-from eval.sweep import dataset, reducer_of
+from eval.papers.runs import RowAtBudget
 from eval.tables import BRIGHT, MARKERS
 from llava.model.llava_arch import Llava
 from llava.pipeline.generate import generate
@@ -89,11 +88,8 @@ def best(points: Sequence[Mapping[str, Any]], ours: str) -> list[str]:
     return list(dict.fromkeys([ours, *names, *(p["method"] for p in order)]))[: len(BRIGHT)]
 
 
-def draw_kept(
-    lines: Sequence[RowAtBudget], column: Column, where: RunTarget, model: Llava, folder: Path
-) -> dict[str, Path]:
+def draw_kept(lines: Sequence[RowAtBudget], data: Dataset, model: Llava, folder: Path) -> dict[str, Path]:
     """Caption -> image of the first question of a benchmark, for each method at the table's smallest budget."""
-    data = dataset(column.benchmark, where.data, split_of(column, where))
     sample = data.sample(data.questions[0])
     if not sample.images:
         return {}
@@ -101,10 +97,9 @@ def draw_kept(
     smallest = lines[-1].budget
     images = {}
     for line in lines:
-        if line.setting is None or line.budget not in (None, smallest):
+        if line.reducer is None or line.budget not in (None, smallest):
             continue
-        reducer = reducer_of(line.setting, model.visual_tokens)
-        answer = generate(without_memory(model), [sample], reducer, max_new_tokens=NEW_TOKENS).answers[0]
+        answer = generate(without_memory(model), [sample], line.reducer, max_new_tokens=NEW_TOKENS).answers[0]
         image = beside(draw_answer(sample, answer))
         image.thumbnail((SIDE * 2, SIDE))
         path = folder / f"{folder_name(line.title)}.jpg"

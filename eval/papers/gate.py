@@ -87,7 +87,7 @@ def comparable(cell: Cell, values: Sequence[Value], convention: str) -> tuple[li
         f"ours is {cell.metric}": cell.metric.endswith("_match") or column.metric not in ("", cell.metric),
         "another budget": line.by_kept,
         cell.other_judge: bool(cell.other_judge),
-        "the row is not the release": line.row is not None and not line.row.runs_release,
+        "the row is not the release": not line.row.runs_release,
     }
     if why := next((reason for reason, is_so in ours.items() if is_so), ""):
         return [], why
@@ -100,6 +100,5 @@ def values_of(line: RowAtBudget, column: str, published: Published | None, place
     """The published values of a row in a column; none for a variant of our own or a column that no source has."""
     if published is None:
         return None
-    name = "full" if line.row is None else line.row.published_name
-    budget = place.tokens if line.budget is None else line.budget
+    name, budget = line.row.published_name, place.tokens if line.budget is None else line.budget
     return published.values(name, budget, column) if name and column else []

@@ -105,13 +105,11 @@ def difference(one: Cell | None, other: Cell | None) -> Comparison | None:
 def releases(found: Measured) -> Section:
     """Our variants of methods whose release is a row, minus the release, on every benchmark."""
     rows = []
-    released = {
-        (line.method, line.budget): i for i, line in enumerate(found.lines) if line.row and line.row.runs_release
-    }
+    released = {(line.method, line.budget): i for i, line in enumerate(found.lines) if line.row.runs_release}
     for index, line in enumerate(found.lines):
         release = released.get((line.method, line.budget), index)
         ours, theirs = found.row(index), found.row(release)
-        if line.row is None or line.row.runs_release or release == index or not ours or not theirs:
+        if line.row.runs_release or release == index or not ours or not theirs:
             continue
         if line.by_kept or found.lines[release].by_kept:
             continue
@@ -297,7 +295,7 @@ def compared(cell: Cell | None, default: Cell | None) -> list[str]:
     if cell is None:
         return ["n/a", "cannot run"]
     text = number(cell.value, cell.whole) + f" {MARK}" * cell.line.by_kept
-    if default is not None and cell.line.setting == default.line.setting:
+    if default is not None and cell.line.run == default.line.run:
         return [f"**{text}**", "default"]
     found = difference(cell, default)
     return [text, difference_text(found) if found else "n/a"]

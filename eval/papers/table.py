@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from eval.answers.jsonl import write_file
 from eval.command import exit_on_user_error, make_parser
-from eval.config import FULL, folder_name, is_toy
+from eval.config import FULL, RunConfig, folder_name, is_toy
 from eval.papers import published, reported, spec
 from eval.papers.reported import Reported
 from eval.papers.spec import Table
@@ -64,11 +64,23 @@ def where_of(table: Table, args: argparse.Namespace) -> "RunTarget":
     check_bundled(data)
     if not data.is_dir():
         raise UserError(f"The data folder {data} does not exist; see docs/paper_tables.md.")
-    limit = min(filter(None, (args.limit, place.questions)), default=None)
-    toy = bundled or is_toy(place.model)
     # Every cell is a W&B run of its own where W&B is online or asked for; hundreds of offline runs help nobody.
     wandb = "disabled" if args.wandb == "auto" and not (has_key() and resolve_mode("auto") == "online") else args.wandb
-    return RunTarget(place, toy, data, limit, args.device, args.judge, wandb, table.identity)
+    run = RunConfig(
+        FULL,
+        model=place.model,
+        data=data,
+        batch_size=place.batch_size,
+        limit=min(filter(None, (args.limit, place.questions)), default=None),
+        dtype=place.dtype,
+        device=args.device,
+        image_options=dict(place.image_options),
+        judge=args.judge,
+        failed="again",
+        wandb=wandb,
+        table=table.identity,
+    )
+    return RunTarget(place, bundled or is_toy(place.model), run)
 
 
 def narrowed(table: Table, args: argparse.Namespace) -> Table:
@@ -99,28 +111,30 @@ def build_document(
     """Fill what is missing, and say everything that the formats write."""
     from eval.papers.cells import read_cells
     from eval.papers.figure import draw_kept
-    from eval.papers.runs import columns_of, described, fill_cells, lines_of, open_model, times_of
+    from eval.papers.runs import columns_of, described, fill_cells, jobs_of, lines_of, open_model, times_of
 
     place = None if args.render else placement.here()
-    model = open_model(where, place)
-    columns, lines = columns_of(table, where), lines_of(table, where, model)
+    model = open_model(where.run, place)
+    columns, lines = columns_of(table, where.place), lines_of(table, where.run, model)
     if not columns:
         raise UserError(f"{where.place.model} can fill none of the chosen benchmarks; leave --benchmarks out.")
     for reason in described(lines):
         print(f"n/a: {reason}", file=sys.stderr)
+    jobs = jobs_of(lines, columns, where.run, model)
     if not args.render:
-        fill_cells(lines[:1], columns, where, model, place, f"{table.identity}, full")
-    checks = gate_of(table, where, read_cells(lines[:1], columns, where, model), args.gate == "stop")
+        full = {key: job for key, job in jobs.items() if key[0] == 0}
+        fill_cells(full, model, place, f"{table.identity}, full")
+    checks = gate_of(table, where, read_cells(lines[:1], columns, jobs), args.gate == "stop")
     if not args.render:
-        fill_cells(lines, columns, where, model, place, table.identity)
+        fill_cells(jobs, model, place, table.identity)
     repeats = repeats_of(args, model, where)
-    times = times_of(lines, columns[0], where, model, repeats, folder / f"{table.name}.times.jsonl")
-    found = read_cells(lines, columns, where, model)
+    times = times_of(jobs, model, repeats, folder / f"{table.name}.times.jsonl")
+    found = read_cells(lines, columns, jobs)
     document = document_of(table, where, found, checks, times, command_line(table, args), added)
     if args.wandb == "disabled" or args.render or not repeats:
         return document
     return dataclasses.replace(
-        document, images=draw_kept(lines, columns[0], where, model, folder / f"{table.name}-kept")
+        document, images=draw_kept(lines, next(iter(jobs.values())).data, model, folder / f"{table.name}-kept")
     )
 
 
@@ -128,7 +142,7 @@ def repeats_of(args: argparse.Namespace, model: "Llava", where: "RunTarget") -> 
     """Prefills to time: the default is none for a quick look, and none on the wrong device."""
     from llava.model.builder import device_of
 
-    if model.device.type != device_of(where.device).type:
+    if model.device.type != device_of(where.run.device).type:
         print("Times are not measured: the ranks have the GPUs; run again with GPUS=1 for them.", file=sys.stderr)
         return 0
     return args.times if args.times is not None else 0 if args.limit else REPEATS
@@ -180,7 +194,7 @@ def document_of(
     shown = [row for block in wide for row in block.reported]
     return Document(
         table,
-        Path(where.place.model).name,
+        Path(where.run.model).name,
         where.is_toy,
         facts_of(table, where, found, command),
         [*(column.title for column in found.columns), "average"],
@@ -314,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "leave it out."
         )
     table = narrowed(table, args)
-    folder = args.output or default_folder(table, where, args)
+    folder = args.output or default_folder(table, where.run.model, args)
     document = build_document(
         table, where, args, folder, [row for row in added if row.budget in (None, *table.budgets)]
     )
@@ -344,7 +358,6 @@ def added_rows(table: Table, args: argparse.Namespace) -> list[Reported]:
 def published_only(table: Table, added: Sequence[Reported], args: argparse.Namespace) -> int:
     """Write what sources report; returns the exit code."""
     from eval.papers.document import reported_document
-    from eval.papers.runs import RunTarget
 
     usual = parser().parse_args([args.table])
     asking = (
@@ -372,8 +385,7 @@ def published_only(table: Table, added: Sequence[Reported], args: argparse.Names
         raise UserError(
             f"Nothing is published for this part of {table.identity}; leave --methods or --budgets out, or --add rows."
         )
-    where = RunTarget(table.real.model_copy(update={"model": "published"}), False, Path())
-    files = write(document, args.output or default_folder(table, where, args))
+    files = write(document, args.output or default_folder(table, "published", args))
     print(summary(document))
     print(f"Table: {', '.join(str(file) for file in files)}")
     return 0
@@ -395,11 +407,11 @@ def command_line(table: Table, args: argparse.Namespace) -> str:
     return " ".join([*given, command, *flags])
 
 
-def default_folder(table: Table, where: "RunTarget", args: argparse.Namespace) -> Path:
+def default_folder(table: Table, model: str, args: argparse.Namespace) -> Path:
     """Parts of a table do not replace the whole one."""
     narrow = [args.methods, args.budgets, args.benchmarks]
     tail = f"-limit{args.limit}" * bool(args.limit) + "-part" * any(narrow)
-    return WORK / "results" / "tables" / table.paper / (folder_name(Path(where.place.model).name) + tail)
+    return WORK / "results" / "tables" / table.paper / (folder_name(Path(model).name) + tail)
 
 
 def summary(document: "Document") -> str:
@@ -423,7 +435,7 @@ def log(mode: str, document: "Document", where: "RunTarget", folder: Path, files
         [c.line.title, str(c.line.budget or "all"), c.column.title, c.value, c.low, c.high, c.tokens, c.answers_sha256]
         for c in cells
     ]
-    about = {"model": where.place.model, "paper": document.table.paper, "limit": where.limit, "toy": where.is_toy}
+    about = {"model": where.run.model, "paper": document.table.paper, "limit": where.run.limit, "toy": where.is_toy}
     log_table_run(mode, folder, document.table.identity, about, header, rows, files, document.points, document.images)
 
 
