@@ -41,7 +41,7 @@ DTYPE = "float16"  # of LLaVA's own scripts
 
 
 @dataclass(frozen=True)
-class Asked:
+class ScriptQuestion:
     """A question of one of LLaVA's files.
 
     Attributes:
@@ -127,10 +127,10 @@ def file_of(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def questions_of_lines(args: Any) -> tuple[list[Asked], Images]:
+def questions_of_lines(args: Any) -> tuple[list[ScriptQuestion], Images]:
     """The questions of a file of JSON lines with question_id, image and text, and the folder of their images."""
     asked = [
-        Asked(
+        ScriptQuestion(
             Question(str(one.id), one.question, one.suffix, (one.image,), ""),
             {"question_id": one.id, "prompt": one.text},
         )
@@ -139,13 +139,13 @@ def questions_of_lines(args: Any) -> tuple[list[Asked], Images]:
     return asked, Folder(file_of(args.image_folder))
 
 
-def chunk(asked: Sequence[Asked], count: int, number: int) -> list[Asked]:
+def chunk(asked: Sequence[ScriptQuestion], count: int, number: int) -> list[ScriptQuestion]:
     """Part `number` of `count`, cut as LLaVA cuts them; the last parts may be empty."""
     size = math.ceil(len(asked) / count)
     return list(asked[number * size : (number + 1) * size])
 
 
-def told_apart(asked: Sequence[Asked]) -> list[Asked]:
+def told_apart(asked: Sequence[ScriptQuestion]) -> list[ScriptQuestion]:
     """The same with ids of their own: TextVQA's file has those of images, and MMBench asks in several rounds."""
     seen: Counter[str] = Counter()
     named = []
@@ -159,7 +159,7 @@ def told_apart(asked: Sequence[Asked]) -> list[Asked]:
 # -- answers ---------------------------------------------------------------------------------------------------------
 
 
-def answer(args: Any, read: Callable[[Any], tuple[list[Asked], Images]], max_new_tokens: int) -> None:
+def answer(args: Any, read: Callable[[Any], tuple[list[ScriptQuestion], Images]], max_new_tokens: int) -> None:
     """Ask the questions of this process's part, and write LLaVA's answer lines in the order of the file.
 
     An answers file of an earlier run is deleted first: LLaVA's scripts go on after an error, and their next step would
@@ -204,7 +204,7 @@ def answer(args: Any, read: Callable[[Any], tuple[list[Asked], Images]], max_new
             print(f"Warning: {off['remark']}", file=sys.stderr)
 
 
-def dataset_of(asked: Sequence[Asked], images: Images, max_new_tokens: int) -> Dataset:
+def dataset_of(asked: Sequence[ScriptQuestion], images: Images, max_new_tokens: int) -> Dataset:
     """Questions without references, which nothing here scores."""
     questions = tuple(one.question for one in asked)
     return Dataset("", questions, images, "", unscored, None, no_submission, max_new_tokens)
@@ -224,7 +224,7 @@ def use_template(model: Any, name: str) -> None:
     model.use_template(mode)
 
 
-def write_lines(job: Job, asked: Sequence[Asked], lines: DurableLines, model: str) -> list[dict[str, Any]]:
+def write_lines(job: Job, asked: Sequence[ScriptQuestion], lines: DurableLines, model: str) -> list[dict[str, Any]]:
     """Ask all questions; a line is written when those of all questions before it are. Returns the accounts."""
     settings, limit = settings_hash(job.settings), BatchLimit()
     order = asking_order(job.planned, job.planned, job.model)

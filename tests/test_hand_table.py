@@ -20,7 +20,7 @@ from eval.benchmarks import mme, pope
 from eval.config import ROOT, RunConfig
 from eval.metrics.accuracy import mean_score, normalise
 from eval.papers import cells, gate, published, render, spec, table
-from eval.papers.cells import Cell, Measured
+from eval.papers.cells import Cell, MeasuredTable
 from eval.papers.document import blocks, difference_to, entries, ours_text, published_text
 from eval.papers.published import Published
 from eval.papers.runs import RowAtBudget, RunTarget, Time
@@ -54,9 +54,9 @@ def scored(benchmark: str, texts: dict[str, str]):
         answers = {name: one["answer"] for name, one in asked.items()}
         return mean_score(answers, texts, lambda text, answer: normalise(text) == answer), normalise
     if benchmark == "pope":
-        items = {name: pope.Item("random", one["image"], one["answer"]) for name, one in asked.items()}
+        items = {name: pope.PopeReference("random", one["image"], one["answer"]) for name, one in asked.items()}
         return pope.official_score(items, texts), pope.parse
-    items = {name: mme.Item(one["task"], one["image"], "", "", one["answer"]) for name, one in asked.items()}
+    items = {name: mme.MmeReference(one["task"], one["image"], "", "", one["answer"]) for name, one in asked.items()}
     return mme.evaluate(items, texts), plain
 
 
@@ -66,7 +66,7 @@ def made(kind: str = "scores", only: str = "", ours: str = "consensusdrop"):
     found = spec.read(FOLDER / "table.yaml")
     columns = tuple(column for column in found.columns if only in ("", column.benchmark))
     found = found.model_copy(update={"kind": kind, "columns": columns, "ours": ours})
-    lines = [RowAtBudget(spec.Row(method="full"), None, RunConfig("full"))]
+    lines = [RowAtBudget(spec.TableRow(method="full"), None, RunConfig("full"))]
     for budget in found.budgets:
         for row in found.rows:
             by_kept = (row.title, budget) == BY_KEPT
@@ -106,7 +106,7 @@ def made(kind: str = "scores", only: str = "", ours: str = "consensusdrop"):
                 clusters=clusters,
             )
     times = {index: Time(data("costs")[key(line)]["ttft"], "TTFT.") for index, line in enumerate(lines)}
-    return found, Measured(lines, columns, known), times
+    return found, MeasuredTable(lines, columns, known), times
 
 
 def target(place: spec.Place, is_toy: bool = False) -> RunTarget:

@@ -372,8 +372,8 @@ def test_mmmu_names_what_is_wrong_with_a_row(tmp_path, change, message):
 # MMMU's parser against the authors' on every vector, and what differs: draws that do not depend on order.
 
 
-def item(answer="A", subject="Art", options=MMMU_OPTIONS) -> mmmu.Item:
-    return mmmu.Item(answer, subject, options)
+def item(answer="A", subject="Art", options=MMMU_OPTIONS) -> mmmu.MmmuReference:
+    return mmmu.MmmuReference(answer, subject, options)
 
 
 @pytest.mark.parametrize("row", MMMU_TABLE["multiple_choice"], ids=lambda row: row["response"])

@@ -20,11 +20,10 @@ from eval import ask, benchmarks, sweep
 from eval.answers.jsonl import read_json
 from eval.config import ROOT, TOY_BANNER, RunConfig, is_toy
 from eval.papers import figure, gate, render, runs, spec, table
-from eval.papers.cells import Measured, command_of, other_judge, read_cells, shown
+from eval.papers.cells import MeasuredTable, command_of, other_judge, read_cells, shown
 from eval.papers.document import Block, Document, Entry, difference_to, notes_of, places, published_text
 from eval.papers.gate import comparable
-from eval.papers.published import Published, Source, load
-from eval.papers.published import Row as PublishedRow
+from eval.papers.published import Published, PublishedRow, Source, load
 from eval.papers.sections import needed_text, pooled_loyalty, relative_text
 from eval.parallel import placement
 from eval.results.statistics import accuracy_terms
@@ -300,7 +299,7 @@ def test_a_cell_has_every_number_of_its_run_in_its_place(tiny_path, monkeypatch,
     data, column = write_gqa(tmp_path / "data", count=6, images=2), spec.Column(benchmark="gqa", title="GQA")
     run = RunConfig("full", model=str(tiny_path), data=data, limit=4, failed="again", wandb="disabled")
     model = runs.open_model(run, None)
-    rows = (spec.Row(method="consensusdrop", label="Ours"),)
+    rows = (spec.TableRow(method="consensusdrop", label="Ours"),)
     lines = runs.lines_of(SimpleNamespace(budgets=(8,), rows=rows), run, model)
     jobs = runs.jobs_of(lines, [column], run, model)
     runs.fill_cells(jobs, model, None, "cells")
@@ -552,7 +551,7 @@ def known(**sources) -> Published:
 
 
 PLACE = spec.Place(model="m", tokens=576, convention="square")
-FULL = spec.Row(method="full")
+FULL = spec.TableRow(method="full")
 
 
 def test_the_gate_accepts_any_source_within_its_tolerance():
@@ -595,11 +594,11 @@ def test_the_gate_and_differences_use_only_values_like_ours(changes, why):
 def test_a_row_that_is_not_the_release_or_counts_another_budget_is_not_compared():
     """Release-made numbers stood beside our corrected variants, and rows marked ‡ were compared all the same."""
     values = known(a=(50.0, {})).full("pope")
-    rows = {official: spec.Row(method="attnmix", options={"official": official}) for official in ("true", "false")}
+    rows = {official: spec.TableRow(method="attnmix", options={"official": official}) for official in ("true", "false")}
     lines = {name: runs.RowAtBudget(row, 64, None) for name, row in rows.items()}
     assert comparable(cell(50.0, line=lines["true"]), values, "square")[0]
     assert comparable(cell(50.0, line=lines["false"]), values, "square")[1] == "the row is not the release"
-    kept = runs.RowAtBudget(spec.Row(method="fastv"), 4, None, by_kept=True)
+    kept = runs.RowAtBudget(spec.TableRow(method="fastv"), 4, None, by_kept=True)
     assert comparable(cell(50.0, line=kept), values, "square")[1] == "another budget"
     assert comparable(cell(50.0, published_split="test"), values, "square")[1] == "ours is of another split"
     assert comparable(cell(50.0, metric="accuracy_match"), values, "square")[1] == "ours is accuracy_match"
@@ -654,8 +653,8 @@ def test_two_rows_of_one_method_have_an_image_each(tiny, tmp_path):
     """A release and our variant of it are one method; their images had one name."""
     data = benchmarks.get("gqa").load(write_gqa(tmp_path / "data", count=2, images=1), "testdev")
     rows = [
-        spec.Row(method="attnmix", label="A"),
-        spec.Row(method="attnmix", label="B, b", options={"official": "true"}),
+        spec.TableRow(method="attnmix", label="A"),
+        spec.TableRow(method="attnmix", label="B, b", options={"official": "true"}),
     ]
     lines = [runs.line_of(row, 8, RunConfig("full"), tiny) for row in rows]
     found = figure.draw_kept(lines, data, tiny, tmp_path / "kept")
@@ -755,7 +754,7 @@ def test_the_caption_says_which_metric_stands_in_for_the_papers():
     graded = cell(150.0, metric="total")
     graded.metric, graded.column, graded.no_interval, graded.stored = "perception", column, "", None
     line = runs.RowAtBudget(FULL, None, None)
-    found = Measured([line], [column], {(0, "mme"): graded})
+    found = MeasuredTable([line], [column], {(0, "mme"): graded})
     assert note in notes_of(blank_document().table, found, ())
 
 
@@ -766,7 +765,7 @@ def test_a_page_says_that_its_cells_were_made_with_other_libraries():
         cells[index, "pope"] = one = cell(80.0)
         one.line, one.no_interval = runs.RowAtBudget(FULL, index, None), ""
         one.stored = SimpleNamespace(result={"versions": {"torch": version}})
-    found = Measured([one.line for one in cells.values()], [one.column], cells)
+    found = MeasuredTable([one.line for one in cells.values()], [one.column], cells)
     (note,) = (note for note in notes_of(blank_document().table, found, ()) if "torch" in note)
     assert "2.1 (full at all, POPE, full at 1, POPE); 2.2 (full at 2, POPE)." in note
 

@@ -33,7 +33,7 @@ PART = re.compile(r"(?P<table>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\b")
 
 
 @dataclass(frozen=True)
-class Table:
+class HubTable:
     """One split of a data set.
 
     Attributes:
@@ -139,7 +139,7 @@ def cached_copies(ids: Iterable[str]) -> list[tuple[str, Path]]:
     return found
 
 
-def open_table(data: Path, ids: Sequence[str], config: str | None, split: str, source: str = "auto") -> Table:
+def open_table(data: Path, ids: Sequence[str], config: str | None, split: str, source: str = "auto") -> HubTable:
     """A split of a data set, from DATA/hub, from the hub's cache, or from the hub itself.
 
     Args:
@@ -179,7 +179,7 @@ def open_table(data: Path, ids: Sequence[str], config: str | None, split: str, s
     raise UserError(" ".join(sentences))
 
 
-def _open(name: str, folder: Path | None, config: str | None, split: str) -> Table:
+def _open(name: str, folder: Path | None, config: str | None, split: str) -> HubTable:
     import datasets
 
     fetch_again = ""
@@ -203,7 +203,7 @@ def _open(name: str, folder: Path | None, config: str | None, split: str) -> Tab
             line = str(error).splitlines()[0] if str(error) else type(error).__name__
             what = f"configuration {config}, split {split}" if config else f"split {split}"
             raise UserError(f"Cannot read {what} of {where} ({line}). {fetch_again}".rstrip()) from error
-    return Table(name, where, undecoded(rows))
+    return HubTable(name, where, undecoded(rows))
 
 
 def missing_files(folder: Path) -> list[str]:
@@ -332,8 +332,8 @@ def by_unique_id(rows: Iterable[Record], column: str = "question_id") -> dict[st
     return dict(zip(unique_ids(row[column] for row in rows), rows, strict=True))
 
 
-def image_names(table: Table, keys: Iterable[Hashable] | None = None) -> list[str]:
-    """Per row the image's name in Table.images; rows with the same key share the first one's.
+def image_names(table: HubTable, keys: Iterable[Hashable] | None = None) -> list[str]:
+    """Per row the image's name in HubTable.images; rows with the same key share the first one's.
 
     Rows about one image then share one pass of the vision tower, and intervals can draw images.
 

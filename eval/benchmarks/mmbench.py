@@ -135,7 +135,7 @@ Rule = Callable[[str, Choices], str]
 
 
 @dataclass(frozen=True)
-class Item:
+class MmbenchReference:
     """What scoring needs of a row.
 
     Attributes:
@@ -329,11 +329,11 @@ def check_answers(rows: Iterable[Row], where: str) -> None:
 # -- questions and files to upload -----------------------------------------------------------------------------------
 
 
-def item_of(row: Row, lmms: bool) -> Item:
+def item_of(row: Row, lmms: bool) -> MmbenchReference:
     """What scoring needs of a row; lmms-eval takes the mirror's "nan" for an option's text and knows no option E."""
     choices = {letter: str(row[letter]) for letter in OPTIONS[: 4 if lmms else 5] if row.get(letter) is not None}
     answer, category, l2 = (row.get(name) or "" for name in ("answer", "category", "l2-category"))
-    return Item(int(str(row["index"])), answer, choices, category, l2)
+    return MmbenchReference(int(str(row["index"])), answer, choices, category, l2)
 
 
 def options_of(row: Row) -> list[str]:
@@ -474,7 +474,7 @@ def infer_letter_lmms(text: str) -> str:
     return UNREAD
 
 
-def evaluate(items: Mapping[str, Item], texts: Mapping[str, str], rule: Rule = infer) -> Score:
+def evaluate(items: Mapping[str, MmbenchReference], texts: Mapping[str, str], rule: Rule = infer) -> Score:
     """CircularEval: a group counts if every pass of it is right.
 
     Groups whose first pass was not asked are left out, as officially. Passes that were not asked cannot fail a group.

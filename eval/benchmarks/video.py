@@ -31,7 +31,7 @@ import numpy as np
 from eval.answers.jsonl import is_file, read_json
 from eval.benchmarks.base import Benchmark, Contents, Dataset, Need, Question, fingerprint, listed, scored_by
 from eval.benchmarks.hub import by_unique_id, local_copy, open_table
-from eval.benchmarks.llava_files import SHORT, Asked, json_lines
+from eval.benchmarks.llava_files import SHORT, QuestionRecord, json_lines
 from eval.benchmarks.media import Videos, image_name
 from eval.benchmarks.records import Filled, Id, NotRequired, TypedDict, check_list
 from eval.judging import Judging, Request, Verdict, prompts
@@ -49,7 +49,7 @@ MIRROR = ("lmms-eval/ActivityNetQA", "lmms-lab/ActivityNetQA")
 COLUMNS = ("video_name", "question", "answer", "type", "question_id")
 
 
-class Official(Asked):
+class Official(QuestionRecord):
     """An entry of test_q.json."""
 
     video_name: Id

@@ -71,7 +71,7 @@ class Result(TypedDict):
 
 
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """One result, in the units of the page.
 
     Attributes:
@@ -131,11 +131,11 @@ class Found:
     """What lies below a folder.
 
     Attributes:
-        groups: name of every group of comparable results, by `Row.group`.
+        groups: name of every group of comparable results, by `ResultRow.group`.
         damaged: one sentence for every file that cannot be read as a result.
     """
 
-    rows: Sequence[Row]
+    rows: Sequence[ResultRow]
     groups: Sequence[str]
     damaged: Sequence[str] = ()
 
@@ -163,7 +163,7 @@ def collect(folder: Path) -> Found:
     return Found(ordered, groups, damaged)
 
 
-def row_of(result: Mapping[str, Any], folder: Path) -> Row:
+def row_of(result: Mapping[str, Any], folder: Path) -> ResultRow:
     """A checked result as a row.
 
     Args:
@@ -175,7 +175,7 @@ def row_of(result: Mapping[str, Any], folder: Path) -> Row:
     available, config = result.get("available", result["asked"]), settings.get("config", {})
     off = result.get("off_budget") or {}
     flops = operations_of(result)
-    return Row(
+    return ResultRow(
         method=result["method"],
         options=", ".join(changed_options(result["method"], config)),
         budget=result["budget"],
@@ -223,14 +223,14 @@ def time_of(result: Mapping[str, Any]) -> tuple[float | None, int | None, str | 
     return ttft, size, ", ".join(map(str, (*conditions, batches)))
 
 
-def with_groups(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+def with_groups(rows: Sequence[ResultRow]) -> tuple[list[ResultRow], list[str]]:
     """The rows with `percent` and `group`, in the order of the table, and the names of the groups.
 
     Returns:
         Rows by group, in a group `full` first, then by method, options and budget; and one name per group. Groups stand
         by benchmark and model, the one with most questions first.
     """
-    same: dict[str, list[Row]] = {}
+    same: dict[str, list[ResultRow]] = {}
     for row in sorted(rows, key=lambda row: (row.benchmark, row.model, -row.questions, row.task)):
         same.setdefault(row.task, []).append(row)
     filled = []
@@ -241,7 +241,7 @@ def with_groups(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
     return filled, group_names([group[0] for group in same.values()])
 
 
-def percent_of(row: Row, full: Sequence[Row]) -> float | None:
+def percent_of(row: ResultRow, full: Sequence[ResultRow]) -> float | None:
     """Score in percent of that of `full`; of several the one whose folder is nearest to the row's.
 
     Args:
@@ -252,13 +252,13 @@ def percent_of(row: Row, full: Sequence[Row]) -> float | None:
     if row.method == FULL:
         return 100.0
 
-    def shared(other: Row) -> int:
+    def shared(other: ResultRow) -> int:
         return len(Path(os.path.commonpath([row.folder, other.folder])).parts)
 
     return 100 * row.score / (max(full, key=shared).score or 1)
 
 
-def group_names(firsts: Sequence[Row]) -> list[str]:
+def group_names(firsts: Sequence[ResultRow]) -> list[str]:
     """Benchmark, model and number of questions of each group; of groups alike also the settings that differ.
 
     Args:
@@ -324,7 +324,7 @@ def page(results: Found, searched: Path, output: Path, made_by: str) -> str:
     )
 
 
-def banner(rows: Sequence[Row]) -> str:
+def banner(rows: Sequence[ResultRow]) -> str:
     """What to say of toy models, and of which if there are others; nothing where there is none."""
     models = sorted({row.model for row in rows})
     toys = [name for name in models if is_toy(name)]

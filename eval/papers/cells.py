@@ -17,7 +17,7 @@ from eval.config import RunConfig
 from eval.judging.choice import score_answers
 from eval.metrics import SufficientStatistics
 from eval.papers.runs import Jobs, RowAtBudget
-from eval.papers.spec import Budget, Column, Row
+from eval.papers.spec import Budget, Column, TableRow
 from eval.results import report
 from eval.results.statistics import terms_of
 from eval.statistics.answers import Normalise, plain, sample_scores
@@ -224,7 +224,7 @@ def relative(path: str | os.PathLike[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredTable:
     """All cells of a table that were run.
 
     Attributes:
@@ -246,7 +246,7 @@ class Measured:
         """The cell of a line on the first benchmark."""
         return self.cells.get((index, self.columns[0].benchmark))
 
-    def cell(self, row: Row | None, budget: Budget, benchmark: str) -> Cell | None:
+    def cell(self, row: TableRow | None, budget: Budget, benchmark: str) -> Cell | None:
         """The cell of a row at a budget; None where it cannot run, or there is no such row."""
         if row is None:
             return None
@@ -262,7 +262,7 @@ class Measured:
         return sum(100 * cell.value / full[name].value for name, cell in row.items()) / len(row)
 
 
-def read_cells(lines: Sequence[RowAtBudget], columns: Sequence[Column], jobs: Jobs) -> Measured:
+def read_cells(lines: Sequence[RowAtBudget], columns: Sequence[Column], jobs: Jobs) -> MeasuredTable:
     """Every cell of the table."""
     cells: dict[tuple[int, str], Cell] = {}
     first_of_method: dict[tuple[str, str], int] = {}
@@ -283,4 +283,4 @@ def read_cells(lines: Sequence[RowAtBudget], columns: Sequence[Column], jobs: Jo
     # A column is of whole numbers or of decimals: 150 does not stand above 50.0.
     large = {name for (_, name), cell in cells.items() if cell.whole and cell.value > 100}
     cells = {key: dataclasses.replace(cell, whole=key[1] in large) for key, cell in cells.items()}
-    return Measured(lines, [cells[0, column.benchmark].column for column in columns], cells, failed)
+    return MeasuredTable(lines, [cells[0, column.benchmark].column for column in columns], cells, failed)

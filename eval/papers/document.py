@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from eval.config import TOY_BANNER
-from eval.papers.cells import Cell, Measured, relative
+from eval.papers.cells import Cell, MeasuredTable, relative
 from eval.papers.gate import Check, comparable, sentences, values_of
 from eval.papers.published import Published, Value
 from eval.papers.reported import Reported, with_averages
@@ -53,7 +53,7 @@ class Entry:
         return None if self.compared is None else self.cell.value - self.compared.value
 
 
-def entries(found: Measured, published: Published | None, place: Place) -> list[Entry]:
+def entries(found: MeasuredTable, published: Published | None, place: Place) -> list[Entry]:
     """Every cell, line by line."""
     return [
         Entry(cell, values_of(cell.line, cell.column.published, published, place), place.convention)
@@ -133,7 +133,7 @@ class Block:
         return [*texts, "n/a" if row.average is None else number(row.average)]
 
 
-def label(found: Measured, index: int) -> str:
+def label(found: MeasuredTable, index: int) -> str:
     """The name of a row, marked and with its mean number of tokens where it counts its budget otherwise."""
     line, cells = found.lines[index], found.row(index)
     if not line.by_kept or not cells:
@@ -141,7 +141,7 @@ def label(found: Measured, index: int) -> str:
     return f"{line.title} {MARK} ({sum(cell.tokens for cell in cells.values()) / len(cells):.0f})"
 
 
-def blocks(found: Measured, clear: Mapping[int, Collection[str]]) -> list[Block]:
+def blocks(found: MeasuredTable, clear: Mapping[int, Collection[str]]) -> list[Block]:
     """The unreduced model, then one block per budget, with the best and second-best score of each column.
 
     Args:
@@ -154,7 +154,7 @@ def blocks(found: Measured, clear: Mapping[int, Collection[str]]) -> list[Block]
 
 
 def block(
-    budget: Budget | None, indices: Sequence[int], found: Measured, clear: Mapping[int, Collection[str]]
+    budget: Budget | None, indices: Sequence[int], found: MeasuredTable, clear: Mapping[int, Collection[str]]
 ) -> Block:
     """The lines of one budget."""
     names = [column.benchmark for column in found.columns]
@@ -359,7 +359,7 @@ def reported_document(table: Table, rows: Sequence[Reported], command: str) -> D
     )
 
 
-def facts_of(table: Table, where: RunTarget, found: Measured, command: str) -> list[tuple[str, str]]:
+def facts_of(table: Table, where: RunTarget, found: MeasuredTable, command: str) -> list[tuple[str, str]]:
     """Model, data, questions of each benchmark, command and commits of the page."""
     run, parts = where.run, []
     for cell in found.row(0).values():
@@ -370,7 +370,7 @@ def facts_of(table: Table, where: RunTarget, found: Measured, command: str) -> l
     options = ", ".join(f"{key}={value}" for key, value in run.image_options.items())
     return [
         ("Paper's model", table.model_title),
-        ("Measured on", relative(run.model) + (" (toy model)" if where.is_toy else "")),
+        ("MeasuredTable on", relative(run.model) + (" (toy model)" if where.is_toy else "")),
         ("Data", relative(run.data)),
         *([("Image options", options)] if options else []),
         ("Questions", questions),
@@ -379,7 +379,9 @@ def facts_of(table: Table, where: RunTarget, found: Measured, command: str) -> l
     ]
 
 
-def notes_of(table: Table, found: Measured, entries: Sequence[Entry], reported: Sequence[Reported] = ()) -> list[str]:
+def notes_of(
+    table: Table, found: MeasuredTable, entries: Sequence[Entry], reported: Sequence[Reported] = ()
+) -> list[str]:
     """What a reader must know about the numbers."""
     has_published, cells = any(entry.published for entry in entries), list(found.cells.values())
     notes = [*reported_notes(reported), *table.notes]

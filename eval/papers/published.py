@@ -134,7 +134,7 @@ class Source(Part):
         return "" if self.split == "usual" else "a split that the source does not name"
 
 
-class Row(Part):
+class PublishedRow(Part):
     """One method at one budget in one source. `kind`, `trust` and `note` take the place of the source's."""
 
     method: str
@@ -157,7 +157,7 @@ class Row(Part):
         return rest | {"scores": {key: data[key] for key in COLUMNS if key in data}}
 
     @model_validator(mode="after")
-    def check(self) -> "Row":
+    def check(self) -> "PublishedRow":
         share(self.tokens)
         if not self.scores:
             raise ValueError(f"the row of {self.method} has no column")
@@ -187,7 +187,7 @@ class Published(Part):
 
     model: str
     sources: dict[str, Source]
-    rows: tuple[Row, ...]
+    rows: tuple[PublishedRow, ...]
     name: str
 
     @model_validator(mode="after")
@@ -235,7 +235,7 @@ class Published(Part):
         """All published numbers of the model without reduction, the most trusted first."""
         return self.values(FULL, None, column)
 
-    def value(self, row: Row, column: str) -> Value:
+    def value(self, row: PublishedRow, column: str) -> Value:
         """The number of a row in a column that it has."""
         source = self.sources[row.source]
         return Value(

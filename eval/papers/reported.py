@@ -218,17 +218,17 @@ def title_of(method: str) -> str:
     return registry.method(method).metadata.paper.partition(",")[0] or method
 
 
-def best_row(table: Table, source: Published, method: str, budget: Budget | None) -> published.Row | None:
+def best_row(table: Table, source: Published, method: str, budget: Budget | None) -> published.PublishedRow | None:
     """The row of a method to show at a budget."""
     names = {column.published for column in table.columns if column.published}
 
-    def fits(row: published.Row) -> bool:
+    def fits(row: published.PublishedRow) -> bool:
         if row.method != method or names.isdisjoint(row.scores):
             return False
         wanted = row.share if budget is None else share(budget)
         return abs(row.share - wanted) <= SAME_TOKENS * max(row.share, wanted)
 
-    def order(row: published.Row) -> tuple[bool, bool, int, int]:
+    def order(row: published.PublishedRow) -> tuple[bool, bool, int, int]:
         about = source.sources[row.source]
         trust = TRUST.index(row.trust or about.trust)
         return (row.kind or about.kind) == "ours", isinstance(row.disputed, str), trust, -len(names & set(row.scores))
@@ -236,7 +236,9 @@ def best_row(table: Table, source: Published, method: str, budget: Budget | None
     return min(filter(fits, source.rows), key=order, default=None)
 
 
-def as_reported(table: Table, source: Published, row: published.Row, label: str, budget: Budget | None) -> Reported:
+def as_reported(
+    table: Table, source: Published, row: published.PublishedRow, label: str, budget: Budget | None
+) -> Reported:
     """A published row with the columns that the table has."""
     values = {c.benchmark: source.value(row, c.published) for c in table.columns if c.published in row.scores}
     unlike = {column.benchmark for column in table.columns if column.published_split}

@@ -21,7 +21,7 @@ from eval.config import FULL, RunConfig, budget_of, build_reducer, plain
 from eval.efficiency.measure import Measurements, measure
 from eval.feature_cache import CachingLlava, without_memory
 from eval.judging.choice import check_judge
-from eval.papers.spec import Budget, Column, Place, Row, Table
+from eval.papers.spec import Budget, Column, Place, Table, TableRow
 from eval.parallel.placement import Placement
 from eval.results.report import hardware
 from eval.run import prepare
@@ -67,7 +67,7 @@ class RowAtBudget:
         reducer: the method, built; None if it cannot run so.
     """
 
-    row: Row
+    row: TableRow
     budget: Budget | None
     run: RunConfig | None
     by_kept: bool = False
@@ -98,11 +98,11 @@ def lines_of(table: Table, run: RunConfig, model: Llava) -> list[RowAtBudget]:
     Args:
         run: of the unreduced model.
     """
-    full = RowAtBudget(Row(method=FULL), None, run, reducer=build_reducer(run, model.visual_tokens))
+    full = RowAtBudget(TableRow(method=FULL), None, run, reducer=build_reducer(run, model.visual_tokens))
     return [full, *(line_of(row, budget, run, model) for budget in table.budgets for row in table.rows)]
 
 
-def line_of(row: Row, budget: Budget, run: RunConfig, model: Llava) -> RowAtBudget:
+def line_of(row: TableRow, budget: Budget, run: RunConfig, model: Llava) -> RowAtBudget:
     """A row at a budget: by the mean over layers, else by kept tokens, else with the reason why it cannot run."""
     tokens, ratio = budget_of(count_or_ratio(str(budget)))
     own = changed(row.options, row.method) | ratio

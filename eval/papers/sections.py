@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Mapping
 
-from eval.papers.cells import Cell, Measured
+from eval.papers.cells import Cell, MeasuredTable
 from eval.papers.document import MARK, MARK_TEXT, Section, label, number, ours_text
 from eval.papers.runs import Time
-from eval.papers.spec import Budget, Row, Table
+from eval.papers.spec import Budget, Table, TableRow
 from eval.results.statistics import (
     LEVEL,
     Comparison,
@@ -29,7 +29,7 @@ Clear = Mapping[int, Mapping[str, Comparison]]
 Pairs = Mapping[Budget, Mapping[tuple[int, int], Comparison]]
 
 
-def sections_of(table: Table, found: Measured, times: Times, clear: Clear, pairs: Pairs) -> list[Section]:
+def sections_of(table: Table, found: MeasuredTable, times: Times, clear: Clear, pairs: Pairs) -> list[Section]:
     """The sections of a table's kind that have rows.
 
     Args:
@@ -52,7 +52,7 @@ def sections_of(table: Table, found: Measured, times: Times, clear: Clear, pairs
 # -- costs ------------------------------------------------------------------------------------------------------------
 
 
-def costs(found: Measured, times: Times, scored: bool = False, lines: Iterable[int] | None = None) -> Section:
+def costs(found: MeasuredTable, times: Times, scored: bool = False, lines: Iterable[int] | None = None) -> Section:
     """What one question costs, beside the unreduced model.
 
     Args:
@@ -82,12 +82,12 @@ def costs(found: Measured, times: Times, scored: bool = False, lines: Iterable[i
     return Section("Costs", about + mark_text(found), header, rows)
 
 
-def mark_text(found: Measured) -> str:
+def mark_text(found: MeasuredTable) -> str:
     """What the mark of rows that count their budget otherwise means, where there are such rows."""
     return f" {MARK} {MARK_TEXT}." if any(line.by_kept for line in found.lines) else ""
 
 
-def left_out(found: Measured) -> str:
+def left_out(found: MeasuredTable) -> str:
     """That a section has no rows that count their budget otherwise, where there are such rows."""
     return f" Rows marked {MARK} are left out." if any(line.by_kept for line in found.lines) else ""
 
@@ -102,7 +102,7 @@ def difference(one: Cell | None, other: Cell | None) -> Comparison | None:
     return compare(one.terms, other.terms)
 
 
-def releases(found: Measured) -> Section:
+def releases(found: MeasuredTable) -> Section:
     """Our variants of methods whose release is a row, minus the release, on every benchmark."""
     rows = []
     released = {(line.method, line.budget): i for i, line in enumerate(found.lines) if line.row.runs_release}
@@ -123,7 +123,7 @@ def releases(found: Measured) -> Section:
     return Section("Variants against their releases", about, header, rows)
 
 
-def aggregates(found: Measured) -> Section:
+def aggregates(found: MeasuredTable) -> Section:
     """Averages over the benchmarks with intervals, loyalty, and accuracy on the questions that downsampling loses."""
     rows = []
     full = found.row(0)
@@ -196,7 +196,7 @@ def hard_text(row: Mapping[str, Cell], full: Mapping[str, Cell], control: Mappin
     return f"{score_text(interval(accuracy_terms(sample_scores, clusters_of(row))))} of {len(sample_scores):,}"
 
 
-def needed(found: Measured) -> Section:
+def needed(found: MeasuredTable) -> Section:
     """The smallest budget of each method at which 99 % of full are shown, for each benchmark."""
     by_method: dict[str, dict[int, int]] = {}
     for index, line in enumerate(found.lines):
@@ -214,7 +214,7 @@ def needed(found: Measured) -> Section:
     return Section("Tokens needed for 99 % of full", about, ["method", *(c.title for c in found.columns)], rows)
 
 
-def needed_text(found: Measured, budgets: Mapping[int, int], benchmark: str) -> str:
+def needed_text(found: MeasuredTable, budgets: Mapping[int, int], benchmark: str) -> str:
     full = found.cells[0, benchmark].terms
     try:
         cells = {budget: found.cells.get((index, benchmark)) for budget, index in budgets.items()}
@@ -224,7 +224,7 @@ def needed_text(found: Measured, budgets: Mapping[int, int], benchmark: str) -> 
         return "n/a"
 
 
-def against(table: Table, found: Measured, clear: Clear) -> Section:
+def against(table: Table, found: MeasuredTable, clear: Clear) -> Section:
     """On how many benchmarks the paper's method is significantly better and worse than each other method."""
     titles = {column.benchmark: column.title for column in found.columns}
     rows = []
@@ -243,7 +243,7 @@ def against(table: Table, found: Measured, clear: Clear) -> Section:
     return Section(f"{title} against each method", about, header, rows)
 
 
-def clear_differences(table: Table, found: Measured) -> Clear:
+def clear_differences(table: Table, found: MeasuredTable) -> Clear:
     """The significant differences of every line that is compared with the paper's method at the same budget."""
     ours: dict[Budget | None, int] = {}
     for index, line in enumerate(found.lines):
@@ -269,12 +269,12 @@ def significant(ours: Mapping[str, Cell], other: Mapping[str, Cell]) -> dict[str
 # -- one method's choices, and all methods on one benchmark -----------------------------------------------------------
 
 
-def defaults_of(table: Table) -> Row | None:
+def defaults_of(table: Table) -> TableRow | None:
     """The row of the paper's method with its defaults."""
     return next((row for row in table.rows if row.method == table.ours and not row.options), None)
 
 
-def ablation(table: Table, found: Measured) -> Section:
+def ablation(table: Table, found: MeasuredTable) -> Section:
     """Every choice beside the method's defaults, paired over images; two columns per benchmark and budget."""
     places = [(budget, column) for budget in table.budgets for column in found.columns]
     default, rows = defaults_of(table), []
@@ -301,7 +301,7 @@ def compared(cell: Cell | None, default: Cell | None) -> list[str]:
     return [text, difference_text(found) if found else "n/a"]
 
 
-def pairs_of(found: Measured) -> Pairs:
+def pairs_of(found: MeasuredTable) -> Pairs:
     """Every two lines of a budget on the one benchmark of an overview; none that counts its budget otherwise."""
     by_budget: dict[Budget, dict[int, Cell]] = {}
     for index, line in enumerate(found.lines):
@@ -311,7 +311,7 @@ def pairs_of(found: Measured) -> Pairs:
     return {budget: all_pairs({i: cell.terms for i, cell in cells.items()}) for budget, cells in by_budget.items()}
 
 
-def pair_rows(found: Measured, pairs: Pairs) -> list[list[str]]:
+def pair_rows(found: MeasuredTable, pairs: Pairs) -> list[list[str]]:
     """The rows of the file of pairs: budget, two methods, difference with its interval, corrected p-value."""
     rows = []
     for budget, compared in pairs.items():
@@ -329,7 +329,7 @@ def standing(index: int, pairs: Mapping[tuple[int, int], Comparison]) -> tuple[i
     return beats, len(ours) - beats
 
 
-def overview(table: Table, found: Measured) -> Section:
+def overview(table: Table, found: MeasuredTable) -> Section:
     """Methods by budgets, those with the highest lowest score first."""
     name = found.columns[0].benchmark
     full, rows = found.cells[0, name], []
@@ -347,7 +347,7 @@ def overview(table: Table, found: Measured) -> Section:
     return Section("Overview", about + mark_text(found), header, [everything, *(texts for _, texts in rows)])
 
 
-def claims(table: Table, found: Measured) -> Section:
+def claims(table: Table, found: MeasuredTable) -> Section:
     """The defaults of the paper's method minus the row of each claim: it holds, fails or stays open."""
     default, name = defaults_of(table), found.columns[0].benchmark
     rows = [
@@ -371,7 +371,7 @@ def claim_text(ours: Cell | None, other: Cell | None) -> str:
     return f"{difference_text(found)} {verdict}"
 
 
-def significance(found: Measured, pairs: Pairs) -> Section:
+def significance(found: MeasuredTable, pairs: Pairs) -> Section:
     """How many pairs differ at each budget, and the methods that no other one beats."""
     rows = []
     for budget, compared in pairs.items():
@@ -390,13 +390,13 @@ def significance(found: Measured, pairs: Pairs) -> Section:
     return Section("Significance", about, ["budget", "pairs that differ", "best methods"], rows)
 
 
-def lines_at(found: Measured, budget: Budget) -> list[int]:
+def lines_at(found: MeasuredTable, budget: Budget) -> list[int]:
     """The lines of a budget that have a score, the highest first."""
     cells = {i: cell for i, line in enumerate(found.lines) if line.budget == budget and (cell := found.first(i))}
     return sorted(cells, key=lambda index: -cells[index].value)
 
 
-def costs_at(found: Measured, times: Times, budget: Budget, pairs: Pairs) -> Section:
+def costs_at(found: MeasuredTable, times: Times, budget: Budget, pairs: Pairs) -> Section:
     """Costs and scores of one budget, the highest score first, with how many methods each beats and loses to."""
     lines = lines_at(found, budget)
     section = costs(found, times, scored=True, lines=[0, *lines])

@@ -109,7 +109,7 @@ class Column(Part):
         return self
 
 
-class Row(Part):
+class TableRow(Part):
     """A method of the table.
 
     Attributes:
@@ -177,7 +177,7 @@ class Table(Part):
     others: tuple[Annotated[str, AfterValidator(published_method)], ...] | None = None
     columns: tuple[Column, ...]
     budgets: tuple[Budget, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     notes: tuple[str, ...] = ()
     page: str = ""
 

@@ -33,7 +33,7 @@ from llava.places import ASSETS, CHECKOUT, WORK, check_bundled, check_checkout
 from llava.reduction import registry
 
 if TYPE_CHECKING:
-    from eval.papers.cells import Measured
+    from eval.papers.cells import MeasuredTable
     from eval.papers.document import Document
     from eval.papers.gate import Check
     from eval.papers.runs import RunTarget, Time
@@ -94,7 +94,9 @@ def narrowed(table: Table, args: argparse.Namespace) -> Table:
     others = [name for name in asked if name in {row.method for row in file}]
     own = [name for name in asked if name not in listed and name in registry.names() and name != FULL]
     spec.chosen(table.rows, [name for name in asked if name not in (*others, *own)], "method", listed)
-    rows = [row for row in table.rows if not asked or row.method in asked] + [spec.Row(method=name) for name in own]
+    rows = [row for row in table.rows if not asked or row.method in asked] + [
+        spec.TableRow(method=name) for name in own
+    ]
     columns = spec.chosen(table.columns, words(args.benchmarks), "benchmark", [c.benchmark for c in table.columns])
     budgets = spec.chosen(table.budgets, words(args.budgets), "budget", [str(budget) for budget in table.budgets])
     parts = {"rows": rows, "columns": columns, "budgets": budgets} | ({"others": others} if asked else {})
@@ -148,7 +150,7 @@ def repeats_of(args: argparse.Namespace, model: "Llava", where: "RunTarget") -> 
     return args.times if args.times is not None else 0 if args.limit else REPEATS
 
 
-def gate_of(table: Table, where: "RunTarget", full: "Measured", stop: bool) -> "list[Check]":
+def gate_of(table: Table, where: "RunTarget", full: "MeasuredTable", stop: bool) -> "list[Check]":
     """Compare the unreduced model with the published baseline before anything else runs; nothing for the toy model.
 
     Raises:
@@ -169,7 +171,7 @@ def gate_of(table: Table, where: "RunTarget", full: "Measured", stop: bool) -> "
 def document_of(
     table: Table,
     where: "RunTarget",
-    found: "Measured",
+    found: "MeasuredTable",
     checks: "Sequence[Check]",
     times: "Mapping[int, Time]",
     command: str,
@@ -208,7 +210,7 @@ def document_of(
     )
 
 
-def points_of(table: Table, found: "Measured", times: "Mapping[int, Time]") -> list[dict[str, object]]:
+def points_of(table: Table, found: "MeasuredTable", times: "Mapping[int, Time]") -> list[dict[str, object]]:
     """A point per line for plots: tokens and time against the average, or against the score of an overview."""
     points: list[dict[str, object]] = []
     for index, line in enumerate(found.lines):

@@ -16,7 +16,7 @@ STAGES = ("preprocess", "vision", "selection", "prefill", "decode")
 PARTS = ("tower", "projector", "selection", "prefill")
 
 
-class Line(TypedDict):
+class TimingLine(TypedDict):
     """A line of timing.jsonl, as far as numbers are made of it."""
 
     questions: int
@@ -73,7 +73,7 @@ def checked(lines: Sequence[Mapping[str, Any]], path: Path) -> Sequence[Mapping[
     """The same lines of `path`; UserError if one of them holds something else than `timing_record` writes."""
     for line in lines:
         try:
-            check(Line, line, f"The line of question {line['question_ids'][0]} in {path}")
+            check(TimingLine, line, f"The line of question {line['question_ids'][0]} in {path}")
         except UserError as error:
             raise UserError(f"{error} Delete the line, without which the answers count as before.") from error
     return lines
