@@ -165,7 +165,7 @@ class UnderMethod:
             raise UserError(
                 f"The prompt that ends with {written[-60:]!r} holds none of the {len(self._asked):,} texts that the "
                 "tasks ask as a whole, so the method cannot be told its question; take a method that does not read it, "
-                "or a model class that writes the text of a task in one piece (docs/lmms_eval.md)."
+                "or a model class that writes the text of a task in one piece (docs/harnesses.md)."
             )
         longest = max(found, key=len)
         self._end = written.rpartition(longest)[2]

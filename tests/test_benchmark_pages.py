@@ -1,4 +1,4 @@
-"""Every benchmark has its script and its section in docs/evaluation.md."""
+"""Every benchmark has its script and its section in docs/benchmarks.md."""
 
 import subprocess
 

@@ -14,7 +14,7 @@ from llava.model.builder import load
 from llava.pipeline import decoder
 from llava.pipeline.accounting import Record, Timer
 from llava.pipeline.prefill import Stages, embed
-from llava.pipeline.sequence import Reduced
+from llava.pipeline.sequence import ImageReduction
 from llava.processing.prompt import Sample
 from llava.processing.video import Video
 from llava.reduction import DecoderState, ModelSpec, PatchGrid, compose, registry
@@ -63,7 +63,7 @@ def test_is_the_first_method_and_then_the_second_on_what_it_left(name, count, ti
         for row, own in enumerate(reduction.kept.tolist()):
             steps[row].append(own)
         rows, merged = [(row, 0) for row in range(count)], reduction.apply(tokens) if reduction.merges else None
-        return now.reduce([Reduced(rows, reduction, merged)], after.positions == "renumber")
+        return now.reduce([ImageReduction(rows, reduction, merged)], after.positions == "renumber")
 
     state = decoder.prefill(tiny.llm, sequence, after.decoder_layers(4), between)
     assert kept(record) == steps and all(len(own) > 1 for own in steps)

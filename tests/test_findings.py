@@ -204,7 +204,7 @@ def test_measures_of_words():
 def test_late_preference_is_zero_for_content_and_one_half_for_place():
     late = np.arange(576) >= 288
     content, place = noise(576), late + 1e-9
-    asked = (measures.Asked("q", "color", "", "", "p", (0,)),)
+    asked = (measures.AnnotatedQuestion("q", "color", "", "", "p", (0,)),)
 
     def one(score, where):
         values = np.full((1, 1, len(measures.MEASURES)), np.nan)
@@ -264,7 +264,7 @@ def test_a_degraded_probe(toy, samples):
 def test_arms_are_asked_once_and_stored(toy, tmp_path, monkeypatch):
     wanted = [Arm("encoder only", 32), Arm("encoder only", 32, True, "white", 1.0), Arm("fused", 32)]
     first = fusion.answer(toy, wanted, tmp_path, limit=4)
-    assert list(first) == [wanted[0], wanted[2]] and wanted[1].key == wanted[0]
+    assert list(first) == [wanted[0], wanted[2]] and wanted[1].canonical_arm == wanted[0]
     assert len(first[wanted[2]].scores) == 4 and first[wanted[0]].auroc == {}
     assert all(x in (0, 1) for x in first[wanted[2]].hit.values())
     monkeypatch.setattr(fusion, "ask", lambda *_: pytest.fail("asked twice"))
@@ -283,10 +283,13 @@ def test_another_layers_probe_ranks_as_the_methods_own_option(toy, samples):
 
 def test_an_arm_is_one_with_another_only_if_its_answers_are():
     probe = Arm("fused", 64, False, probe="contextual", layer=2)
-    assert replace(probe, kind="smooth").key == probe.key == probe
-    assert replace(probe, kind="smooth", noise=1.0).key == replace(probe, kind="smooth", noise=1.0)
-    assert replace(probe, ranking="encoder only", noise=1.0).key == Arm("encoder only", 64, False)
-    assert len({replace(probe, layer=3).key, replace(probe, probe="static").key, probe.key}) == 3
+    assert replace(probe, kind="smooth").canonical_arm == probe.canonical_arm == probe
+    assert replace(probe, kind="smooth", noise=1.0).canonical_arm == replace(probe, kind="smooth", noise=1.0)
+    assert replace(probe, ranking="encoder only", noise=1.0).canonical_arm == Arm("encoder only", 64, False)
+    assert (
+        len({replace(probe, layer=3).canonical_arm, replace(probe, probe="static").canonical_arm, probe.canonical_arm})
+        == 3
+    )
 
 
 def test_probes_are_compared_on_whole_images():
@@ -349,8 +352,9 @@ def test_only_page_writes_the_files_of_the_page(tmp_path, monkeypatch):
     assert len(written(folder)) == 3
 
 
-def test_the_page_shows_figures_and_files_that_exist():
-    text, docs = (ROOT / "docs" / "findings.md").read_text(), ROOT / "docs"
+def test_the_pages_show_all_figures_and_files_that_exist():
+    docs = ROOT / "docs"
+    text = "".join((docs / f"{paper}.md").read_text() for paper in ("attnmix", "visiondrop", "consensusdrop"))
     for path in [*docs.glob("images/findings_*"), *docs.glob("tables/findings_*")]:
         assert path.relative_to(docs).as_posix() in text, path.name
 
@@ -362,4 +366,4 @@ def test_the_largest_late_preference_on_the_page_is_that_of_the_file():
     text = [row for row in rows if not row["row"].startswith(("visual", "viewers"))]
     largest = max(text, key=lambda row: abs(float(row["value"])))
     found = f"largest is {float(largest['value']):.1f} points, `{largest['row']}`"
-    assert found in " ".join((ROOT / "docs" / "findings.md").read_text().split())
+    assert found in " ".join((ROOT / "docs" / "attnmix.md").read_text().split())

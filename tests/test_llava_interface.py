@@ -216,7 +216,7 @@ def test_turns_are_written_as_the_official_code_writes_them(row):
     """default_conversation and the templates llava_v0, llava_llama_2, mpt, plain, qwen_1_5 and *_mmtag were missing, a
     system text set by a script stood without its separator, and an image in a message was lost."""
     turns = {"open": ["Q1", None], "unanswered": ["Q1"], "two turns": ["Q1", "A1", "Q2", None], "closed": ["Q1", "A1"]}
-    turns |= {"empty": ["", None], "image": [("Q1 <image>", "image", "Pad"), None]}
+    turns |= {"empty": ["", None], "picture": [("Q1 <image>", "image", "Pad"), None]}
     for name in row["names"]:
         conv = conv_templates[name]
         assert [*conv.roles] == row["roles"] and conv.sep_style.name == row["sep_style"]

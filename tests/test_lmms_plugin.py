@@ -56,7 +56,7 @@ def test_arguments_are_those_of_our_own_command_line():
         batch_size=4,
         seed=3,
         options={"alpha": "0.5", "flag": "true", "layers": "1,2"},
-        image={"merge": "spatial"},
+        image_options={"merge": "spatial"},
     )
 
 
@@ -81,7 +81,7 @@ def test_without_lmms_eval_the_class_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "lmms_eval", None)
     monkeypatch.setitem(sys.modules, "lmms_eval.api.model", None)
     monkeypatch.delitem(sys.modules, CLASS_MODULE, raising=False)
-    with pytest.raises(UserError, match=r"needs lmms-eval, and lmms_eval\S* is not installed; see docs/lmms_eval\.md"):
+    with pytest.raises(UserError, match=r"needs lmms-eval, and lmms_eval\S* is not installed; see docs/harnesses\.md"):
         importlib.import_module(CLASS_MODULE)
 
 

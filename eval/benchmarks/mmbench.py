@@ -235,7 +235,7 @@ def read_tsv(path: Path) -> Rows:
             continue
         if shown not in rows:
             raise UserError(f"Row {name} in {path} shows the image of row {shown!r}, which is not there.")
-        row["image_name"] = rows[shown]["image"]  # its image may be that of an earlier row
+        row["image_name"] = rows[shown]["image_name"]  # its image may be that of an earlier row
 
     def fetch(name: str) -> bytes:
         try:

@@ -21,7 +21,7 @@ from llava.errors import UserError, unknown
 # choice of reading images. lmms-eval hands its own --batch_size and --device over, too.
 PLAIN = {"pretrained": "model", "batch_size": "batch-size", "text_tower": "text-tower"}
 PLAIN |= {name: name for name in ("method", "budget", "dtype", "device", "seed", "quantization")}
-GROUPS = ("set", "image")
+GROUPS = {"set": "--set", "image": "--image-option"}
 
 
 def configuration(arguments: Mapping[str, Any]) -> RunConfig:
@@ -39,7 +39,7 @@ def configuration(arguments: Mapping[str, Any]) -> RunConfig:
     for key, value in given.items():
         group, _, name = key.partition(".")
         if group in GROUPS and name:
-            words.append(f"--{group}={name}={value}")
+            words.append(f"{GROUPS[group]}={name}={value}")
         elif key in PLAIN:
             words.append(f"--{PLAIN[key]}={value}")
         else:

@@ -59,7 +59,7 @@ def where_of(table: Table, args: argparse.Namespace) -> "RunTarget":
     if bundled:
         place = place.model_copy(update={"model": str(toy_path(place.model))})
     if not bundled and args.data is None:
-        raise UserError("--model also needs --data, the folder of the benchmarks (docs/evaluation.md).")
+        raise UserError("--model also needs --data, the folder of the benchmarks (docs/benchmarks.md).")
     data = toy_path(table.toy.data) if bundled else Path(args.data)
     check_bundled(data)
     if not data.is_dir():

@@ -3,7 +3,7 @@
 Every score is a function of sums over units, the metric's `SufficientStatistics`. Units that share a cluster label,
 mostly an image, are drawn together: answers about one image are not independent. There is one function for intervals,
 `interval`, and one for differences, `compare`; reports, tables and sweeps use these two.
-docs/evaluation.md states the rules for readers.
+docs/statistics.md states the rules for readers.
 
 The studentised permutation test of two scores on the same clusters.
 """

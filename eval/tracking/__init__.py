@@ -1,7 +1,7 @@
 """Weights & Biases: a run, how it is opened, and what a running evaluation or training tells it.
 
 Logging never asks a question, never waits long, and works without network or home folder. A failure of W&B is reported
-on standard error and changes neither the run nor its files. docs/wandb.md says what is logged.
+on standard error and changes neither the run nor its files. docs/evaluation.md says what is logged.
 
 A folder's W&B run has a fixed id, kept in its file `wandb_id`: continuing the folder continues the W&B run.
 """

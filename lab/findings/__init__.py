@@ -1,4 +1,5 @@
 """The analyses behind the three papers, repeated on the toy model, where the objects' true places are known.
 
-`docs/findings.md` has the results; `vtr findings attnmix|visiondrop|consensusdrop` makes them.
+`vtr findings attnmix|visiondrop|consensusdrop` makes the results, which are in the method's page: docs/attnmix.md,
+docs/visiondrop.md, docs/consensusdrop.md.
 """

@@ -1,7 +1,7 @@
 """Repeat a paper's analysis on the toy model: CSV files and figures.
 
 vtr findings attnmix            # or visiondrop, consensusdrop; into results/findings
-vtr findings attnmix --page     # the figures and CSV files of docs/findings.md instead
+vtr findings attnmix --page     # the figures and CSV files of docs/attnmix.md instead
 """
 
 import sys
@@ -32,7 +32,7 @@ def main() -> int:
         help="where measurements, tables and figures are kept; an interrupted command goes on from there",
     )
     parser.add_argument(
-        "--page", action="store_true", help="write the figures and CSV files of docs/findings.md instead of FOLDER's"
+        "--page", action="store_true", help="write the figures and CSV files of the page in docs/ instead of FOLDER's"
     )
     args = parser.parse_args()
     if args.page:

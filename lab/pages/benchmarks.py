@@ -3,7 +3,8 @@
     python -m lab.pages.benchmarks pages      # from the benchmarks' own metadata
     python -m lab.pages.benchmarks scores     # from finished runs of scripts/tables/embedded_benchmarks.sh
 
-Writes between markers of docs/evaluation.md, and docs/tables/embedded_benchmarks.csv.
+`pages` writes between markers of docs/benchmarks.md; `scores` between those of docs/toy_results.md, and writes
+docs/tables/embedded_benchmarks.csv.
 """
 
 import re
@@ -23,7 +24,8 @@ from eval.tables import insert, interval_text, markdown, write_csv
 from llava.errors import UserError
 from llava.places import WORK, check_checkout
 
-PAGE = WORK / "docs" / "evaluation.md"
+PAGE = WORK / "docs" / "benchmarks.md"
+TOY_PAGE = WORK / "docs" / "toy_results.md"
 RESULTS = WORK / "results" / "benchmarks"
 OURS = ("video_qa",)  # sets of this repository alone, which no paper reports
 
@@ -107,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         header = ["benchmark", "metric", "questions", "full", "consensusdrop", "tokens per layer"]
         rows = score_rows(RESULTS)
         shown = [(name, metric, full, ours) for name, metric, _, full, ours, _ in rows]
-        insert(PAGE, "embedded scores", markdown(["benchmark", "metric", "full", "consensusdrop"], shown))
+        insert(TOY_PAGE, "embedded scores", markdown(["benchmark", "metric", "full", "consensusdrop"], shown))
         write_csv(WORK / "docs" / "tables" / "embedded_benchmarks.csv", header, rows)
     return 0
 

@@ -1,4 +1,4 @@
-"""Write the tables of methods of docs/methods.md and docs/models/families.md from the metadata of the methods.
+"""Write the tables of methods of README.md, docs/methods.md and docs/models/families.md from the methods' metadata.
 
 python -m lab.pages.methods
 """
@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from textwrap import fill
 
 from eval.command import exit_on_user_error, make_parser
 from eval.tables import insert, left_aligned, markdown
@@ -123,16 +122,21 @@ def families() -> str:
     return "\n".join([markdown(["method", *table], rows), "", *notes])
 
 
+def readme_table() -> str:
+    """One row per method, in short: name, where it acts and its paper; the controls come last."""
+    rows = []
+    for name in sorted(registry.names(), key=lambda name: not registry.method(name).metadata.paper):
+        about = registry.method(name).metadata
+        paper = f"[{about.paper}]({about.url})" if about.paper else "control"
+        rows.append([source_of(name).replace("(../", "("), about.acts, paper])
+    return left_aligned(markdown(["method", "acts", "paper"], rows))
+
+
 def write_readme() -> None:
-    """The number of methods and their names in README.md."""
-    names = registry.names()
-    controls = [name for name in names if not registry.method(name).metadata.paper]
-    listed = [f"`{name}`" for name in names if name not in controls]
-    text = f"{' '.join(listed)}, and the controls {' '.join(f'`{name}`' for name in controls)}."
-    start = rf"**{len(names)} [methods](docs/methods.md)** (where each acts, its score, what it needs, paper, "
-    paragraph = fill(f"{start}official code, tokens per layer): {text}", 175, break_on_hyphens=False)
-    page = README.read_text()
-    README.write_text(re.sub(r"^\*\*\d+ \[methods\].*?\n\n", paragraph + "\n\n", page, flags=re.DOTALL | re.MULTILINE))
+    """The number of methods and their table in README.md."""
+    insert(README, "readme methods", readme_table())
+    count = f"**{len(registry.names())} [methods]"
+    README.write_text(re.sub(r"\*\*\d+ \[methods\]", count, README.read_text()))
 
 
 @exit_on_user_error

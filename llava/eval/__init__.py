@@ -1,5 +1,5 @@
 """The modules that LLaVA's evaluation scripts start, by LLaVA's names and with its flags.
 
-LLaVA's gqa.sh and its like run as they are from the root of this project: see docs/llava_scripts.md. Unlike the rest of
+LLaVA's gqa.sh and its like run as they are from the root of this project: see docs/harnesses.md. Unlike the rest of
 `llava`, these modules import `eval`.
 """

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The toy models on every toy benchmark, with all visual tokens and with ConsensusDrop at 64 (videos: 136 of 2,056).
-# Interrupted, the same command goes on. About a quarter of an hour on two cores. Writes the table of scores in docs/evaluation.md and docs/tables/embedded_benchmarks.csv.
+# Interrupted, the same command goes on. About a quarter of an hour on two cores. Writes the table of scores in docs/toy_results.md and docs/tables/embedded_benchmarks.csv.
 # Usage: bash scripts/tables/embedded_benchmarks.sh
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Saves a W&B workspace: accuracy against tokens and TTFT, percent of full by method, tables and kept tokens (docs/wandb.md).
+# Saves a W&B workspace: accuracy against tokens and TTFT, percent of full by method, tables and kept tokens (docs/evaluation.md).
 # Needs `wandb login` or WANDB_API_KEY; --dry-run prints what would be sent.
 # Usage: bash scripts/wandb/workspace.sh ENTITY/PROJECT [--table NAME] [--update URL] [--dry-run]
 set -euo pipefail

@@ -30,7 +30,7 @@ try:
     from lmms_eval.api.model import lmms
 except ModuleNotFoundError as error:
     raise UserError(
-        f"The plug-in needs lmms-eval, and {error.name} is not installed; see docs/lmms_eval.md, or run python -m eval."
+        f"The plug-in needs lmms-eval, and {error.name} is not installed; see docs/harnesses.md, or run python -m eval."
     ) from error
 
 # What lmms-eval's LLaVA takes where a task sets no limit.

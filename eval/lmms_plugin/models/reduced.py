@@ -17,7 +17,7 @@ try:
     from lmms_eval.models import get_model, list_available_models
 except ModuleNotFoundError as error:
     raise UserError(
-        f"The plug-in needs lmms-eval, and {error.name} is not installed; see docs/lmms_eval.md, or run vtr eval."
+        f"The plug-in needs lmms-eval, and {error.name} is not installed; see docs/harnesses.md, or run vtr eval."
     ) from error
 
 NOT_WRAPPED = {"llava_reduced", "reduced"}
