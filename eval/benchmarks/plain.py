@@ -82,6 +82,7 @@ class PlainSet(Part):
         image: column with the image.
         image_key: columns that together name the image, which several questions share; by default its content does.
         groups: name of a breakdown -> column with the group or groups of a question.
+        optional: columns of `groups` and `image_key` that a table may lack.
         parts: name of a further number -> {column: value} of the questions that it is the mean of.
         metric: a name of eval.metrics.short_answers.METRICS.
         main: what the number is called.
@@ -105,6 +106,7 @@ class PlainSet(Part):
     image: str = "image"
     image_key: tuple[str, ...] = ()
     groups: dict[str, str] = Field(default_factory=dict)
+    optional: tuple[str, ...] = ()
     parts: dict[str, dict[str, str]] = Field(default_factory=dict)
     metric: Annotated[str, AfterValidator(known_metric)]
     main: str = "accuracy"
@@ -121,6 +123,9 @@ class PlainSet(Part):
         for split in self.upload.splits if self.upload is not None else ():
             if split not in self.splits:
                 raise unknown("split under upload", split, self.splits)
+        for column in self.optional:
+            if column not in (known := (*self.groups.values(), *self.image_key)):
+                raise unknown("column under optional", column, known)
         for name, wanted in self.parts.items():
             if len(wanted) != 1:
                 raise ValueError(f"the part {name} should name one column and its value, such as type: human_test")
@@ -134,9 +139,10 @@ class PlainSet(Part):
         return tuple(dict.fromkeys(filter(None, (self.id, self.question, *options, self.answer, *of_parts))))
 
     def row_schema(self) -> Any:
-        """The schema of a row: what it must hold, and what it may hold."""
-        fields: dict[str, Any] = dict.fromkeys(self.groups.values(), NotRequired[str | int | list[str] | None])
-        fields |= dict.fromkeys(self.image_key, NotRequired[Id | None])
+        """The schema of a row: the columns that the file names, with their types."""
+        fields: dict[str, Any] = dict.fromkeys(self.groups.values(), str | int | list[str] | None)
+        fields |= dict.fromkeys(self.image_key, Id | None)
+        fields |= {name: NotRequired[kind] for name, kind in fields.items() if name in self.optional}
         fields |= {column: Filled for wanted in self.parts.values() for column in wanted}
         if isinstance(self.options, str):
             fields |= {self.options: Texts} if self.options else {}
