@@ -508,7 +508,7 @@ def test_stats_has_the_numbers_of_every_group(stores, tmp_path):
 def test_a_variant_with_another_budget_is_not_put_beside_its_release():
     """A row marked ‡ stands in no comparison, whichever of the two it is."""
     _, found, _ = made()
-    pair = [i for i, line in enumerate(found.lines) if line.method == "visiondrop" and line.budget == 64]
+    pair = [i for i, line in enumerate(found.lines) if line.row.method == "visiondrop" and line.budget == 64]
     rows = releases(found).rows
     assert len(pair) == len(rows) == 2
     for marked in pair:

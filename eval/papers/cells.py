@@ -274,7 +274,7 @@ def read_cells(lines: Sequence[RowAtBudget], columns: Sequence[Column], jobs: Jo
                 failed.append(found)
             else:
                 cells[index, column.benchmark] = found
-                first = cells[first_of_method.setdefault((line.method, column.benchmark), index), column.benchmark]
+                first = cells[first_of_method.setdefault((line.row.method, column.benchmark), index), column.benchmark]
                 for other in (cells.get((0, column.benchmark)), first):
                     if other is not None and other.stored is not None and found.stored is not None:
                         check_joint(other.stored, found.stored)

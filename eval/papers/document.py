@@ -10,7 +10,7 @@ from pathlib import Path
 
 from eval.config import TOY_BANNER
 from eval.papers.cells import Cell, MeasuredTable, relative
-from eval.papers.gate import Check, comparable, sentences, values_of
+from eval.papers.gate import Check, comparable, sentences
 from eval.papers.published import Published, Value
 from eval.papers.reported import Reported, with_averages
 from eval.papers.reported import notes as reported_notes
@@ -54,12 +54,20 @@ class Entry:
 
 
 def entries(found: MeasuredTable, published: Published | None, place: Place) -> list[Entry]:
-    """Every cell, line by line."""
-    return [
-        Entry(cell, values_of(cell.line, cell.column.published, published, place), place.convention)
-        for index in range(len(found.lines))
-        for cell in found.row(index).values()
-    ]
+    """Every cell, line by line.
+
+    Args:
+        published: None to leave published values out. A variant of our own has none, nor has a column of no source.
+    """
+    made = []
+    for index, line in enumerate(found.lines):
+        name, budget = line.row.published_name, place.tokens if line.budget is None else line.budget
+        for cell in found.row(index).values():
+            column, values = cell.column.published, None
+            if published is not None:
+                values = published.values(name, budget, column) if name and column else []
+            made.append(Entry(cell, values, place.convention))
+    return made
 
 
 def published_text(values: Sequence[Value] | None, convention: str) -> str:
@@ -147,42 +155,28 @@ def blocks(found: MeasuredTable, clear: Mapping[int, Collection[str]]) -> list[B
     Args:
         clear: line -> benchmarks on which it differs significantly from the paper's method.
     """
+    names = [column.benchmark for column in found.columns]
+    whole = [*(found.cells[0, name].whole for name in names), False]
     groups: dict[Budget | None, list[int]] = {}
     for index, line in enumerate(found.lines):
         groups.setdefault(line.budget, []).append(index)
-    return [block(budget, group, found, clear) for budget, group in groups.items()]
-
-
-def block(
-    budget: Budget | None, indices: Sequence[int], found: MeasuredTable, clear: Mapping[int, Collection[str]]
-) -> Block:
-    """The lines of one budget."""
-    names = [column.benchmark for column in found.columns]
-    cells = [found.row(index) for index in indices]
-    rows: list[tuple[str, Sequence[float | None]]] = [
-        (label(found, index), [*(row[n].value if n in row else None for n in names), found.of_full(index)])
-        for index, row in zip(indices, cells, strict=True)
-    ]
-    nothing = [None] * (len(names) + 1)
-    ranked = [nothing if found.lines[i].by_kept else values for i, (_, values) in zip(indices, rows, strict=True)]
-    whole = [*(found.cells[0, name].whole for name in names), False]
-    ranks = [places([values[column] for values in ranked], whole[column]) for column in range(len(nothing))]
-    if len(indices) == 1:
-        ranks = [(frozenset(), frozenset())] * len(nothing)
-    return Block(
-        title_of(budget),
-        rows,
-        [first for first, _ in ranks],
-        [second for _, second in ranks],
-        whole,
-        [[row[n].interval if n in row else "" for n in names] for row in cells],
-        frozenset(
-            (row, place)
-            for row, index in enumerate(indices)
-            for place, name in enumerate(names)
-            if name in clear.get(index, ())
-        ),
-    )
+    made = []
+    for budget, indices in groups.items():
+        rows: list[tuple[str, Sequence[float | None]]] = []
+        ranked, intervals, marked = [], [], set()
+        for place, index in enumerate(indices):
+            cells = found.row(index)
+            values = [*(cells[name].value if name in cells else None for name in names), found.of_full(index)]
+            rows.append((label(found, index), values))
+            # A row that counts its budget otherwise has no rank, nor has the only row of a block.
+            has_rank = len(indices) > 1 and not found.lines[index].by_kept
+            ranked.append(values if has_rank else [None] * len(values))
+            intervals.append([cells[name].interval if name in cells else "" for name in names])
+            marked |= {(place, column) for column, name in enumerate(names) if name in clear.get(index, ())}
+        ranks = [places([values[column] for values in ranked], whole[column]) for column in range(len(whole))]
+        best, second = [first for first, _ in ranks], [second for _, second in ranks]
+        made.append(Block(budget_title(budget), rows, best, second, whole, intervals, frozenset(marked)))
+    return made
 
 
 def with_reported(
@@ -209,8 +203,8 @@ def with_reported(
     whole = measured[0].whole if measured else points
     nothing = [frozenset[int]()] * (len(names) + 1)
     found = []
-    for title in map(title_of, (None, *table.budgets)):
-        group = [row for row in kept if title_of(row.budget) == title]
+    for title in map(budget_title, (None, *table.budgets)):
+        group = [row for row in kept if budget_title(row.budget) == title]
         block = next((one for one in measured if one.title == title), Block(title, (), nothing, nothing, whole))
         if block.rows or group:
             found.append(replace(block, reported=group, benchmarks=names))
@@ -232,13 +226,10 @@ def lost_values(rows: Sequence[Reported], table: Table, columns: Sequence[Column
     return [f"Values as reported on {', '.join(lost)} are left out: no column here shows that metric."] if lost else []
 
 
-def title_of(budget: Budget | None) -> str:
-    """The title of a block."""
-    return "" if budget is None else budget_title(budget)
-
-
-def budget_title(budget: Budget) -> str:
-    """ "192 tokens", or "1/3 of the tokens"."""
+def budget_title(budget: Budget | None) -> str:
+    """ "192 tokens", or "1/3 of the tokens"; "" for the unreduced model."""
+    if budget is None:
+        return ""
     return f"{budget} tokens" if isinstance(budget, int) else f"{budget} of the tokens"
 
 
@@ -370,7 +361,7 @@ def facts_of(table: Table, where: RunTarget, found: MeasuredTable, command: str)
     options = ", ".join(f"{key}={value}" for key, value in run.image_options.items())
     return [
         ("Paper's model", table.model_title),
-        ("MeasuredTable on", relative(run.model) + (" (toy model)" if where.is_toy else "")),
+        ("Measured on", relative(run.model) + (" (toy model)" if where.is_toy else "")),
         ("Data", relative(run.data)),
         *([("Image options", options)] if options else []),
         ("Questions", questions),

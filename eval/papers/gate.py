@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from eval.papers.cells import Cell
 from eval.papers.published import WORDS, Published, Value
-from eval.papers.runs import RowAtBudget
 from eval.papers.spec import Place
 from eval.results.statistics import rounded
 
@@ -94,11 +93,3 @@ def comparable(cell: Cell, values: Sequence[Value], convention: str) -> tuple[li
     obstacles = {value: value.obstacle(convention) for value in values}
     found = [value for value in values if not obstacles[value]]
     return found, "" if found else "; ".join(dict.fromkeys(obstacles.values()))
-
-
-def values_of(line: RowAtBudget, column: str, published: Published | None, place: Place) -> Sequence[Value] | None:
-    """The published values of a row in a column; none for a variant of our own or a column that no source has."""
-    if published is None:
-        return None
-    name, budget = line.row.published_name, place.tokens if line.budget is None else line.budget
-    return published.values(name, budget, column) if name and column else []

@@ -75,11 +75,8 @@ class RowAtBudget:
     reducer: Reducer | None = None
 
     @property
-    def method(self) -> str:
-        return self.row.method
-
-    @property
     def title(self) -> str:
+        """The name of the row in every table and page."""
         return self.row.title
 
 

@@ -105,9 +105,9 @@ def difference(one: Cell | None, other: Cell | None) -> Comparison | None:
 def releases(found: MeasuredTable) -> Section:
     """Our variants of methods whose release is a row, minus the release, on every benchmark."""
     rows = []
-    released = {(line.method, line.budget): i for i, line in enumerate(found.lines) if line.row.runs_release}
+    released = {(line.row.method, line.budget): i for i, line in enumerate(found.lines) if line.row.runs_release}
     for index, line in enumerate(found.lines):
-        release = released.get((line.method, line.budget), index)
+        release = released.get((line.row.method, line.budget), index)
         ours, theirs = found.row(index), found.row(release)
         if line.row.runs_release or release == index or not ours or not theirs:
             continue
@@ -136,7 +136,7 @@ def aggregates(found: MeasuredTable) -> Section:
         same_budget = (
             i
             for i, one in enumerate(found.lines)
-            if one.budget == line.budget and one.method == "downsample" and not line.by_kept
+            if one.budget == line.budget and one.row.method == "downsample" and not line.by_kept
         )
         control = found.row(next(same_budget, -1))
         rows.append(
@@ -233,7 +233,7 @@ def against(table: Table, found: MeasuredTable, clear: Clear) -> Section:
         texts = "; ".join(f"{titles[name]} {difference_text(one)}" for name, one in differences.items()) or "none"
         line = found.lines[index]
         rows.append([line.title, str(line.budget), str(better), str(len(differences) - better), texts])
-    title = next((line.title for line in found.lines if line.method == table.ours), table.ours)
+    title = next((line.title for line in found.lines if line.row.method == table.ours), table.ours)
     about = (
         f"{title} minus each method at the same budget, paired permutation tests by image on every benchmark. p-values "
         "are corrected by Holm over the benchmarks of one row, not over the rows. Listed are the differences that are "
@@ -244,26 +244,24 @@ def against(table: Table, found: MeasuredTable, clear: Clear) -> Section:
 
 
 def clear_differences(table: Table, found: MeasuredTable) -> Clear:
-    """The significant differences of every line that is compared with the paper's method at the same budget."""
-    ours: dict[Budget | None, int] = {}
+    """The significant differences of every line that is compared with the paper's method at the same budget.
+
+    A difference is significant if a paired test finds it, corrected by Holm over the benchmarks of the line.
+    """
+    bases: dict[Budget | None, int] = {}
     for index, line in enumerate(found.lines):
-        if line.method == table.ours:
-            ours.setdefault(line.budget, index)
+        if line.row.method == table.ours:
+            bases.setdefault(line.budget, index)
     clear = {}
     for index, line in enumerate(found.lines):
-        base = ours.get(line.budget, index)
-        both = found.row(base), found.row(index)
-        if base != index and all(both) and not (line.by_kept or found.lines[base].by_kept):
-            clear[index] = significant(*both)
+        base = bases.get(line.budget, index)
+        ours, other = found.row(base), found.row(index)
+        if base == index or not (ours and other) or line.by_kept or found.lines[base].by_kept:
+            continue
+        tested = {name: compare(ours[name].terms, other[name].terms) for name in ours if name in other}
+        corrected = holm([one.p for one in tested.values()])
+        clear[index] = {name: one for (name, one), p in zip(tested.items(), corrected, strict=True) if p <= 1 - LEVEL}
     return clear
-
-
-def significant(ours: Mapping[str, Cell], other: Mapping[str, Cell]) -> dict[str, Comparison]:
-    """Benchmark -> ours minus other, where a paired test finds a difference, corrected by Holm over the benchmarks."""
-    names = [name for name in ours if name in other]
-    found = [compare(ours[name].terms, other[name].terms) for name in names]
-    corrected = holm([one.p for one in found])
-    return {name: one for name, one, p in zip(names, found, corrected, strict=True) if p <= 1 - LEVEL}
 
 
 # -- one method's choices, and all methods on one benchmark -----------------------------------------------------------
@@ -277,28 +275,25 @@ def defaults_of(table: Table) -> TableRow | None:
 def ablation(table: Table, found: MeasuredTable) -> Section:
     """Every choice beside the method's defaults, paired over images; two columns per benchmark and budget."""
     places = [(budget, column) for budget in table.budgets for column in found.columns]
-    default, rows = defaults_of(table), []
+    defaults, rows = defaults_of(table), []
     for row in table.rows:
-        cells = [f"{row.group}: {row.title}" if row.group else row.title]
+        texts = [f"{row.group}: {row.title}" if row.group else row.title]
         for budget, column in places:
-            both = [found.cell(one, budget, column.benchmark) for one in (row, default)]
-            cells += compared(*both)
-        rows.append(cells)
+            cell, default = (found.cell(one, budget, column.benchmark) for one in (row, defaults))
+            if cell is None:
+                texts += ["n/a", "cannot run"]
+                continue
+            text = number(cell.value, cell.whole) + f" {MARK}" * cell.line.by_kept
+            if default is not None and cell.line.run == default.line.run:
+                texts += [f"**{text}**", "default"]
+            else:
+                one = difference(cell, default)
+                texts += [text, difference_text(one) if one else "n/a"]
+        rows.append(texts)
     heads = [f"{column.title}, {budget} tokens" for budget, column in places]
     header = ["choice", *(text for head in heads for text in (head, "against the default [95 % CI]"))]
     about = "One choice at a time around the method's defaults; differences are paired over images."
     return Section("One choice at a time", about + mark_text(found), header, rows)
-
-
-def compared(cell: Cell | None, default: Cell | None) -> list[str]:
-    """A score, and its difference to the defaults."""
-    if cell is None:
-        return ["n/a", "cannot run"]
-    text = number(cell.value, cell.whole) + f" {MARK}" * cell.line.by_kept
-    if default is not None and cell.line.run == default.line.run:
-        return [f"**{text}**", "default"]
-    found = difference(cell, default)
-    return [text, difference_text(found) if found else "n/a"]
 
 
 def pairs_of(found: MeasuredTable) -> Pairs:
@@ -349,26 +344,20 @@ def overview(table: Table, found: MeasuredTable) -> Section:
 
 def claims(table: Table, found: MeasuredTable) -> Section:
     """The defaults of the paper's method minus the row of each claim: it holds, fails or stays open."""
-    default, name = defaults_of(table), found.columns[0].benchmark
-    rows = [
-        [row.claim, *(claim_text(found.cell(default, b, name), found.cell(row, b, name)) for b in table.budgets)]
-        for row in table.rows
-        if row.claim
-    ]
+    defaults, name, rows = defaults_of(table), found.columns[0].benchmark, []
+    for row in table.rows:
+        texts = []
+        for budget in table.budgets:
+            one = difference(*(found.cell(which, budget, name) for which in (defaults, row)))
+            verdict = "open" if one is None or one.p > 1 - LEVEL else "holds" if one.difference > 0 else "fails"
+            texts.append("n/a" if one is None else f"{difference_text(one)} {verdict}")
+        if row.claim:
+            rows.append([row.claim, *texts])
     about = (
         f"{table.ours} minus the row that a claim is about, paired over images [95 % interval]: a claim holds or fails "
         "where the paired permutation test is significant at 5 %, and stays open elsewhere."
     )
     return Section("Claims", about, ["claim", *(f"{budget} tokens" for budget in table.budgets)], rows)
-
-
-def claim_text(ours: Cell | None, other: Cell | None) -> str:
-    """A difference with the verdict on "better": holds, fails or open."""
-    found = difference(ours, other)
-    if found is None:
-        return "n/a"
-    verdict = "open" if found.p > 1 - LEVEL else "holds" if found.difference > 0 else "fails"
-    return f"{difference_text(found)} {verdict}"
 
 
 def significance(found: MeasuredTable, pairs: Pairs) -> Section:

@@ -248,25 +248,22 @@ def resolved(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             if part == "all" and key == "rows":
                 entries += [{"method": method} for method in registry.names() if method != FULL]
             elif isinstance(part, str):
-                entries += read_list(key, part, folder)
+                places = [folder / part, LISTS / Path(part).name]
+                file = next((place for place in places if place.suffix == ".yaml" and place.is_file()), None)
+                if file is None:
+                    raise UserError(
+                        f"{key} names {part}, which is no .yaml file beside the table's nor one of specs/lists."
+                    )
+                listed = read_yaml(file)
+                if not isinstance(listed, list):
+                    raise UserError(f"{key} names {part}, which should hold a list, got {type(listed).__name__}.")
+                entries += listed
             elif part is not None:
                 entries.append(part)
         found[key] = entries
     if "factors" in found:
         found["rows"] = [*found["rows"], *rows_of_factors(str(found.get("ours", "")), found.pop("factors"))]
     return found
-
-
-def read_list(key: str, name: str, folder: Path) -> list[Any]:
-    """The entries of a list's file."""
-    places = [folder / name, LISTS / Path(name).name]
-    file = next((place for place in places if place.suffix == ".yaml" and place.is_file()), None)
-    if file is None:
-        raise UserError(f"{key} names {name}, which is no .yaml file beside the table's nor one of specs/lists.")
-    content = read_yaml(file)
-    if not isinstance(content, list):
-        raise UserError(f"{key} names {name}, which should hold a list, got {type(content).__name__}.")
-    return content
 
 
 def rows_of_factors(method: str, factors: Any) -> list[dict[str, Any]]:

@@ -259,19 +259,6 @@ def write(document: "Document", folder: Path, tex_intervals: bool = False) -> li
     return paths
 
 
-def write_page(document: "Document") -> Path:
-    """Put the sections where the table's page of the documentation has markers for them; returns the page.
-
-    A marker names the table and the title of the section: `<!-- begin embedded_main overview -->`.
-    """
-    page = WORK / document.table.page
-    for section in document.sections:
-        marker = f"{document.table.name} {section.title}".lower()
-        if f"<!-- begin {marker} -->" in page.read_text():
-            insert(page, marker, f"{section.about}\n\n{markdown(section.columns, section.rows)}")
-    return page
-
-
 def parser() -> argparse.ArgumentParser:
     p = make_parser("tables paper", __doc__)
     p.add_argument("table", help="paper/name, such as consensusdrop/llava15_7b, or a path to a .yaml")
@@ -316,7 +303,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit should be 1 or more questions, got {args.limit}.")
     table = spec.read(spec.find(args.table))
-    added = added_rows(table, args)
+    if table.kind != "scores" and (args.add or args.published_only):
+        raise UserError(
+            f"--add and --published-only are for tables of scores; {table.identity} is of kind {table.kind}: leave "
+            "them out."
+        )
+    # Checked against the whole table, before a part of it is taken.
+    added = [row for path in args.add for row in reported.read_added(path, table)]
     if args.published_only:
         return published_only(table, added, args)
     where = where_of(table, args)
@@ -335,26 +328,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table, where, args, folder, [row for row in added if row.budget in (None, *table.budgets)]
     )
     files = write(document, folder, args.tex_intervals)
-    log(args.wandb, document, where, folder, files)
+    log_to_wandb(args.wandb, document, where, folder, files)
     print(summary(document))
     print(f"Table: {', '.join(str(file) for file in files)}")
     if args.page:
-        print(f"Page: {write_page(document)}")
+        # A marker names the table and the title of the section: `<!-- begin embedded_main overview -->`.
+        page = WORK / table.page
+        for section in document.sections:
+            marker = f"{table.name} {section.title}".lower()
+            if f"<!-- begin {marker} -->" in page.read_text():
+                insert(page, marker, f"{section.about}\n\n{markdown(section.columns, section.rows)}")
+        print(f"Page: {page}")
     return 0
-
-
-def added_rows(table: Table, args: argparse.Namespace) -> list[Reported]:
-    """The rows of --add, checked against the whole table.
-
-    Raises:
-        UserError: the table has no place for rows, or a file is wrong.
-    """
-    if table.kind != "scores" and (args.add or args.published_only):
-        raise UserError(
-            f"--add and --published-only are for tables of scores; {table.identity} is of kind {table.kind}: leave "
-            "them out."
-        )
-    return [row for path in args.add for row in reported.read_added(path, table)]
 
 
 def published_only(table: Table, added: Sequence[Reported], args: argparse.Namespace) -> int:
@@ -429,7 +414,7 @@ def summary(document: "Document") -> str:
     return "\n".join(lines)
 
 
-def log(mode: str, document: "Document", where: "RunTarget", folder: Path, files: Sequence[Path]) -> None:
+def log_to_wandb(mode: str, document: "Document", where: "RunTarget", folder: Path, files: Sequence[Path]) -> None:
     """One W&B run for the table, with its files and what its plots show."""
     header = ["method", "budget", "benchmark", "score", "low", "high", "tokens per layer", "answers sha256"]
     cells = [entry.cell for entry in document.entries]
