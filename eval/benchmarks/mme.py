@@ -126,11 +126,19 @@ def read_official(prompts: Path, profile: str) -> Contents[MmeReference]:
         task, file = official.split("/")[0], f"{stem(official)}.txt"
         if task not in TASKS:
             raise unknown(f"MME task in {where}", task, TASKS)
-        path = answer_folder(release, task) / file
+        places = (release / task / "questions_answers_YN", release / task)
+        folder = next((place for place in places if place.is_dir()), None)
+        if folder is None:
+            raise UserError(
+                f"No MME task folder at {release / task}; it should hold text files of questions and answers."
+            )
+        path = folder / file
         if path not in files:
             files[path] = read_truth(path)
         answers = files[path]
-        asked = official_question(text, answers)
+        # A prompt without the instruction asks the official question that has it after one or two spaces.
+        spellings = [text] if PLEASE.strip() in text else [text + PLEASE, f"{text} {PLEASE}"]
+        asked = next((spelling for spelling in spellings if spelling in answers), None)
         if asked is None:
             raise UserError(f"{where} asks {text!r}, which {file} below {release / task} does not.")
         seen[official] += 1
@@ -179,16 +187,8 @@ def stem(file: str) -> str:
 
 
 def plain(question: str) -> str:
-    """A question without its instruction and its spaces' number, which some files have doubled."""
+    """A question without its instruction and with single spaces, which some files have doubled."""
     return " ".join(question.replace(PLEASE.strip(), "").split())
-
-
-def answer_folder(release: Path, task: str) -> Path:
-    """Where the text files of a task are."""
-    for folder in (release / task / "questions_answers_YN", release / task):
-        if folder.is_dir():
-            return folder
-    raise UserError(f"No MME task folder at {release / task}; it should hold text files of questions and answers.")
 
 
 def read_truth(file: Path) -> dict[str, str]:
@@ -202,12 +202,6 @@ def read_truth(file: Path) -> dict[str, str]:
             raise UserError(f"{file} line {number} should be a question, a tab and Yes or No, got {line.strip()!r}.")
         answers[question] = rest[0]
     return answers
-
-
-def official_question(prompt: str, answers: dict[str, str]) -> str | None:
-    """The question of `answers` that a prompt without its instruction asks: one or two spaces join the official one."""
-    spellings = [prompt] if PLEASE.strip() in prompt else [prompt + PLEASE, f"{prompt} {PLEASE}"]
-    return next((spelling for spelling in spellings if spelling in answers), None)
 
 
 def read_folder(folder: Path, items: Mapping[str, MmeReference]) -> list[AnswerRow]:

@@ -27,7 +27,6 @@ from typing import Any
 from eval.benchmarks.base import PARTS, Dataset, Question, listed
 from eval.benchmarks.hub import by_unique_id, check_answers, letters, open_table, option_lines, ungraded, with_version
 from eval.benchmarks.llava_files import LETTER, SHORT
-from eval.benchmarks.media import Inline
 from eval.benchmarks.records import Filled, TypedDict
 from eval.metrics import Score
 from eval.metrics.accuracy import check_coverage, grouped, percent
@@ -86,8 +85,10 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     images = table.images(IMAGES)
     questions = []
     for row, (name, record) in enumerate(records.items()):
-        if lmms:
-            shown = lmms_images(row, record, items[name], images)
+        if lmms:  # every image that question or options name, in the order of their numbers
+            text = "\n".join([record["question"], *(items[name].options or {}).values()])
+            named = {f"{row}/{mark.strip('<>').replace(' ', '_')}" for mark in IMAGE.findall(text)}
+            shown = tuple(sorted(named & images.names))
         else:
             # The first image, or none for questions whose options hold several.
             first = f"{row}/image_1"
@@ -165,13 +166,6 @@ def ask(name: str, record: MirrorRow, item: MmmuReference, lmms: bool, images: t
         text += "\n"
     suffix = SHORT if item.options is None else LETTER
     return Question(name, text, suffix, images, record["answer"], record["id"])
-
-
-def lmms_images(row: int, record: MirrorRow, item: MmmuReference, images: Inline) -> tuple[str, ...]:
-    """Every image that question or options name, in the order of their numbers."""
-    text = "\n".join([record["question"], *(item.options or {}).values()])
-    named = {f"{row}/{name.strip('<>').replace(' ', '_')}" for name in IMAGE.findall(text)}
-    return tuple(sorted(named & images.names))
 
 
 def several_in_options(item: MmmuReference) -> bool:

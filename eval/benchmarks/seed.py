@@ -128,7 +128,14 @@ def read_official(path: Path) -> Contents[SeedReference]:
     else:
         questions, files = [], [path]
         for name, record in records.items():
-            questions.append(ask(name, record, [official_image(record, f"Question {name} in {path}")]))
+            where, kind = f"Question {name} in {path}", record["data_type"]
+            needed = "data_id" if kind == "image" else "question_type_id"
+            if record.get(needed) is None:
+                raise UserError(f"{where} has no {needed}, which names its {kind}.")
+            image = f"SEED-Bench-video-image/{record.get('question_type_id')}_{record['question_id']}.png"
+            if kind == "image":
+                image = f"SEED-Bench-image/{record.get('data_id')}"
+            questions.append(ask(name, record, [image_name(image, where)]))
     return Contents("official files", tuple(questions), read_items(records), Folder(path.parent), fingerprint(files))
 
 
@@ -143,7 +150,7 @@ def read_items(records: Mapping[str, SeedRecord]) -> dict[str, SeedReference]:
 
 
 def from_prompts(path: Path, records: Mapping[str, SeedRecord], official: Path) -> list[Question]:
-    """Questions as LLaVA's file words and orders them; of those that share an id, the one that a prompt asks."""
+    """Questions in the words and order of LLaVA's file; a prompt tells which of the questions with its id it asks."""
     waiting: dict[str, list[str]] = defaultdict(list)
     for name, record in records.items():
         waiting[str(record["question_id"])].append(name)
@@ -188,17 +195,6 @@ def ask(name: str, record: SeedRecord, images: Sequence[str]) -> Question:
     choices = letters([record["choice_a"], record["choice_b"], record["choice_c"], record["choice_d"]])
     text = f"{record['question']}\n{option_lines(choices)}"
     return Question(name, text, LETTER, tuple(images), record["answer"], str(record["question_id"]))
-
-
-def official_image(record: SeedRecord, where: str) -> str:
-    """The image's place below seed_bench/, where LLaVA's question file does not say it."""
-    kind = record["data_type"]
-    needed = "data_id" if kind == "image" else "question_type_id"
-    if record.get(needed) is None:
-        raise UserError(f"{where} has no {needed}, which names its {kind}.")
-    if kind == "image":
-        return image_name(f"SEED-Bench-image/{record['data_id']}", where)
-    return image_name(f"SEED-Bench-video-image/{record['question_type_id']}_{record['question_id']}.png", where)
 
 
 # -- the metric ------------------------------------------------------------------------------------------------------
