@@ -33,22 +33,22 @@ class Cell:
     Attributes:
         value: the column's metric, in percent or points.
         low, high: 95 % interval of `value`; None where there is none.
-        column: as the paper has it; its title names the metric that is shown where these data do not give the paper's.
-        metric: name of the metric that `value` is; the benchmark's main one where the column's is missing here.
-        whole: points of a column in which scores are above 100, as MME's, are printed as whole numbers.
+        column: the paper's column. If these data do not give its metric, the title names the metric that is shown.
+        metric: name of the metric that `value` is: the column's, or else the benchmark's main one.
+        whole: whether the score is printed as a whole number, as points are in a column with scores above 100 (MME).
         tokens: visual tokens that entered a decoder layer, mean over layers and samples.
-        merged: how many of them stand for several.
+        merged: how many of these tokens were merged from several.
         kv_bytes, flops: per question.
-        terms: sums by unit that `value` follows from, for averages and tests.
-        normalise: the benchmark's own form of an answer, for loyalty.
-        texts, sample_scores: question id -> answer, sample score (empty where single answers have none).
+        terms: the sums by unit from which `value`, averages and tests are computed.
+        normalise: text -> the benchmark's own form of an answer, for loyalty.
+        texts, sample_scores: question id -> answer, sample score (empty if single answers have none).
         clusters: question id -> image, of the questions that have one.
-        other_judge: "" or, of a judged score, that another model graded it than the published ones.
+        other_judge: which model judged the answers, if it is not the judge of the published scores; else "".
         stored: the run; None for a cell that was not read from one.
-        no_interval: why there is none.
-        no_flops: of how many questions operations were counted, where that is not all and `flops` is withheld.
+        no_interval: why there is no interval.
+        no_flops: for how many questions operations were counted, if not for all; `flops` is withheld then.
         padding: visual tokens per question whose patch lies on the square's padding; None in results without it.
-        command: asks these questions alone.
+        command: the command that runs this cell alone.
     """
 
     line: RowAtBudget
@@ -81,12 +81,12 @@ class Cell:
 
     @property
     def run(self) -> str:
-        """Folder of the run, from the repository's root where it is inside."""
+        """Folder of the run, relative to the repository's root if it is inside."""
         return relative(self.folder)
 
     @property
     def answers_sha256(self) -> str:
-        """Over the answers to the questions that were asked, sorted by question."""
+        """Hash of the answers to the questions that were asked, sorted by question."""
         lines = (f"{name}\t{self.texts[name]}\n" for name in sorted(self.texts))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -97,7 +97,7 @@ class Cell:
 
 
 def read_cell(line: RowAtBudget, column: Column, job: Job) -> Cell | str:
-    """A finished run; a sentence instead if some of its questions failed or it is off its budget.
+    """The cell of a finished run, or a sentence if some of its questions failed or it is off its budget.
 
     Raises:
         UserError: there is no result of these questions.
@@ -160,10 +160,10 @@ def read_cell(line: RowAtBudget, column: Column, job: Job) -> Cell | str:
 
 
 def other_judge(facts: Mapping[str, str]) -> str:
-    """ "" where the official judge graded, in any dated version; else who did.
+    """ "" if the official judge graded the answers, in any dated version; else who did.
 
     Args:
-        facts: name of the judge, and of the official one; empty where there is none, or only words were matched.
+        facts: names of the judge and of the official judge; empty if there is no judge or only words were matched.
     """
     name, official = facts.get("name", ""), facts.get("official", "")
     family = re.sub(r"-\d{4}$", "", official)
@@ -171,10 +171,10 @@ def other_judge(facts: Mapping[str, str]) -> str:
 
 
 def metric_of(column: Column, result: Mapping[str, Any], known: Collection[str]) -> tuple[str, float]:
-    """The column's metric; the benchmark's main one where these data do not give it.
+    """Name and value of the column's metric, or of the benchmark's main one if these data do not give the column's.
 
     Args:
-        known: metrics that intervals, averages and tests can be about.
+        known: metrics for which intervals, averages and tests can be computed.
     """
     metrics = result["metrics"]
     if column.metric and column.metric not in known and metrics.get(column.metric, "no such metric") is not None:
@@ -218,7 +218,7 @@ def command_of(line: RowAtBudget, column: Column, run: RunConfig) -> str:
 
 
 def relative(path: str | os.PathLike[str]) -> str:
-    """A path below the repository's root from there; others as they are."""
+    """A path inside the repository, relative to its root; other paths are returned as they are."""
     found = Path(path)
     return str(found.relative_to(WORK)) if found.is_absolute() and found.is_relative_to(WORK) else str(path)
 
@@ -228,8 +228,8 @@ class MeasuredTable:
     """All cells of a table that were run.
 
     Attributes:
-        cells: by (index of the line, benchmark).
-        failed: a sentence for each run in which questions failed; it has no cell.
+        cells: (index of the line, benchmark) -> cell.
+        failed: a sentence for each run without a cell, because some of its questions failed.
     """
 
     lines: Sequence[RowAtBudget]
@@ -254,8 +254,10 @@ class MeasuredTable:
         return self.cells.get((index, benchmark))
 
     def of_full(self, index: int) -> float | None:
-        """The average of the table: mean over the benchmarks of the score in percent of full's; None if one is missing,
-        or full scores 0 there."""
+        """The average of the table: the mean over the benchmarks of the score in percent of the unreduced model's.
+
+        None if a score is missing, or the unreduced model scores 0 on a benchmark.
+        """
         row, full = self.row(index), self.row(0)
         if not row or len(row) < len(full) or any(full[name].value == 0 for name in row):
             return None

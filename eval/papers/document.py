@@ -57,7 +57,7 @@ def entries(found: MeasuredTable, published: Published | None, place: Place) -> 
     """Every cell, line by line.
 
     Args:
-        published: None to leave published values out. A variant of our own has none, nor has a column of no source.
+        published: None to leave published values out. Variants of our own and columns without a source have none.
     """
     made = []
     for index, line in enumerate(found.lines):
@@ -142,7 +142,7 @@ class Block:
 
 
 def label(found: MeasuredTable, index: int) -> str:
-    """The name of a row, marked and with its mean number of tokens where it counts its budget otherwise."""
+    """The name of a row. One that counts its budget otherwise is marked, with its mean number of tokens."""
     line, cells = found.lines[index], found.row(index)
     if not line.by_kept or not cells:
         return line.title
@@ -186,10 +186,10 @@ def with_reported(
     columns: Sequence[Column],
     full: Mapping[str, float] | None,
 ) -> list[Block]:
-    """The blocks with the reported rows of their budgets; made of these alone where nothing was measured.
+    """The blocks with the reported rows of their budgets, or blocks of reported rows alone if nothing was measured.
 
     Args:
-        columns: as they are shown; a value of another metric than a column's has no place in it.
+        columns: as they are shown. A reported value of another metric is left out.
         full: benchmark -> score of the unreduced model, if averages may be in percent of it; else None.
     """
     names = [column.benchmark for column in columns]
@@ -212,13 +212,13 @@ def with_reported(
 
 
 def as_in_the_paper(table: Table, columns: Sequence[Column]) -> set[str]:
-    """The benchmarks whose columns show the metric that the paper's do."""
+    """The benchmarks whose columns show the same metric as the paper's columns."""
     heads = {column.benchmark: column.title for column in table.columns}
     return {column.benchmark for column in columns if heads[column.benchmark] == column.title}
 
 
 def lost_values(rows: Sequence[Reported], table: Table, columns: Sequence[Column]) -> list[str]:
-    """That values are left out, where rows have them and the shown columns have no place for them."""
+    """A note that names the columns whose reported values are left out, because they show another metric."""
     shown = as_in_the_paper(table, columns)
     lost = [
         c.title for c in table.columns if c.benchmark not in shown and any(c.benchmark in row.scores for row in rows)
@@ -234,7 +234,7 @@ def budget_title(budget: Budget | None) -> str:
 
 
 def places(values: Sequence[float | None], whole: bool = False) -> tuple[frozenset[int], frozenset[int]]:
-    """Rows with the best value and with the second-best; values that print alike share a place."""
+    """The rows with the best value, and those with the second-best. Values that print alike share a place."""
     printed = [None if value is None else float(number(value, whole)) for value in values]
     order = [*sorted({value for value in printed if value is not None}, reverse=True), math.nan, math.nan]
     best, second = (frozenset(i for i, value in enumerate(printed) if value == wanted) for wanted in order[:2])
@@ -260,16 +260,16 @@ class Document:
 
     Attributes:
         model: name of the model that ran.
-        is_toy: it is a bundled toy: every format says so, and nothing published stands beside its numbers.
+        is_toy: a bundled toy model ran. Every format says so, and shows no published value beside its numbers.
         columns: heads of the wide table, the average last.
         blocks: the wide table; empty for kinds that have none.
         entries: one per cell.
-        checks: the gate's; empty where it was not asked.
+        checks: of the gate; empty if there was nothing to compare with.
         facts: (name, text) lines under the title.
-        points: for plots, one per method and budget: tokens, ttft_ms and score, the average in percent of full. Of an
-            overview the score itself, with the bars of its interval.
-        images: caption -> file, what each method keeps of one image.
-        pairs: of an overview, the rows of the file of pairs.
+        points: for plots, one per method and budget: tokens, ttft_ms and score. The score is the average in percent of
+            full; in an overview it is the score itself, with the bars of its interval.
+        images: caption -> file that shows what a method keeps of one image.
+        pairs: the rows of the file of pairs; only an overview has them.
         only_reported: nothing was measured.
     """
 
@@ -290,14 +290,14 @@ class Document:
 
     @property
     def title(self) -> str:
-        """The table's title, and which model ran where that is not the paper's."""
+        """The table's title, with the model that ran if it is not the paper's."""
         if self.only_reported:
             return f"{self.table.title}, published values"
         return f"{self.table.title}, run on the TOY MODEL {self.model}" if self.is_toy else self.table.title
 
     @property
     def banner(self) -> str:
-        """What stands first where a toy ran, or nothing; "" elsewhere."""
+        """The first sentence of the page if a toy model ran or nothing was measured; "" otherwise."""
         if self.only_reported:
             return "NOTHING WAS MEASURED: every value of this table is as its source reports it."
         if not self.is_toy:

@@ -1,6 +1,6 @@
-"""The figure of a table: its scores against visual tokens, and against time to first token if measured.
+"""The figure of a table: its scores against visual tokens, and against time to first token if that was measured.
 
-And for a table's W&B run, what its methods keep of one image.
+For a table's W&B run, this module also draws what the methods keep of one image.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,11 +22,11 @@ SIDE = 448  # longest side of an image
 
 
 def draw(path: Path, points: Sequence[Mapping[str, Any]], title: str, ours: str, scores: str) -> bool:
-    """Draw the points of a table; returns whether there was something to draw.
+    """Draw the points of a table. Returns False if there was nothing to draw.
 
     Args:
-        points: method, budget, tokens, ttft_ms (or None) and score of each line, and the bars of its interval if it
-            is drawn; the unreduced model has no budget.
+        points: method, budget (None for the unreduced model), tokens, ttft_ms (or None) and score of each line. If an
+            interval is drawn, also its bars.
         title: which methods were measured, and on what.
         ours: label of the paper's method, drawn on top.
         scores: what the scores are.
@@ -89,7 +89,11 @@ def best(points: Sequence[Mapping[str, Any]], ours: str) -> list[str]:
 
 
 def draw_kept(lines: Sequence[RowAtBudget], data: Dataset, model: Llava, folder: Path) -> dict[str, Path]:
-    """Caption -> image of the first question of a benchmark, for each method at the table's smallest budget."""
+    """Draw what each method keeps of a benchmark's first image at the table's smallest budget.
+
+    Returns:
+        Caption -> file; nothing if the first question has no image.
+    """
     sample = data.sample(data.questions[0])
     if not sample.images:
         return {}

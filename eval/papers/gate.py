@@ -1,6 +1,6 @@
-"""Published values beside ours: which are like ours, and whether the unreduced model is the one of the paper.
+"""Compare our scores with published ones: which of these are like ours, and is the unreduced model the paper's?
 
-The gate is checked before any reduced number is believed.
+The gate checks the unreduced model before any reduced number is believed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,11 @@ EVERYWHERE: Sequence[str] = WORDS["everywhere"]
 
 @dataclass(frozen=True)
 class Check:
-    """One benchmark of the unreduced model beside its published baseline.
+    """The score of the unreduced model on one benchmark, and the published score that it is compared with.
 
     Attributes:
-        nearest: the published value that is like ours and nearest to it; None if there is none, and `why` says why.
+        nearest: of the published values that are like ours, the one nearest to it; None if there is none.
+        why: why there is none.
     """
 
     cell: Cell
@@ -39,7 +40,7 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """Which source the benchmark passed, or not, and by how much."""
+        """Whether the benchmark passed, and how far it is from which source."""
         if self.nearest is None:
             return f"not compared: {self.why}"
         passed = "passed" if self.passed else "failed"
@@ -49,8 +50,8 @@ class Check:
 def check(cells: Sequence[Cell], published: Published, place: Place) -> list[Check]:
     """Compare the unreduced model with the published baselines.
 
-    A check passes if the value is within the column's tolerance of one source: sources differ among themselves. Only
-    sources that are like ours count (`comparable`).
+    A check passes if the value is within the column's tolerance of at least one source, because sources differ among
+    themselves. Only sources that are like ours count (`comparable`).
     """
     found = []
     for cell in cells:
@@ -72,11 +73,12 @@ def sentences(checks: Sequence[Check]) -> list[str]:
 
 
 def comparable(cell: Cell, values: Sequence[Value], convention: str) -> tuple[list[Value], str]:
-    """The published values that are like ours: same split, metric, judge, budget, variant and convention, neither
-    disputed nor of low trust. The gate and the column of differences both take these.
+    """The published values that are like ours; the gate and the column of differences take these.
+
+    They have the same split, metric, judge, budget, variant and convention, and are neither disputed nor of low trust.
 
     Returns:
-        (values, "") or ([], why none is).
+        (values, ""), or ([], why there is none).
     """
     line, column = cell.line, cell.column
     ours = {

@@ -41,7 +41,7 @@ def legend_of(document: Document) -> str:
 
 
 def filled(template: str, values: Mapping[str, Any], left: str = "{", right: str = "}") -> str:
-    """A template beside this file, filled; `left` and `right` are the brackets of its tags."""
+    """Fill a template of this folder; `left` and `right` are the brackets of its tags."""
     environment = jinja2.Environment(
         block_start_string=f"{left}%",
         block_end_string=f"%{right}",
@@ -150,7 +150,7 @@ def html_page(document: Document) -> str:
 
 
 def details_of(entry: Entry) -> dict[str, str]:
-    """What a cell says beside its score, by name."""
+    """Name -> text of what a cell shows on demand, besides its score."""
     cell = entry.cell
     found = {} if entry.published is None else {"published": published_text(entry.published, entry.convention)}
     found |= {"metric": cell.metric, "merged tokens": rounded(cell.merged)}
@@ -233,7 +233,7 @@ def caption_of(document: Document, intervals: bool) -> str:
 
 
 def block_latex(block: Block, width: int, intervals: bool) -> list[str]:
-    """The rows of a budget: methods by benchmarks, those as reported below the others."""
+    """The rows of a budget: methods by benchmarks, the reported rows below the measured ones."""
     body = [r"\midrule"]
     if block.title:
         body += [rf"\multicolumn{{{width}}}{{c}}{{\textit{{{escaped(block.title)}}}}} \\", r"\midrule"]

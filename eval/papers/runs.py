@@ -1,7 +1,8 @@
-"""The runs of a table: every method at every budget on every benchmark, why some cannot be, and how they are made.
+"""The runs of a table: every method at every budget on every benchmark.
 
-Runs that have no result yet are made in one process or spread over the ranks of a node. Times to the first token are
-measured in turns in one process, on the first question of the first benchmark.
+A row at a budget is called a line. Each cell of a line is a run, prepared once as a `Job`. Runs that have no result yet
+are made in one process or spread over the ranks of a node. Times to the first token are measured in one process, in
+turns, on the first question of the first benchmark.
 """
 
 import contextlib
@@ -46,8 +47,8 @@ class RunTarget:
 
     Attributes:
         place: from the spec: which columns it can fill, and how the paper counts its tokens.
-        is_toy: the bundled toy model; published values are left out then.
-        run: the unreduced model's run on this data. Every cell's is this one with its own method and benchmark.
+        is_toy: whether it is a bundled toy model; published values are left out then.
+        run: the run of the unreduced model. A cell's run is this one with its own method, budget and benchmark.
     """
 
     place: Place
@@ -57,14 +58,14 @@ class RunTarget:
 
 @dataclass(frozen=True)
 class RowAtBudget:
-    """A row of the table at one budget.
+    """A row of the table at one budget: a line.
 
     Attributes:
         budget: as the spec has it; None for the unreduced model.
-        run: method, budget and options of its cells; None if the method cannot run so.
-        by_kept: the budget counts tokens kept after the pruning layer, not the mean over layers.
-        reason: why the method cannot run so; "" if it can.
-        reducer: the method, built; None if it cannot run so.
+        run: with the method, budget and options of this line; None if the method cannot run at this budget.
+        by_kept: whether the budget counts tokens kept after the pruning layer, not the mean over layers.
+        reason: why the method cannot run; "" if it can.
+        reducer: the built method; None if it cannot run.
     """
 
     row: TableRow
@@ -100,7 +101,11 @@ def lines_of(table: Table, run: RunConfig, model: Llava) -> list[RowAtBudget]:
 
 
 def line_of(row: TableRow, budget: Budget, run: RunConfig, model: Llava) -> RowAtBudget:
-    """A row at a budget: by the mean over layers, else by kept tokens, else with the reason why it cannot run."""
+    """A row at a budget.
+
+    The budget is the mean over layers if the method can reach it, or else the number of kept tokens. A method that can
+    do neither gets a line with the reason.
+    """
     tokens, ratio = budget_of(count_or_ratio(str(budget)))
     own = changed(row.options, row.method) | ratio
     can_count_kept = "schedule" in options_of(registry.method(row.method)) and "schedule" not in row.options
@@ -166,7 +171,7 @@ def described(lines: Sequence[RowAtBudget]) -> list[str]:
 
 
 def open_model(run: RunConfig, place: Placement | None) -> CachingLlava:
-    """The model; on the CPU where the ranks have their own, so that it takes no GPU's memory from them."""
+    """The model. If ranks do the work, this process holds it on the CPU and leaves them the memory of the GPUs."""
     device = "cpu" if place is not None else run.device
     options = {key: parse(key, value) for key, value in run.image_options.items()}
     return CachingLlava(load(run.model, run.dtype, device, **options))
@@ -208,10 +213,10 @@ class Time:
 
 
 def times_of(jobs: Jobs, model: Llava, repeats: int, path: Path) -> dict[int, Time]:
-    """Index of a line -> its time; nothing without repeats.
+    """Index of a line -> its time to the first token; empty without repeats.
 
     Args:
-        path: measurements are kept here, so that an interrupted table goes on.
+        path: where measurements are kept, so that an interrupted table goes on.
     """
     if not repeats:
         return {}

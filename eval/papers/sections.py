@@ -53,11 +53,11 @@ def sections_of(table: Table, found: MeasuredTable, times: Times, clear: Clear, 
 
 
 def costs(found: MeasuredTable, times: Times, scored: bool = False, lines: Iterable[int] | None = None) -> Section:
-    """What one question costs, beside the unreduced model.
+    """What one question costs, compared with the unreduced model.
 
     Args:
-        scored: also show what it scores, for a page that has no table of scores.
-        lines: all if left out.
+        scored: also show the scores, for a page that has no table of scores.
+        lines: which lines to show; all if left out.
     """
     rows = []
     for index in range(len(found.lines)) if lines is None else lines:
@@ -83,12 +83,12 @@ def costs(found: MeasuredTable, times: Times, scored: bool = False, lines: Itera
 
 
 def mark_text(found: MeasuredTable) -> str:
-    """What the mark of rows that count their budget otherwise means, where there are such rows."""
+    """What the mark of rows that count their budget otherwise means; "" if there are no such rows."""
     return f" {MARK} {MARK_TEXT}." if any(line.by_kept for line in found.lines) else ""
 
 
 def left_out(found: MeasuredTable) -> str:
-    """That a section has no rows that count their budget otherwise, where there are such rows."""
+    """A sentence that rows which count their budget otherwise are left out; "" if there are no such rows."""
     return f" Rows marked {MARK} are left out." if any(line.by_kept for line in found.lines) else ""
 
 
@@ -96,14 +96,14 @@ def left_out(found: MeasuredTable) -> str:
 
 
 def difference(one: Cell | None, other: Cell | None) -> Comparison | None:
-    """One cell minus another of its benchmark; None where one is missing or counts its budget otherwise."""
+    """One cell minus another of the same benchmark; None if one is missing or counts its budget otherwise."""
     if one is None or other is None or one.line.by_kept or other.line.by_kept:
         return None
     return compare(one.terms, other.terms)
 
 
 def releases(found: MeasuredTable) -> Section:
-    """Our variants of methods whose release is a row, minus the release, on every benchmark."""
+    """The difference between our variant of a method and the authors' release, if both are rows of the table."""
     rows = []
     released = {(line.row.method, line.budget): i for i, line in enumerate(found.lines) if line.row.runs_release}
     for index, line in enumerate(found.lines):
@@ -169,7 +169,10 @@ def relative_text(pairs: Scores, count: int) -> str:
 
 
 def pooled_loyalty(row: Mapping[str, Cell], full: Mapping[str, Cell]) -> Interval:
-    """Over all questions of all benchmarks that show an image; images of different benchmarks are different units."""
+    """The share of questions with an image that are answered as by the unreduced model, over all benchmarks.
+
+    Images of different benchmarks are different units of the interval.
+    """
     same = {
         f"{name} {key}": value
         for name, cell in row.items()
@@ -180,7 +183,7 @@ def pooled_loyalty(row: Mapping[str, Cell], full: Mapping[str, Cell]) -> Interva
 
 
 def clusters_of(row: Mapping[str, Cell]) -> dict[str, str]:
-    """Question of a benchmark -> image of that benchmark."""
+    """ "BENCHMARK QUESTION" -> "BENCHMARK IMAGE", which are unique over all benchmarks."""
     return {f"{name} {key}": f"{name} {image}" for name, cell in row.items() for key, image in cell.clusters.items()}
 
 
@@ -197,7 +200,7 @@ def hard_text(row: Mapping[str, Cell], full: Mapping[str, Cell], control: Mappin
 
 
 def needed(found: MeasuredTable) -> Section:
-    """The smallest budget of each method at which 99 % of full are shown, for each benchmark."""
+    """For each benchmark, the smallest budget at which a method is shown to keep 99 % of the unreduced score."""
     by_method: dict[str, dict[int, int]] = {}
     for index, line in enumerate(found.lines):
         if index and found.row(index) and not line.by_kept:
@@ -273,7 +276,7 @@ def defaults_of(table: Table) -> TableRow | None:
 
 
 def ablation(table: Table, found: MeasuredTable) -> Section:
-    """Every choice beside the method's defaults, paired over images; two columns per benchmark and budget."""
+    """Every choice compared with the method's defaults, paired over images; two columns per benchmark and budget."""
     places = [(budget, column) for budget in table.budgets for column in found.columns]
     defaults, rows = defaults_of(table), []
     for row in table.rows:
@@ -297,7 +300,10 @@ def ablation(table: Table, found: MeasuredTable) -> Section:
 
 
 def pairs_of(found: MeasuredTable) -> Pairs:
-    """Every two lines of a budget on the one benchmark of an overview; none that counts its budget otherwise."""
+    """The difference of every two lines of a budget on the one benchmark of an overview.
+
+    Lines that count their budget otherwise are left out.
+    """
     by_budget: dict[Budget, dict[int, Cell]] = {}
     for index, line in enumerate(found.lines):
         cell = found.first(index)
@@ -325,7 +331,7 @@ def standing(index: int, pairs: Mapping[tuple[int, int], Comparison]) -> tuple[i
 
 
 def overview(table: Table, found: MeasuredTable) -> Section:
-    """Methods by budgets, those with the highest lowest score first."""
+    """Methods by budgets, sorted by their lowest score, the highest first."""
     name = found.columns[0].benchmark
     full, rows = found.cells[0, name], []
     for row in table.rows:
@@ -361,7 +367,7 @@ def claims(table: Table, found: MeasuredTable) -> Section:
 
 
 def significance(found: MeasuredTable, pairs: Pairs) -> Section:
-    """How many pairs differ at each budget, and the methods that no other one beats."""
+    """How many pairs of methods differ at each budget, and which methods no other method beats."""
     rows = []
     for budget, compared in pairs.items():
         clear = sum(one.p <= 1 - LEVEL for one in compared.values())

@@ -43,13 +43,13 @@ REPEATS = 5
 
 
 def toy_path(name: str) -> Path:
-    """A path of a spec's toy place: what is below assets/ is bundled, wherever that is here."""
+    """Where a toy model or toy data set of a spec is: paths below assets/ are bundled with the package."""
     path = Path(name)
     return ASSETS / path.relative_to("assets") if path.is_relative_to("assets") else WORK / path
 
 
 def where_of(table: Table, args: argparse.Namespace) -> "RunTarget":
-    """The model and data: the paper's if the user names data or a model, the toy ones otherwise."""
+    """The model and data of this run: the paper's if the user names data or a model, otherwise the toy ones."""
     from eval.papers.runs import RunTarget
 
     bundled = args.model is None and args.data is None
@@ -86,8 +86,8 @@ def where_of(table: Table, args: argparse.Namespace) -> "RunTarget":
 def narrowed(table: Table, args: argparse.Namespace) -> Table:
     """The table with the rows, columns and budgets that the user asked for.
 
-    A method that the table does not list gets a row if it is registered, as an author's own is; if it is published, it
-    is shown as reported.
+    A method that the table does not list gets a row if it is registered, as an author's own method is. If it is only
+    published, it is shown as reported.
     """
     asked, listed = words(args.methods), [row.method for row in table.rows]
     file = published.load(table.published).rows if table.published else ()
@@ -110,7 +110,7 @@ def words(text: str | None) -> list[str]:
 def build_document(
     table: Table, where: "RunTarget", args: argparse.Namespace, folder: Path, added: Sequence[Reported]
 ) -> "Document":
-    """Fill what is missing, and say everything that the formats write."""
+    """Run the cells that are missing, and gather everything that the formats write."""
     from eval.papers.cells import read_cells
     from eval.papers.figure import draw_kept
     from eval.papers.runs import columns_of, described, fill_cells, jobs_of, lines_of, open_model, times_of
@@ -141,7 +141,7 @@ def build_document(
 
 
 def repeats_of(args: argparse.Namespace, model: "Llava", where: "RunTarget") -> int:
-    """Prefills to time: the default is none for a quick look, and none on the wrong device."""
+    """How many prefills to time: by default none with --limit, and never any if the model is on another device."""
     from llava.model.builder import device_of
 
     if model.device.type != device_of(where.run.device).type:
@@ -151,10 +151,10 @@ def repeats_of(args: argparse.Namespace, model: "Llava", where: "RunTarget") -> 
 
 
 def gate_of(table: Table, where: "RunTarget", full: "MeasuredTable", stop: bool) -> "list[Check]":
-    """Compare the unreduced model with the published baseline before anything else runs; nothing for the toy model.
+    """Compare the unreduced model with the published baseline before anything else runs; empty for a toy model.
 
     Raises:
-        UserError: outside the tolerance, and the user asked to stop there.
+        UserError: a benchmark is outside its tolerance, and the user asked to stop then.
     """
     from eval.papers import gate
 
@@ -180,7 +180,7 @@ def document_of(
     """What the page says, by the kind of the table.
 
     Args:
-        added: an author's own rows; published ones are left out beside a toy's numbers.
+        added: an author's own rows. Published rows are left out if a toy model ran.
     """
     from eval.papers.document import Document, blocks, entries, facts_of, lost_values, notes_of, with_reported
     from eval.papers.sections import clear_differences, pair_rows, pairs_of, sections_of
@@ -211,7 +211,7 @@ def document_of(
 
 
 def points_of(table: Table, found: "MeasuredTable", times: "Mapping[int, Time]") -> list[dict[str, object]]:
-    """A point per line for plots: tokens and time against the average, or against the score of an overview."""
+    """One point per line for plots: tokens, time, and the average or, in an overview, the score."""
     points: list[dict[str, object]] = []
     for index, line in enumerate(found.lines):
         row, time = found.row(index), times.get(index)
@@ -395,7 +395,7 @@ def command_line(table: Table, args: argparse.Namespace) -> str:
 
 
 def default_folder(table: Table, model: str, args: argparse.Namespace) -> Path:
-    """Parts of a table do not replace the whole one."""
+    """The folder of the files. A part of a table has its own, so that it does not replace the whole one."""
     narrow = [args.methods, args.budgets, args.benchmarks]
     tail = f"-limit{args.limit}" * bool(args.limit) + "-part" * any(narrow)
     return WORK / "results" / "tables" / table.paper / (folder_name(Path(model).name) + tail)
