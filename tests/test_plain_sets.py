@@ -108,6 +108,14 @@ def test_a_wrong_file_is_one_sentence(tmp_path, changes, sentence):
     assert "signs.yaml" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_name_that_another_benchmark_has_is_refused(tmp_path, monkeypatch):
+    """The file would have stood in place of the benchmark without a word."""
+    taken = written(tmp_path).rename(tmp_path / "gqa.yaml")
+    monkeypatch.setattr(plain, "BENCHMARKS", (*plain.BENCHMARKS, plain.read(taken)))
+    with pytest.raises(UserError, match="Two benchmarks are called gqa"):
+        benchmarks.registry.__wrapped__()
+
+
 @pytest.mark.parametrize(
     ("changes", "row", "sentence"),
     [

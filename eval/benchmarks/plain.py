@@ -5,7 +5,7 @@ own is code: hub_sets.py.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,16 +26,15 @@ from llava.errors import UserError, unknown
 SETS = Path(__file__).parent / "sets"
 
 
-def known_profile(name: str) -> str:
-    if name not in PROFILES:
-        raise unknown("profile", name, PROFILES)
-    return name
+def one_of(kind: str, names: Collection[str]) -> AfterValidator:
+    """A field that holds one of these names."""
 
+    def validate(name: str) -> str:
+        if name not in names:
+            raise unknown(kind, name, names)
+        return name
 
-def known_metric(name: str) -> str:
-    if name not in METRICS:
-        raise unknown("metric", name, METRICS)
-    return name
+    return AfterValidator(validate)
 
 
 class Split(Part):
@@ -108,9 +107,9 @@ class PlainSet(Part):
     groups: dict[str, str] = Field(default_factory=dict)
     optional: tuple[str, ...] = ()
     parts: dict[str, dict[str, str]] = Field(default_factory=dict)
-    metric: Annotated[str, AfterValidator(known_metric)]
+    metric: Annotated[str, one_of("metric", METRICS)]
     main: str = "accuracy"
-    profiles: Annotated[dict[Annotated[str, AfterValidator(known_profile)], Prompt], Field(min_length=1)]
+    profiles: Annotated[dict[Annotated[str, one_of("profile", PROFILES)], Prompt], Field(min_length=1)]
     upload: Upload | None = None
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
 `read` checks a file before anything runs: unknown keys, methods, options and benchmarks are errors.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,14 +24,14 @@ SPECS = PACKAGES / "eval" / "papers" / "specs"
 LISTS = SPECS / "lists"
 
 
-def known_benchmark(name: str) -> str:
-    benchmarks.get(name)
-    return name
+def accepted_by(check: Callable[[Any], object]) -> AfterValidator:
+    """A field whose value `check` accepts without raising an error."""
 
+    def validate(value: Any) -> Any:
+        check(value)
+        return value
 
-def known_method(name: str) -> str:
-    registry.method(name)
-    return name
+    return AfterValidator(validate)
 
 
 def published_method(name: str) -> str:
@@ -48,13 +48,8 @@ def published_column(name: str) -> str:
     return name
 
 
-def budget_text(value: str | int) -> str | int:
-    """A number of tokens, or a ratio such as "1/9"."""
-    count_or_ratio(value)
-    return value
-
-
-Budget = Annotated[int | str, AfterValidator(budget_text)]
+# A number of tokens, or a ratio such as "1/9".
+Budget = Annotated[int | str, accepted_by(count_or_ratio)]
 
 
 class Place(Part):
@@ -95,7 +90,7 @@ class Column(Part):
         published_split: the split of the published values, if it is another one; no difference is shown then.
     """
 
-    benchmark: Annotated[str, AfterValidator(known_benchmark)]
+    benchmark: Annotated[str, accepted_by(benchmarks.get)]
     title: str
     metric: str = ""
     published: Annotated[str, AfterValidator(published_column)] = ""
@@ -120,7 +115,7 @@ class TableRow(Part):
         claim: a sentence that holds if the defaults of the paper's method are significantly better than this row.
     """
 
-    method: Annotated[str, AfterValidator(known_method)]
+    method: Annotated[str, accepted_by(registry.method)]
     label: str = ""
     options: Mapping[str, str] = Field(default_factory=dict)
     published: Annotated[str, AfterValidator(published_method)] = ""
@@ -168,7 +163,7 @@ class Table(Part):
     paper: str
     name: str
     kind: Literal["scores", "ablation", "efficiency", "overview"] = "scores"
-    ours: Annotated[str, AfterValidator(known_method)]
+    ours: Annotated[str, accepted_by(registry.method)]
     model_title: str
     real: Place
     toy: Place
