@@ -1,6 +1,7 @@
 """The benchmarks.
 
-A new one is a file of sets/ if it is plain, or a module here that defines BENCHMARK or BENCHMARKS. Nothing else changes.
+A new one is a file of sets/ if it is plain, else a module here that defines BENCHMARK or BENCHMARKS. Nothing else
+changes.
 """
 
 from functools import cache
