@@ -255,21 +255,16 @@ def build_reducer(config: RunConfig, visual_tokens: int | None) -> "Reducer":
     if config.seed != 0:  # for methods that draw random numbers
         seeds = [field.name for field in dataclasses.fields(method) if field.name.split("__")[-1] == "seed"]
         options = {name: str(config.seed) for name in seeds if name.replace("__", ".") not in options} | options
+    budget = config.budget
     if config.retention_ratio is not None:
-        return registry.build(config.method, config.budget, options, visual_tokens)
-    budget = config.budget if visual_tokens is None else check_budget(config, visual_tokens)
+        return registry.build(config.method, budget, options, visual_tokens)
+    if visual_tokens is not None and config.method == FULL:
+        if budget not in (None, visual_tokens):
+            raise UserError(f"full keeps all {visual_tokens} visual tokens; leave the budget {budget} out.")
+        budget = visual_tokens
+    if visual_tokens is not None and (budget is None or budget > visual_tokens):
+        raise UserError(f"--budget should be 1 to {visual_tokens} (this model's visual tokens), got {budget}.")
     return registry.build(config.method, budget or 1, options)
-
-
-def check_budget(config: RunConfig, visual_tokens: int) -> int:
-    """The budget in tokens, within what the model has."""
-    if config.method == FULL:
-        if config.budget not in (None, visual_tokens):
-            raise UserError(f"full keeps all {visual_tokens} visual tokens; leave the budget {config.budget} out.")
-        return visual_tokens
-    if config.budget is None or config.budget > visual_tokens:
-        raise UserError(f"--budget should be 1 to {visual_tokens} (this model's visual tokens), got {config.budget}.")
-    return config.budget
 
 
 def plain(reducer: "Reducer") -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from eval.answers.jsonl import Row, read_json, write_file
+from eval.answers.jsonl import AnswerRow, read_json, write_file
 from eval.answers.reading import read_rows
 from eval.benchmarks import mmbench, seed
 from eval.benchmarks.hub import by_unique_id
@@ -33,7 +33,7 @@ def flags(script: str, about: str, *names: str, **defaults: str) -> argparse.Nam
     return p.parse_args()
 
 
-def rows_of(path: Path | str) -> list[Row]:
+def rows_of(path: Path | str) -> list[AnswerRow]:
     return read_rows(Path(path))[0]
 
 
@@ -73,7 +73,7 @@ def seed_upload() -> int:
     args = flags("convert_seed_for_submission", "SEED-Bench's accuracies, and the file for its leaderboard.", *names)
     path = Path(args.annotation_file)
     document: Any = read_json(path)
-    records = by_unique_id(check_list(path, seed.Record, "questions"))
+    records = by_unique_id(check_list(path, seed.SeedRecord, "questions"))
     items, texts = seed.read_items(records), {row.id or "": row.text for row in rows_of(args.result_file)}
     by_item = {name: texts[item.official] for name, item in items.items() if item.official in texts}
     if lost := [name for name in items if name not in by_item]:

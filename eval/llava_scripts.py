@@ -41,7 +41,7 @@ DTYPE = "float16"  # of LLaVA's own scripts
 
 
 @dataclass(frozen=True)
-class Asked:
+class ScriptQuestion:
     """A question of one of LLaVA's files.
 
     Attributes:
@@ -128,10 +128,10 @@ def file_of(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def questions_of_lines(args: Any) -> tuple[list[Asked], Images]:
+def questions_of_lines(args: Any) -> tuple[list[ScriptQuestion], Images]:
     """The questions of a file whose JSON lines have question_id, image and text, and the folder of their images."""
     asked = [
-        Asked(
+        ScriptQuestion(
             Question(str(one.id), one.question, one.suffix, (one.image,), ""),
             {"question_id": one.id, "prompt": one.text},
         )
@@ -140,13 +140,13 @@ def questions_of_lines(args: Any) -> tuple[list[Asked], Images]:
     return asked, Folder(file_of(args.image_folder))
 
 
-def chunk(asked: Sequence[Asked], count: int, number: int) -> list[Asked]:
+def chunk(asked: Sequence[ScriptQuestion], count: int, number: int) -> list[ScriptQuestion]:
     """Part `number` (from 0) of `count`, cut as LLaVA does; the last parts may be empty."""
     size = math.ceil(len(asked) / count)
     return list(asked[number * size : (number + 1) * size])
 
 
-def told_apart(asked: Sequence[Asked]) -> list[Asked]:
+def told_apart(asked: Sequence[ScriptQuestion]) -> list[ScriptQuestion]:
     """The questions with unique ids: TextVQA's file has ids of images, and MMBench asks in several rounds."""
     seen: Counter[str] = Counter()
     named = []
@@ -160,7 +160,7 @@ def told_apart(asked: Sequence[Asked]) -> list[Asked]:
 # -- answers ---------------------------------------------------------------------------------------------------------
 
 
-def answer(args: Any, read: Callable[[Any], tuple[list[Asked], Images]], max_new_tokens: int) -> None:
+def answer(args: Any, read: Callable[[Any], tuple[list[ScriptQuestion], Images]], max_new_tokens: int) -> None:
     """Answer this process's part of the questions, and write LLaVA's answer lines in the order of the file.
 
     An answers file of an earlier run is deleted first, because LLaVA's scripts go on after an error, and their next
@@ -217,7 +217,7 @@ def use_template(model: Any, name: str) -> None:
     model.use_template(mode)
 
 
-def write_lines(job: Job, asked: Sequence[Asked], lines: DurableLines, model: str) -> list[dict[str, Any]]:
+def write_lines(job: Job, asked: Sequence[ScriptQuestion], lines: DurableLines, model: str) -> list[dict[str, Any]]:
     """Answer all questions and return their accounting records.
 
     A line is written as soon as the lines of all questions before it are.

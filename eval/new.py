@@ -4,6 +4,7 @@
     vtr check method NAME --write  # its tests; where they pass, what belongs to it (golden indices, limit, pages)
     vtr check method NAME          # every test that can fail for it
     vtr new benchmark NAME         # reader, script, toy set and test; check as above
+    vtr new benchmark NAME --yaml  # the same for a plain set, which is a file of YAML in place of a reader
     vtr new table PAPER/NAME       # specification and script of a table; check also takes a PATH.yaml anywhere
     vtr new family CLASS           # a row of llava/hf/families.py and a tiny model, for a class of transformers
 
@@ -70,8 +71,11 @@ def known(kind: str) -> list[str]:
     return registry.names() if kind == "method" else benchmarks.names()
 
 
-def new(kind: str, name: str) -> list[str]:
+def new(kind: str, name: str, plain: bool = False) -> list[str]:
     """Write the files of a new name; nothing is overwritten.
+
+    Args:
+        plain: of a benchmark: a file of YAML in place of a reader.
 
     Returns:
         The paths of the files in the repository.
@@ -89,7 +93,8 @@ def new(kind: str, name: str) -> list[str]:
             raise UserError(
                 f"A {kind}'s name has lower-case letters, digits and _, and starts with a letter; got {part!r}."
             )
-    text = (PACKAGES / "eval" / "templates" / f"{kind}.txt").read_text().replace("template_name", own)
+    template = f"{kind}_yaml.txt" if plain else f"{kind}.txt"
+    text = (PACKAGES / "eval" / "templates" / template).read_text().replace("template_name", own)
     text = text.replace("template_paper", paper).replace("TemplateName", own.title().replace("_", ""))
     _, *parts = re.split(r"^==== (.+)\n", text, flags=re.MULTILINE)
     files = dict(zip(parts[::2], parts[1::2], strict=True))
@@ -103,6 +108,8 @@ def new(kind: str, name: str) -> list[str]:
         (WORK / path).chmod(0o755 if path.endswith(".sh") else 0o644)
     if kind == "benchmark":  # a row in the list of toy sets, before the mirrors
         row, last = f"| `{name}/` | {name} | 33 | of GQA's |\n", "| `hub/` |"
+        if plain:
+            row = f"| `hub/my-name/{name}` | {name} | 34 | copies, inside the table |\n"
         TOY_SETS.write_text(TOY_SETS.read_text().replace(last, row + last, 1))
     return list(files)
 
@@ -195,12 +202,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("name")
     parser.add_argument("--write", action="store_true", help="check: write its generated rows and pages anew")
+    parser.add_argument("--yaml", action="store_true", help="new benchmark: a file of YAML in place of a reader")
     args = parser.parse_args(arguments)
+    if args.yaml and (args.step, args.kind) != ("new", "benchmark"):
+        raise UserError("--yaml is for `vtr new benchmark` only; leave it out.")
     if (args.step, args.kind) != ("check", "table"):
         check_checkout(f"{parser.prog} {args.kind}")
     if args.step == "check":
         return check(args.kind, args.name, args.write)
-    written, write = new(args.kind, args.name), " --write" * (args.kind in WRITERS)
+    written, write = new(args.kind, args.name, args.yaml), " --write" * (args.kind in WRITERS)
     print(f"Wrote {', '.join(written)}. Make them yours, then:")
     print(f"  vtr check {args.kind} {args.name}{write}\n  {EXAMPLE[args.kind].format(args.name)}")
     return 0

@@ -54,9 +54,16 @@ def read_questions(config: RunConfig, model: bool = True, reducer: bool = True) 
     return data, split
 
 
-def prepare(config: RunConfig, model: Any, reducer: Reducer | None) -> Job:
-    """Read and check everything, the weights last."""
-    data, split = read_questions(config, model is None, reducer is None)
+def prepare(config: RunConfig, model: Any = None, reducer: Reducer | None = None, data: Dataset | None = None) -> Job:
+    """Read and check everything, the weights last.
+
+    Args:
+        model, reducer: see `run`.
+        data: the questions, if they were read and checked before; many runs share one reading of them.
+    """
+    split = benchmarks.check_split(benchmarks.get(config.benchmark), config.split, Path(config.data))
+    if data is None:
+        data, _ = read_questions(config, model is None, reducer is None)
     if model is None:
         model = load_model(config)
     if data.images.noun == "videos" and not getattr(model, "takes_videos", True):
@@ -137,6 +144,18 @@ def run(
     Args:
         model: a loaded model, to share one between runs; otherwise `config.model` is loaded.
         reducer: a built method, for methods that are not registered; otherwise `config.method` is built.
+        rank, timed: see `run_job`.
+
+    Returns:
+        The content of result.json; nothing on ranks other than the first.
+    """
+    return run_job(prepare(config, model, reducer), rank, timed)
+
+
+def run_job(job: Job, rank: Rank | None = None, timed: bool = True) -> dict[str, Any]:
+    """Run or continue an evaluation whose inputs are read.
+
+    Args:
         rank: this process's place; by default among the ranks that were started together.
         timed: whether to time first tokens in a pass of its own; the result holds none otherwise.
 
@@ -145,7 +164,8 @@ def run(
     """
     rank = rank or ranks.current()
     rank = Rank() if rank.alone else rank  # with counters of its own
-    job = prepare(config, model, reducer)
+    config = job.config
+    job = dataclasses.replace(job, started=datetime.now(UTC).isoformat())  # it may have waited for its turn
     if not rank.first:
         follow_first_rank(job, rank)
         return {}

@@ -12,7 +12,6 @@ import io
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,24 +32,14 @@ from eval.parallel.launch import launch
 from eval.parallel.placement import Placement
 from eval.parallel.ranks import Control, Rank
 from eval.results import report
-from eval.run import load_model, prepare, read_questions, run
-from llava.budget import RETENTION_RATIO, budget_text
+from eval.run import load_model, prepare, read_questions, run_job
+from llava.budget import budget_text
 from llava.errors import UserError
 from llava.model.builder import device_of, load
 from llava.model.llava_arch import Llava
-from llava.reduction import registry
 from llava.reduction.reducer import Reducer
 
 CELL_SECONDS = 24 * 3600  # a setting is a whole run
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One row of a table: a method at a budget with options."""
-
-    method: str
-    budget: int | None
-    options: dict[str, str] = field(default_factory=dict)
 
 
 def run_all(configs: Sequence[RunConfig]) -> bool:
@@ -76,7 +65,7 @@ def run_all(configs: Sequence[RunConfig]) -> bool:
     kind = device_of(first.device).type
 
     def plan(config: RunConfig) -> tuple[Job, bool]:
-        job = prepare(config, models[config.model], None)
+        job = prepare(config, models[config.model])
         return job, is_complete(job, kind)
 
     runs, complete = check_all(configs, plan), True
@@ -91,7 +80,7 @@ def run_all(configs: Sequence[RunConfig]) -> bool:
             job.check_unchanged()  # ranks import the code later than this process does
             if place is None and not finished:
                 with contextlib.redirect_stdout(io.StringIO()):
-                    run(job.config, model=model)
+                    run_job(job)
             result = read_result(job.results)
             print("\n".join([*report.failed_lines(result), result["sentence"]]), flush=True)
             complete = complete and not result["failed"]
@@ -124,7 +113,7 @@ class UnansweredQuestions(UserError):
     """A run is over, but some questions failed."""
 
 
-def fill(config: RunConfig, model: CachingLlava) -> None:
+def fill(job: Job) -> None:
     """Run one setting; its configuration asks again what failed before.
 
     First tokens are not timed: tables time all methods in turns, and the pass can take longer than a cell's answers.
@@ -133,11 +122,11 @@ def fill(config: RunConfig, model: CachingLlava) -> None:
         UnansweredQuestions: some questions have no answer; a table must not hold their score.
     """
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        result = run(config, model=model, rank=Rank(), timed=False)
+        result = run_job(job, Rank(), timed=False)
     if result["failed"]:
         first = result["failed"][0]
         raise UnansweredQuestions(
-            f"{len(result['failed'])} questions have no answer in {config.output} (question {first['question_id']}: "
+            f"{len(result['failed'])} questions have no answer in {job.output} (question {first['question_id']}: "
             f"{first['reason']}); run the same command again to retry them."
         )
 
@@ -189,31 +178,25 @@ def main(words: Sequence[str]) -> int:
     model.expect([build_reducer(config, model.visual_tokens) for config in configs])
     while (number := rank.claim("settings")) < len(configs):
         rank.report(ranks.ASKING, [f"of {configs[number].output}"])
-        if not is_finished(configs[number], model):
+        job = prepare(configs[number], model)
+        if not is_complete(job):
             with contextlib.suppress(*([UnansweredQuestions] if content["go_on"] else [])):
-                fill(configs[number], model)
+                fill(job)
         rank.count("finished")
     return 0
 
 
-def is_finished(config: RunConfig, model: Llava, device: str | None = None) -> bool:
-    """Whether this very run is complete in its folder: same settings, labels, prompts and images, all its questions.
-
-    Args:
-        device: "cpu" or "cuda", where the answers are made by another process than the one that holds `model`.
-
-    Raises:
-        UserError: its answers belong to other prompts or images.
-    """
-    folder = Path(config.output or "")
-    return (folder / "settings.json").is_file() and is_complete(prepare(config, model, None), device)
-
-
 def is_complete(job: Job, device: str | None = None) -> bool:
-    """The same of a run whose inputs are read.
+    """Whether this very run is complete in its folder: same settings, labels, prompts and images, all its questions.
 
     A result alone proves nothing: its answers or its submission may be lost, or it may be damaged itself. Then the run
     is made again, which asks what has no answer and writes everything anew.
+
+    Args:
+        device: "cpu" or "cuda", where the answers are made by another process than the one that holds the model.
+
+    Raises:
+        UserError: its answers belong to other prompts or images.
     """
     if job.config.restart or not is_file(job.results / RESULT):
         return False
@@ -237,31 +220,20 @@ def is_complete(job: Job, device: str | None = None) -> bool:
     return len(answers) == len(job.planned) and not foreign
 
 
-def reducer_of(setting: Setting, tokens: int) -> Reducer:
-    """The method of a setting; `tokens` are the model's visual tokens, the budget of `full`."""
-    has_ratio = RETENTION_RATIO in setting.options
-    return registry.build(setting.method, setting.budget or (None if has_ratio else tokens), setting.options, tokens)
+def folder_of(output: Path, config: RunConfig, data: Dataset, model: Llava, reducer: Reducer) -> Path:
+    """Where the answers of a run are, the same for every table: OUTPUT/MODEL/BENCHMARK-SPLIT/METHOD-BUDGET-HASH.
 
-
-def folder_of(
-    output: Path, model: Llava, benchmark: str, split: str, setting: Setting, data: Path = DEFAULT_DATA
-) -> Path:
-    """Where the answers of a setting are, the same for every table and sweep: OUTPUT/MODEL/BENCHMARK-SPLIT/SETTING.
-
-    A data folder of the user's own follows the split, with its name and a hash of the questions.
+    A data folder of the user's own follows the split, with its name and a hash of the questions. The options
+    follow the budget. The last hash is of the method's whole configuration, because defaults may change between two
+    runs.
     """
-    asked = f"{benchmark}-{split}"
-    if data.resolve() != DEFAULT_DATA.resolve():
-        asked += f"-{folder_name(data.resolve().name)}-{dataset(benchmark, data, split).questions_digest[:8]}"
-    return output / folder_name(model.name) / asked / name_of(setting, model.visual_tokens)
-
-
-def name_of(setting: Setting, tokens: int) -> str:
-    """A folder name that tells the setting, and by a hash the whole configuration: defaults may change in between."""
-    reducer = reducer_of(setting, tokens)
+    asked, folder = f"{config.benchmark}-{config.split}", config.data.resolve()
+    if folder != DEFAULT_DATA.resolve():
+        asked += f"-{folder_name(folder.name)}-{data.questions_digest[:8]}"
+    options = "".join(f",{key}={value}" for key, value in sorted(config.options.items()))
     whole = json.dumps(dataclasses.asdict(reducer), sort_keys=True)
-    tail = "".join(f",{key}={value}" for key, value in sorted(setting.options.items()))
-    return f"{setting.method}-{reducer.budget}{tail}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+    name = f"{config.method}-{reducer.budget}{options}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+    return output / folder_name(model.name) / asked / name
 
 
 @cache

@@ -17,10 +17,9 @@ from eval.config import ROOT
 from eval.papers import published, render, reported, runs, spec, table
 from eval.papers.document import lost_values, reported_document, with_reported
 from eval.papers.reported import MEASURED_BASE, OWN_BASE, Reported, published_rows, read_added
-from eval.papers.runs import RunTarget
 from llava.errors import UserError
 from tests.browser import DESKTOP, PHONE, needs_browser, opened, overflow
-from tests.test_hand_table import FOLDER, made, sources
+from tests.test_hand_table import made, sources, target
 
 FLAGSHIP = "consensusdrop/llava15_7b"
 
@@ -85,7 +84,7 @@ def with_added(rows, is_toy: bool = False):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(published, "load", lambda name: sources())
         found = found.model_copy(update={"published": "by hand"})
-        return table.document_of(found, RunTarget(found.real, is_toy, FOLDER), measured, [], times, "bash x.sh", rows)
+        return table.document_of(found, target(found.real, is_toy), measured, [], times, "bash x.sh", rows)
 
 
 def test_csv_and_yaml_say_the_same(tmp_path):

@@ -168,7 +168,7 @@ def test_time_to_first_token_is_of_batches_that_run_the_tower(toy, tmp_path, mon
     assert first == {"median_ms": pytest.approx(500 * (times[5] + times[6])), "questions": 3, "batches": 12}
     again = run(config(tmp_path, batch_size=3), CachingLlava(toy))["timing"]["ttft"]
     assert again == first and len(timed) == 13, "a run that is only scored again measures nothing"
-    fill(config(tmp_path / "cell", batch_size=3), CachingLlava(toy))
+    fill(prepare(config(tmp_path / "cell", batch_size=3), CachingLlava(toy)))
     assert len(timed) == 13, "a cell of a table measures nothing: the pass took longer than 300 answers on toy NeXT"
 
 
@@ -182,7 +182,7 @@ def test_the_tower_sees_every_image_once(toy, tmp_path, monkeypatch):
 
     monkeypatch.setattr(feature_cache, "encode", counted)
     model = CachingLlava(toy)
-    job = prepare(config(tmp_path), model, None)
+    job = prepare(config(tmp_path), model)
     run(config(tmp_path, batch_size=8), model)
     assert sum(seen) == len({question.images for question in job.planned}) < COUNT / 2
 

@@ -53,8 +53,8 @@ def test_every_printed_command_succeeds(section, copy):
 @pytest.mark.process
 def test_what_is_written_passes_the_style(copy):
     """Imports of a new method's test stood in another order than ruff's, so scripts/test.sh ended at its first line."""
-    for kind in ("method", "benchmark"):
-        command = [sys.executable, "-m", "eval.cli", "new", kind, f"my_{kind}"]
+    for kind, *flags in (["method"], ["benchmark"], ["benchmark", "--yaml"]):
+        command = [sys.executable, "-m", "eval.cli", "new", kind, f"my_{kind}{len(flags)}", *flags]
         subprocess.run(command, cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)}, check=True)
     for style in (["check"], ["format", "--check"]):
         done = subprocess.run([sys.executable, "-m", "ruff", *style, "."], cwd=copy, capture_output=True, text=True)
@@ -99,6 +99,7 @@ def test_a_table_anywhere_is_checked(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["new", "table", "paper/first", "--yaml"], "--yaml is for `vtr new benchmark` only"),
         (["new", "table", "first"], "A table's name is PAPER/NAME, got 'first'"),
         (["new", "table", "attnmix/llava15_7b"], r"is taken \(eval/papers/specs/attnmix/llava15_7b.yaml"),
         (["new", "table", "../x/first"], "has lower-case letters, digits and _"),

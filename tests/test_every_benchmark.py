@@ -302,9 +302,9 @@ def files(monkeypatch):
 def rows(monkeypatch):
     """(column, value) to put into the middle row of every table that has the column; None changes nothing."""
     change: dict[str, Any] = {"column": None, "seen": {}}
-    select, opened = hub.Table._select, hub._open
+    select, opened = hub.HubTable._select, hub._open
 
-    def select_instead(table: hub.Table, columns: Any) -> list[dict[str, Any]]:
+    def select_instead(table: hub.HubTable, columns: Any) -> list[dict[str, Any]]:
         found = select(table, columns)
         middle = len(found) // 2
         change["seen"] |= {name: value for name, value in found[middle].items() if value is not None}
@@ -312,14 +312,14 @@ def rows(monkeypatch):
             found[middle][change["column"]] = change["value"]
         return found
 
-    def open_instead(*arguments: Any) -> hub.Table:
+    def open_instead(*arguments: Any) -> hub.HubTable:
         table = opened_once(*arguments)
         if change["column"] in table.rows.column_names and change["value"] is ABSENT:
-            return hub.Table(table.id, table.where, table.rows.remove_columns(change["column"]))
+            return hub.HubTable(table.id, table.where, table.rows.remove_columns(change["column"]))
         return table
 
     opened_once = cache(opened)
-    monkeypatch.setattr(hub.Table, "_select", select_instead)
+    monkeypatch.setattr(hub.HubTable, "_select", select_instead)
     monkeypatch.setattr(hub, "_open", open_instead)
     return change
 

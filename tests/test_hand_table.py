@@ -17,10 +17,10 @@ import pytest
 
 from eval import score
 from eval.benchmarks import mme, pope
-from eval.config import ROOT
+from eval.config import ROOT, RunConfig
 from eval.metrics.accuracy import mean_score, normalise
 from eval.papers import cells, gate, published, render, spec, table
-from eval.papers.cells import Cell, Measured
+from eval.papers.cells import Cell, MeasuredTable
 from eval.papers.document import blocks, difference_to, entries, ours_text, published_text
 from eval.papers.published import Published
 from eval.papers.runs import RowAtBudget, RunTarget, Time
@@ -29,7 +29,6 @@ from eval.results.statistics import compare, holm, interval, terms_of
 from eval.statistics.answers import plain
 from eval.statistics.command import main as stats_command
 from eval.statistics.relative import p_value, pair
-from eval.sweep import Setting
 from eval.yaml_files import read_yaml
 from lab.pages import reproduce
 from llava.errors import UserError
@@ -37,7 +36,6 @@ from tests.test_statistics_command import write_run
 
 FOLDER = ROOT / "tests" / "data" / "hand_table"
 BY_KEPT = ("FastV", 64)
-PLACE = spec.Place(model="m")
 
 
 @cache
@@ -56,9 +54,9 @@ def scored(benchmark: str, texts: dict[str, str]):
         answers = {name: one["answer"] for name, one in asked.items()}
         return mean_score(answers, texts, lambda text, answer: normalise(text) == answer), normalise
     if benchmark == "pope":
-        items = {name: pope.Item("random", one["image"], one["answer"]) for name, one in asked.items()}
+        items = {name: pope.PopeReference("random", one["image"], one["answer"]) for name, one in asked.items()}
         return pope.official_score(items, texts), pope.parse
-    items = {name: mme.Item(one["task"], one["image"], "", "", one["answer"]) for name, one in asked.items()}
+    items = {name: mme.MmeReference(one["task"], one["image"], "", "", one["answer"]) for name, one in asked.items()}
     return mme.evaluate(items, texts), plain
 
 
@@ -68,11 +66,11 @@ def made(kind: str = "scores", only: str = "", ours: str = "consensusdrop"):
     found = spec.read(FOLDER / "table.yaml")
     columns = tuple(column for column in found.columns if only in ("", column.benchmark))
     found = found.model_copy(update={"kind": kind, "columns": columns, "ours": ours})
-    lines = [RowAtBudget(None, None, Setting("full", None))]
+    lines = [RowAtBudget(spec.TableRow(method="full"), None, RunConfig("full"))]
     for budget in found.budgets:
         for row in found.rows:
             by_kept = (row.title, budget) == BY_KEPT
-            lines.append(RowAtBudget(row, budget, Setting(row.method, budget, dict(row.options)), by_kept))
+            lines.append(RowAtBudget(row, budget, RunConfig(row.method, budget, options=dict(row.options)), by_kept))
     known = {}
     for index, line in enumerate(lines):
         for column in columns:
@@ -108,7 +106,12 @@ def made(kind: str = "scores", only: str = "", ours: str = "consensusdrop"):
                 clusters=clusters,
             )
     times = {index: Time(data("costs")[key(line)]["ttft"], "TTFT.") for index, line in enumerate(lines)}
-    return found, Measured(lines, columns, known), times
+    return found, MeasuredTable(lines, columns, known), times
+
+
+def target(place: spec.Place, is_toy: bool = False) -> RunTarget:
+    """The model and data of the page."""
+    return RunTarget(place, is_toy, RunConfig("full", model=place.model, data=FOLDER))
 
 
 @cache
@@ -129,7 +132,7 @@ def document():
         found, measured, times = made()
         found = found.model_copy(update={"published": "by hand"})
         checks = gate.check(list(measured.row(0).values()), sources(), found.real)
-        return table.document_of(found, RunTarget(found.real, False, FOLDER), measured, checks, times, "bash x.sh")
+        return table.document_of(found, target(found.real), measured, checks, times, "bash x.sh")
 
 
 def found_sections(kind: str, only: str = "", ours: str = "consensusdrop") -> dict[str, list[list[str]]]:
@@ -409,7 +412,7 @@ def test_the_files_of_an_overview_and_of_an_ablation(tmp_path, monkeypatch):
     for kind, only, ours in (("overview", "gqa", "consensusdrop"), ("ablation", "", "visiondrop")):
         found, measured, times = made(kind, only, ours)
         monkeypatch.setattr("eval.papers.sections.pairs_of", lambda measured: pairs("gqa"))
-        where = RunTarget(found.real, True, FOLDER)
+        where = target(found.real, True)
         whole = table.document_of(found, where, measured, [], times, "bash x.sh")
         table.write(whole, tmp_path / kind)
         rows = latex_rows((tmp_path / kind / "table.tex").read_text())
@@ -436,7 +439,7 @@ def test_a_column_of_points_has_whole_numbers_or_decimals(monkeypatch, scores, t
     lines, columns = found.lines[:2], [column for column in found.columns if column.benchmark == "mme"]
     given = [dataclasses.replace(found.cells[i, "mme"], value=value, whole=True) for i, value in enumerate(scores)]
     monkeypatch.setattr(cells, "read_cell", lambda line, *rest: given[lines.index(line)])
-    read = cells.read_cells(lines, columns, RunTarget(PLACE, False, FOLDER), None)
+    read = cells.read_cells(lines, columns, {(index, "mme"): None for index in (0, 1)})
     assert [block.text(0, 0) for block in blocks(read, {})] == list(texts)
     assert [ours_text(read.first(index)).partition(" ")[0] for index in (0, 1)] == list(texts)
 
@@ -505,7 +508,7 @@ def test_stats_has_the_numbers_of_every_group(stores, tmp_path):
 def test_a_variant_with_another_budget_is_not_put_beside_its_release():
     """A row marked ‡ stands in no comparison, whichever of the two it is."""
     _, found, _ = made()
-    pair = [i for i, line in enumerate(found.lines) if line.method == "visiondrop" and line.budget == 64]
+    pair = [i for i, line in enumerate(found.lines) if line.row.method == "visiondrop" and line.budget == 64]
     rows = releases(found).rows
     assert len(pair) == len(rows) == 2
     for marked in pair:
@@ -537,16 +540,16 @@ def test_a_row_without_results_is_named_and_moves_no_column(monkeypatch):
     """The columns are those of the unreduced model, whose results must all be there; another row may lack its own."""
     _, whole, _ = made()
 
-    def read_cell(line: RowAtBudget, column: spec.Column, where: RunTarget, model: object) -> Cell | str:
+    def read_cell(line: RowAtBudget, column: spec.Column, job: object) -> Cell | str:
         index = whole.lines.index(line)
         lost = index == lost_row or (index, column.benchmark) not in whole.cells
         return f"{line.title} has no {column.title}" if lost else whole.cells[index, column.benchmark]
 
     monkeypatch.setattr(cells, "read_cell", read_cell)
-    lost_row = 1
-    found = cells.read_cells(whole.lines, whole.columns, None, None)
+    lost_row, jobs = 1, dict.fromkeys((i, c.benchmark) for i in range(len(whole.lines)) for c in whole.columns)
+    found = cells.read_cells(whole.lines, whole.columns, jobs)
     assert tuple(found.columns) == whole.columns and not found.row(1) and found.row(2).keys() == whole.row(2).keys()
     assert sum(reason.startswith(whole.lines[1].title) for reason in found.failed) >= len(whole.columns)
     lost_row = 0
     with pytest.raises(UserError, match="full has no GQA"):
-        cells.read_cells(whole.lines, whole.columns, None, None)
+        cells.read_cells(whole.lines, whole.columns, jobs)

@@ -22,7 +22,7 @@ from eval.benchmarks.hub import open_table
 from eval.benchmarks.llava_files import LETTER, SHORT
 from eval.benchmarks.records import NotRequired, TypedDict
 from eval.config import DEFAULT_DATA, ROOT
-from eval.metrics import accuracy
+from eval.metrics import accuracy, short_answers
 from eval.show import ABSENT, COMPLETE, check_folder
 from llava.errors import UserError
 from tests.benchmark_files import cell, write_hub
@@ -89,7 +89,7 @@ def test_extractor_ranks_forms_before_places(text, expected):
 
 @pytest.mark.parametrize("row", ANLS, ids=lambda row: row["prediction"] or "empty")
 def test_anls_equals_the_official_values(row):
-    assert hub_sets.anls(row["prediction"], row["answers"]) == row["lmms_eval_anls"]
+    assert short_answers.anls(row["prediction"], row["answers"]) == row["lmms_eval_anls"]
 
 
 @pytest.mark.parametrize(
@@ -102,12 +102,12 @@ def test_anls_equals_the_official_values(row):
     ],
 )
 def test_anls_divides_by_the_raw_length(prediction, answer, expected):
-    assert hub_sets.anls(prediction, [answer]) == pytest.approx(expected)
+    assert short_answers.anls(prediction, [answer]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("row", CHARTQA, ids=lambda row: f"{row['prediction']!r} for {row['target']!r}")
 def test_relaxed_accuracy_equals_lmms_evals(row):
-    assert hub_sets.relaxed(row["prediction"], row["target"]) is row["relaxed_correct"]
+    assert short_answers.relaxed(row["prediction"], row["target"]) is row["relaxed_correct"]
 
 
 # -- AI2D, ChartQA, RealWorldQA --------------------------------------------------------------------------------------
@@ -372,8 +372,8 @@ def test_mmmu_names_what_is_wrong_with_a_row(tmp_path, change, message):
 # MMMU's parser against the authors' on every vector, and what differs: draws that do not depend on order.
 
 
-def item(answer="A", subject="Art", options=MMMU_OPTIONS) -> mmmu.Item:
-    return mmmu.Item(answer, subject, options)
+def item(answer="A", subject="Art", options=MMMU_OPTIONS) -> mmmu.MmmuReference:
+    return mmmu.MmmuReference(answer, subject, options)
 
 
 @pytest.mark.parametrize("row", MMMU_TABLE["multiple_choice"], ids=lambda row: row["response"])

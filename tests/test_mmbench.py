@@ -50,9 +50,9 @@ def test_quirks_of_lmms_evals_rules(text, letter):
     assert mmbench.infer_lmms(text, TABLE["choices"]) == letter
 
 
-def items(*indices: int) -> dict[str, mmbench.Item]:
+def items(*indices: int) -> dict[str, mmbench.MmbenchReference]:
     choices = {"A": "cat", "B": "dog"}
-    return {str(i): mmbench.Item(i, "A", choices, f"category {i % 2}", "both") for i in indices}
+    return {str(i): mmbench.MmbenchReference(i, "A", choices, f"category {i % 2}", "both") for i in indices}
 
 
 def test_a_group_counts_if_every_pass_is_right():

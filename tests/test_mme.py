@@ -10,7 +10,7 @@ from eval import score
 from eval.answers.jsonl import write_file
 from eval.benchmarks import mme
 from eval.benchmarks.llava_files import SHORT
-from eval.benchmarks.mme import PLEASE, Item
+from eval.benchmarks.mme import PLEASE, MmeReference
 from eval.results import report
 from llava.errors import UserError
 from tests.benchmark_files import cell, edit_line, load, right_answers, scored, write_hub, write_lines
@@ -56,7 +56,7 @@ def test_every_task_equals_the_official_script_to_the_last_digit():
         for number, line in enumerate(path.read_text().split("\n")[:-1]):
             file, question, truth, text = line.split("\t")
             name = f"{path.stem} {number}"
-            items[name], texts[name] = Item(path.stem, f"{path.stem}/{file}", file, question, truth), text
+            items[name], texts[name] = MmeReference(path.stem, f"{path.stem}/{file}", file, question, truth), text
     found = mme.evaluate(items, texts)
     for kind, table in expected.items():
         assert found.values[kind] == table.pop("total")
@@ -94,7 +94,7 @@ def scores_of(rights: dict[str, list[tuple[bool, bool]]], order=lambda names: na
         for k, pair in enumerate(images):
             for n, right in enumerate(pair):
                 name = f"{task}/{k}#{n}"
-                items[name] = Item(task, f"{task}/{k}", f"{k}.txt", "q", "Yes")
+                items[name] = MmeReference(task, f"{task}/{k}", f"{k}.txt", "q", "Yes")
                 texts[name] = "Yes" if right else "No"
     asked = order(list(items))
     return mme.evaluate({name: items[name] for name in asked}, {name: texts[name] for name in asked})

@@ -18,13 +18,12 @@ from PIL import Image
 
 from eval import ask, benchmarks, sweep
 from eval.answers.jsonl import read_json
-from eval.config import ROOT, TOY_BANNER, is_toy
+from eval.config import ROOT, TOY_BANNER, RunConfig, is_toy
 from eval.papers import figure, gate, render, runs, spec, table
-from eval.papers.cells import Measured, command_of, other_judge, read_cells, shown
+from eval.papers.cells import MeasuredTable, command_of, other_judge, read_cells, shown
 from eval.papers.document import Block, Document, Entry, difference_to, notes_of, places, published_text
 from eval.papers.gate import comparable
-from eval.papers.published import Published, Source, load
-from eval.papers.published import Row as PublishedRow
+from eval.papers.published import Published, PublishedRow, Source, load
 from eval.papers.sections import needed_text, pooled_loyalty, relative_text
 from eval.parallel import placement
 from eval.results.statistics import accuracy_terms
@@ -256,7 +255,8 @@ def test_a_finished_table_asks_nothing_and_a_part_does_not_replace_it(made, monk
     assert (folder / "again" / "small.csv").read_text().count("Random") == 1
     args = table.parser().parse_args([*words, "--methods", "random", "--limit", "3"])
     found = spec.read(Path(words[0]))
-    assert table.default_folder(found, table.where_of(found, args), args).name.endswith("-limit3-part")
+    model = table.where_of(found, args).run.model
+    assert table.default_folder(found, model, args).name.endswith("-limit3-part")
 
 
 @pytest.mark.table
@@ -297,12 +297,13 @@ def test_a_cell_has_every_number_of_its_run_in_its_place(tiny_path, monkeypatch,
     """A cell takes twenty values of a result by their position; no fast test saw two of them exchanged."""
     monkeypatch.setattr(runs, "SWEEPS", tmp_path / "sweep")
     data, column = write_gqa(tmp_path / "data", count=6, images=2), spec.Column(benchmark="gqa", title="GQA")
-    where = runs.RunTarget(PLACE.model_copy(update={"model": str(tiny_path)}), False, data, limit=4)
-    model = runs.open_model(where, None)
-    lines = [runs.RowAtBudget(None, None, sweep.Setting("full", None))]
-    lines.append(runs.line_of(spec.Row(method="consensusdrop", label="Ours"), 8, model))
-    runs.fill_cells(lines, [column], where, model, None, "cells")
-    found = read_cells(lines, [column], where, model)
+    run = RunConfig("full", model=str(tiny_path), data=data, limit=4, failed="again", wandb="disabled")
+    model = runs.open_model(run, None)
+    rows = (spec.TableRow(method="consensusdrop", label="Ours"),)
+    lines = runs.lines_of(SimpleNamespace(budgets=(8,), rows=rows), run, model)
+    jobs = runs.jobs_of(lines, [column], run, model)
+    runs.fill_cells(jobs, model, None, "cells")
+    found = read_cells(lines, [column], jobs)
     for index, tokens in enumerate((16, 8)):
         cell = found.first(index)
         (path,) = cell.folder.rglob("result.json")
@@ -319,20 +320,25 @@ def test_a_cell_has_every_number_of_its_run_in_its_place(tiny_path, monkeypatch,
         assert set(cell.clusters.values()) == {"n0.jpg", "n1.jpg"} and "--limit 4" in cell.command
 
 
+def full_on_gqa(model, data: Path) -> runs.Jobs:
+    """The only job of a table of the unreduced model on GQA."""
+    run, column = RunConfig("full", data=data), spec.Column(benchmark="gqa", title="GQA")
+    lines = runs.lines_of(SimpleNamespace(budgets=(), rows=()), run, model)
+    return runs.jobs_of(lines, [column], run, model)
+
+
 def test_times_of_another_image_or_model_are_measured_anew(tiny, tmp_path):
     """Only the question's id was compared: times of another data folder, image or checkpoint were kept."""
-    data, column = write_gqa(tmp_path / "data", count=2, images=1), spec.Column(benchmark="gqa", title="GQA")
-    lines = [runs.RowAtBudget(None, None, sweep.Setting("full", None))]
-    where, path, other = runs.RunTarget(PLACE, False, data), tmp_path / "a.times.jsonl", tmp_path / "b.times.jsonl"
+    data, path, other = write_gqa(tmp_path / "data", count=2, images=1), tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     other.write_text("{}\n")
-    first = runs.times_of(lines, column, where, tiny, 1, path)
+    first = runs.times_of(full_on_gqa(tiny, data), tiny, 1, path)
     kept = path.read_text()
-    assert first[0].ttft > 0 and runs.times_of(lines, column, where, tiny, 1, path) == first
+    assert first[0].ttft > 0 and runs.times_of(full_on_gqa(tiny, data), tiny, 1, path) == first
     assert path.read_text() == kept, "nothing is measured twice"
     shutil.copytree(data, tmp_path / "copy")
     for image in (tmp_path / "copy" / "gqa").rglob("*.jpg"):
         Image.new("RGB", (64, 64), "red").save(image)
-    runs.times_of(lines, column, dataclasses.replace(where, data=tmp_path / "copy"), tiny, 1, path)
+    runs.times_of(full_on_gqa(tiny, tmp_path / "copy"), tiny, 1, path)
     assert path.read_text() != kept and len(path.read_text().splitlines()) == len(kept.splitlines())
     assert other.read_text() == "{}\n", "another table's times stay"
 
@@ -349,7 +355,7 @@ def test_the_list_for_the_ranks_is_deleted_and_no_other_one(monkeypatch, tmp_pat
     monkeypatch.setattr(sweep, "launch", launch)
     monkeypatch.setenv("RANKS", "2")
     with pytest.raises(SystemExit):
-        sweep.fill_on_ranks([sweep.RunConfig("full", None, "gqa")], {"path": "m"}, tmp_path, placement.here())
+        sweep.fill_on_ranks([RunConfig("full", None, "gqa")], {"path": "m"}, tmp_path, placement.here())
     assert [len(one["runs"]) for one in seen] == [1] and list(tmp_path.iterdir()) == [other]
 
 
@@ -481,7 +487,7 @@ def test_a_single_missing_cell_runs_on_a_rank_too(made, monkeypatch):
     folder, words = made
     monkeypatch.setenv("RANKS", "2")
     given = []
-    monkeypatch.setattr("eval.papers.runs.is_finished", lambda *_: False)
+    monkeypatch.setattr("eval.papers.runs.is_complete", lambda *_: False)
     monkeypatch.setattr("eval.papers.runs.fill_on_ranks", lambda configs, *rest, **more: given.append(len(configs)))
     monkeypatch.setattr("eval.papers.runs.fill", None)
     one = ["--methods", "random", "--budgets", "8", "--times", "0", "--wandb", "disabled"]
@@ -529,7 +535,7 @@ def cell(value: float, questions: int = 100, available: int = 100, line: runs.Ro
         other_judge="",
         no_flops="",
         metric=column.metric or "f1",
-        line=line or runs.RowAtBudget(None, None, None),
+        line=line or runs.RowAtBudget(FULL, None, None),
     )
 
 
@@ -545,6 +551,7 @@ def known(**sources) -> Published:
 
 
 PLACE = spec.Place(model="m", tokens=576, convention="square")
+FULL = spec.TableRow(method="full")
 
 
 def test_the_gate_accepts_any_source_within_its_tolerance():
@@ -587,11 +594,11 @@ def test_the_gate_and_differences_use_only_values_like_ours(changes, why):
 def test_a_row_that_is_not_the_release_or_counts_another_budget_is_not_compared():
     """Release-made numbers stood beside our corrected variants, and rows marked ‡ were compared all the same."""
     values = known(a=(50.0, {})).full("pope")
-    rows = {official: spec.Row(method="attnmix", options={"official": official}) for official in ("true", "false")}
+    rows = {official: spec.TableRow(method="attnmix", options={"official": official}) for official in ("true", "false")}
     lines = {name: runs.RowAtBudget(row, 64, None) for name, row in rows.items()}
     assert comparable(cell(50.0, line=lines["true"]), values, "square")[0]
     assert comparable(cell(50.0, line=lines["false"]), values, "square")[1] == "the row is not the release"
-    kept = runs.RowAtBudget(spec.Row(method="fastv"), 4, None, by_kept=True)
+    kept = runs.RowAtBudget(spec.TableRow(method="fastv"), 4, None, by_kept=True)
     assert comparable(cell(50.0, line=kept), values, "square")[1] == "another budget"
     assert comparable(cell(50.0, published_split="test"), values, "square")[1] == "ours is of another split"
     assert comparable(cell(50.0, metric="accuracy_match"), values, "square")[1] == "ours is accuracy_match"
@@ -644,13 +651,13 @@ def test_visiondrop_on_videos_has_the_schedule_of_its_page(name):
 
 def test_two_rows_of_one_method_have_an_image_each(tiny, tmp_path):
     """A release and our variant of it are one method; their images had one name."""
-    data, gqa = write_gqa(tmp_path / "data", count=2, images=1), spec.Column(benchmark="gqa", title="GQA")
+    data = benchmarks.get("gqa").load(write_gqa(tmp_path / "data", count=2, images=1), "testdev")
     rows = [
-        spec.Row(method="attnmix", label="A"),
-        spec.Row(method="attnmix", label="B, b", options={"official": "true"}),
+        spec.TableRow(method="attnmix", label="A"),
+        spec.TableRow(method="attnmix", label="B, b", options={"official": "true"}),
     ]
-    lines = [runs.line_of(row, 8, tiny) for row in rows]
-    found = figure.draw_kept(lines, gqa, runs.RunTarget(PLACE, False, data), tiny, tmp_path / "kept")
+    lines = [runs.line_of(row, 8, RunConfig("full"), tiny) for row in rows]
+    found = figure.draw_kept(lines, data, tiny, tmp_path / "kept")
     assert sorted(path.name for path in found.values()) == ["A.jpg", "B-b.jpg"]
 
 
@@ -746,8 +753,8 @@ def test_the_caption_says_which_metric_stands_in_for_the_papers():
     assert shown(total.model_copy(update={"title": "MME"}), "perception").title == "MME (perception)"
     graded = cell(150.0, metric="total")
     graded.metric, graded.column, graded.no_interval, graded.stored = "perception", column, "", None
-    line = runs.RowAtBudget(None, None, None)
-    found = Measured([line], [column], {(0, "mme"): graded})
+    line = runs.RowAtBudget(FULL, None, None)
+    found = MeasuredTable([line], [column], {(0, "mme"): graded})
     assert note in notes_of(blank_document().table, found, ())
 
 
@@ -756,9 +763,9 @@ def test_a_page_says_that_its_cells_were_made_with_other_libraries():
     cells = {}
     for index, version in enumerate(("2.1", "2.1", "2.2")):
         cells[index, "pope"] = one = cell(80.0)
-        one.line, one.no_interval = runs.RowAtBudget(None, index, None), ""
+        one.line, one.no_interval = runs.RowAtBudget(FULL, index, None), ""
         one.stored = SimpleNamespace(result={"versions": {"torch": version}})
-    found = Measured([one.line for one in cells.values()], [one.column], cells)
+    found = MeasuredTable([one.line for one in cells.values()], [one.column], cells)
     (note,) = (note for note in notes_of(blank_document().table, found, ()) if "torch" in note)
     assert "2.1 (full at all, POPE, full at 1, POPE); 2.2 (full at 2, POPE)." in note
 
@@ -804,8 +811,8 @@ def test_printed_commands_have_every_flag_that_is_not_a_default(made):
     # `MODEL=... DATA=... vtr tables paper` ran on the toy: only scripts read these.
     assert line.startswith(f"vtr tables paper {words[0]} --model {args.model} --data {args.data}")
     assert "--dtype float32 --batch-size 3 --judge match" in line
-    one = runs.RowAtBudget(None, None, sweep.Setting("full", None))
-    told = command_of(one, found.columns[0], table.where_of(found, args), SimpleNamespace(judge="match"))
+    run = table.where_of(found, args).run
+    told = command_of(runs.RowAtBudget(FULL, None, run), found.columns[0], run)
     assert "--batch-size 3" in told and "--judge match" in told
 
 

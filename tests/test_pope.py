@@ -9,7 +9,7 @@ import pytest
 
 from eval.benchmarks import pope
 from eval.benchmarks.llava_files import SHORT
-from eval.benchmarks.pope import Item
+from eval.benchmarks.pope import PopeReference
 from llava.errors import UserError
 from tests.benchmark_files import cell, edit_line, load, right_answers, scored, write_hub, write_lines
 
@@ -54,7 +54,7 @@ def test_every_number_equals_the_official_scripts():
     expected = json.loads((VECTORS / "expected_edge.json").read_text())["official_stdout"]
     labels = [row["label"] for row in lines(VECTORS / "edge_labels.json")]
     texts = {str(row["question_id"]): row["text"] for row in lines(VECTORS / "edge_answers.jsonl")}
-    items = {name: Item("random", "x.jpg", label) for name, label in zip(texts, labels, strict=True)}
+    items = {name: PopeReference("random", "x.jpg", label) for name, label in zip(texts, labels, strict=True)}
     found = pope.official_score(items, texts)
     printed = dict(line.split(": ") for line in expected if ": " in line)
     names = {"Accuracy": "accuracy", "Precision": "precision", "Recall": "recall", "F1 score": "f1"}

@@ -57,7 +57,7 @@ def folder(real, tmp_path) -> Path:
     return tmp_path / "results"
 
 
-def rows_of(folder: Path) -> dict[str, report.Row]:
+def rows_of(folder: Path) -> dict[str, report.ResultRow]:
     return {row.folder: row for row in report.collect(folder).rows}
 
 

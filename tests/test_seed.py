@@ -22,10 +22,10 @@ def test_llava_wants_the_letter_alone_and_lmms_eval_its_first_character(text, ll
 
 
 ITEMS = {
-    "1": seed.Item("1", "A", "image", 1),
-    "2#1": seed.Item("2", "A", "image", 5),
-    "2#2": seed.Item("2", "B", "image", 1),
-    "v1": seed.Item("v1", "C", "video", 10),
+    "1": seed.SeedReference("1", "A", "image", 1),
+    "2#1": seed.SeedReference("2", "A", "image", 5),
+    "2#2": seed.SeedReference("2", "B", "image", 1),
+    "v1": seed.SeedReference("v1", "C", "video", 10),
 }
 
 

@@ -60,7 +60,7 @@ def test_lists_write_the_stores_of_single_runs(single, tiny_path, tmp_path, monk
     assert len(single) == 6 and stores(tmp_path) == single and len(loaded) == 1
     out = capfd.readouterr().out.splitlines()
     assert len([line for line in out if line.endswith((" ms for a batch of 6.", " TTFT n/a."))]) == 6
-    monkeypatch.setattr(sweep_module, "run", None)
+    monkeypatch.setattr(sweep_module, "run_job", None)
     monkeypatch.setattr(sweep_module, "launch", None)
     assert evaluate(tmp_path, monkeypatch, tiny_path, *LISTS, ranks=ranks) == 0, "finished runs were asked again"
 

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from eval import benchmarks
 from eval import config as settings_module
 from eval.answers import source_hash
 from eval.answers.reuse import check_table
-from eval.config import RunConfig
+from eval.config import DEFAULT_DATA, RunConfig, build_reducer
 from eval.feature_cache import CachingLlava, bytes_of
 from eval.papers import spec
 from eval.papers.runs import changed
-from eval.sweep import Setting, fill, folder_of, is_finished
+from eval.run import prepare
+from eval.sweep import fill, folder_of, is_complete
 from eval.tables import insert, markdown
 from llava.errors import UserError
 from llava.model.builder import load
@@ -52,8 +54,18 @@ def test_a_model_whose_tower_is_no_clip_is_swept_without_a_memory(tmp_path):
 
 def cell(model, data, folder, **changes) -> RunConfig:
     """A run of one setting, as tables make them."""
-    output = folder_of(folder, model, "gqa", "testdev", Setting("uniform", 4), data)
-    return RunConfig("uniform", 4, data=data, output=output, failed="again", wandb="disabled", **changes)
+    config = RunConfig("uniform", 4, split="testdev", data=data, failed="again", wandb="disabled", **changes)
+    return replace(config, output=folder_of_gqa(folder, config, model))
+
+
+def folder_of_gqa(folder, config, model) -> Path:
+    """The folder of a run on GQA, as tables name it."""
+    data = benchmarks.get("gqa").load(config.data, "testdev")
+    return folder_of(folder, config, data, model, build_reducer(config, model.visual_tokens))
+
+
+def is_finished(config, model) -> bool:
+    return is_complete(prepare(config, model))
 
 
 def test_a_finished_setting_is_not_used_for_other_images_or_other_code(tiny, tmp_path, monkeypatch):
@@ -61,7 +73,7 @@ def test_a_finished_setting_is_not_used_for_other_images_or_other_code(tiny, tmp
     data, model = write_gqa(tmp_path / "data", count=6, images=2), CachingLlava(tiny)
     config = cell(model, data, tmp_path / "out", limit=4)
     assert not is_finished(config, model)
-    fill(config, model)
+    fill(prepare(config, model))
     assert is_finished(config, model) and not is_finished(replace(config, limit=5), model)
     real = settings_module.answer_sources
     edited = {"llava/pipeline/decoder.py": "edited"}
@@ -69,7 +81,7 @@ def test_a_finished_setting_is_not_used_for_other_images_or_other_code(tiny, tmp
         monkeypatch.setattr(module, "answer_sources", lambda *objects, **more: real(*objects, **more) | edited)
     assert not is_finished(config, model)
     with pytest.raises(UserError, match=r"under other settings \(code: llava/pipeline/decoder\.py\)"):
-        fill(config, model)
+        fill(prepare(config, model))
     monkeypatch.undo()
     drawn_image(9, (32, 32)).save(data / "gqa" / "data" / "images" / "n1.jpg")
     with pytest.raises(UserError, match=r"holds 2 answers to other images"):
@@ -118,7 +130,7 @@ def test_a_sweep_writes_again_what_a_finished_run_has_lost(tiny, tmp_path, loss)
     and the remark of a moment without locks stayed for good."""
     data, model = write_gqa(tmp_path / "data", count=6, images=2), CachingLlava(tiny)
     config = cell(model, data, tmp_path / "out")
-    fill(config, model)
+    fill(prepare(config, model))
     folder = Path(config.output)
     files = ("answers.jsonl", "settings.json", "predictions.json")
     before = [(folder / name).read_bytes() for name in files]
@@ -126,7 +138,7 @@ def test_a_sweep_writes_again_what_a_finished_run_has_lost(tiny, tmp_path, loss)
     assert is_finished(config, model)
     LOSSES[loss](folder)
     assert not is_finished(config, model)
-    fill(config, model)
+    fill(prepare(config, model))
     assert is_finished(config, model) and [(folder / name).read_bytes() for name in files] == before
     again = json.loads((folder / "result.json").read_text())
     assert all(
@@ -141,11 +153,11 @@ def test_a_sweep_leaves_the_answers_of_another_store_alone(tiny, tmp_path):
     """They counted as those of the run."""
     data, model = write_gqa(tmp_path / "data", count=6, images=2), CachingLlava(tiny)
     config = cell(model, data, tmp_path / "out")
-    fill(config, model)
+    fill(prepare(config, model))
     answers_of_another_store(Path(config.output))
     assert not is_finished(config, model)
     with pytest.raises(UserError, match="answers of another store"):
-        fill(config, model)
+        fill(prepare(config, model))
 
 
 def test_remembered_features_stay_within_their_memory(tiny):
@@ -195,7 +207,7 @@ def test_insert_replaces_only_between_its_markers(tmp_path):
 def test_views_made_ahead_are_never_taken_for_those_of_another_image(tiny, tmp_path):
     """They were found by the id of an image that was gone: the next run on the model could get another one's views."""
     data, model = write_gqa(tmp_path / "data", count=6), CachingLlava(tiny)
-    fill(cell(model, data, tmp_path / "out"), model)
+    fill(prepare(cell(model, data, tmp_path / "out"), model))
     assert model.ready_views and all(id(image) == name for name, (image, _) in model.ready_views.items())
 
 
@@ -206,18 +218,19 @@ def test_a_setting_that_was_interrupted_after_a_failure_goes_on(tiny, tmp_path):
     whole, config = image.read_bytes(), cell(model, data, tmp_path / "out")
     image.write_bytes(whole[:100])
     with pytest.raises(UserError, match="1 questions have no answer"):
-        fill(replace(config, limit=3), model)
+        fill(prepare(replace(config, limit=3), model))
     image.write_bytes(whole)
-    fill(config, model)
+    fill(prepare(config, model))
     assert is_finished(config, model)
 
 
 def test_two_data_folders_have_stores_of_their_own(tiny, tmp_path):
     """The folder of a sweep did not tell the data, so one folder's answers stood in the way of the other's."""
     one, two = (write_gqa(tmp_path / name, count=count) for name, count in (("eval", 6), ("other/eval", 4)))
-    names = {cell(tiny, data, tmp_path).output.parent.name for data in (one, two)}
+    config = cell(tiny, one, tmp_path)
+    names = {config.output.parent.name, cell(tiny, two, tmp_path).output.parent.name}
     assert len(names) == 2 and all(name.startswith("gqa-testdev-eval-") for name in names)
-    default = folder_of(tmp_path, tiny, "gqa", "testdev", Setting("uniform", 4))
+    default = folder_of_gqa(tmp_path, replace(config, data=DEFAULT_DATA), tiny)
     assert default.parent.name == "gqa-testdev"
 
 

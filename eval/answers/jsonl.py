@@ -24,7 +24,7 @@ SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
-class Row:
+class AnswerRow:
     """One answer, read from an answer file.
 
     Attributes:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eval.answers.jsonl import Row, is_file, parse_json, parse_line, read_bytes, read_json
+from eval.answers.jsonl import AnswerRow, is_file, parse_json, parse_line, read_bytes, read_json
 from eval.answers.reuse import images_of
 from eval.benchmarks.base import Dataset, Question
 from eval.benchmarks.llava_files import split_suffix
@@ -50,7 +50,7 @@ def read_answers(path: Path, data: Dataset, partial: bool = False) -> Answers:
     return replace(found, notes=(*notes, *found.notes))
 
 
-def read_rows(path: Path, partial: bool = False) -> tuple[list[Row], list[str]]:
+def read_rows(path: Path, partial: bool = False) -> tuple[list[AnswerRow], list[str]]:
     """The answers of a JSON-lines file, a JSON list of records, or a JSON map from id to text; and notes."""
     content = read_bytes(path).strip()
     first, _, more = content.partition(b"\n")
@@ -59,11 +59,11 @@ def read_rows(path: Path, partial: bool = False) -> tuple[list[Row], list[str]]:
         if isinstance(document, dict) and not any(key in document for key in ("question_id", *TEXTS)):
             if wrong := [name for name, text in document.items() if not isinstance(text, str)]:
                 raise UserError(f"{path} should map question ids to texts; {first_names(wrong)} have none.")
-            return [Row(f"{path} entry {name}", name, text) for name, text in document.items()], []
+            return [AnswerRow(f"{path} entry {name}", name, text) for name, text in document.items()], []
         records = document if isinstance(document, list) else [document]
         return [read_row(row, f"{path} entry {number}") for number, row in enumerate(records, start=1)], []
     lines = content.split(b"\n")
-    rows: list[Row] = []
+    rows: list[AnswerRow] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -89,7 +89,7 @@ def is_object(line: bytes) -> bool:
         return False
 
 
-def read_row(record: Any, where: str) -> Row:
+def read_row(record: Any, where: str) -> AnswerRow:
     """One answer, under any of the keys in IDS and TEXTS."""
     if not isinstance(record, dict):
         raise UserError(f"{where} should be a JSON object, got {type(record).__name__}.")
@@ -107,7 +107,7 @@ def read_row(record: Any, where: str) -> Row:
     if not texts or (not ids and number is None):
         raise UserError(f"{where} should have an id ({', '.join(IDS)}) and a text ({', '.join(TEXTS)}).")
     prompt, asked = record.get("prompt"), doc.get("question")
-    return Row(
+    return AnswerRow(
         where,
         str(ids[0]) if ids else None,
         texts[0],
@@ -118,7 +118,7 @@ def read_row(record: Any, where: str) -> Row:
     )
 
 
-def join(path: Path, rows: Sequence[Row], data: Dataset, partial: bool = False) -> Answers:
+def join(path: Path, rows: Sequence[AnswerRow], data: Dataset, partial: bool = False) -> Answers:
     """Match the answers of a file with the questions of a data set.
 
     Args:
@@ -133,7 +133,7 @@ def join(path: Path, rows: Sequence[Row], data: Dataset, partial: bool = False) 
     for question in data.questions:
         official[question.official or question.id].append(question)
     texts: dict[str, str] = {}
-    answered: list[tuple[Question, Row]] = []
+    answered: list[tuple[Question, AnswerRow]] = []
     foreign: list[str] = []
     repeated: list[str] = []
     changed: list[str] = []
@@ -194,7 +194,7 @@ def join(path: Path, rows: Sequence[Row], data: Dataset, partial: bool = False) 
     return Answers(texts, tuple(notes))
 
 
-def other_images(answered: Sequence[tuple[Question, Row]], data: Dataset) -> tuple[list[str], int]:
+def other_images(answered: Sequence[tuple[Question, AnswerRow]], data: Dataset) -> tuple[list[str], int]:
     """Compare the image hashes that our own answer files record with the images of the data set.
 
     Returns:
@@ -211,7 +211,10 @@ def other_images(answered: Sequence[tuple[Question, Row]], data: Dataset) -> tup
 
 
 def name_of(
-    row: Row, known: Mapping[str, Question], official: Mapping[str, Sequence[Question]], questions: Sequence[Question]
+    row: AnswerRow,
+    known: Mapping[str, Question],
+    official: Mapping[str, Sequence[Question]],
+    questions: Sequence[Question],
 ) -> str | None:
     """Our id of the question that a row answers; None if there is none or several fit."""
     if row.id is None:
@@ -254,7 +257,7 @@ def holds(prompt: str, question: Question) -> bool:
     return 2 * sum(line in asked for line in lines) >= len(lines)
 
 
-def check_prompts(path: Path, answered: Sequence[tuple[Question, Row]], data: Dataset) -> list[str]:
+def check_prompts(path: Path, answered: Sequence[tuple[Question, AnswerRow]], data: Dataset) -> list[str]:
     """Notes about recorded prompts that do not contain their question.
 
     Raises:

@@ -1,4 +1,8 @@
-"""The benchmarks. A new one is a file or folder here that defines BENCHMARK or BENCHMARKS; nothing else changes."""
+"""The benchmarks.
+
+A new one is a file of sets/ if it is plain, else a module here that defines BENCHMARK or BENCHMARKS. Nothing else
+changes.
+"""
 
 from functools import cache
 from importlib import import_module
@@ -7,7 +11,7 @@ from pkgutil import iter_modules
 
 from eval.answers.jsonl import is_file
 from eval.benchmarks.base import Benchmark
-from llava.errors import unknown
+from llava.errors import UserError, unknown
 
 
 @cache
@@ -16,7 +20,12 @@ def registry() -> dict[str, Benchmark]:
     entries: list[Benchmark] = []
     for module in map(import_module, (f"{__name__}.{entry.name}" for entry in iter_modules(__path__))):
         entries += getattr(module, "BENCHMARKS", (module.BENCHMARK,) if hasattr(module, "BENCHMARK") else ())
-    return {benchmark.name: benchmark for benchmark in sorted(entries, key=lambda benchmark: benchmark.name)}
+    found: dict[str, Benchmark] = {}
+    for benchmark in sorted(entries, key=lambda benchmark: benchmark.name):
+        if benchmark.name in found:
+            raise UserError(f"Two benchmarks are called {benchmark.name}; rename one of their files.")
+        found[benchmark.name] = benchmark
+    return found
 
 
 def names() -> list[str]:

@@ -11,7 +11,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from eval.answers.jsonl import Row, read_bytes
+from eval.answers.jsonl import AnswerRow, read_bytes
 from eval.benchmarks.media import Images, first_of_content
 from eval.metrics import Score
 from eval.metrics.accuracy import mean_score
@@ -140,7 +140,7 @@ class Dataset:
     submission: Callable[[Mapping[str, str]], Mapping[str, Any]]
     max_new_tokens: int = 128
     facts: Mapping[str, Any] = field(default_factory=dict)
-    read: "Callable[[Path], Sequence[Row] | None] | None" = None
+    read: "Callable[[Path], Sequence[AnswerRow] | None] | None" = None
     accepts: frozenset[str] = frozenset()
     judging: Any = None
     benchmark: str = ""

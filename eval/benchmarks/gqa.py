@@ -129,7 +129,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
 
 
 def read_official(official: Path, split: str) -> tuple[Contents[Official], frozenset[str], Rule]:
-    """The official questions in LLaVA's order where its file is there, the unbalanced ones, and the metric."""
+    """The official questions, in LLaVA's order if its file is there, the ids of the unbalanced ones, and the metric."""
     folder = official.parent
     prompts = folder.parent / f"llava_gqa_{split}_balanced.jsonl"
     records, images, files = check_map(official, Official), folder / "images", [official]
@@ -142,7 +142,10 @@ def read_official(official: Path, split: str) -> tuple[Contents[Official], froze
             questions.append(Question(name, prompt.question, prompt.suffix, (prompt.image,), answer))
     else:
         for name, record in records.items():
-            image = find_image(images, record, official)
+            # GQA ships .jpg; a lossless set may use .png.
+            image, lossless = image_name(f"{record['imageId']}.jpg", str(official)), f"{record['imageId']}.png"
+            if not (images / image).exists() and (images / lossless).exists():
+                image = lossless
             questions.append(Question(name, record["question"], SHORT, (image,), record["answer"]))
     choices_file, all_file = folder / f"{split}_choices.json", folder / f"{split}_all_questions.json"
     choices = check_map(choices_file, Choices) if is_file(choices_file) else None
@@ -157,14 +160,11 @@ def read_official(official: Path, split: str) -> tuple[Contents[Official], froze
     return contents, frozenset(unbalanced), score
 
 
-def find_image(images: Path, record: Official, path: Path) -> str:
-    """File name of a question's image: GQA ships .jpg; a lossless set may use .png."""
-    name, lossless = image_name(f"{record['imageId']}.jpg", str(path)), f"{record['imageId']}.png"
-    return lossless if not (images / name).exists() and (images / lossless).exists() else name
-
-
 def read_mirror(data: Path, split: str, source: str) -> Contents[Any]:
-    """The tables of the hub: question, answer and imageId of each question; id and encoded bytes of each image."""
+    """The two tables of the hub.
+
+    One has question, answer and imageId of each question, the other id and encoded bytes of each image.
+    """
     table = open_table(data, MIRROR, f"{split}_balanced_instructions", split, source)
     shown = open_table(data, MIRROR, f"{split}_balanced_images", split, source)
     row_of = {str(record["id"]): row for row, record in enumerate(shown.records(MirrorImage))}
@@ -254,7 +254,10 @@ def count_steps(question: Record) -> int:
 
 
 def distribution(questions: Mapping[str, Record], predictions: Mapping[str, str]) -> float:
-    """Chi-square between answer and prediction counts within each question group, group-size weighted, / 100."""
+    """Chi-square between the counts of answers and of predictions within each question group.
+
+    It is the mean over the groups, weighted by their sizes and divided by 100.
+    """
     expected: dict[str, Counter[str]] = defaultdict(Counter)
     observed: dict[str, Counter[str]] = defaultdict(Counter)
     for name, question in questions.items():
@@ -276,7 +279,7 @@ def score_consistency(
     correct: Mapping[str, float],
     all_questions: Mapping[str, Record] | None,
 ) -> tuple[float | None, str | None]:
-    """Percent, or None and the reason: of the questions entailed by a correct answer, how many are right too."""
+    """How many of the questions that a right answer entails are right too, in percent; None with the reason why not."""
     if all_questions is None:
         return None, "no file with all questions: consistency is not measured"
     per_question = []

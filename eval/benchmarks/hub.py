@@ -16,16 +16,19 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from eval.answers.jsonl import is_file
-from eval.benchmarks.base import Contents, Question, Reference
+from eval.benchmarks.base import Contents, Dataset, Question, Reference, no_submission
 from eval.benchmarks.media import Inline
 from eval.benchmarks.records import Record, check_all, columns_of
 from eval.metrics import Score, first_names
-from llava.errors import UserError, how_to_get
+from eval.metrics.accuracy import mean_score
+from eval.yaml_files import Part
+from llava.errors import UserError, how_to_get, suggestion
 from llava.file_state import file_state
 
 # A part of a table: number and count of the parts. Some names end with a hash.
@@ -33,7 +36,7 @@ PART = re.compile(r"(?P<table>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\b")
 
 
 @dataclass(frozen=True)
-class Table:
+class HubTable:
     """One split of a data set.
 
     Attributes:
@@ -66,11 +69,15 @@ class Table:
         text = json.dumps(self._select(columns), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def _select(self, columns: Sequence[str]) -> list[dict[str, Any]]:
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Raise UserError if the table lacks one of these columns."""
         if lost := [name for name in columns if name not in self.rows.column_names]:
-            raise UserError(
-                f"{self.where} has no column {', '.join(lost)}; it has {', '.join(self.rows.column_names)}."
-            )
+            there = self.rows.column_names
+            hint = suggestion(lost[0], there)
+            raise UserError(f"{self.where} has no column {', '.join(lost)}; it has {', '.join(there)}.{hint}")
+
+    def _select(self, columns: Sequence[str]) -> list[dict[str, Any]]:
+        self.check_columns(columns)
         rows: list[dict[str, Any]] = self.rows.select_columns(list(columns)).to_list()
         return rows
 
@@ -139,7 +146,7 @@ def cached_copies(ids: Iterable[str]) -> list[tuple[str, Path]]:
     return found
 
 
-def open_table(data: Path, ids: Sequence[str], config: str | None, split: str, source: str = "auto") -> Table:
+def open_table(data: Path, ids: Sequence[str], config: str | None, split: str, source: str = "auto") -> HubTable:
     """A split of a data set, from DATA/hub, from the hub's cache, or from the hub itself.
 
     Args:
@@ -179,7 +186,7 @@ def open_table(data: Path, ids: Sequence[str], config: str | None, split: str, s
     raise UserError(" ".join(sentences))
 
 
-def _open(name: str, folder: Path | None, config: str | None, split: str) -> Table:
+def _open(name: str, folder: Path | None, config: str | None, split: str) -> HubTable:
     import datasets
 
     fetch_again = ""
@@ -203,7 +210,7 @@ def _open(name: str, folder: Path | None, config: str | None, split: str) -> Tab
             line = str(error).splitlines()[0] if str(error) else type(error).__name__
             what = f"configuration {config}, split {split}" if config else f"split {split}"
             raise UserError(f"Cannot read {what} of {where} ({line}). {fetch_again}".rstrip()) from error
-    return Table(name, where, undecoded(rows))
+    return HubTable(name, where, undecoded(rows))
 
 
 def missing_files(folder: Path) -> list[str]:
@@ -332,19 +339,20 @@ def by_unique_id(rows: Iterable[Record], column: str = "question_id") -> dict[st
     return dict(zip(unique_ids(row[column] for row in rows), rows, strict=True))
 
 
-def image_names(table: Table, keys: Iterable[Hashable] | None = None) -> list[str]:
-    """Per row the image's name in Table.images; rows with the same key share the first one's.
+def image_names(table: HubTable, keys: Iterable[Hashable] | None = None, column: str = "image") -> list[str]:
+    """Per row the image's name in HubTable.images; rows with the same key share the first one's.
 
     Rows about one image then share one pass of the vision tower, and intervals can draw images.
 
     Args:
         keys: per row what says which image it is about; None takes a hash of the encoded image.
+        column: the one that holds the images.
     """
     if keys is None:
-        cells = enumerate(table.rows["image"])
+        cells = enumerate(table.rows[column])
         keys = [hashlib.sha256(cell["bytes"]).digest() if cell and cell.get("bytes") else row for row, cell in cells]
     first: dict[Hashable, int] = {}
-    return [f"{first.setdefault(key, row)}/image" for row, key in enumerate(keys)]
+    return [f"{first.setdefault(key, row)}/{column}" for row, key in enumerate(keys)]
 
 
 def letters(options: Sequence[str | int | float]) -> dict[str, str]:
@@ -381,3 +389,133 @@ def ungraded(
         return Score({main: None}, {}, {}, (note,), main=main)
 
     return score
+
+
+# -- sets that exist on the hub only ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HubQuestion:
+    """What a row says.
+
+    Attributes:
+        suffix: the instruction how to answer.
+        answer: the accepted answer or answers.
+        kinds: name of a breakdown -> the group or groups that the question belongs to.
+        reference: what the metric compares a text with, where that is more than the answer.
+    """
+
+    question: str
+    suffix: str
+    answer: str | Sequence[str]
+    kinds: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
+    reference: Any = None
+
+
+# Name of a breakdown -> question id -> the group or groups that the question belongs to.
+Kinds = Mapping[str, Mapping[str, str | Sequence[str]]]
+
+
+class Upload(Part):
+    """A file of answers for a server.
+
+    Attributes:
+        splits: those whose answers only the server knows. The file is written for the others too.
+    """
+
+    file: str
+    server: str
+    splits: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """A set as one profile asks and scores it.
+
+    Attributes:
+        title: for sentences.
+        ids: repositories, the newest owner first.
+        schema: of a row.
+        columns: those that questions and scores depend on.
+        ask: (row, its place for errors) -> the question.
+        sample_score: (text, reference) -> score in [0, 1].
+        expected: our split -> questions that published numbers are about; None where nothing is published.
+        main: name of the mean sample score.
+        finish: (the mean and its groups, groups of all questions) -> the metric, where it is more than that.
+        config: configuration on the hub.
+        hub_splits: our names of splits, which are lmms-eval's in its task names -> the hub's, where they differ.
+        id: column with the question's id. Rows without one have their number for it, as in lmms-eval's samples.
+        image: column with the image.
+        image_key: columns that together name the image, which several questions share; by default its content does.
+        submission: (rows by question id, texts) -> files for who scores them; None where nobody else does.
+        upload: the file that a server reads; None where no server does.
+        tokens: the longest answer.
+    """
+
+    title: str
+    ids: tuple[str, ...]
+    schema: Any
+    columns: tuple[str, ...]
+    ask: Callable[[Any, str], HubQuestion]
+    sample_score: Callable[[str, Any], float | bool]
+    expected: Mapping[str, int | None]
+    main: str = "accuracy"
+    finish: Callable[[Score, Kinds], Score] = lambda score, kinds: score
+    config: str | None = None
+    hub_splits: Mapping[str, str] = field(default_factory=dict)
+    id: str = ""
+    image: str = "image"
+    image_key: tuple[str, ...] = ()
+    submission: Callable[[Mapping[str, Any], Mapping[str, str]], dict[str, Any]] | None = None
+    upload: Upload | None = None
+    tokens: int = 128
+
+
+def read_set(profiles: Mapping[str, HubSet], data: Path, split: str, profile: str, source: str = "auto") -> Dataset:
+    """Read one split of a set in one of its profiles."""
+    one = profiles[profile]
+    table = open_table(data, one.ids, one.config, one.hub_splits.get(split, split), source)
+    table.check_columns([one.image])
+    rows = table.records(one.schema)
+    names = unique_ids(row[one.id] if one.id else number for number, row in enumerate(rows))
+    records = dict(zip(names, rows, strict=True))
+    asked = {name: one.ask(row, f"{table.where} row {number}") for number, (name, row) in enumerate(records.items())}
+    references = {name: ask.answer if ask.reference is None else ask.reference for name, ask in asked.items()}
+    kinds: dict[str, dict[str, str | Sequence[str]]] = defaultdict(dict)
+    for name, ask in asked.items():
+        for breakdown, group in ask.kinds.items():
+            kinds[breakdown][name] = group
+    graded = one.upload is None or split not in one.upload.splits
+    if graded:
+        check_answers(table.where, {name: ask.answer for name, ask in asked.items()})
+
+    keys: list[Hashable] | None = None
+    if one.image_key:  # a row that lacks one of these columns has an image of its own
+        parts = [tuple(row.get(column) for column in one.image_key) for row in rows]
+        keys = [row if any(part in (None, "") for part in key) else key for row, key in enumerate(parts)]
+    questions = []
+    for (name, ask), image in zip(asked.items(), image_names(table, keys, one.image), strict=True):
+        answer = ask.answer if isinstance(ask.answer, str) else next(iter(ask.answer), "")
+        official = str(records[name].get(one.id, ""))
+        questions.append(Question(name, ask.question, ask.suffix, (image,), answer, official))
+
+    expected = one.expected[split]
+
+    def score(names: Sequence[str], texts: Mapping[str, str]) -> Score:
+        wanted = {name: references[name] for name in names}
+        scored = one.finish(mean_score(wanted, texts, one.sample_score, kinds, one.main), kinds)
+        return scored if expected is None else with_version(scored, len(questions), expected)
+
+    def sample_score(question: Question, text: str) -> float:
+        return float(one.sample_score(text, references[question.id]))
+
+    facts = {"questions": len(table)} | ({} if expected is None else {"expected_questions": expected})
+    return table.contents(questions, references, one.columns, table.images((one.image,))).dataset(
+        f"{one.title} {split}",
+        profile,
+        score if one.upload is None or graded else ungraded(one.main, one.upload.file, one.upload.server),
+        sample_score if graded else None,
+        partial(one.submission, records) if one.submission is not None else no_submission,
+        facts,
+        max_new_tokens=one.tokens,
+    )

@@ -37,7 +37,7 @@ SOURCE = "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
 Kind = Literal["complex", "conv", "detail"]
 
 
-class Line(TypedDict):
+class BenchLine(TypedDict):
     """A line of questions.jsonl."""
 
     question_id: Id
@@ -108,7 +108,7 @@ def read_official(asked: Path, title: str) -> Contents[Entry]:
         need_file(path, title, SOURCE)
     captions = {row["image"]: caption_text(row["caption"]) for _, row in check_lines(context, Context)}
     references = {str(row["question_id"]): row["text"] for _, row in check_lines(answers, Reference)}
-    lines = check_lines(asked, Line)
+    lines = check_lines(asked, BenchLine)
     each_once((where, str(row["question_id"])) for where, row in lines)
     entries: dict[str, Entry] = {}
     for where, row in lines:

@@ -35,14 +35,14 @@ def split_suffix(text: str) -> tuple[str, str]:
     return text, ""
 
 
-class Asked(TypedDict):
+class QuestionRecord(TypedDict):
     """What most records of a question have, in official files and on the hub."""
 
     question_id: Id
     question: Filled
 
 
-class Line(TypedDict):
+class QuestionLine(TypedDict):
     """A line of one of LLaVA's question files."""
 
     question_id: Id
@@ -72,7 +72,7 @@ class Prompt:
 def read_prompts(path: Path) -> list[Prompt]:
     """Questions as LLaVA words and orders them."""
     prompts = []
-    for where, row in check_lines(path, Line):
+    for where, row in check_lines(path, QuestionLine):
         image = image_name(row["image"], where)
         prompts.append(Prompt(where, row["question_id"], image, row["text"], *split_suffix(row["text"])))
     return prompts

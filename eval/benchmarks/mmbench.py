@@ -135,7 +135,7 @@ Rule = Callable[[str, Choices], str]
 
 
 @dataclass(frozen=True)
-class Item:
+class MmbenchReference:
     """What scoring needs of a row.
 
     Attributes:
@@ -168,7 +168,11 @@ def load(edition: Edition, data: Path, split: str, profile: str = "llava", sourc
     scored = all(question.answer for question in questions)
     if not scored and any(question.answer for question in questions):
         raise UserError(f"{table.source} has rows with and rows without an answer; get it again.")
-    items = {index: item_of(row, lmms) for index, row in rows.items()}
+    items, shown_options = {}, OPTIONS[: 4 if lmms else 5]  # lmms-eval knows no option E
+    for index, row in rows.items():
+        choices = {letter: str(row[letter]) for letter in shown_options if row.get(letter) is not None}
+        answer, category, l2 = (row.get(name) or "" for name in ("answer", "category", "l2-category"))
+        items[index] = MmbenchReference(int(str(row["index"])), answer, choices, category, l2)
     groups = len({item.index % PASS for item in items.values()})
     notes: tuple[str, ...] = ()
     if split == "dev" and edition.groups not in (None, groups):
@@ -248,7 +252,7 @@ def read_tsv(path: Path) -> Rows:
 
 
 def as_pandas(rows: Mapping[str, Row]) -> dict[str, Row]:
-    """The rows of either source, empty where pandas, and with it the official tools, find them empty."""
+    """The rows with empty cells where pandas, and with it the official tools, finds them empty."""
     return {index: {name: None if cell in EMPTY else cell for name, cell in row.items()} for index, row in rows.items()}
 
 
@@ -286,7 +290,7 @@ def checked_index(index: str, where: str) -> str:
 
 
 def read_mirror(data: Path, edition: Edition, split: str, source: str) -> Rows:
-    """The copy that lmms-eval reads, cells as they stand."""
+    """The copy that lmms-eval reads, with its cells as they are."""
     table = open_table(data, MIRROR, edition.config, split, source)
     records = table.records(MirrorRow)
     rows: dict[str, Row] = {}
@@ -329,13 +333,6 @@ def check_answers(rows: Iterable[Row], where: str) -> None:
 # -- questions and files to upload -----------------------------------------------------------------------------------
 
 
-def item_of(row: Row, lmms: bool) -> Item:
-    """What scoring needs of a row; lmms-eval takes the mirror's "nan" for an option's text and knows no option E."""
-    choices = {letter: str(row[letter]) for letter in OPTIONS[: 4 if lmms else 5] if row.get(letter) is not None}
-    answer, category, l2 = (row.get(name) or "" for name in ("answer", "category", "l2-category"))
-    return Item(int(str(row["index"])), answer, choices, category, l2)
-
-
 def options_of(row: Row) -> list[str]:
     """The options that LLaVA shows: those up to the first that is empty."""
     return [str(option) for option in takewhile(lambda option: not is_none(option), map(row.get, OPTIONS[:4]))]
@@ -362,7 +359,7 @@ def ask_lmms(row: Row, edition: Edition) -> tuple[str, str]:
 
 
 def is_none(value: str | None) -> bool:
-    """What LLaVA's script takes for empty besides empty cells."""
+    """Whether LLaVA's script takes a cell for empty."""
     return value is None or value.lower() in ("nan", "none")
 
 
@@ -474,7 +471,7 @@ def infer_letter_lmms(text: str) -> str:
     return UNREAD
 
 
-def evaluate(items: Mapping[str, Item], texts: Mapping[str, str], rule: Rule = infer) -> Score:
+def evaluate(items: Mapping[str, MmbenchReference], texts: Mapping[str, str], rule: Rule = infer) -> Score:
     """CircularEval: a group counts if every pass of it is right.
 
     Groups whose first pass was not asked are left out, as officially. Passes that were not asked cannot fail a group.

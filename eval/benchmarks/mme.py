@@ -23,10 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.answers.jsonl import Row, is_file, read_bytes
+from eval.answers.jsonl import AnswerRow, is_file, read_bytes
 from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed
-from eval.benchmarks.hub import Table, image_names, official_file, open_table
-from eval.benchmarks.llava_files import EVAL_ZIP, SHORT, Asked, read_prompts
+from eval.benchmarks.hub import HubTable, image_names, official_file, open_table
+from eval.benchmarks.llava_files import EVAL_ZIP, SHORT, QuestionRecord, read_prompts
 from eval.benchmarks.media import Folder, image_name
 from eval.benchmarks.records import Filled
 from eval.metrics import Array, Score, SufficientStatistics, divide
@@ -48,7 +48,7 @@ PLEASE = " Please answer yes or no."
 SPACES = str.maketrans("\t\n\r", "   ")
 
 
-class MirrorRow(Asked):
+class MirrorRow(QuestionRecord):
     """A row of the mirror."""
 
     answer: Filled
@@ -56,7 +56,7 @@ class MirrorRow(Asked):
 
 
 @dataclass(frozen=True)
-class Item:
+class MmeReference:
     """One question.
 
     Attributes:
@@ -108,7 +108,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     )
 
 
-def read_official(prompts: Path, profile: str) -> Contents[Item]:
+def read_official(prompts: Path, profile: str) -> Contents[MmeReference]:
     """LLaVA's questions with the answers of MME's release.
 
     Ids of LLaVA's file are images: the k-th question about one is called ID#k.
@@ -118,7 +118,7 @@ def read_official(prompts: Path, profile: str) -> Contents[Item]:
         raise UserError(f"No MME release at {release}; get it as {SOURCE} says.")
     files: dict[Path, dict[str, str]] = {}
     questions: list[Question] = []
-    items: dict[str, Item] = {}
+    items: dict[str, MmeReference] = {}
     seen: Counter[str] = Counter()
     for prompt in read_prompts(prompts):
         where, text = prompt.where, prompt.question.strip()
@@ -126,18 +126,26 @@ def read_official(prompts: Path, profile: str) -> Contents[Item]:
         task, file = official.split("/")[0], f"{stem(official)}.txt"
         if task not in TASKS:
             raise unknown(f"MME task in {where}", task, TASKS)
-        path = answer_folder(release, task) / file
+        places = (release / task / "questions_answers_YN", release / task)
+        folder = next((place for place in places if place.is_dir()), None)
+        if folder is None:
+            raise UserError(
+                f"No MME task folder at {release / task}; it should hold text files of questions and answers."
+            )
+        path = folder / file
         if path not in files:
             files[path] = read_truth(path)
         answers = files[path]
-        asked = official_question(text, answers)
+        # A prompt without the instruction asks the official question that has it after one or two spaces.
+        spellings = [text] if PLEASE.strip() in text else [text + PLEASE, f"{text} {PLEASE}"]
+        asked = next((spelling for spelling in spellings if spelling in answers), None)
         if asked is None:
             raise UserError(f"{where} asks {text!r}, which {file} below {release / task} does not.")
         seen[official] += 1
         shown = lmms_text(asked) if profile == "lmms" else text
         name = f"{official}#{seen[official]}"
         questions.append(Question(name, shown, prompt.suffix, (prompt.image,), answers[asked].lower(), official))
-        items[name] = Item(task, official, file, asked, answers[asked])
+        items[name] = MmeReference(task, official, file, asked, answers[asked])
     mark = fingerprint([prompts, *sorted(files)])
     return Contents("official", tuple(questions), items, Folder(release), mark)
 
@@ -147,10 +155,10 @@ def lmms_text(question: str) -> str:
     return question.strip().replace(PLEASE, "")
 
 
-def read_mirror(table: Table, profile: str) -> Contents[Item]:
+def read_mirror(table: HubTable, profile: str) -> Contents[MmeReference]:
     """The rows of the hub's table, in which an image stands once for each question about it."""
     questions: list[Question] = []
-    items: dict[str, Item] = {}
+    items: dict[str, MmeReference] = {}
     seen: Counter[str] = Counter()
     rows = table.records(MirrorRow)
     images = image_names(table, (str(record["question_id"]) for record in rows))
@@ -166,7 +174,7 @@ def read_mirror(table: Table, profile: str) -> Contents[Item]:
         name = f"{official}#{seen[official]}"
         text = lmms_text(asked) if profile == "lmms" else lmms_text(asked).strip()
         questions.append(Question(name, text, SHORT, (image,), truth.lower(), official))
-        items[name] = Item(task, official, f"{stem(official)}.txt", asked, truth)
+        items[name] = MmeReference(task, official, f"{stem(official)}.txt", asked, truth)
     return table.contents(questions, items, MIRROR_COLUMNS)
 
 
@@ -179,16 +187,8 @@ def stem(file: str) -> str:
 
 
 def plain(question: str) -> str:
-    """A question without its instruction and its spaces' number, which some files have doubled."""
+    """A question without its instruction and with single spaces, which some files have doubled."""
     return " ".join(question.replace(PLEASE.strip(), "").split())
-
-
-def answer_folder(release: Path, task: str) -> Path:
-    """Where the text files of a task are."""
-    for folder in (release / task / "questions_answers_YN", release / task):
-        if folder.is_dir():
-            return folder
-    raise UserError(f"No MME task folder at {release / task}; it should hold text files of questions and answers.")
 
 
 def read_truth(file: Path) -> dict[str, str]:
@@ -204,13 +204,7 @@ def read_truth(file: Path) -> dict[str, str]:
     return answers
 
 
-def official_question(prompt: str, answers: dict[str, str]) -> str | None:
-    """The question of `answers` that a prompt without its instruction asks: one or two spaces join the official one."""
-    spellings = [prompt] if PLEASE.strip() in prompt else [prompt + PLEASE, f"{prompt} {PLEASE}"]
-    return next((spelling for spelling in spellings if spelling in answers), None)
-
-
-def read_folder(folder: Path, items: Mapping[str, Item]) -> list[Row]:
+def read_folder(folder: Path, items: Mapping[str, MmeReference]) -> list[AnswerRow]:
     """Answers from result files; a line belongs to the question with its task, its image and its words."""
     name_of = {(item.task, stem(item.file), plain(item.question)): name for name, item in items.items()}
     files = {task: folder / f"{task}.txt" for task in TASKS if is_file(folder / f"{task}.txt")}
@@ -229,7 +223,7 @@ def read_folder(folder: Path, items: Mapping[str, Item]) -> list[Row]:
                     f"{where} gives the right answer as {truth!r}, the benchmark's files as {items[name].truth!r}; "
                     "these are not results of the same data."
                 )
-            rows.append(Row(where, name or f"{task}/{image} {question}", text))
+            rows.append(AnswerRow(where, name or f"{task}/{image} {question}", text))
     return rows
 
 
@@ -268,7 +262,9 @@ def parse_lmms(text: str) -> str:
     return {"y": "yes", "n": "no"}.get(text) or parse_official(text)
 
 
-def evaluate(items: Mapping[str, Item], texts: Mapping[str, str], read: Callable[[str], str] = parse_official) -> Score:
+def evaluate(
+    items: Mapping[str, MmeReference], texts: Mapping[str, str], read: Callable[[str], str] = parse_official
+) -> Score:
     """The points of perception, of cognition and of both, and each task's.
 
     Args:

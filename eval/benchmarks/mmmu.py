@@ -27,7 +27,6 @@ from typing import Any
 from eval.benchmarks.base import PARTS, Dataset, Question, listed
 from eval.benchmarks.hub import by_unique_id, check_answers, letters, open_table, option_lines, ungraded, with_version
 from eval.benchmarks.llava_files import LETTER, SHORT
-from eval.benchmarks.media import Inline
 from eval.benchmarks.records import Filled, TypedDict
 from eval.metrics import Score
 from eval.metrics.accuracy import check_coverage, grouped, percent
@@ -50,7 +49,7 @@ OFFICIAL_FORMS = (BRACKETS, " {} ")
 LMMS_FORMS = (BRACKETS, "{} ", "{}.")
 
 
-class Row(TypedDict):
+class MirrorRow(TypedDict):
     """A row of the table."""
 
     id: Filled
@@ -61,7 +60,7 @@ class Row(TypedDict):
 
 
 @dataclass(frozen=True)
-class Item:
+class MmmuReference:
     """What the metric needs of a question.
 
     Attributes:
@@ -77,7 +76,7 @@ class Item:
 def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
     """Read a split."""
     table = open_table(data, IDS, None, split, source)
-    records = by_unique_id(table.records(Row), "id")
+    records = by_unique_id(table.records(MirrorRow), "id")
     lmms, graded = profile == "lmms", split != "test"
     items = {name: read_item(record, table.where, lmms) for name, record in records.items()}
     if graded:
@@ -86,8 +85,10 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     images = table.images(IMAGES)
     questions = []
     for row, (name, record) in enumerate(records.items()):
-        if lmms:
-            shown = lmms_images(row, record, items[name], images)
+        if lmms:  # every image that question or options name, in the order of their numbers
+            text = "\n".join([record["question"], *(items[name].options or {}).values()])
+            named = {f"{row}/{mark.strip('<>').replace(' ', '_')}" for mark in IMAGE.findall(text)}
+            shown = tuple(sorted(named & images.names))
         else:
             # The first image, or none for questions whose options hold several.
             first = f"{row}/image_1"
@@ -123,7 +124,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     )
 
 
-def read_item(record: Row, where: str, lmms: bool) -> Item:
+def read_item(record: MirrorRow, where: str, lmms: bool) -> MmmuReference:
     """What the metric needs of a row."""
     parts = SUBJECT.fullmatch(record["id"])
     if not parts:
@@ -136,7 +137,7 @@ def read_item(record: Row, where: str, lmms: bool) -> Item:
     if not choice and not lmms and record["answer"].startswith("["):
         # Several accepted answers. lmms-eval takes the list's text for the answer, which no model gives.
         answer = as_list(record["answer"], f"The answer of {record['id']} in {where}")
-    return Item(answer, parts.group(1), options)
+    return MmmuReference(answer, parts.group(1), options)
 
 
 def as_list(value: Any, what: str) -> list[str]:
@@ -151,7 +152,7 @@ def as_list(value: Any, what: str) -> list[str]:
     return [str(part) for part in value]
 
 
-def ask(name: str, record: Row, item: Item, lmms: bool, images: tuple[str, ...]) -> Question:
+def ask(name: str, record: MirrorRow, item: MmmuReference, lmms: bool, images: tuple[str, ...]) -> Question:
     """The question in the words of the profile.
 
     Blank lines as the programs print them: the authors' configuration shows one after the question too, but it is a
@@ -167,14 +168,7 @@ def ask(name: str, record: Row, item: Item, lmms: bool, images: tuple[str, ...])
     return Question(name, text, suffix, images, record["answer"], record["id"])
 
 
-def lmms_images(row: int, record: Row, item: Item, images: Inline) -> tuple[str, ...]:
-    """Every image that question or options name, in the order of their numbers."""
-    text = "\n".join([record["question"], *(item.options or {}).values()])
-    named = {f"{row}/{name.strip('<>').replace(' ', '_')}" for name in IMAGE.findall(text)}
-    return tuple(sorted(named & images.names))
-
-
-def several_in_options(item: Item) -> bool:
+def several_in_options(item: MmmuReference) -> bool:
     """Whether the options name more than one image."""
     return len(IMAGE.findall("\n".join((item.options or {}).values()))) > 1
 
@@ -220,7 +214,7 @@ def draw_letter(name: str, options: Mapping[str, str]) -> str:
     return random.Random(name).choice(list(options))
 
 
-def letter_of(name: str, item: Item, text: str, forms: Sequence[str]) -> str:
+def letter_of(name: str, item: MmmuReference, text: str, forms: Sequence[str]) -> str:
     """The letter that the answer to a multiple-choice question names, or one that is drawn."""
     options = item.options or {}
     return find_letter(text, options, forms) or draw_letter(name, options)
@@ -275,14 +269,16 @@ def open_score(text: str, answer: str | Sequence[str]) -> float:
     return 0.0
 
 
-def is_right(name: str, item: Item, text: str, forms: Sequence[str] = OFFICIAL_FORMS) -> float:
+def is_right(name: str, item: MmmuReference, text: str, forms: Sequence[str] = OFFICIAL_FORMS) -> float:
     """1 if the answer of question `name` is right."""
     if item.options is None:
         return open_score(text, item.answer)
     return float(letter_of(name, item, text, forms) == item.answer)
 
 
-def evaluate(items: Mapping[str, Item], texts: Mapping[str, str], forms: Sequence[str] = OFFICIAL_FORMS) -> Score:
+def evaluate(
+    items: Mapping[str, MmmuReference], texts: Mapping[str, str], forms: Sequence[str] = OFFICIAL_FORMS
+) -> Score:
     """Percent right over all questions, which is the authors' mean of subjects weighted by their questions.
 
     Args:

@@ -24,7 +24,7 @@ from pydantic import Field
 from eval.answers.jsonl import is_file
 from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed
 from eval.benchmarks.hub import official_file, open_table
-from eval.benchmarks.llava_files import Asked, each_once, prompts_by_id
+from eval.benchmarks.llava_files import QuestionRecord, each_once, prompts_by_id
 from eval.benchmarks.media import Folder, image_name
 from eval.benchmarks.records import Filled, NotRequired, Number, Texts, TypedDict, check_map
 from eval.judging import Judging, Request, Verdict, judged_facts, prompts
@@ -52,7 +52,7 @@ class Official(TypedDict):
     capability: Texts
 
 
-class MirrorRow(Asked):
+class MirrorRow(QuestionRecord):
     """A row of the mirror, whose capabilities are a list or one text with commas."""
 
     answer: Filled

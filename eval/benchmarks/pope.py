@@ -27,7 +27,16 @@ import numpy as np
 from eval.answers.jsonl import is_file
 from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed
 from eval.benchmarks.hub import image_names, official_file, open_table
-from eval.benchmarks.llava_files import EVAL_ZIP, SHORT, Asked, Line, as_number, each_once, json_lines, split_suffix
+from eval.benchmarks.llava_files import (
+    EVAL_ZIP,
+    SHORT,
+    QuestionLine,
+    QuestionRecord,
+    as_number,
+    each_once,
+    json_lines,
+    split_suffix,
+)
 from eval.benchmarks.media import Folder, image_name
 from eval.benchmarks.records import Filled, NotRequired, check_lines
 from eval.metrics import Array, Score, SufficientStatistics, divide
@@ -45,19 +54,19 @@ CATEGORIES = ("random", "popular", "adversarial")
 Category = Literal["random", "popular", "adversarial"]
 
 
-class Prompt(Line):
+class PopePrompt(QuestionLine):
     """A line of LLaVA's question file."""
 
     category: Category
 
 
-class Label(Line):
+class Label(QuestionLine):
     """A line of an official file."""
 
     label: Literal["yes", "no"]
 
 
-class MirrorRow(Asked):
+class MirrorRow(QuestionRecord):
     """A row of the mirror."""
 
     answer: Filled
@@ -66,7 +75,7 @@ class MirrorRow(Asked):
 
 
 @dataclass(frozen=True)
-class Item:
+class PopeReference:
     """One question; its label is "yes" or "no"."""
 
     category: str
@@ -110,14 +119,14 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     )
 
 
-def read_official(path: Path, split: str, labels: Path | None = None) -> Contents[Item]:
+def read_official(path: Path, split: str, labels: Path | None = None) -> Contents[PopeReference]:
     """LLaVA's questions with the official labels of the lines that ask the same about the same image.
 
     Args:
         labels: folder of the official files; coco/ beside the question file if left out.
     """
     folder = labels or path.parent / "coco"
-    lines = check_lines(path, Prompt)
+    lines = check_lines(path, PopePrompt)
     each_once((where, str(row["question_id"])) for where, row in lines)
     rows = [(where, row) for where, row in lines if split in ("test", row["category"])]
     if not rows:
@@ -142,7 +151,7 @@ def read_official(path: Path, split: str, labels: Path | None = None) -> Content
                 "version, for LLaVA's question file that of POPE @ e3e39262."
             )
         questions.append(Question(name, text, suffix, (image,), label))
-        items[name] = Item(category, image, label)
+        items[name] = PopeReference(category, image, label)
     mark = fingerprint([path, *files.values()])
     return Contents("official", tuple(questions), items, Folder(path.parent / "val2014"), mark)
 
@@ -154,7 +163,7 @@ def label_of(number: int | str, lines: Sequence[Label]) -> str | None:
     return answers.pop() if len(answers) == 1 else None
 
 
-def read_mirror(data: Path, split: str, source: str) -> Contents[Item]:
+def read_mirror(data: Path, split: str, source: str) -> Contents[PopeReference]:
     """The hub's table: 9,000 rows in split test, a split per category in its configuration Full."""
     table = open_table(data, MIRROR, None if split == "test" else "Full", split, source)
     questions, items = [], {}
@@ -173,7 +182,7 @@ def read_mirror(data: Path, split: str, source: str) -> Contents[Item]:
         if name in items:
             raise UserError(f"{where} asks question {name} a second time.")
         questions.append(Question(name, record["question"].strip(), SHORT, (image,), label, official))
-        items[name] = Item(category, image, label)
+        items[name] = PopeReference(category, image, label)
     return table.contents(questions, items, MIRROR_COLUMNS)
 
 
@@ -201,7 +210,7 @@ def parse_lmms(text: str) -> str:
     return text.lower().strip()
 
 
-def official_score(items: Mapping[str, Item], texts: Mapping[str, str]) -> Score:
+def official_score(items: Mapping[str, PopeReference], texts: Mapping[str, str]) -> Score:
     """The numbers of eval_pope.py in percent: means over the categories that were asked.
 
     Args:
@@ -224,7 +233,7 @@ def official_score(items: Mapping[str, Item], texts: Mapping[str, str]) -> Score
     return replace(score, values=values, notes=tuple(notes))
 
 
-def lmms_score(items: Mapping[str, Item], texts: Mapping[str, str]) -> Score:
+def lmms_score(items: Mapping[str, PopeReference], texts: Mapping[str, str]) -> Score:
     """The numbers of lmms-eval in percent, over all categories at once; the arguments are those of `official_score`.
 
     Its yes ratio is that of the labels: `yes_ratio_lmms`, while `yes_ratio` is that of the answers.
@@ -244,7 +253,7 @@ def lmms_score(items: Mapping[str, Item], texts: Mapping[str, str]) -> Score:
     return replace(score, values=values, notes=tuple(notes))
 
 
-def score_of(items: Mapping[str, Item], said: Mapping[str, str], counts: Array, sums: Array) -> Score:
+def score_of(items: Mapping[str, PopeReference], said: Mapping[str, str], counts: Array, sums: Array) -> Score:
     """What both rules have in common: sample scores, every measure by category, and the headline's terms.
 
     Args:
@@ -269,14 +278,14 @@ def score_of(items: Mapping[str, Item], said: Mapping[str, str], counts: Array, 
     )
 
 
-def categories_of(items: Mapping[str, Item]) -> tuple[str, ...]:
+def categories_of(items: Mapping[str, PopeReference]) -> tuple[str, ...]:
     """Those that were asked, in the order of the paper."""
     there = {item.category for item in items.values()}
     return tuple(category for category in CATEGORIES if category in there)
 
 
 def tally(
-    items: Mapping[str, Item], texts: Mapping[str, str], read: Callable[[str], str]
+    items: Mapping[str, PopeReference], texts: Mapping[str, str], read: Callable[[str], str]
 ) -> tuple[dict[str, str], Array]:
     """What each answer says, and [questions, categories, columns]: a 1 where it counts."""
     check_coverage(items, texts, set(items))

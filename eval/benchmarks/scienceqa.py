@@ -22,7 +22,7 @@ from pydantic import Field
 
 from eval.answers.jsonl import is_file, read_json
 from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed
-from eval.benchmarks.hub import Table, letters, official_file, open_table, option_lines
+from eval.benchmarks.hub import HubTable, letters, official_file, open_table, option_lines
 from eval.benchmarks.llava_files import LETTER, all_asked, each_once, json_lines
 from eval.benchmarks.media import Folder, image_name
 from eval.benchmarks.records import Filled, Id, NotRequired, Texts, TypedDict, check, check_list, check_map
@@ -48,7 +48,7 @@ class MirrorRow(TypedDict):
     subject: NotRequired[str | None]
 
 
-class Record(MirrorRow):
+class ScienceRecord(MirrorRow):
     """A problem of the official file."""
 
     image: NotRequired[str | None]
@@ -60,7 +60,7 @@ class Turn(TypedDict):
     value: Filled
 
 
-class Prompt(TypedDict):
+class SciencePrompt(TypedDict):
     """An entry of LLaVA's file."""
 
     id: Id
@@ -143,9 +143,9 @@ def read_official(path: Path, split: str) -> Contents[Problem]:
     return Contents("official files", tuple(questions), problems, images, fingerprint(files))
 
 
-def problems_of(path: Path, split: str) -> dict[str, Record]:
+def problems_of(path: Path, split: str) -> dict[str, ScienceRecord]:
     """The problems of a split, in the order of its list."""
-    splits, records = path.with_name("pid_splits.json"), check_map(path, Record)
+    splits, records = path.with_name("pid_splits.json"), check_map(path, ScienceRecord)
     names = check(dict[str, list[str]], read_json(splits), str(splits)).get(split, [])
     if not names or len(set(names)) < len(names):
         raise UserError(f"{splits} should list the ids of the split {split}, each once.")
@@ -157,10 +157,10 @@ def problems_of(path: Path, split: str) -> dict[str, Record]:
 
 
 def from_prompts(
-    path: Path, splits: Path, problems: Mapping[str, Problem], records: Mapping[str, Record]
+    path: Path, splits: Path, problems: Mapping[str, Problem], records: Mapping[str, ScienceRecord]
 ) -> list[Question]:
     """LLaVA's wording: the placeholder is removed and the suffix is not in the file."""
-    rows = [(f"{path} entry {number}", row) for number, row in enumerate(check_list(path, Prompt), start=1)]
+    rows = [(f"{path} entry {number}", row) for number, row in enumerate(check_list(path, SciencePrompt), start=1)]
     each_once(((where, str(row["id"])) for where, row in rows), problems, splits)
     questions = []
     for where, row in rows:
@@ -173,7 +173,7 @@ def from_prompts(
     return questions
 
 
-def read_mirror(table: Table) -> Contents[Problem]:
+def read_mirror(table: HubTable) -> Contents[Problem]:
     """The hub's table; its rows have no ids, so their numbers stand for them."""
     records = {str(row): record for row, record in enumerate(table.records(MirrorRow))}
     images = table.images()

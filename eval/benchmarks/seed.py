@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 from eval.answers.jsonl import is_file
 from eval.benchmarks.base import PARTS, Contents, Dataset, Question, fingerprint, listed
-from eval.benchmarks.hub import Table, by_unique_id, letters, official_file, open_table, option_lines
-from eval.benchmarks.llava_files import LETTER, Asked, all_asked, json_lines, read_prompts
+from eval.benchmarks.hub import HubTable, by_unique_id, letters, official_file, open_table, option_lines
+from eval.benchmarks.llava_files import LETTER, QuestionRecord, all_asked, json_lines, read_prompts
 from eval.benchmarks.media import Folder, image_name
 from eval.benchmarks.records import Id, NotRequired, check_list
 from eval.metrics import Score
@@ -39,7 +39,7 @@ Choice = str | int | float
 COLUMNS = ("question_id", "question", "choice_a", "choice_b", "choice_c", "choice_d", "answer", "data_type")
 
 
-class Record(Asked):
+class SeedRecord(QuestionRecord):
     """A question of SEED-Bench.json or a row of the mirror."""
 
     choice_a: Choice
@@ -56,7 +56,7 @@ TYPES: dict[int, str] = PARTS["seed"]
 
 
 @dataclass(frozen=True)
-class Item:
+class SeedReference:
     """What scoring needs of a question.
 
     Attributes:
@@ -120,28 +120,37 @@ def load(main: str, data: Path, split: str, profile: str = "llava", source: str 
     )
 
 
-def read_official(path: Path) -> Contents[Item]:
+def read_official(path: Path) -> Contents[SeedReference]:
     """SEED-Bench.json, in the order and words of LLaVA's question file if that is there."""
-    records, prompts = by_unique_id(check_list(path, Record, "questions")), path.with_name("llava-seed-bench.jsonl")
+    records, prompts = by_unique_id(check_list(path, SeedRecord, "questions")), path.with_name("llava-seed-bench.jsonl")
     if is_file(prompts):
         questions, files = from_prompts(prompts, records, path), [prompts, path]
     else:
         questions, files = [], [path]
         for name, record in records.items():
-            questions.append(ask(name, record, [official_image(record, f"Question {name} in {path}")]))
+            where, kind = f"Question {name} in {path}", record["data_type"]
+            needed = "data_id" if kind == "image" else "question_type_id"
+            if record.get(needed) is None:
+                raise UserError(f"{where} has no {needed}, which names its {kind}.")
+            image = f"SEED-Bench-video-image/{record.get('question_type_id')}_{record['question_id']}.png"
+            if kind == "image":
+                image = f"SEED-Bench-image/{record.get('data_id')}"
+            questions.append(ask(name, record, [image_name(image, where)]))
     return Contents("official files", tuple(questions), read_items(records), Folder(path.parent), fingerprint(files))
 
 
-def read_items(records: Mapping[str, Record]) -> dict[str, Item]:
+def read_items(records: Mapping[str, SeedRecord]) -> dict[str, SeedReference]:
     """What scoring needs of the records."""
     return {
-        name: Item(str(record["question_id"]), record["answer"], record["data_type"], record.get("question_type_id"))
+        name: SeedReference(
+            str(record["question_id"]), record["answer"], record["data_type"], record.get("question_type_id")
+        )
         for name, record in records.items()
     }
 
 
-def from_prompts(path: Path, records: Mapping[str, Record], official: Path) -> list[Question]:
-    """Questions as LLaVA's file words and orders them; of those that share an id, the one that a prompt asks."""
+def from_prompts(path: Path, records: Mapping[str, SeedRecord], official: Path) -> list[Question]:
+    """Questions in the words and order of LLaVA's file; a prompt tells which of the questions with its id it asks."""
     waiting: dict[str, list[str]] = defaultdict(list)
     for name, record in records.items():
         waiting[str(record["question_id"])].append(name)
@@ -158,13 +167,13 @@ def from_prompts(path: Path, records: Mapping[str, Record], official: Path) -> l
     return questions
 
 
-def read_mirror(table: Table, every_frame: bool) -> Contents[Item]:
+def read_mirror(table: HubTable, every_frame: bool) -> Contents[SeedReference]:
     """The hub's table, whose images are lists: one image, or frames of a video.
 
     Args:
         every_frame: show all frames of a video as lmms-eval does, not the middle one as LLaVA.
     """
-    records = by_unique_id(table.records(Record))
+    records = by_unique_id(table.records(SeedRecord))
     frames: dict[int, list[str]] = defaultdict(list)
     names = table.images().names
     for name in sorted(names, key=lambda name: [int(part) for part in name.split("/") if part.isdigit()]):
@@ -181,22 +190,11 @@ def read_mirror(table: Table, every_frame: bool) -> Contents[Item]:
     return table.contents(questions, read_items(records), COLUMNS)
 
 
-def ask(name: str, record: Record, images: Sequence[str]) -> Question:
+def ask(name: str, record: SeedRecord, images: Sequence[str]) -> Question:
     """Question and choices as in LLaVA's file; lmms-eval words them alike."""
     choices = letters([record["choice_a"], record["choice_b"], record["choice_c"], record["choice_d"]])
     text = f"{record['question']}\n{option_lines(choices)}"
     return Question(name, text, LETTER, tuple(images), record["answer"], str(record["question_id"]))
-
-
-def official_image(record: Record, where: str) -> str:
-    """The image's place below seed_bench/, where LLaVA's question file does not say it."""
-    kind = record["data_type"]
-    needed = "data_id" if kind == "image" else "question_type_id"
-    if record.get(needed) is None:
-        raise UserError(f"{where} has no {needed}, which names its {kind}.")
-    if kind == "image":
-        return image_name(f"SEED-Bench-image/{record['data_id']}", where)
-    return image_name(f"SEED-Bench-video-image/{record['question_type_id']}_{record['question_id']}.png", where)
 
 
 # -- the metric ------------------------------------------------------------------------------------------------------
@@ -212,13 +210,15 @@ def first_character(text: str, answer: str) -> float:
     return float(text.strip()[:1].lower() == answer.strip().lower())
 
 
-def last_by_official(items: Mapping[str, Item], texts: Mapping[str, str]) -> dict[str, str]:
+def last_by_official(items: Mapping[str, SeedReference], texts: Mapping[str, str]) -> dict[str, str]:
     """Texts as the official script sees them: of questions that share an id, the last answer stands for all."""
     last = {items[name].official: text for name, text in texts.items() if name in items}
     return {name: last[item.official] for name, item in items.items() if item.official in last}
 
 
-def evaluate(items: Mapping[str, Item], texts: Mapping[str, str], rule: Rule = exact, main: str = "accuracy") -> Score:
+def evaluate(
+    items: Mapping[str, SeedReference], texts: Mapping[str, str], rule: Rule = exact, main: str = "accuracy"
+) -> Score:
     """Accuracy over all questions, over those about images and over those about videos.
 
     A question without a prediction is wrong, as officially.

@@ -20,7 +20,7 @@ from eval.benchmarks.hub import official_file, open_table
 from eval.benchmarks.llava_files import (
     SHORT,
     Answers,
-    Asked,
+    QuestionRecord,
     as_number,
     by_id,
     most_common,
@@ -46,7 +46,7 @@ PEOPLE = 10
 OCR = "Reference OCR token: "
 
 
-class MirrorRow(Asked):
+class MirrorRow(QuestionRecord):
     """A row of the mirror."""
 
     answers: Answers
@@ -59,7 +59,7 @@ class MirrorWithOcr(MirrorRow):
     ocr_tokens: list[str]
 
 
-class Official(Asked):
+class Official(QuestionRecord):
     """A question of the official file."""
 
     answers: Answers

@@ -31,7 +31,7 @@ import numpy as np
 from eval.answers.jsonl import is_file, read_json
 from eval.benchmarks.base import Benchmark, Contents, Dataset, Need, Question, fingerprint, listed, scored_by
 from eval.benchmarks.hub import by_unique_id, local_copy, open_table
-from eval.benchmarks.llava_files import SHORT, Asked, json_lines
+from eval.benchmarks.llava_files import SHORT, QuestionRecord, json_lines
 from eval.benchmarks.media import Videos, image_name
 from eval.benchmarks.records import Filled, Id, NotRequired, TypedDict, check_list
 from eval.judging import Judging, Request, Verdict, prompts
@@ -49,7 +49,7 @@ MIRROR = ("lmms-eval/ActivityNetQA", "lmms-lab/ActivityNetQA")
 COLUMNS = ("video_name", "question", "answer", "type", "question_id")
 
 
-class Official(Asked):
+class Official(QuestionRecord):
     """An entry of test_q.json."""
 
     video_name: Id
@@ -158,7 +158,7 @@ def read_official(one: VideoSet, data: Path) -> tuple[Entries, Path, str, str]:
 
 
 def joined(asked: Path, answered: Path) -> dict[str, Entry]:
-    """Questions and answers of two files by question id; a repeated id's k-th question has its k-th answer."""
+    """Questions and answers of two files by question id. If an id repeats, its k-th question has its k-th answer."""
     rows, answers = by_unique_id(check_list(asked, Official)), by_unique_id(check_list(answered, Answered))
     entries = {}
     for name, row in rows.items():
@@ -173,7 +173,7 @@ def joined(asked: Path, answered: Path) -> dict[str, Entry]:
 
 
 def read_mirror(one: VideoSet, data: Path, source: str) -> tuple[Entries, Path, str, str]:
-    """The same of ActivityNet-QA from its table on the hub."""
+    """Entries, the folder of the videos, hash and name of ActivityNet-QA's table on the hub."""
     table = open_table(data, MIRROR, "Generation", "test", source)
     entries = {}
     for name, row in by_unique_id(table.records(MirrorRow)).items():
@@ -206,10 +206,24 @@ def judge_with(one: VideoSet, entries: Entries, videos: Mapping[str, str]) -> Ju
         entries: with the questions as the data set words them, which is what the judge sees.
         videos: question id -> the video's file.
     """
+    system, user = prompts()["video_qa_gpt_judge"]["messages"]
     types = {name: entry.type for name, entry in entries.items() if entry.type is not None}
     notes: tuple[str, ...] = ()
     if len(entries) != one.count:
         notes = (f"the question file holds {len(entries):,} questions, the published set {one.count:,}",)
+
+    def request(name: str, text: str) -> Request:
+        """The official script leaves temperature and length to the service."""
+        # The template's slots are filled in order. What is filled in is not searched for slots again.
+        parts, rest = [], user["content"]
+        for slot, value in (
+            ("{question}", entries[name].question),
+            ("{answer}", entries[name].answer),
+            ("{pred}", text),
+        ):
+            before, _, rest = rest.partition(slot)
+            parts += [before, value]
+        return Request(name, (system, {"role": "user", "content": "".join([*parts, rest])}))
 
     def score(asked: Sequence[str], verdicts: Mapping[str, Verdict]) -> Score:
         judged = {name: verdicts[name]["judgement"] for name in asked if name in verdicts}
@@ -231,9 +245,7 @@ def judge_with(one: VideoSet, entries: Entries, videos: Mapping[str, str]) -> Ju
         benchmark=one.benchmark,
         official=OFFICIAL,
         main="accuracy",
-        requests=lambda asked, texts: [
-            judge_request(name, entries[name].question, entries[name].answer, texts[name]) for name in asked
-        ],
+        requests=lambda asked, texts: [request(name, texts[name]) for name in asked],
         parse=parse,
         read=lambda path: read_verdicts(path, ids),
         score=score,
@@ -241,19 +253,6 @@ def judge_with(one: VideoSet, entries: Entries, videos: Mapping[str, str]) -> Ju
         tries=TRIES,
         text=lambda verdict: verdict.get("text"),
     )
-
-
-def judge_request(name: str, question: str, answer: str, text: str) -> Request:
-    """What the judge is asked. The official script leaves temperature and length to the service.
-
-    The template's slots are filled in order; what is filled in is not searched for slots again.
-    """
-    system, user = prompts()["video_qa_gpt_judge"]["messages"]
-    parts, rest = [], user["content"]
-    for slot, value in (("{question}", question), ("{answer}", answer), ("{pred}", text)):
-        before, _, rest = rest.partition(slot)
-        parts += [before, value]
-    return Request(name, (system, {"role": "user", "content": "".join([*parts, rest])}))
 
 
 def read_verdicts(path: Path, ids: Mapping[str, str]) -> dict[str, Verdict]:

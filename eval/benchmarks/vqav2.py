@@ -26,7 +26,7 @@ from eval.benchmarks.llava_files import (
     EVAL_ZIP,
     SHORT,
     Answers,
-    Asked,
+    QuestionRecord,
     as_number,
     by_id,
     need_file,
@@ -52,7 +52,7 @@ SERVER = "EvalAI challenge 830 (https://eval.ai/web/challenges/challenge-page/83
 VQA_SITE = "https://visualqa.org/download.html"
 
 
-class Official(Asked):
+class Official(QuestionRecord):
     """A question of the official file."""
 
     image_id: Id
@@ -68,7 +68,7 @@ class Annotation(TypedDict):
     multiple_choice_answer: NotRequired[str]
 
 
-class MirrorRow(Asked):
+class MirrorRow(QuestionRecord):
     """A row of the mirror, of the splits that only a server can score."""
 
     image_id: NotRequired[Id | None]

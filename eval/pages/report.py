@@ -71,7 +71,7 @@ class Result(TypedDict):
 
 
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """One result, in the units of the page.
 
     Attributes:
@@ -131,11 +131,11 @@ class Found:
     """The results below a folder.
 
     Attributes:
-        groups: name of every group of comparable results, indexed by `Row.group`.
+        groups: name of every group of comparable results, indexed by `ResultRow.group`.
         damaged: one sentence for every file that cannot be read as a result.
     """
 
-    rows: Sequence[Row]
+    rows: Sequence[ResultRow]
     groups: Sequence[str]
     damaged: Sequence[str] = ()
 
@@ -163,7 +163,7 @@ def collect(folder: Path) -> Found:
     return Found(ordered, groups, damaged)
 
 
-def row_of(result: Mapping[str, Any], folder: Path) -> Row:
+def row_of(result: Mapping[str, Any], folder: Path) -> ResultRow:
     """A checked result as a row.
 
     Args:
@@ -175,7 +175,7 @@ def row_of(result: Mapping[str, Any], folder: Path) -> Row:
     available, config = result.get("available", result["asked"]), settings.get("config", {})
     off = result.get("off_budget") or {}
     flops = operations_of(result)
-    return Row(
+    return ResultRow(
         method=result["method"],
         options=", ".join(changed_options(result["method"], config)),
         budget=result["budget"],
@@ -226,14 +226,14 @@ def time_of(result: Mapping[str, Any]) -> tuple[float | None, int | None, str | 
     return ttft, size, ", ".join(map(str, (*conditions, batches)))
 
 
-def with_groups(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+def with_groups(rows: Sequence[ResultRow]) -> tuple[list[ResultRow], list[str]]:
     """The rows with `percent` and `group` filled in, in the order of the table, and the names of the groups.
 
     Returns:
         The rows group by group, and one name per group. Groups are sorted by benchmark and model, then by falling
         number of questions. Within a group `full` comes first, then rows by method, options and budget.
     """
-    same: dict[str, list[Row]] = {}
+    same: dict[str, list[ResultRow]] = {}
     for row in sorted(rows, key=lambda row: (row.benchmark, row.model, -row.questions, row.task)):
         same.setdefault(row.task, []).append(row)
     filled = []
@@ -244,7 +244,7 @@ def with_groups(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
     return filled, group_names([group[0] for group in same.values()])
 
 
-def percent_of(row: Row, full: Sequence[Row]) -> float | None:
+def percent_of(row: ResultRow, full: Sequence[ResultRow]) -> float | None:
     """The row's score in percent of the score of `full`.
 
     Args:
@@ -256,13 +256,13 @@ def percent_of(row: Row, full: Sequence[Row]) -> float | None:
     if row.method == FULL:
         return 100.0
 
-    def shared(other: Row) -> int:
+    def shared(other: ResultRow) -> int:
         return len(Path(os.path.commonpath([row.folder, other.folder])).parts)
 
     return 100 * row.score / (max(full, key=shared).score or 1)
 
 
-def group_names(firsts: Sequence[Row]) -> list[str]:
+def group_names(firsts: Sequence[ResultRow]) -> list[str]:
     """Name each group by benchmark, model and number of questions, and add settings where these names are equal.
 
     Args:
@@ -328,7 +328,7 @@ def page(results: Found, searched: Path, output: Path, made_by: str) -> str:
     )
 
 
-def banner(rows: Sequence[Row]) -> str:
+def banner(rows: Sequence[ResultRow]) -> str:
     """The note about toy models, which names them if there are other models too; "" if there is no toy model."""
     models = sorted({row.model for row in rows})
     toys = [name for name in models if is_toy(name)]

@@ -11,20 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from eval.answers.reuse import RESULT, Stored, check_images, check_joint, read_result, read_stored
-from eval.answers.store import result_folder
+from eval.ask import Job
 from eval.benchmarks.media import digest_of
-from eval.config import RunConfig, build_reducer, store_settings
+from eval.config import RunConfig
 from eval.judging.choice import score_answers
 from eval.metrics import SufficientStatistics
-from eval.papers.runs import RowAtBudget, RunTarget, config_of
-from eval.papers.spec import Budget, Column, Row
+from eval.papers.runs import Jobs, RowAtBudget
+from eval.papers.spec import Budget, Column, TableRow
 from eval.results import report
 from eval.results.statistics import terms_of
 from eval.statistics.answers import Normalise, plain, sample_scores
-from eval.sweep import dataset
 from eval.tables import interval_text
 from llava.errors import UserError
-from llava.model.llava_arch import Llava
 from llava.places import CHECKOUT, WORK
 
 
@@ -35,22 +33,22 @@ class Cell:
     Attributes:
         value: the column's metric, in percent or points.
         low, high: 95 % interval of `value`; None where there is none.
-        column: as the paper has it; its title names the metric that is shown where these data do not give the paper's.
-        metric: name of the metric that `value` is; the benchmark's main one where the column's is missing here.
-        whole: points of a column in which scores are above 100, as MME's, are printed as whole numbers.
+        column: the paper's column. If these data do not give its metric, the title names the metric that is shown.
+        metric: name of the metric that `value` is: the column's, or else the benchmark's main one.
+        whole: whether the score is printed as a whole number, as points are in a column with scores above 100 (MME).
         tokens: visual tokens that entered a decoder layer, mean over layers and samples.
-        merged: how many of them stand for several.
+        merged: how many of these tokens were merged from several.
         kv_bytes, flops: per question.
-        terms: sums by unit that `value` follows from, for averages and tests.
-        normalise: the benchmark's own form of an answer, for loyalty.
-        texts, sample_scores: question id -> answer, sample score (empty where single answers have none).
+        terms: the sums by unit from which `value`, averages and tests are computed.
+        normalise: text -> the benchmark's own form of an answer, for loyalty.
+        texts, sample_scores: question id -> answer, sample score (empty if single answers have none).
         clusters: question id -> image, of the questions that have one.
-        other_judge: "" or, of a judged score, that another model graded it than the published ones.
+        other_judge: which model judged the answers, if it is not the judge of the published scores; else "".
         stored: the run; None for a cell that was not read from one.
-        no_interval: why there is none.
-        no_flops: of how many questions operations were counted, where that is not all and `flops` is withheld.
+        no_interval: why there is no interval.
+        no_flops: for how many questions operations were counted, if not for all; `flops` is withheld then.
         padding: visual tokens per question whose patch lies on the square's padding; None in results without it.
-        command: asks these questions alone.
+        command: the command that runs this cell alone.
     """
 
     line: RowAtBudget
@@ -83,12 +81,12 @@ class Cell:
 
     @property
     def run(self) -> str:
-        """Folder of the run, from the repository's root where it is inside."""
+        """Folder of the run, relative to the repository's root if it is inside."""
         return relative(self.folder)
 
     @property
     def answers_sha256(self) -> str:
-        """Over the answers to the questions that were asked, sorted by question."""
+        """Hash of the answers to the questions that were asked, sorted by question."""
         lines = (f"{name}\t{self.texts[name]}\n" for name in sorted(self.texts))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -98,21 +96,19 @@ class Cell:
         return "" if self.low is None else interval_text(self.low, self.high)
 
 
-def read_cell(line: RowAtBudget, column: Column, where: RunTarget, model: Llava) -> Cell | str:
-    """A finished run; a sentence instead if some of its questions failed or it is off its budget.
+def read_cell(line: RowAtBudget, column: Column, job: Job) -> Cell | str:
+    """The cell of a finished run, or a sentence if some of its questions failed or it is off its budget.
 
     Raises:
         UserError: there is no result of these questions.
     """
-    config = config_of(line, column, where, model)
-    assert config.output is not None and config.split is not None
-    data = dataset(column.benchmark, where.data, config.split)
-    asked = [question.id for question in data.questions[: where.limit]]
-    folder = Path(config.output)
-    place = result_folder(folder, len(asked), len(data.questions))
-    if not (place / RESULT).is_file():
-        raise UserError(f"{folder} holds no result of {len(asked):,} questions; run the table without --render first.")
-    result = read_result(place)
+    data, questions = job.data, job.planned
+    asked = [question.id for question in questions]
+    if not (job.results / RESULT).is_file():
+        raise UserError(
+            f"{job.output} holds no result of {len(asked):,} questions; run the table without --render first."
+        )
+    result = read_result(job.results)
     if failed := result.get("failed"):
         return (
             f"{line.title} at {line.budget} on {column.title}: {len(failed):,} of {len(asked):,} questions failed, the "
@@ -120,55 +116,54 @@ def read_cell(line: RowAtBudget, column: Column, where: RunTarget, model: Llava)
         )
     if off := result.get("off_budget"):
         return f"{line.title} at {line.budget} on {column.title}: {off['remark']}"
-    expected = store_settings(config, config.split, data, model, build_reducer(config, model.visual_tokens))
-    stored = read_stored(place, data, expected=expected)
-    now = {one.id: digest_of(data.images, one.images) for one in data.questions[: where.limit]}
-    check_images(stored.images, now, f"The answers in {folder} and the questions in {where.data}")
+    stored = read_stored(job.results, data, expected=job.settings)
+    now = {question.id: digest_of(data.images, question.images) for question in questions}
+    check_images(stored.images, now, f"The answers in {job.output} and the questions in {job.config.data}")
     texts = stored.texts
-    score, judge_facts = score_answers(data, config.judge, asked, texts, stored.answers)
+    score, judge_facts = score_answers(data, job.config.judge, asked, texts, stored.answers)
     # As it is scored now: verdicts may have come, or gone, since the result was written.
     labels = data.labels(stored.images)
-    result |= report.scored(score, data.questions[: where.limit], labels)
+    result |= report.scored(score, questions, labels)
     metric, value = metric_of(column, result, {result["main"], *score.other_terms})
-    terms = terms_of(score, labels, metric)
     found = result["confidence"].get(metric, {"low": None, "high": None, "method": f"{metric} has none"})
-    accounting, counted, flops = result["accounting"], result["flops"]["per_question"], report.operations_of(result)
+    accounting, flops = result["accounting"], report.operations_of(result)
+    counted_for = f"{result['timing']['questions']:,} of {len(asked):,} questions"
     return Cell(
-        line,
-        shown(column, metric),
-        value,
-        found["low"],
-        found["high"],
-        metric,
-        metric in result["points"],
-        len(asked),
-        len(data.questions),
-        accounting["mean_tokens_per_layer"],
-        accounting["merged_tokens"],
-        accounting["kv_bytes_per_sample"],
-        flops,
-        folder,
-        command_of(line, column, where, config),
-        result["commit"] or "",
-        result["finished"],
-        terms,
-        data.normalise or plain,
-        texts,
-        sample_scores(score, texts, data) or {},
-        {one.id: labels[one.id] for one in data.questions[: where.limit] if one.images},
-        other_judge({**result["facts"], **judge_facts}.get("judge", {})),
-        stored.judged(judge_facts),
-        found["method"].removeprefix("n/a: ") if found["low"] is None else "",
-        f"{result['timing']['questions']:,} of {len(asked):,} questions" if flops != counted else "",
-        accounting.get("mean_tokens_on_padding"),
+        line=line,
+        column=shown(column, metric),
+        value=value,
+        low=found["low"],
+        high=found["high"],
+        metric=metric,
+        whole=metric in result["points"],
+        questions=len(asked),
+        available=len(data.questions),
+        tokens=accounting["mean_tokens_per_layer"],
+        merged=accounting["merged_tokens"],
+        kv_bytes=accounting["kv_bytes_per_sample"],
+        flops=flops,
+        folder=job.output,
+        command=command_of(line, column, job.config),
+        commit=result["commit"] or "",
+        finished=result["finished"],
+        terms=terms_of(score, labels, metric),
+        normalise=data.normalise or plain,
+        texts=texts,
+        sample_scores=sample_scores(score, texts, data) or {},
+        clusters={question.id: labels[question.id] for question in questions if question.images},
+        other_judge=other_judge({**result["facts"], **judge_facts}.get("judge", {})),
+        stored=stored.judged(judge_facts),
+        no_interval=found["method"].removeprefix("n/a: ") if found["low"] is None else "",
+        no_flops=counted_for if flops != result["flops"]["per_question"] else "",
+        padding=accounting.get("mean_tokens_on_padding"),
     )
 
 
 def other_judge(facts: Mapping[str, str]) -> str:
-    """ "" where the official judge graded, in any dated version; else who did.
+    """ "" if the official judge graded the answers, in any dated version; else who did.
 
     Args:
-        facts: name of the judge, and of the official one; empty where there is none, or only words were matched.
+        facts: names of the judge and of the official judge; empty if there is no judge or only words were matched.
     """
     name, official = facts.get("name", ""), facts.get("official", "")
     family = re.sub(r"-\d{4}$", "", official)
@@ -176,10 +171,10 @@ def other_judge(facts: Mapping[str, str]) -> str:
 
 
 def metric_of(column: Column, result: Mapping[str, Any], known: Collection[str]) -> tuple[str, float]:
-    """The column's metric; the benchmark's main one where these data do not give it.
+    """Name and value of the column's metric, or of the benchmark's main one if these data do not give the column's.
 
     Args:
-        known: metrics that intervals, averages and tests can be about.
+        known: metrics for which intervals, averages and tests can be computed.
     """
     metrics = result["metrics"]
     if column.metric and column.metric not in known and metrics.get(column.metric, "no such metric") is not None:
@@ -200,43 +195,41 @@ def shown(column: Column, metric: str) -> Column:
     return column.model_copy(update={"title": title})
 
 
-def command_of(line: RowAtBudget, column: Column, where: RunTarget, config: RunConfig) -> str:
+def command_of(line: RowAtBudget, column: Column, run: RunConfig) -> str:
     """The command that asks the questions of a cell outside the table, with every flag that is not its default."""
-    assert line.setting is not None
-    place = where.place
-    data = relative(where.data)
-    options = dict(line.setting.options)
+    data = relative(run.data)
+    options = dict(run.options)
     ratio = options.pop("retention_ratio", None)
-    budgets = [str(one) for one in (line.setting.budget, ratio and line.budget) if one is not None]
+    budgets = [str(one) for one in (run.budget, ratio and line.budget) if one is not None]
     if CHECKOUT:
-        words = [f"MODEL={relative(place.model)}", *([] if data == "assets/eval" else [f"DATA={data}"])]
-        words += [f"bash scripts/eval/{column.benchmark}.sh {line.method}", *budgets]
+        words = [f"MODEL={relative(run.model)}", *([] if data == "assets/eval" else [f"DATA={data}"])]
+        words += [f"bash scripts/eval/{column.benchmark}.sh {run.method}", *budgets]
     else:
-        words = [f"vtr eval --benchmark {column.benchmark} --method {line.method}", *(f"--budget {b}" for b in budgets)]
-        words += [f"--model {shlex.quote(place.model)} --data {shlex.quote(data)}"]
+        words = [f"vtr eval --benchmark {column.benchmark} --method {run.method}", *(f"--budget {b}" for b in budgets)]
+        words += [f"--model {shlex.quote(run.model)} --data {shlex.quote(data)}"]
     words += [f"--split {column.split}"] if column.split else []
     words += [f"--set {key}={value}" for key, value in options.items()]
-    words += [f"--image-option {key}={value}" for key, value in place.image_options.items()]
-    words += [f"--dtype {place.dtype}"] if place.dtype != "float32" else []
-    words += [f"--batch-size {place.batch_size}"] if place.batch_size != RunConfig.batch_size else []
-    words += [f"--judge {config.judge}"] if config.judge != RunConfig.judge else []
-    words += [f"--limit {where.limit}"] if where.limit else []
+    words += [f"--image-option {key}={value}" for key, value in run.image_options.items()]
+    words += [f"--dtype {run.dtype}"] if run.dtype != "float32" else []
+    words += [f"--batch-size {run.batch_size}"] if run.batch_size != RunConfig.batch_size else []
+    words += [f"--judge {run.judge}"] if run.judge != RunConfig.judge else []
+    words += [f"--limit {run.limit}"] if run.limit else []
     return " ".join(words)
 
 
 def relative(path: str | os.PathLike[str]) -> str:
-    """A path below the repository's root from there; others as they are."""
+    """A path inside the repository, relative to its root; other paths are returned as they are."""
     found = Path(path)
     return str(found.relative_to(WORK)) if found.is_absolute() and found.is_relative_to(WORK) else str(path)
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredTable:
     """All cells of a table that were run.
 
     Attributes:
-        cells: by (index of the line, benchmark).
-        failed: a sentence for each run in which questions failed; it has no cell.
+        cells: (index of the line, benchmark) -> cell.
+        failed: a sentence for each run without a cell, because some of its questions failed.
     """
 
     lines: Sequence[RowAtBudget]
@@ -253,7 +246,7 @@ class Measured:
         """The cell of a line on the first benchmark."""
         return self.cells.get((index, self.columns[0].benchmark))
 
-    def cell(self, row: Row | None, budget: Budget, benchmark: str) -> Cell | None:
+    def cell(self, row: TableRow | None, budget: Budget, benchmark: str) -> Cell | None:
         """The cell of a row at a budget; None where it cannot run, or there is no such row."""
         if row is None:
             return None
@@ -261,27 +254,29 @@ class Measured:
         return self.cells.get((index, benchmark))
 
     def of_full(self, index: int) -> float | None:
-        """The average of the table: mean over the benchmarks of the score in percent of full's; None if one is missing,
-        or full scores 0 there."""
+        """The average of the table: the mean over the benchmarks of the score in percent of the unreduced model's.
+
+        None if a score is missing, or the unreduced model scores 0 on a benchmark.
+        """
         row, full = self.row(index), self.row(0)
         if not row or len(row) < len(full) or any(full[name].value == 0 for name in row):
             return None
         return sum(100 * cell.value / full[name].value for name, cell in row.items()) / len(row)
 
 
-def read_cells(lines: Sequence[RowAtBudget], columns: Sequence[Column], where: RunTarget, model: Llava) -> Measured:
+def read_cells(lines: Sequence[RowAtBudget], columns: Sequence[Column], jobs: Jobs) -> MeasuredTable:
     """Every cell of the table."""
     cells: dict[tuple[int, str], Cell] = {}
     first_of_method: dict[tuple[str, str], int] = {}
     failed: list[str] = []
     for index, line in enumerate(lines):
-        for column in columns if line.setting is not None else ():
-            found = read_cell(line, column, where, model)
+        for column in columns if line.run is not None else ():
+            found = read_cell(line, column, jobs[index, column.benchmark])
             if isinstance(found, str):
                 failed.append(found)
             else:
                 cells[index, column.benchmark] = found
-                first = cells[first_of_method.setdefault((line.method, column.benchmark), index), column.benchmark]
+                first = cells[first_of_method.setdefault((line.row.method, column.benchmark), index), column.benchmark]
                 for other in (cells.get((0, column.benchmark)), first):
                     if other is not None and other.stored is not None and found.stored is not None:
                         check_joint(other.stored, found.stored)
@@ -290,4 +285,4 @@ def read_cells(lines: Sequence[RowAtBudget], columns: Sequence[Column], where: R
     # A column is of whole numbers or of decimals: 150 does not stand above 50.0.
     large = {name for (_, name), cell in cells.items() if cell.whole and cell.value > 100}
     cells = {key: dataclasses.replace(cell, whole=key[1] in large) for key, cell in cells.items()}
-    return Measured(lines, [cells[0, column.benchmark].column for column in columns], cells, failed)
+    return MeasuredTable(lines, [cells[0, column.benchmark].column for column in columns], cells, failed)

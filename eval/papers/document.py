@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from eval.config import TOY_BANNER
-from eval.papers.cells import Cell, Measured, relative
-from eval.papers.gate import Check, comparable, sentences, values_of
+from eval.papers.cells import Cell, MeasuredTable, relative
+from eval.papers.gate import Check, comparable, sentences
 from eval.papers.published import Published, Value
 from eval.papers.reported import Reported, with_averages
 from eval.papers.reported import notes as reported_notes
@@ -53,13 +53,21 @@ class Entry:
         return None if self.compared is None else self.cell.value - self.compared.value
 
 
-def entries(found: Measured, published: Published | None, place: Place) -> list[Entry]:
-    """Every cell, line by line."""
-    return [
-        Entry(cell, values_of(cell.line, cell.column.published, published, place), place.convention)
-        for index in range(len(found.lines))
-        for cell in found.row(index).values()
-    ]
+def entries(found: MeasuredTable, published: Published | None, place: Place) -> list[Entry]:
+    """Every cell, line by line.
+
+    Args:
+        published: None to leave published values out. Variants of our own and columns without a source have none.
+    """
+    made = []
+    for index, line in enumerate(found.lines):
+        name, budget = line.row.published_name, place.tokens if line.budget is None else line.budget
+        for cell in found.row(index).values():
+            column, values = cell.column.published, None
+            if published is not None:
+                values = published.values(name, budget, column) if name and column else []
+            made.append(Entry(cell, values, place.convention))
+    return made
 
 
 def published_text(values: Sequence[Value] | None, convention: str) -> str:
@@ -133,56 +141,42 @@ class Block:
         return [*texts, "n/a" if row.average is None else number(row.average)]
 
 
-def label(found: Measured, index: int) -> str:
-    """The name of a row, marked and with its mean number of tokens where it counts its budget otherwise."""
+def label(found: MeasuredTable, index: int) -> str:
+    """The name of a row. One that counts its budget otherwise is marked, with its mean number of tokens."""
     line, cells = found.lines[index], found.row(index)
     if not line.by_kept or not cells:
         return line.title
     return f"{line.title} {MARK} ({sum(cell.tokens for cell in cells.values()) / len(cells):.0f})"
 
 
-def blocks(found: Measured, clear: Mapping[int, Collection[str]]) -> list[Block]:
+def blocks(found: MeasuredTable, clear: Mapping[int, Collection[str]]) -> list[Block]:
     """The unreduced model, then one block per budget, with the best and second-best score of each column.
 
     Args:
         clear: line -> benchmarks on which it differs significantly from the paper's method.
     """
+    names = [column.benchmark for column in found.columns]
+    whole = [*(found.cells[0, name].whole for name in names), False]
     groups: dict[Budget | None, list[int]] = {}
     for index, line in enumerate(found.lines):
         groups.setdefault(line.budget, []).append(index)
-    return [block(budget, group, found, clear) for budget, group in groups.items()]
-
-
-def block(
-    budget: Budget | None, indices: Sequence[int], found: Measured, clear: Mapping[int, Collection[str]]
-) -> Block:
-    """The lines of one budget."""
-    names = [column.benchmark for column in found.columns]
-    cells = [found.row(index) for index in indices]
-    rows: list[tuple[str, Sequence[float | None]]] = [
-        (label(found, index), [*(row[n].value if n in row else None for n in names), found.of_full(index)])
-        for index, row in zip(indices, cells, strict=True)
-    ]
-    nothing = [None] * (len(names) + 1)
-    ranked = [nothing if found.lines[i].by_kept else values for i, (_, values) in zip(indices, rows, strict=True)]
-    whole = [*(found.cells[0, name].whole for name in names), False]
-    ranks = [places([values[column] for values in ranked], whole[column]) for column in range(len(nothing))]
-    if len(indices) == 1:
-        ranks = [(frozenset(), frozenset())] * len(nothing)
-    return Block(
-        title_of(budget),
-        rows,
-        [first for first, _ in ranks],
-        [second for _, second in ranks],
-        whole,
-        [[row[n].interval if n in row else "" for n in names] for row in cells],
-        frozenset(
-            (row, place)
-            for row, index in enumerate(indices)
-            for place, name in enumerate(names)
-            if name in clear.get(index, ())
-        ),
-    )
+    made = []
+    for budget, indices in groups.items():
+        rows: list[tuple[str, Sequence[float | None]]] = []
+        ranked, intervals, marked = [], [], set()
+        for place, index in enumerate(indices):
+            cells = found.row(index)
+            values = [*(cells[name].value if name in cells else None for name in names), found.of_full(index)]
+            rows.append((label(found, index), values))
+            # A row that counts its budget otherwise has no rank, nor has the only row of a block.
+            has_rank = len(indices) > 1 and not found.lines[index].by_kept
+            ranked.append(values if has_rank else [None] * len(values))
+            intervals.append([cells[name].interval if name in cells else "" for name in names])
+            marked |= {(place, column) for column, name in enumerate(names) if name in clear.get(index, ())}
+        ranks = [places([values[column] for values in ranked], whole[column]) for column in range(len(whole))]
+        best, second = [first for first, _ in ranks], [second for _, second in ranks]
+        made.append(Block(budget_title(budget), rows, best, second, whole, intervals, frozenset(marked)))
+    return made
 
 
 def with_reported(
@@ -192,10 +186,10 @@ def with_reported(
     columns: Sequence[Column],
     full: Mapping[str, float] | None,
 ) -> list[Block]:
-    """The blocks with the reported rows of their budgets; made of these alone where nothing was measured.
+    """The blocks with the reported rows of their budgets, or blocks of reported rows alone if nothing was measured.
 
     Args:
-        columns: as they are shown; a value of another metric than a column's has no place in it.
+        columns: as they are shown. A reported value of another metric is left out.
         full: benchmark -> score of the unreduced model, if averages may be in percent of it; else None.
     """
     names = [column.benchmark for column in columns]
@@ -209,8 +203,8 @@ def with_reported(
     whole = measured[0].whole if measured else points
     nothing = [frozenset[int]()] * (len(names) + 1)
     found = []
-    for title in map(title_of, (None, *table.budgets)):
-        group = [row for row in kept if title_of(row.budget) == title]
+    for title in map(budget_title, (None, *table.budgets)):
+        group = [row for row in kept if budget_title(row.budget) == title]
         block = next((one for one in measured if one.title == title), Block(title, (), nothing, nothing, whole))
         if block.rows or group:
             found.append(replace(block, reported=group, benchmarks=names))
@@ -218,13 +212,13 @@ def with_reported(
 
 
 def as_in_the_paper(table: Table, columns: Sequence[Column]) -> set[str]:
-    """The benchmarks whose columns show the metric that the paper's do."""
+    """The benchmarks whose columns show the same metric as the paper's columns."""
     heads = {column.benchmark: column.title for column in table.columns}
     return {column.benchmark for column in columns if heads[column.benchmark] == column.title}
 
 
 def lost_values(rows: Sequence[Reported], table: Table, columns: Sequence[Column]) -> list[str]:
-    """That values are left out, where rows have them and the shown columns have no place for them."""
+    """A note that names the columns whose reported values are left out, because they show another metric."""
     shown = as_in_the_paper(table, columns)
     lost = [
         c.title for c in table.columns if c.benchmark not in shown and any(c.benchmark in row.scores for row in rows)
@@ -232,18 +226,15 @@ def lost_values(rows: Sequence[Reported], table: Table, columns: Sequence[Column
     return [f"Values as reported on {', '.join(lost)} are left out: no column here shows that metric."] if lost else []
 
 
-def title_of(budget: Budget | None) -> str:
-    """The title of a block."""
-    return "" if budget is None else budget_title(budget)
-
-
-def budget_title(budget: Budget) -> str:
-    """ "192 tokens", or "1/3 of the tokens"."""
+def budget_title(budget: Budget | None) -> str:
+    """ "192 tokens", or "1/3 of the tokens"; "" for the unreduced model."""
+    if budget is None:
+        return ""
     return f"{budget} tokens" if isinstance(budget, int) else f"{budget} of the tokens"
 
 
 def places(values: Sequence[float | None], whole: bool = False) -> tuple[frozenset[int], frozenset[int]]:
-    """Rows with the best value and with the second-best; values that print alike share a place."""
+    """The rows with the best value, and those with the second-best. Values that print alike share a place."""
     printed = [None if value is None else float(number(value, whole)) for value in values]
     order = [*sorted({value for value in printed if value is not None}, reverse=True), math.nan, math.nan]
     best, second = (frozenset(i for i, value in enumerate(printed) if value == wanted) for wanted in order[:2])
@@ -269,16 +260,16 @@ class Document:
 
     Attributes:
         model: name of the model that ran.
-        is_toy: it is a bundled toy: every format says so, and nothing published stands beside its numbers.
+        is_toy: a bundled toy model ran. Every format says so, and shows no published value beside its numbers.
         columns: heads of the wide table, the average last.
         blocks: the wide table; empty for kinds that have none.
         entries: one per cell.
-        checks: the gate's; empty where it was not asked.
+        checks: of the gate; empty if there was nothing to compare with.
         facts: (name, text) lines under the title.
-        points: for plots, one per method and budget: tokens, ttft_ms and score, the average in percent of full. Of an
-            overview the score itself, with the bars of its interval.
-        images: caption -> file, what each method keeps of one image.
-        pairs: of an overview, the rows of the file of pairs.
+        points: for plots, one per method and budget: tokens, ttft_ms and score. The score is the average in percent of
+            full; in an overview it is the score itself, with the bars of its interval.
+        images: caption -> file that shows what a method keeps of one image.
+        pairs: the rows of the file of pairs; only an overview has them.
         only_reported: nothing was measured.
     """
 
@@ -299,14 +290,14 @@ class Document:
 
     @property
     def title(self) -> str:
-        """The table's title, and which model ran where that is not the paper's."""
+        """The table's title, with the model that ran if it is not the paper's."""
         if self.only_reported:
             return f"{self.table.title}, published values"
         return f"{self.table.title}, run on the TOY MODEL {self.model}" if self.is_toy else self.table.title
 
     @property
     def banner(self) -> str:
-        """What stands first where a toy ran, or nothing; "" elsewhere."""
+        """The first sentence of the page if a toy model ran or nothing was measured; "" otherwise."""
         if self.only_reported:
             return "NOTHING WAS MEASURED: every value of this table is as its source reports it."
         if not self.is_toy:
@@ -359,38 +350,33 @@ def reported_document(table: Table, rows: Sequence[Reported], command: str) -> D
     )
 
 
-def facts_of(table: Table, where: RunTarget, found: Measured, command: str) -> list[tuple[str, str]]:
-    """Model, data, command and commits of the page."""
-    cells = list(found.cells.values())
-    commits = sorted({cell.commit[:10] for cell in cells})
-    place = where.place
-    facts = [
-        ("Paper's model", table.model_title),
-        ("Measured on", relative(place.model) + (" (toy model)" if where.is_toy else "")),
-        ("Data", relative(where.data)),
-        ("Questions", questions_text(found, where.limit)),
-        ("Command", f"`{command}`"),
-        ("Commit", ", ".join(commits) or "n/a"),
-    ]
-    if place.image_options:
-        facts.insert(3, ("Image options", ", ".join(f"{key}={value}" for key, value in place.image_options.items())))
-    return facts
-
-
-def questions_text(found: Measured, limit: int | None) -> str:
-    """How many questions of each benchmark were asked."""
-    parts = []
+def facts_of(table: Table, where: RunTarget, found: MeasuredTable, command: str) -> list[tuple[str, str]]:
+    """Model, data, questions of each benchmark, command and commits of the page."""
+    run, parts = where.run, []
     for cell in found.row(0).values():
         of = f" of {cell.available:,}" if cell.questions < cell.available else ""
         parts.append(f"{cell.column.title} {cell.questions:,}{of}")
-    return ", ".join(parts) + (f" (the first {limit:,} of each)" if limit else "")
+    questions = ", ".join(parts) + (f" (the first {run.limit:,} of each)" if run.limit else "")
+    commits = sorted({cell.commit[:10] for cell in found.cells.values()})
+    options = ", ".join(f"{key}={value}" for key, value in run.image_options.items())
+    return [
+        ("Paper's model", table.model_title),
+        ("Measured on", relative(run.model) + (" (toy model)" if where.is_toy else "")),
+        ("Data", relative(run.data)),
+        *([("Image options", options)] if options else []),
+        ("Questions", questions),
+        ("Command", f"`{command}`"),
+        ("Commit", ", ".join(commits) or "n/a"),
+    ]
 
 
-def notes_of(table: Table, found: Measured, entries: Sequence[Entry], reported: Sequence[Reported] = ()) -> list[str]:
+def notes_of(
+    table: Table, found: MeasuredTable, entries: Sequence[Entry], reported: Sequence[Reported] = ()
+) -> list[str]:
     """What a reader must know about the numbers."""
     has_published, cells = any(entry.published for entry in entries), list(found.cells.values())
     notes = [*reported_notes(reported), *table.notes]
-    if any(line.by_kept and line.setting for line in found.lines):
+    if any(line.by_kept for line in found.lines):
         notes.append(f"{MARK} {MARK_TEXT}.")
     splits = [f"{column.title} ({column.published_split})" for column in found.columns if column.published_split]
     if has_published and splits:

@@ -1,18 +1,17 @@
-"""The figure of a table: its scores against visual tokens, and against time to first token if measured.
+"""The figure of a table: its scores against visual tokens, and against time to first token if that was measured.
 
-And for a table's W&B run, what its methods keep of one image.
+For a table's W&B run, this module also draws what the methods keep of one image.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.benchmarks.base import Dataset
 from eval.config import folder_name
 from eval.feature_cache import without_memory
 from eval.figures.overlay import beside, draw_answer
-from eval.papers.runs import RowAtBudget, RunTarget, split_of
-from eval.papers.spec import Column
-from eval.sweep import dataset, reducer_of
+from eval.papers.runs import RowAtBudget
 from eval.tables import BRIGHT, MARKERS
 from llava.model.llava_arch import Llava
 from llava.pipeline.generate import generate
@@ -23,11 +22,11 @@ SIDE = 448  # longest side of an image
 
 
 def draw(path: Path, points: Sequence[Mapping[str, Any]], title: str, ours: str, scores: str) -> bool:
-    """Draw the points of a table; returns whether there was something to draw.
+    """Draw the points of a table. Returns False if there was nothing to draw.
 
     Args:
-        points: method, budget, tokens, ttft_ms (or None) and score of each line, and the bars of its interval if it
-            is drawn; the unreduced model has no budget.
+        points: method, budget (None for the unreduced model), tokens, ttft_ms (or None) and score of each line. If an
+            interval is drawn, also its bars.
         title: which methods were measured, and on what.
         ours: label of the paper's method, drawn on top.
         scores: what the scores are.
@@ -89,11 +88,12 @@ def best(points: Sequence[Mapping[str, Any]], ours: str) -> list[str]:
     return list(dict.fromkeys([ours, *names, *(p["method"] for p in order)]))[: len(BRIGHT)]
 
 
-def draw_kept(
-    lines: Sequence[RowAtBudget], column: Column, where: RunTarget, model: Llava, folder: Path
-) -> dict[str, Path]:
-    """Caption -> image of the first question of a benchmark, for each method at the table's smallest budget."""
-    data = dataset(column.benchmark, where.data, split_of(column, where))
+def draw_kept(lines: Sequence[RowAtBudget], data: Dataset, model: Llava, folder: Path) -> dict[str, Path]:
+    """Draw what each method keeps of a benchmark's first image at the table's smallest budget.
+
+    Returns:
+        Caption -> file; nothing if the first question has no image.
+    """
     sample = data.sample(data.questions[0])
     if not sample.images:
         return {}
@@ -101,10 +101,9 @@ def draw_kept(
     smallest = lines[-1].budget
     images = {}
     for line in lines:
-        if line.setting is None or line.budget not in (None, smallest):
+        if line.reducer is None or line.budget not in (None, smallest):
             continue
-        reducer = reducer_of(line.setting, model.visual_tokens)
-        answer = generate(without_memory(model), [sample], reducer, max_new_tokens=NEW_TOKENS).answers[0]
+        answer = generate(without_memory(model), [sample], line.reducer, max_new_tokens=NEW_TOKENS).answers[0]
         image = beside(draw_answer(sample, answer))
         image.thumbnail((SIDE * 2, SIDE))
         path = folder / f"{folder_name(line.title)}.jpg"

@@ -1,6 +1,6 @@
-"""Published values beside ours: which are like ours, and whether the unreduced model is the one of the paper.
+"""Compare our scores with published ones: which of these are like ours, and is the unreduced model the paper's?
 
-The gate is checked before any reduced number is believed.
+The gate checks the unreduced model before any reduced number is believed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from eval.papers.cells import Cell
 from eval.papers.published import WORDS, Published, Value
-from eval.papers.runs import RowAtBudget
 from eval.papers.spec import Place
 from eval.results.statistics import rounded
 
@@ -18,10 +17,11 @@ EVERYWHERE: Sequence[str] = WORDS["everywhere"]
 
 @dataclass(frozen=True)
 class Check:
-    """One benchmark of the unreduced model beside its published baseline.
+    """The score of the unreduced model on one benchmark, and the published score that it is compared with.
 
     Attributes:
-        nearest: the published value that is like ours and nearest to it; None if there is none, and `why` says why.
+        nearest: of the published values that are like ours, the one nearest to it; None if there is none.
+        why: why there is none.
     """
 
     cell: Cell
@@ -40,7 +40,7 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """Which source the benchmark passed, or not, and by how much."""
+        """Whether the benchmark passed, and how far it is from which source."""
         if self.nearest is None:
             return f"not compared: {self.why}"
         passed = "passed" if self.passed else "failed"
@@ -50,8 +50,8 @@ class Check:
 def check(cells: Sequence[Cell], published: Published, place: Place) -> list[Check]:
     """Compare the unreduced model with the published baselines.
 
-    A check passes if the value is within the column's tolerance of one source: sources differ among themselves. Only
-    sources that are like ours count (`comparable`).
+    A check passes if the value is within the column's tolerance of at least one source, because sources differ among
+    themselves. Only sources that are like ours count (`comparable`).
     """
     found = []
     for cell in cells:
@@ -73,11 +73,12 @@ def sentences(checks: Sequence[Check]) -> list[str]:
 
 
 def comparable(cell: Cell, values: Sequence[Value], convention: str) -> tuple[list[Value], str]:
-    """The published values that are like ours: same split, metric, judge, budget, variant and convention, neither
-    disputed nor of low trust. The gate and the column of differences both take these.
+    """The published values that are like ours; the gate and the column of differences take these.
+
+    They have the same split, metric, judge, budget, variant and convention, and are neither disputed nor of low trust.
 
     Returns:
-        (values, "") or ([], why none is).
+        (values, ""), or ([], why there is none).
     """
     line, column = cell.line, cell.column
     ours = {
@@ -87,19 +88,10 @@ def comparable(cell: Cell, values: Sequence[Value], convention: str) -> tuple[li
         f"ours is {cell.metric}": cell.metric.endswith("_match") or column.metric not in ("", cell.metric),
         "another budget": line.by_kept,
         cell.other_judge: bool(cell.other_judge),
-        "the row is not the release": line.row is not None and not line.row.runs_release,
+        "the row is not the release": not line.row.runs_release,
     }
     if why := next((reason for reason, is_so in ours.items() if is_so), ""):
         return [], why
     obstacles = {value: value.obstacle(convention) for value in values}
     found = [value for value in values if not obstacles[value]]
     return found, "" if found else "; ".join(dict.fromkeys(obstacles.values()))
-
-
-def values_of(line: RowAtBudget, column: str, published: Published | None, place: Place) -> Sequence[Value] | None:
-    """The published values of a row in a column; none for a variant of our own or a column that no source has."""
-    if published is None:
-        return None
-    name = "full" if line.row is None else line.row.published_name
-    budget = place.tokens if line.budget is None else line.budget
-    return published.values(name, budget, column) if name and column else []

@@ -2,7 +2,7 @@
 
 The numbers are in `published/<model>.yaml`. A row is one method at one budget in one source; its other keys are columns
 (`COLUMNS`). `disputed` says why a row, or one of its columns, should not be relied on. A number is compared with ours
-only if it is like ours in every respect (`Value.obstacle`); all others are shown and no more.
+only if it is like ours in every respect (`Value.obstacle`). All others are shown only.
 """
 
 import math
@@ -62,14 +62,14 @@ class Value:
     Attributes:
         value: in the unit of its column.
         source: the key of the source in the file.
-        trust: "high" for authors in their own paper or code and for whole tables run again from official code,
-            "medium" for copies and images, "low" for notes of others.
-        disputed: why the number should not be relied on; None where nothing is known against it.
+        trust: "high" for authors' own papers or code and for whole tables run again with official code, "medium" for
+            copies and values read off figures, "low" for notes of others.
+        disputed: why the number should not be relied on; None if nothing is known against it.
         title: of the source.
         kind: who obtained the number (`KINDS`).
         column: one of `COLUMNS`.
         convention: one of `CONVENTIONS`.
-        split: what the number is of, where that is not what `SPLITS` says; "" for that.
+        split: the split of the number, if it is not the one of `SPLITS`; else "".
         tokens: as printed: a count, or a share such as "1/5" (Qwen).
     """
 
@@ -85,8 +85,11 @@ class Value:
     tokens: int | str
 
     def obstacle(self, convention: str) -> str:
-        """Why a number of ours, taken under a convention on the usual split, is not compared with this one; "" if it
-        may be."""
+        """Why this number cannot be compared with one of ours on the usual split; "" if it can.
+
+        Args:
+            convention: of our number.
+        """
         if self.kind == "ours":
             return "a user's own number"
         if self.disputed:
@@ -105,11 +108,11 @@ class Source(Part):
 
     Attributes:
         convention: one of `CONVENTIONS`.
-        split: "usual" where every column is of what `SPLITS` says, "unknown" where the source does not say, or what
-            the columns are of that differ.
-        average_of: how the printed average follows from the printed scores: "ratios" for the mean of a row's scores in
-            percent of the full model's, "sums" for the sum of a row's scores in percent of the full model's, with MME
-            divided by 20. None where the average is over benchmarks that are not all here.
+        split: "usual" if every column is of the split of `SPLITS`, "unknown" if the source does not say, or
+            column -> split for the columns that differ.
+        average_of: how the source averages. "ratios": the mean of the scores in percent of the full model's. "sums":
+            the sum of the scores in percent of the full model's sum, with MME divided by 20. None if the average is
+            over benchmarks that are not all here.
     """
 
     title: str
@@ -128,14 +131,14 @@ class Source(Part):
         return self
 
     def split_of(self, column: str) -> str:
-        """What a column is of, where that is not the usual; "" for the usual."""
+        """The split of a column, if it is not the usual one; else ""."""
         if isinstance(self.split, dict):
             return self.split.get(column, "")
         return "" if self.split == "usual" else "a split that the source does not name"
 
 
-class Row(Part):
-    """One method at one budget in one source. `kind`, `trust` and `note` take the place of the source's."""
+class PublishedRow(Part):
+    """One method at one budget in one source. `kind`, `trust` and `note` replace those of the source."""
 
     method: str
     tokens: int | str
@@ -157,7 +160,7 @@ class Row(Part):
         return rest | {"scores": {key: data[key] for key in COLUMNS if key in data}}
 
     @model_validator(mode="after")
-    def check(self) -> "Row":
+    def check(self) -> "PublishedRow":
         share(self.tokens)
         if not self.scores:
             raise ValueError(f"the row of {self.method} has no column")
@@ -167,7 +170,7 @@ class Row(Part):
 
     @property
     def share(self) -> Fraction:
-        """Tokens as a number; a share stays a share."""
+        """The number of tokens, or the share of them, as a fraction."""
         return share(self.tokens)
 
     def reason(self, column: str) -> str | None:
@@ -187,7 +190,7 @@ class Published(Part):
 
     model: str
     sources: dict[str, Source]
-    rows: tuple[Row, ...]
+    rows: tuple[PublishedRow, ...]
     name: str
 
     @model_validator(mode="after")
@@ -215,8 +218,8 @@ class Published(Part):
 
         Args:
             method: name in the registry, or one of `OTHER_METHODS`.
-            tokens: visual tokens, or the share that is kept (Qwen, "1/5"); sources that print a count within 1 % of
-                it are included. None: any. The unreduced model is found at any.
+            tokens: visual tokens, or the share that is kept (Qwen, "1/5"); None for any. Counts within 1 % are
+                included. The unreduced model is found whatever its count.
             column: one of `COLUMNS`.
 
         Raises:
@@ -235,7 +238,7 @@ class Published(Part):
         """All published numbers of the model without reduction, the most trusted first."""
         return self.values(FULL, None, column)
 
-    def value(self, row: Row, column: str) -> Value:
+    def value(self, row: PublishedRow, column: str) -> Value:
         """The number of a row in a column that it has."""
         source = self.sources[row.source]
         return Value(
@@ -278,7 +281,7 @@ def models() -> list[str]:
 
 
 def share(tokens: int | str) -> Fraction:
-    """A count of tokens, or a share of them such as "1/5", as a number."""
+    """A count of tokens, or a share of them such as "1/5", as a fraction."""
     try:
         return Fraction(tokens)
     except (ValueError, ZeroDivisionError):

@@ -9,7 +9,7 @@ their sources are in a .bib file. HTML is one file that needs no network.
 import csv
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import jinja2
 
 from eval.pages import asset, environment
 from eval.papers.document import INSTEAD, MARK, Block, Document, Entry, difference_to, ours_text, published_text
-from eval.papers.reported import MARKS, Reported, bibliography
+from eval.papers.reported import MARKS, bibliography
 from eval.results.statistics import rounded
 from eval.tables import csv_numbers, csv_text, markdown
 
@@ -41,7 +41,7 @@ def legend_of(document: Document) -> str:
 
 
 def filled(template: str, values: Mapping[str, Any], left: str = "{", right: str = "}") -> str:
-    """A template beside this file, filled; `left` and `right` are the brackets of its tags."""
+    """Fill a template of this folder; `left` and `right` are the brackets of its tags."""
     environment = jinja2.Environment(
         block_start_string=f"{left}%",
         block_end_string=f"%{right}",
@@ -112,21 +112,19 @@ def csv_file(document: Document) -> str:
         row += [str(cell.questions), str(cell.available), cell.command, cell.run, cell.commit, cell.finished]
         row += [cell.answers_sha256, document.model, warning, *csv_numbers(cell.padding), "", "", ""]
         writer.writerow(map(csv_text, row))
-    for line in reported_lines(document):
-        writer.writerow(csv_text(line.get(name, "")) for name in HEADER)
+    for told in document.reported:
+        about = {"method": told.label, "budget": str(told.budget or ""), "source": told.source, "cite": told.cite}
+        about |= {"reported": "as reported", "note": told.note, "model": document.table.model_title}
+        lines = [
+            {"benchmark": name, "published": f"{value:g}", "disputed": told.disputed.get(name, "")}
+            for name, value in told.scores.items()
+        ]
+        if told.average is not None:
+            average = {"metric": f"percent {told.base}", "published": f"{told.average:.2f}"}
+            lines.append({"benchmark": "average"} | average)
+        for line in lines:
+            writer.writerow(csv_text((about | line).get(name, "")) for name in HEADER)
     return out.getvalue()
-
-
-def reported_lines(document: Document) -> Iterator[dict[str, str]]:
-    """The lines of the CSV that were not measured, by the names of their columns."""
-    for row in document.reported:
-        about = {"method": row.label, "budget": str(row.budget or ""), "source": row.source, "cite": row.cite}
-        about |= {"reported": "as reported", "note": row.note, "model": document.table.model_title}
-        for name, value in row.scores.items():
-            disputed = row.disputed.get(name, "")
-            yield about | {"benchmark": name, "published": f"{value:g}", "disputed": disputed}
-        if row.average is not None:
-            yield about | {"benchmark": "average", "metric": f"percent {row.base}", "published": f"{row.average:.2f}"}
 
 
 # -- HTML -----------------------------------------------------------------------------------------------------------
@@ -135,11 +133,14 @@ def reported_lines(document: Document) -> Iterator[dict[str, str]]:
 def html_page(document: Document) -> str:
     """The wide table, further sections, and every cell: a sortable table for each benchmark, with details on demand."""
     template = environment(Path(__file__).parent).get_template("table.html.j2")
+    by_benchmark: dict[str, list[Entry]] = {}
+    for entry in document.entries:
+        by_benchmark.setdefault(entry.cell.column.title, []).append(entry)
     return template.render(
         document=document,
         table=document.table,
         legend=legend_of(document),
-        cells_of=cells_of,
+        by_benchmark=by_benchmark,
         difference_to=difference_to,
         ours_text=ours_text,
         details_of=details_of,
@@ -148,16 +149,8 @@ def html_page(document: Document) -> str:
     )
 
 
-def cells_of(document: Document) -> dict[str, list[Entry]]:
-    """Title of a benchmark -> its cells."""
-    found: dict[str, list[Entry]] = {}
-    for entry in document.entries:
-        found.setdefault(entry.cell.column.title, []).append(entry)
-    return found
-
-
 def details_of(entry: Entry) -> dict[str, str]:
-    """What a cell says beside its score, by name."""
+    """Name -> text of what a cell shows on demand, besides its score."""
     cell = entry.cell
     found = {} if entry.published is None else {"published": published_text(entry.published, entry.convention)}
     found |= {"metric": cell.metric, "merged tokens": rounded(cell.merged)}
@@ -191,7 +184,14 @@ def latex_file(document: Document, intervals: bool = False) -> str:
     """
     if document.blocks:
         head = ["Method", *map(escaped, document.columns)]
-        bodies = floats([block_latex(block, len(head), intervals) for block in document.blocks])
+        # A page takes about `ROWS` rows that can be read, and a budget is not divided.
+        bodies: list[list[str]] = []
+        for block in document.blocks:
+            rows = block_latex(block, len(head), intervals)
+            if bodies and len(bodies[-1]) + len(rows) <= ROWS:
+                bodies[-1] += rows
+            else:
+                bodies.append(rows)
     else:
         section = document.sections[0]
         head = [escaped(column) for column in section.columns]
@@ -207,17 +207,6 @@ def latex_file(document: Document, intervals: bool = False) -> str:
         comments.append(f"Cites {', '.join(cited)}. {document.table.name}.bib has the published sources among them.")
     values = {"comments": comments, "caption": " ".join(caption), "label": identity, "head": head, "bodies": bodies}
     return filled("table.tex.j2", values | {"reported": bool(document.reported)}, "<", ">")
-
-
-def floats(blocks: Sequence[list[str]]) -> list[list[str]]:
-    """The bodies of the floats: a page takes about `ROWS` rows that can be read, and a budget is not divided."""
-    found: list[list[str]] = []
-    for block in blocks:
-        if found and len(found[-1]) + len(block) <= ROWS:
-            found[-1] += block
-        else:
-            found.append(list(block))
-    return found
 
 
 def caption_of(document: Document, intervals: bool) -> str:
@@ -244,7 +233,7 @@ def caption_of(document: Document, intervals: bool) -> str:
 
 
 def block_latex(block: Block, width: int, intervals: bool) -> list[str]:
-    """The rows of a budget: methods by benchmarks, those as reported below the others."""
+    """The rows of a budget: methods by benchmarks, the reported rows below the measured ones."""
     body = [r"\midrule"]
     if block.title:
         body += [rf"\multicolumn{{{width}}}{{c}}{{\textit{{{escaped(block.title)}}}}} \\", r"\midrule"]
@@ -256,28 +245,19 @@ def block_latex(block: Block, width: int, intervals: bool) -> list[str]:
         heading = style % r"\textit{as reported}"
         body.append(rf"\multicolumn{{{width}}}{{l}}{{{heading}}} \\")
     for one in block.reported:
-        texts = block.reported_texts(one)
-        texts = [*texts[:-1], texts[-1] + ("%" if one.average is not None else "")]
-        body.append(latex_row([style % text for text in (latex_name(one), *map(latex_reported, texts))]))
+        # With its source: "FastV \cite[{Table 1}]{restore}".
+        row_texts = [escaped(one.label)]
+        if one.cite:
+            place = escaped(one.source.partition(", ")[2]) if one.where else ""
+            row_texts[0] += rf"~\cite{f'[{{{place}}}]' if place else ''}{{{one.cite}}}"
+        elif one.source:
+            row_texts[0] += f" ({escaped(one.source)})"
+        *texts, average = block.reported_texts(one)
+        for text in (*texts, average + "%" * (one.average is not None)):
+            marks = "".join(rf"\textsuperscript{{{escaped(mark)}}}" for mark in text if mark in "?≠")
+            row_texts.append("--" if text == "n/a" else escaped(text.rstrip("?≠")) + marks)
+        body.append(latex_row([style % text for text in row_texts]))
     return body
-
-
-def latex_name(row: Reported) -> str:
-    r"""The label of a reported row with its source: "FastV \cite[{Table 1}]{restore}"."""
-    label = escaped(row.label)
-    if not row.cite:
-        return label + (f" ({escaped(row.source)})" if row.source else "")
-    place = escaped(row.source.partition(", ")[2]) if row.where else ""
-    return rf"{label}~\cite{f'[{{{place}}}]' if place else ''}{{{row.cite}}}"
-
-
-def latex_reported(text: str) -> str:
-    """A reported value; its mark is set high."""
-    if text == "n/a":
-        return "--"
-    return escaped(text.rstrip("?≠")) + "".join(
-        rf"\textsuperscript{{{escaped(mark)}}}" for mark in text if mark in "?≠"
-    )
 
 
 def bib_file(document: Document) -> str:

@@ -1,6 +1,7 @@
-"""Rows that a table shows and did not measure: published ones, and an author's own from a file (`--add`).
+"""Rows that a table shows without having measured them: published rows, and an author's own from a file (`--add`).
 
-A row is of one source and stands, as reported, below the measured rows of its budget. It is neither ranked nor tested.
+Each row comes from one source and is shown "as reported" below the measured rows of its budget. It is neither ranked
+nor tested.
 """
 
 import csv
@@ -42,10 +43,10 @@ class Reported:
         where: where the source was read; "" for an added row.
         marks: benchmark -> "?" for a disputed value, "≠" for one that is not like the table's.
         disputed: benchmark -> why.
-        full: what the same source prints of the unreduced model, the base of the average; empty if it does not.
-        average: mean over the table's benchmarks of the score in percent of the full model's; None where a benchmark or
-            the full model is missing.
-        base: which full model that is.
+        full: benchmark -> score of the unreduced model in the same source, the base of the average; may be empty.
+        average: mean over the table's benchmarks of the score in percent of the unreduced model's; None if a benchmark
+            or the unreduced model is missing.
+        base: which unreduced model the average is in percent of.
     """
 
     label: str
@@ -138,7 +139,7 @@ def yaml_rows(path: Path) -> Iterable[tuple[str, str, Mapping[str, str]]]:
 
 
 def by_benchmark(place: str, cells: Mapping[str, str], table: Table) -> dict[str, str]:
-    """The cells by field or benchmark, whichever name of a benchmark the file uses."""
+    """Field or benchmark -> cell. The file may call a benchmark by its column's head or by its name here."""
     names = {column.benchmark: column.benchmark for column in table.columns}
     names |= {column.title: column.benchmark for column in table.columns} | {name: name for name in FIELDS}
     found: dict[str, str] = {}
@@ -180,7 +181,7 @@ def score_of(place: str, column: Column, text: str) -> float:
 
 
 def budget_of(place: str, label: str, text: str, table: Table) -> Budget | None:
-    """The table's budget that a text means; None for the unreduced model."""
+    """The budget of the table that a text stands for; None for the unreduced model."""
     allowed = f"one of {', '.join(map(str, table.budgets))}"
     if not text:
         if label == FULL:
@@ -199,8 +200,10 @@ def budget_of(place: str, label: str, text: str, table: Table) -> Budget | None:
 
 
 def published_rows(table: Table, source: Published) -> list[Reported]:
-    """The published rows of the table's methods at its budgets, and of the methods that have no row in it, one of each:
-    undisputed before disputed, then the most trusted, then the one with the most columns."""
+    """One published row for each method at each budget of the table, also for methods that have no row in it.
+
+    Undisputed rows come before disputed ones, then the more trusted, then those with more columns.
+    """
     titles = {FULL: FULL} | {row.published_name: row.title for row in table.rows if row.published_name}
     others = [row.method for row in source.rows] if table.others is None else table.others
     methods = list(dict.fromkeys([*titles, *others]))
@@ -218,17 +221,17 @@ def title_of(method: str) -> str:
     return registry.method(method).metadata.paper.partition(",")[0] or method
 
 
-def best_row(table: Table, source: Published, method: str, budget: Budget | None) -> published.Row | None:
+def best_row(table: Table, source: Published, method: str, budget: Budget | None) -> published.PublishedRow | None:
     """The row of a method to show at a budget."""
     names = {column.published for column in table.columns if column.published}
 
-    def fits(row: published.Row) -> bool:
+    def fits(row: published.PublishedRow) -> bool:
         if row.method != method or names.isdisjoint(row.scores):
             return False
         wanted = row.share if budget is None else share(budget)
         return abs(row.share - wanted) <= SAME_TOKENS * max(row.share, wanted)
 
-    def order(row: published.Row) -> tuple[bool, bool, int, int]:
+    def order(row: published.PublishedRow) -> tuple[bool, bool, int, int]:
         about = source.sources[row.source]
         trust = TRUST.index(row.trust or about.trust)
         return (row.kind or about.kind) == "ours", isinstance(row.disputed, str), trust, -len(names & set(row.scores))
@@ -236,7 +239,9 @@ def best_row(table: Table, source: Published, method: str, budget: Budget | None
     return min(filter(fits, source.rows), key=order, default=None)
 
 
-def as_reported(table: Table, source: Published, row: published.Row, label: str, budget: Budget | None) -> Reported:
+def as_reported(
+    table: Table, source: Published, row: published.PublishedRow, label: str, budget: Budget | None
+) -> Reported:
     """A published row with the columns that the table has."""
     values = {c.benchmark: source.value(row, c.published) for c in table.columns if c.published in row.scores}
     unlike = {column.benchmark for column in table.columns if column.published_split}
@@ -264,12 +269,13 @@ def as_reported(table: Table, source: Published, row: published.Row, label: str,
 def with_averages(
     rows: Sequence[Reported], columns: Sequence[str], measured: Mapping[str, float] | None
 ) -> list[Reported]:
-    """The rows with the average of the table where all its benchmarks are there, and so is the base.
+    """The rows, with an average if a row has all benchmarks of the table and there is an unreduced model to divide by.
+
+    A row with values that are not like the table's is divided only by the unreduced model of its own source.
 
     Args:
         columns: benchmarks of the table.
-        measured: benchmark -> score of the unreduced model as measured here; None where it is another model (a toy).
-            A row with values that are not like the table's is in percent of its own source's full model or of none.
+        measured: benchmark -> score of the unreduced model as measured here; None if a toy model was measured.
     """
     others = [row.scores for row in rows if row.budget is None and not row.marks]
 
@@ -288,7 +294,7 @@ def with_averages(
 
 
 def notes(rows: Sequence[Reported]) -> list[str]:
-    """What a reader must know about reported rows: sources, bases of the averages, marks, the authors' notes."""
+    """What a reader must know about reported rows: sources, bases of the averages, marks and the authors' notes."""
     found = []
     for base in (OWN_BASE, MEASURED_BASE, OTHER_BASE):
         if names := dict.fromkeys(row.label for row in rows if row.base == base and row.label != FULL):

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Mapping
 
-from eval.papers.cells import Cell, Measured
+from eval.papers.cells import Cell, MeasuredTable
 from eval.papers.document import MARK, MARK_TEXT, Section, label, number, ours_text
 from eval.papers.runs import Time
-from eval.papers.spec import Budget, Row, Table
+from eval.papers.spec import Budget, Table, TableRow
 from eval.results.statistics import (
     LEVEL,
     Comparison,
@@ -29,7 +29,7 @@ Clear = Mapping[int, Mapping[str, Comparison]]
 Pairs = Mapping[Budget, Mapping[tuple[int, int], Comparison]]
 
 
-def sections_of(table: Table, found: Measured, times: Times, clear: Clear, pairs: Pairs) -> list[Section]:
+def sections_of(table: Table, found: MeasuredTable, times: Times, clear: Clear, pairs: Pairs) -> list[Section]:
     """The sections of a table's kind that have rows.
 
     Args:
@@ -52,12 +52,12 @@ def sections_of(table: Table, found: Measured, times: Times, clear: Clear, pairs
 # -- costs ------------------------------------------------------------------------------------------------------------
 
 
-def costs(found: Measured, times: Times, scored: bool = False, lines: Iterable[int] | None = None) -> Section:
-    """What one question costs, beside the unreduced model.
+def costs(found: MeasuredTable, times: Times, scored: bool = False, lines: Iterable[int] | None = None) -> Section:
+    """What one question costs, compared with the unreduced model.
 
     Args:
-        scored: also show what it scores, for a page that has no table of scores.
-        lines: all if left out.
+        scored: also show the scores, for a page that has no table of scores.
+        lines: which lines to show; all if left out.
     """
     rows = []
     for index in range(len(found.lines)) if lines is None else lines:
@@ -82,13 +82,13 @@ def costs(found: Measured, times: Times, scored: bool = False, lines: Iterable[i
     return Section("Costs", about + mark_text(found), header, rows)
 
 
-def mark_text(found: Measured) -> str:
-    """What the mark of rows that count their budget otherwise means, where there are such rows."""
+def mark_text(found: MeasuredTable) -> str:
+    """What the mark of rows that count their budget otherwise means; "" if there are no such rows."""
     return f" {MARK} {MARK_TEXT}." if any(line.by_kept for line in found.lines) else ""
 
 
-def left_out(found: Measured) -> str:
-    """That a section has no rows that count their budget otherwise, where there are such rows."""
+def left_out(found: MeasuredTable) -> str:
+    """A sentence that rows which count their budget otherwise are left out; "" if there are no such rows."""
     return f" Rows marked {MARK} are left out." if any(line.by_kept for line in found.lines) else ""
 
 
@@ -96,22 +96,20 @@ def left_out(found: Measured) -> str:
 
 
 def difference(one: Cell | None, other: Cell | None) -> Comparison | None:
-    """One cell minus another of its benchmark; None where one is missing or counts its budget otherwise."""
+    """One cell minus another of the same benchmark; None if one is missing or counts its budget otherwise."""
     if one is None or other is None or one.line.by_kept or other.line.by_kept:
         return None
     return compare(one.terms, other.terms)
 
 
-def releases(found: Measured) -> Section:
-    """Our variants of methods whose release is a row, minus the release, on every benchmark."""
+def releases(found: MeasuredTable) -> Section:
+    """The difference between our variant of a method and the authors' release, if both are rows of the table."""
     rows = []
-    released = {
-        (line.method, line.budget): i for i, line in enumerate(found.lines) if line.row and line.row.runs_release
-    }
+    released = {(line.row.method, line.budget): i for i, line in enumerate(found.lines) if line.row.runs_release}
     for index, line in enumerate(found.lines):
-        release = released.get((line.method, line.budget), index)
+        release = released.get((line.row.method, line.budget), index)
         ours, theirs = found.row(index), found.row(release)
-        if line.row is None or line.row.runs_release or release == index or not ours or not theirs:
+        if line.row.runs_release or release == index or not ours or not theirs:
             continue
         if line.by_kept or found.lines[release].by_kept:
             continue
@@ -125,7 +123,7 @@ def releases(found: Measured) -> Section:
     return Section("Variants against their releases", about, header, rows)
 
 
-def aggregates(found: Measured) -> Section:
+def aggregates(found: MeasuredTable) -> Section:
     """Averages over the benchmarks with intervals, loyalty, and accuracy on the questions that downsampling loses."""
     rows = []
     full = found.row(0)
@@ -138,7 +136,7 @@ def aggregates(found: Measured) -> Section:
         same_budget = (
             i
             for i, one in enumerate(found.lines)
-            if one.budget == line.budget and one.method == "downsample" and not line.by_kept
+            if one.budget == line.budget and one.row.method == "downsample" and not line.by_kept
         )
         control = found.row(next(same_budget, -1))
         rows.append(
@@ -171,7 +169,10 @@ def relative_text(pairs: Scores, count: int) -> str:
 
 
 def pooled_loyalty(row: Mapping[str, Cell], full: Mapping[str, Cell]) -> Interval:
-    """Over all questions of all benchmarks that show an image; images of different benchmarks are different units."""
+    """The share of questions with an image that are answered as by the unreduced model, over all benchmarks.
+
+    Images of different benchmarks are different units of the interval.
+    """
     same = {
         f"{name} {key}": value
         for name, cell in row.items()
@@ -182,7 +183,7 @@ def pooled_loyalty(row: Mapping[str, Cell], full: Mapping[str, Cell]) -> Interva
 
 
 def clusters_of(row: Mapping[str, Cell]) -> dict[str, str]:
-    """Question of a benchmark -> image of that benchmark."""
+    """ "BENCHMARK QUESTION" -> "BENCHMARK IMAGE", which are unique over all benchmarks."""
     return {f"{name} {key}": f"{name} {image}" for name, cell in row.items() for key, image in cell.clusters.items()}
 
 
@@ -198,8 +199,8 @@ def hard_text(row: Mapping[str, Cell], full: Mapping[str, Cell], control: Mappin
     return f"{score_text(interval(accuracy_terms(sample_scores, clusters_of(row))))} of {len(sample_scores):,}"
 
 
-def needed(found: Measured) -> Section:
-    """The smallest budget of each method at which 99 % of full are shown, for each benchmark."""
+def needed(found: MeasuredTable) -> Section:
+    """For each benchmark, the smallest budget at which a method is shown to keep 99 % of the unreduced score."""
     by_method: dict[str, dict[int, int]] = {}
     for index, line in enumerate(found.lines):
         if index and found.row(index) and not line.by_kept:
@@ -216,7 +217,7 @@ def needed(found: Measured) -> Section:
     return Section("Tokens needed for 99 % of full", about, ["method", *(c.title for c in found.columns)], rows)
 
 
-def needed_text(found: Measured, budgets: Mapping[int, int], benchmark: str) -> str:
+def needed_text(found: MeasuredTable, budgets: Mapping[int, int], benchmark: str) -> str:
     full = found.cells[0, benchmark].terms
     try:
         cells = {budget: found.cells.get((index, benchmark)) for budget, index in budgets.items()}
@@ -226,7 +227,7 @@ def needed_text(found: Measured, budgets: Mapping[int, int], benchmark: str) -> 
         return "n/a"
 
 
-def against(table: Table, found: Measured, clear: Clear) -> Section:
+def against(table: Table, found: MeasuredTable, clear: Clear) -> Section:
     """On how many benchmarks the paper's method is significantly better and worse than each other method."""
     titles = {column.benchmark: column.title for column in found.columns}
     rows = []
@@ -235,7 +236,7 @@ def against(table: Table, found: Measured, clear: Clear) -> Section:
         texts = "; ".join(f"{titles[name]} {difference_text(one)}" for name, one in differences.items()) or "none"
         line = found.lines[index]
         rows.append([line.title, str(line.budget), str(better), str(len(differences) - better), texts])
-    title = next((line.title for line in found.lines if line.method == table.ours), table.ours)
+    title = next((line.title for line in found.lines if line.row.method == table.ours), table.ours)
     about = (
         f"{title} minus each method at the same budget, paired permutation tests by image on every benchmark. p-values "
         "are corrected by Holm over the benchmarks of one row, not over the rows. Listed are the differences that are "
@@ -245,66 +246,64 @@ def against(table: Table, found: Measured, clear: Clear) -> Section:
     return Section(f"{title} against each method", about, header, rows)
 
 
-def clear_differences(table: Table, found: Measured) -> Clear:
-    """The significant differences of every line that is compared with the paper's method at the same budget."""
-    ours: dict[Budget | None, int] = {}
+def clear_differences(table: Table, found: MeasuredTable) -> Clear:
+    """The significant differences of every line that is compared with the paper's method at the same budget.
+
+    A difference is significant if a paired test finds it, corrected by Holm over the benchmarks of the line.
+    """
+    bases: dict[Budget | None, int] = {}
     for index, line in enumerate(found.lines):
-        if line.method == table.ours:
-            ours.setdefault(line.budget, index)
+        if line.row.method == table.ours:
+            bases.setdefault(line.budget, index)
     clear = {}
     for index, line in enumerate(found.lines):
-        base = ours.get(line.budget, index)
-        both = found.row(base), found.row(index)
-        if base != index and all(both) and not (line.by_kept or found.lines[base].by_kept):
-            clear[index] = significant(*both)
+        base = bases.get(line.budget, index)
+        ours, other = found.row(base), found.row(index)
+        if base == index or not (ours and other) or line.by_kept or found.lines[base].by_kept:
+            continue
+        tested = {name: compare(ours[name].terms, other[name].terms) for name in ours if name in other}
+        corrected = holm([one.p for one in tested.values()])
+        clear[index] = {name: one for (name, one), p in zip(tested.items(), corrected, strict=True) if p <= 1 - LEVEL}
     return clear
-
-
-def significant(ours: Mapping[str, Cell], other: Mapping[str, Cell]) -> dict[str, Comparison]:
-    """Benchmark -> ours minus other, where a paired test finds a difference, corrected by Holm over the benchmarks."""
-    names = [name for name in ours if name in other]
-    found = [compare(ours[name].terms, other[name].terms) for name in names]
-    corrected = holm([one.p for one in found])
-    return {name: one for name, one, p in zip(names, found, corrected, strict=True) if p <= 1 - LEVEL}
 
 
 # -- one method's choices, and all methods on one benchmark -----------------------------------------------------------
 
 
-def defaults_of(table: Table) -> Row | None:
+def defaults_of(table: Table) -> TableRow | None:
     """The row of the paper's method with its defaults."""
     return next((row for row in table.rows if row.method == table.ours and not row.options), None)
 
 
-def ablation(table: Table, found: Measured) -> Section:
-    """Every choice beside the method's defaults, paired over images; two columns per benchmark and budget."""
+def ablation(table: Table, found: MeasuredTable) -> Section:
+    """Every choice compared with the method's defaults, paired over images; two columns per benchmark and budget."""
     places = [(budget, column) for budget in table.budgets for column in found.columns]
-    default, rows = defaults_of(table), []
+    defaults, rows = defaults_of(table), []
     for row in table.rows:
-        cells = [f"{row.group}: {row.title}" if row.group else row.title]
+        texts = [f"{row.group}: {row.title}" if row.group else row.title]
         for budget, column in places:
-            both = [found.cell(one, budget, column.benchmark) for one in (row, default)]
-            cells += compared(*both)
-        rows.append(cells)
+            cell, default = (found.cell(one, budget, column.benchmark) for one in (row, defaults))
+            if cell is None:
+                texts += ["n/a", "cannot run"]
+                continue
+            text = number(cell.value, cell.whole) + f" {MARK}" * cell.line.by_kept
+            if default is not None and cell.line.run == default.line.run:
+                texts += [f"**{text}**", "default"]
+            else:
+                one = difference(cell, default)
+                texts += [text, difference_text(one) if one else "n/a"]
+        rows.append(texts)
     heads = [f"{column.title}, {budget} tokens" for budget, column in places]
     header = ["choice", *(text for head in heads for text in (head, "against the default [95 % CI]"))]
     about = "One choice at a time around the method's defaults; differences are paired over images."
     return Section("One choice at a time", about + mark_text(found), header, rows)
 
 
-def compared(cell: Cell | None, default: Cell | None) -> list[str]:
-    """A score, and its difference to the defaults."""
-    if cell is None:
-        return ["n/a", "cannot run"]
-    text = number(cell.value, cell.whole) + f" {MARK}" * cell.line.by_kept
-    if default is not None and cell.line.setting == default.line.setting:
-        return [f"**{text}**", "default"]
-    found = difference(cell, default)
-    return [text, difference_text(found) if found else "n/a"]
+def pairs_of(found: MeasuredTable) -> Pairs:
+    """The difference of every two lines of a budget on the one benchmark of an overview.
 
-
-def pairs_of(found: Measured) -> Pairs:
-    """Every two lines of a budget on the one benchmark of an overview; none that counts its budget otherwise."""
+    Lines that count their budget otherwise are left out.
+    """
     by_budget: dict[Budget, dict[int, Cell]] = {}
     for index, line in enumerate(found.lines):
         cell = found.first(index)
@@ -313,7 +312,7 @@ def pairs_of(found: Measured) -> Pairs:
     return {budget: all_pairs({i: cell.terms for i, cell in cells.items()}) for budget, cells in by_budget.items()}
 
 
-def pair_rows(found: Measured, pairs: Pairs) -> list[list[str]]:
+def pair_rows(found: MeasuredTable, pairs: Pairs) -> list[list[str]]:
     """The rows of the file of pairs: budget, two methods, difference with its interval, corrected p-value."""
     rows = []
     for budget, compared in pairs.items():
@@ -331,8 +330,8 @@ def standing(index: int, pairs: Mapping[tuple[int, int], Comparison]) -> tuple[i
     return beats, len(ours) - beats
 
 
-def overview(table: Table, found: Measured) -> Section:
-    """Methods by budgets, those with the highest lowest score first."""
+def overview(table: Table, found: MeasuredTable) -> Section:
+    """Methods by budgets, sorted by their lowest score, the highest first."""
     name = found.columns[0].benchmark
     full, rows = found.cells[0, name], []
     for row in table.rows:
@@ -349,14 +348,17 @@ def overview(table: Table, found: Measured) -> Section:
     return Section("Overview", about + mark_text(found), header, [everything, *(texts for _, texts in rows)])
 
 
-def claims(table: Table, found: Measured) -> Section:
+def claims(table: Table, found: MeasuredTable) -> Section:
     """The defaults of the paper's method minus the row of each claim: it holds, fails or stays open."""
-    default, name = defaults_of(table), found.columns[0].benchmark
-    rows = [
-        [row.claim, *(claim_text(found.cell(default, b, name), found.cell(row, b, name)) for b in table.budgets)]
-        for row in table.rows
-        if row.claim
-    ]
+    defaults, name, rows = defaults_of(table), found.columns[0].benchmark, []
+    for row in table.rows:
+        texts = []
+        for budget in table.budgets:
+            one = difference(*(found.cell(which, budget, name) for which in (defaults, row)))
+            verdict = "open" if one is None or one.p > 1 - LEVEL else "holds" if one.difference > 0 else "fails"
+            texts.append("n/a" if one is None else f"{difference_text(one)} {verdict}")
+        if row.claim:
+            rows.append([row.claim, *texts])
     about = (
         f"{table.ours} minus the row that a claim is about, paired over images [95 % interval]: a claim holds or fails "
         "where the paired permutation test is significant at 5 %, and stays open elsewhere."
@@ -364,17 +366,8 @@ def claims(table: Table, found: Measured) -> Section:
     return Section("Claims", about, ["claim", *(f"{budget} tokens" for budget in table.budgets)], rows)
 
 
-def claim_text(ours: Cell | None, other: Cell | None) -> str:
-    """A difference with the verdict on "better": holds, fails or open."""
-    found = difference(ours, other)
-    if found is None:
-        return "n/a"
-    verdict = "open" if found.p > 1 - LEVEL else "holds" if found.difference > 0 else "fails"
-    return f"{difference_text(found)} {verdict}"
-
-
-def significance(found: Measured, pairs: Pairs) -> Section:
-    """How many pairs differ at each budget, and the methods that no other one beats."""
+def significance(found: MeasuredTable, pairs: Pairs) -> Section:
+    """How many pairs of methods differ at each budget, and which methods no other method beats."""
     rows = []
     for budget, compared in pairs.items():
         clear = sum(one.p <= 1 - LEVEL for one in compared.values())
@@ -392,13 +385,13 @@ def significance(found: Measured, pairs: Pairs) -> Section:
     return Section("Significance", about, ["budget", "pairs that differ", "best methods"], rows)
 
 
-def lines_at(found: Measured, budget: Budget) -> list[int]:
+def lines_at(found: MeasuredTable, budget: Budget) -> list[int]:
     """The lines of a budget that have a score, the highest first."""
     cells = {i: cell for i, line in enumerate(found.lines) if line.budget == budget and (cell := found.first(i))}
     return sorted(cells, key=lambda index: -cells[index].value)
 
 
-def costs_at(found: Measured, times: Times, budget: Budget, pairs: Pairs) -> Section:
+def costs_at(found: MeasuredTable, times: Times, budget: Budget, pairs: Pairs) -> Section:
     """Costs and scores of one budget, the highest score first, with how many methods each beats and loses to."""
     lines = lines_at(found, budget)
     section = costs(found, times, scored=True, lines=[0, *lines])

@@ -1,9 +1,9 @@
-"""What a table is made of: a YAML file of specs/PAPER/, or of a user.
+"""The specification of a table: a YAML file of specs/PAPER/, or a user's own.
 
 `read` checks a file before anything runs: unknown keys, methods, options and benchmarks are errors.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,18 +24,18 @@ SPECS = PACKAGES / "eval" / "papers" / "specs"
 LISTS = SPECS / "lists"
 
 
-def known_benchmark(name: str) -> str:
-    benchmarks.get(name)
-    return name
+def accepted_by(check: Callable[[Any], object]) -> AfterValidator:
+    """A field whose value `check` accepts without raising an error."""
 
+    def validate(value: Any) -> Any:
+        check(value)
+        return value
 
-def known_method(name: str) -> str:
-    registry.method(name)
-    return name
+    return AfterValidator(validate)
 
 
 def published_method(name: str) -> str:
-    """ "none", "", a method, or a name that published rows have and no method here."""
+    """ "none", "", a method, or another method that only published rows have."""
     known = ("none", *registry.names(), *published.OTHER_METHODS)
     if name and name not in known:
         raise unknown("method of published values", name, known)
@@ -48,13 +48,8 @@ def published_column(name: str) -> str:
     return name
 
 
-def budget_text(value: str | int) -> str | int:
-    """A number of tokens, or a ratio such as "1/9"."""
-    count_or_ratio(value)
-    return value
-
-
-Budget = Annotated[int | str, AfterValidator(budget_text)]
+# A number of tokens, or a ratio such as "1/9".
+Budget = Annotated[int | str, accepted_by(count_or_ratio)]
 
 
 class Place(Part):
@@ -65,8 +60,8 @@ class Place(Part):
         data: folder of a bundled toy data set; empty for real data, whose folder the user names.
         benchmarks: the columns that it can fill; empty for all.
         tokens: visual tokens of an image without reduction, as the paper counts them.
-        image: image options, the paper's convention of tiles.
-        convention: one of eval.papers.published.CONVENTIONS; published numbers of others are not compared with ours.
+        image_options: how images are read, such as the paper's convention of tiles.
+        convention: one of eval.papers.published.CONVENTIONS; published numbers under another one are not compared.
         dtype: of the weights.
         batch_size: questions asked at once.
         questions: of each benchmark at most; None for all.
@@ -92,10 +87,10 @@ class Column(Part):
         published: name of the column in the published values; "" if no source has it.
         tolerance: how far the unreduced model may be from the published baseline, in points of the metric.
         split: "" for the benchmark's default.
-        published_split: the split of the published values where it is another one; no difference is shown then.
+        published_split: the split of the published values, if it is another one; no difference is shown then.
     """
 
-    benchmark: Annotated[str, AfterValidator(known_benchmark)]
+    benchmark: Annotated[str, accepted_by(benchmarks.get)]
     title: str
     metric: str = ""
     published: Annotated[str, AfterValidator(published_column)] = ""
@@ -109,18 +104,18 @@ class Column(Part):
         return self
 
 
-class Row(Part):
+class TableRow(Part):
     """A method of the table.
 
     Attributes:
         label: "" for the method's name.
         published: name in the published values; "" for the method's name, "none" for a variant of our own. Numbers
-            that a release made belong to the row that runs it: `runs_release`.
-        group: heading above the first row of a group, for ablations the factor.
+            made by the authors' release belong to the row that runs it (`runs_release`).
+        group: heading above the first row of a group; in an ablation the factor.
         claim: a sentence that holds if the defaults of the paper's method are significantly better than this row.
     """
 
-    method: Annotated[str, AfterValidator(known_method)]
+    method: Annotated[str, accepted_by(registry.method)]
     label: str = ""
     options: Mapping[str, str] = Field(default_factory=dict)
     published: Annotated[str, AfterValidator(published_method)] = ""
@@ -137,7 +132,7 @@ class Row(Part):
 
     @property
     def runs_release(self) -> bool:
-        """Whether the row does what the release does: nothing known differs, or the method's `official` is set."""
+        """Whether the row does what the authors' release does: no difference is known, or option `official` is set."""
         return "official" not in options_of(registry.method(self.method)) or (
             self.options.get("official", "").lower() == "true"
         )
@@ -157,11 +152,10 @@ class Table(Part):
         real: the checkpoint of the paper; toy: what stands in for it without downloads.
         model_title: name of the paper's model.
         published: file of eval/papers/published/; "" if there is none.
-        others: methods of that file, with or without code here, that have no row and are shown as reported; None for
-            all.
+        others: methods of that file that have no row and are shown as reported; None for all.
         budgets: visual tokens, or retention ratios.
         notes: conventions and known deviations.
-        page: of the documentation, in which `--page` writes the sections between their markers; "" for none.
+        page: the page of the documentation into which `--page` writes the sections; "" for none.
     """
 
     title: str
@@ -169,7 +163,7 @@ class Table(Part):
     paper: str
     name: str
     kind: Literal["scores", "ablation", "efficiency", "overview"] = "scores"
-    ours: Annotated[str, AfterValidator(known_method)]
+    ours: Annotated[str, accepted_by(registry.method)]
     model_title: str
     real: Place
     toy: Place
@@ -177,13 +171,13 @@ class Table(Part):
     others: tuple[Annotated[str, AfterValidator(published_method)], ...] | None = None
     columns: tuple[Column, ...]
     budgets: tuple[Budget, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     notes: tuple[str, ...] = ()
     page: str = ""
 
     @model_validator(mode="after")
     def check(self) -> "Table":
-        """Options and names that only make sense together, and the published values of the model."""
+        """Check names and options that only make sense together, and that the published values can be read."""
         if self.published:
             published.load(self.published)
         names = [column.benchmark + column.split for column in self.columns]
@@ -214,7 +208,7 @@ class Table(Part):
 
 
 def read(path: Path) -> Table:
-    """A spec, checked.
+    """Read and check the specification of a table.
 
     Raises:
         UserError: no such file, no YAML, or something in it is wrong; the sentence names the place.
@@ -237,8 +231,11 @@ def read(path: Path) -> Table:
 
 
 def resolved(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Lists that are named by the file that holds them: `rows: ../lists/baselines.yaml` reads the list of that file,
-    from there or, for a spec of a user, from specs/lists. `rows: all` are all methods."""
+    """The content of a spec with its lists put in.
+
+    `rows: ../lists/baselines.yaml` stands for the list in that file, which is looked for relative to the spec and then
+    in specs/lists. `rows: all` stands for all methods.
+    """
     found = dict(content)
     for key in ("rows", "columns"):
         value = found.get(key)
@@ -248,25 +245,22 @@ def resolved(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             if part == "all" and key == "rows":
                 entries += [{"method": method} for method in registry.names() if method != FULL]
             elif isinstance(part, str):
-                entries += read_list(key, part, folder)
+                places = [folder / part, LISTS / Path(part).name]
+                file = next((place for place in places if place.suffix == ".yaml" and place.is_file()), None)
+                if file is None:
+                    raise UserError(
+                        f"{key} names {part}, which is no .yaml file beside the table's nor one of specs/lists."
+                    )
+                listed = read_yaml(file)
+                if not isinstance(listed, list):
+                    raise UserError(f"{key} names {part}, which should hold a list, got {type(listed).__name__}.")
+                entries += listed
             elif part is not None:
                 entries.append(part)
         found[key] = entries
     if "factors" in found:
         found["rows"] = [*found["rows"], *rows_of_factors(str(found.get("ours", "")), found.pop("factors"))]
     return found
-
-
-def read_list(key: str, name: str, folder: Path) -> list[Any]:
-    """The entries of a list's file."""
-    places = [folder / name, LISTS / Path(name).name]
-    file = next((place for place in places if place.suffix == ".yaml" and place.is_file()), None)
-    if file is None:
-        raise UserError(f"{key} names {name}, which is no .yaml file beside the table's nor one of specs/lists.")
-    content = read_yaml(file)
-    if not isinstance(content, list):
-        raise UserError(f"{key} names {name}, which should hold a list, got {type(content).__name__}.")
-    return content
 
 
 def rows_of_factors(method: str, factors: Any) -> list[dict[str, Any]]:
@@ -288,7 +282,7 @@ def rows_of_factors(method: str, factors: Any) -> list[dict[str, Any]]:
 
 
 def paths() -> list[Path]:
-    """The specs of all tables: those of this repository's papers, and of any folder that a user adds beside them."""
+    """The specs of all tables: of this repository's papers, and of any folder that a user adds to specs/."""
     return sorted(path for path in SPECS.glob("*/*.yaml") if path.parent != LISTS)
 
 
@@ -303,7 +297,11 @@ def find(name: str) -> Path:
 
 
 def chosen(entries: Sequence[Any], wanted: Sequence[str], what: str, names: Sequence[str]) -> Iterator[Any]:
-    """The entries whose name the user listed, all if none is listed; unknown names are errors."""
+    """The entries whose names the user listed, or all if none is listed.
+
+    Raises:
+        UserError: the table has no entry of a listed name.
+    """
     for name in wanted:
         if name not in names:
             hint = suggestion(name, names)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from eval.answers.jsonl import write_file
 from eval.command import exit_on_user_error, make_parser
-from eval.config import FULL, folder_name, is_toy
+from eval.config import FULL, RunConfig, folder_name, is_toy
 from eval.papers import published, reported, spec
 from eval.papers.reported import Reported
 from eval.papers.spec import Table
@@ -33,7 +33,7 @@ from llava.places import ASSETS, CHECKOUT, WORK, check_bundled, check_checkout
 from llava.reduction import registry
 
 if TYPE_CHECKING:
-    from eval.papers.cells import Measured
+    from eval.papers.cells import MeasuredTable
     from eval.papers.document import Document
     from eval.papers.gate import Check
     from eval.papers.runs import RunTarget, Time
@@ -43,13 +43,13 @@ REPEATS = 5
 
 
 def toy_path(name: str) -> Path:
-    """A path of a spec's toy place: what is below assets/ is bundled, wherever that is here."""
+    """Where a toy model or toy data set of a spec is: paths below assets/ are bundled with the package."""
     path = Path(name)
     return ASSETS / path.relative_to("assets") if path.is_relative_to("assets") else WORK / path
 
 
 def where_of(table: Table, args: argparse.Namespace) -> "RunTarget":
-    """The model and data: the paper's if the user names data or a model, the toy ones otherwise."""
+    """The model and data of this run: the paper's if the user names data or a model, otherwise the toy ones."""
     from eval.papers.runs import RunTarget
 
     bundled = args.model is None and args.data is None
@@ -64,25 +64,39 @@ def where_of(table: Table, args: argparse.Namespace) -> "RunTarget":
     check_bundled(data)
     if not data.is_dir():
         raise UserError(f"The data folder {data} does not exist; see docs/paper_tables.md.")
-    limit = min(filter(None, (args.limit, place.questions)), default=None)
-    toy = bundled or is_toy(place.model)
     # Every cell is a W&B run of its own where W&B is online or asked for; hundreds of offline runs help nobody.
     wandb = "disabled" if args.wandb == "auto" and not (has_key() and resolve_mode("auto") == "online") else args.wandb
-    return RunTarget(place, toy, data, limit, args.device, args.judge, wandb, table.identity)
+    run = RunConfig(
+        FULL,
+        model=place.model,
+        data=data,
+        batch_size=place.batch_size,
+        limit=min(filter(None, (args.limit, place.questions)), default=None),
+        dtype=place.dtype,
+        device=args.device,
+        image_options=dict(place.image_options),
+        judge=args.judge,
+        failed="again",
+        wandb=wandb,
+        table=table.identity,
+    )
+    return RunTarget(place, bundled or is_toy(place.model), run)
 
 
 def narrowed(table: Table, args: argparse.Namespace) -> Table:
     """The table with the rows, columns and budgets that the user asked for.
 
-    A method that the table does not list gets a row if it is registered, as an author's own is; if it is published, it
-    is shown as reported.
+    A method that the table does not list gets a row if it is registered, as an author's own method is. If it is only
+    published, it is shown as reported.
     """
     asked, listed = words(args.methods), [row.method for row in table.rows]
     file = published.load(table.published).rows if table.published else ()
     others = [name for name in asked if name in {row.method for row in file}]
     own = [name for name in asked if name not in listed and name in registry.names() and name != FULL]
     spec.chosen(table.rows, [name for name in asked if name not in (*others, *own)], "method", listed)
-    rows = [row for row in table.rows if not asked or row.method in asked] + [spec.Row(method=name) for name in own]
+    rows = [row for row in table.rows if not asked or row.method in asked] + [
+        spec.TableRow(method=name) for name in own
+    ]
     columns = spec.chosen(table.columns, words(args.benchmarks), "benchmark", [c.benchmark for c in table.columns])
     budgets = spec.chosen(table.budgets, words(args.budgets), "budget", [str(budget) for budget in table.budgets])
     parts = {"rows": rows, "columns": columns, "budgets": budgets} | ({"others": others} if asked else {})
@@ -96,49 +110,51 @@ def words(text: str | None) -> list[str]:
 def build_document(
     table: Table, where: "RunTarget", args: argparse.Namespace, folder: Path, added: Sequence[Reported]
 ) -> "Document":
-    """Fill what is missing, and say everything that the formats write."""
+    """Run the cells that are missing, and gather everything that the formats write."""
     from eval.papers.cells import read_cells
     from eval.papers.figure import draw_kept
-    from eval.papers.runs import columns_of, described, fill_cells, lines_of, open_model, times_of
+    from eval.papers.runs import columns_of, described, fill_cells, jobs_of, lines_of, open_model, times_of
 
     place = None if args.render else placement.here()
-    model = open_model(where, place)
-    columns, lines = columns_of(table, where), lines_of(table, where, model)
+    model = open_model(where.run, place)
+    columns, lines = columns_of(table, where.place), lines_of(table, where.run, model)
     if not columns:
         raise UserError(f"{where.place.model} can fill none of the chosen benchmarks; leave --benchmarks out.")
     for reason in described(lines):
         print(f"n/a: {reason}", file=sys.stderr)
+    jobs = jobs_of(lines, columns, where.run, model)
     if not args.render:
-        fill_cells(lines[:1], columns, where, model, place, f"{table.identity}, full")
-    checks = gate_of(table, where, read_cells(lines[:1], columns, where, model), args.gate == "stop")
+        full = {key: job for key, job in jobs.items() if key[0] == 0}
+        fill_cells(full, model, place, f"{table.identity}, full")
+    checks = gate_of(table, where, read_cells(lines[:1], columns, jobs), args.gate == "stop")
     if not args.render:
-        fill_cells(lines, columns, where, model, place, table.identity)
+        fill_cells(jobs, model, place, table.identity)
     repeats = repeats_of(args, model, where)
-    times = times_of(lines, columns[0], where, model, repeats, folder / f"{table.name}.times.jsonl")
-    found = read_cells(lines, columns, where, model)
+    times = times_of(jobs, model, repeats, folder / f"{table.name}.times.jsonl")
+    found = read_cells(lines, columns, jobs)
     document = document_of(table, where, found, checks, times, command_line(table, args), added)
     if args.wandb == "disabled" or args.render or not repeats:
         return document
     return dataclasses.replace(
-        document, images=draw_kept(lines, columns[0], where, model, folder / f"{table.name}-kept")
+        document, images=draw_kept(lines, next(iter(jobs.values())).data, model, folder / f"{table.name}-kept")
     )
 
 
 def repeats_of(args: argparse.Namespace, model: "Llava", where: "RunTarget") -> int:
-    """Prefills to time: the default is none for a quick look, and none on the wrong device."""
+    """How many prefills to time: by default none with --limit, and never any if the model is on another device."""
     from llava.model.builder import device_of
 
-    if model.device.type != device_of(where.device).type:
+    if model.device.type != device_of(where.run.device).type:
         print("Times are not measured: the ranks have the GPUs; run again with GPUS=1 for them.", file=sys.stderr)
         return 0
     return args.times if args.times is not None else 0 if args.limit else REPEATS
 
 
-def gate_of(table: Table, where: "RunTarget", full: "Measured", stop: bool) -> "list[Check]":
-    """Compare the unreduced model with the published baseline before anything else runs; nothing for the toy model.
+def gate_of(table: Table, where: "RunTarget", full: "MeasuredTable", stop: bool) -> "list[Check]":
+    """Compare the unreduced model with the published baseline before anything else runs; empty for a toy model.
 
     Raises:
-        UserError: outside the tolerance, and the user asked to stop there.
+        UserError: a benchmark is outside its tolerance, and the user asked to stop then.
     """
     from eval.papers import gate
 
@@ -155,7 +171,7 @@ def gate_of(table: Table, where: "RunTarget", full: "Measured", stop: bool) -> "
 def document_of(
     table: Table,
     where: "RunTarget",
-    found: "Measured",
+    found: "MeasuredTable",
     checks: "Sequence[Check]",
     times: "Mapping[int, Time]",
     command: str,
@@ -164,7 +180,7 @@ def document_of(
     """What the page says, by the kind of the table.
 
     Args:
-        added: an author's own rows; published ones are left out beside a toy's numbers.
+        added: an author's own rows. Published rows are left out if a toy model ran.
     """
     from eval.papers.document import Document, blocks, entries, facts_of, lost_values, notes_of, with_reported
     from eval.papers.sections import clear_differences, pair_rows, pairs_of, sections_of
@@ -180,7 +196,7 @@ def document_of(
     shown = [row for block in wide for row in block.reported]
     return Document(
         table,
-        Path(where.place.model).name,
+        Path(where.run.model).name,
         where.is_toy,
         facts_of(table, where, found, command),
         [*(column.title for column in found.columns), "average"],
@@ -194,8 +210,8 @@ def document_of(
     )
 
 
-def points_of(table: Table, found: "Measured", times: "Mapping[int, Time]") -> list[dict[str, object]]:
-    """A point per line for plots: tokens and time against the average, or against the score of an overview."""
+def points_of(table: Table, found: "MeasuredTable", times: "Mapping[int, Time]") -> list[dict[str, object]]:
+    """One point per line for plots: tokens, time, and the average or, in an overview, the score."""
     points: list[dict[str, object]] = []
     for index, line in enumerate(found.lines):
         row, time = found.row(index), times.get(index)
@@ -243,19 +259,6 @@ def write(document: "Document", folder: Path, tex_intervals: bool = False) -> li
     return paths
 
 
-def write_page(document: "Document") -> Path:
-    """Put the sections where the table's page of the documentation has markers for them; returns the page.
-
-    A marker names the table and the title of the section: `<!-- begin embedded_main overview -->`.
-    """
-    page = WORK / document.table.page
-    for section in document.sections:
-        marker = f"{document.table.name} {section.title}".lower()
-        if f"<!-- begin {marker} -->" in page.read_text():
-            insert(page, marker, f"{section.about}\n\n{markdown(section.columns, section.rows)}")
-    return page
-
-
 def parser() -> argparse.ArgumentParser:
     p = make_parser("tables paper", __doc__)
     p.add_argument("table", help="paper/name, such as consensusdrop/llava15_7b, or a path to a .yaml")
@@ -300,7 +303,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit should be 1 or more questions, got {args.limit}.")
     table = spec.read(spec.find(args.table))
-    added = added_rows(table, args)
+    if table.kind != "scores" and (args.add or args.published_only):
+        raise UserError(
+            f"--add and --published-only are for tables of scores; {table.identity} is of kind {table.kind}: leave "
+            "them out."
+        )
+    # Checked against the whole table, before a part of it is taken.
+    added = [row for path in args.add for row in reported.read_added(path, table)]
     if args.published_only:
         return published_only(table, added, args)
     where = where_of(table, args)
@@ -314,37 +323,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "leave it out."
         )
     table = narrowed(table, args)
-    folder = args.output or default_folder(table, where, args)
+    folder = args.output or default_folder(table, where.run.model, args)
     document = build_document(
         table, where, args, folder, [row for row in added if row.budget in (None, *table.budgets)]
     )
     files = write(document, folder, args.tex_intervals)
-    log(args.wandb, document, where, folder, files)
+    log_to_wandb(args.wandb, document, where, folder, files)
     print(summary(document))
     print(f"Table: {', '.join(str(file) for file in files)}")
     if args.page:
-        print(f"Page: {write_page(document)}")
+        # A marker names the table and the title of the section: `<!-- begin embedded_main overview -->`.
+        page = WORK / table.page
+        for section in document.sections:
+            marker = f"{table.name} {section.title}".lower()
+            if f"<!-- begin {marker} -->" in page.read_text():
+                insert(page, marker, f"{section.about}\n\n{markdown(section.columns, section.rows)}")
+        print(f"Page: {page}")
     return 0
-
-
-def added_rows(table: Table, args: argparse.Namespace) -> list[Reported]:
-    """The rows of --add, checked against the whole table.
-
-    Raises:
-        UserError: the table has no place for rows, or a file is wrong.
-    """
-    if table.kind != "scores" and (args.add or args.published_only):
-        raise UserError(
-            f"--add and --published-only are for tables of scores; {table.identity} is of kind {table.kind}: leave "
-            "them out."
-        )
-    return [row for path in args.add for row in reported.read_added(path, table)]
 
 
 def published_only(table: Table, added: Sequence[Reported], args: argparse.Namespace) -> int:
     """Write what sources report; returns the exit code."""
     from eval.papers.document import reported_document
-    from eval.papers.runs import RunTarget
 
     usual = parser().parse_args([args.table])
     asking = (
@@ -372,8 +372,7 @@ def published_only(table: Table, added: Sequence[Reported], args: argparse.Names
         raise UserError(
             f"Nothing is published for this part of {table.identity}; leave --methods or --budgets out, or --add rows."
         )
-    where = RunTarget(table.real.model_copy(update={"model": "published"}), False, Path())
-    files = write(document, args.output or default_folder(table, where, args))
+    files = write(document, args.output or default_folder(table, "published", args))
     print(summary(document))
     print(f"Table: {', '.join(str(file) for file in files)}")
     return 0
@@ -395,11 +394,11 @@ def command_line(table: Table, args: argparse.Namespace) -> str:
     return " ".join([*given, command, *flags])
 
 
-def default_folder(table: Table, where: "RunTarget", args: argparse.Namespace) -> Path:
-    """Parts of a table do not replace the whole one."""
+def default_folder(table: Table, model: str, args: argparse.Namespace) -> Path:
+    """The folder of the files. A part of a table has its own, so that it does not replace the whole one."""
     narrow = [args.methods, args.budgets, args.benchmarks]
     tail = f"-limit{args.limit}" * bool(args.limit) + "-part" * any(narrow)
-    return WORK / "results" / "tables" / table.paper / (folder_name(Path(where.place.model).name) + tail)
+    return WORK / "results" / "tables" / table.paper / (folder_name(Path(model).name) + tail)
 
 
 def summary(document: "Document") -> str:
@@ -415,7 +414,7 @@ def summary(document: "Document") -> str:
     return "\n".join(lines)
 
 
-def log(mode: str, document: "Document", where: "RunTarget", folder: Path, files: Sequence[Path]) -> None:
+def log_to_wandb(mode: str, document: "Document", where: "RunTarget", folder: Path, files: Sequence[Path]) -> None:
     """One W&B run for the table, with its files and what its plots show."""
     header = ["method", "budget", "benchmark", "score", "low", "high", "tokens per layer", "answers sha256"]
     cells = [entry.cell for entry in document.entries]
@@ -423,7 +422,7 @@ def log(mode: str, document: "Document", where: "RunTarget", folder: Path, files
         [c.line.title, str(c.line.budget or "all"), c.column.title, c.value, c.low, c.high, c.tokens, c.answers_sha256]
         for c in cells
     ]
-    about = {"model": where.place.model, "paper": document.table.paper, "limit": where.limit, "toy": where.is_toy}
+    about = {"model": where.run.model, "paper": document.table.paper, "limit": where.run.limit, "toy": where.is_toy}
     log_table_run(mode, folder, document.table.identity, about, header, rows, files, document.points, document.images)
 
 

@@ -16,7 +16,7 @@ STAGES = ("preprocess", "vision", "selection", "prefill", "decode")
 PARTS = ("tower", "projector", "selection", "prefill")
 
 
-class Line(TypedDict):
+class TimingLine(TypedDict):
     """The keys of a line of timing.jsonl from which numbers are computed."""
 
     questions: int
@@ -73,7 +73,7 @@ def checked(lines: Sequence[Mapping[str, Any]], path: Path) -> Sequence[Mapping[
     """Return lines of `path` unchanged; UserError if one of them lacks what `timing_record` writes."""
     for line in lines:
         try:
-            check(Line, line, f"The line of question {line['question_ids'][0]} in {path}")
+            check(TimingLine, line, f"The line of question {line['question_ids'][0]} in {path}")
         except UserError as error:
             raise UserError(f"{error} Delete the line, without which the answers count as before.") from error
     return lines

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
+from eval.config import FULL, RunConfig
 from eval.efficiency.estimate import Estimate, Rates, Workload
 from eval.efficiency.memory import GIB, QuestionShape, layout_of
 from eval.efficiency.shapes import official
-from eval.papers.runs import RowAtBudget, RunTarget, columns_of, lines_of
+from eval.papers.runs import RowAtBudget, columns_of, lines_of
 from eval.papers.spec import Table
-from eval.sweep import reducer_of
 from eval.yaml_files import Part, read_yaml
 from lab.pages.memory import size_of
 from llava.errors import unknown
@@ -109,7 +109,7 @@ class Expense:
     @property
     def runnable(self) -> list[RowAtBudget]:
         """The rows that can run."""
-        return [line for line in self.lines if line.setting is not None]
+        return [line for line in self.lines if line.reducer is not None]
 
     @property
     def cells(self) -> int:
@@ -138,21 +138,19 @@ class Expense:
 
     def estimate(self, line: RowAtBudget, text: int, steps: int, new_tokens: int = 1) -> Estimate:
         """The estimate, as by `--dry-run`, of one batch of a row that can run, about the largest image or a video."""
-        assert line.setting is not None
+        assert line.reducer is not None
         name, count = checkpoint_of(self.table).shapes, self.table.real.batch_size
         image = layout_of(self.model, size_of(name), video="Video" in name)
         work = Workload((QuestionShape(text, (image,)),), steps, count, count)
-        reducer = reducer_of(line.setting, self.model.visual_tokens)
-        return Estimate(self.model, reducer, work, count, new_tokens, torch.bfloat16, device="cuda")
+        return Estimate(self.model, line.reducer, work, count, new_tokens, torch.bfloat16, device="cuda")
 
 
 def expense(table: Table) -> Expense:
     """The costs of a table with its paper's model and data."""
-    where = RunTarget(table.real, False, Path("DATA"))
     known = downloads().benchmarks
-    loads = {column.benchmark: known.get(column.benchmark) for column in columns_of(table, where)}
+    loads = {column.benchmark: known.get(column.benchmark) for column in columns_of(table, table.real)}
     model = official(checkpoint_of(table).shapes)
-    return Expense(table, model, tuple(lines_of(table, where, model)), loads)
+    return Expense(table, model, tuple(lines_of(table, RunConfig(FULL), model)), loads)
 
 
 def checkpoint_of(table: Table) -> Checkpoint:

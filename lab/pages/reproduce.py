@@ -20,7 +20,7 @@ from eval.papers import published, spec
 from eval.papers.document import budget_title
 from eval.papers.gate import CAUSES, EVERYWHERE
 from eval.papers.published import AVERAGE, CONVENTIONS, EFFICIENCY, KINDS, POINTS, Published
-from eval.papers.runs import RunTarget, columns_of
+from eval.papers.runs import columns_of
 from eval.papers.spec import Column, Table
 from eval.tables import insert, left_aligned, markdown
 from lab.pages import expense as costing
@@ -40,7 +40,7 @@ COSTS = {"tflops": "TFLOP", "latency_ms": "ms", "speedup": "speed-up"}
 def page(cost: Expense) -> str:
     """The page of one table."""
     table = cost.table
-    columns = columns_of(table, RunTarget(table.real, False, Path("DATA")))
+    columns = columns_of(table, table.real)
     source = published.load(table.published) if table.published else None
     names = [column.benchmark for column in columns]
     text = Path(__file__).with_suffix(".md.j2").read_text(encoding="utf-8")

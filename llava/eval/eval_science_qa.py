@@ -9,14 +9,14 @@ from typing import Any
 if not __package__:  # started by its path: import `llava` and `eval` from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from eval.answers.jsonl import Row, write_file
+from eval.answers.jsonl import AnswerRow, write_file
 from eval.answers.reading import read_rows
-from eval.benchmarks.scienceqa import FAILED, IMAGE, OPTIONS, Record, parse, problems_of
+from eval.benchmarks.scienceqa import FAILED, IMAGE, OPTIONS, ScienceRecord, parse, problems_of
 from eval.command import exit_on_user_error, make_parser
 from eval.metrics.accuracy import percent
 
 
-def analysis_of(name: str, problem: Record, row: Row | None) -> dict[str, Any]:
+def analysis_of(name: str, problem: ScienceRecord, row: AnswerRow | None) -> dict[str, Any]:
     """The official output for one answer; a question without an answer has failed."""
     prompt, text = (row.prompt or "", row.text) if row else ("Unknown", FAILED)
     return {

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from eval.benchmarks.hub_sets import edits
 from eval.metrics import vqa
+from eval.metrics.short_answers import edits
 from llava.errors import UserError
 
 Entry = Mapping[str, Any]  # pred_answer, a text, and gt_answers, a list of them

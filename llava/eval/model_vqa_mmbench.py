@@ -13,10 +13,10 @@ from eval.benchmarks.llava_files import LETTER, LETTER_CN
 from eval.benchmarks.media import Images
 from eval.benchmarks.mmbench import OPTIONS, as_pandas, ask, options_of, read_tsv
 from eval.command import exit_on_user_error
-from eval.llava_scripts import Asked, answer, decoding_flags, file_of, questions_parser
+from eval.llava_scripts import ScriptQuestion, answer, decoding_flags, file_of, questions_parser
 
 
-def questions(args: Any) -> tuple[list[Asked], Images]:
+def questions(args: Any) -> tuple[list[ScriptQuestion], Images]:
     """One question per row of the table; with --all-rounds one per option, and the options rotate by one each time."""
     table, asked = read_tsv(file_of(args.question_file)), []
     suffix = (LETTER_CN if args.lang == "cn" else LETTER) if args.single_pred_prompt else ""
@@ -28,7 +28,7 @@ def questions(args: Any) -> tuple[list[Asked], Images]:
             text = ask(row | dict(zip(OPTIONS, turned, strict=False)))
             fields = {"question_id": int(index), "round_id": number, "prompt": text}
             fields |= {"options": turned, "option_char": marks}
-            asked.append(Asked(Question(index, text, suffix, (str(row["image_name"]),), ""), fields))
+            asked.append(ScriptQuestion(Question(index, text, suffix, (str(row["image_name"]),), ""), fields))
     return asked, table.images
 
 

@@ -12,20 +12,20 @@ from eval.benchmarks.base import Question
 from eval.benchmarks.llava_files import LETTER
 from eval.benchmarks.media import Folder, image_name
 from eval.benchmarks.records import check_list
-from eval.benchmarks.scienceqa import IMAGE, Prompt
+from eval.benchmarks.scienceqa import IMAGE, SciencePrompt
 from eval.command import exit_on_user_error
-from eval.llava_scripts import Asked, answer, file_of, questions_parser
+from eval.llava_scripts import ScriptQuestion, answer, file_of, questions_parser
 
 
-def questions(args: Any) -> tuple[list[Asked], Folder]:
+def questions(args: Any) -> tuple[list[ScriptQuestion], Folder]:
     """The entries of LLaVA's file; those without an image are text alone."""
     path, asked = file_of(args.question_file), []
-    for number, row in enumerate(check_list(path, Prompt), start=1):
+    for number, row in enumerate(check_list(path, SciencePrompt), start=1):
         text = row["conversations"][0]["value"].replace(IMAGE, "").strip()
         shown = (image_name(row["image"], f"{path} entry {number}"),) if "image" in row else ()
         question = Question(str(row["id"]), text, LETTER if args.single_pred_prompt else "", shown, "")
         prompt = f"{IMAGE}\n" * len(shown) + question.message
-        asked.append(Asked(question, {"question_id": row["id"], "prompt": prompt}))
+        asked.append(ScriptQuestion(question, {"question_id": row["id"], "prompt": prompt}))
     return asked, Folder(file_of(args.image_folder))
 
 
