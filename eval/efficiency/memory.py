@@ -334,6 +334,13 @@ def outlined(model: Llava, dtype: torch.dtype, split: int, on_host: bool) -> Lla
     found.__dict__.update(vars(model))
     found.hf_model = _without_numbers(model.hf_model, dtype)
     found.llm, found.head, found.device = found.hf_model.model.language_model, found.hf_model.lm_head, META
+    if isinstance(model, QwenVL):
+        # Blocks of windows need the same memory, and a kernel for every window: one of them stands for all.
+        visual = found.hf_model.model.visual
+        whole = getattr(visual.config, "fullatt_block_indexes", range(len(visual.blocks)))
+        windowed = [index for index in range(len(visual.blocks)) if index not in whole]
+        for index in windowed[1:]:
+            visual.blocks[index] = _Unchanged()
     found._read_tower()
     found.layout = model.layout
     if model.newline is not None:
@@ -356,6 +363,13 @@ def _without_numbers(module: Any, dtype: torch.dtype) -> Any:
     for part in module.parameters():
         memo[id(part)] = nn.Parameter(torch.empty_like(part, device=META, dtype=dtype), requires_grad=False)
     return copy.deepcopy(module, memo)
+
+
+class _Unchanged(nn.Module):
+    """A block that does nothing."""
+
+    def forward(self, hidden: Tensor, **options: Any) -> Tensor:
+        return hidden
 
 
 class _Outlined(Llava):

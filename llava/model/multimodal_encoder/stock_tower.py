@@ -201,7 +201,7 @@ def by_rows(values: Tensor, rows: int, columns: int, side: int) -> Tensor:
     """[n, ...] of tokens that stand window by window, of side x side tokens -> in raster order."""
     row, column = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).T
     window = row // side * columns + column // side
-    return values[window.argsort(stable=True).argsort().to(values.device)]
+    return values[window.argsort(stable=True).argsort().to(values.device, non_blocking=True)]
 
 
 # -- recording in a transformers model
