@@ -1,12 +1,12 @@
 """Tower scores: importance scores and keys that methods read from blocks of the vision tower.
 
-A score is defined once, in TOWER_SCORES, by the attention of one block: the queries of some tokens, the keys of all,
-and how many operations their products take. Every tower hands over its attention as a `BlockAttention`: CLIP's is
-computed from a block's input (`ClipAttention` below), other towers and serving engines write down what their own
-attention was given (llava/model/multimodal_encoder/stock_tower.py). To add a score, write a function of a
-`BlockAttention` and register it; nothing else needs to know it.
+A score is defined once, in TOWER_SCORES, as a function of one block's attention. The entry also says which queries the
+function reads, so that its operations can be counted. Every tower provides its attention as a `BlockAttention`: CLIP's
+is computed from a block's input (`ClipAttention` below); other towers and serving engines record what their attention
+modules pass to the kernel (llava/model/multimodal_encoder/stock_tower.py). To add a score, write a function of a
+`BlockAttention` and register it here.
 
-Scores are computed in float32, apart from the forward pass, which can therefore always use a fused attention kernel.
+Scores are computed in float32 and outside of the forward pass, which can therefore always use a fused attention kernel.
 Shapes: B images, P patches, C = 1 class token or 0 before them, D channels, H heads of d channels.
 """
 
@@ -23,7 +23,7 @@ from llava.errors import UserError, unknown
 from llava.reduction.modules import VisionAttention, VisionBlock, linear_flops
 from llava.reduction.ranking import in_float32
 
-# Rows of an attention map that are held at once; fewer where they would hold more than WEIGHTS numbers.
+# Rows of an attention map that are held at once; fewer if these would have more than WEIGHTS entries.
 ROWS = 64
 WEIGHTS = 1 << 26
 
@@ -35,8 +35,8 @@ class TowerScore:
     Attributes:
         kind: a key of TOWER_SCORES.
         block: tower block as a Python index; -2 is the block whose output LLaVA uses.
-        depth: number of blocks of the tower that `block` was chosen for; `block` is scaled to a tower of another
-            depth. 0 uses `block` as it is.
+        depth: number of blocks of the tower for which `block` was chosen; in another tower, `block` is scaled. 0 uses
+            `block` as it is.
     """
 
     kind: str
@@ -55,12 +55,12 @@ class BlockAttention(Protocol):
     """The attention of one tower block over B images.
 
     Attributes:
-        cls: C, 1 if a class token stands before the patches, else 0.
+        cls: C: 1 if a class token comes before the patches, otherwise 0.
         heads: H.
         scale: factor of the products of queries and keys.
-        keys: [B, H, C + P, d] float32 as the block compares them, after norms and rotations.
-        projected_keys: [B, H, C + P, d] float32, before these. Methods compare keys of patches with each other; after a
-            rotation, keys of two similar patches differ because they stand at different places.
+        keys: [B, H, C + P, d] float32, after norms and rotations, as the block compares them with queries.
+        projected_keys: [B, H, C + P, d] float32, before norms and rotations. Methods that compare the keys of patches
+            use these, because a rotation makes the keys of similar patches differ by their positions.
         flat_keys, flat_projected_keys: the same with all heads side by side, [B, C + P, D].
     """
 
@@ -90,11 +90,11 @@ class BlockAttention(Protocol):
 
 @dataclass(frozen=True)
 class ClipAttention:
-    """The attention of a CLIPEncoderLayer, computed from its input as far as a score asks for it.
+    """The attention of a CLIPEncoderLayer. Only what a score asks for is computed.
 
     Attributes:
-        attention: of the block.
-        normed: [B, 1 + P, D] its input, CLS first.
+        attention: the attention module of the block.
+        normed: [B, 1 + P, D] input of that module, CLS first.
     """
 
     attention: VisionAttention
@@ -117,7 +117,7 @@ class ClipAttention:
     def keys(self) -> Tensor:
         return self._by_heads(self.flat_keys)
 
-    # CLIP turns no keys.
+    # CLIP has no norms and rotations of keys.
     flat_projected_keys = property(lambda self: self.flat_keys)
     projected_keys = property(lambda self: self.keys)
 
@@ -148,7 +148,7 @@ def cls_logits(block: BlockAttention) -> Tensor:
     """Products of the CLS query with the patches' keys, scaled as in attention, before the softmax, mean over heads.
 
     Returns:
-        [B, P], of any sign.
+        [B, P], positive or negative.
     """
     # The sum of the heads' products is the product over all channels.
     query, key = block.flat_queries(slice(0, 1)), block.flat_keys[:, 1:]
@@ -157,7 +157,7 @@ def cls_logits(block: BlockAttention) -> Tensor:
 
 
 def fused_cls_attention(block: BlockAttention) -> Tensor:
-    """Attention of the CLS token to the patches with all heads taken as one: softmax(q k / sqrt(D)), as PruMerge does.
+    """Attention of the CLS token to the patches as in PruMerge, with all heads taken as one: softmax(q k / sqrt(D)).
 
     Returns:
         [B, P]; a row sums to less than 1.
@@ -168,10 +168,12 @@ def fused_cls_attention(block: BlockAttention) -> Tensor:
 
 
 def received_attention(block: BlockAttention) -> Tensor:
-    """Attention that each patch receives, mean over heads and over the patches that attend: a saliency without CLS.
+    """Attention that each patch receives from the patches, mean over these and over heads; a saliency without CLS.
+
+    Query rows are processed in slices, so the full attention map is never in memory.
 
     Returns:
-        [B, P]. Query rows are processed in slices, so the full attention map is never held.
+        [B, P].
     """
     query, key = block.queries(slice(block.cls, None)), block.keys.mT
     images, heads, patches, _ = query.shape
@@ -182,12 +184,12 @@ def received_attention(block: BlockAttention) -> Tensor:
 
 
 def keys(block: BlockAttention) -> Tensor:
-    """[B, P, d] keys of the patches, mean over heads, not normalised: the space in which VisionZip and others merge."""
+    """Keys [B, P, d] of the patches, mean over heads, not normalised. VisionZip and others merge by these."""
     return block.projected_keys[:, :, block.cls :].mean(1)
 
 
 def whole_keys(block: BlockAttention) -> Tensor:
-    """[B, P, D] keys of the patches, all heads side by side, not normalised."""
+    """Keys [B, P, D] of the patches with all heads side by side, not normalised."""
     return block.flat_projected_keys[:, block.cls :]
 
 
@@ -196,9 +198,9 @@ class ScoreKind:
     """A kind of tower score.
 
     Attributes:
-        compute: from the attention of a block.
-        queries: the tokens whose queries it reads: "cls", "patches" or "" for none.
-        reads_cls: the class token is among the keys that these are compared with.
+        compute: computes the score from the attention of a block.
+        queries: the tokens whose queries the score reads: "cls", "patches" or "" for none.
+        reads_cls: True if these queries are compared with the key of the class token too.
     """
 
     compute: Callable[[BlockAttention], Tensor]
@@ -228,8 +230,9 @@ TOWER_SCORES: dict[str, ScoreKind] = {
     "whole_keys": ScoreKind(whole_keys),
 }
 
-# A tower without a CLS token: what is made of `received_attention` in place of each score of that token. Logits of an
-# attention are its logarithm, up to a constant. VisPruner's author gives the rule: Theia-4869/VisPruner, issue 1.
+# For a tower without a CLS token: how each score of that token is replaced by a function of `received_attention`.
+# Attention logits are the logarithm of the attention, up to a constant. The rule is from VisPruner's author
+# (Theia-4869/VisPruner, issue 1).
 WITHOUT_CLS: dict[str, Callable[[Tensor], Tensor]] = {
     "cls_attention": torch.clone,
     "fused_cls_attention": torch.clone,
@@ -243,7 +246,7 @@ WITHOUT_CLS_RULE = (
 
 
 def score_kind(score: TowerScore) -> ScoreKind:
-    """How a score is computed.
+    """The entry of a score in TOWER_SCORES.
 
     Raises:
         UserError: there is no such score.
@@ -255,7 +258,7 @@ def score_kind(score: TowerScore) -> ScoreKind:
 
 @lru_cache(maxsize=256)
 def by_block(scores: tuple[TowerScore, ...], depth: int) -> dict[int, list[TowerScore]]:
-    """Scores by the block they are read from, in a tower of `depth` blocks.
+    """The scores grouped by the block that they are read from, in a tower of `depth` blocks.
 
     Raises:
         UserError: a score or its block does not exist.
@@ -280,14 +283,14 @@ def block_scores(asked: Sequence[TowerScore], block: VisionBlock, hidden: Tensor
         block: a CLIPEncoderLayer.
         hidden: [B, 1 + P, D] the block's input, CLS first.
     """
-    # What the attention in space of a video block works on is what attention over time makes of its input.
+    # In a block of a video tower, attention over time comes before the attention that scores are read from.
     before_space = getattr(block, "before_space", None)
     seen = ClipAttention(block.self_attn, block.layer_norm1(hidden if before_space is None else before_space(hidden)))
     return {score: score_kind(score).compute(seen) for score in asked}
 
 
 def score_flops(scores: tuple[TowerScore, ...], blocks: Sequence[VisionBlock], patches: int) -> int:
-    """Operations of scores for one image: the keys of each block once, the queries of each score, and products."""
+    """Operations of scores for one image: each block's keys once, each score's queries, and their products."""
     total = 0
     for index, asked in by_block(scores, len(blocks)).items():
         attention = blocks[index].self_attn
