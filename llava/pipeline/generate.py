@@ -216,8 +216,8 @@ def encode_images(
     encoded = dict(zip(images, model.encode_images(list(images.values()), list(images), reducer, timer), strict=True))
     # A shared pass is one pass of the batch, but each of its questions would need it if asked alone.
     users = Counter(names.values())
-    for name, image in encoded.items():
-        model.count_tower(record.operations, image, users[name])
+    for name, one in encoded.items():
+        model.count_tower(record.operations, one, users[name])
     canvases = {key: model.canvas(images[name]) for key, name in names.items()}
     return {key: encoded[name] for key, name in names.items()}, canvases
 
@@ -246,14 +246,14 @@ def run_decoder(
     for first, last in pairwise((0, *sorted({stage for stage in stages if 0 < stage < depth}), depth)):
         if first and reduce_at is not None:
             sequence = reduce_at(sequence, first, before, held_by[first - 1].keys.to(sequence.hidden.device))
-        # Angles are computed for the first segment. Shorter prompts often need only a part of them, and then bring it.
+        # Rotary angles are computed for the first segment; shorter prompts can often reuse the first ones of them.
         if sequence.rotary is not None:
             rotary = sequence.rotary.cos, sequence.rotary.sin
         else:
             rotary = decoder.rotary_angles(llm, sequence.hidden, sequence.position)
             if sequence.position.dim() == 2 and not follows_length:
                 sequence = replace(sequence, rotary=Rotary(*rotary))
-        # What decoding must know of the segment: its lengths, its mask, and the position of the next token.
+        # What decoding must know about the segment: its lengths, its mask, and the position of the next token.
         lengths, width = sequence.lengths, sequence.hidden.shape[1]
         counts = tuple(sum(stop - start for start, stop in spans) for spans in sequence.visual)
         valid = sequence.valid() if min(lengths) < width else None
@@ -262,7 +262,7 @@ def run_decoder(
         else:
             following = positions.next_position(sequence.position)
         segments.append(Segment(range(first, last), lengths, counts, valid, following))
-        # The layers run. Some methods read the last of them again, so the states that entered it are kept as well.
+        # Run the layers. Some methods read the last of them again, so the states that entered it are kept as well.
         hidden, entered = decoder.run_segment(llm, sequence, range(first, last), rotary, cache)
         before, sequence = replace(sequence, hidden=entered), replace(sequence, hidden=hidden)
     # The cache is measured now, because decoding makes it longer. Heads that other ranks hold are counted as well.
