@@ -1,10 +1,10 @@
-"""The families of `llava.hf.families` in the evaluation pipeline: their checkpoints, and answers to questions.
+"""The families of `llava.hf.families` in the evaluation pipeline: loading their checkpoints, and answering questions.
 
-A prompt is what the checkpoint's own processor makes of its chat template, with images before the message of the
-benchmark. transformers' `generate` decodes it greedily inside `FamilyReductionContext`; other settings of the
-checkpoint's generation_config.json than its end tokens are not used.
+The checkpoint's own processor makes the prompt from its chat template, with images before the message of the benchmark.
+transformers' `generate` decodes it greedily inside `FamilyReductionContext`. Of the checkpoint's
+generation_config.json, only the end tokens are used.
 
-Where torchvision is missing, a processor is built without its part for videos, which are not taken here.
+Without torchvision, a processor is built without its video part; videos are not supported here anyway.
 
 Read: transformers 5.23.0, processing_utils.py, models/auto/processing_auto.py, generation/utils.py
 """
@@ -46,7 +46,7 @@ from llava.reduction.reducer import Reducer
 from llava.reduction.token_layout import ModelSpec, PatchGrid
 from llava.transformers_names import cache_of, no_init_weights, set_kernel
 
-SIZE = 1024  # pixels along the edges of the image whose visual tokens stand for those of the largest
+SIZE = 1024  # the model's number of visual tokens is that of an image with edges of so many pixels
 
 TILES = "Tiles between which the prompt has text count as images: budgets and means per image are those of a tile."
 
@@ -55,10 +55,10 @@ class FamilyModel(FamilyWrapper, LoadedModel):
     """A checkpoint that answers questions about images.
 
     Args:
-        model: in evaluation mode.
-        processor: of the checkpoint.
+        model: the model, in evaluation mode.
+        processor: the checkpoint's own processor.
         name: hub id or folder name.
-        files: what was read, as it was before.
+        files: the checkpoint's files by name, in their state before they were read.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any, name: str, files: Mapping[str, FileState]):
@@ -95,14 +95,14 @@ class FamilyModel(FamilyWrapper, LoadedModel):
 
     @cached_property
     def _countable(self) -> bool:
-        """Whether all weights of the decoder's layers are in linear layers that every token goes through."""
+        """Whether operations can be counted: all matrices of the decoder are linear layers that every token passes."""
         parts = [part for layer in self.llm.layers for part in layer.modules() if not hasattr(part, "in_features")]
         plain = all(weight.dim() < 2 for part in parts for weight in part.parameters(recurse=False))
         return plain and all(hasattr(getattr(layer, "self_attn", None), "q_proj") for layer in self.llm.layers)
 
     @cached_property
     def windows(self) -> list[int]:
-        """The keys that a token attends at most in each layer of the decoder."""
+        """For each decoder layer, the largest number of keys that a token attends to."""
         window, kinds = getattr(self.llm.config, "sliding_window", None) or 0, kinds_of(self.hf_model.config)
         return [window if kind == "sliding_attention" else sys.maxsize for kind in kinds]
 
@@ -112,7 +112,7 @@ class FamilyModel(FamilyWrapper, LoadedModel):
         raise UserError(f"{self.name} ({self.family.title}) only answers benchmarks and runs in reduce().")
 
     def inputs(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Arguments of the model's forward, prompts padded on the left."""
+        """Arguments of the model's forward, with prompts padded on the left."""
         chats = []
         for sample in samples:
             content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in sample.images]
@@ -139,7 +139,7 @@ class FamilyModel(FamilyWrapper, LoadedModel):
         length, passes = given["input_ids"].shape[1], [0]
 
         def answerable(ids: Tensor, scores: Tensor) -> Tensor:
-            """Scores of tokens, which must be finite; the rows of the head that no token has are never chosen."""
+            """Check that scores are finite, and rule out the rows of the head that stand for no token."""
             known = scores[:, : self.vocabulary]
             for sample, sound in zip(samples, known.sum(-1).isfinite().tolist(), strict=True):
                 if not sound:
@@ -203,8 +203,8 @@ def load_family(
     """A checkpoint in the layout of transformers, from safetensors alone.
 
     Args:
-        container: a key of `llava.hf.families.FAMILIES`.
-        weights: False reads none: the model is on the meta device and answers nothing, its processor makes prompts.
+        container: the class of the model, a key of `llava.hf.families.FAMILIES`.
+        weights: False reads no weights. The model is then on the meta device: it makes prompts but answers nothing.
 
     Raises:
         UserError: the checkpoint is incomplete, or its processor needs a package that is not installed.
@@ -242,10 +242,11 @@ def load_family(
 
 
 def read_processor(folder: Path, kind: Any) -> Any:
-    """The processor of a checkpoint of the model class `kind`."""
+    """The processor of a checkpoint of the model class `kind`; without its video part if torchvision is missing."""
     whole: Any = PROCESSOR_MAPPING[kind.config_class]
     parts = whole.get_attributes()
-    if is_torchvision_available() or parts[-1] != "video_processor":  # parts are given by place
+    # Processors take their parts by position, so only the last one can be left out.
+    if is_torchvision_available() or parts[-1] != "video_processor":
         return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     alone: Any = type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda cls: parts[:-1])})
     return alone.from_pretrained(folder, trust_remote_code=False)

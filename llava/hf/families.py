@@ -1,14 +1,14 @@
-"""The families of transformers that `reduce` takes by one declared row each: their visual tokens and tower scores.
+"""The model families of transformers that `reduce` supports with one row of a table each (`FAMILIES`).
 
-The stock model makes the visual tokens (`get_image_features`, `get_video_features`) while the tower blocks that a
-method reads write down what they hand to their attention kernel. The patches that a visual token is made of are a
-square of the grid, or for packed tiles what the model's own packing says.
+The model's own `get_image_features` and `get_video_features` make the visual tokens. Meanwhile, the tower blocks that a
+method reads record what they pass to their attention kernel; tower scores are computed from that. The patches of one
+visual token form a square of the grid. For packed tiles, the model's own packing says which patches form which token.
 
-Tokens are reduced behind the projector: it makes one token of several patches in most families, so there is nothing to
-project again. A method's "features" are projected tokens here.
+Tokens are reduced after the projector, because in most families it makes one token from several patches. A method's
+"features" are projected tokens here.
 
-An image is what stands in one piece in the prompt. Frames of a video or tiles with nothing between them are one image,
-tiles that a family separates by text are one image each.
+An image is what is contiguous in the prompt. Frames of a video or tiles with nothing between them form one image; tiles
+that a family separates by text are one image each.
 
 Read: transformers 5.23.0, modeling of the families in FAMILIES
 """
@@ -43,24 +43,25 @@ MODALITIES = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 @dataclass(frozen=True)
 class Family:
-    """What cannot be found in a model of the family.
+    """What must be known about a family and cannot be found in its models.
 
     Attributes:
-        title: its name for people.
+        title: name of the family as shown to users.
         tower: path from the inner model to the blocks of its vision tower.
-        runs: the patches of a token follow one another; otherwise they are a square of the grid.
-        cls: place of the tower's class token, which the model drops, 0 or -1; None for no class token.
-        axes: position ids have three axes, made by the model's `get_rope_index`.
-        types: the argument that is 1 at image tokens; "" for none.
-        videos: videos are taken, too; frames are told apart by text or follow one another.
-        tiles: the tiles of an image follow one another without text.
-        breaks: there is a text token behind every row of an image's tokens but the last.
-        packed: the model puts tiles together by its `pack_image_features`, with unpadding and newline tokens.
+        runs: True if the tower has the patches of a token in sequence; False if they are a square of the patch grid.
+        cls: place of the tower's class token, 0 or -1; the model drops this token. None for no class token.
+        axes: True if position ids have three axes; the model's `get_rope_index` makes them.
+        types: name of the argument that is 1 at image tokens; "" if there is none.
+        videos: True if videos are supported too. Their frames are separated by text, or follow one another.
+        tiles: True if the tiles of an image follow one another without text.
+        breaks: True if a text token follows every row of an image's tokens except the last row.
+        packed: True if the model joins tiles with its `pack_image_features`, with unpadding and newline tokens.
         first: position of the first token.
-        layers: kinds of decoder layers that its models have, where those of a default configuration are others.
-        output: what `get_image_features` gives to the model: its tokens, or what the projector makes tokens of.
-        block: the tower block in place of a method's default, the last but one; None for the one that is projected.
-        needs: a method of the inner model without which its forward takes no number of visual tokens but the usual.
+        layers: kinds of decoder layers in the family's models, if the default configuration has others.
+        output: the field of the encoder's output that the model uses: "pooler_output" holds visual tokens,
+            "last_hidden_state" holds what the projector makes visual tokens of.
+        block: the block that is read when a method asks for the last but one; None for the block that is projected.
+        needs: a method that the inner model must have. Without it, forward accepts no reduced number of visual tokens.
     """
 
     title: str
@@ -82,7 +83,7 @@ class Family:
 
 _QWEN = partial(Family, tower="visual.blocks", runs=True, axes=True, types="mm_token_type_ids")
 FAMILIES: dict[str, Family] = {
-    # Scores are read where the pipeline reads them, see `llava.model.qwen_vl.signal_block`.
+    # These two read scores from the same block as the pipeline, see `llava.model.qwen_vl.QwenVL`.
     "Qwen2VLForConditionalGeneration": _QWEN("Qwen2-VL", videos=True, block=-2),
     "Qwen2_5_VLForConditionalGeneration": _QWEN("Qwen2.5-VL", videos=True, block=-2),
     "Qwen3VLForConditionalGeneration": _QWEN("Qwen3-VL", videos=True),
@@ -113,15 +114,15 @@ FAMILIES: dict[str, Family] = {
 
 
 def declared(model: Any) -> Family | None:
-    """The row of a model's family; None for a class without one."""
+    """The row of a model's family in FAMILIES; None if its class has none."""
     return next((FAMILIES[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in FAMILIES), None)
 
 
 def why_not(family: Family, config: PretrainedConfig, reducer: Reducer) -> str:
-    """Why the method cannot run on the family, in one sentence; "" where it can.
+    """Why the method cannot run on the family, in one sentence; "" if it can.
 
     Args:
-        config: of a model of the family.
+        config: configuration of a model of the family.
     """
     name, acts = reducer.name, reducer.acts_in
     if not acts.isdisjoint(("tower", "input_grid")):
@@ -146,7 +147,7 @@ def why_not(family: Family, config: PretrainedConfig, reducer: Reducer) -> str:
 
 
 def kinds_of(config: PretrainedConfig) -> list[str]:
-    """What each decoder layer of a model is, in the words of `layer_types`."""
+    """The kind of each decoder layer of a model, with the names that transformers uses in `layer_types`."""
     text = config.get_text_config()
     alike = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
     return getattr(text, "layer_types", None) or [alike] * text.num_hidden_layers
@@ -160,12 +161,12 @@ def said(kind: str) -> str:
 # The tower
 
 
-Calls = Mapping[TowerScore, Sequence[Call]]  # what the block of each score handed to its attention kernel
-Owned = tuple[EncodedImage, int]  # a tile, a frame or a packed image, and the number of the image or video it is of
+Calls = Mapping[TowerScore, Sequence[Call]]  # for each score, what its block passed to the attention kernel
+Owned = tuple[EncodedImage, int]  # a tile, a frame or a packed image, and the number of its image or video
 
 
 class FamilyWrapper(ModelCalls):
-    """A stock model: its visual tokens, their scores and their places in prompts. It changes nothing of the model."""
+    """A stock model: its visual tokens, their scores and their places in prompts. The model is not changed."""
 
     axes = False  # positions of prompts come from the model's own `get_rope_index`
     clip = None
@@ -202,7 +203,7 @@ class FamilyWrapper(ModelCalls):
 
     @cached_property
     def spec(self) -> ModelSpec:
-        """Only the processor knows how large images are: the longest prompt stands for the largest."""
+        """The model as methods see it. As only a processor knows the largest image, it fills the longest prompt."""
         most = self.hf_model.config.get_text_config().max_position_embeddings
         has_cls = self.family.cls is not None
         return ModelSpec(most, len(self.llm.layers), PatchGrid(1, most), len(self.stock_tower.blocks), has_cls)
@@ -212,7 +213,11 @@ class FamilyWrapper(ModelCalls):
         return self.spec.visual_tokens
 
     def token(self, name: str) -> int:
-        """The id that stands for a visual token of an image or video in prompts; -1 for none."""
+        """The token id that stands for a visual token in prompts; -1 if there is none.
+
+        Args:
+            name: "image" or "video".
+        """
         config = self.hf_model.config
         token = getattr(config, f"{name}_token_id", getattr(config, f"{name}_token_index", None))
         return -1 if token is None else int(token)
@@ -221,7 +226,15 @@ class FamilyWrapper(ModelCalls):
         return [replace(self.spec, visual_tokens=reducer.budget, layout=PatchGrid(1, reducer.budget)), self.spec]
 
     def views_of(self, name: str, given: Mapping[str, Any], reducer: Reducer) -> tuple[list[Owned], Any]:
-        """What the tower and the projector make of all images or all videos of a call, and the model's own output."""
+        """Encode all images or all videos of a call.
+
+        Args:
+            name: "image" or "video".
+            given: arguments of the model's forward.
+
+        Returns:
+            Their tiles, frames or packed images with visual tokens and scores, and the output of the model's encoder.
+        """
         family, encoder = self.family, self.encoders[name]
         if encoder is None or (name == "video" and not family.videos):
             raise UserError(f"reduce() takes no videos of {family.title}; give the frames as images.")
@@ -249,7 +262,7 @@ class FamilyWrapper(ModelCalls):
         return views, out
 
     def _frames(self, name: str, given: Mapping[str, Any], out: Any) -> list[tuple[int, int, int]]:
-        """Of each tile or frame the number of its image or video, and rows and columns of its patches."""
+        """For each tile or frame, the number of its image or video, and its rows and columns of patches."""
         if given.get(f"{name}_grid_thw") is not None:
             grids = torch.as_tensor(given[f"{name}_grid_thw"]).tolist()
             return [(owner, rows, columns) for owner, (count, rows, columns) in enumerate(grids) for _ in range(count)]
@@ -264,11 +277,11 @@ class FamilyWrapper(ModelCalls):
         return [(owner, rows, columns) for owner, (rows, columns) in enumerate(sides.tolist())]
 
     def _packed(self, given: Mapping[str, Any], tokens: Sequence[Tensor], calls: Calls) -> list[Owned]:
-        """Images that the model packs itself, all tiles of each together."""
+        """The images of a family that packs them itself, each with all its tiles."""
         vision = self.hf_model.config.vision_config
         side = vision.image_size // vision.patch_size
         counts = given.get("batch_num_images", ())
-        alone = [int(n) > 1 for n in counts for _ in range(int(n))]  # without tiles
+        alone = [int(n) > 1 for n in counts for _ in range(int(n))]  # several images of one prompt have no tiles
         sizes = [(int(height), int(width)) for height, width in torch.as_tensor(given["image_sizes"]).tolist()]
         layouts = [self.packed_layout(size, side, alone[i] if alone else False) for i, size in enumerate(sizes)]
         tiles = [len(layout.crops) for layout in layouts]
@@ -283,7 +296,15 @@ class FamilyWrapper(ModelCalls):
         return views
 
     def images(self, name: str, views: Sequence[Owned], ids: Tensor, token: int) -> tuple[list[EncodedImage], Tensor]:
-        """The images of a call, and `ids` [B, L] with image tokens also where a row break stands inside an image."""
+        """Find the encoded images of a call in its prompts, and join tiles and frames that follow one another.
+
+        Args:
+            ids: [B, L] token ids of the prompts.
+            token: the id that stands for a visual token.
+
+        Returns:
+            The images in the order of the prompts, and `ids` with `token` in place of the row breaks inside images.
+        """
         places, filled, done = (ids == token).nonzero().tolist(), ids.clone(), 0
         counts = [view.full.tokens - self.family.breaks * len(view.full.newlines) for view, _ in views]
         if len(places) != sum(counts):
@@ -291,7 +312,7 @@ class FamilyWrapper(ModelCalls):
                 f"The {name}s have {sum(counts)} visual tokens, the prompts {len(places)} {name} tokens; {ONE_CALL}"
             )
         runs: list[list[EncodedImage]] = []
-        before: tuple[int, int, int] | None = None  # where and of which image the view before ends
+        before: tuple[int, int, int] | None = None  # prompt and place where the previous view ends, and its image
         for (view, owner), count in zip(views, counts, strict=True):
             (row, first), (last_row, last) = places[done], places[done + count - 1]
             done += count
@@ -309,7 +330,7 @@ class FamilyWrapper(ModelCalls):
 
 
 def joined(views: list[EncodedImage]) -> EncodedImage:
-    """One image of equal tiles or frames that stand side by side."""
+    """One image, made of equal tiles or frames that follow one another."""
     first, parts = views[0], [view.encoded for view in views]
     if len(views) == 1:
         return first
@@ -320,14 +341,14 @@ def joined(views: list[EncodedImage]) -> EncodedImage:
 
 
 def flat(output: Any) -> Tensor:
-    """[n, D] of a tensor [..., D] or of several."""
+    """A tensor [..., D], or several of them one after another, as one tensor [n, D]."""
     parts = [output] if isinstance(output, Tensor) else output
     return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
 
 
 @lru_cache(maxsize=256)
 def layout_of(count: int, rows: int, columns: int, temporal: bool, breaks: bool) -> TokenLayout:
-    """`count` tiles or frames of rows times columns tokens, one after another."""
+    """The layout of `count` tiles or frames of rows x columns tokens, one after another."""
     if count == 1 and not breaks:
         return frames(1, rows, columns) if temporal else single(rows, columns)
     width, patches = columns + breaks, torch.arange(rows * columns)
@@ -338,18 +359,18 @@ def layout_of(count: int, rows: int, columns: int, temporal: bool, breaks: bool)
 
 
 def packed_layout(inner: Any, size: tuple[int, int], side: int, alone: bool = False) -> TokenLayout:
-    """Where the tokens of a packed image come from: what the model's own packing makes of numbered patches.
+    """The layout of a packed image, found by letting the model pack patches that hold their own coordinates.
 
     Args:
         size: height and width of the image.
         side: patches along the edge of a tile.
-        alone: there is the base image only.
+        alone: True if there is only the base image, without tiles.
     """
     config, down, across = inner.config, 0, 0
     if not alone:
         tiles = sys.modules[type(inner).__module__].get_anyres_image_grid_shape
         down, across = map(int, tiles(size, config.image_grid_pinpoints, config.vision_config.image_size))
-    # Row and column of every patch of the stitched tiles; of the base image anything.
+    # Each patch holds its row and column in the stitched tiles. The base image, always first, needs no coordinates.
     places = torch.cartesian_prod(torch.arange(down * side), torch.arange(across * side)).float()
     stitched = places.view(down, side, across, side, 2).transpose(1, 2).reshape(down * across, side * side, 2)
     options = {key: getattr(config, key, None) for key in inspect.signature(inner.pack_image_features).parameters}

@@ -1,14 +1,14 @@
-"""The model that scripts written for LLaVA's own package get from `load_pretrained_model`.
+"""The model that `load_pretrained_model` returns to scripts written for LLaVA's own package.
 
-Its `generate` and `forward` take LLaVA's arguments: ids with IMAGE_TOKEN_INDEX where an image stands, and what
-`llava.mm_utils.process_images` made of the images. They become the arguments of the transformers model, which runs
-inside `reduce`. The question, which many methods read, is the last turn of the prompt without its template and without
-an answer-format instruction of LLaVA's benchmark files.
+Its `generate` and `forward` take LLaVA's arguments: ids with IMAGE_TOKEN_INDEX in place of each image, and the pixels
+that `llava.mm_utils.process_images` makes. These are translated for the transformers model, which runs inside `reduce`.
+Many methods read the question. It is taken from the last turn of the prompt, without its template and without the
+answer-format instructions of LLaVA's benchmark files.
 
 Official code read: haotian-liu/LLaVA@c121f04, llava/model/builder.py, llava_arch.py, language_model/llava_llama.py and
 multimodal_encoder/clip_encoder.py
-Differs from it: an image without a place in the prompts is an error, and so is what has another effect here; the
-images of text-only prompts may be left out, and prompts are not cut to `tokenizer_model_max_length`.
+Differs from it: an image without a place in the prompts is an error, and so is an argument that would have another
+effect here; text-only prompts need no dummy image, and prompts are not cut to `tokenizer_model_max_length`.
 """
 
 import re
@@ -41,31 +41,31 @@ from llava.model.official_names import (
 from llava.processing.json_files import read_json
 from llava.transformers_names import CACHE, CausalLMOutputWithPast, cache_of
 
-# Settings of `generate` that read the prompt, which LLaVA's own `generate` hides from them.
+# Settings of `generate` that read the prompt. In LLaVA's own `generate`, they see only the answer.
 READ_THE_PROMPT = ("repetition_penalty", "no_repeat_ngram_size", "prompt_lookup_num_tokens")
 DECODERS = {"llama": LlavaLlamaForCausalLM, "mistral": LlavaMistralForCausalLM}
 
 
 class ScriptConfig(SimpleNamespace):
-    """The fields of a LLaVA's config.json, which scripts read and set."""
+    """The fields of a LLaVA checkpoint's config.json, which scripts read and set."""
 
     def to_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
 
 class VisionTower:
-    """What `get_vision_tower` returns: LLaVA's CLIPVisionTower, with the whole model's weights already in it.
+    """What `get_vision_tower` returns, in place of LLaVA's CLIPVisionTower. Its weights are already loaded.
 
     Attributes:
         vision_tower: the CLIPVisionModel.
-        image_processor: for `llava.mm_utils.process_images`.
+        image_processor: the processor for `llava.mm_utils.process_images`.
     """
 
     stands_for = (CLIPVisionTower,)
     is_loaded, select_feature = True, "patch"
 
     def __init__(self, checkpoint: Checkpoint):
-        own: Any = checkpoint.image_processor  # a CLIP's, as that of both families
+        own: Any = checkpoint.image_processor  # both families have CLIP's
         self.vision_tower: Any = checkpoint.model.model.vision_tower
         self.select_layer: int = checkpoint.model.config.vision_feature_layer
         self.image_processor = CLIPImageProcessorPil(
@@ -90,10 +90,10 @@ class VisionTower:
         return dtype
 
     def load_model(self, device_map: Any = None) -> None:
-        """Do nothing: the tower was loaded with the model."""
+        """Do nothing, because the tower was loaded with the model."""
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> "VisionTower":
-        """Stay where the model is; UserError if that is elsewhere."""
+        """Return the tower as it is; UserError if it would have to move or change its dtype."""
         place = self.device if device is None else torch.device(device)
         if (place.type, place.index or 0, dtype or self.dtype) != (
             self.device.type,
@@ -106,7 +106,7 @@ class VisionTower:
         return self
 
     def __call__(self, images: Tensor | Sequence[Tensor]) -> Any:
-        """[B, N, D] patch features of pixels [B, 3, S, S], without any reduction; of a list, a list of [1, N, D]."""
+        """Patch features [B, N, D] of pixels [B, 3, S, S], without any reduction; for a list, a list of [1, N, D]."""
         if not isinstance(images, Tensor):
             return [self(image[None]) for image in images]
         with torch.no_grad():
@@ -115,15 +115,15 @@ class VisionTower:
 
 
 class ScriptModel(nn.Module):
-    """A LLaVA under a method, with the interface of LLaVA's own model.
+    """A LLaVA model that runs with a reduction method and has the interface of LLaVA's own model.
 
     Args:
-        checkpoint: of LLaVA-1.5 or LLaVA-NeXT, on `device`.
-        method: a name of `llava.reduction.registry.names`, with its budget and options.
+        checkpoint: a LLaVA-1.5 or LLaVA-NeXT, loaded on `device`.
+        method: a name from `llava.reduction.registry.names`; `budget` and `options` are its own.
 
     Attributes:
-        config: the fields of config.json; those that scripts read are there for the transformers layout, too.
-        reduced: see `llava.hf.patch.ReductionContext`; `reduced.accounting` counts the tokens of the last prompts.
+        config: the fields of config.json, under LLaVA's names for a checkpoint in the transformers layout too.
+        reduced: the `llava.hf.patch.ReductionContext`; `reduced.accounting` counts the tokens of the last prompts.
     """
 
     def __init__(
@@ -145,12 +145,12 @@ class ScriptModel(nn.Module):
         self.eval()
 
     def use(self, method: str, budget: Any = None, **options: Any) -> ReductionContext:
-        """Run under another method from the next call on.
+        """Use another method from the next call on.
 
         Args: see `llava.reduce`.
 
         Returns:
-            What is then `self.reduced`.
+            The new `self.reduced`.
         """
         runtime = WRAPPERS[self.checkpoint.family](self.checkpoint, self.device)
         tokenizer = self.checkpoint.tokenizer
@@ -159,7 +159,7 @@ class ScriptModel(nn.Module):
         return self.reduced
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ScriptModel":
-        """`to`, `cuda`, `half` and so on: what knows the old device is made again."""
+        """Called by `to`, `cuda`, `half` and so on. On another device, the reduction is set up again."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
         if self.device != self.runtime.device:
             method, budget, options = self._method
@@ -170,7 +170,7 @@ class ScriptModel(nn.Module):
 
     @property
     def stands_for(self) -> tuple[type, ...]:
-        """The classes of LLaVA's of which `isinstance` says that this is one."""
+        """The LLaVA classes for which `isinstance` returns True with this model."""
         return LlavaMetaForCausalLM, DECODERS[self.hf_model.config.text_config.model_type]
 
     @property
@@ -190,7 +190,7 @@ class ScriptModel(nn.Module):
         return self._vision_tower
 
     def get_model(self) -> SimpleNamespace:
-        """The parts of the model under LLaVA's names; none of them runs the method."""
+        """The parts of the model under LLaVA's names. None of them reduces anything."""
         inner, llm = self.hf_model.model, self.runtime.llm
         return SimpleNamespace(
             config=self.config,
@@ -220,17 +220,18 @@ class ScriptModel(nn.Module):
         """Answer prompts.
 
         Args:
-            inputs: [B, L] ids, IMAGE_TOKEN_INDEX for every image; or `input_ids`, its name in older scripts.
-            images: pixels of all images in their order, [n, 3, S, S], [n, 1 + tiles, 3, S, S], or a list of such. As
-                in LLaVA, each prompt without an image may have one, too, of which nothing is used.
-            image_sizes: (width, height) of every image before it was prepared; LLaVA-NeXT needs them.
+            inputs: [B, L] ids, with IMAGE_TOKEN_INDEX in place of every image. Older scripts call it `input_ids`.
+            images: pixels of all images in order, [n, 3, S, S] or [n, 1 + tiles, 3, S, S], or a list with one tensor
+                per image. As in LLaVA, a prompt without an image may come with a dummy image, which is ignored.
+            image_sizes: (width, height) of every image before preprocessing; LLaVA-NeXT needs them.
             modalities: "image" for each image; videos are refused.
             attention_mask: [B, L], 0 in the padding.
-            stopping_criteria: called with the new ids [B, l] and their scores.
-            settings: of transformers' `generate`: do_sample, num_beams, max_new_tokens and so on.
+            stopping_criteria: functions that are called with the new ids [B, l] and their scores.
+            settings: for `generate` of transformers: do_sample, num_beams, max_new_tokens and so on.
 
         Returns:
-            [B, l] the new ids alone, end token included; a dictionary with them as `sequences` where that is asked for.
+            Only the new ids, [B, l], with the end token; or a dictionary with these as `sequences` if the settings ask
+            for one.
 
         Raises:
             UserError: images and prompts do not fit together, or a setting cannot be used.
@@ -281,21 +282,22 @@ class ScriptModel(nn.Module):
         return_dict: bool | None = None,
         modalities: Sequence[str] | None = None,
     ) -> Any:
-        """Logits of whole prompts and the loss of their labels, for likelihoods of given answers; without gradients.
+        """Compute the logits of whole prompts and the loss of their labels, without gradients.
 
-        The method sees each prompt up to its first label behind the images. The rest is an answer: it continues the
-        reduced prompt token by token, as if it had been generated, so no method can choose tokens by it.
+        Use it for likelihoods of given answers. The answer begins at the first label after the images, and the method
+        sees only the prompt up to there. The answer then continues the reduced prompt token by token, as if it had been
+        generated, so it cannot influence which visual tokens are kept.
 
         Args:
             input_ids, attention_mask, images, image_sizes, modalities: see `generate`.
-            labels: [B, L], IGNORE_INDEX where there is none; for several images, also between these.
+            labels: [B, L], IGNORE_INDEX where there is no label. There can be none between two images.
             position_ids, past_key_values, inputs_embeds, output_attentions, output_hidden_states: refused.
-            use_cache: without effect.
+            use_cache: has no effect.
 
         Returns:
-            `logits` [B, M, V] with the visual tokens that are left in the last layer in the place of every image, and
-            the mean `loss` of all labels, None without. Shorter prompts are padded as `tokenizer_padding_side` of the
-            configuration says, by default on the right.
+            `logits` [B, M, V], in which every image has as many positions as it has visual tokens in the last layer;
+            and `loss`, the mean over all labels, or None without labels. Shorter prompts are padded on the side that
+            `tokenizer_padding_side` in the configuration names, by default on the right.
         """
         refused: dict[str, Any] = {
             "position_ids": position_ids,
@@ -313,7 +315,7 @@ class ScriptModel(nn.Module):
         prompts = unpadded(input_ids, attention_mask)
         images, image_sizes = without_dummies(prompts, images, image_sizes)
         targets = [[IGNORE_INDEX] * len(row) for row in prompts] if labels is None else unpadded(labels, attention_mask)
-        # Text alone is not reduced.
+        # Without images nothing is reduced, so prompts need not be cut before their answers.
         ends = [
             len(prompt) if images is None else start_of_answer(prompt, own)
             for prompt, own in zip(prompts, targets, strict=True)
@@ -332,15 +334,15 @@ class ScriptModel(nn.Module):
     def _last_states(
         self, prompts: Sequence[Sequence[int]], ends: Sequence[int], images: Any, sizes: Any
     ) -> tuple[list[Tensor], Sequence[int]]:
-        """Hidden states [M, D] behind the last layer of every prompt, and how many of its visual tokens are among them.
+        """For each prompt, the hidden states [M, D] after the last layer, and how many of them are visual tokens.
 
         Args:
-            ends: where the answer in a prompt begins, of which the method sees nothing.
+            ends: where the answer begins in each prompt; the method does not see the answer.
         """
         questions, answers = zip(*((row[:end], row[end:]) for row, end in zip(prompts, ends, strict=True)), strict=True)
         with self.reduced, torch.no_grad(), outputs_of(self.runtime.llm.layers[-1]) as hidden:
             output = self.hf_model(**self._arguments(questions, images, sizes), use_cache=True)
-            del hidden[:-1]  # methods may have run layers ahead
+            del hidden[:-1]  # a method that reads deep layers may have run the last layer before the prefill
             for tokens in zip_longest(*answers, fillvalue=0):
                 ids = torch.tensor(tokens, device=self.device)[:, None]
                 output = self.hf_model(input_ids=ids, **{CACHE: cache_of(output)}, use_cache=True)
@@ -356,12 +358,12 @@ class ScriptModel(nn.Module):
     def _arguments(
         self, prompts: Sequence[Sequence[int]], images: Any, sizes: Sequence[tuple[int, int]] | None
     ) -> dict[str, Any]:
-        """Padded ids, mask and pixels, as the transformers model takes them; sets the questions of the prompts."""
+        """Arguments of the transformers model: padded ids, mask and pixels. Also sets the questions of `reduced`."""
         given = self._pixels(images, sizes)
         prepared = iter(self.runtime.ready(given)[self.hf_model.config.image_token_id] if given else ())
         rows = [torch.tensor(self._with_visual_tokens(prompt, prepared)) for prompt in prompts]
         questions = [self._question(prompt) for prompt in prompts]
-        # A method takes all text after the image where there is no question.
+        # If a prompt has no question, methods take all text after the image for it.
         self.reduced.questions = questions if all(questions) else None
         if unused := len(list(prepared)):
             raise UserError(f"The prompts have a place for all images but {unused}; put <image> into them for each.")
@@ -370,7 +372,7 @@ class ScriptModel(nn.Module):
         return {"input_ids": ids, "attention_mask": kept, **given}
 
     def _pixels(self, images: Any, sizes: Sequence[tuple[int, int]] | None) -> dict[str, Any]:
-        """Images as transformers' model takes them: crops of all images one after another, sizes (height, width)."""
+        """The image arguments of the transformers model: crops of all images one after another, and (height, width)."""
         if images is None:
             return {}
         crops = torch.cat([image if image.dim() == 4 else image[None] for image in images])
@@ -380,7 +382,7 @@ class ScriptModel(nn.Module):
         return given
 
     def _with_visual_tokens(self, prompt: Sequence[int], prepared: Iterator[PreparedImage]) -> list[int]:
-        """The ids of a prompt with the image token once per visual token."""
+        """The ids of a prompt, with each image's placeholder replaced by one image token per visual token."""
         ids: list[int] = []
         for token in prompt:
             if token != IMAGE_TOKEN_INDEX:
@@ -393,9 +395,9 @@ class ScriptModel(nn.Module):
         return ids
 
     def _question(self, prompt: Sequence[int]) -> str:
-        """The last turn after the last image of a prompt, without its template and answer format.
+        """The question of a prompt: its last turn after the last image, without template and answer format.
 
-        If nothing is asked after the image, the text before it, back to the beginning of its turn.
+        If there is no text after the image, it is the text before it, back to the beginning of that turn.
         """
         places = [place for place, token in enumerate(prompt) if token == IMAGE_TOKEN_INDEX]
         pieces = [prompt[before + 1 : stop] for before, stop in pairwise((-1, *places, len(prompt)))]
@@ -403,7 +405,7 @@ class ScriptModel(nn.Module):
         for template in MODES.values():
             if found := re.search(rf"{spaced(template.assistant)}\s*$", texts[0]):
                 texts[0] = re.split(spaced(template.stop + template.user), texts[0][: found.start()])[-1]
-                # A turn that begins before an image may be the first one, behind the system's text.
+                # A turn that begins before an image may be the first one, which follows the system text.
                 texts[1:] = [re.split(spaced(template.user), text)[-1] for text in texts[1:]]
                 formats = "|".join(map(spaced, ANSWER_FORMATS))
                 texts = [re.sub(rf"({formats})\s*$", "", text) for text in texts]
@@ -412,7 +414,7 @@ class ScriptModel(nn.Module):
 
 
 def config_of(checkpoint: Checkpoint) -> ScriptConfig:
-    """The fields of config.json, under LLaVA's names also where the transformers layout has others."""
+    """The fields of config.json; for the transformers layout, those that scripts read are added under LLaVA's names."""
     config, tiles = checkpoint.model.config, checkpoint.family == "llava_next"
     text = {name: value for name, value in config.get_text_config().to_dict().items() if value is not None}
     own = {
@@ -429,7 +431,7 @@ def config_of(checkpoint: Checkpoint) -> ScriptConfig:
 
 
 def unpadded(rows: Tensor, mask: Tensor | None) -> list[list[int]]:
-    """Ids or labels [B, L] without those in the padding."""
+    """Ids or labels [B, L] as lists, without the padding."""
     if mask is None:
         return [list(row) for row in rows.tolist()]
     return [list(row[kept].tolist()) for row, kept in zip(rows, mask.bool(), strict=True)]
@@ -442,11 +444,14 @@ def refuse_videos(modalities: Sequence[str] | None) -> None:
 
 
 def without_dummies(prompts: Sequence[Sequence[int]], images: Any, sizes: Any) -> tuple[Any, Any]:
-    """Images, None for none, and their sizes, without the unused one that LLaVA expects for each prompt of text alone.
+    """Leave out the dummy image that LLaVA expects for each prompt of text alone.
 
     Args:
-        images: one for every place in the prompts, or one more for every prompt that has none.
-        sizes: of all of these images, or of those that have a place.
+        images: one for every place in the prompts, and possibly one more for every prompt without an image.
+        sizes: sizes of all of these images, or only of those that have a place.
+
+    Returns:
+        The images, None if there are none, and their sizes.
     """
     counts = [row.count(IMAGE_TOKEN_INDEX) for row in prompts]
     if images is not None and len(images) == sum(counts) + counts.count(0):
@@ -460,16 +465,16 @@ def without_dummies(prompts: Sequence[Sequence[int]], images: Any, sizes: Any) -
 
 
 def start_of_answer(prompt: Sequence[int], labels: Sequence[int]) -> int:
-    """The place of the first label behind the last image of a prompt; its length if there is none."""
+    """The place of the first label after the last image of a prompt; the length of the prompt if there is none."""
     behind = max((place + 1 for place, token in enumerate(prompt) if token == IMAGE_TOKEN_INDEX), default=1)
     return next((place for place in range(behind, len(prompt)) if labels[place] != IGNORE_INDEX), len(prompt))
 
 
 def with_visual(prompt: Sequence[int], labels: Sequence[int], visual: int) -> list[int]:
-    """The labels of a prompt with none for its visual tokens.
+    """The labels of a prompt whose images are replaced by `visual` visual tokens, which get no label.
 
     Args:
-        visual: the number of these.
+        visual: number of visual tokens of all images together.
     """
     places = [place for place, token in enumerate(prompt) if token == IMAGE_TOKEN_INDEX]
     if not places:
@@ -483,7 +488,7 @@ def with_visual(prompt: Sequence[int], labels: Sequence[int], visual: int) -> li
 
 @contextmanager
 def outputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """A list of the hidden states [B, L, D] that a layer gives inside the context."""
+    """Collect the outputs [B, L, D] of a layer inside the context."""
     seen: list[Tensor] = []
     hook = layer.register_forward_hook(lambda _layer, _inputs, output: seen.append(output))
     try:
@@ -493,5 +498,5 @@ def outputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def spaced(text: str) -> str:
-    """A pattern that finds a text however a tokenizer spaced it."""
+    """A regular expression that finds a text, whatever white space a tokenizer put into it."""
     return r"\s*".join(re.escape(character) for character in text if not character.isspace())

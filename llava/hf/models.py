@@ -1,12 +1,12 @@
-"""A Hugging Face model and what a call of it gives: arguments, images, and prompts in token ids.
+"""Calls of a Hugging Face model, translated for the pipeline: arguments, images, and prompts in token ids.
 
-The processor has resized, cropped and normalised the images. The wrappers around the models take these pixels as they
-are and work out only the token layout: which visual tokens an image becomes, in which order.
+The processor has already resized, cropped and normalised the images. The wrappers around the models use these pixels as
+they are and find only the token layout: which visual tokens an image becomes, in which order.
 
 An argument that would have no effect on a reduced prompt is refused, never ignored.
 
-A processor writes the image token once per visual token. The number of visual tokens of each image is known, so each
-run of image tokens becomes one placeholder again, also where two images stand side by side. Padding is removed. A
+A processor writes the image token once per visual token. Here each run of image tokens becomes one placeholder again.
+As the number of visual tokens of each image is known, this works for images side by side too. Padding is removed. A
 question is found in its prompt by comparing decoded text.
 
 Read: transformers 5.23.0, processing and modeling of llava, llava_next and video_llava
@@ -46,7 +46,7 @@ ONE_CALL = "take input_ids and pixels from one call of the model's own processor
 PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
 # Arguments with one entry per image, not one row per prompt.
 VISUAL = (*PIXELS, "image_sizes", "second_per_grid_ts")
-COPIES = "rows_per_prompt"  # how often `generate` has repeated every prompt, for beams or samples
+COPIES = "rows_per_prompt"  # our argument: how often `generate` has repeated every prompt, for beams or samples
 
 USED = frozenset(
     {
@@ -61,9 +61,9 @@ USED = frozenset(
         "return_dict",
     }
 )
-# Used as the model's configuration says; another value in a call is refused.
+# Arguments whose value is taken from the model's configuration; another value in a call is refused.
 CONFIGURED = ("vision_feature_layer", "vision_feature_select_strategy")
-# Not used, and why.
+# Arguments that cannot be used, and why.
 REFUSED = {
     "labels": "gives no loss: its tokens are not those of the labels",
     "output_hidden_states": "gives no hidden states: each layer has a length of its own",
@@ -79,7 +79,7 @@ REFUSED = {
 
 
 def by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name, whether given by place or by name."""
+    """The arguments of a call by name, including those that were given by position."""
     given = dict(signature.bind(*args, **kwargs).arguments)
     for known in signature.parameters.values():
         if known.kind is inspect.Parameter.VAR_KEYWORD:
@@ -88,12 +88,12 @@ def by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[st
 
 
 def has_pixels(given: Mapping[str, Any]) -> bool:
-    """Whether there are images or videos; processors may give an empty tensor for prompts without any."""
+    """Whether there are images or videos. Processors may return an empty tensor for prompts without any."""
     return any(given.get(name) is not None and len(given[name]) for name in PIXELS)
 
 
 def refuse_arguments(given: Mapping[str, Any], config: PretrainedConfig, used: frozenset[str]) -> None:
-    """Raise UserError for an argument that a reduced prompt, or a token after it, does not use."""
+    """Raise UserError for an argument that has no effect on a reduced prompt or on a token after it."""
     for name in ("output_hidden_states", "output_attentions"):
         if given.get(name) is None and getattr(config, name, False):
             raise UserError(
@@ -139,8 +139,8 @@ class PreparedImage:
 
     Attributes:
         pixels: [C, 3, S, S].
-        layout: its token layout.
-        canvas: where the image lies on what the patches cover; None where pixels do not say it.
+        layout: the layout of its visual tokens.
+        canvas: tells padding from image; None if that cannot be seen from the arguments.
     """
 
     pixels: Tensor
@@ -149,16 +149,16 @@ class PreparedImage:
 
 
 class ModelCalls:
-    """What `reduce` knows of a Hugging Face model and of the arguments of its calls, for every family.
+    """What `reduce` knows about a Hugging Face model and the arguments of its calls, for every family.
 
     Attributes:
         hf_model: the model; it is not changed.
-        device: where prompts are put together.
-        tokenizer: None where no question is searched for.
-        llm: its decoder.
-        spec: what methods may know of it.
-        used: arguments of the model's forward that it uses.
-        per_image: those among them with one entry per image, not one row per prompt.
+        device: where prompts are assembled.
+        tokenizer: the tokenizer; None if no question is searched for in prompts.
+        llm: the decoder of the model.
+        spec: what methods may know about the model.
+        used: the arguments of the model's forward that a reduced prompt uses.
+        per_image: those of them that have one entry per image, not one row per prompt.
     """
 
     hf_model: Any
@@ -178,7 +178,7 @@ class ModelCalls:
 
     @cached_property
     def marks(self) -> frozenset[int]:
-        """Token ids that are no text, as far as is known: what begins or ends prompts and images, and placeholders."""
+        """Token ids that are not text: placeholders, and those that begin or end prompts and images."""
         config = self.hf_model.config.to_dict()
         parts = (config, *(part for part in config.values() if isinstance(part, dict)))
         named = [part[name] for part in parts for name in part if str(name).endswith(("_token_id", "_token_index"))]
@@ -191,14 +191,14 @@ class ModelCalls:
         return prompt
 
     def candidates(self, reducer: Reducer) -> list[ModelSpec]:
-        """Specs a budget may refer to; one must accept it."""
+        """The model with images of several sizes. A budget is valid if the method accepts it for one of them."""
         return [self.spec]
 
 
 class HFWrapper(ModelCalls, Llava):
-    """A model of the staged forward, whose processor has prepared the images.
+    """A model that runs the pipeline's own forward, on images that the model's processor has prepared.
 
-    For LLaVA-1.5 this is all: one square of pixels per image, whether the processor cropped or padded it.
+    This class itself is for LLaVA-1.5: an image is one square of pixels, whether the processor cropped or padded it.
     """
 
     def views(self, image: PreparedImage) -> tuple[Tensor, TokenLayout]:
@@ -208,20 +208,20 @@ class HFWrapper(ModelCalls, Llava):
         return getattr(image, "canvas", None)
 
     def ready(self, given: Mapping[str, Any]) -> dict[int, list[PreparedImage]]:
-        """The images of a call in order, by the id of their placeholder token.
+        """The images of a call, as a dictionary from the id of a placeholder token to its images in order.
 
         Args:
             given: arguments of the model's forward, by name.
 
         Raises:
-            UserError: the arguments are not what the model's processor returns.
+            UserError: the arguments do not look like the output of the model's processor.
         """
         pixels, run = _pixels(given, 4), single(self.layout.rows, self.layout.columns)
         return {self.hf_model.config.image_token_id: [PreparedImage(one[None], run) for one in pixels]}
 
 
 class WrappedNext(HFWrapper, LlavaNext):
-    """LLaVA-NeXT: a base image and tiles, chosen as the processor does; `pixel_values` may be padded to a batch."""
+    """LLaVA-NeXT: an image is a base image and tiles, as the processor chose them; `pixel_values` may be padded."""
 
     def ready(self, given: Mapping[str, Any]) -> dict[int, list[PreparedImage]]:
         if given.get("image_sizes") is None:
@@ -280,7 +280,7 @@ WRAPPERS: dict[Family, type[HFWrapper]] = {
 
 
 def family_of(model: Any) -> Family:
-    """The family of a Hugging Face model, by its class."""
+    """The family of a Hugging Face model, by its class; UserError if there is none."""
     for family, container in HF_CLASSES.items():
         if isinstance(model, container):
             return family
@@ -325,12 +325,12 @@ def wrap_model(
 
 
 def inner_of(model: Any) -> Any:
-    """The module with tower, projector and decoder, in most classes `model.model`."""
+    """The module that holds tower, projector and decoder: `model.model` if there is one, otherwise the model itself."""
     return getattr(model, "model", model)
 
 
 def state_of(model: Any) -> tuple[Any, ...]:
-    """What a wrapper is built from."""
+    """What a wrapper was built from: modules, device and settings. If it differs later, the model was changed."""
     inner, config = inner_of(model), model.config
     own = [weight for weight in inner.parameters(recurse=False) if not weight.is_meta]  # offloaded ones come and go
     parts = (inner, *model.children(), *inner.children(), *own)
@@ -339,14 +339,14 @@ def state_of(model: Any) -> tuple[Any, ...]:
 
 
 def device_of(model: Any) -> torch.device:
-    """Where text is embedded, and with it prompts are put together, of a model on several devices, too."""
+    """The device on which text is embedded and prompts are assembled, also for a model on several devices."""
     embedding = model.get_input_embeddings()
     hooks = device_hooks(embedding)
     return torch.device(hooks[0].execution_device if hooks else embedding.weight.device)
 
 
 def device_hooks(module: nn.Module) -> list[AlignDevicesHook]:
-    """The hooks by which accelerate places weights and inputs of a module; [] if it has others, too."""
+    """The hooks with which accelerate places weights and inputs of a module; [] if it has other hooks as well."""
     hook = getattr(module, HOOK, None)
     hooks = getattr(hook, "hooks", (hook,))  # of a SequentialHook
     return list(hooks) if all(isinstance(one, AlignDevicesHook) for one in hooks) else []
@@ -400,19 +400,19 @@ def samples(
     tokenizer: PreTrainedTokenizerBase | None = None,
     marks: frozenset[int] = frozenset(),
 ) -> list[StockSample]:
-    """One sample per row of a batch.
+    """One sample for each row of a batch.
 
     Args:
-        ids: [B, L].
-        mask: [B, L], 0 in the padding, on either side; None for no padding.
-        ready: images of the whole batch in order, with their `layout`, by the id of their placeholder token.
-        questions: the question of every row without template, for methods that read it; without `questions`, it is
-            the text that `text_span` finds.
+        ids: [B, L] token ids.
+        mask: [B, L], 0 in the padding on either side; None without padding.
+        ready: for each placeholder token id, the images of the whole batch in order, with their `layout`.
+        questions: for each row, its question without template, for methods that read it; None takes the text that
+            `text_span` finds.
         tokenizer: needed with `questions`.
-        marks: ids that are no text.
+        marks: token ids that are not text.
 
     Raises:
-        UserError: prompts and images do not fit, or a question is not in its prompt.
+        UserError: prompts and images do not fit together, or a question is not in its prompt.
     """
     rows = ids.tolist()
     if mask is not None:
@@ -434,7 +434,7 @@ def samples(
             span = question_span(row, question, tokenizer)
         else:
             span = text_span(row, marks)
-        # The name depends only on the prompt, so that random choices do not change with the batch.
+        # The name seeds random methods. It depends only on the prompt, so their choices do not depend on the batch.
         name = hashlib.blake2b(str(row).encode(), digest_size=8).hexdigest()
         prompt = Prompt(tuple(row), question=span, instruction=span, text="")
         stock.append(StockSample(name, question, image=tuple(images) or None, prompt=prompt))
@@ -442,13 +442,13 @@ def samples(
 
 
 def text_span(ids: Sequence[int], marks: frozenset[int] = frozenset()) -> tuple[int, int]:
-    """[start, stop) of all text after the last image; of the text before it if none follows, and so on backwards.
+    """The span [start, stop) of the last text in a prompt, which ends at an image or at the end of the prompt.
 
-    It is the whole prompt without an image, and empty where the prompt is images alone.
+    Without an image it is the whole prompt. It is empty if the prompt has images and no text.
 
     Args:
-        ids: with IMAGE_TOKEN_INDEX in place of images.
-        marks: ids that are no text if they stand alone, such as the end of an image.
+        ids: token ids, with IMAGE_TOKEN_INDEX in place of images.
+        marks: token ids that are not text on their own, such as the end of an image.
     """
     images = [place for place, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX]
     for before, stop in reversed([*pairwise((-1, *images, len(ids)))]):
@@ -458,19 +458,19 @@ def text_span(ids: Sequence[int], marks: frozenset[int] = frozenset()) -> tuple[
 
 
 def question_span(ids: Sequence[int], question: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """[start, stop) of the tokens of a question, at its last occurrence; white space is not compared.
+    """The span [start, stop) of the last occurrence of a question in a prompt; white space is not compared.
 
     Args:
-        ids: with IMAGE_TOKEN_INDEX in place of images.
+        ids: token ids, with IMAGE_TOKEN_INDEX in place of images.
     """
-    # Encoded and decoded, so that unknown words look the same here and in the prompt.
+    # The question is encoded and decoded, so that unknown words look the same as in the decoded prompt.
     wanted = _spelled(tokenizer(question, add_special_tokens=False).input_ids, tokenizer)
     images = [place for place, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX]
     for before, stop in reversed([*pairwise((-1, *images, len(ids)))]):
         start, run = before + 1, ids[before + 1 : stop]
         at = _spelled(run, tokenizer).rfind(wanted)
         if wanted and at >= 0:
-            # Bisection over decoded beginnings of the run.
+            # A bisection over the decoded lengths of the run's beginnings finds the tokens of these characters.
             length, counts = partial(_spelled_length, run, tokenizer), range(len(run) + 1)
             first, end = bisect_right(counts, at, key=length) - 1, bisect_left(counts, at + len(wanted), key=length)
             return start + first, start + end
@@ -491,7 +491,7 @@ def _with_slots(row: list[int], waiting: dict[int, Iterator[PreparedImage]]) -> 
         image = next(waiting[token], None)
         if image is None:
             raise UserError(f"The prompts have more image tokens than the images have visual tokens; {ONE_CALL}")
-        # The length of each run is known, so images side by side are told apart.
+        # The image says how many tokens it has, so two images side by side can be told apart.
         count = image.layout.tokens
         if row[place : place + count] != [token] * count:
             room = next((n for n, other in enumerate(row[place:]) if other != token), len(row) - place)

@@ -1,17 +1,17 @@
-"""`reduce`: patch a Hugging Face LLaVA model so that it runs under a method.
+"""The context that `reduce` returns: it patches a Hugging Face model so that it runs with a reduction method.
 
     with reduce(model, "visiondrop", budget=64) as reduced:
         output = model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
     reduced.accounting[0].tokens_per_layer  # visual tokens that entered each decoder layer
 
-Inside the context, a call of the model with pixels runs the staged forward: dropped tokens are neither computed nor
-cached. A call without pixels runs the model's own forward. `ReductionContext` says what is patched: attributes of this
-one model object, whose class and all other objects stay as they are. The model is restored when the context exits, also
-after an error. What cannot be done on a reduced prompt is refused with a UserError.
+Inside the context, a call of the model with pixels runs the pipeline's forward: dropped tokens are neither computed nor
+cached. A call without pixels runs the model's own forward. Only attributes of this one model object are patched
+(`ReductionContext` lists them); its class and all other objects stay as they are. The model is restored when the
+context exits, also after an error. What cannot be done with a reduced prompt is refused with a UserError.
 
 Read: transformers 5.23.0, cache_utils.py, generation/utils.py and the models of llava, llava_next, video_llava
-Differs from it: a prefill returns the logits of the last token only; prompts padded on the right give what prompts
-padded on the left give; a prompt is prefilled once for all its beams or samples.
+Differs from it: a prefill returns the logits of the last token only; padding on the right gives the same results as
+padding on the left; a prompt is prefilled once for all its beams or samples.
 """
 
 import functools
@@ -60,9 +60,10 @@ from llava.transformers_names import (
 )
 
 MISSING = object()
-# The blocks that this thread or task has entered. What is started with a copy of its context has entered them, too.
+# The `with reduce(...)` blocks that this thread or task has entered. A thread that is started with a copy of this
+# context has entered them as well.
 ENTERED: ContextVar[frozenset[object]] = ContextVar("ENTERED", default=frozenset())
-COUNTS = "counts_of_reduced_prompts"  # of a cache: accounting, traces and kv_bytes of the prompts that it holds
+COUNTS = "counts_of_reduced_prompts"  # attribute of a cache: accounting, traces and kv_bytes of its prompts
 
 
 # The cache
@@ -72,8 +73,8 @@ class ReducedCache(DynamicCache):
     """Key/value cache whose layers differ in length.
 
     Attributes:
-        segments: masks of the real keys and positions of the next token, of layers that share them.
-        running: a model's own forward has been given them.
+        segments: for layers that share them, the mask of valid keys and the position of the next token.
+        running: True while the model's own forward runs with the masks and positions of `segments`.
     """
 
     segments: list[Segment]
@@ -81,13 +82,13 @@ class ReducedCache(DynamicCache):
 
     @classmethod
     def holding(cls, state: Prefilled, given: DynamicCache | None = None) -> "ReducedCache":
-        """The cache of a prefill.
+        """The cache after a prefill.
 
         Args:
-            given: an empty cache of the caller, which is filled; None for a new one.
+            given: the caller's own empty cache, which is filled; None for a new one.
         """
         cache: Any = state.cache if given is None else given
-        # The caller's cache changes its class: a DynamicCache would not reorder masks and positions with its rows.
+        # The class of the caller's cache is changed, because a DynamicCache would not reorder masks and positions.
         cache.__class__ = cls
         cache.layers, cache.layer_class_to_replicate = state.cache.layers, None
         cache.segments = state.segments
@@ -115,7 +116,7 @@ class ReducedCache(DynamicCache):
                     segment.valid = segment.valid[:, :tokens_to_remove]
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Refuse: a model's own forward asks this, but does not know the masks and positions of `segments`."""
+        """Refuse to serve a model's own forward, which calls this but does not know the masks of `segments`."""
         if self.running:
             return super().get_mask_sizes(query_length, layer_idx)
         raise UserError(
@@ -124,7 +125,7 @@ class ReducedCache(DynamicCache):
         )
 
     def _change(self, rows: Callable[[Tensor], Tensor]) -> None:
-        """Choose other rows of masks and positions."""
+        """Reorder or repeat the rows of masks and positions."""
         for segment in self.segments:
             segment.next_position = rows(segment.next_position)
             if segment.valid is not None:
@@ -135,33 +136,33 @@ class ReducedCache(DynamicCache):
 
 
 class ReductionContext:
-    """What `reduce` returns; entering it patches the model, leaving it restores the model.
+    """The context that `reduce` returns: entering it patches the model, leaving it restores the model.
 
-    Patched, as attributes of this one model object (`llava.hf.patch`):
-        model.forward: calls with pixels, and calls that continue them, run the staged forward.
+    These attributes of the one model object are patched:
+        model.forward: calls with pixels, and calls that continue them, run the pipeline's forward.
         model.model.forward: refuses pixels, because the logits and the cache of a reduced prompt come from `model`.
-        model._expand_inputs_for_generation: beams and samples repeat the prompt after its prefill, not before.
-        model._prepare_position_ids_for_generation: gives none for prompts with pixels, so that position ids that
-            arrive in forward are the caller's own, which are refused.
+        model._expand_inputs_for_generation: repeats prompts for beams and samples after the prefill, not before.
+        model._prepare_position_ids_for_generation: makes none for prompts with pixels. Position ids that reach forward
+            are then the caller's own, and are refused.
         model._get_candidate_generator: refuses assisted decoding of prompts with pixels.
-        model.generate: ends its streamer after an error, so that a loop over the streamer ends, too.
+        model.generate: ends its streamer after an error, so that a loop over the streamer ends too.
 
-    The block belongs to the thread or asyncio task that entered it; in others, calls with pixels are refused, because
-    they may mean the plain model. To stream, start the thread with a copy of the context, which belongs to the block:
+    The block belongs to the thread or asyncio task that entered it. In other threads and tasks, calls with pixels are
+    refused, because they may be meant for the plain model. To stream, start the thread with a copy of the context:
     `Thread(target=copy_context().run, args=(model.generate,), kwargs=dict(**inputs, streamer=streamer))`.
-    `asyncio.to_thread` copies it by itself. An error of a streaming thread is raised where the block is left.
+    `asyncio.to_thread` makes this copy by itself. An error in a streaming thread is raised when the block is left.
 
-    What is counted belongs to the prompts of the last call: of those that it began, or that are in the cache that it
-    continued. All of it is empty or 0 where these were not counted, as after a call that was refused. A prompt without
-    images has no visual tokens in any layer.
+    The counts below are of the prompts of the last call: those that it started, or those in the cache that it
+    continued. They are empty or 0 if these prompts were not counted, for example after a refused call. A prompt without
+    images counts as having no visual tokens in any layer.
 
     Attributes:
         reducer: the method.
-        questions: may be replaced before a call with other prompts.
-        accounting: one per prompt.
-        traces: the reductions that were applied to each of these prompts, in order.
+        questions: the question of each prompt; replace it before a call with other prompts.
+        accounting: the token accounting of each prompt.
+        traces: for each prompt, the reductions that were applied, in order.
         kv_bytes: bytes of all keys and values after the prefill, with padding.
-        record, segments: of the last prefill.
+        record, segments: what the last prefill recorded.
     """
 
     def __init__(self, runtime: ModelCalls, reducer: Reducer, questions: Sequence[str] | None = None):
@@ -170,7 +171,7 @@ class ReductionContext:
         self.traces: list[Trace] = []
         self.kv_bytes = 0
         self.record, self.segments = Record([], []), list[Segment]()
-        # Any: the modules of the model are found by attributes that PreTrainedModel does not declare.
+        # Any, because PreTrainedModel does not declare the attributes by which modules of the model are found.
         self._model: Any = runtime.hf_model
         self._runtime, self._state = runtime, state_of(self._model)
         self._overrides: list[Override] = []
@@ -185,7 +186,7 @@ class ReductionContext:
         self._unseen: Exception | None = None
         self._inner, self._rope_deltas = inner, getattr(inner, "rope_deltas", None)
         self._signature, self._inner_signature = map(inspect.signature, (model.forward, inner.forward))
-        # generate() encodes images itself if forward takes "mm_encoder_outputs"; methods need the pixels.
+        # generate() encodes images itself if forward takes "mm_encoder_outputs", but methods need the pixels.
         shown = [known for name, known in self._signature.parameters.items() if name != "mm_encoder_outputs"]
         self._overrides = [
             Override(model, "forward", self._forward, self._signature.replace(parameters=shown)),
@@ -196,8 +197,8 @@ class ReductionContext:
         ]
         if inner is not model:
             self._overrides.append(Override(inner, "forward", self._forward_inner))
-        # On several devices, a part of the model gives its results where its inputs were, so that methods see one
-        # device. What runs one after another in a list, as decoder layers do, hands on as ever.
+        # In a model on several devices, each part returns its results on the device of its inputs, so that methods see
+        # only one device. Parts that run in sequence, such as decoder layers, pass results on as usual.
         listed = {part for parts in model.modules() if isinstance(parts, nn.ModuleList) for part in parts}
         hooks = [hook for part in model.modules() if part not in listed for hook in device_hooks(part)]
         self._returning = [hook for hook in hooks if not hook.io_same_device]
@@ -213,7 +214,7 @@ class ReductionContext:
         for hook in self._returning:
             hook.io_same_device = False
         if hasattr(self._inner, "rope_deltas"):
-            # generate() stores the position offsets of its last prompts on the model; later calls must not use these.
+            # generate() stores the position offsets of its last prompts on the model. Later calls must not use them.
             self._inner.rope_deltas = self._rope_deltas
         if self._unseen is not None and error[:1] in ((), (None,)):
             raise self._unseen
@@ -243,7 +244,7 @@ class ReductionContext:
         refuse_training(self._model)
         refuse_arguments(given, self._model.config, self._runtime.used)
         if continued is None:
-            # Without what torch.compile made of parts of the model: methods read values and intermediate results.
+            # Parts that torch.compile has compiled run eagerly, because methods read values and intermediate results.
             with torch.compiler.set_stance("force_eager"):
                 output = self._prefill(given, cache)
         else:
@@ -272,9 +273,9 @@ class ReductionContext:
         input_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Repeat rows for beams and samples, but not images: the prefill runs once per prompt.
+        """Repeat rows for beams and samples, but not images, because the prefill runs once per prompt.
 
-        Position ids, here None, are left out, too: transformers 5.17's Qwen models expect a tensor.
+        Position ids, which are None here, are not repeated either: Qwen models of transformers 5.17 expect a tensor.
         """
         if expand_size == 1 or not has_pixels(kwargs):
             return original(expand_size, is_encoder_decoder, input_ids, **kwargs)
@@ -306,7 +307,7 @@ class ReductionContext:
         except Exception as error:
             streamer = given.get("streamer")
             if streamer is not None:
-                # A loop over it in the block's thread would wait for ever, and that thread sees no error.
+                # A loop over the streamer in the block's thread would otherwise wait forever and see no error.
                 if threading.get_ident() != self._thread:
                     self._unseen = error
                 streamer.end()
@@ -315,18 +316,18 @@ class ReductionContext:
     # What is counted
 
     def _recall(self, cache: Any) -> None:
-        """Show the counts of the prompts that a cache holds; none for a new one."""
+        """Show the counts of the prompts that a cache holds; a new cache has none."""
         self.accounting, self.traces, self.kv_bytes = getattr(cache, COUNTS, ([], [], 0))
 
     def _count(self, record: Record, state: Prefilled) -> None:
-        """Count what a prefill computed; the numbers stay with its cache."""
+        """Count what a prefill computed, and store the numbers with its cache."""
         self.accounting, self.traces, self.kv_bytes = record.accounting(state), record.steps, state.kv_bytes_held
-        # Decoding moves the masks and positions of segments, and leaves their lengths.
+        # Decoding changes the masks and positions of segments, but not their lengths.
         self.record, self.segments = record, state.segments
         setattr(state.cache, COUNTS, (self.accounting, self.traces, self.kv_bytes))
 
     def _count_text(self, given: Mapping[str, Any], output: Any) -> None:
-        """Count prompts without images, which the model's own forward ran, if it left them in a cache as a whole."""
+        """Count prompts without images, which the model's own forward has run, if a cache now holds all of them."""
         ids, mask, cache = given.get("input_ids"), given.get("attention_mask"), cache_of(output)
         if ids is None or type(cache) is not DynamicCache or cache.get_seq_length() != ids.shape[1]:
             return
@@ -337,10 +338,10 @@ class ReductionContext:
         segment = Segment(range(len(layers)), tuple(lengths), (0,) * len(ids), None, ids[:, :0])
         self._count(Record([[] for _ in ids], [[] for _ in ids]), held_by(output.logits, cache, [segment]))
 
-    # The staged forward
+    # The pipeline's forward
 
     def _prefill(self, given: Mapping[str, Any], cache: Any) -> CausalLMOutputWithPast:
-        """[B, 1, V] logits of the last token of each prompt, and the reduced cache."""
+        """Reduce and run whole prompts: the logits [B, 1, V] of each prompt's last token, and the cache."""
         modules = list(self._model.modules())[1:]
         self._check_prefill(given, cache, modules)
         if state_of(self._model) != self._state:
@@ -363,7 +364,7 @@ class ReductionContext:
         return output
 
     def _check_prefill(self, given: Mapping[str, Any], cache: Any, modules: Sequence[nn.Module]) -> None:
-        """Raise UserError if these arguments, into this cache, are no whole prompt of a model in evaluation mode."""
+        """Raise UserError unless the call is of whole prompts, the cache is empty and the model in evaluation mode."""
         refuse_prefill_arguments(given)
         if cache is not None and (not isinstance(cache, DynamicCache) or cache.offloading or cache.get_seq_length()):
             raise UserError(
@@ -373,7 +374,7 @@ class ReductionContext:
         refuse_training(*modules)
 
     def _continue(self, given: Mapping[str, Any], cache: ReducedCache) -> CausalLMOutputWithPast:
-        """[B, 1, V] logits of one more token per prompt."""
+        """Run one more token per prompt: its logits [B, 1, V], and the cache."""
         self._refuse_continuation(given, cache)
         ids = given["input_ids"]
         llm = self._model.model.language_model
@@ -406,13 +407,13 @@ class ReductionContext:
             )
         with torch.inference_mode():
             logits = head(llm.norm(hidden))
-        # A copy made outside of inference mode can be changed in place, as callers often do with logits.
+        # Callers often change logits in place. That needs a copy made outside of inference mode.
         logits = logits.to(self._runtime.device, copy=True)
         return output_of(logits, cache)
 
 
 def held_by(hidden: Tensor, cache: Any, segments: list[Segment]) -> Prefilled:
-    """The state after a model's own forward of whole prompts, whose cache may lack keys and values in some layers."""
+    """The state after a model's own forward has run whole prompts; some layers may have no keys and values."""
     used, held = [0] * len(segments[0].lengths), 0
     for one in segments:
         for layer in (cache.layers[index] for index in one.layers):
@@ -424,21 +425,21 @@ def held_by(hidden: Tensor, cache: Any, segments: list[Segment]) -> Prefilled:
     return Prefilled(hidden, cache, segments, used, held)
 
 
-# Methods of a module, overridden for a while
+# Temporary replacements of a module's methods
 
 
 class Override:
     """A function that replaces one method of one module until `restore` is called.
 
-    A deep copy or a pickle of the module is refused meanwhile: the copy would keep the override, which runs the weights
-    of the original. A shallow copy shares the modules; what it keeps of the override has no effect after `restore`.
-    torch.compile does not look into it: what runs in place of the method reads values on the host.
+    Until then, the module cannot be deep-copied or pickled: the copy would keep the override, which runs the weights of
+    the original. A shallow copy shares the modules, and an override that it keeps has no effect after `restore`.
+    torch.compile does not compile the replacement, because it reads values on the host.
 
     Args:
         owner: the module.
-        name: of the method.
-        function: is called with the original method, then with the arguments of the call.
-        signature: what `inspect.signature` shows; None for that of the original.
+        name: name of the method.
+        function: the replacement. It is called with the original method, followed by the arguments of the call.
+        signature: the signature that `inspect.signature` shows; None for the original's.
     """
 
     def __init__(
@@ -477,12 +478,12 @@ class Override:
 def hooks_must_run(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[None]:
     """Raise UserError at the end of the context if a module that has forward hooks was not called in it.
 
-    A module counts as hooked as well if its `forward` was replaced. accelerate's hooks for several devices and for
-    offloaded weights do not count: they belong to a module's own weights, and modules with weights are called.
+    A module with a replaced `forward` counts as hooked too. accelerate's hooks for several devices and for offloaded
+    weights do not count, because they are on modules with weights of their own, and all of these are called.
 
     Args:
-        model: gives the modules their names in the error.
-        modules: to check.
+        model: used to name the modules in the error.
+        modules: the modules to check.
     """
     ids = {id(module) for module in modules if _hooked(module)}
     hooked = {name: module for name, module in model.named_modules() if id(module) in ids} if ids else {}

@@ -1,16 +1,17 @@
-"""`reduce`: run a Hugging Face vision-language model under a method.
+"""`reduce`: run a Hugging Face vision-language model with a reduction method.
 
     with reduce(model, "visiondrop", budget=64) as reduced:
         output = model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
     reduced.accounting[0].tokens_per_layer  # visual tokens that entered each decoder layer
 
-LLaVA, LLaVA-NeXT and Video-LLaVA run the staged forward that answers benchmarks (patch.py).
+LLaVA, LLaVA-NeXT and Video-LLaVA run the pipeline's forward, which also answers benchmarks (patch.py).
 
-The families of `llava.hf.families.FAMILIES` run their own forward on shorter prompts (`FamilyReductionContext`). The
-method's stages before the decoder run on the model's visual tokens as on LLaVA's (llava/pipeline/stages.py). The stock
-forward then gets what is left: shorter `input_ids`, the position ids of the kept tokens, and the kept or merged tokens
-as `mm_encoder_outputs`. Masks, scales and kernels are the model's own, so that keeping all tokens gives its logits bit
-for bit. Stages between decoder layers are hooks in front of these layers.
+The families of `llava.hf.families.FAMILIES` run their own forward on shorter prompts (`FamilyReductionContext`). First,
+the method's stages before the decoder run on the model's visual tokens as they do on LLaVA's
+(llava/pipeline/stages.py). The model's forward then gets what is left: shorter `input_ids`, the position ids of the
+kept tokens, and the kept or merged tokens as `mm_encoder_outputs`. Masks, scales and kernels are the model's own, so
+keeping all tokens gives the model's logits bit for bit. Reductions between decoder layers run in hooks before these
+layers.
 
 Read: transformers 5.23.0, modeling of the families, generation/utils.py, masking_utils.py, cache_utils.py
 """
@@ -57,21 +58,22 @@ def reduce(
     text_tower: str | Path | None = None,
     **options: Any,
 ) -> "ReductionContext":
-    """A context in which a Hugging Face model runs under a method.
+    """A context in which a Hugging Face model runs with a reduction method.
 
     Args:
-        model: of one of the families above, in evaluation mode, or a wrapper around one of the first that knows
-            tokenizer and text tower.
-        method: a name of `llava.reduction.registry.names`.
-        budget: visual tokens per image or video, mean over decoder layers, or the ratio of each image's tokens to keep
-            ("1/9", 0.111). Only `full` and methods whose images decide how many tokens stay need none.
-        questions: the question of each prompt of the calls inside, without template, for methods that read it. Without
-            `questions`, all text after the last image is taken for the question, template included; where none
-            follows, the text before that image. A chat template that puts the question first leaves only its own words
-            after the image, so give `questions` there. Methods that read the question refuse a prompt of images alone.
+        model: a model in evaluation mode, of one of the families above. For LLaVA, LLaVA-NeXT and Video-LLaVA it may
+            also be a wrapper that knows tokenizer and text tower.
+        method: a name from `llava.reduction.registry.names`.
+        budget: visual tokens per image or video, as a mean over decoder layers, or the ratio of each image's tokens to
+            keep ("1/9", 0.111). Only `full`, and methods that decide from the image how many tokens to keep, need none.
+        questions: the question of each prompt in the calls inside, without template, for methods that read it. Without
+            `questions`, all text after the last image is taken as the question, template included. If no text follows
+            the last image, the text before it is taken. With a chat template that puts the question before the image,
+            only words of the template follow the image, so give `questions`. Methods that read the question refuse a
+            prompt without text.
         tokenizer: the model's tokenizer or processor, needed with `questions`.
-        text_tower: folder or hub id of the CLIP that the vision tower comes from, for methods that need its text half.
-        options: of the method, as `official=True`.
+        text_tower: folder or hub id of the CLIP that the vision tower comes from, for methods that need its text tower.
+        options: options of the method, for example `official=True`.
 
     Raises:
         UserError: the model, the method, an option or the budget is not supported, or there is no budget.
@@ -107,7 +109,8 @@ def reduce(
             "`text_tower`, the folder or hub id of the CLIP that the vision tower comes from."
         )
     require_any(runtime, reducer)
-    # Where images decide, no number of tokens is planned, and none is kept whole because of its size.
+    # A method that decides from the image needs no budget: it plans no number of tokens and keeps no image because of
+    # its size.
     if not (has_budget or method == "full") and (
         reducer.tokens_per_layer(runtime.spec) is not None or reducer.keeps_all(tokens)
     ):
@@ -121,7 +124,7 @@ def reduce(
 
 
 def require_any(runtime: ModelCalls, reducer: Reducer) -> None:
-    """Raise UserError if no image or video that the model takes can be reduced to the budget."""
+    """Raise UserError if the model takes no image or video that can be reduced to the budget."""
     errors = []
     for spec in runtime.candidates(reducer):
         try:
@@ -131,13 +134,13 @@ def require_any(runtime: ModelCalls, reducer: Reducer) -> None:
     raise errors[0]
 
 
-# A 7B model of the families of the staged forward, with one image; the methods that need CLIP's text half have it.
+# A 7B model of each family that runs the pipeline's forward, with one image and CLIP's text tower.
 LLAVA = ModelSpec(576, 32, PatchGrid(24, 24), tower_blocks=24, has_text_tower=True)
 STAGED = {"LLaVA": LLAVA, "LLaVA-NeXT": spec_of(LLAVA, stitched((2, 2), (24, 24))), "Video-LLaVA": LLAVA}
 
 
 def support() -> dict[str, dict[str, str]]:
-    """Family -> method -> why `reduce` refuses it, "" where it runs; for the models of default configurations."""
+    """Family -> method -> why `reduce` refuses the method, or "" if it runs, for models of default configurations."""
     table = {title: {name: _why_staged(name, spec) for name in names()} for title, spec in STAGED.items()}
     for container, family in FAMILIES.items():
         config = getattr(transformers, container).config_class()
@@ -148,7 +151,7 @@ def support() -> dict[str, dict[str, str]]:
 
 
 def _why_staged(name: str, spec: ModelSpec) -> str:
-    """Why no budget is taken of these."""
+    """Why the method accepts none of three budgets (a half, a quarter, all of the tokens); "" if it accepts one."""
     why = ""
     for share in (2, 4, 1):
         try:
@@ -164,15 +167,15 @@ def _why_staged(name: str, spec: ModelSpec) -> str:
 
 @dataclass
 class Running:
-    """A prefill.
+    """A prefill that is running.
 
     Attributes:
-        rows: token ids of each prompt without padding, with an image token for every visual token.
-        types: of each, the mask of its image tokens that the family's forward takes; None where it takes none.
-        places: of each, of each image, its first token among these.
-        outputs: of each modality, what the model's own encoder gave.
-        sequence: the prompts as they entered the last layer so far.
-        segments: the layers so far, see `Prefilled`.
+        rows: for each prompt, its token ids without padding, with one image token per visual token.
+        types: for each prompt, the mask of image tokens that the family's forward takes; None if it takes none.
+        places: for each prompt, the place in `rows` where each of its images begins.
+        outputs: for each modality, the output of the model's own encoder.
+        sequence: the prompts as they entered the last layer that has run.
+        segments: the layers that have run so far, see `Prefilled`.
     """
 
     stages: Stages
@@ -185,10 +188,10 @@ class Running:
 
 
 class FamilyReductionContext(ReductionContext):
-    """`ReductionContext` for the families of FAMILIES: the model's own forward runs, on shorter prompts.
+    """`ReductionContext` for the families of FAMILIES: the model's own forward runs on shorter prompts.
 
     Attributes:
-        timer: of the stages up to the decoder's end; of each call its own if None.
+        timer: measures the stages; None makes a new timer for each call.
     """
 
     _runtime: FamilyWrapper
@@ -203,7 +206,7 @@ class FamilyReductionContext(ReductionContext):
         super().__init__(runtime, reducer, questions)
         self.timer = timer
 
-    # Hooks of layers hold this object; a copy of the model would keep them.
+    # The hooks of layers hold this object, so a copy of the model would keep them. Copying is refused.
     __reduce_ex__ = Override.__reduce_ex__
 
     def __enter__(self) -> "FamilyReductionContext":
@@ -297,7 +300,10 @@ class FamilyReductionContext(ReductionContext):
         return running
 
     def _refuse_axes(self, given: Mapping[str, Any], ids: Tensor, tokens: Mapping[str, int], copies: int) -> None:
-        """Raise UserError without what three axes of positions follow from; the models then take those of text."""
+        """Raise UserError if arguments that positions with three axes need are missing or do not fit the prompts.
+
+        The models themselves would silently use text positions then.
+        """
         title, types = self._runtime.family.title, given.get("mm_token_type_ids")
         for name, pixels in MODALITIES.items():
             if given.get(pixels) is None:
@@ -317,7 +323,7 @@ class FamilyReductionContext(ReductionContext):
             )
 
     def _positions(self, given: Mapping[str, Any], ids: Tensor, mask: Tensor, copies: int) -> Tensor:
-        """[B, L, 3] position ids of whole prompts, by the family's own rule."""
+        """Position ids [B, L, 3] of whole prompts, by the family's own rule."""
         rule = self._inner.get_rope_index
         own = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": given["mm_token_type_ids"][::copies]}
         known = inspect.signature(rule).parameters
@@ -326,7 +332,7 @@ class FamilyReductionContext(ReductionContext):
         return positions_of_all.permute(1, 2, 0).to(ids.device)
 
     def _kept(self, running: Running, sample: int, number: int) -> Tensor:
-        """[K] the tokens of an image, of all that it had, at which those left before the decoder stand."""
+        """For each token of an image that enters the decoder, its index among the image's unreduced tokens, [K]."""
         stages = running.stages
         kept = torch.arange(stages.images[sample, number].inputs, device=self._runtime.device)
         for one in stages.record.reductions[sample]:
@@ -335,7 +341,7 @@ class FamilyReductionContext(ReductionContext):
         return kept
 
     def _columns(self, running: Running) -> list[Tensor]:
-        """Of each prompt the columns, of all without padding, that are left before the decoder."""
+        """For each prompt, the places in `running.rows` of the tokens that enter the decoder."""
         batch, device = [], self._runtime.device
         for sample, (row, places) in enumerate(zip(running.rows, running.places, strict=True)):
             pieces, done = [], 0
@@ -346,7 +352,7 @@ class FamilyReductionContext(ReductionContext):
         return batch
 
     def _arguments(self, running: Running, sequence: PromptBatch) -> dict[str, Any]:
-        """Of the stock forward for prompts as they enter the decoder."""
+        """The arguments with which the model's own forward runs the prompts that enter the decoder."""
         runtime, family, columns = self._runtime, self._runtime.family, self._columns(running)
         ids = left_padded([row[kept] for row, kept in zip(running.rows, columns, strict=True)])
         arguments = {
@@ -371,15 +377,20 @@ class FamilyReductionContext(ReductionContext):
         return arguments | {"mm_encoder_outputs": encoded}
 
     def _place(self, position: Tensor) -> Tensor:
-        """Position ids [B, L] or [B, L, 3] as the model takes them."""
+        """Position ids [B, L] or [B, L, 3], in the form that the model's forward takes."""
         return (position.permute(2, 0, 1) if self._runtime.family.axes else position) + self._runtime.family.first
 
     def _shortened(self, running: Running, token: int | None, output: Any) -> Tensor:
-        """[K, D] of what the model has for every visual token: reduced as the tokens were.
+        """Reduce other values of the visual tokens, such as features of another tower level, like the tokens.
 
         Args:
-            token: of the images or videos that it is of; None for all tokens that entered the decoder, which the stages
-                between its layers reduced.
+            token: the placeholder id of the images or videos that the values belong to; the reductions before the
+                decoder are applied. None if the values belong to all tokens that entered the decoder; the reductions
+                between its layers are applied.
+            output: values of all these tokens, in order.
+
+        Returns:
+            [K, D].
         """
         values, done, parts = flat(output).to(self._runtime.device), 0, []
         for (sample, number), image in running.stages.images.items():
@@ -408,7 +419,11 @@ class FamilyReductionContext(ReductionContext):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # the layer itself may be compiled
     def _before_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """A decoder layer's arguments: prompts reduced before it, or the mask and positions of its own keys."""
+        """A hook that changes a decoder layer's arguments, in a prefill or for one more token.
+
+        In a prefill it reduces the prompts before the layers that the method names. Later layers get the mask and the
+        positions of the shorter prompts.
+        """
         llm, running = self._runtime.llm, self._running
         hidden = args[0] if args else options["hidden_states"]
         attention = kernel_of(llm.config)
@@ -443,7 +458,7 @@ class FamilyReductionContext(ReductionContext):
         return args, {**options, **changed, "hidden_states": hidden}
 
     def _deepstack(self, original: Any, hidden: Tensor, mask: Tensor, embeddings: Tensor) -> Any:
-        """Add a level of the tower to visual tokens that are fewer than at the first layer."""
+        """Add a tower level's features to the visual tokens, also after a reduction between decoder layers."""
         running = self._running
         if running is not None and len(running.segments) > 1:
             sequence, embeddings = running.sequence, self._shortened(running, None, embeddings).to(hidden.device)
@@ -456,7 +471,7 @@ class FamilyReductionContext(ReductionContext):
     # One more token
 
     def _continue(self, given: Mapping[str, Any], cache: ReducedCache) -> CausalLMOutputWithPast:
-        """[B, 1, V] logits of one more token per prompt."""
+        """Run one more token per prompt: its logits [B, 1, V], and the cache."""
         self._refuse_continuation(given, cache)
         for segment in cache.segments:
             if segment.valid is not None:
@@ -479,7 +494,7 @@ class FamilyReductionContext(ReductionContext):
         return output_of(output.logits, cache)
 
     def _run_layers(self, running: Running, llm: Any, sequence: PromptBatch, count: int) -> Tensor:
-        """[B, L, D] after the first decoder layers, by the stock forward, which is left there."""
+        """Hidden states [B, L, D] after the first `count` decoder layers; the model's own forward is left there."""
 
         def leave(layer: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
             raise StopForward(args[0] if args else options["hidden_states"])
@@ -496,22 +511,22 @@ class FamilyReductionContext(ReductionContext):
 
 
 class StopForward(Exception):
-    """The hidden states where a forward was left."""
+    """Leaves a forward; holds the hidden states there."""
 
 
 def unpadded(rows: Tensor, real: Tensor) -> list[Tensor]:
-    """Of each row of [B, L, ...] the columns where `real` [B, L] is True."""
+    """For each row of [B, L, ...], the columns where `real` [B, L] is True."""
     return [row[columns] for row, columns in zip(rows, real, strict=True)]
 
 
 def left_padded(rows: Sequence[Tensor]) -> Tensor:
-    """[B, L, ...] of rows [l, ...], zeros in front of shorter ones."""
+    """Rows [l, ...] of different lengths as one tensor [B, L, ...], with zeros before shorter rows."""
     width = max(map(len, rows))
     return torch.stack([F.pad(row, (*[0, 0] * (row.dim() - 1), width - len(row), 0)) for row in rows])
 
 
 def like(original: Any, values: Tensor) -> Any:
-    """Values [K, D] in the form of a model's own output: a tensor of as many axes, or one part of several."""
+    """Values [K, D] in the form of a model's own output: a tensor with two or three axes, or a tuple of one tensor."""
     if isinstance(original, Tensor):
         return values if original.dim() == 2 else values[None]
     return (values,)

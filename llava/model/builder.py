@@ -1,4 +1,4 @@
-"""Which class runs a checkpoint, by its family, and the choices that a family leaves in reading images."""
+"""Loading a checkpoint of any family into the class that runs it, with choices of how images are read."""
 
 import inspect
 from collections.abc import Mapping
@@ -45,11 +45,11 @@ def runtime(checkpoint: Checkpoint, device: torch.device, conventions: dict[str,
     """The running model of a checkpoint.
 
     Args:
-        conventions: keyword arguments of the family's class, texts from the command line among them; None leaves a
+        conventions: keyword arguments of the family's class, possibly as text from the command line. None leaves a
             choice to the class.
 
     Raises:
-        UserError: the family has no such choice.
+        UserError: the family has no such keyword argument.
     """
     cls = FAMILIES[checkpoint.family]
     known = list(inspect.signature(cls).parameters)[2:]
@@ -62,7 +62,7 @@ def runtime(checkpoint: Checkpoint, device: torch.device, conventions: dict[str,
 
 
 def parse(name: str, value: Any) -> Any:
-    """Texts of the command line: "672x672" for a size, digits for a number, else as it is."""
+    """Convert text from the command line: "672x672" to a size, digits to a number. Other values stay as they are."""
     if not isinstance(value, str):
         return value
     if name == "force":
@@ -89,38 +89,39 @@ def load(
 ) -> Llava:
     """Load a checkpoint of any family.
 
-    One of `llava.hf.families.FAMILIES` only answers questions about images; it takes source, dtype and device.
+    A checkpoint of `llava.hf.families.FAMILIES` only answers questions about images, and takes only source, dtype and
+    device.
 
     Args:
-        source: directory or hub id, transformers or original layout; None for the bundled toy model.
+        source: directory or hub id, in the transformers or the original layout; None for the bundled toy model.
         dtype: float32, bfloat16 or float16.
         device: "cpu", "cuda", "cuda:1", or "auto".
-        text_tower: folder or hub id of the CLIP that the vision tower comes from, where the checkpoint names none.
-        quantization: "8bit" or "4bit", by bitsandbytes where it is installed.
-        tensor_parallel: ranks that each hold a part of every decoder layer. More than 1 needs a process group of that
-            size, see `llava.model.parallel.join`; all its ranks load the model and answer the same questions.
-        zero: ZeRO-Inference, for a decoder that does not fit one device: its weights are partitioned over the ranks of
-            the group (without one, a group of one is joined) and fetched layer by layer from "cpu" or,
-            with "none", from the devices of the others.
-        conventions: how images are read, where a family leaves a choice: `merge`, `anyres_rule` and `force` of
-            llava.model.llava_next.LlavaNext, `min_pixels` and `max_pixels` of llava.model.qwen_vl.QwenVL.
+        text_tower: folder or hub id of the CLIP that the vision tower comes from, if the checkpoint names none.
+        quantization: "8bit" or "4bit", with bitsandbytes.
+        tensor_parallel: number of ranks that each hold a part of every decoder layer. More than 1 needs a process group
+            of that size, see `llava.model.parallel.join`. All its ranks load the model and answer the same questions.
+        zero: ZeRO-Inference, for a decoder that does not fit on one device. Its weights are partitioned over the ranks
+            of the process group (a group of one is made if there is none) and fetched layer by layer: from the host's
+            memory with "cpu", from the devices of the ranks with "none".
+        conventions: choices of how images are read: `merge`, `anyres_rule` and `force` for
+            llava.model.llava_next.LlavaNext, `min_pixels` and `max_pixels` for llava.model.qwen_vl.QwenVL.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     place, source = device_of(device), source or TOY_MODEL
     if container := declared_class(source, text_tower, quantization, tensor_parallel, zero, conventions):
-        # Here, because the modules of llava.model import nothing of the pipeline when they are loaded.
+        # Imported here, because modules of llava.model must not import the pipeline when they are loaded.
         from llava.hf.checkpoint_model import load_family
 
         family = load_family(source, container, DTYPES[dtype], place)
         family.loaded_with = {"source": str(source), "dtype": dtype}
-        return cast(Llava, family)  # it answers benchmarks as one does
+        return cast(Llava, family)  # it answers questions like a Llava
     parallel = parallel_of(tensor_parallel, zero, quantization)
     if parallel is not None:
         place = device_of_rank(place)
     checkpoint = load_checkpoint(source, DTYPES[dtype], place, text_tower, quantization, parallel)
     model = runtime(checkpoint, place, conventions)
-    # Another process can load the same model by this; the device is its own.
+    # With these arguments another process can load the same model, on a device of its own.
     model.loaded_with = {
         "source": str(source),
         "dtype": dtype,
@@ -141,12 +142,12 @@ def declared_class(
     zero: str | None,
     conventions: Mapping[str, Any],
 ) -> str | None:
-    """A key of `llava.hf.families.FAMILIES` for a checkpoint of such a family; None for one of FAMILIES above.
+    """The key in `llava.hf.families.FAMILIES` of a checkpoint's class; None if it is not of these families.
 
     Args: see `load`.
 
     Raises:
-        UserError: something is asked for that these families do not take.
+        UserError: the checkpoint is of these families, and an argument is given that they do not support.
     """
     raw = read_json(locate(source, "checkpoint", weights=False) / "config.json")
     kind = str(raw.get("model_type"))
@@ -168,10 +169,10 @@ def declared_class(
 
 
 def device_of(name: str) -> torch.device:
-    """A device of this machine: "cpu", "cuda", "cuda:1", "mps", or "auto" for CUDA where there is some.
+    """A device of this machine: "cpu", "cuda", "cuda:1", "mps", or "auto" for CUDA if there is a GPU, otherwise CPU.
 
     Raises:
-        UserError: no such device.
+        UserError: there is no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -194,7 +195,7 @@ def device_of(name: str) -> torch.device:
 
 
 class UnknownArgumentError(UserError, TypeError):
-    """A keyword argument that there is not. Callers that try others without it wait for a TypeError."""
+    """An unknown keyword argument. It is a TypeError too, because some callers catch that and try without it."""
 
 
 def load_pretrained_model(
@@ -216,26 +217,27 @@ def load_pretrained_model(
     """Load a LLaVA-1.5 or LLaVA-NeXT for a script written for LLaVA's own package.
 
     Args:
-        model_path: folder or hub id, transformers or original layout.
+        model_path: folder or hub id, in the transformers or the original layout.
+        model_base: refused; merge the weights first.
         model_name: unused, because config.json says what the checkpoint is.
-        device_map: "auto", a device, or {"": device}; the model is on one device.
-        device: takes its place unless it is "cuda".
-        method: VTR_METHOD of the environment if left out, which is said on standard error; without both, all visual
-            tokens are kept. `ScriptModel.use` chooses another later.
-        budget: visual tokens of an image, or the ratio of them to keep; VTR_BUDGET if left out.
-        torch_dtype: or its name.
-        attn_implementation: "sdpa", which runs anyway; lmms-eval says so.
+        device_map: "auto", a device, or {"": device}. The whole model is on one device.
+        device: used instead of `device_map` unless it is "cuda".
+        method: by default the environment variable VTR_METHOD, whose use is reported on standard error. Without either,
+            all visual tokens are kept. `ScriptModel.use` can choose another method later.
+        budget: visual tokens of an image, or the ratio of them to keep; by default the variable VTR_BUDGET.
+        torch_dtype: a dtype or its name.
+        attn_implementation: None or "sdpa", which lmms-eval gives. SDPA is always used.
         customized_config: refused.
-        options: of the method.
+        options: options of the method.
 
     Returns:
         Tokenizer, model, image processor for `llava.mm_utils.process_images`, and longest prompt in tokens.
 
     Raises:
-        UserError: what is asked for is not supported, or the checkpoint or the method cannot be used. It is a
-            TypeError, too, where an argument is unknown.
+        UserError: an argument is not supported, or the checkpoint or the method cannot be used. For an unknown argument
+            the error is also a TypeError.
     """
-    # Here, because the modules of llava.model import nothing of the pipeline when they are loaded.
+    # Imported here, because modules of llava.model must not import the pipeline when they are loaded.
     from llava.hf.interface import ScriptModel
 
     if model_base is not None:

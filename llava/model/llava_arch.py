@@ -1,6 +1,6 @@
-"""A loaded LLaVA: its modules, its preprocessing, and images through its vision tower.
+"""A loaded LLaVA: its modules, its preprocessing, and the encoding of images by its vision tower.
 
-Questions are answered by `llava.pipeline.generate.generate`.
+`llava.pipeline.generate.generate` uses it to answer questions.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from llava.conversation import stop_string
 from llava.model.checkpoint.files import check_same, hashes_of
 from llava.model.multimodal_encoder.clip_encoder import Encoded, TowerMerger, encode, patch_grid
 from llava.model.multimodal_encoder.clip_text_encoder import load_clip_text
-from llava.model.official_names import LlavaMetaForCausalLM as LlavaMetaForCausalLM  # from here scripts import it
+from llava.model.official_names import LlavaMetaForCausalLM as LlavaMetaForCausalLM  # scripts import it from here
 from llava.processing.prompt import Prompt, Sample, build_prompt
 from llava.reduction.budget import in_tower
 from llava.reduction.merging import Reduction, ViewReduction, join
@@ -31,11 +31,11 @@ class EncodedImage:
     """One image or video after the tower.
 
     Attributes:
-        encoded: of its crops: features [C, n, D], scores [C, P, ...].
-        layout: of what the tower gave, class tokens among it where the method keeps them.
-        full: of what the model takes without any reduction.
-        inputs: tokens that the method starts from, those that it reduces inside the tower among them.
-        step: where and how tokens were reduced up to here, if they were.
+        encoded: the tower's output for its C crops: features [C, n, D], scores [C, P, ...].
+        layout: layout of the tokens in `encoded`, with class tokens if the method keeps them.
+        full: layout of the tokens that the model takes without any reduction.
+        inputs: number of tokens that the method starts from, before it reduces any inside the tower.
+        step: the stage and the reduction that was made up to here, if there was one.
     """
 
     encoded: Encoded
@@ -45,7 +45,7 @@ class EncodedImage:
     step: tuple[str, Reduction] | None = None
 
     def crop_features(self, number: int, with_cls: bool) -> Tensor:
-        """[n, D] features of a crop's patches, after its class token if that is wanted."""
+        """[n, D] features of a crop's patches; `with_cls` puts its class token, if it has one, before them."""
         crop, features = self.layout.crops[number], self.encoded.features[number]
         cls = int(crop.cls is not None)
         patches = features[cls:]
@@ -62,12 +62,12 @@ class EncodedImage:
 def encoded_image_of(
     encoded: Encoded, full: TokenLayout, keep_cls: bool, grid: tuple[int, int] | None = None
 ) -> EncodedImage:
-    """What the tower gave for the crops of one image, as a run.
+    """The image made of the tower's output for its crops.
 
     Args:
-        full: the run that the model takes without any reduction.
-        keep_cls: the features have their class tokens in front.
-        grid: the coarser patch grid that every crop was shrunk to.
+        full: layout of the tokens that the model takes without any reduction.
+        keep_cls: True if class tokens come before the features of their crops.
+        grid: the coarser patch grid that every crop was shrunk to; None if it was not.
     """
     start = full.with_cls if keep_cls else full
     if grid is not None and grid != full.grid:
@@ -90,7 +90,7 @@ def encoded_image_of(
 
 
 def coarse(layout: PatchGrid, grid: tuple[int, int]) -> Reduction:
-    """The record of a smaller image: every original patch is averaged into the coarse patch that covers it."""
+    """Shrinking an image, as a reduction: every original patch is averaged into the coarse patch that covers it."""
     rows, columns = grid
     row = torch.arange(layout.rows) * rows // layout.rows
     column = torch.arange(layout.columns) * columns // layout.columns
@@ -107,21 +107,21 @@ if TYPE_CHECKING:
 
 
 class LoadedModel:
-    """What a run knows of a model that was read from files, whichever forward answers its questions.
+    """What a run knows about a model that was loaded from files, whichever code answers its questions.
 
     Attributes:
         hf_model: the model of transformers.
-        device: where prompts are put together.
+        device: where prompts are assembled.
         name: hub id or folder name.
-        notes: sentences about what was assumed or left out when it was read.
-        conversation, stop: name of the prompt template, and the text that ends an answer; None where it is the end
-            token, which needs no search in the decoded text.
-        vocabulary: rows of the head that stand for a token.
-        spread: the decoder is spread over the ranks of a process group, which all answer the same questions.
-        loaded_with: keyword arguments of `llava.model.builder.load`, by which another process can load it.
-        answers: what answers a batch in place of the staged forward of llava/pipeline/generate.py; None for that.
-        engine: the engine that `answers` asks (llava/serving/engine_model.py).
-        takes_videos: a sample may hold a llava.processing.video.Video in place of an image.
+        notes: sentences about what was assumed or left out when the model was loaded.
+        conversation: name of the prompt template.
+        stop: the text that ends an answer. None if it is the end token, so that decoded text need not be searched.
+        vocabulary: number of rows of the head that stand for a token.
+        spread: True if the decoder is spread over the ranks of a process group, which all answer the same questions.
+        loaded_with: keyword arguments of `llava.model.builder.load` with which another process can load the model.
+        answers: a function that answers a batch instead of the code in llava/pipeline/generate.py; None for that code.
+        engine: the engine that `answers` uses (llava/serving/engine_model.py).
+        takes_videos: True if a sample may hold a llava.processing.video.Video in place of an image.
     """
 
     hf_model: Any
@@ -141,12 +141,12 @@ class LoadedModel:
 
     @property
     def conventions(self) -> dict[str, Any]:
-        """Choices of reading an image that answers depend on; part of every result."""
+        """Choices of how images are read. Answers depend on them, so they are part of every result."""
         return {}
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """Ids that end an answer: the tokenizer's, and the generation config's where there is one."""
+        """Token ids that end an answer: the tokenizer's, and those of the generation config if it has any."""
         ids = {self.tokenizer.eos_token_id}
         configured = getattr(self.hf_model.generation_config, "eos_token_id", None)
         ids |= set(configured) if isinstance(configured, list) else {configured}
@@ -164,7 +164,7 @@ class LoadedModel:
     def check_files(self) -> None:
         """Raise UserError if a file of the checkpoint has changed since it was read.
 
-        Weights that need no conversion stay mapped: where their file is written to, they change in the running model.
+        Weights that need no conversion stay mapped, so writing to their file changes them in the running model.
         """
         check_same(self._files, self.fingerprint)
 
@@ -174,18 +174,18 @@ class LoadedModel:
 
 
 class Llava(LoadedModel):
-    """Modules and preprocessing of a checkpoint whose questions are answered by llava/pipeline/generate.py.
+    """Modules and preprocessing of a checkpoint, for the code in llava/pipeline/generate.py.
 
     Args:
-        checkpoint: what `llava.model.checkpoint.load.load_checkpoint` returned.
+        checkpoint: the result of `llava.model.checkpoint.load.load_checkpoint`.
         device: where the modules are.
 
     Attributes:
-        llm, head, tower, projector: its modules.
+        llm, head, tower, projector: the modules of the model.
         layout: patch grid of one tile.
-        axes: positions have three axes: frame, row and column.
-        newline: the learned vector after every row of stitched tiles; an image in one tile has none.
-        text_tower: folder or hub id of the CLIP whose text half methods may read.
+        axes: True if positions have three axes (frame, row and column).
+        newline: the learned vector after every row of stitched tiles; None if the model stitches none.
+        text_tower: folder or hub id of the CLIP whose text tower methods may read; None for none.
     """
 
     axes: bool = False
@@ -209,7 +209,7 @@ class Llava(LoadedModel):
         self._read_tower()
 
     def _read_tower(self) -> None:
-        """Find the vision tower and the projector in the container, and the patches of one tile."""
+        """Find the vision tower and the projector in the HF model, and the patch grid of one tile."""
         inner = self.hf_model.model
         self.tower: Any = inner.image_tower if hasattr(inner, "image_tower") else inner.vision_tower
         self.projector: nn.Module = inner.multi_modal_projector
@@ -217,7 +217,7 @@ class Llava(LoadedModel):
         self.layout = PatchGrid(*patch_grid(self.tower))
 
     def use_template(self, conversation: str) -> None:
-        """Write prompts by a template, a key of `llava.conversation.MODES`."""
+        """Write prompts with a template, a key of `llava.conversation.MODES`."""
         stop = stop_string(conversation)
         self.conversation = conversation
         self.stop = None if stop == getattr(self.tokenizer, "eos_token", None) else stop
@@ -229,7 +229,7 @@ class Llava(LoadedModel):
 
     @cached_property
     def text_tower_fingerprint(self) -> dict[str, str]:
-        """`fingerprint` of the CLIP text tower; part of a result only for the methods that read it."""
+        """The `fingerprint` of the CLIP text tower; part of a result only if the method reads that tower."""
         return hashes_of(self.clip.files)
 
     def check_files(self) -> None:
@@ -239,7 +239,7 @@ class Llava(LoadedModel):
 
     @cached_property
     def spec(self) -> ModelSpec:
-        """What methods may know of the model; of the largest image where images differ in size."""
+        """What methods may know about the model; with its largest image if images differ in size."""
         return ModelSpec(
             self.layout.tokens,
             len(self.llm.layers),
@@ -250,7 +250,7 @@ class Llava(LoadedModel):
 
     @cached_property
     def clip(self) -> Any:
-        """The CLIP text tower, read from its files when a method first asks for it."""
+        """The CLIP text tower, loaded when a method first asks for it."""
         return load_clip_text(self.text_tower, self.tower, self.tokenizer, self.device)
 
     def prompt(self, sample: Sample) -> Prompt:
@@ -258,27 +258,30 @@ class Llava(LoadedModel):
 
     @cached_property
     def longest_text(self) -> int | None:
-        """Text tokens that the decoder has positions for, next to the visual tokens of one tile or frame."""
+        """How many text tokens the decoder has positions for, besides the visual tokens of one tile; None if none."""
         room = self.hf_model.config.get_text_config().max_position_embeddings - self.layout.tokens
         return room if room > 0 else None
 
     def views(self, image: Any) -> tuple[Tensor, TokenLayout]:
-        """What the tower sees of an image: pixels [C, 3, S, S], and the run of tokens that its C crops become."""
+        """The crops of an image for the tower, pixels [C, 3, S, S], and the layout of the tokens they become."""
         return self.image_processor(image)[None], single(self.layout.rows, self.layout.columns)
 
     def canvas(self, image: Any) -> Canvas | None:
-        """Where an image lies on what its patches cover; None for prepared pixels, of which only the caller knows."""
+        """Which part of the area that an image's patches cover is the image, not padding.
+
+        None for prepared pixels, because only the caller knows.
+        """
         return self.image_processor.canvas(image.size) if isinstance(image, Image.Image) else None
 
     def encode_images(
         self, images: Sequence[Any], keys: Sequence[object], reducer: Reducer, timer: "Timer"
     ) -> list[EncodedImage]:
-        """Preprocess images and run the tower on them, all tiles at once.
+        """Preprocess images and run the tower on them, all tiles together.
 
         Args:
-            images: PIL images.
-            keys: one hashable name per image; here unused, a sweep over methods remembers images by them.
-            timer: marked when preprocessing ends.
+            images: PIL images, or videos if the model takes them.
+            keys: one hashable name per image. Unused here; a sweep over methods caches images by these names.
+            timer: gets the time of preprocessing.
         """
         views = [self.views(image) for image in images]
         timer.mark("preprocess")
@@ -311,10 +314,10 @@ class Llava(LoadedModel):
         return self.tower
 
     def count_tower(self, operations: "Operations", image: EncodedImage, images: int) -> None:
-        """Count the operations of the tower on all tiles of one image, and of scores and merging beside it.
+        """Count the operations of the tower on all tiles of one image, with those of scores and merging.
 
         Args:
-            images: of the batch that share this pass of the tower.
+            images: number of images of the batch that share this pass of the tower.
         """
         encoded, tower = image.encoded, self.tower_of(image.full.temporal)
         tiles, patches = len(encoded.features), encoded.grid[0] * encoded.grid[1]
@@ -326,8 +329,8 @@ class Llava(LoadedModel):
             operations.add("selection", tiles_flops, tiles, score_flops, scores, blocks, patches, images=images)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[B, 1, D] before the final norm -> [B, vocabulary] float32, without the padding rows of the head."""
-        # The head gets a 3-D input: tensor-parallel heads index the last of three axes.
+        """Logits [B, vocabulary] float32 of hidden states [B, 1, D] before the final norm, without unused head rows."""
+        # The input of the head keeps three axes, because tensor-parallel heads index the third one.
         logits: Tensor = self.head(self.llm.norm(hidden))[:, -1, : self.vocabulary].float()
         return logits
 

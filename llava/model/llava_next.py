@@ -1,7 +1,7 @@
-"""LLaVA-NeXT (1.6) at run time: an image is seen as a base image and as tiles.
+"""LLaVA-NeXT (1.6): the tower sees an image as a base image and as tiles.
 
 Official code read: haotian-liu/LLaVA@c121f04, llava/model/llava_arch.py and llava/mm_utils.py
-Differs from it: only patches that unpadding leaves are projected; the papers' "spatial" convention is a switch.
+Differs from it: patches that unpadding removes are not projected; the papers' convention "spatial" can be chosen.
 """
 
 from dataclasses import replace
@@ -22,10 +22,10 @@ class LlavaNext(Llava):
     """A LLaVA whose images become several crops.
 
     Args:
-        merge: "spatial_unpad" or "spatial"; None takes the checkpoint's own.
-        anyres_rule: of the resolutions, "original" or "transformers".
-        force: (width, height) that every image is put on; the tables of most papers: twice the tower's side, and
-            "spatial", which is 2,880 tokens for each image.
+        merge: how tiles are joined, "spatial_unpad" or "spatial"; None takes the checkpoint's own rule.
+        anyres_rule: how the resolution of an image is chosen, "original" or "transformers".
+        force: (width, height) of the canvas for every image; None chooses the best for each. In the tables of most
+            papers it is twice the tower's side with merge="spatial", which makes 2,880 tokens of every image.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class LlavaNext(Llava):
 
     @cached_property
     def largest(self) -> TokenLayout:
-        """The longest run that an image can become."""
+        """The layout with the most tokens that an image can become."""
         sizes = [self.anyres.force] if self.anyres.force else self.anyres.pinpoints
         return max((self.anyres.arrange(size) for size in sizes), key=lambda run: run.tokens)
 

@@ -1,7 +1,7 @@
-"""LLaVA's classes by name, for scripts that import them or ask `isinstance`; nothing can be built on them.
+"""The names of LLaVA's classes, for scripts that import them or use them with `isinstance`; they do nothing else.
 
-The code of many papers replaces methods of these classes or derives from them. The forward here calls none of these
-methods, so such a method would change nothing. It is refused, never ignored.
+The code of many papers replaces methods of these classes or derives from the classes. This package calls none of these
+methods, so that would have no effect. It is therefore refused with an error.
 
 Official code read: haotian-liu/LLaVA@c121f04, llava/model
 """
@@ -12,11 +12,11 @@ from llava.errors import UserError
 
 
 class NameOnlyError(UserError, AttributeError, TypeError):
-    """A class of LLaVA's was used as more than a name."""
+    """One of LLaVA's classes was used for more than its name."""
 
 
 class NameOnly(type):
-    """The type of these classes. Of their instances are objects that have the class in their attribute `stands_for`."""
+    """The type of these classes. An object is an instance of one if its attribute `stands_for` holds the class."""
 
     def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> "NameOnly":
         for base in bases:
@@ -45,16 +45,16 @@ class NameOnly(type):
 
 
 class LlavaMetaForCausalLM(metaclass=NameOnly):
-    """Every model of `load_pretrained_model`."""
+    """Any model of `load_pretrained_model`."""
 
 
 class LlavaLlamaForCausalLM(metaclass=NameOnly):
-    """Those with a Llama decoder."""
+    """A model of `load_pretrained_model` with a Llama decoder."""
 
 
 class LlavaMistralForCausalLM(metaclass=NameOnly):
-    """Those with a Mistral decoder."""
+    """A model of `load_pretrained_model` with a Mistral decoder."""
 
 
 class CLIPVisionTower(metaclass=NameOnly):
-    """What `model.get_vision_tower()` returns."""
+    """The result of `model.get_vision_tower()`."""

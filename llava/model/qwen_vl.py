@@ -1,13 +1,13 @@
-"""Qwen2.5-VL and Qwen2-VL in benchmarks: images keep their shape, tokens stand at rows and columns.
+"""Qwen2.5-VL and Qwen2-VL in benchmarks: images keep their shape, and the positions of tokens are rows and columns.
 
-The tower and its merger are those of transformers, run as they are; tower scores are read as for the other families
-that run their own forward (llava/model/multimodal_encoder/stock_tower.py). Tokens are reduced behind the merger, which
-makes one token of 2 x 2 patches, so a method's "features" are projected tokens here, as in `reduce`. The tower has no
-class token: received attention takes the place of its attention.
+The tower and its merger are those of transformers, unchanged. Tower scores are read as in other families that run their
+own forward (llava/model/multimodal_encoder/stock_tower.py). Tokens are reduced after the merger, which makes one token
+from 2 x 2 patches, so a method's "features" are projected tokens here, as in `reduce`. The tower has no class token, so
+the attention that a patch receives replaces class attention.
 
 Paper: https://arxiv.org/abs/2502.13923, https://arxiv.org/abs/2409.12191
 Official code read: transformers 5.23.0, models/qwen2_5_vl and models/qwen2_vl
-Differs from it: the same features, prompts and positions; videos are not read.
+Differs from it: videos are not supported. Features, prompts and positions are the same.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ class QwenVL(Llava):
     """Qwen2.5-VL or Qwen2-VL.
 
     Args:
-        min_pixels, max_pixels: bounds of an image after resizing; None takes the checkpoint's.
+        min_pixels, max_pixels: bounds for the pixels of an image after resizing; None takes the checkpoint's bounds.
     """
 
     axes = True
@@ -56,11 +56,11 @@ class QwenVL(Llava):
 
     def _read_tower(self) -> None:
         self.tower = self.hf_model.model.visual
-        # A method's default block becomes the next one that attends within whole images: of Qwen2.5-VL the last block
-        # of all, whose output is projected, as LLaVA's default block is.
+        # Methods read the last block but one by default. Here that becomes the next block that attends within whole
+        # images. In Qwen2.5-VL this is the last block, whose output is projected, like that of LLaVA's default block.
         self.stock_tower = StockTower(self.tower.blocks, self.tower.config, cls=None, runs=True, last=-2)
         self.projector = nn.Identity()
-        # The largest square image.
+        # The patch grid is that of the largest square image.
         side = max(1, int(self.image_processor.max_pixels**0.5) // self._edge)
         self.layout = PatchGrid(side, side)
 
@@ -80,7 +80,7 @@ class QwenVL(Llava):
         return ModelSpec(self.visual_tokens, layers, self.layout, blocks, has_cls=False, has_text_tower=known)
 
     def patches(self, images: Sequence[Any]) -> tuple[Tensor, tuple[Grid, ...]]:
-        """Flattened patches of all images, one after another, and the grid of each."""
+        """Flattened patches of all images, one image after another, and the grid of each image."""
         return self.image_processor([as_rgb(image) for image in images])
 
     def canvas(self, image: Any) -> Canvas | None:
@@ -105,10 +105,10 @@ class QwenVL(Llava):
 
         Args:
             patches: [sum of frames * rows * columns, 3 * temporal * patch * patch], as QwenImageProcessor gives them.
-            grids: frames (1 here), rows and columns of patches of each image.
+            grids: for each image, its frames (1 here), rows and columns of patches.
 
         Returns:
-            of each image its visual tokens [1, n, D] as features, scores [1, n, ...], and rows and columns of tokens.
+            For each image, its visual tokens [1, n, D] as features, scores [1, n, ...], and rows and columns of tokens.
         """
         merge, sides = self.image_processor.merge, [(rows, columns) for _, rows, columns in grids]
         shapes = [(rows // merge, columns // merge) for rows, columns in sides]
@@ -137,7 +137,7 @@ class QwenVL(Llava):
 
 
 def tower_flops(visual: Any, sides: tuple[int, int]) -> int:
-    """Operations of patch embedding and blocks on one image.
+    """Operations of the patch embedding and the blocks for one image.
 
     Args:
         sides: rows and columns of patches.
@@ -146,7 +146,7 @@ def tower_flops(visual: Any, sides: tuple[int, int]) -> int:
     whole = getattr(config, "fullatt_block_indexes", range(len(visual.blocks)))
     total: int = 2 * patches * visual.patch_embed.proj.weight.numel()
     for index, block in enumerate(visual.blocks):
-        # Windows are all pairs of the pieces that the two sides fall into.
+        # Each side is cut into pieces of at most `edge` patches; a window is a piece of rows by a piece of columns.
         edge = max(sides) if index in whole else config.window_size // config.patch_size
         pairs = squares(sides[0], edge) * squares(sides[1], edge)
         total += sum(linear_flops(part, patches) for part in block.modules() if isinstance(part, nn.Linear))
@@ -155,5 +155,5 @@ def tower_flops(visual: Any, sides: tuple[int, int]) -> int:
 
 
 def squares(length: int, edge: int) -> int:
-    """Sum of the squared lengths of the pieces of at most `edge` that `length` falls into."""
+    """Cut `length` into pieces of `edge` and a rest, and return the sum of the squared lengths of the pieces."""
     return length // edge * edge**2 + (length % edge) ** 2

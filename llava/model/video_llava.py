@@ -1,13 +1,13 @@
-"""Video-LLaVA at run time: images go through one tower, videos frame by frame through another.
+"""Video-LLaVA: images go through one tower, the frames of videos through another.
 
-Every frame gives its class token and its patches, 8 x 257 = 2,056 visual tokens. Methods that choose patches choose
-among 8 x 256 and leave class tokens out unless they keep them on purpose, as the papers count.
+Each of the 8 frames of a video becomes its class token and its patches, together 8 x 257 = 2,056 visual tokens. Methods
+that choose patches choose among 8 x 256. As in the papers, class tokens are dropped unless a method keeps them.
 
 The video tower (LanguageBind video) has CLIP blocks with attention over time before attention in space.
 
 Official code read: PKU-YuanGroup/Video-LLaVA@984e65b (Apache-2.0), videollava/model/llava_arch.py and
 multimodal_encoder/languagebind/video/modeling_video.py; also run, for comparison
-Differs from it: one slot stands for the eight "<image>" of a video, which have nothing between them; no random flip.
+Differs from it: one placeholder replaces the eight adjacent "<image>" of a video; no random flip.
 Shapes: B videos of F frames, n tokens per frame (CLS and patches), D channels.
 """
 
@@ -68,7 +68,7 @@ class VideoLlava(Llava):
         return self.video_processor(image), self._run()
 
     def canvas(self, image: Any) -> Canvas | None:
-        """Frames are cropped, images padded."""
+        """See `Llava.canvas`; frames are cropped, so they have no padding."""
         return WITHOUT_PADDING if isinstance(image, Video) else super().canvas(image)
 
     def _run(self) -> TokenLayout:
@@ -76,7 +76,7 @@ class VideoLlava(Llava):
 
     @property
     def visual_tokens(self) -> int:
-        """Visual tokens of a video before any reduction; an image has as many as a frame without its class token."""
+        """Visual tokens of a video before any reduction. An image has as many as a frame without its class token."""
         return self._run().tokens
 
     @cached_property
@@ -88,16 +88,16 @@ class VideoLlava(Llava):
 
 
 class TemporalLayer(CLIPEncoderLayer):
-    """A CLIP block after attention over time, in which each position, CLS included, attends to itself in all F frames.
+    """A CLIP block with attention over time before it: each position, also CLS, attends to itself in all F frames.
 
-    In the order of the official code, for frames folded into the batch, [B*F, n, D]:
+    These are the steps in the order of the official code, for frames folded into the batch, [B*F, n, D]:
 
     1. x = hidden + temporal_embedding, the same for all positions; left out if F is 1;
     2. x = x + temporal_attn(temporal_layer_norm1(x)) over the F frames of each position, without a mask; the residual
        starts from x, so the embedding stays in the residual stream and adds up from block to block;
     3. the usual block: x = x + self_attn(layer_norm1(x)) within each frame, x = x + mlp(layer_norm2(x)).
 
-    Time has no MLP. Weights beyond CLIP's: temporal_embedding [1, F, D],
+    Attention over time has no MLP. Weights in addition to CLIP's: temporal_embedding [1, F, D],
     temporal_attn.{q,k,v,out}_proj.{weight,bias}, temporal_layer_norm1.{weight,bias}.
     """
 
@@ -137,7 +137,7 @@ class TemporalLayer(CLIPEncoderLayer):
 
 
 class LanguageBindVideoTower(CLIPVisionModel):
-    """A transformers CLIPVisionModel with TemporalLayers: the same attributes, CLIP's weights and the temporal ones.
+    """A CLIPVisionModel of transformers whose blocks are TemporalLayers; its attributes are the same.
 
     Its input is the frames of all videos folded into the batch, [B*F, 3, S, S]. The official code has patch dropout in
     training, which does nothing at inference and has no weights. Video-LLaVA uses the input of the last block for all

@@ -1,7 +1,7 @@
-"""What a batch gives and what it cost: answers, tokens per layer, reductions, seconds, operations and cache bytes.
+"""The answers of a batch and their cost: tokens per layer, reductions, seconds, operations and cache bytes.
 
-Nothing here waits for the device or computes while the model runs: operations are counted, and reductions copied to the
-host, when they are read.
+Nothing here computes or waits for the device while the model runs. Operations are counted, and reductions are copied to
+the host, only when they are read.
 """
 
 import time
@@ -18,13 +18,13 @@ from llava.reduction.token_layout import Canvas, TokenLayout, on_padding
 
 
 class Timer:
-    """Seconds by stage of one batch.
+    """Measures how many seconds a batch spends in each stage.
 
     `mark(stage)` adds the time since the previous mark to a stage. On a CUDA device a mark records an event and returns
     at once; reading `seconds` waits for the last event. On other devices a mark reads a clock.
 
     Args:
-        clock: its seconds; None for the monotonic clock.
+        clock: returns seconds; None for the monotonic clock. Unused on a CUDA device.
     """
 
     def __init__(self, device: torch.device, clock: Callable[[], float] | None = None):
@@ -39,7 +39,7 @@ class Timer:
         return event
 
     def mark(self, stage: str) -> None:
-        """End an interval that belongs to `stage`."""
+        """Add the time since the previous mark to `stage`."""
         self._stages.append(stage)
         self._marks.append(self._now())
 
@@ -73,7 +73,7 @@ class Operations:
 
     @cached_property
     def _counted(self) -> list[tuple[str, int, int]]:
-        # Questions of equal length need equally many: each count is worked out once.
+        # Questions of equal length need equally many operations, so each distinct call runs once.
         calls = {(function, arguments) for _, _, function, arguments in self._counts}
         known = {(function, arguments): function(*arguments) for function, arguments in calls}
         return [(part, images, known[function, arguments]) for part, images, function, arguments in self._counts]
@@ -95,8 +95,8 @@ class Operations:
 def mean_visual_tokens(tokens_per_layer: Sequence[int]) -> float:
     """Mean over decoder layers of the visual tokens that enter each layer.
 
-    Papers disagree: SparseVLM counts a layer that prunes on its way out as already pruned, DART
-    counts only the layers after pruning. We count what each layer computes on.
+    Papers count differently: SparseVLM counts a layer after which it prunes as already pruned, and DART counts only the
+    layers after pruning. We count the tokens that each layer computes on.
     """
     return sum(tokens_per_layer) / len(tokens_per_layer)
 
@@ -108,14 +108,14 @@ class TokenAccounting:
     Attributes:
         tokens_per_layer: visual tokens that enter each decoder layer.
         visual_tokens: visual tokens before any reduction.
-        images: images of the sample; the budget holds for each.
-        merged: tokens among those entering layer 0 that are averages of several input tokens.
-        kv_bytes: bytes of this sample's keys and values in the cache after prefill, padding left out.
+        merged: how many tokens are averages of several input tokens, after the last reduction of each image.
+        kv_bytes: bytes of this sample's keys and values in the cache after prefill, without padding.
+        images: number of images of the sample (at least 1); the budget applies to each image.
         planned: mean visual tokens per layer and image that the method plans for these images at its budget; None if
-            that depends on the image.
-        asked: visual tokens per image that the budget asks for, at most those that the images have.
-        on_padding: mean visual tokens per layer and image, as `mean`, that stand at a patch without any pixel of the
-            image. A merged token counts where it stands. None where the image's place is not known.
+            that depends on the content of the image.
+        asked: visual tokens per image that the budget asks for, but not more than the images have.
+        on_padding: like `mean`, but counts only tokens at patches without any pixel of the image. A merged token counts
+            at the place of the token that it replaces. None if it is not known which patches show the image.
     """
 
     tokens_per_layer: tuple[int, ...]
@@ -129,13 +129,20 @@ class TokenAccounting:
 
     @property
     def mean(self) -> float:
-        """Mean visual tokens per layer and image, which is compared with the budget."""
+        """Mean visual tokens per layer and image; this is the number that is compared with the budget."""
         return mean_visual_tokens(self.tokens_per_layer) / max(1, self.images)
 
 
 @dataclass(frozen=True)
 class Applied:
-    """One reduction of one image, on the device."""
+    """A reduction that was applied to one image. Its tensors stay on the device.
+
+    Attributes:
+        place: the stage, for example "prompt" or "layer 2".
+        number: of the image in its prompt.
+        reduction: may be of several images.
+        row: the row of `reduction` that is of this image.
+    """
 
     place: str
     number: int
@@ -148,11 +155,12 @@ class SeenImage:
     """An image of a sample.
 
     Attributes:
-        layout: of its visual tokens before any reduction.
-        inputs: how many these are for the method.
-        planned: those planned to enter each layer; None if that depends on the image.
-        asked: those that the budget asks for, as a mean over layers.
-        canvas: where the image lies on what the patches cover; None if that is not known.
+        layout: layout of its visual tokens before any reduction.
+        inputs: number of visual tokens that the method starts from.
+        planned: for each layer, how many tokens are planned to enter it; None if that depends on the content of the
+            image.
+        asked: number of tokens that the budget asks for, as a mean over layers.
+        canvas: tells the patches that show the image from padding; None if that is not known.
     """
 
     layout: TokenLayout
@@ -162,7 +170,12 @@ class SeenImage:
     canvas: Canvas | None = None
 
     def on_padding(self, steps: Trace, layers: int) -> int | None:
-        """Tokens on padding that enter the decoder layers, summed over these; `steps` are the image's own."""
+        """How many tokens on padding enter the decoder layers, summed over layers; None if the canvas is not known.
+
+        Args:
+            steps: the reductions of this image.
+            layers: number of decoder layers.
+        """
         if self.canvas is None:
             return None
         takes_cls = bool(steps) and steps[0].reduction.inputs != self.layout.tokens
@@ -178,9 +191,9 @@ class Record:
     """What happened to the samples of one batch up to the first token.
 
     Attributes:
-        images: of each sample in order.
-        reductions: of each sample in order.
-        operations: floating point operations.
+        images: for each sample, its images in order.
+        reductions: for each sample, its reductions in order.
+        operations: floating point operations of the batch.
     """
 
     images: list[list[SeenImage]]
@@ -189,7 +202,7 @@ class Record:
 
     @cached_property
     def steps(self) -> list[Trace]:
-        """The reductions of each sample, in order, copied to the host."""
+        """For each sample its reductions in order, copied to the host."""
         return [
             tuple(
                 Step(a.place if a.number == 0 else f"{a.place} #{a.number + 1}", a.reduction.only(a.row, on_cpu=True))
@@ -207,7 +220,6 @@ class Record:
             planned = sum(map(sum, plans)) / len(entering) / count if len(plans) == len(images) else None
             numbered = list(zip((a.number for a in applied), steps, strict=True))
             own = [tuple(step for at, step in numbered if at == number) for number in range(len(images))]
-            # Tokens that are averages of several, after the last reduction of each image.
             merged = sum(int(trace[-1].reduction.merged_count()[0]) for trace in own if trace)
             padding = [image.on_padding(trace, len(entering)) for image, trace in zip(images, own, strict=True)]
             known = [tokens for tokens in padding if tokens is not None]
@@ -224,12 +236,12 @@ class Answer:
     """One answer and its token accounting.
 
     Attributes:
-        text: decoded answer, special tokens and stop string removed, stripped.
-        token_ids: generated ids, end token excluded.
-        accounting: visual tokens entering each decoder layer, merged tokens, key/value bytes.
+        text: the decoded answer, without special tokens, stop string and surrounding white space.
+        token_ids: generated ids, without the end token.
+        accounting: visual tokens that enter each decoder layer, merged tokens, key/value bytes.
         trace: the reductions that were applied, in order, on the CPU.
-        runs: the layout of the unreduced visual tokens of every image.
-        canvases: where each image lies on what its patches cover, see SeenImage; as many as `runs`.
+        runs: for each image, the layout of its visual tokens before any reduction.
+        canvases: for each image, its canvas (see SeenImage).
     """
 
     id: str
@@ -261,7 +273,7 @@ class Timing:
 
     @property
     def ttft(self) -> float:
-        """Time from prepared pixels and token ids to the first token of the batch: vision, selection and prefill."""
+        """Time to first token of the whole batch, from prepared pixels and token ids on, without preprocessing."""
         return self.vision + self.selection + self.prefill
 
 
@@ -270,12 +282,12 @@ class Batch:
     """Answers in the order of the samples, and the cost of the whole batch.
 
     Attributes:
-        kv_bytes: bytes of the key/value tensors held after prefill, padding included.
-        kv_bytes_allocated: bytes of the memory that holds them after the last step: with the new tokens, and from the
-            first step on with room for up to 32 more in every layer.
+        kv_bytes: bytes of the keys and values after prefill, with padding.
+        kv_bytes_allocated: bytes that are allocated for keys and values after the last step. This includes the new
+            tokens and, after at least one decoding step, space for up to 32 more in every layer.
         operations: floating point operations of tower, projector, selection and prefill.
-        decode_steps: forward passes after the first token.
-        images: images of all questions; one that several questions share counts once for each.
+        decode_steps: number of forward passes after the first token.
+        images: number of images of all questions; an image that several questions share counts once for each.
     """
 
     answers: tuple[Answer, ...]

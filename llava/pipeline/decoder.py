@@ -1,10 +1,10 @@
-"""The decoder and its cache: layers between which nothing is reduced, and one token at a time.
+"""The decoder and its cache: running some layers on whole prompts, and all layers on one more token.
 
-Each layer has its own key/value length and its own mask of valid keys.
+Prompts become shorter between layers, so each layer has its own key/value length and its own mask of valid keys.
 
-transformers' own cache concatenates at every step, which copies all that is there to append one token. Here a layer's
-tensors have space for the tokens to come: a step writes one column, and attention reads a slice. The space grows in
-blocks, so a long `max_new_tokens` costs memory only as an answer becomes long.
+The cache of transformers concatenates at every step, which copies all keys and values to append one token. Here the
+tensors of a layer have space for tokens to come: a step writes one column, and attention reads a slice. The space grows
+in blocks, so a large `max_new_tokens` costs memory only when an answer becomes long.
 
 Read: transformers 5.23.0, cache_utils.py (DynamicLayer, whose contract `PreallocatedLayer` keeps).
 """
@@ -20,17 +20,17 @@ from transformers import DynamicCache, DynamicLayer
 from llava.pipeline.sequence import PromptBatch
 from llava.transformers_names import CACHE, kernel_of
 
-BLOCK = 32  # columns of space that are added at once
-# cuDNN's attention, which torch prefers on the newest GPUs, plans anew for every size and stride. A growing cache has
-# others at each step.
+BLOCK = 32  # tokens for which space is added at once
+# cuDNN's attention, which torch prefers on the newest GPUs, makes a new plan for every size and stride. In a growing
+# cache these change at every step.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class PreallocatedLayer(DynamicLayer):
-    """Keys and values of one layer, slices of tensors with space behind them.
+    """Keys and values of one layer, as slices of larger tensors.
 
     Attributes:
-        keys, values: [B, Hkv, L, d], of the L tokens so far.
+        keys, values: [B, Hkv, L, d] for the L tokens so far.
     """
 
     def __init__(self) -> None:
@@ -39,17 +39,17 @@ class PreallocatedLayer(DynamicLayer):
         self._shown: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values [B, Hkv, new, d]; returns those of all tokens."""
+        """Append keys and values [B, Hkv, new, d], and return the keys and values of all tokens."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         past, total = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
         if not past:
-            # A prompt is kept as it is, without a copy; space is made when the first token is to be decoded.
+            # The prompt's tensors are kept without a copy. Space is allocated when the first token is decoded.
             self.keys, self.values, self._space = key_states, value_states, None
             return key_states, value_states
         assert self.keys is not None and self.values is not None
-        # Columns can be written behind the others, where they are. They cannot after a call that replaced `keys` and
-        # `values` (a beam search reorders them), or outside of the inference mode in which the memory was made.
+        # New columns are written into the space, unless there is too little of it, `keys` and `values` were replaced
+        # since the last step (beam search reorders them), or it was allocated in an inference mode that has ended.
         shown, space = self._shown, self._space
         there = shown is not None and self.keys is shown[0] and self.values is shown[1]
         if (
@@ -71,7 +71,7 @@ class PreallocatedLayer(DynamicLayer):
 
 
 def grow(present: Tensor, total: int) -> Tensor:
-    """[B, Hkv, total + BLOCK, d]: the columns so far, [B, Hkv, past, d], and space for more."""
+    """Copy the columns so far, [B, Hkv, past, d], into a tensor [B, Hkv, total + BLOCK, d] with space for more."""
     larger = present.new_empty(*present.shape[:2], total + BLOCK, present.shape[3])
     larger.narrow(2, 0, present.shape[2]).copy_(present)
     return larger
@@ -79,15 +79,15 @@ def grow(present: Tensor, total: int) -> Tensor:
 
 @dataclass
 class Segment:
-    """Decoder layers between which nothing is reduced: they share lengths, masks and positions.
+    """Consecutive decoder layers without a reduction between them; they share lengths, masks and positions.
 
     Attributes:
-        layers: their numbers.
-        lengths: the real length of each sample.
-        visual: the visual tokens of each sample.
-        valid: [B, keys so far] bool, False in the padding on the left; None where no sample is padded.
-        next_position: [B, 1] or [B, 1, 3], position id of the next token: one after the last position of these layers'
-            prompt, so that decoding equals a longer prefill.
+        layers: indices of the layers.
+        lengths: length of each prompt, without padding.
+        visual: number of visual tokens of each sample.
+        valid: [B, keys so far] bool, False in the padding on the left; None if no sample is padded.
+        next_position: [B, 1] or [B, 1, 3], position id of the next token. It continues the positions of the prompt in
+            these layers, so that decoding a token equals prefilling a prompt that is one token longer.
     """
 
     layers: range
@@ -102,12 +102,12 @@ class Prefilled:
     """State after prefill.
 
     Attributes:
-        hidden: [B, 1, D] last hidden state of the last prompt token, before the final norm.
-        cache: keys and values, one length per layer.
+        hidden: [B, 1, D] output of the last layer at the last prompt token, before the final norm.
+        cache: keys and values, with a different length in each layer.
         segments: all layers in order.
-        kv_bytes: of each sample, the bytes that hold the keys and values of its real tokens, on all ranks together.
-        kv_bytes_held: bytes of all keys and values after prefill, with padding, without the space for new tokens, on
-            all ranks together.
+        kv_bytes: for each sample, bytes of the keys and values of its tokens, without padding; all ranks together.
+        kv_bytes_held: bytes of all keys and values after prefill, with padding, without space for new tokens; all ranks
+            together.
     """
 
     hidden: Tensor
@@ -118,28 +118,29 @@ class Prefilled:
 
     @property
     def lengths(self) -> list[tuple[int, ...]]:
-        """Per layer, the real length of each sample after prefill."""
+        """For each layer, the length of each prompt after prefill, without padding."""
         return [segment.lengths for segment in self.segments for _ in segment.layers]
 
     @property
     def visual(self) -> list[tuple[int, ...]]:
-        """Per layer, the visual tokens of each sample."""
+        """For each layer, the number of visual tokens of each sample."""
         return [segment.visual for segment in self.segments for _ in segment.layers]
 
     @property
     def kv_bytes_allocated(self) -> int:
-        """Bytes of the memory in which the keys and values of this rank stand now, with the space for new tokens."""
+        """Bytes that are allocated now for this rank's keys and values, with the space for new tokens."""
         layers: list[Any] = self.cache.layers
         return sum(part.untyped_storage().nbytes() for layer in layers for part in (layer.keys, layer.values))
 
 
 def causal_mask(valid: Tensor, queries: int, dtype: torch.dtype, attention: str) -> Tensor:
-    """[B, 1, queries, keys]: the last `queries` of the keys, each seeing valid keys up to itself.
+    """The mask [B, 1, queries, keys] with which the last `queries` tokens each see the valid keys up to themselves.
 
-    Boolean for SDPA, additive for eager attention. FlashAttention, causal by itself, takes `valid` [B, keys].
+    It is boolean for SDPA and additive for eager attention. FlashAttention is causal by itself and takes `valid`.
 
     Args:
-        attention: the kernel of the decoder's configuration.
+        valid: [B, keys] bool, False for padding.
+        attention: the attention kernel that the decoder's configuration names.
     """
     if "flash" in attention:
         return valid
@@ -152,11 +153,11 @@ def causal_mask(valid: Tensor, queries: int, dtype: torch.dtype, attention: str)
 
 
 def rotary_angles(llm: Any, hidden: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of a decoder at given positions, two tensors [B, L, d].
+    """Cosines and sines of a decoder's rotary embedding at given positions, two tensors [B, L, d].
 
     Args:
         llm: a module with rotary_emb.
-        hidden: gives dtype and device.
+        hidden: the result has its dtype and device.
         position: [B, L], or [B, L, 3] for a decoder whose positions have a frame, a row and a column.
     """
     angles: tuple[Tensor, Tensor] = llm.rotary_emb(
@@ -168,13 +169,13 @@ def rotary_angles(llm: Any, hidden: Tensor, position: Tensor) -> tuple[Tensor, T
 def run_segment(
     llm: Any, sequence: PromptBatch, layers: range, rotary: tuple[Tensor, Tensor], cache: DynamicCache | None
 ) -> tuple[Tensor, Tensor]:
-    """Run some layers, between which nothing is reduced, on the prompts; keys and values go to the cache.
+    """Run consecutive layers on the prompts, without a reduction between them; keys and values go to the cache.
 
-    The attention mask is None, for the kernel's own causal mask, unless there is padding or attention is eager.
+    Without padding, the kernel's own causal mask is used, except by eager attention, which has none.
 
     Returns:
-        Hidden states [B, L, D] behind the last of these layers, and as they entered it; on the device of the prompts,
-        wherever the layers are.
+        Hidden states [B, L, D] after the last of these layers, and those that entered it. Both are on the device of the
+        prompts, even if the layers are on others.
     """
     hidden = entered = sequence.hidden
     attention, device, mask = kernel_of(llm.config), hidden.device, None
@@ -187,19 +188,19 @@ def run_segment(
 
 
 def run_layers(llm: Any, sequence: PromptBatch, count: int) -> Tensor:
-    """Hidden states [B, L, D] after the first `count` layers, without a cache; for contextual text attention."""
+    """Hidden states [B, L, D] after the first `count` layers, computed ahead of the prefill and without a cache."""
     rotary = rotary_angles(llm, sequence.hidden, sequence.position)
     return run_segment(llm, sequence, range(count), rotary, None)[0]
 
 
 def step(llm: Any, state: Prefilled, token: Tensor) -> Tensor:
-    """Feed one embedded token per sample, [B, 1, D] -> [B, 1, D], growing every layer's cache by one."""
+    """Run all layers on one embedded token per sample, [B, 1, D] -> [B, 1, D]; every layer's cache grows by one."""
     hidden = token
     for segment in state.segments:
         rotary, mask = rotary_angles(llm, token, segment.next_position), None
         if segment.valid is not None:
             segment.valid = valid = F.pad(segment.valid, (0, 1), value=True)
-            # The one query is the last key, so it sees all that are real: no causal part is needed.
+            # The only query is the last token. It sees all valid keys, so its mask needs no causal part.
             attention = kernel_of(llm.config)
             mask = valid[:, None, None, :] if attention == "sdpa" else causal_mask(valid, 1, token.dtype, attention)
         for index in segment.layers:

@@ -1,8 +1,9 @@
-"""Answer a batch of questions: from prompts and images to the first token, and greedy decoding after it.
+"""Answer a batch of questions: prefill the prompts, then decode greedily.
 
-Read it from top to bottom: `generate` is the way of every question, `prefill` its first half, in which `until_decoder`
-encodes and reduces images and `run_decoder` runs the layers. What happens inside a stage, where a method shortens the
-prompts, is in llava/pipeline/stages.py.
+Read this file from top to bottom. `generate` answers a batch. It first calls `prefill`, which computes the hidden state
+that predicts the first token, in two parts: `until_decoder` encodes the images and puts their tokens into the prompts,
+and `run_decoder` runs the decoder layers. The method may reduce the visual tokens in both parts. How it is asked to do
+so is in llava/pipeline/stages.py.
 """
 
 from collections import Counter
@@ -31,9 +32,9 @@ from llava.reduction.modules import prefill_flops
 from llava.reduction.reducer import Reducer
 from llava.reduction.token_layout import Canvas
 
-NOT_FINITE = -1  # in place of a token id
+NOT_FINITE = -1  # takes the place of a token id if the logits are NaN or infinite
 
-# (prompts, layer, the prompts as they entered the layer before, keys of that layer) -> shorter prompts
+# (prompts, next layer, the prompts as they entered the layer before it, keys of that layer) -> shorter prompts
 ReduceAt = Callable[[PromptBatch, int, PromptBatch, Tensor], PromptBatch]
 
 
@@ -46,19 +47,19 @@ def generate(
     ignore_eos: bool = False,
     clock: Callable[[], float] | None = None,
 ) -> Batch:
-    """Answer a batch of questions under a method.
+    """Answer a batch of questions with a reduction method.
 
-    The other samples do not change an answer: padding is masked, reductions are per sample, and tokens after the end of
-    an answer are dropped. Only the rounding of sums depends on the size of the batch. In half precision it can turn an
-    answer whose two best tokens are nearly equal.
+    Batching does not change an answer: padding is masked, each sample is reduced separately, and tokens generated after
+    an answer ends are discarded. Exception: sums are rounded differently in batches of another size. In half precision
+    this can change an answer whose two best tokens have nearly equal logits.
 
     Args:
-        ignore_eos: no end token and no stop string ends an answer, so that all have `max_new_tokens`.
-        clock: of the seconds of the stages, where no GPU says them; None for the monotonic clock.
+        ignore_eos: ignore end tokens and the stop string, so that every answer has `max_new_tokens` tokens.
+        clock: returns seconds; it times the stages unless the model is on a CUDA device. None for the monotonic clock.
 
     Raises:
-        UserError: the method cannot run on this model at its budget, there is nothing to answer, the logits are not
-            finite, or the ranks that share the decoder do not agree.
+        UserError: there is no question, the method cannot run on this model at its budget, the logits are not finite,
+            or the ranks that share the decoder disagree.
     """
     if not samples or max_new_tokens < 1:
         raise UserError(f"Needs a question and max_new_tokens of at least 1, got {len(samples)} and {max_new_tokens}.")
@@ -67,6 +68,7 @@ def generate(
             kind = type(image).__name__.lower()
             raise UserError(f"{model.name} takes images only, got a {kind}; choose a Video-LLaVA for videos.")
     timer = Timer(model.device, clock)
+    # A family of llava/hf/families.py and a serving engine have a forward of their own, which answers the whole batch.
     if model.answers is not None:
         return model.answers(samples, reducer, max_new_tokens, ignore_eos, timer)
     require(reducer, model.spec)
@@ -76,20 +78,22 @@ def generate(
 
     @cache
     def may_end_stop(token: int) -> bool:
-        """Whether the stop string can end in this token; the answer so far is decoded only then, not at every step."""
+        """Whether the stop string can end in this token. Only then is the answer decoded, to look for the string."""
         last = (stop or "")[-1:]
         return last.isspace() or last in model.decode([token], special=True)
 
+    # One token per sample and round, the first of them from the prefill, until all answers have ended. The samples stay
+    # together to the last round; tokens of answers that have ended are not written down.
     running = set(range(len(samples)))
     hidden, steps = state.hidden, 0
     while True:
         logits = model.logits(hidden)
         token = logits.argmax(-1)
-        # Where logits are NaN or infinite, no token. A sum is finite only if all its terms are: one kernel, not four.
+        # A sum is finite only if all its terms are, so one kernel checks all logits of a sample.
         checked = token.where(logits.sum(-1).isfinite(), NOT_FINITE)
         if not steps:
             timer.mark("prefill")
-        # One transfer per step: the host must know which samples have ended, and whether the logits are finite.
+        # The only transfer of a step: the host must see which answers end, and whether the logits are finite.
         for sample, value in enumerate(checked.tolist()):
             if sample not in running:
                 continue
@@ -110,6 +114,8 @@ def generate(
         hidden = decoder.step(model.llm, state, model.llm.embed_tokens(token[:, None]))
         steps += 1
     timer.mark("decode")
+
+    # The answers. Everything that was recorded on the way is counted and copied to the host only here.
     texts = [model.decode(ids) for ids in written]
     accounts = record.accounting(state)
     answers = tuple(
@@ -126,13 +132,16 @@ def generate(
             samples, texts, written, accounts, record.steps, record.images, strict=True
         )
     )
+    # Ranks that share the decoder have computed the same batch; they must have kept and written the same tokens.
     if model.spread:
         for answer in answers:
             kept = [step.reduction.kept.tolist() for step in answer.trace]
             require_agreement(f"question {answer.id}", (answer.token_ids, kept), model.device)
+
+    # The cost of the batch. If the key/value heads are split over ranks, this rank's memory is scaled to all heads.
     timing = Timing(**{known.name: timer.seconds.get(known.name, 0.0) for known in fields(Timing)})
     images = sum(map(len, record.images))
-    first: Any = state.cache.layers[0]  # of whose heads this rank may hold a part
+    first: Any = state.cache.layers[0]
     room = state.kv_bytes_allocated * model.llm.config.num_key_value_heads // first.keys.shape[1]
     return Batch(answers, timing, state.kv_bytes_held, record.operations, steps, images=images, kv_bytes_allocated=room)
 
@@ -144,17 +153,22 @@ def prefill(
     """Run a batch up to the hidden state that predicts the first token.
 
     Args:
-        timer: marked after "preprocess" (tokenizing prompts, resizing images on the CPU), "vision" (tower and
-            projector), "selection" (the method's own functions, and applying what they return) and "prefill"
-            (embedding and assembling prompts, running the decoder).
+        timer: gets the time of "preprocess" (tokenizing prompts, resizing images on the CPU), "vision" (tower and
+            projector), "selection" (the method's own functions, and applying the reductions that they return) and
+            "prefill" (embedding and assembling prompts, running the decoder).
+
+    Returns:
+        The state that decoding continues, and the record of images, reductions and operations.
     """
     timer = timer or Timer(model.device)
     stages = until_decoder(model, samples, reducer, timer)
+    # A method that acts in the decoder names the layers before which it reduces; text alone is never reduced.
     record, layers = stages.record, tuple[int, ...]()
     if stages.images and "decoder" in reducer.acts_in:
         layers = reducer.decoder_layers(len(model.llm.layers))
     prefilled = run_decoder(model.llm, stages.start, layers, stages.reduce_between_layers)
     timer.mark("prefill")
+    # The operations of a sample depend on its length in each layer, without padding.
     for sample in range(len(samples)):
         lengths = tuple(segment.lengths[sample] for segment in prefilled.segments for _ in segment.layers)
         record.operations.add("prefill", prefill_flops, model.llm.layers, lengths, model.head)
@@ -162,13 +176,19 @@ def prefill(
 
 
 def until_decoder(model: Llava, samples: Sequence[Sample], reducer: Reducer, timer: Timer) -> Stages:
-    """Encode images and reduce them up to decoder layer 0; the prompts that enter it are the stages' `start`."""
+    """Encode and reduce the images of a batch, and make the prompts that enter decoder layer 0.
+
+    Returns:
+        The stages of the batch; their `start` holds the prompts.
+    """
     prompts = [model.prompt(sample) for sample in samples]
     stages = Stages(model, reducer, samples, Record([[] for _ in samples], [[] for _ in samples]), timer)
+    # Inside the tower, or between tower and projector, a method reduces the features of an image without its text.
     if any(sample.images for sample in samples):
         stages.take_images(*encode_images(model, samples, reducer, stages.record, timer))
     else:
         timer.mark("preprocess")
+    # With the images in their prompts, a method can choose tokens by the question.
     stages.start = embed(model, reducer, prompts, stages.images)
     if stages.images and "prompt" in reducer.acts_in:
         timer.mark("prefill")
@@ -183,8 +203,10 @@ def encode_images(
     """Run the tower on the images of a batch; questions about the same image share one pass.
 
     Returns:
-        what the tower gave for every image, and where the image lies on what its patches cover.
+        Every image after the tower, and its canvas: which part of the area that the patches cover is the image, not
+        padding. The canvas is None if that is not known.
     """
+    # The distinct images, and the name of each sample's images; an image without an id is taken for a new one.
     images: dict[object, Any] = {}
     names: dict[ImageKey, object] = {}
     for sample, asked in enumerate(samples):
@@ -192,6 +214,7 @@ def encode_images(
             name = names[sample, number] = asked.image_ids[number] if asked.image_ids else object()
             images.setdefault(name, image)
     encoded = dict(zip(images, model.encode_images(list(images.values()), list(images), reducer, timer), strict=True))
+    # A shared pass is one pass of the batch, but each of its questions would need it if asked alone.
     users = Counter(names.values())
     for name, one in encoded.items():
         model.count_tower(record.operations, one, users[name])
@@ -205,29 +228,32 @@ def run_decoder(
     stages: tuple[int, ...],
     reduce_at: ReduceAt | None,
 ) -> Prefilled:
-    """Run all decoder layers on the prompts, which become shorter before some of them.
+    """Run all decoder layers on the prompts, which `reduce_at` shortens before some of them.
 
     Args:
-        llm: layers and rotary_emb (a LlamaModel).
-        stages: layers before which `reduce_at` is called; layer 0 is not one of them.
+        llm: a LlamaModel, or another decoder with `layers` and `rotary_emb`.
+        stages: layers before which `reduce_at` is called; layer 0 is ignored.
     """
-    # Every layer gets its own length and its own space. Without the configuration, which could set a sliding window; it
-    # is not applied, see the notes of llava.model.checkpoint.load.
+    # Each layer of the cache has its own length. The cache does not get the decoder's configuration, because that could
+    # set a sliding window, which is not applied here (see the notes in llava/model/checkpoint/load.py).
     cache, before, depth = DynamicCache(), sequence, len(llm.layers)
     cache.layer_class_to_replicate = PreallocatedLayer
-    held_by: list[Any] = cache.layers  # one more from layer to layer
-    # Whether the angle of a position depends on how long the prompt is.
+    held_by: list[Any] = cache.layers  # grows by one with every layer that runs
+    # With these kinds of rotary embedding, the angles at a position depend on the length of the prompt.
     follows_length = getattr(llm.rotary_emb, "rope_type", "default") in ("dynamic", "longrope")
+    # Between two reductions, all layers share lengths, mask and positions: they form one segment.
     segments = []
     for first, last in pairwise((0, *sorted({stage for stage in stages if 0 < stage < depth}), depth)):
         if first and reduce_at is not None:
             sequence = reduce_at(sequence, first, before, held_by[first - 1].keys.to(sequence.hidden.device))
+        # Rotary angles are computed for the first segment; shorter prompts can often reuse the first ones of them.
         if sequence.rotary is not None:
             rotary = sequence.rotary.cos, sequence.rotary.sin
         else:
             rotary = decoder.rotary_angles(llm, sequence.hidden, sequence.position)
             if sequence.position.dim() == 2 and not follows_length:
                 sequence = replace(sequence, rotary=Rotary(*rotary))
+        # What decoding must know about the segment: its lengths, its mask, and the position of the next token.
         lengths, width = sequence.lengths, sequence.hidden.shape[1]
         counts = tuple(sum(stop - start for start, stop in spans) for spans in sequence.visual)
         valid = sequence.valid() if min(lengths) < width else None
@@ -236,9 +262,10 @@ def run_decoder(
         else:
             following = positions.next_position(sequence.position)
         segments.append(Segment(range(first, last), lengths, counts, valid, following))
+        # Run the layers. Some methods read the last of them again, so the states that entered it are kept as well.
         hidden, entered = decoder.run_segment(llm, sequence, range(first, last), rotary, cache)
         before, sequence = replace(sequence, hidden=entered), replace(sequence, hidden=hidden)
-    # Counted now, because decoding makes the cache longer. Where heads are split over ranks, this one holds some.
+    # The cache is measured now, because decoding makes it longer. Heads that other ranks hold are counted as well.
     held, used = 0, [0] * len(sequence.lengths)
     for segment in segments:
         for layer in (held_by[index] for index in segment.layers):

@@ -1,14 +1,15 @@
-"""Position ids of prompts: before a reduction, after tokens were dropped, and of the first generated token.
+"""Position ids of whole prompts, of prompts after tokens were dropped, and of the first generated token.
 
 Llama numbers a prompt 0, 1, 2, ...: positions are [B, L] int64. Qwen has multimodal rotary positions (M-RoPE), a
 frame, a row and a column for every token: [B, L, 3]. A text token has the same number on all three axes. A visual token
 has the first free number plus its frame, row and column, so an image takes as many numbers as its longer edge has
 groups, and the text after it continues after the largest number in use.
 
-After a reduction there are two rules. By "original" every token keeps its position, also text after an image, which has
-the position that it would have with every visual token present. By "renumber" the gaps are closed.
+There are two rules for a reduced prompt. By "original" every token keeps the position that it has with every visual
+token present, including text after an image. By "renumber" the gaps are closed.
 
-Prompts are padded on the left with zeros. Lengths and spans are host integers, and nothing here waits for the device.
+Prompts are padded on the left, and positions are 0 in the padding. Lengths and spans are integers on the host, so
+nothing here waits for the device.
 
 Paper: https://arxiv.org/abs/2409.12191, section 2.1
 Official code read: transformers 5.23.0, models/qwen2_5_vl/modeling_qwen2_5_vl.py, get_rope_index
@@ -27,18 +28,18 @@ from torch import Tensor
 from llava.reduction.ranking import cached_by_sizes
 
 Span = tuple[int, int]
-Groups = tuple[int, int, int]  # frames, rows and columns of merge groups of one image
+Groups = tuple[int, int, int]  # frames, rows and columns of one image's tokens, each made of a group of patches
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of a prompt: some of its text, or the visual tokens of one image.
+    """A contiguous part of a prompt: text, or one image's visual tokens.
 
     Attributes:
         tokens: [n, D] embeddings.
-        inputs: the tokens of a run before any reduction; the text after it is numbered after all of them.
+        inputs: number of tokens before any reduction, all of which the positions after this piece count.
         kept: [n] int64, which of the `inputs` are left; None for all of them in order.
-        image: these are visual tokens; they stand for one id of the prompt, text for n.
+        image: True for visual tokens. The prompt holds one placeholder id per image, but one id per text token.
         groups: frames, rows and columns of the `inputs`, for visual tokens whose positions have three axes.
     """
 
@@ -50,10 +51,11 @@ class Piece:
 
 
 def original(prompts: Sequence[Sequence[Piece]], axes: bool, device: torch.device | str = "cpu") -> Tensor:
-    """[B, L] or, with three axes, [B, L, 3]: every token has the position that it has with every visual token present.
+    """Positions by the rule "original", [B, L] or with three axes [B, L, 3].
 
     Args:
-        prompts: for each sample its pieces in order.
+        prompts: for each sample, the pieces of its prompt in order.
+        axes: True for positions with three axes.
     """
     rows = []
     for pieces in prompts:
@@ -75,39 +77,41 @@ def original(prompts: Sequence[Sequence[Piece]], axes: bool, device: torch.devic
 
 @cached_by_sizes
 def contiguous(lengths: tuple[int, ...], width: int, device: torch.device) -> Tensor:
-    """[B, width] int64: 0, 1, 2, ... over the real tokens, 0 in the padding."""
+    """[B, width] int64: 0, 1, 2, ... over the tokens of each prompt, and 0 in the padding."""
     first = torch.tensor([width - length for length in lengths]).to(device, non_blocking=True)
     return (torch.arange(width, device=device) - first[:, None]).clamp(min=0)
 
 
 def keep(position: Tensor, index: Tensor) -> Tensor:
-    """The rule "original": every kept token keeps its position [B, L] or [B, L, 3], text after an image too.
+    """Positions [B, K] or [B, K, 3] of the kept tokens by the rule "original": each token keeps its position.
 
     Args:
+        position: [B, L] or [B, L, 3].
         index: [B, K] int64, the columns that are kept.
     """
     return position.gather(1, index if position.dim() == 2 else index[..., None].expand(-1, -1, 3))
 
 
 def renumber(position: Tensor, lengths: tuple[int, ...], visual: Sequence[Sequence[Span]]) -> Tensor:
-    """The rule "renumber": 0, 1, 2, ... over the real tokens, as LLaVA numbers a shortened sequence.
+    """Positions by the rule "renumber": 0, 1, 2, ... over the tokens of a prompt, as LLaVA numbers a shortened prompt.
 
-    With three axes: close the gaps between kept rows and columns of an image, and renumber the text after it. Each axis
-    of an image is renumbered separately: a token gets the first free number plus the rank of its coordinate among those
-    still present in that image, so tokens of one row stay in one row. Text is numbered without gaps and continues after
-    the largest number of the image before it. Prompts without dropped tokens do not change.
+    With three axes, each axis of an image is renumbered separately. A token gets the first free number plus the rank of
+    its coordinate among those still present in that image, so tokens of one row stay in one row. Text is numbered
+    without gaps and continues after the largest number of the image before it. Prompts without dropped tokens do not
+    change.
 
     Args:
-        position: [B, L] or [B, L, 3] of the kept tokens, by the rule "original" or already renumbered; the padding
+        position: [B, L] or [B, L, 3] of the kept tokens, by the rule "original" or already renumbered. The padding
             becomes 0.
-        lengths: real length of each sample.
-        visual: spans of visual tokens of each sample, [start, stop) without padding, one per image.
+        lengths: length of each prompt, without padding.
+        visual: spans of each sample's visual tokens, [start, stop) without padding, one per image.
     """
     if position.dim() == 2:
         return contiguous(lengths, position.shape[1], position.device)
     batch, width, _ = position.shape
     part = _parts(width, lengths, visual).to(position.device, non_blocking=True)  # [B, L]
-    # Text ascends on all axes, so its rank inside its part is its offset, and one rule serves text and images.
+    # The number of a token is the start of its part plus its rank in the part. Text ascends on all axes, so its rank is
+    # its offset, and the rule is the same for text and images.
     rank = _rank(part[..., None] * (1 << 32) + position)  # [B, L, 3], over the whole prompt, part after part
     owner = part[..., None].expand(-1, -1, 3)
     count = max(2 * len(runs) + 2 for runs in visual)
@@ -121,7 +125,10 @@ def renumber(position: Tensor, lengths: tuple[int, ...], visual: Sequence[Sequen
 
 
 def _parts(width: int, lengths: Sequence[int], visual: Sequence[Sequence[Span]]) -> Tensor:
-    """[B, L] int64: 0 in the padding, then 1, 2, 3, ... for text, image, text, ..., also for empty parts."""
+    """The part that each token belongs to, [B, L] int64: 0 for padding, then 1, 2, 3, ... for text, image, text, ...
+
+    Empty parts are counted too.
+    """
     rows = []
     for length, runs in zip(lengths, visual, strict=True):
         ends = [0, *(end for run in runs for end in run), length]
@@ -138,9 +145,9 @@ def _rank(keys: Tensor) -> Tensor:
 
 
 def next_position(position: Tensor) -> Tensor:
-    """[B, 1] or [B, 1, 3], position of the first generated token: after the last token, or after the largest number.
+    """Position of the first generated token, [B, 1], or with three axes [B, 1, 3].
 
-    Decoding continues the numbers of these prompts, so that it equals a longer prefill.
+    It is one more than the last position, or with three axes one more than the largest, as in a longer prompt.
     """
     if position.dim() == 2:
         return position[:, -1:] + 1

@@ -1,7 +1,7 @@
 """A batch of prompts in the decoder: left-padded, with one span of visual tokens per image.
 
-All lengths are host integers, so that reducing, masking and padding never wait for the device. Index tensors are made
-from them, and prompts of equal lengths share these (llava/reduction/ranking.py): they must not be written into.
+All lengths are integers on the host, so reducing, masking and padding never wait for the device. Index tensors are made
+from the lengths and cached; batches of equal lengths share them (llava/reduction/ranking.py), so never write into one.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ from llava.reduction.merging import Reduction
 from llava.reduction.ranking import cached_by_sizes, gather_tokens, places
 
 ImageKey = tuple[int, int]  # (sample, number of the image in its prompt)
-Samples = tuple[int, ...] | None  # numbers of samples, one of them as often as wanted; None for all, in order
-Cut = tuple[int, int, int]  # a reduced image: its first column, its tokens before and after
-KEPT_MASK = 2**18  # numbers of a mask that is kept for the next question of the same lengths: 256 KB
+Samples = tuple[int, ...] | None  # indices of samples, which may repeat; None for all samples in order
+Cut = tuple[int, int, int]  # a reduced image: its first column, and its number of tokens before and after the reduction
+KEPT_MASK = 2**18  # masks with at most so many entries (256 KB) are cached for batches of the same lengths
 
 
 @dataclass
@@ -32,12 +32,12 @@ class Rotary:
 
 @dataclass(frozen=True)
 class ImageReduction:
-    """Images with one reduction.
+    """Images that are reduced together.
 
     Attributes:
-        images: in the order of the rows of the reduction.
-        reduction: their output tokens.
-        values: [images, K, D] of the output tokens where these are merged; None where they are the kept tokens.
+        images: the image of each row of the reduction.
+        reduction: which tokens are kept and which are merged.
+        values: [images, K, D] output tokens if the reduction merges; None if the output is the kept tokens, unchanged.
     """
 
     images: list[ImageKey]
@@ -52,17 +52,17 @@ class PromptBatch:
     Spans are [start, stop) in a sample's own coordinates, without padding.
 
     Attributes:
-        hidden: [B, L, D] embeddings or hidden states; padding rows are zero.
-        position: [B, L] int64 position ids, or [B, L, 3] where they have three axes (llava/pipeline/positions.py); 0
-        in the padding.
-        lengths: real length of each sample.
-        visual: spans of visual tokens of each sample, one per image in order; () for a text-only prompt.
+        hidden: [B, L, D] embeddings or hidden states, zero in the padding.
+        position: [B, L] int64 position ids, or [B, L, 3] with three axes (llava/pipeline/positions.py); 0 in the
+            padding.
+        lengths: length of each prompt, without padding.
+        visual: spans of each sample's visual tokens, one per image in order; () for a text-only prompt.
         question: span of the last question's tokens.
-        instruction: the same with the answer-format suffix.
-        after: span of all text after the last image; the question's where the prompt ends with its image, and the
-            whole prompt if it is text only.
-        contiguous: every prompt has the positions 0, 1, 2, ... as `positions.contiguous` makes them.
-        rotary: cosines and sines of the decoder's layers at these positions, once they are computed.
+        instruction: span of the last question with its answer-format suffix.
+        after: span of all text after the last image. If the prompt ends with its image, this is the span of the
+            question; if there is no image, it is the whole prompt.
+        contiguous: True if every prompt has the positions 0, 1, 2, ... of `positions.contiguous`.
+        rotary: cosines and sines of the decoder at these positions, once they have been computed.
     """
 
     hidden: Tensor
@@ -89,11 +89,11 @@ class PromptBatch:
 
     @property
     def images(self) -> list[Span]:
-        """The span of visual tokens of every sample, for a sequence made by `rows`, with one span each."""
+        """The span of each sample's visual tokens, if every sample has one image, as in the result of `rows`."""
         return [run for (run,) in self.visual]
 
     def padded_spans(self, spans: Sequence[Span], samples: Samples = None) -> tuple[Span, ...]:
-        """Spans of samples as columns of the padded batch."""
+        """One span for each of `samples`, as columns of the padded batch."""
         width, lengths = self.hidden.shape[1], self.lengths
         own = lengths if samples is None else [lengths[sample] for sample in samples]
         before = [width - length for length in own]
@@ -104,9 +104,9 @@ class PromptBatch:
         return columns_of(self.padded_spans(spans, samples), self.hidden.device)
 
     def take(self, tensor: Tensor, spans: Sequence[Span], samples: Samples = None) -> Tensor:
-        """[n, T, ...] rows of `tensor` [B, L, ...] in spans, one for each of `samples`.
+        """[n, T, ...]: the rows of `tensor` [B, L, ...] in one span for each of `samples`.
 
-        A span that is shorter than the longest, T, ends with its last row again.
+        T is the length of the longest span. A shorter span repeats its last row.
         """
         columns = self.padded_spans(spans, samples)
         start, stop = columns[0]
@@ -116,22 +116,24 @@ class PromptBatch:
         return self.at(tensor, columns_of(columns, tensor.device)[0], samples)
 
     def at(self, tensor: Tensor, index: Tensor, samples: Samples = None) -> Tensor:
-        """[n, T, ...] rows of `tensor` [B, L, ...] at columns [n, T] of samples."""
+        """[n, T, ...]: the rows of `tensor` [B, L, ...] at columns [n, T] of `samples`."""
         if samples is None:
             return gather_tokens(tensor, index)
         return tensor[on_device(samples, tensor.device)[:, None], index]
 
     def of_samples(self, tensor: Tensor, samples: tuple[int, ...]) -> Tensor:
-        """The rows of some samples, in this order; the tensor itself where these are all."""
+        """The entries of some samples in the given order; the tensor itself if these are all samples in order."""
         if samples == tuple(range(len(self.lengths))):
             return tensor
         return tensor.index_select(0, on_device(samples, tensor.device))
 
     def unseen(self, spans: Sequence[Span], width: int) -> Tensor | None:
-        """[B, 1, T, width] bool, False for the keys that rows of spans see: real tokens up to it; None where all are.
+        """[B, 1, T, width] bool, True for the keys that a row of a span does not see: padding, and tokens after it.
+
+        None if every row sees all keys.
 
         Args:
-            width: the first columns of the batch, among which these rows are.
+            width: only the first `width` columns of the batch are keys.
         """
         padded = self.padded
         if not padded and all(span == (width - 1, width) for span in spans):
@@ -143,9 +145,9 @@ class PromptBatch:
         return make(columns, padding, width, device)
 
     def rows(self, rows: list[ImageKey]) -> "PromptBatch":
-        """One row per image: its whole prompt, with only this image's span as visual tokens.
+        """A batch with one prompt per image: the image's whole prompt, with only this image's span as visual tokens.
 
-        Padding is cut to the longest of these prompts.
+        It is padded to the longest of these prompts.
         """
         samples = tuple(sample for sample, _ in rows)
         lengths = tuple(self.lengths[s] for s in samples)
@@ -161,7 +163,7 @@ class PromptBatch:
         )
 
     def keys_of(self, keys: Tensor, rows: list[ImageKey]) -> Tensor:
-        """[B, Hkv, L, d] keys of these prompts -> those of `rows(rows)`."""
+        """Keys [B, Hkv, L, d] of these prompts -> keys of the prompts of `self.rows(rows)`."""
         width = max(self.lengths[sample] for sample, _ in rows)
         keys = self.of_samples(keys, tuple(sample for sample, _ in rows))
         return keys if width == keys.shape[2] else keys[:, :, -width:]
@@ -172,11 +174,11 @@ class PromptBatch:
         return replace(self, position=position, contiguous=position.dim() == 2, rotary=None)
 
     def reduce(self, reduced: list[ImageReduction], renumber: bool) -> "PromptBatch":
-        """Replace the visual tokens of images by their reductions' output tokens.
+        """Replace the visual tokens of images by the output tokens of their reductions.
 
         Args:
-            reduced: images left out keep everything.
-            renumber: contiguous position ids afterwards; else every token keeps its own.
+            reduced: images that are not among them keep all tokens.
+            renumber: the rule for position ids: True for "renumber", False for "original".
         """
         shorter, cuts = self._shorter(
             {image: part.reduction.kept.shape[1] for part in reduced for image in part.images}
@@ -185,7 +187,7 @@ class PromptBatch:
         contiguous = renumber and self.position.dim() == 2
         hidden = self._spliced(reduced, cuts)
         if hidden is None or not contiguous:
-            # For every column of the shorter prompts the column that it comes from.
+            # For every column of the shorter prompts, the column that it comes from.
             index = sources(self.lengths, self.hidden.shape[1], cuts, device)
             slots = [image_places(shorter.lengths, shorter.visual, tuple(part.images), device) for part in reduced]
             for part, slot in zip(reduced, slots, strict=True):
@@ -205,7 +207,7 @@ class PromptBatch:
             dropped = self.hidden.shape[1] - width
             alike = all(before - after == dropped for before, after in zip(self.lengths, shorter.lengths, strict=True))
             if self.rotary is not None and self.contiguous and alike:
-                # The numbers are the first ones of before, and so are their cosines and sines.
+                # Positions are the first of those before, so their cosines and sines can be taken over.
                 rotary = Rotary(self.rotary.cos[:, :width], self.rotary.sin[:, :width])
             return replace(shorter, hidden=hidden, position=position, contiguous=True, rotary=rotary)
         position = positions.keep(self.position, index)
@@ -215,10 +217,10 @@ class PromptBatch:
         return shorter.renumbered() if renumber else shorter
 
     def _shorter(self, counts: dict[ImageKey, int]) -> tuple["PromptBatch", tuple[tuple[Cut, ...], ...]]:
-        """These prompts with the lengths and spans that they have after a reduction, and what is cut out of each.
+        """These prompts with their lengths and spans after a reduction, and the cuts that shorten each prompt.
 
         Args:
-            counts: tokens that each reduced image has afterwards.
+            counts: for each reduced image, its number of tokens after the reduction.
         """
         lengths, visual, cuts = [], [], []
         texts: dict[str, list[Span]] = {"question": [], "instruction": [], "after": []}
@@ -226,7 +228,7 @@ class PromptBatch:
             padding, gone = self.hidden.shape[1] - length, 0
             after: list[Span] = []
             own: list[Cut] = []
-            moves = []  # end of an image, and the tokens that are gone up to there
+            moves = []  # for each image, its end and how many tokens are gone up to there
             for number, (start, stop) in enumerate(spans):
                 count = counts.get((sample, number), stop - start)
                 after.append((start - gone, start - gone + count))
@@ -253,7 +255,10 @@ class PromptBatch:
         return shorter, tuple(cuts)
 
     def _spliced(self, reduced: list[ImageReduction], cuts: tuple[tuple[Cut, ...], ...]) -> Tensor | None:
-        """Hidden states with merged tokens in place of one image per prompt, all in the same columns; else None."""
+        """The new hidden states by plain concatenation, for a common simple case; None in all other cases.
+
+        In that case every prompt has one image, whose tokens are merged and stand in the same columns in all prompts.
+        """
         samples = range(len(self.lengths))
         alone = len(reduced) == 1 and reduced[0].images == [(sample, 0) for sample in samples]
         if not alone or reduced[0].values is None or any(own != cuts[0] or len(own) != 1 for own in cuts):
@@ -268,16 +273,16 @@ class PromptBatch:
 def assemble(
     prompts: list[list[Piece]], questions: list[Span], instructions: list[Span], axes: bool = False
 ) -> PromptBatch:
-    """Put the pieces of each prompt side by side and pad on the left.
+    """Join the pieces of each prompt, and pad the prompts on the left.
 
     Args:
-        questions, instructions: spans in token ids where every image counts as one id.
-        axes: positions have three axes.
+        questions, instructions: for each prompt, a span of its token ids, where an image is one id.
+        axes: True for positions with three axes.
     """
     lengths, visual, after = [], [], []
     moved: list[list[Span]] = [[], []]
     for pieces, *spans in zip(prompts, questions, instructions, strict=True):
-        images, ids, length = [], 0, 0  # of an image: its span, and its index among the ids
+        images, ids, length = [], 0, 0  # for each image, its span and its index among the ids
         for piece in pieces:
             if piece.image:
                 images.append(((length, length + len(piece.tokens)), ids))
@@ -308,7 +313,7 @@ def assemble(
     )
 
 
-# Index tensors of a batch that is padded to a width; spans are columns of it here.
+# Index tensors of a batch that is padded to `width`. Spans are columns of the padded batch here.
 
 
 @cached_by_sizes
@@ -320,17 +325,16 @@ def real_columns(lengths: tuple[int, ...], width: int, device: torch.device) -> 
 
 @cached_by_sizes
 def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """[n] int64: rows of the batch, or lengths."""
+    """The numbers as a tensor [n] int64."""
     return torch.tensor(numbers).to(device, non_blocking=True)
 
 
 @cached_by_sizes
 def columns_of(spans: tuple[Span, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Padded indices and validity mask of spans: [n, T] int64 columns, and [n, T] bool, False for padding.
+    """The columns of spans, [n, T] int64, and a mask [n, T] bool, False for padding.
 
-    A span that is shorter than the longest one repeats its last column.
-
-    An empty span has the column before it, which exists where the span stands behind the last one.
+    T is the length of the longest span. A shorter span repeats its last column. An empty span gives the column before
+    it, which exists even if the span is at the end of the batch.
     """
     longest = max(1, max(stop - start for start, stop in spans))
     index = [[max(0, min(start + i, stop - 1)) for i in range(longest)] for start, stop in spans]
@@ -339,10 +343,10 @@ def columns_of(spans: tuple[Span, ...], device: torch.device) -> tuple[Tensor, T
 
 
 def unseen(spans: tuple[Span, ...], padding: tuple[int, ...], width: int, device: torch.device) -> Tensor:
-    """[n, 1, T, width] bool, True for the columns that rows at spans of columns do not see.
+    """[n, 1, T, width] bool, True for the columns that a row of a span does not see.
 
     Args:
-        padding: columns before each prompt; () where none has any.
+        padding: number of padding columns of each prompt; () if no prompt has any.
     """
     index, _ = columns_of(spans, device)
     columns = places(1, width, device)
@@ -358,13 +362,14 @@ unseen_kept = cached_by_sizes(unseen)
 
 @cached_by_sizes
 def sources(lengths: tuple[int, ...], width: int, cuts: tuple[tuple[Cut, ...], ...], device: torch.device) -> Tensor:
-    """[B * shorter width] int64, where the tokens of shortened prompts come from, prompt by prompt.
+    """[B * shorter width] int64: for the tokens of the shorter prompts, one prompt after another, where they come from.
 
-    For a text token its column before, for a token of a reduced image the first column of that image, 0 in the padding.
+    This is a token's column before the reduction; for tokens of a reduced image, the first column of that image; and 0
+    in the padding.
 
     Args:
-        lengths, width: before.
-        cuts: of each prompt its reduced images in order.
+        lengths, width: before the reduction.
+        cuts: for each prompt, its reduced images in order.
     """
     rows = []
     for length, images in zip(lengths, cuts, strict=True):
@@ -381,7 +386,7 @@ def sources(lengths: tuple[int, ...], width: int, cuts: tuple[tuple[Cut, ...], .
 def image_places(
     lengths: tuple[int, ...], visual: tuple[tuple[Span, ...], ...], images: tuple[ImageKey, ...], device: torch.device
 ) -> Tensor:
-    """[n] int64, the places of images' visual tokens in the prompts of a padded batch written as one line."""
+    """[n] int64: where the visual tokens of some images are in a padded batch that is flattened to [B * L]."""
     width, places = max(lengths), []
     for sample, number in images:
         first, (start, stop) = (sample + 1) * width - lengths[sample], visual[sample][number]

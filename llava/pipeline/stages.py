@@ -1,17 +1,19 @@
-"""The stages of a batch in which a method may act, and what they need of a model.
+"""The stages at which a method may reduce the visual tokens of a batch.
 
-stage 0  tower    merge inside blocks of the vision tower (llava/model/multimodal_encoder/clip_encoder.py)
-stage 1  encoder  reduce features before the projector
-stage 2  prompt   reduce before decoder layer 0, with the text available
-stage 3  decoder  reduce between two decoder layers
+stage 0  tower    merge tokens inside blocks of the vision tower (llava/model/multimodal_encoder/clip_encoder.py)
+stage 1  encoder  reduce the tower's features before the projector
+stage 2  prompt   reduce visual tokens before decoder layer 0, with the text available
+stage 3  decoder  reduce visual tokens between two decoder layers
 
-`embed` puts visual tokens where "<image>" stands in a prompt (LLaVA's prepare_inputs_labels_for_multimodal).
+`embed`, between stages 1 and 2, puts the visual tokens where "<image>" stands in a prompt (LLaVA's
+prepare_inputs_labels_for_multimodal).
 
-A method receives images whose tokens have one shape together. An image in one tile takes this file; one in several
-tiles or frames is divided into views before stages 1 and 2, and their reductions are joined (llava/pipeline/views.py).
+At each stage, images whose tokens have the same shape are given to the method together. This file handles images that
+are one tile. An image of several tiles or frames is divided into views before stages 1 and 2, and the reductions of its
+views are joined into one (llava/pipeline/views.py).
 
-LLaVA's own models go through all stages in llava/pipeline/generate.py. The families that run their own forward
-(llava/hf/reduce.py) and serving engines (llava/serving/engine_method.py) bring images that are encoded already.
+LLaVA's own models go through all stages in llava/pipeline/generate.py. Families that run their own forward
+(llava/hf/reduce.py) and serving engines (llava/serving/engine_method.py) start with images that are already encoded.
 """
 
 from collections import Counter
@@ -42,12 +44,12 @@ class StagedModel(Protocol):
     """What the stages need of a model.
 
     Attributes:
-        device: where prompts are put together.
-        spec: what methods may know of the model.
+        device: where prompts are assembled.
+        spec: what methods may know about the model.
         llm: the decoder, with `embed_tokens` and `layers`.
-        projector: from features to visual tokens; an identity where features are visual tokens already.
+        projector: makes visual tokens from features; an identity if the features are already visual tokens.
         newline: the learned vector after every row of stitched tiles; None without one.
-        axes: positions have three axes: frame, row and column.
+        axes: True if positions have three axes (frame, row and column).
         clip: the CLIP text tower, for methods that compare questions with images in CLIP's space.
     """
 
@@ -72,12 +74,12 @@ class BatchImage:
     """An image of a batch up to decoder layer 0.
 
     Attributes:
-        name: the sample's id, with a number from its second image on; a seed of methods that draw.
-        encoded: what the tower gave; questions about the same image share one object.
+        name: the sample's id, followed by a number from the sample's second image on. It seeds random methods.
+        encoded: the image after the tower; questions about the same image share one object.
         plan: what the method does with images of this size.
-        method: this batch's method at the budget of the image.
-        inputs: visual tokens before any reduction.
-        kept: [N] indices of its tokens among the unreduced ones; None if it is not reduced.
+        method: the method of the batch, at the budget of this image.
+        inputs: number of visual tokens before any reduction.
+        kept: [N] indices of the remaining tokens among the unreduced ones; None if the image is not reduced.
         tokens: [N, H] projected visual tokens.
     """
 
@@ -94,7 +96,7 @@ def embed(
     model: StagedModel, reducer: Reducer, prompts: list[Prompt], images: dict[ImageKey, BatchImage]
 ) -> PromptBatch:
     """Embed the text of every prompt and put visual tokens where "<image>" stands."""
-    # Of each prompt the ids before, between and after its images.
+    # For each prompt, the text ids before, between and after its images.
     texts: list[list[list[int]]] = []
     for prompt in prompts:
         texts.append([[]])
@@ -103,12 +105,12 @@ def embed(
                 texts[-1].append([])
             else:
                 texts[-1][-1].append(token)
-    # All texts at once: one copy to the device and one lookup.
+    # All texts of the batch are embedded together, with one copy to the device and one lookup.
     ids = torch.tensor([token for runs in texts for run in runs for token in run], dtype=torch.long)
     line = ids.to(model.device, non_blocking=True)
     embedded = iter(model.llm.embed_tokens(line).split([len(run) for runs in texts for run in runs]))
-    # Numbered anew, text and visual tokens follow one another without gaps. Otherwise text after an image keeps the
-    # position ids that it would have with every visual token present.
+    # By the rule "original", text after an image keeps the position ids that it has with every visual token present, so
+    # the ids have gaps. With three axes, prompts are numbered by that rule first, and renumbered below if asked for.
     gaps = model.axes or reducer.positions == "original"
     batch: list[list[Piece]] = []
     for sample, runs in enumerate(texts):
@@ -128,12 +130,12 @@ def embed(
 
 @dataclass
 class Stages:
-    """The stages of one batch in which a method may act.
+    """The stages of one batch at which a method may act.
 
     Attributes:
-        images: those of the batch by sample and number, from `take_images` on.
-        run_layers: (llm, prompts, count) -> hidden states after the first decoder layers.
-        start: the prompts as they entered decoder layer 0.
+        images: the images of the batch by sample and number, once `take_images` has been called.
+        run_layers: (llm, prompts, count) -> hidden states after the first `count` decoder layers.
+        start: the prompts as they enter decoder layer 0; the caller sets it.
     """
 
     model: StagedModel
@@ -150,12 +152,12 @@ class Stages:
     def take_images(
         self, encoded: Mapping[ImageKey, EncodedImage], canvases: Mapping[ImageKey, Canvas | None] | None = None
     ) -> None:
-        """Plan every image, let the method reduce its features, and project these.
+        """Plan the reduction of every image, let the method reduce its features, and project what is left.
 
         Args:
             encoded: the images of the batch after the tower, in the order of the prompts. Questions about the same
                 image share one object.
-            canvases: where each image lies on what its patches cover; None where that is not known.
+            canvases: tells padding from image, for each image; None if that is not known.
         """
         for key, one in encoded.items():
             (sample, number), name = key, self.samples[key[0]].id
@@ -177,7 +179,7 @@ class Stages:
         self.timer.mark("vision")
 
     def _reduce_features(self) -> dict[ImageKey, Features]:
-        """Features of every image that the method reduces, after the reduction."""
+        """Call the method on all images, and return the features of those that it reduces, after the reduction."""
         reduced: dict[ImageKey, Features] = {}
         tiles: dict[ImageKey, list[tuple[ViewReduction, Tensor]]] = {}
         for group in self._groups():
@@ -200,19 +202,20 @@ class Stages:
             reduction, order = views.join_views(self.reducer, self.images[image].encoded, list(parts))
             reduced[image] = Features(torch.cat(values), order)
             self._apply(image, self.images[image], "encoder", reduction)
-        # In the order of the images, because they are projected in this order.
+        # Images are projected in the order of the batch.
         return {image: reduced[image] for image in self.images if image in reduced}
 
     def _apply(self, row: ImageKey, image: BatchImage, place: str, reduction: Reduction, index: int = 0) -> None:
-        """Record a reduction up to stage 1, and which of the image's tokens are left."""
+        """Record a reduction made before the projector, and update which of the image's tokens are left."""
         sample, number = row
         self.record.reductions[sample].append(Applied(place, number, reduction, index))
         kept = reduction.kept[index]
         image.kept = kept if image.kept is None else image.kept[kept]
 
     def _project(self, reduced: dict[ImageKey, Features]) -> None:
-        """Project the remaining features of all images at once; an image that is not reduced is projected only once."""
+        """Project the remaining features of all images in one call, and set the images' `tokens`."""
         model = self.model
+        # A slot is projected once. A reduced image has its own; questions about the same unreduced image share one.
         slots: dict[ImageKey | int, Features] = dict(reduced.items())
         slot_of: dict[ImageKey, ImageKey | int] = {}
         for row, image in self.images.items():
@@ -250,7 +253,7 @@ class Stages:
                         self.record.operations.add("selection", layer_flops, layer, length, length)
             return after_layers[count]
 
-        # Every prompt has one image, and these are in the order of the prompts.
+        # If every prompt has exactly one image, and all images are in one group, row b of the group is in prompt b.
         alone = all(len(spans) == 1 for spans in sequence.visual)
         for group in self._groups():
             members = None
@@ -286,17 +289,19 @@ class Stages:
     def reduce_between_layers(
         self, sequence: PromptBatch, layer: int, entered: PromptBatch, keys: Tensor
     ) -> PromptBatch:
-        """The prompts before decoder layer `layer`, which the method names, reduced.
+        """Let the method reduce every image before decoder layer `layer`, and shorten the prompts.
 
         Args:
+            layer: one of the layers that the method names.
             sequence: the prompts as they are now.
-            entered: the prompts as they entered the layer before.
-            keys: [B, Hkv, L, d] rotated keys of that layer; of this rank's heads where it is split.
+            entered: the prompts as they entered layer `layer - 1`.
+            keys: [B, Hkv, L, d] rotated keys of layer `layer - 1`; only this rank's heads if ranks split them.
         """
         self.timer.mark("prefill")
         gather = getattr(self.model.llm.layers[layer - 1].self_attn, "gather", None)
         keys = keys if gather is None else gather(keys, 1)
-        groups: dict[tuple[int, ModelSpec], list[ImageKey]] = {}  # as many visual tokens, now and at the start
+        # Images of a group have the same number of visual tokens, now and before any reduction.
+        groups: dict[tuple[int, ModelSpec], list[ImageKey]] = {}
         for sample, spans in enumerate(sequence.visual):
             for number, (start, stop) in enumerate(spans):
                 spec = self.images[sample, number].plan.spec
@@ -305,7 +310,7 @@ class Stages:
         reduced: list[ImageReduction] = []
         for (count, _), rows in groups.items():
             image, prompts = self.images[rows[0]], [sequence, entered, self.start]
-            if not alone:  # else every prompt has one image of the group
+            if not alone:  # one row per image of the group, instead of one per prompt
                 prompts = [one.rows(rows) for one in prompts]
             now = prompts[0]
             state = DecoderState(
@@ -332,7 +337,7 @@ class Stages:
     # -- what stages share
 
     def _groups(self) -> list[Group]:
-        """All images, and the views of those with several tiles, as they are given to the method in stages 1 and 2."""
+        """All images of one tile and the views of all others, in groups that the method receives together."""
         whole: dict[tuple[Any, ...], list[ImageKey]] = {}
         tiled: list[ImageKey] = []
         for row, image in self.images.items():
@@ -371,7 +376,11 @@ class Stages:
         return groups
 
     def call_method(self, group: Group, stage: str, state: EncoderState, tokens: int) -> list[tuple[Reduction, range]]:
-        """The method's reductions of a group, and the rows that each is of; for views that it keeps, one of all."""
+        """Call the method on a group, and return its reductions, each with the rows of the group that it reduces.
+
+        The views of an image are joined afterwards, so a view that the method leaves as it is gets a reduction that
+        keeps all tokens.
+        """
         method = group.reducer
         returned = None if method.keeps_all(tokens) else getattr(method, stage)(state)
         if returned is None and group.views:
@@ -383,7 +392,7 @@ class Stages:
         return parts
 
     def _merged_values(self, reduction: Reduction, state: PromptState | DecoderState, rows: range) -> Tensor | None:
-        """Output tokens [B, K, H] of a merging reduction; None where they are the kept tokens, unchanged."""
+        """Output tokens [B, K, H] of a reduction that merges; None if the output is the kept tokens, unchanged."""
         operations, tokens, project = self.record.operations, state.tokens, False
         if reduction.encoder_space and isinstance(state, PromptState):
             tokens, project = state.features, True
@@ -391,7 +400,7 @@ class Stages:
             return None
         merged = values = reduction.apply(tokens if len(rows) == len(tokens) else tokens[rows.start : rows.stop])
         if project:
-            # A merge before the projector: merge tower features and project them again.
+            # The method merges in the space of the tower: merge its features, then project the result.
             values = self.model.projector(merged)
             projected = values.shape[0] * values.shape[1]
             operations.add("selection", projector_flops, self.model.projector, projected)
@@ -402,7 +411,7 @@ class Stages:
     def _shorten(
         self, sequence: PromptBatch, reduced: list[ImageReduction], place: str, method: Reducer
     ) -> PromptBatch:
-        """Record reductions and apply them to the prompts; `method` says which position ids these then have."""
+        """Record reductions and apply them to the prompts; `method.positions` is the rule for their position ids."""
         for part in reduced:
             for row, (sample, number) in enumerate(part.images):
                 self.record.reductions[sample].append(Applied(place, number, part.reduction, row))

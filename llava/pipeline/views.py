@@ -1,7 +1,8 @@
-"""The parts of an image that a method receives: each tile or frame for itself, or all of them together.
+"""Views: the parts of a tiled image or video that a method receives.
 
-LLaVA-NeXT's tiles and the frames of a video are reduced as images with their own part of the budget, or all together as
-one image. The reductions of the tiles are joined into one reduction of the image's visual tokens.
+A view is one tile or frame, reduced like an image with its own share of the budget, or it is all tiles together,
+reduced like one image. The reductions of the views are joined into one reduction of the image's visual tokens. The word
+"tile" in this file includes LLaVA-NeXT's base image and the frames of a video.
 """
 
 from collections.abc import Sequence
@@ -25,12 +26,12 @@ from llava.reduction.token_layout import ModelSpec, PatchGrid, spec_of
 
 @dataclass(frozen=True)
 class Features:
-    """The features of an image that are projected.
+    """Features of an image that go through the projector.
 
     Attributes:
-        values: [k, D] of patches and class tokens.
-        order: [N] index of each visual token among the k projected tokens followed by the newline tokens; None for all
-            k in order.
+        values: [k, D] features of patches and class tokens.
+        order: [N] for each visual token, its index in the list of the k projected tokens followed by the newline
+            tokens. None if the visual tokens are the k projected tokens in order.
     """
 
     values: Tensor
@@ -44,9 +45,9 @@ class View:
     Attributes:
         row: sample and number of the image.
         image: the image after the tower.
-        numbers: the tiles.
-        reducer: the method at the view's budget.
-        spec: the model as if the view were the whole image.
+        numbers: numbers of the tiles that are in the view.
+        reducer: the method at the budget of the view.
+        spec: the model, as if the view were the whole image.
     """
 
     row: ImageKey
@@ -69,7 +70,7 @@ class View:
 
     @property
     def tiles(self) -> tuple[PatchGrid, ...]:
-        """Patch grids of the tiles, where the view is several of them."""
+        """Patch grid of each tile if the view has several tiles, otherwise ()."""
         if len(self.numbers) == 1:
             return ()
         tiles = self.image.layout.crops
@@ -79,7 +80,7 @@ class View:
 
     @cached_property
     def indices(self) -> Tensor:
-        """[n] indices of its tokens among the image's visual tokens."""
+        """[n] indices of the view's tokens among the image's visual tokens."""
         crops = self.image.layout.crops
         return _side_by_side([crops[n].all_indices if self.with_cls else crops[n].indices for n in self.numbers])
 
@@ -89,19 +90,20 @@ class View:
         return _side_by_side([self.image.crop_features(number, self.with_cls) for number in self.numbers])
 
     def score(self, score: TowerScore) -> Tensor:
-        """[patches, ...] of a tower score."""
+        """[patches, ...] values of a tower score."""
         return _side_by_side([self.image.tile_score(score, number) for number in self.numbers])
 
     def name(self, samples: Sequence[Sample]) -> str:
-        """The sample's id, with a number from the second image on, and the tile."""
+        """The id of the sample, a number from its second image on, and the tile if the view is one of several."""
         sample, number = self.row
         name = samples[sample].id if number == 0 else f"{samples[sample].id}#{number + 1}"
         return f"{name}/{self.numbers[0]}" if len(self.numbers) < len(self.image.layout.crops) else name
 
     def reduced(self, reduction: Reduction, device: torch.device) -> ViewReduction:
-        """A reduction of this view alone, as a part of the image's; blocks go by order of tiles, or of time."""
+        """A reduction of this view, placed among the image's visual tokens, to be joined with the other views."""
         number = self.numbers[0] if len(self.numbers) == 1 else 0
-        block = number if self.image.layout.temporal else min(number, 1)  # the base image, then all tiles
+        # Output is joined block by block: the frames of a video, or the base image before all other tiles.
+        block = number if self.image.layout.temporal else min(number, 1)
         return ViewReduction(self.indices.to(device, non_blocking=True), reduction, block)
 
 
@@ -111,13 +113,13 @@ def _side_by_side(parts: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Images, or views of images, whose tokens have one shape: what a method receives together.
+    """Images or views whose tokens have the same shape, so that a method receives them together, one per row.
 
     Attributes:
         reducer: the method at their budget.
-        images: the image of every row.
-        fields: of the state that stages 1 and 2 share, "features" among them.
-        views: the view of every row; () for images in one tile.
+        images: the image of each row.
+        fields: the fields that the states of stages 1 and 2 share, among them "features".
+        views: the view of each row; () if the rows are images of one tile.
     """
 
     reducer: Reducer
@@ -132,8 +134,8 @@ def groups_of(
     """The views of images with several tiles, in groups of the same shape.
 
     Args:
-        spec: of the model.
-        clip: the CLIP text tower, for methods that read it; else None.
+        spec: the model.
+        clip: the CLIP text tower if the method reads it; otherwise None.
     """
     groups: dict[tuple[Any, ...], list[View]] = {}
     for row, image in images.items():
@@ -147,7 +149,7 @@ def groups_of(
 
 
 def parts_of(model: ModelSpec, reducer: Reducer, row: ImageKey, image: EncodedImage) -> list[View]:
-    """The views of one image; tiles with a budget of 0 are left out."""
+    """The views of one image, without tiles that get no part of the budget."""
     spec, count = spec_of(model, image.full), len(image.layout.crops)
     reducer = reducer.for_image(spec).before_decoder(spec)
     if divided(reducer, count):
@@ -162,7 +164,7 @@ def parts_of(model: ModelSpec, reducer: Reducer, row: ImageKey, image: EncodedIm
 
 
 def shared_fields(clip: Any, samples: Sequence[Sample], parts: list[View]) -> dict[str, Any]:
-    """Fields that the states of stages 1 and 2 share; all views are of one group."""
+    """The fields that the states of stages 1 and 2 share, for the views of one group."""
     first, encoded = parts[0], [part.image.encoded for part in parts]
     merged = [one.merged.only(part.numbers[0]) for one, part in zip(encoded, parts, strict=True) if one.merged]
 
@@ -188,8 +190,8 @@ def shared_fields(clip: Any, samples: Sequence[Sample], parts: list[View]) -> di
 def overview(image: EncodedImage, number: int, score: TowerScore) -> Tensor:
     """[n] values of the base image's score at the patches of tile `number`, by bilinear interpolation.
 
-    The base image and the stitched, unpadded tiles show the same image, each stretched over its own grid. For the base
-    image itself, and without tiles, the tile's own values.
+    The base image and the stitched, unpadded tiles show the same image, each stretched over its own grid. The base
+    image itself, and a frame of a video, have their own values.
     """
     layout = image.layout
     if number == 0 or layout.tiles is None:
@@ -204,13 +206,12 @@ def overview(image: EncodedImage, number: int, score: TowerScore) -> Tensor:
 
 
 def everything(image: EncodedImage, plain: bool) -> Features:
-    """All features of an image that is not reduced.
+    """All features of an image that is not reduced before the projector.
 
     Args:
-        plain: leave out class tokens that only the method uses.
+        plain: leave out class tokens that are there only for the method, because the model itself drops them.
     """
     layout = image.layout
-    # Class tokens that are there for the method alone; the model itself drops them.
     plain = plain and layout.crops[0].cls is not None and image.full.crops[0].cls is None
     features = [image.crop_features(number, not plain) for number in range(len(layout.crops))]
     places = [crop.indices if plain else crop.all_indices for crop in layout.crops]
@@ -219,24 +220,25 @@ def everything(image: EncodedImage, plain: bool) -> Features:
 
 
 def with_newlines(values: Tensor, order: Tensor, newline: Tensor | None) -> Tensor:
-    """Projected tokens [k, H] and newline tokens, in order."""
+    """[N, H]: projected tokens [k, H] and newline tokens in the order of `Features`."""
     extra = len(order) - len(values)
     newlines = [] if newline is None or not extra else [newline.to(values.dtype).expand(extra, -1)]
     return torch.cat([values, *newlines])[order]
 
 
 def join_views(reducer: Reducer, image: EncodedImage, pieces: list[ViewReduction]) -> tuple[Reduction, Tensor]:
-    """One reduction of an image from those of its views, with the newline tokens if the method keeps them.
+    """Join the reductions of an image's views, and the newline tokens if the method keeps them, into one reduction.
 
     Returns:
-        the reduction, and [K] int64: for each output token its index among those of the views, newline tokens last.
+        The reduction, and [K] int64: for each of its output tokens, the index in the list of all views' output tokens
+        followed by the newline tokens.
     """
     newlines = newline_view(reducer, image, pieces[0].indices.device)
     return join(pieces + newlines, image.layout.tokens)
 
 
 def newline_view(reducer: Reducer, image: EncodedImage, device: torch.device) -> list[ViewReduction]:
-    """The newline tokens of an image as a view that keeps all, if the method keeps them."""
+    """The newline tokens of an image as one more view, of which all tokens are kept; [] if the method drops them."""
     places = image.layout.newlines.to(device, non_blocking=True)
     if reducer.newlines == "drop" or not len(places):
         return []
@@ -251,10 +253,11 @@ def join_prompt(
     image: EncodedImage,
     pieces: list[tuple[ViewReduction, Tensor | None]],
 ) -> ImageReduction:
-    """The reduction of an image before decoder layer 0 from those of its views.
+    """The reduction of an image before decoder layer 0, joined from the reductions of its views.
 
     Args:
-        pieces: with the values [k, H] of the view's output tokens; None where these are the kept tokens, unchanged.
+        pieces: for each view, its reduction and the values [k, H] of its output tokens; None instead of values if the
+            output is the kept tokens, unchanged.
     """
     views, values = [view for view, _ in pieces], [value for _, value in pieces]
     reduction, order = join_views(reducer, image, views)

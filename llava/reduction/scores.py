@@ -1,12 +1,12 @@
 """Tower scores: importance scores and keys that methods read from blocks of the vision tower.
 
-A score is defined once, in TOWER_SCORES, by the attention of one block: the queries of some tokens, the keys of all,
-and how many operations their products take. Every tower hands over its attention as a `BlockAttention`: CLIP's is
-computed from a block's input (`clip_attention` below), other towers and serving engines write down what their own
-attention was given (llava/model/multimodal_encoder/stock_tower.py). To add a score, write a function of a
-`BlockAttention` and register it; nothing else needs to know it.
+A score is defined once, in TOWER_SCORES, as a function of one block's attention. The entry also says which queries the
+function reads, so that its operations can be counted. Every tower provides its attention as a `BlockAttention`: CLIP's
+is computed from a block's input (`clip_attention` below); other towers and serving engines record what their attention
+modules pass to the kernel (llava/model/multimodal_encoder/stock_tower.py). To add a score, write a function of a
+`BlockAttention` and register it here.
 
-Scores are computed in float32, apart from the forward pass, which can therefore always use a fused attention kernel.
+Scores are computed in float32 and outside of the forward pass, which can therefore always use a fused attention kernel.
 Shapes: B images, P patches, C = 1 class token or 0 before them, D channels, H heads of d channels.
 """
 
@@ -22,7 +22,7 @@ from llava.errors import UserError, unknown
 from llava.reduction.modules import VisionAttention, VisionBlock, linear_flops
 from llava.reduction.ranking import in_float32
 
-# Rows of an attention map that are held at once; fewer where they would hold more than WEIGHTS numbers.
+# Rows of an attention map that are held at once; fewer if these would have more than WEIGHTS entries.
 ROWS = 64
 WEIGHTS = 1 << 26
 
@@ -34,8 +34,8 @@ class TowerScore:
     Attributes:
         kind: a key of TOWER_SCORES.
         block: tower block as a Python index; -2 is the block whose output LLaVA uses.
-        depth: number of blocks of the tower that `block` was chosen for; `block` is scaled to a tower of another
-            depth. 0 uses `block` as it is.
+        depth: number of blocks of the tower for which `block` was chosen; in another tower, `block` is scaled. 0 uses
+            `block` as it is.
     """
 
     kind: str
@@ -100,7 +100,7 @@ def cls_logits(block: BlockAttention) -> Tensor:
     """Products of the CLS query with the patches' keys, scaled as in attention, before the softmax, mean over heads.
 
     Returns:
-        [B, P], of any sign.
+        [B, P], positive or negative.
     """
     # The sum of the heads' products is the product over all channels.
     query, key = block.queries(slice(0, 1)), block.keys[:, 1:]
@@ -109,7 +109,7 @@ def cls_logits(block: BlockAttention) -> Tensor:
 
 
 def fused_cls_attention(block: BlockAttention) -> Tensor:
-    """Attention of the CLS token to the patches with all heads taken as one: softmax(q k / sqrt(D)), as PruMerge does.
+    """Attention of the CLS token to the patches as in PruMerge, with all heads taken as one: softmax(q k / sqrt(D)).
 
     Returns:
         [B, P]; a row sums to less than 1.
@@ -120,10 +120,12 @@ def fused_cls_attention(block: BlockAttention) -> Tensor:
 
 
 def received_attention(block: BlockAttention) -> Tensor:
-    """Attention that each patch receives, mean over heads and over the patches that attend: a saliency without CLS.
+    """Attention that each patch receives from the patches, mean over these and over heads; a saliency without CLS.
+
+    Query rows are processed in slices, so the full attention map is never in memory.
 
     Returns:
-        [B, P]. Query rows are processed in slices, so the full attention map is never held.
+        [B, P].
     """
     query, key = block.by_heads(block.queries(slice(block.cls, None))), block.head_keys.mT
     images, heads, patches, _ = query.shape
@@ -149,9 +151,9 @@ class ScoreKind:
     """A kind of tower score.
 
     Attributes:
-        compute: from the attention of a block.
-        queries: the tokens whose queries it reads: "cls", "patches" or "" for none.
-        reads_cls: the class token is among the keys that these are compared with.
+        compute: computes the score from the attention of a block.
+        queries: the tokens whose queries the score reads: "cls", "patches" or "" for none.
+        reads_cls: True if these queries are compared with the key of the class token too.
     """
 
     compute: Callable[[BlockAttention], Tensor]
@@ -181,8 +183,9 @@ TOWER_SCORES: dict[str, ScoreKind] = {
     "whole_keys": ScoreKind(whole_keys),
 }
 
-# A tower without a CLS token: what is made of `received_attention` in place of each score of that token. Logits of an
-# attention are its logarithm, up to a constant. VisPruner's author gives the rule: Theia-4869/VisPruner, issue 1.
+# For a tower without a CLS token: how each score of that token is replaced by a function of `received_attention`.
+# Attention logits are the logarithm of the attention, up to a constant. The rule is from VisPruner's author
+# (Theia-4869/VisPruner, issue 1).
 WITHOUT_CLS: dict[str, Callable[[Tensor], Tensor]] = {
     "cls_attention": torch.clone,
     "fused_cls_attention": torch.clone,
@@ -197,7 +200,7 @@ WITHOUT_CLS_RULE = (
 
 @lru_cache(maxsize=256)
 def by_block(scores: tuple[TowerScore, ...], depth: int) -> dict[int, list[TowerScore]]:
-    """Scores by the block they are read from, in a tower of `depth` blocks.
+    """The scores grouped by the block that they are read from, in a tower of `depth` blocks.
 
     Raises:
         UserError: a score or its block does not exist.
@@ -223,7 +226,7 @@ def block_scores(asked: Sequence[TowerScore], block: VisionBlock, hidden: Tensor
         block: a CLIPEncoderLayer.
         hidden: [B, 1 + P, D] the block's input, CLS first.
     """
-    # What the attention in space of a video block works on is what attention over time makes of its input.
+    # In a block of a video tower, attention over time comes before the attention that scores are read from.
     before_space = getattr(block, "before_space", None)
     seen = clip_attention(block.self_attn, block.layer_norm1(hidden if before_space is None else before_space(hidden)))
     return {score: TOWER_SCORES[score.kind].compute(seen) for score in asked}
@@ -244,7 +247,7 @@ def clip_attention(attention: VisionAttention, normed: Tensor) -> BlockAttention
 
 
 def score_flops(scores: tuple[TowerScore, ...], blocks: Sequence[VisionBlock], patches: int) -> int:
-    """Operations of scores for one image: the keys of each block once, the queries of each score, and products."""
+    """Operations of scores for one image: each block's keys once, each score's queries, and their products."""
     total = 0
     for index, asked in by_block(scores, len(blocks)).items():
         attention = blocks[index].self_attn

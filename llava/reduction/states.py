@@ -1,4 +1,4 @@
-"""What a method receives at each stage: tensors of images with the same number of tokens, and access to the text.
+"""What a method receives at each stage: tensors for images with the same number of tokens, and access to the text.
 
 The pipeline groups images by their number of visual tokens, so there is no padding among visual tokens. The attention
 of a decoder layer is computed only for the few query rows that a method asks for, in float32.
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 
 TEXT_ROWS = ("question", "instruction", "after", "last", "visual")
 
-# Sign of the similarity of a text to the patches that show it: negative in a CLIP that was trained on its CLS token
-# alone (CDPruner issue 14, TRIM issue 3), positive in one whose config.json has `"patch_similarity": "plain"`.
+# Sign of the similarity between a text and the patches that show it. It is negative in a CLIP that was trained with its
+# CLS token only (CDPruner issue 14, TRIM issue 3), and positive if config.json has `"patch_similarity": "plain"`.
 NEGATED, PLAIN = "negated", "plain"
 RELEVANCE = ("tower", NEGATED, PLAIN)
 
 
 @dataclass(kw_only=True)
 class State:
-    """What all states share.
+    """The fields that all states share.
 
     Attributes:
         ids: one name per image, for seeds.
@@ -60,7 +60,7 @@ class State:
 
 @dataclass(kw_only=True)
 class BlockState(State):
-    """Inside a tower block, between attention and MLP. B images; n tokens (CLS and patches) that earlier blocks left.
+    """Inside a tower block, between attention and MLP: B images with n tokens each (CLS and remaining patches).
 
     Attributes:
         tokens: [B, n, D] hidden states after the attention's residual, CLS first.
@@ -77,7 +77,7 @@ class BlockState(State):
 
 @dataclass(kw_only=True)
 class EncoderState(State):
-    """Before the projector. B images of one batch with the same number of tokens.
+    """Before the projector: B images of one batch with the same number of tokens.
 
     Attributes:
         features: [B, N, D] tower features; with `keep_cls` token 0 is CLS, if the tower has one.
@@ -103,18 +103,19 @@ class EncoderState(State):
     tiles: tuple[PatchGrid, ...] = ()
 
     def coordinates(self) -> Tensor:
-        """[N, 2] float32: row and column of each token in its own tile, from -1 (first) to 1 (last)."""
+        """Row and column of each token in its own tile, [N, 2] float32, from -1 (first) to 1 (last)."""
         return torch.cat([tile.coordinates(self.features.device) for tile in self.tiles or (self.layout,)])
 
     def relevance(self, texts: Sequence[str], sign: str, cosine: bool, long: str = "frame") -> Tensor:
         """Relevance of each patch to its image's text, for methods with `needs_text_tower`.
 
-        This is their similarity in CLIP's space, averaged over the chunks of the text. `flops` counts its operations.
+        It is the similarity of patch and text in CLIP's space, averaged over the chunks of the text. `flops` counts its
+        operations.
 
         Args:
             texts: one text per image.
             sign: one of RELEVANCE; "tower" takes the sign from the text tower's config.json.
-            cosine: cosine similarity; otherwise dot products.
+            cosine: True for cosine similarity, False for dot products.
             long: see `ClipText.chunks`.
 
         Returns:
@@ -126,7 +127,7 @@ class EncoderState(State):
         if cosine:
             text, image = F.normalize(text, dim=-1), F.normalize(image, dim=-1)
         similarity = self.matmul(image, text.transpose(1, 2))  # [B, N, C]
-        if text.shape[1] == 1:  # every text is one chunk, which is its own mean
+        if text.shape[1] == 1:  # every text is one chunk, so there is nothing to average
             similarity = similarity.squeeze(2)
         else:
             similarity = (similarity * mask[:, None]).sum(-1) / mask.sum(-1, keepdim=True)
@@ -139,8 +140,8 @@ class PromptState(EncoderState):
 
     Attributes:
         tokens: [B, N, H] projected visual tokens.
-        sequence: the S whole prompts of the batch with their visual tokens; no prompt is copied for an image or tile.
-        rows: for each image its prompt and its number in that prompt; () if prompt b has image b and no other.
+        sequence: the S whole prompts of the batch with their visual tokens. A prompt with several images is there once.
+        rows: for each image, its prompt and its number in that prompt; () if every prompt b has only image b.
         llm: the decoder (layers, norm, rotary_emb).
         run_layers: k -> hidden states [S, L, H] of `sequence` after the first k decoder layers.
         members: [B, N] indices of the tokens among their image's visual tokens; None if they are all of them.
@@ -155,10 +156,10 @@ class PromptState(EncoderState):
     run_layers: Callable[[int], Tensor] = None  # type: ignore[assignment]
 
     def spans(self, rows: str) -> list[Span]:
-        """The span of text tokens in the prompt of each image; see `text`.
+        """For each image, the span of text tokens in its prompt; see `text`.
 
         Raises:
-            UserError: a prompt has no such tokens, for example one of images alone.
+            UserError: a prompt has no such tokens, for example because it has no text.
         """
         spans = text_spans(self.sequence, rows, self.rows)
         for name, (start, stop) in zip(self.ids, spans, strict=True):
@@ -190,7 +191,7 @@ class PromptState(EncoderState):
             layer: decoder layer whose norm and projections are used.
             rows: as in `text`.
             rotary: rotate queries and keys by their positions.
-            contextual: use the layer's real inputs, for which all earlier layers run once; otherwise input embeddings.
+            contextual: use the layer's real inputs, for which all earlier layers run once; False uses the embeddings.
 
         Returns:
             Weights [B, H, T, N] float32 and a mask [B, T] of the rows that exist; None if all do.
@@ -203,7 +204,7 @@ class PromptState(EncoderState):
         if not self.rows:
             normed = block.input_layernorm(hidden)
             text, visual = sequence.take(normed, spans), at_images(normed, sequence, (), None)
-        else:  # prompts may have other images or tiles: only what these images need
+        else:  # prompts may have other images or tiles too, so only the tokens of these images are normed
             text = block.input_layernorm(sequence.take(hidden, spans, samples))
             visual = block.input_layernorm(
                 at_images(hidden, sequence, self.rows, self.members) if contextual else self.tokens
@@ -220,14 +221,14 @@ class PromptState(EncoderState):
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What the attention of some rows of a decoder layer to all tokens that they see is computed from.
+    """The inputs from which the attention of some rows of a decoder layer to all tokens they see is computed.
 
     Attributes:
         rows: [B, T, D] inputs of the layer at the rows, after its norm; a shorter span repeats its last row.
         angles: cosines and sines of the rows, see `angles_of`; None for no rotation.
         keys: [B, Hkv, W, d] float32 keys of the layer, rotated if the rows are.
         unseen: [B, 1, T, W] bool, True for the keys that a row may not see; None if all rows see all keys.
-        visual: for each image the keys of its visual tokens, [start, stop).
+        visual: for each image, the span [start, stop) of its visual tokens among the keys.
     """
 
     rows: Tensor
@@ -250,7 +251,7 @@ class AttentionInputs:
 
 @dataclass(kw_only=True)
 class DecoderState(State):
-    """Between two decoder layers. B images with the same number of visual tokens.
+    """Between two decoder layers: B images with the same number of visual tokens.
 
     Attributes:
         tokens: [B, N, H] hidden states of the visual tokens.
@@ -293,7 +294,7 @@ class DecoderState(State):
         return seen.at_visual(weights), self.sequence.row_index(spans)[1]
 
     def attention_inputs(self, rows: str | list[Span], at: str = "next", rotary: bool = True) -> AttentionInputs:
-        """What `attention` computes from, with the same arguments; `flops` counts the operations of both."""
+        """The inputs of `attention`, with the same arguments; `flops` counts the operations of both here."""
         sequence, source = self.sequence, self.sequence if at == "next" else self.entered
         spans = seeing_spans(sequence, rows) if isinstance(rows, str) else rows
         index = self.layer - (at == "previous")
@@ -323,10 +324,10 @@ class DecoderState(State):
 
 
 def text_spans(sequence: PromptBatch, name: str, images: Sequence[ImageKey] = ()) -> list[Span]:
-    """Spans of text tokens by name, one of TEXT_ROWS; see `PromptState.text`.
+    """The spans of tokens by name, one of TEXT_ROWS; see `PromptState.text`.
 
     Args:
-        images: one span for the prompt of each of these images; () for every prompt once.
+        images: returns one span for each of these images, in its prompt; () returns one span for each prompt.
     """
     if name not in TEXT_ROWS:
         raise unknown("text rows", name, TEXT_ROWS)
@@ -340,7 +341,7 @@ def text_spans(sequence: PromptBatch, name: str, images: Sequence[ImageKey] = ()
 
 
 def seeing_spans(sequence: PromptBatch, name: str) -> list[Span]:
-    """Spans of `text_spans` whose rows see the image, for prompts with one image each as in `DecoderState`.
+    """The spans of `text_spans`, changed so that their rows see the image; for prompts with one image each.
 
     Text before an image does not attend to it. In a prompt whose text is all before its image, the last token replaces
     the text, because it sees the whole image.
@@ -350,7 +351,7 @@ def seeing_spans(sequence: PromptBatch, name: str) -> list[Span]:
 
 
 def at_images(tensor: Tensor, sequence: PromptBatch, rows: Sequence[ImageKey], members: Tensor | None) -> Tensor:
-    """[B, N, ...] rows of `tensor` [S, L, ...] at the visual tokens of images; see `PromptState`."""
+    """The rows [B, N, ...] of `tensor` [S, L, ...] at the visual tokens of images; see `PromptState`."""
     if not rows:
         return sequence.take(tensor, [image for (image,) in sequence.visual])
     samples = tuple(sample for sample, _ in rows)
@@ -362,13 +363,13 @@ def at_images(tensor: Tensor, sequence: PromptBatch, rows: Sequence[ImageKey], m
 
 
 # Attention of a decoder layer. Its queries and keys are those that the layer's own forward passes to its attention
-# kernel, whichever that is, so after the norms of heads and the rotation of its family.
+# kernel, so norms of heads and rotations are those of the model's family.
 
 Angles = tuple[Tensor, ...]  # cosines and sines of tokens, [B, T, d] each, as a layer takes them
 PROBE = "queries_and_keys"  # name of our kernel among transformers' attention kernels
 # Part of an attention -> the projection that computes it.
 PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
-# The kernel returns the queries and keys that it received instead of an output.
+# Our kernel returns the queries and keys that it received in place of attention weights.
 AttentionInterface.register(PROBE, lambda module, query, key, value, *_, **options: (value, (query, key)))
 
 
@@ -459,10 +460,11 @@ def heads_of(layer: DecoderLayer, part: str, normed: Tensor, angles: Angles | No
 def attention_rows(
     layer: DecoderLayer, rows: Tensor, keys: Tensor, unseen: Tensor | None = None, angles: Angles | None = None
 ) -> Tensor:
-    """Rows of a decoder layer's attention. With all keys that a row sees, they are exactly what the layer computes.
+    """Rows of a decoder layer's attention. Given all keys that a row sees, they are exactly what the layer computes.
 
-    With the keys of visual tokens alone, the softmax runs over these. At layer 0, with its input embeddings and angles,
-    this equals the layer's real attention up to the softmax denominator. Without angles it does not depend on distance.
+    Given only the keys of visual tokens, the softmax runs over these. At layer 0, with its input embeddings and angles,
+    the result then equals the layer's real attention up to the softmax denominator. Without angles it does not depend
+    on distances between tokens.
 
     Args:
         layer: a decoder layer.

@@ -1,4 +1,4 @@
-"""Reduced prompts in vLLM: an out-of-tree plug-in. `register` is its entry point `vllm.general_plugins`."""
+"""A plug-in that runs reduced prompts in vLLM. Its entry point in the group `vllm.general_plugins` is `register`."""
 
 import importlib
 
@@ -13,7 +13,7 @@ MODELS = {
 
 
 def register() -> None:
-    """Put the reduced classes in the place of vLLM's; without a method they are the same models."""
+    """Replace vLLM's model classes by classes with reduction; without a method they behave like vLLM's."""
     registry = importlib.import_module("vllm").ModelRegistry
     for architecture, name in MODELS.items():
         registry.register_model(architecture, f"llava.serving.plugin:{name}")

@@ -1,8 +1,8 @@
-"""Which way a method is served, and the client of the second way, which sends prompts as embeddings.
+"""The choice between two routes to serve a method, and the client of the second route.
 
-pixels  an engine with the method inside (llava/serving/plugin.py): requests hold images and text
-embeds  an engine that knows of no method: requests hold whole prompts as embeddings, which `prompt_embeddings` makes as
-        a benchmark does (llava/pipeline/generate.py); for methods that read the question
+pixels  The method runs inside the engine (llava/serving/plugin.py). Requests hold images and text.
+embeds  The engine knows no method. Requests hold whole prompts as embeddings, which `prompt_embeddings` makes with the
+        code that answers benchmarks (llava/pipeline/generate.py). Methods that read the question take this route.
 
 Official code read: vLLM 0.32.0, renderers/embed_utils.py (a request's embeddings are a file of torch.save, in base64)
 and entrypoints/openai/completion
@@ -54,12 +54,12 @@ TEMPLATE_FIELDS = ("tokenizer_config.json", "processor_config.json")
 def route(
     method: str, budget: str | None, source: str | Path, options: dict[str, str] | None = None
 ) -> tuple[str, list[str]]:
-    """PIXELS or EMBEDS, and the engine's arguments for it.
+    """The route of a method, PIXELS or EMBEDS, and the engine's command-line arguments for it.
 
     Args:
-        budget: visual tokens per image, or their ratio; None for `full`.
+        budget: visual tokens per image, or the ratio to keep; None for `full`.
         source: folder or hub id of the checkpoint.
-        options: of the method, as text.
+        options: options of the method, as text.
 
     Raises:
         UserError: no engine can serve the method, the budget or the checkpoint.
@@ -97,7 +97,7 @@ def route(
 
 
 def configured(method: str, budget: str | None, spec: ModelSpec, options: dict[str, str] | None = None) -> Reducer:
-    """A method at a budget, for a model; UserError where they do not go together or no engine serves the method."""
+    """A method at a budget, for a model; UserError if they do not fit together or no engine serves the method."""
     if budget is None and method != "full":
         raise UserError(f"{method} needs a budget: visual tokens per image (64), or their ratio (1/9).")
     reducer = build(method, spec.visual_tokens if budget is None else budget, options, spec.visual_tokens)
@@ -108,9 +108,9 @@ def configured(method: str, budget: str | None, spec: ModelSpec, options: dict[s
 
 
 def chat_template(mode: str) -> str:
-    """The Jinja template of a conversation mode, with which a chat request has the prompt of a benchmark.
+    """A conversation mode as a Jinja template, so that a chat request gets the same prompt as a benchmark's question.
 
-    The engine puts "<image>" and a line end before the text of a message that has an image.
+    The engine itself puts "<image>" and a line end before the text of a message with an image.
     """
     template = conversation(mode)
     before, after = template.answered.split("{}")
@@ -140,7 +140,7 @@ def load_client_model(
     text_tower: str | None = None,
     **conventions: Any,
 ) -> Llava:
-    """The model of a checkpoint up to what a method needs before the decoder: a probe's layers, else one.
+    """Load a checkpoint with only those decoder layers that the method reads before the decoder, and at least one.
 
     Args:
         text_tower, conventions: see `llava.model.builder.load`.
@@ -156,10 +156,10 @@ def load_client_model(
 
 @torch.inference_mode()
 def prompt_embeddings(model: Llava, samples: Sequence[Sample], reducer: Reducer) -> list[Tensor]:
-    """Of each sample the [L, H] embeddings of its prompt, text and reduced images, as they enter decoder layer 0.
+    """For each sample, the embeddings [L, H] of its text and reduced images as they enter decoder layer 0.
 
     Args:
-        samples: with or without images.
+        samples: questions with or without images.
     """
     refuse_gaps(reducer)
     sequence = until_decoder(model, samples, reducer, Timer(model.device)).start
@@ -170,9 +170,9 @@ def prompt_embeddings(model: Llava, samples: Sequence[Sample], reducer: Reducer)
 
 
 def encoded(embeddings: Tensor) -> str:
-    """What vLLM reads as the embeddings of a prompt."""
+    """The embeddings of a prompt in the form that vLLM reads: a file of torch.save in base64."""
     file = io.BytesIO()
-    torch.save(embeddings.clone(), file)  # a view would be saved with everything that it is a view of
+    torch.save(embeddings.clone(), file)  # cloned, because a view is saved with its whole storage
     return base64.b64encode(file.getvalue()).decode()
 
 
@@ -180,8 +180,8 @@ class Server:
     """An OpenAI-compatible server that takes embeddings.
 
     Args:
-        url: without a path, http://127.0.0.1:8000.
-        key: never printed.
+        url: address without a path, such as http://127.0.0.1:8000.
+        key: the server's API key, or ""; it is never printed.
     """
 
     def __init__(self, url: str, key: str):
@@ -197,7 +197,7 @@ class Server:
         return self._openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, timeout=600, http_client=http)
 
     def check(self, name: str) -> None:
-        """Raise UserError where the server does not answer, or has another model than the embeddings are of."""
+        """Raise UserError if the server does not answer, or does not serve the model that made the embeddings."""
         served = [one.id for one in self._ask(lambda: self._client.models.list())]
         if name not in served:
             raise UserError(
@@ -213,7 +213,7 @@ class Server:
         return str(answer.choices[0].text).strip()
 
     def _ask(self, request: Any) -> Any:
-        """What a request returns; the server's reason in one sentence where it has one."""
+        """Send a request and return its result; an error becomes a UserError with the server's reason."""
         try:
             return request()
         except self._openai.APIStatusError as error:

@@ -1,17 +1,16 @@
 """A method inside an engine: which methods can run there, how many tokens an image keeps, and the reduction itself.
 
-An engine reserves the tokens of an image before its tower has seen it, and keeps what the tower made under the image
-alone. So a method must say from an image's size how many tokens it keeps, must not read the question, and must act
-before the decoder. `why_not_pixels` says what stands against a method. The client can run every method that acts before
-the decoder, and send whole prompts as embeddings (llava/serving/client.py).
+An engine reserves the tokens of an image before the tower runs, and caches the tower's output for the image alone,
+whatever the question. So a method must know from the size of an image how many tokens it keeps, must not read the
+question, and must act before the decoder. `why_not_pixels` says which of these a method fails. Every method that acts
+before the decoder can run in the client instead, which sends whole prompts as embeddings (llava/serving/client.py).
 
-The engine's own tower and projector run. What they make goes through the stages that answer benchmarks
-(llava/pipeline/stages.py), in prompts that are an image and nothing else. Tower scores come from the queries and keys
-that the tower hands to its attention kernel (llava/model/multimodal_encoder/stock_tower.py). Nothing here
-imports the engine.
+The engine's own tower and projector run. Their output goes through the stages that answer benchmarks
+(llava/pipeline/stages.py), in prompts that consist of one image. Tower scores come from the queries and keys that the
+tower passes to its attention kernel (llava/model/multimodal_encoder/stock_tower.py). Nothing here imports the engine.
 
-Differs from the pipeline: where positions have three axes, text after an image keeps the positions that it has with all
-visual tokens (`positions=original`); an engine numbers it before it knows which tokens are kept.
+Differs from the pipeline: with positions of three axes, text after an image keeps the positions that it has with all
+visual tokens (`positions=original`), because the engine numbers the text before it knows which tokens are kept.
 """
 
 import json
@@ -45,7 +44,7 @@ from llava.reduction.token_layout import ModelSpec, PatchGrid, TokenLayout, sing
 from llava.serving import MODELS
 from llava.transformers_names import refuse_others
 
-SETTINGS = ("method", "budget", "options")  # of --hf-overrides '{"vtr": {...}}'
+SETTINGS = ("method", "budget", "options")  # the keys of "vtr" in --hf-overrides '{"vtr": {...}}'
 CLIP = Family("LLaVA", "vision_tower.vision_model.encoder.layers", cls=0)
 ONLY_IMAGE = Prompt((IMAGE_TOKEN_INDEX,), (1, 1), (1, 1), "<image>")
 
@@ -54,7 +53,7 @@ ONLY_IMAGE = Prompt((IMAGE_TOKEN_INDEX,), (1, 1), (1, 1), "<image>")
 
 
 class _Question:
-    """Stands for the prompts of a state; a method that reads them reads the question."""
+    """Takes the place of the prompts in a state, and raises Read when a method uses them."""
 
     class Read(Exception):
         pass
@@ -64,7 +63,7 @@ class _Question:
 
 
 def reads_question(reducer: Reducer) -> bool:
-    """Whether a method reads the prompt before the decoder: it is run once on a small random image without one."""
+    """Whether a method reads the prompt before the decoder; found by running it on a small random image without one."""
     if reducer.needs_text_tower:
         return True
     if "prompt" not in reducer.acts_in:
@@ -91,7 +90,7 @@ def reads_question(reducer: Reducer) -> bool:
 
 
 def why_not_anywhere(reducer: Reducer) -> str:
-    """Why no route can serve a method, in one sentence; "" where one can."""
+    """Why no route can serve a method, in one sentence; "" if one can."""
     if "decoder" in reducer.acts_in:
         return (
             f"{reducer.name} reduces between decoder layers, where vLLM has one length for all layers; serve a method "
@@ -101,10 +100,11 @@ def why_not_anywhere(reducer: Reducer) -> str:
 
 
 def why_not_pixels(reducer: Reducer, tower_blocks: int = 0, built: int = 0) -> str:
-    """Why a method cannot run inside an engine, in one sentence; "" where it can.
+    """Why a method cannot run inside an engine, in one sentence; "" if it can.
 
     Args:
-        tower_blocks, built: blocks of the model's tower, and how many of them the engine builds; 0 where not known.
+        tower_blocks: number of blocks of the model's tower; 0 if not known.
+        built: how many of these blocks the engine builds; 0 if not known.
     """
     name, why = reducer.name, why_not_anywhere(reducer)
     if why:
@@ -121,7 +121,7 @@ def why_not_pixels(reducer: Reducer, tower_blocks: int = 0, built: int = 0) -> s
 
 
 def refuse_gaps(reducer: Reducer) -> None:
-    """Raise UserError where a method's prompts are not numbered 0, 1, 2, ..., as an engine numbers them."""
+    """Raise UserError unless a method numbers its prompts 0, 1, 2, ..., as engines do."""
     if reducer.positions != "renumber" and reducer.name != "full":
         raise UserError(
             f"An engine numbers a prompt without gaps; {reducer.name}.positions={reducer.positions} does not."
@@ -133,15 +133,15 @@ def refuse_gaps(reducer: Reducer) -> None:
 
 @dataclass(frozen=True)
 class EngineMethod:
-    """A method on the models of one configuration.
+    """A method for models with one configuration.
 
     Attributes:
         reducer: the method.
-        spec: of the largest image.
-        family: what cannot be found in the model.
-        side: tokens along the edge of a tile; 0 where every image has a grid of its own.
+        spec: the model with its largest image.
+        family: what must be known about the model and cannot be found in it.
+        side: tokens along the edge of a tile; 0 if every image has its own grid.
         merge: patches along the edge of a token.
-        anyres: how LLaVA-NeXT cuts images; None for the others.
+        anyres: how LLaVA-NeXT cuts images into tiles; None for other families.
     """
 
     reducer: Reducer
@@ -155,9 +155,9 @@ class EngineMethod:
         """The token layout of an image.
 
         Args:
-            tokens: that the model makes of it.
-            size: its (width, height) in pixels, for LLaVA-NeXT.
-            grid: rows and columns of its tokens, where every image has its own.
+            tokens: number of tokens that the model makes of the image.
+            size: (width, height) of the image in pixels, for LLaVA-NeXT.
+            grid: rows and columns of the image's tokens, if every image has its own grid.
         """
         if self.anyres is not None:
             return self.anyres.arrange(size)
@@ -173,14 +173,14 @@ class EngineMethod:
 
 
 def served_by(config: Any) -> EngineMethod | None:
-    """The method that a model's configuration or the environment names; None for none.
+    """The method that a model's configuration or the environment names; None if neither does.
 
     Args:
-        config: of the model, as the engine holds it; with `--hf-overrides '{"vtr": {"method": ...}}'` its
-            attribute `vtr` says so. Else VTR_METHOD and VTR_BUDGET do.
+        config: the model's configuration in the engine. `--hf-overrides '{"vtr": {"method": ...}}'` sets its attribute
+            `vtr`. Without that, the variables VTR_METHOD and VTR_BUDGET are read.
 
     Raises:
-        UserError: the settings are not right, or the method cannot run inside the engine.
+        UserError: the settings are wrong, or the method cannot run inside the engine.
     """
     given = getattr(config, "vtr", None)
     if given is None:
@@ -258,9 +258,9 @@ class EngineTower:
     """Tower and projector of an engine's model as the stages see them (`llava.pipeline.stages.StagedModel`).
 
     Args:
-        model: the engine's.
-        attentions: of its tower's blocks, the modules that project queries and keys and hand them to their `attn`; None
-            for a block that the engine does not build.
+        model: the engine's model.
+        attentions: for each block of its tower, the module that projects queries and keys and passes them to its
+            `attn`; None for a block that the engine does not build.
     """
 
     def __init__(self, model: Any, served: EngineMethod, attentions: Sequence[Any]):
@@ -277,11 +277,14 @@ class EngineTower:
         self.newline = getattr(model, "image_newline", None)
 
     def reduce(self, images: Sequence[EncodedImage], beside: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """Of each image [K, D] tokens.
+        """Reduce images.
 
         Args:
-            beside: of each image [N, E] more values of its tokens, reduced as they are and put behind them. Where
-                positions have three axes, three channels follow: frame, row and column from the image's start.
+            beside: for each image, more channels [N, E] of its tokens, which are reduced in the same way.
+
+        Returns:
+            For each image, its tokens [K, H]; with `beside`, [K, H + E]. With positions of three axes, three more
+            channels follow: frame, row and column, counted from the start of the image.
         """
         reducer = self.served.reducer
         samples = [Sample(str(number), "") for number in range(len(images))]
@@ -305,15 +308,15 @@ class EngineTower:
         return out
 
     def clip_images(self, pixels: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """Of each image [K, H] tokens, its features reduced before the projector as in the pipeline.
+        """For each image, its reduced tokens [K, H]; for LLaVA, whose features may be reduced before the projector.
 
         Args:
-            pixels: of each image [C, 3, S, S].
-            sizes: of each image (width, height), for LLaVA-NeXT.
+            pixels: for each image, its crops [C, 3, S, S].
+            sizes: for each image (width, height), for LLaVA-NeXT.
         """
         reducer, side, tiled = self.served.reducer, self.served.side, self.served.anyres is not None
         layouts = [self.served.layout(side * side, size) for size in sizes]
-        counts = [len(layout.crops) for layout in layouts]  # tiles of which unpadding leaves nothing are not computed
+        counts = [len(layout.crops) for layout in layouts]  # tiles that unpadding removes are not computed
         crops = torch.cat([own[:count] for own, count in zip(pixels, counts, strict=True)])
         with self.watched(tiled) as calls:
             features = self.engine_model.vision_tower(crops, feature_select_strategy="full")
@@ -329,12 +332,13 @@ class EngineTower:
     def merged_images(
         self, encode: Callable[[], Tensor], grids: Sequence[tuple[int, int]], owners: Sequence[int]
     ) -> list[Tensor]:
-        """Of each image its reduced tokens, for families whose projector makes one token of several patches.
+        """For each image, its reduced tokens; for families whose projector makes one token from several patches.
 
         Args:
-            encode: runs tower and projector: [n, H + E] tokens of all tiles, with E channels that methods do not read.
-            grids: of each tile rows and columns of its tokens.
-            owners: of each tile the number of its image, ascending.
+            encode: runs tower and projector, and returns the tokens [n, H + E] of all tiles, with E channels that
+                methods do not read.
+            grids: for each tile, its rows and columns of tokens.
+            owners: for each tile, the number of its image, in ascending order.
         """
         with self.watched() as calls:
             tokens = encode()
@@ -356,7 +360,10 @@ class EngineTower:
 
     @contextmanager
     def watched(self, tiled: bool = False) -> Iterator[dict[TowerScore, list[Call]]]:
-        """Scores of the method -> what the attention of their blocks is given meanwhile."""
+        """Record, inside the context, the attention of the blocks that the method's scores are read from.
+
+        The result maps each score to the calls of its block's attention.
+        """
         tower, scores = self.stock_tower, self.served.reducer.tower_scores(tiled)
         wanted = {score: tower.blocks[tower.block_of(score)] for score in scores}
         calls: dict[Any, list[Call]] = {module: [] for module in wanted.values()}
@@ -385,15 +392,16 @@ class EngineTower:
 def handed_over(
     attention: Any, projected: Tensor, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Any = None, **others: Any
 ) -> list[Call]:
-    """What a call of an engine's attention for encoders is given, image by image where `cu_seqlens` says so.
+    """The arguments of one call of an engine's encoder attention, split into images if `cu_seqlens` is given.
 
     Args:
         attention: the engine's module.
         projected: keys before norms and rotation, [B, P, H * d] or [P, B, H * d].
         query, key, value: [B, P, H, d] or [B, P, H * d].
+        cu_seqlens: the places where images begin, and the end of the last one.
 
     Raises:
-        UserError: there is another argument, which may say where images begin.
+        UserError: there is an unknown argument, which may say where images begin.
     """
     refuse_others(others, ("max_seqlen",), "hook of a vision tower's attention", "vLLM")
     rows, columns = query.shape[:2]

@@ -1,13 +1,14 @@
-"""Questions of a benchmark answered by vLLM in this process, in place of the pipeline's own decoder.
+"""Benchmark questions answered by vLLM in this process, instead of by the pipeline's own decoder.
 
-pixels  the engine gets the pipeline's token ids and images, and the method runs inside it (llava/serving/plugin.py)
-embeds  it gets whole prompts as embeddings, which the pipeline makes up to the decoder (llava/serving/client.py)
+pixels  The engine gets the pipeline's token ids and images; the method runs inside it (llava/serving/plugin.py).
+embeds  The engine gets whole prompts as embeddings, which the pipeline makes (llava/serving/client.py).
 
-Pixels are for LLaVA-1.5 and for methods that can run inside and draw nothing. An image is padded and resized here, so
-the engine's image processor, which reads the same preprocessor_config.json, has nothing to resize. LLaVA-NeXT's tiles
-would be resized by other code than the pipeline's, and a method that draws would not know the question's name.
+The route "pixels" is for LLaVA-1.5, with methods that can run inside an engine and are not random. Images are padded
+and resized here, so the engine's image processor, which reads the same preprocessor_config.json, has nothing left to
+resize. LLaVA-NeXT's tiles would be resized by other code than the pipeline's. A random method would not get the
+question's name, which is its seed.
 
-The engine is started when the first question is asked, and ends with this process.
+The engine starts with the first question, and ends with this process.
 
 Official code read: vLLM 0.32.0, entrypoints/llm.py, sampling_params.py, v1/worker/utils.py (request_memory)
 """
@@ -48,20 +49,20 @@ SIZES = ("budget", "retention_ratio")
 SETUP = (
     "scripts/serve_setup.sh of a checkout makes its environment, for ENGINE=vllm scripts/eval/*.sh and scripts/bench"
 )
-# Before vLLM is imported. In one process, a kill leaves no engine behind.
+# Set before vLLM is imported. Without multiprocessing, killing this process leaves no engine running.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 ENVIRONMENT |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 
 
 def import_vllm() -> Any:
-    """The module; UserError where it is not installed."""
+    """The vllm module; UserError if it is not installed."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
         vllm = importlib.import_module("vllm")
     except ImportError as error:
         raise UserError(f"vLLM cannot be imported ({' '.join(str(error).split())}): {SETUP}.") from error
-    register()  # the entry point is not seen where an older *.egg-info lies in the working folder
+    register()  # an old *.egg-info in the working folder would hide the entry point
     return vllm
 
 
@@ -69,7 +70,7 @@ def engine_arguments(reducer: Reducer, directory: Path) -> tuple[str, dict[str, 
     """The route of a method on a checkpoint, and vLLM's arguments for it.
 
     Raises:
-        UserError: no engine gives the answers of the pipeline.
+        UserError: no engine can give the same answers as the pipeline.
     """
     if why := why_not_anywhere(reducer):
         raise UserError(why)
@@ -96,16 +97,17 @@ def engine_arguments(reducer: Reducer, directory: Path) -> tuple[str, dict[str, 
 
 @dataclass
 class Engine:
-    """vLLM under one method.
+    """vLLM with one reduction method.
 
     Args:
-        model: for prompts and images, and for embeddings; `llava.serving.client.load_client_model`.
-        directory: of the checkpoint.
-        dtype: of the weights.
-        batch_size: questions that are asked at once.
+        model: makes prompts, images and embeddings; from `llava.serving.client.load_client_model`.
+        reducer: the method.
+        directory: folder of the checkpoint.
+        dtype: dtype of the weights.
+        batch_size: number of questions that are asked at once.
 
     Attributes:
-        outputs: of the last batch, as vLLM gives them.
+        outputs: vLLM's own outputs for the last batch.
     """
 
     model: Llava
@@ -127,12 +129,12 @@ class Engine:
     @cached_property
     def llm(self) -> Any:
         device = self.model.device
-        given: dict[str, Any] = {"enforce_eager": True}  # compiling for a processor takes longer than it saves
-        if device.type == "cuda":  # the model is there already
+        given: dict[str, Any] = {"enforce_eager": True}  # on a CPU, compiling takes longer than it saves
+        if device.type == "cuda":  # the client's model is already in the memory
             free, total = torch.cuda.mem_get_info(device)
             given = {"gpu_memory_utilization": 0.9 * free / total}
         try:
-            with torch.inference_mode(False):  # what it keeps outlives the batch that starts it
+            with torch.inference_mode(False):  # the engine's tensors outlive the batch that starts it
                 return self.vllm.LLM(
                     model=str(self.directory),
                     dtype=self.dtype,
@@ -150,7 +152,7 @@ class Engine:
         """See `llava.pipeline.generate.generate`."""
         assert reducer == self.reducer, "an engine holds one method"
         llm, model = self.llm, self.model
-        timer.mark("start")  # of the engine, which is no question's time
+        timer.mark("start")  # starting the engine counts for no question
         asked, record, visual = (self._pixels if self.route == PIXELS else self._embeds)(samples, timer)
         ends, stop = (frozenset[int](), None) if ignore_eos else (model.end_ids, model.stop)
         sampling = self.vllm.SamplingParams(
@@ -186,7 +188,7 @@ class Engine:
         held = [length * self._token_bytes for length in lengths]
         accounts = record.accounting(Prefilled(torch.empty(0), DynamicCache(), [segment], held, sum(held)))
         parts = zip(samples, texts, written, accounts, record.steps, record.images, strict=True)
-        known = self.route == EMBEDS  # which tokens are kept
+        known = self.route == EMBEDS  # whether it is known which tokens are kept
         answers = tuple(
             Answer(
                 sample.id,
@@ -211,7 +213,7 @@ class Engine:
         )
 
     def _pixels(self, samples: Sequence[Sample], timer: Timer) -> tuple[list[dict[str, Any]], Record, list[int]]:
-        """Requests, what is known of their images, and the visual tokens that each prompt should have."""
+        """Requests with images, the record of these images, and the number of visual tokens of each prompt."""
         model, slot = self.model, self.model.hf_model.config.image_token_id
         processor, layout = model.image_processor, single(model.layout.rows, model.layout.columns)
         plan = plan_image(self.reducer, model.spec, layout)
@@ -226,14 +228,15 @@ class Engine:
         timer.mark("preprocess")
         seen = list[list[SeenImage]]()
         for sample in samples:
-            # Which tokens are kept is not known; none of them is on padding where there is no padding.
+            # It is not known which tokens are kept, so tokens on padding can be counted only if nothing is dropped or
+            # there is no padding.
             canvases: list[Any] = [model.canvas(image) for image in sample.images]
             known = [one if plan.fits or not on_padding(layout, one).any() else None for one in canvases]
             seen.append([SeenImage(layout, whole.tokens, planned, plan.asked, canvas) for canvas in known])
         return asked, Record(seen, [[] for _ in samples]), [planned[0] * len(sample.images) for sample in samples]
 
     def _embeds(self, samples: Sequence[Sample], timer: Timer) -> tuple[list[dict[str, Any]], Record, list[int]]:
-        """The same of prompts as embeddings."""
+        """Requests with prompt embeddings, the record of their images, and the number of visual tokens of each."""
         stages = until_decoder(self.model, samples, self.reducer, timer)
         timer.mark("prefill")
         sequence, record = stages.start, stages.record
@@ -243,13 +246,13 @@ class Engine:
 
     @cached_property
     def _token_bytes(self) -> int:
-        """Of one token's keys and values in all layers."""
+        """Bytes of one token's keys and values in all layers."""
         decoder = self.model.hf_model.config.get_text_config()
         width = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
         weight = self.model.llm.embed_tokens.weight
         return int(2 * self.model.spec.layers * decoder.num_key_value_heads * width * weight.element_size())
 
     def _block_bytes(self, tokens: int) -> int:
-        """Of the blocks that hold so many tokens."""
+        """Bytes of the cache blocks that hold so many tokens."""
         block: int = self.llm.llm_engine.vllm_config.cache_config.block_size
         return math.ceil(tokens / block) * block * self._token_bytes

@@ -1,7 +1,7 @@
-"""vLLM's LLaVA, LLaVA-NeXT, Qwen2.5-VL, Qwen3-VL and InternVL3 with a method inside; imported in the engine alone.
+"""vLLM's LLaVA, LLaVA-NeXT, Qwen2.5-VL, Qwen3-VL and InternVL3 with a method inside; only the engine imports this.
 
 The processor writes as many image tokens into a prompt as the method keeps, so scheduler, KV blocks and prefix cache
-see K tokens. The model makes K tokens of the N that its tower and projector give. Without a method both are vLLM's own.
+see K tokens. The model reduces the N tokens of its tower and projector to K. Without a method both are vLLM's own.
 
 Official code read: vLLM 0.32.0, model_executor/models (llava, llava_next, qwen2_5_vl, qwen3_vl, interns1, interfaces),
 v1/worker/gpu_model_runner.py, multimodal/processing and registry
@@ -38,7 +38,7 @@ from llava.serving.engine_method import EngineMethod, EngineTower, served_by
 def prompt_updates(
     stock: Callable[..., Any], info: Any, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any
 ) -> Any:
-    """A vLLM processor's own updates of prompts, with K image tokens where it writes N."""
+    """The prompt updates of a vLLM processor, with K image tokens for each image instead of N."""
     served, updates = served_by(info.get_hf_config()), stock(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
     if served is None:
         return updates
@@ -63,10 +63,10 @@ def prompt_updates(
 
 
 def layout_of_item(served: EngineMethod, tokens: int, mm_items: Any, out: Any, number: int) -> TokenLayout:
-    """The token layout of an image of a request.
+    """The token layout of image `number` of a request.
 
     Args:
-        tokens: that the engine makes of it.
+        tokens: number of tokens that the engine makes of the image.
     """
     if served.anyres is not None:
         size = mm_items["image"].get_image_size(number)
@@ -78,12 +78,12 @@ def layout_of_item(served: EngineMethod, tokens: int, mm_items: Any, out: Any, n
 
 
 def with_short_prompts(model: Any) -> Any:
-    """A class decorator: the model's processor, with `prompt_updates` in place of its own."""
+    """A class decorator that registers the model's processor with `prompt_updates` in place of its own updates."""
     base = model._processor_factory
 
     def processor(info: Any, dummy_inputs: Any, **more: Any) -> Any:
         made = base.processor(info, dummy_inputs, **more)
-        served_by(info.get_hf_config())  # settings that are not right end the engine's start here
+        served_by(info.get_hf_config())  # wrong settings stop the engine here, at its start
         made._get_prompt_updates = partial(prompt_updates, made._get_prompt_updates, info)
         return made
 
@@ -94,7 +94,7 @@ def with_short_prompts(model: Any) -> Any:
 
 
 class ReducedModelMixin:
-    """What all models do; comes before the vLLM class."""
+    """What all reduced models share; as a base class it stands before vLLM's class."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
@@ -106,19 +106,19 @@ class ReducedModelMixin:
             )
 
     def attentions(self) -> list[Any]:
-        """Of each tower block, the module that projects queries and keys and hands them to its `attn`."""
+        """For each tower block, the module that projects queries and keys and passes them to its `attn`."""
         raise NotImplementedError
 
     @cached_property
     def engine_tower(self) -> EngineTower:
         assert self.served is not None
         built = self.attentions()
-        missing = self.served.spec.tower_blocks - len(built)  # behind the layer that is projected
+        missing = self.served.spec.tower_blocks - len(built)  # blocks after the layer that is projected
         return EngineTower(self, self.served, [*built, *[None] * missing])
 
 
 class ClipModel(ReducedModelMixin):
-    # transformers 5 saves the tower without the level that the engine's class has.
+    # transformers 5 saves the tower's weights without the prefix "vision_model." that the engine's class has.
     hf_to_vllm_mapper = LlavaNextForConditionalGeneration.hf_to_vllm_mapper | WeightsMapper(
         orig_to_new_regex={re.compile(r"^(model\.)?vision_tower\.(?!vision_model\.)"): r"\1vision_tower.vision_model."}
     )
@@ -146,7 +146,7 @@ class ReducedLlavaNext(ClipModel, LlavaNextForConditionalGeneration):
 
 
 def ask_for_positions() -> None:
-    """Have the CPU's runner ask for positions as well: it loads models by a function that does not look for this."""
+    """Make the CPU runner call `recompute_mrope_positions` as well, which its way of loading models leaves out."""
     runner = importlib.import_module("vllm.v1.worker.cpu_model_runner").CPUModelRunner
     gather = GPUModelRunner._gather_mm_embeddings
 
@@ -158,11 +158,11 @@ def ask_for_positions() -> None:
 
 
 class QwenModel(ReducedModelMixin):
-    """Positions of an image's tokens come behind their channels, as with vLLM's own pruning of videos."""
+    """An image's tokens carry their positions in extra channels at the end, as in vLLM's own pruning of videos."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         if served_by(vllm_config.model_config.hf_config) is not None:
-            # The runner then asks recompute_mrope_positions.
+            # With this setting, the runner calls recompute_mrope_positions.
             object.__setattr__(
                 vllm_config.model_config.multimodal_config, "is_multimodal_pruning_enabled", lambda: True
             )
@@ -191,7 +191,7 @@ class QwenModel(ReducedModelMixin):
         return image_embeds_split
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> Any:
-        """[3, L] positions; those of image tokens are set when the tower has run, see recompute_mrope_positions."""
+        """Positions [3, L]; recompute_mrope_positions sets those of image tokens once the tower has run."""
         if self.served is None:
             return super().get_mrope_input_positions(input_tokens, mm_features)  # type: ignore[misc]
         positions, start, done = [], 0, 0
@@ -220,7 +220,7 @@ class QwenModel(ReducedModelMixin):
         visual = ids == self.config.image_token_id  # type: ignore[attr-defined]
         before = torch.cat([visual.new_zeros(1), visual[:-1]])
         columns = torch.arange(len(ids), device=ids.device)
-        # Of every column the token in front of the image that it is in; a chat template always has one.
+        # For every column in an image, the token before that image; a chat template always has one.
         front = torch.where(visual & ~before, columns - 1, -1).cummax(0).values
         places, done = columns[num_computed_tokens:][visual[num_computed_tokens:]], 0
         for own in multimodal_embeddings:

@@ -1,4 +1,4 @@
-"""The vision tower, block by block: patch features, and only the scores that were asked for."""
+"""CLIP's vision tower, run block by block: patch features, and only those tower scores that a method asks for."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from llava.errors import UserError
-from llava.model.official_names import CLIPVisionTower as CLIPVisionTower  # from here scripts import it
+from llava.model.official_names import CLIPVisionTower as CLIPVisionTower  # scripts import it from here
 from llava.reduction.merging import Reduction
 from llava.reduction.modules import linear_flops
 from llava.reduction.reducer import Reducer, check_reductions
@@ -19,20 +19,18 @@ from llava.reduction.scores import TowerScore, block_scores, by_block, clip_atte
 from llava.reduction.states import BlockState
 from llava.reduction.token_layout import ModelSpec
 
-# (CLIPVisionModel, hidden [B, n, D], places) -> hidden states [B, n, D] behind so many blocks, in order of the places
-
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the tower gives for B images.
+    """The tower's output for B images.
 
     Attributes:
-        features: [B, N, D] patch features of the selected layer; [B, 1+N, D] when CLS was kept.
-        scores: one tensor per requested score, patches only.
+        features: [B, N, D] patch features of the selected layer; [B, 1+N, D] with class tokens.
+        scores: one tensor per requested score, for patches only.
         grid: rows and columns of patches.
-        merged: what was merged inside the tower, over patches; N is then what is left of them.
-        tokens: CLS and patches that enter attention and MLP of every block that was run.
-        spent: operations per image that a method spent on merging inside the tower.
+        merged: the reduction of patches inside the tower; N patches are then left. None without one.
+        tokens: for every block that was run, how many tokens (CLS and patches) enter its attention and its MLP.
+        spent: operations per image that a method spent on merging inside the tower, or on scores of a stock tower.
     """
 
     features: Tensor
@@ -43,7 +41,7 @@ class Encoded:
     spent: int = 0
 
     def rows(self, index: slice) -> "Encoded":
-        """The same for some of the images."""
+        """The output for some of the images."""
         merged = self.merged
         if merged is not None:
             assignment, weight = merged.explicit()
@@ -53,15 +51,15 @@ class Encoded:
 
 
 def patch_grid(tower: Any) -> tuple[int, int]:
-    """Rows and columns of patches of the tower's own image size."""
+    """Rows and columns of patches for the tower's own image size."""
     side = tower.config.image_size // tower.config.patch_size
     return side, side
 
 
 def run_blocks(tower: Any, hidden: Tensor, places: Sequence[int]) -> list[Tensor]:
-    """Hidden states [B, n, D] behind the first k blocks, for each k in `places`, which ascend; 0 is the input.
+    """Hidden states [B, n, D] after the first k blocks, for each k in `places`, in ascending order; k = 0 is the input.
 
-    They are on the device of the input, wherever the blocks are.
+    They are on the device of the input, even if the blocks are on others.
     """
     states, done, device = [], 0, hidden.device
     for place in places:
@@ -81,22 +79,20 @@ def encode(
     keep_cls: bool = False,
     merger: "TowerMerger | None" = None,
 ) -> Encoded:
-    """Run a CLIP vision tower as far as it is needed.
+    """Run a CLIP vision tower as far as it is needed: blocks after the selected layer run only for scores.
 
     Args:
         tower: a transformers CLIPVisionModel (embeddings, pre_layrnorm, encoder.layers).
         pixels: [B, 3, S, S], normalised.
-        select_layer: index into hidden_states, -2 for LLaVA: the output of the last block but one.
-        scores: scores to compute beside the main path.
-        grid: shrink the image to rows x columns patches first (the `downsample` control); None keeps it.
-        keep_cls: leave the CLS token before the patch features.
-        merger: merges tokens inside some of the blocks.
-
-    Blocks after the selected layer run only when a score asks for them.
+        select_layer: index into hidden_states; LLaVA's -2 is the output of the last block but one.
+        scores: scores to compute as well.
+        grid: rows and columns of patches to which the image is shrunk first (`downsample`); None keeps its size.
+        keep_cls: keep the CLS token before the patch features.
+        merger: merges tokens inside some of the blocks; None for no merging.
     """
     blocks = tower.encoder.layers
     own, depth = patch_grid(tower), len(blocks)
-    # One name from pixels to hidden states, so that none of them lives while the blocks run.
+    # One name for all steps from pixels to hidden states, so that their memory is freed before the blocks run.
     hidden = pixels.to(tower.embeddings.patch_embedding.weight.dtype)
     hidden = tower.embeddings(hidden) if grid in (None, own) else _embed_coarse(tower, hidden, grid)
     hidden = tower.pre_layrnorm(hidden)
@@ -113,7 +109,7 @@ def encode(
     if merger:
         features, merged, tokens = merger.run(hidden, selected)
         return Encoded(features if keep_cls else features[:, 1:], {}, grid, merged, tokens, merger.flops)
-    # Scores are of the inputs of their blocks.
+    # The scores of a block are computed from its input.
     places = sorted({selected, *wanted})
     inputs = dict(zip(places, run_blocks(tower, hidden, places), strict=True))
     computed: dict[TowerScore, Tensor] = {}
@@ -124,11 +120,11 @@ def encode(
 
 
 class TowerMerger:
-    """Merges tokens inside blocks of the tower, between attention and MLP, as a method says (stage 0).
+    """Runs the tower while a method merges tokens inside its blocks, between attention and MLP (stage 0).
 
     Args:
-        blocks: inside which the method is asked.
-        tiles: images in the batch.
+        blocks: indices of the blocks in which the method is called.
+        tiles: number of images in the batch.
 
     Attributes:
         flops: operations per image that the method has spent so far.
@@ -146,8 +142,8 @@ class TowerMerger:
             hidden: [B, 1 + P, D], CLS first.
 
         Returns:
-            hidden states [B, 1 + N, D], what was merged over patches, and the tokens that enter attention and MLP of
-            every block.
+            Hidden states [B, 1 + N, D], the reduction of patches, and for every block the number of tokens that enter
+            its attention and its MLP.
         """
         merged, tokens = None, []
         for index, block in enumerate(self.tower.encoder.layers[:selected]):
@@ -157,7 +153,7 @@ class TowerMerger:
             else:
                 hidden = block(hidden, None).to(hidden.device)
             tokens.append((before, hidden.shape[1]))
-        if merged is not None:  # without token 0, which is CLS and stays alone
+        if merged is not None:  # leave out token 0, which is CLS and is never merged
             assignment, weight = merged.explicit()
             merged = Reduction(merged.kept[:, 1:] - 1, merged.inputs - 1, assignment[:, 1:] - 1, weight[:, 1:])
         return hidden, merged, tuple(tokens)
@@ -165,12 +161,12 @@ class TowerMerger:
     def run_block(
         self, block: Any, index: int, hidden: Tensor, merged: Reduction | None
     ) -> tuple[Tensor, Reduction | None]:
-        """One block whose attention knows how large its tokens are, and in which the method may merge.
+        """Run one block. Its attention weighs tokens by their size, and the method may merge tokens in it.
 
         Args:
-            merged: what was merged before.
+            merged: the reduction made in earlier blocks.
         """
-        # How many of the first tokens each token stands for: [B, n] float32.
+        # How many of the original tokens each token stands for: [B, n] float32.
         sizes, bias = hidden.new_ones(hidden.shape[:2], dtype=torch.float32), None
         if merged is not None:
             counts = torch.zeros(hidden.shape[:2], device=hidden.device)
@@ -195,12 +191,12 @@ class TowerMerger:
 
 
 def _embed_coarse(tower: Any, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Patch and position embeddings, CLS first, for another grid: pixels and position table are resized."""
+    """Patch and position embeddings for another grid, CLS first; pixels and position table are resized."""
     embeddings, patch = tower.embeddings, tower.config.patch_size
     size = (grid[0] * patch, grid[1] * patch)
     small = F.interpolate(pixels.float(), size=size, mode="bicubic", antialias=True).to(pixels.dtype)
     patches = rearrange(embeddings.patch_embedding(small), "b d rows columns -> b (rows columns) d")
-    # Weights that accelerate has offloaded are there inside the contexts.
+    # Inside these contexts, weights that accelerate has offloaded are loaded.
     with align_module_device(embeddings), align_module_device(embeddings.position_embedding):
         own, table = (
             part.to(patches.device) for part in (embeddings.class_embedding, embeddings.position_embedding.weight)

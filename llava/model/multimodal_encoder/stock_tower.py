@@ -1,9 +1,9 @@
-"""Tower scores of a vision tower whose own forward runs, such as those of transformers' families and of engines.
+"""Tower scores of a stock tower: a vision tower of transformers or of a serving engine whose own forward runs.
 
-While the tower runs, the attention modules that a method reads write down what they hand to their kernel: queries and
-keys after all norms and rotations, and keys as they are projected. The model's own kernel computes on. Afterwards the
-recorded calls are cut into views (a tile, a frame or a whole image), and each view is a `BlockAttention` for the scores
-of llava/reduction/scores.py.
+While the tower runs, the attention modules that a method reads record what they pass to their kernel: queries and keys
+after all norms and rotations, and keys right after their projection. The model's own kernel then computes as usual.
+Afterwards the recorded calls are cut into views (a tile, a frame or a whole image). Each view is a `BlockAttention`,
+from which llava/reduction/scores.py computes scores.
 
 Read: transformers 5.23.0, integrations/sdpa_attention.py, modeling of the families in llava/hf/families.py
 """
@@ -27,13 +27,13 @@ RECORDING = "recorded_attention"  # the name of our kernel among those of transf
 
 
 class Call(NamedTuple):
-    """What an attention module handed to its kernel.
+    """What an attention module passed to its kernel.
 
     Attributes:
         query, key: [B, H, n, d] after norms and rotations; keys may have fewer heads than queries.
-        projected: [B, H, n, d] keys before them.
-        mask: what the kernel is given, or None: of padding, or of images that stand side by side.
-        scale: of the products.
+        projected: [B, H, n, d] keys before norms and rotations.
+        mask: the kernel's mask for padding, or for several images in one row; None without a mask.
+        scale: factor of the products of queries and keys.
     """
 
     query: Tensor
@@ -68,15 +68,15 @@ def attention_of_call(call: Call, cls: int) -> BlockAttention:
 
 
 def views_of(calls: Sequence[Call], patches: Sequence[int], cls: int | None) -> list[BlockAttention]:
-    """Recorded calls, cut into views in their order; views that one call holds as equal rows stay together.
+    """Cut recorded calls into views, in order. Views that are equal rows of one call stay together.
 
     Args:
-        patches: of each view.
-        cls: place of the class token among a view's tokens, 0 or -1; None where there is none.
+        patches: number of patches of each view.
+        cls: place of the class token among a view's tokens, 0 or -1; None if there is none.
     """
     extra, views, done = int(cls is not None), [], 0
     for call in calls:
-        if cls == -1:  # in front, as everywhere else
+        if cls == -1:  # move the class token to the front, where scores expect it
             query, key, projected = (part.roll(1, 2) for part in call[:3])
             call = call._replace(query=query, key=key, projected=projected)
         images, tokens = call.query.shape[0], call.query.shape[2]
@@ -84,7 +84,7 @@ def views_of(calls: Sequence[Call], patches: Sequence[int], cls: int | None) -> 
             views.append(attention_of_call(call, extra))
             done += images
             continue
-        # Rows with padding, or with several views side by side.
+        # The rows of this call have padding, or several views one after another.
         real = None if call.mask is None else real_tokens(call.mask, images)
         for row in range(images):
             places = torch.arange(tokens, device=call.query.device) if real is None else real[row].nonzero()[:, 0]
@@ -98,7 +98,7 @@ def views_of(calls: Sequence[Call], patches: Sequence[int], cls: int | None) -> 
 
 
 def real_tokens(mask: Tensor, images: int) -> Tensor:
-    """[B, n] bool: False for padding, in the mask of an attention kernel."""
+    """The tokens that are not padding according to an attention kernel's mask, [B, n] bool."""
     if mask.dim() == 2:  # as FlashAttention takes it
         return mask.bool()
     allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
@@ -109,16 +109,16 @@ class StockTower:
     """The blocks of a tower, and how its patches become visual tokens.
 
     Args:
-        blocks: in order; None for a block that an engine does not build.
+        blocks: the blocks in order; None for a block that an engine does not build.
         vision: configuration of the tower.
         cls: place of the class token, 0 or -1; None for no class token.
-        runs: the patches of a token follow one another; otherwise they are a square of the grid.
-        last: the block, as a negative index, that a method's default block stands for, see `block_of`.
+        runs: True if the patches of a token follow one another; False if they are a square of the patch grid.
+        last: negative index of the block that is read when a method asks for its default block, see `block_of`.
     """
 
     def __init__(self, blocks: Sequence[Any], vision: Any, cls: int | None, runs: bool, last: int = -1):
         self.blocks, self.cls, self.runs, self.last = blocks, cls, runs, last
-        # Which blocks attend within whole images, and the edge of a window of the others, in tokens.
+        # The blocks that attend within whole images, and the edge in tokens of the windows of all other blocks.
         self.whole: Sequence[int] = range(len(blocks))
         self.window = 0
         if hasattr(vision, "fullatt_block_indexes"):
@@ -126,10 +126,12 @@ class StockTower:
             self.window = vision.window_size // vision.spatial_merge_size // vision.patch_size
 
     def block_of(self, score: TowerScore) -> int:
-        """The tower block a score is read from; the last but one stands for the one whose output is projected.
+        """The tower block that a score is read from.
 
-        In a tower of windows it is the next that attends within whole images: in a windowed block a patch is compared
-        with its window alone, and what it receives cannot be compared between windows.
+        Methods choose blocks as in LLaVA, where the output of the last block but one is projected. So that block stands
+        for the block `last` of this tower, and other negative indices are moved by the same number of blocks. If the
+        tower has windows, the next block that attends within whole images is read, because attention that patches
+        receive within a window cannot be compared between windows.
 
         Raises:
             UserError: there is no such score or block.
@@ -142,7 +144,10 @@ class StockTower:
 
     @contextmanager
     def recording(self, scores: Iterable[TowerScore]) -> Iterator[dict[TowerScore, list[Call]]]:
-        """Score -> what its block hands to its attention kernel meanwhile; several calls where it has several."""
+        """Record, inside the context, what the blocks of the scores pass to their attention kernels.
+
+        The result maps each score to the calls of its block, of which there may be several.
+        """
         modules = {score: attention_of(self.blocks[self.block_of(score)]) for score in scores}
         with recording(modules.values()) as calls:
             yield {score: calls[module] for score, module in modules.items()}
@@ -154,10 +159,13 @@ class StockTower:
         side: int,
         device: torch.device,
     ) -> dict[TowerScore, list[Tensor]]:
-        """Of each score the values of every view's tokens, [n] or [n, d]; a token of several patches has their mean.
+        """For each score, the values of every view's tokens, [n] or [n, d].
+
+        The value of a token made of several patches is the mean over these.
 
         Args:
-            grids: of every view rows and columns of patches.
+            calls: for each score, the recorded calls of its block.
+            grids: for each view, its rows and columns of patches.
             side: patches along the edge of a token.
         """
         patches, found = [rows * columns for rows, columns in grids], {}
@@ -175,7 +183,7 @@ class StockTower:
         return found
 
     def score_flops(self, calls: Mapping[TowerScore, Sequence[Call]], patches: int) -> int:
-        """Operations of a view's scores: products alone, because queries and keys are those of the tower itself."""
+        """Operations of a view's scores: only products, because the tower has computed the queries and keys anyway."""
         total = 0
         for score, recorded in calls.items():
             stands_in = self.cls is None and score.kind in WITHOUT_CLS
@@ -186,7 +194,7 @@ class StockTower:
 
 
 def grouped(values: Tensor, grid: tuple[int, int], side: int, runs: bool) -> Tensor:
-    """[P, ...] of patches -> [n, ...], the mean over the patches of each token."""
+    """Values [P, ...] of patches -> [n, ...]: for each token, the mean over its patches."""
     if side == 1:
         return values
     if runs:
@@ -198,17 +206,17 @@ def grouped(values: Tensor, grid: tuple[int, int], side: int, runs: bool) -> Ten
 
 
 def by_rows(values: Tensor, rows: int, columns: int, side: int) -> Tensor:
-    """[n, ...] of tokens that stand window by window, of side x side tokens -> in raster order."""
+    """Reorder values [n, ...] of tokens from the order of windows of side x side tokens to raster order."""
     row, column = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).T
     window = row // side * columns + column // side
     return values[window.argsort(stable=True).argsort().to(values.device, non_blocking=True)]
 
 
-# -- recording in a transformers model
+# -- recording in a model of transformers
 
 
 def attention_of(block: nn.Module) -> nn.Module:
-    """The attention of a tower block."""
+    """The attention module of a tower block."""
     names = ("attn", "self_attn", "attention")
     found: nn.Module = next(part for name, part in block.named_modules() if name.rpartition(".")[2] in names)
     return found
@@ -217,13 +225,14 @@ def attention_of(block: nn.Module) -> nn.Module:
 def _record(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> Any:
     config = module.config
     scale = options.get("scaling") or query.shape[-1] ** -0.5
-    own, config.keys = config.keys.tensor_split([key.shape[2]], 1)  # images and frames may come one by one
+    # The kernel may be called several times, for one image or frame after another.
+    own, config.keys = config.keys.tensor_split([key.shape[2]], 1)
     own = own.unflatten(-1, (key.shape[1], -1)).transpose(1, 2)
     config.calls.append(Call(query, key, own, attention_mask, scale))
     known = vars(sys.modules[type(module).__module__])  # Llama 4 has a kernel of its own for its tower
     eager = known.get("vision_eager_attention_forward", known["eager_attention_forward"])
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(kernel_of(config.own), eager)
-    module.config = config.own  # which FlashAttention reads again
+    module.config = config.own  # FlashAttention reads the kernel's name from it
     try:
         return kernel(module, query, key, value, attention_mask, **options)
     finally:
@@ -235,7 +244,7 @@ AttentionInterface.register(RECORDING, _record)
 
 @contextmanager
 def recording(modules: Iterable[Any]) -> Iterator[dict[Any, list[Call]]]:
-    """Attention modules write down what they hand to their kernel."""
+    """Record, inside the context, what attention modules pass to their kernels: module -> calls."""
     calls: dict[Any, list[Call]] = {module: [] for module in modules}
     configs, hooks = {module: module.config for module in calls}, []
 
