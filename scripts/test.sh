@@ -7,7 +7,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-marked='process or table or java or training or browser or slow'
+marked='process or table or java or training or browser or slow or lab'
 case "${1:-}" in
   '') set -- -n 2 -m "not ($marked)" ;;
   --all) shift; [ $# -gt 0 ] || set -- -n 2 ;;

@@ -8,6 +8,8 @@ from eval import benchmarks
 from eval.config import ROOT
 from lab.pages import benchmarks as pages
 
+pytestmark = pytest.mark.lab
+
 NAMES = [benchmark.name for benchmark in pages.reported()]
 
 

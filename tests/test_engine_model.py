@@ -211,6 +211,7 @@ def test_faults_of_the_engine_end_the_run(vllm, tiny_path, monkeypatch):
         generate(load_model(config(model=tiny_path)), samples(), reducer, 2)
 
 
+@pytest.mark.lab
 def test_the_benchmark_asks_every_engine_in_turns_about_new_images(vllm, tmp_path, capsys):
     serving.save_random(narrow("llava-1.5-7b", 64, 2, 3, 56), tmp_path / "model", "float32")
     kept = tmp_path / "kept.jsonl"
@@ -237,6 +238,7 @@ def test_the_benchmark_asks_every_engine_in_turns_about_new_images(vllm, tmp_pat
         assert serving.main([*words, *more.split(), *other]) == 2 and why in capsys.readouterr().err
 
 
+@pytest.mark.lab
 def test_the_benchmark_divides_times_of_the_same_round(monkeypatch):
     settings = {"model": "m", "budget": 4, "dtype": "float32", "threads": 1, "device": "cpu", "hardware": "h"}
     kept = Measurements(None, settings | {"versions": {}})

@@ -332,6 +332,7 @@ def test_quantities_in_words():
 # -- the table of the official models ------------------------------------------------------------------------------
 
 
+@pytest.mark.lab
 @pytest.mark.table
 def test_the_table_of_the_official_models_is_current():
     """The rows of three models; all take a minute."""

@@ -3,7 +3,9 @@
 import itertools
 import json
 import re
+from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,6 +64,16 @@ def operations(model, inputs):
         total += sum(2 * length * weight.numel() for weight in layer.parameters() if weight.dim() == 2)
         total += 4 * length * keys * layer.self_attn.q_proj.out_features
     return total
+
+
+def test_random_tokens_follow_the_id_of_the_question(saved):
+    """They followed the token ids of its prompt, so that `random` kept other tokens than the pipeline does."""
+    model, first = saved("internvl3")[2], BATCH[0]
+    batch = [first, replace(first, id="other"), BATCH[1], first]
+    kept = [answer.trace[0].reduction.kept.tolist() for answer in ask(model, batch, "random", 4).answers]
+    assert kept[0] == kept[3] != kept[1]
+    state = SimpleNamespace(ids=("q0", "other"), tokens=torch.zeros(2, 16, 1))  # as the pipeline asks the method
+    assert registry.build("random", 4).prompt(state).kept.tolist() == [kept[0][0], kept[1][0]]
 
 
 @pytest.mark.parametrize("name", SAVED)

@@ -24,6 +24,8 @@ from llava.model.builder import load
 from llava.pipeline.generate import generate
 from llava.reduction import registry
 
+pytestmark = pytest.mark.lab
+
 NAME = "test00000n"
 
 

@@ -18,6 +18,8 @@ from llava.errors import UserError
 from llava.reduction import ranking
 from tests.pretended import pretended
 
+pytestmark = pytest.mark.lab
+
 PREFILL = ["--method", "consensusdrop,attnmix", "--shape", "llava-1.5-7b", "--budget", "4,8", "--lengths", "0"]
 CALL = ["--repeats", "2", "--no-counts", "--device", "cuda"]
 

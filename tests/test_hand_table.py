@@ -516,6 +516,7 @@ def test_a_variant_with_another_budget_is_not_put_beside_its_release():
         assert releases(dataclasses.replace(found, lines=lines)).rows == [row for row in rows if row[2] != "64"]
 
 
+@pytest.mark.lab
 def test_the_page_of_a_table_shows_the_published_rows_and_the_baselines_that_the_gate_takes():
     """Neither the source of low trust nor that of tiles is a baseline of images padded to a square."""
     definition, found, _ = made()

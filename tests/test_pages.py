@@ -130,6 +130,7 @@ def test_the_streaming_example_runs_on_the_toy_model(capsys):
     assert names["reduced"].accounting[0].mean == 64
 
 
+@pytest.mark.lab
 def test_methods_and_benchmarks_are_counted():
     """A new one left both numbers, and the list of methods, as they were."""
     text = (ROOT / "README.md").read_text()
@@ -141,6 +142,7 @@ def test_methods_and_benchmarks_are_counted():
     assert counted and int(counted[1]) == sections, "docs/benchmarks.md has a section per benchmark"
 
 
+@pytest.mark.lab
 def test_the_page_of_methods_is_up_to_date():
     """A method could be changed or added without its row."""
     text, hint = methods.PAGE.read_text(), "run `vtr tables methods`"

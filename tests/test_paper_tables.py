@@ -634,6 +634,7 @@ def test_rows_beside_numbers_of_a_release_run_the_release(path):
             assert len([row for row in rows if row.method == method]) == 2, f"{method}: the release and our variant"
 
 
+@pytest.mark.lab
 @pytest.mark.parametrize("name", ["consensusdrop/video_llava_7b", "visiondrop/video_llava_7b"])
 def test_visiondrop_on_videos_has_the_schedule_of_its_page(name):
     """The tables gave videos the schedule of images: 384/280/208/152 at 256 tokens."""

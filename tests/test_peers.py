@@ -15,6 +15,8 @@ from llava.errors import UserError
 from llava.pipeline.generate import prefill
 from llava.reduction import registry
 
+pytestmark = pytest.mark.lab
+
 FAKE = """
 import json, pathlib, sys
 name, factor, folder = sys.argv[1], float(sys.argv[2]), pathlib.Path(sys.argv[3])

@@ -225,6 +225,7 @@ def flagship(cost):
     return reproduce.page(cost)
 
 
+@pytest.mark.lab
 @pytest.mark.table
 def test_costs_of_tables_are_those_of_the_page(costs, cost):
     """`vtr tables reproduce` writes them again; all tables take a minute."""
@@ -232,6 +233,7 @@ def test_costs_of_tables_are_those_of_the_page(costs, cost):
     assert set(lines) <= set(reproduce.INDEX.read_text().splitlines())
 
 
+@pytest.mark.lab
 def test_sizes_from_shapes_are_those_of_the_modules():
     checked = 0
     for name, entry in expense.downloads().checkpoints.items():
@@ -243,6 +245,7 @@ def test_sizes_from_shapes_are_those_of_the_modules():
     assert checked == 7
 
 
+@pytest.mark.lab
 def test_numbers_of_questions_are_those_of_the_benchmarks():
     loads = expense.downloads().benchmarks
     assert set(loads) <= set(benchmarks.names())
@@ -252,6 +255,7 @@ def test_numbers_of_questions_are_those_of_the_benchmarks():
     assert loads["mmvet"].questions == MMVET
 
 
+@pytest.mark.lab
 @pytest.mark.table
 def test_a_table_takes_the_sum_of_its_runs_and_none_where_the_model_does_not_fit(cost):
     gpu, seconds = expense.GPUS[1], 0.0
@@ -264,12 +268,14 @@ def test_a_table_takes_the_sum_of_its_runs_and_none_where_the_model_does_not_fit
     assert reproduce.hours(cost, replace(gpu, memory=1e9)) == ("n/a", "n/a")
 
 
+@pytest.mark.lab
 def test_published_numbers_are_printed_as_in_papers():
     """With a decimal, but for MME's points."""
     told = [(61.9, "gqa"), (62.0, "gqa"), (1862.0, "mme"), (1862.5, "mme"), (100.0, "relative_mean")]
     assert [reproduce.number(*one) for one in told] == ["61.9", "62.0", "1862", "1862.5", "100.0"]
 
 
+@pytest.mark.lab
 def test_judged_and_server_graded_benchmarks_are_named(costs):
     """A table without a judge, or on a split of a server, holds no published metric."""
     for name in sorted({name for cost in costs for name in cost.loads}):
@@ -279,6 +285,7 @@ def test_judged_and_server_graded_benchmarks_are_named(costs):
         assert (name in reproduce.JUDGED) == (data.judging is not None), name
 
 
+@pytest.mark.lab
 @pytest.mark.table
 def test_the_page_holds_every_published_number_of_its_rows(flagship):
     """Found in the tables by method, source and value; disputed ones are marked."""
@@ -298,6 +305,7 @@ def test_the_page_holds_every_published_number_of_its_rows(flagship):
                     assert text + "?" * bool(row.reason(head)) in numbers, f"{row.method} {row.tokens} {title} {head}"
 
 
+@pytest.mark.lab
 @pytest.mark.table
 def test_the_page_names_sources_and_disputes(flagship):
     assert "github.com/Theia-4869/FasterVLM at f5d5f12" in flagship

@@ -65,12 +65,14 @@ def test_every_family_runs_at_full_depth_without_memory(shape, tokens, layers):
 # -- how cost grows ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.lab
 def test_known_costs_give_their_powers():
     tokens = (256, 512, 1280, 2560, 11520)
     assert exponent(tokens, [3e-3 * number for number in tokens]) == pytest.approx(1)
     assert exponent(tokens, [2e-6 * number**2 for number in tokens]) == pytest.approx(2)
 
 
+@pytest.mark.lab
 @pytest.mark.parametrize(
     ("tokens", "tiles"), [(256, None), (512, (1, 1)), (1280, (2, 2)), (5120, (1, 19)), (11520, (4, 11))]
 )
@@ -81,6 +83,7 @@ def test_tiles_give_the_tokens_that_were_asked_for(tokens, tiles):
         grid(tokens - 1)
 
 
+@pytest.mark.lab
 @pytest.mark.table
 def test_a_run_measures_fits_and_draws(tmp_path, capsys):
     """Also a method that takes tiles one by one only."""
@@ -95,6 +98,7 @@ def test_a_run_measures_fits_and_draws(tmp_path, capsys):
     assert (tmp_path / "r" / "g.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.lab
 def test_what_cannot_be_measured_is_refused_before_anything_is(capsys, monkeypatch):
     """The run ended at its third size: 64 tokens are no whole number for each of three tiles."""
     measured = []
@@ -110,6 +114,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(capsys, monkeypat
 # -- published claims ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.lab
 def test_every_claim_stands_on_the_page():
     page = PAGE.read_text()
     for claim in read():
@@ -117,6 +122,7 @@ def test_every_claim_stands_on_the_page():
         assert f"| {claim.status} |" in line and claim.source in line
 
 
+@pytest.mark.lab
 def test_quantities_are_ratios_of_what_was_counted(monkeypatch):
     full, ours = (Computed(f, f, (1,), (kv, kv), 1) for f, kv in ((8 * 10**12, 30 * 10**6), (2 * 10**12, 5 * 10**6)))
     monkeypatch.setattr(claims, "computed_by", lambda shape, method, *_: full if method == "full" else ours)
@@ -130,6 +136,7 @@ def test_quantities_are_ratios_of_what_was_counted(monkeypatch):
         Claim(**about, status="open", ours="2 times")
 
 
+@pytest.mark.lab
 @pytest.mark.table
 def test_visiondrop_at_320_of_2880_has_the_published_reduction_of_operations():
     """6 times in the abstract; counted at full depth on the meta device."""
@@ -152,6 +159,7 @@ def test_rounding_decides_the_near_duplicates_that_vispruner_removes():
     assert min(shares) > 0.1, shares
 
 
+@pytest.mark.lab
 def test_precision_counts_the_tokens_of_the_image_that_are_kept_no_more(capsys, monkeypatch):
     """After two stages the indices of the second are places among those that the first one left."""
 

@@ -56,6 +56,7 @@ STAGES = {
 }
 
 
+@pytest.mark.lab
 @pytest.mark.parametrize("stage", EXPORTS)
 def test_an_export_writes_every_file_that_is_shipped(stage, tmp_path, monkeypatch):
     """The exports wrote no processor_config.json. The model is the shipped one, nothing is trained."""

@@ -29,6 +29,8 @@ from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample, build_prompt
 from llava.reduction import registry
 from tests.test_model import transformers_inputs
 
+pytestmark = pytest.mark.lab
+
 SCENES = [scene("val", index, dense) for index, dense in itertools.product(range(12), (False, True))]
 
 

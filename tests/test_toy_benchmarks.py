@@ -28,6 +28,8 @@ from lab.toy.benchmarks.choices import ROUND, ROW_QUALITY
 from lab.toy.data.formats import LETTERS
 from lab.toy.data.vocabulary import COLOR_NAMES, COLORS
 
+pytestmark = pytest.mark.lab
+
 DATA = ROOT / "assets" / "eval"
 
 # Benchmark -> the questions of its default split that there are at least.

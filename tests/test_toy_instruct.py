@@ -36,6 +36,8 @@ from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample, build_prompt
 from llava.reduction import registry
 from tests.test_toy import described, reader
 
+pytestmark = pytest.mark.lab
+
 SCENES = [scene("val", index, dense).things for index, dense in itertools.product(range(10), (False, True))]
 LETTERED = ("letters", "several", "parens", "mmstar", "realworld", "context")
 

@@ -34,6 +34,8 @@ from lab.toy.long_stages import centres, choose_tokens, visuals, whole_sequence
 from lab.toy.packing import forward, pack, predict, question_line, whole
 from lab.toy.stages import scene_lines
 
+pytestmark = pytest.mark.lab
+
 DATA, MODEL = ROOT / "assets" / "eval_next", ROOT / "assets" / "tinyllava_next"
 SCENES = [large_scene("val", index, dense) for index, dense in itertools.product(range(10), (False, True))]
 

@@ -22,6 +22,8 @@ from llava.processing.prompt import Sample
 from llava.processing.video import read_video
 from llava.reduction import registry
 
+pytestmark = pytest.mark.lab
+
 RECORD = json.loads((Path(__file__).parent / "data" / "toy_losses.json").read_text())["stages"]
 # Relative. Kernels of other processors round differently, and training enlarges it: with AVX2 in place of AVX512 and
 # its bfloat16 instructions losses differ by up to 0.4 %, the first one by 0.007 %, and the way of the weights by 0.5 %.

@@ -23,6 +23,8 @@ from lab.toy.packing import forward, pack, predict, question_line, whole
 from llava.processing.image import ImageProcessor
 from llava.processing.video import VideoProcessor, frame_indices, read_video
 
+pytestmark = pytest.mark.lab
+
 WHOLE = frame_tokens(np.arange(RUN))
 
 DATA, MODEL = ROOT / "assets" / "eval_video", ROOT / "assets" / "tinyllava_video"

@@ -156,7 +156,8 @@ class FamilyModel(FamilyWrapper, LoadedModel):
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
         ends = [-1] if ignore_eos else sorted(self.end_ids)
-        with FamilyReductionContext(self, reducer, [sample.question for sample in samples], timer) as reduced:
+        questions, names = [sample.question for sample in samples], [sample.id for sample in samples]
+        with FamilyReductionContext(self, reducer, questions, timer, names) as reduced:
             output: Any = self.hf_model.generate(
                 **given,
                 max_new_tokens=max_new_tokens,

@@ -192,6 +192,7 @@ class FamilyReductionContext(ReductionContext):
 
     Attributes:
         timer: measures the stages; None makes a new timer for each call.
+        names: of the prompts of a call, by which methods that draw choose; None for names made of their token ids.
     """
 
     _runtime: FamilyWrapper
@@ -202,9 +203,10 @@ class FamilyReductionContext(ReductionContext):
         reducer: Reducer,
         questions: Sequence[str] | None = None,
         timer: Timer | None = None,
+        names: Sequence[str] | None = None,
     ):
         super().__init__(runtime, reducer, questions)
-        self.timer = timer
+        self.timer, self.names = timer, names
 
     # The hooks of layers hold this object, so a copy of the model would keep them. Copying is refused.
     __reduce_ex__ = Override.__reduce_ex__
@@ -266,6 +268,8 @@ class FamilyReductionContext(ReductionContext):
                 views, outputs[name] = runtime.views_of(name, given, reducer)
                 ready[tokens[name]], filled = runtime.images(name, views, filled, tokens[name])
         batch: list[StockSample] = samples(filled, mask, ready, self.questions, runtime.tokenizer, runtime.marks)
+        if self.names is not None:
+            batch = [replace(one, id=name) for one, name in zip(batch, self.names, strict=True)]
         prompts, real = [runtime.prompt(sample) for sample in batch], mask.bool()
         stages = Stages(runtime, reducer, batch, Record([[] for _ in batch], [[] for _ in batch]), timer)
         encoded: dict[ImageKey, Any] = {}
