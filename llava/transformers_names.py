@@ -31,11 +31,7 @@ from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLay
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.utils import output_capturing
-
-try:  # in older versions a tower works these out itself
-    from transformers import vision_utils
-except ImportError:
-    vision_utils = None  # type: ignore[assignment]
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 # The cache of keys and values, as an argument of models and layers and in their outputs.
 CACHE_NAMES = ("cache", "past_key_values")
@@ -68,15 +64,13 @@ def vision_arguments(tower: Any, grids: Sequence[tuple[int, int, int]], device: 
         grids: frames, rows and columns of patches of each image.
     """
     grid, config = torch.tensor(grids), tower.config
-    if not hasattr(vision_utils, "get_vision_window_index"):
-        return {"grid_thw": grid.to(device)}
     merge = config.spatial_merge_size
     given = {
         "grid_thw": grid,
-        "position_ids": vision_utils.get_vision_position_ids(grid, merge).to(device, non_blocking=True),
+        "position_ids": get_vision_position_ids(grid, merge).to(device, non_blocking=True),
     }
     if hasattr(config, "window_size"):
-        index, lengths = vision_utils.get_vision_window_index(grid, merge, config.window_size, config.patch_size)
+        index, lengths = get_vision_window_index(grid, merge, config.window_size, config.patch_size)
         given |= {"window_index": index.to(device, non_blocking=True), "cu_window_seqlens": lengths}
     return given
 

@@ -133,12 +133,12 @@ def why_not(family: Family, config: PretrainedConfig, reducer: Reducer) -> str:
     probed = getattr(reducer, "probe_layer", None)
     probed = "full_attention" if probed is None else kinds[min(probed, len(kinds) - 1)]
     if probed not in ("full_attention", "sliding_attention"):
-        return f"{name} probes the attention of a decoder layer that has {said(probed)} in {family.title}."
+        return f"{name} probes the attention of a decoder layer that has {readable(probed)} in {family.title}."
     attention = kernel_of(config.get_text_config()) or "sdpa"
     if "decoder" in acts and not takes_mask(attention):
         return f"{name} reduces between decoder layers, which needs attn_implementation='sdpa', not {attention!r}."
     if "decoder" in acts:
-        other = [said(kind) for kind in sorted({*kinds} - {"full_attention"})]
+        other = [readable(kind) for kind in sorted({*kinds} - {"full_attention"})]
         if other:
             return f"{name} reduces between decoder layers, of which some have {' and '.join(other)} in {family.title}."
         if family.types == "token_type_ids":
@@ -153,7 +153,7 @@ def kinds_of(config: PretrainedConfig) -> list[str]:
     return getattr(text, "layer_types", None) or [alike] * text.num_hidden_layers
 
 
-def said(kind: str) -> str:
+def readable(kind: str) -> str:
     """An entry of `layer_types` in words."""
     return {"conv": "a convolution"}.get(kind, kind.replace("_", " "))
 
