@@ -19,6 +19,7 @@ from llava.reduction.states import EncoderState
 from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests.attention_maps import eager_attention
 from tests.conftest import samples
+from tests.drawn_images import state_with
 from visiondrop.method import (
     AttentionInputs,
     VisionDrop,
@@ -123,8 +124,7 @@ def encoder_state(images=3, spec=TINY, seed=0, cls=True) -> EncoderState:
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     count = spec.visual_tokens
     signals = {TowerScore("cls_attention"): draw(images, count).exp(), TowerScore("keys"): draw(images, count, 5)}
-    features, ids = draw(images, count + cls, 6), tuple(map(str, range(images)))
-    return EncoderState(ids=ids, spec=spec, features=features, scores=signals, layout=spec.layout)
+    return state_with(draw(images, count + cls, 6), signals, spec=spec, layout=spec.layout)
 
 
 def reduce_by_the_book(tokens, score, metric, dominant, contextual, merge, fixed=()) -> tuple[list[int], list]:
