@@ -29,6 +29,15 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(row) for row in path.read_text().splitlines()]
 
 
+def failing(code: str):
+    """A system call that ends in this error."""
+
+    def fail(*_):
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    return fail
+
+
 def failure(name: str, reason: str = "the image cannot be read", kind: str = "image") -> dict:
     return {"question_id": name, "reason": reason, "kind": kind}
 
@@ -171,11 +180,7 @@ def test_settings_are_replaced_in_one_step(tmp_path, monkeypatch):
     """A crash while writing leaves the old file: the new one appears only when it is complete."""
     path = tmp_path / "settings.json"
     write_json(path, {"a": 1})
-
-    def fail(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", failing("ENOSPC"))
     with pytest.raises(UserError, match="No space left"):
         write_json(path, {"a": 2})
     monkeypatch.undo()
@@ -271,22 +276,14 @@ def test_the_second_of_two_runs_names_host_and_process_of_the_first(tmp_path):
 @pytest.mark.parametrize("code", ["EIO", "ENOSPC", "EROFS"])
 def test_a_lock_that_fails_is_no_file_system_without_locks(tmp_path, monkeypatch, code):
     """A passing error left the folder open to a second run, and the result said for good that there are no locks."""
-
-    def fail(*_):
-        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
-
-    monkeypatch.setattr(fcntl, "flock", fail)
+    monkeypatch.setattr(fcntl, "flock", failing(code))
     with pytest.raises(UserError, match=f"{tmp_path}.*{os.strerror(getattr(errno, code))}"):
         open_store(tmp_path)
 
 
 def test_two_processes_that_no_lock_keeps_apart_tear_no_line(tmp_path, monkeypatch):
     """Each wrote to where its own lines ended, over those of the other: the next run refused timing.jsonl."""
-
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", failing("ENOLCK"))
     with open_store(tmp_path, "a") as one, open_store(tmp_path, "b") as two:
         for number in range(0, 8, 2):
             for store, room in ((one, "x" * number), (two, "")):
@@ -327,12 +324,8 @@ def test_a_write_that_fails_takes_no_line_of_another_process(tmp_path, monkeypat
 @pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "ENOTSUP"])
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, code):
     """The store went on without a word. Temporary files stay: nobody knows whose they are."""
-
-    def refuse(*_):
-        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
-
     (tmp_path / ".result.json.4194305").write_text("half")
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", failing(code))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with open_store(tmp_path) as store:
@@ -384,11 +377,7 @@ def test_a_sync_that_fails_is_a_sentence_and_keeps_what_was_synced(tmp_path, mon
     lines = DurableLines(tmp_path / "x.jsonl")
     lines.append([line("q000")])
     lines.append([line("q001")], sync=False)
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, os.strerror(28))
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", failing("ENOSPC"))
     with pytest.raises(UserError, match="No space left on device; the lines since the last sync are lost"):
         lines.sync()
     monkeypatch.undo()

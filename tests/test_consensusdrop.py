@@ -122,19 +122,15 @@ def test_anchor_rules_equal_their_definitions():
     generator = torch.Generator().manual_seed(3)
     saliency, keys = torch.rand(2, 20, generator=generator), torch.randn(2, 20, 6, generator=generator)
     rest, unit = others(keep_top(saliency, 6), 20), F.normalize(keys, dim=-1)
-    for rule in ("saliency", "stride", "farthest"):
-        anchors, members = choose_anchors(rule, rest, saliency, unit, 4)
-        for b in range(2):
-            assert members[b].tolist() == [i for i in rest[b].tolist() if i not in anchors[b].tolist()]
-    for b in range(2):
-        line = rest[b].tolist()
-        value = saliency[b].tolist()
-        assert choose_anchors("saliency", rest, saliency, unit, 4)[0][b].tolist() == sorted(
-            sorted(line, key=lambda i: -value[i])[:4]
-        )
-        assert choose_anchors("stride", rest, saliency, unit, 4)[0][b].tolist() == line[:: len(line) // 4][:4]
-        expected = farthest_by_the_book(line, value, keys[b], 4)
-        assert choose_anchors("farthest", rest, saliency, unit, 4)[0][b].tolist() == expected
+    for b, (line, value) in enumerate(zip(rest.tolist(), saliency.tolist(), strict=True)):
+        for rule, expected in (
+            ("saliency", sorted(sorted(line, key=lambda i: -value[i])[:4])),
+            ("stride", line[:: len(line) // 4][:4]),
+            ("farthest", farthest_by_the_book(line, value, keys[b], 4)),
+        ):
+            anchors, members = choose_anchors(rule, rest, saliency, unit, 4)
+            assert anchors[b].tolist() == expected
+            assert members[b].tolist() == [i for i in line if i not in expected]
 
 
 def test_farthest_anchors_stay_unique_among_identical_tokens():

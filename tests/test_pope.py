@@ -228,7 +228,6 @@ def test_gibberish_counts_as_yes_with_a_note(data, text):
     dataset = load("pope", data)
     names = [question.id for question in dataset.questions]
     found = dataset.score(names, dict.fromkeys(names, text))
-    note = f"{len(names)} of {len(names)} answers say neither yes nor no: the official script counts them as yes"
-    assert note in found.notes
+    assert any(note.startswith(f"{len(names)} of {len(names)} answers say neither") for note in found.notes)
     for said in ("Yes", "no", "Yes, there is a dog."):
-        assert not any("neither yes nor no" in n for n in dataset.score(names, dict.fromkeys(names, said)).notes)
+        assert not any("say neither" in note for note in dataset.score(names, dict.fromkeys(names, said)).notes)
