@@ -129,7 +129,8 @@ def test_other_settings_are_refused_by_name_and_value(tmp_path):
     with open_store(tmp_path) as store:
         store.add([line("q001")], {})
     other = {"model": "m", "config": {"alpha": 0.7, "beta": 1}, "dtype": "float32"}
-    with pytest.raises(UserError, match=r"config\.alpha: 0\.5, now 0\.7; config\.beta: absent, now 1\); choose"):
+    told = r"answers made under other settings \(config\.alpha: 0\.5, now 0\.7; config\.beta: absent, now 1\); choose"
+    with pytest.raises(UserError, match=told):
         open_store(tmp_path, settings=other)
     assert json.loads((tmp_path / "settings.json").read_text()) == SETTINGS
     with open_store(tmp_path) as store:

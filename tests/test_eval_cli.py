@@ -421,7 +421,7 @@ def test_a_model_for_images_is_not_asked_about_videos(main, monkeypatch, tiny):
     data = str(ROOT / "assets" / "eval")
     code, out, err = main("--method", "uniform", "--budget", "8", "--benchmark", "msvd_qa", "--data", data)
     assert code == 2 and out == "" and err.count("\n") == 1
-    assert "fake takes images only" in err
+    assert "asks about videos, and fake takes images only; choose a Video-LLaVA" in err
     frames = Video((Image.new("RGB", (32, 32)),) * 8)
     with pytest.raises(UserError, match="tiny-llava takes images only, got a video"):
         generate(tiny, [Sample("q", "what", image=frames)], registry.build("full", tiny.visual_tokens))
@@ -596,7 +596,7 @@ def test_a_budget_is_a_number_or_a_ratio(text, expected):
     "text", ["1/0", "3/2", "0/9", "a/b", "1/", "/9", "16.5", "0.0", "-1", "0", "1e9", 6.5, True, None, "9" * 5000]
 )
 def test_what_is_neither_is_refused(text):
-    with pytest.raises(ValueError, match="should be a"):
+    with pytest.raises(ValueError, match=re.escape(f"got {text!r:.42}")):
         count_or_ratio(text)
 
 

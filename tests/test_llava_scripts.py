@@ -211,7 +211,7 @@ def test_an_unknown_method_ends_in_the_usual_sentence_and_leaves_no_old_answers(
     assert "Did you mean 'visiondrop'" in capsys.readouterr().err
     for name, value, sentence in (
         ("VTR_METHOD", "", "A budget of x needs a method"),
-        ("VTR_METHOD", "visiondrop", "VTR_BUDGET should be"),
+        ("VTR_METHOD", "visiondrop", "got 'x'"),
     ):
         monkeypatch.setenv(name, value)
         monkeypatch.setenv("VTR_BUDGET", "x")

@@ -166,7 +166,7 @@ def test_models_that_cannot_be_reduced(llava):
             reduce(other, "uniform", 2)
     model, text = llava.model, llava.model.model.language_model.config
     changes = [
-        (model, "training", True, "training mode"),
+        (model, "training", True, r"\(LlavaForConditionalGeneration\)"),
         (model.config, "vision_feature_layer", [-2, -3], "-4 to 3"),
         (model.config, "vision_feature_layer", 99, "layer 99 of"),
         (model.config, "vision_feature_select_strategy", "full", "drops the class token"),
