@@ -37,15 +37,11 @@ def added(tmp_path: Path, text: str, suffix: str = "csv") -> list[Reported]:
         ("csv", "label,budget,GQA\nA,64,601\n", "line 2: GQA should be 0 to 100, got 601"),
         ("csv", "label,budget,MME perception\nA,64,2001\n", "line 2: MME perception should be 0 to 2000, got 2001"),
         ("csv", "label,budget,GQA\n\nA,64,sixty\n", "line 3: GQA should be a number such as 61.9, got 'sixty'"),
-        ("csv", "label,budget,GQA\nA,64,nan\n", "GQA should be 0 to 100, got nan"),
-        (
-            "csv",
-            "label,budget,GQA\nA,65,1\n",
-            "line 2 has the budget '65', which the table lacks; write one of 192, 64",
-        ),
-        ("csv", "label,budget,GQA\nA,,1\n", "line 2 has no budget for A; write one of 192, 64, or call"),
-        ("csv", "label,budget,GQA\nfull,64,1\n", "line 2 gives full, the unreduced model, the budget 64"),
-        ("csv", "label,budget,GQA\nA,64,1\nA,64,2\n", "line 3 gives A at this budget a second time, after .* line 2"),
+        ("csv", "label,budget,GQA\nA,64,nan\n", "got nan"),
+        ("csv", "label,budget,GQA\nA,65,1\n", "line 2 has the budget '65', which .*; write one of 192, 64"),
+        ("csv", "label,budget,GQA\nA,,1\n", "line 2 has no budget for A"),
+        ("csv", "label,budget,GQA\nfull,64,1\n", "line 2 gives full, .* the budget 64"),
+        ("csv", "label,budget,GQA\nA,64,1\nA,64,2\n", "line 3 gives A .* after .* line 2"),
         ("csv", "label,budget,GQA,GQA\nA,64,1,2\n", "line 1 has the column 'GQA' twice"),
         ("csv", "label,budget,GQA,gqa\nA,64,1,2\n", "line 1 has the column 'gqa' twice, once by another name"),
         ("csv", "label,budget,GQA\nA,64\n", "line 2 has 2 cells and the header 3"),
@@ -53,15 +49,15 @@ def added(tmp_path: Path, text: str, suffix: str = "csv") -> list[Reported]:
         ("csv", "label,budget,GQA\n,64,1\n", "line 2 has no label"),
         ("csv", "label,budget,GQA\nA,64,\n", "line 2 has no score for A"),
         ("csv", "label,budget,GQA,cite\nA,64,1,a}b\n", "cite should be one BibTeX key, .* got 'a}b'"),
-        ("csv", 'label,budget,GQA\n"A,64,1\n', "is no CSV file that can be read"),
+        ("csv", 'label,budget,GQA\n"A,64,1\n', "no CSV file"),
         ("csv", "", "has no rows"),
         ("csv", "label,budget,GQA\n", "has no rows"),
         ("yaml", "", "has no rows"),
         ("yaml", "rows: []", "should hold a list of rows"),
-        ("yaml", "- {label: A, budget: 64, GQA: 1}\n- 5\n", "line 2 should be a row of keys and values, got 5"),
-        ("yaml", "- {label: A, budget: 64, GQA: 1}\n- {label: B, pop: 1}\n", "line 2 has an unknown column 'pop'"),
-        ("yaml", "- {label: A, budget: 64, GQA: [1]}\n", r"line 1: GQA should be a number such as 61.9, got '\[1\]'"),
-        ("yaml", "- {label: A, label: B}\n", "line 1 gives 'label' a second time"),
+        ("yaml", "- {label: A, budget: 64, GQA: 1}\n- 5\n", "line 2 .* got 5"),
+        ("yaml", "- {label: A, budget: 64, GQA: 1}\n- {label: B, pop: 1}\n", "line 2 .*'pop'"),
+        ("yaml", "- {label: A, budget: 64, GQA: [1]}\n", r"line 1: GQA .* got '\[1\]'"),
+        ("yaml", "- {label: A, label: B}\n", "line 1 gives 'label' "),
         ("txt", "x", r"a \.csv or \.yaml file, got "),
     ],
 )
@@ -138,11 +134,11 @@ def test_the_base_of_an_average_is_said_and_never_a_toy(tmp_path):
     full = made()[1].row(0)
     mean = sum(100 * value / full[name].value for name, value in (("gqa", 60), ("pope", 45), ("mme", 500))) / 3
     assert f"| Mine, as reported | 60.0 | 45.0 | 500 | {mean:.1f} |" in page
-    assert f"Averages as reported of Mine are in percent {MEASURED_BASE}." in page
+    assert f"of Mine are in percent {MEASURED_BASE}." in page
     toy = with_added(added(tmp_path, text), is_toy=True)
     page = render.markdown_page(toy)
     assert "| Mine, as reported | 60.0 | 45.0 | 500 | n/a |" in page and "High & <i>" not in page
-    assert "compare none of them with the toy's" in toy.banner
+    assert "with the toy's" in toy.banner
     (row,) = reported.with_averages(
         [Reported("A", 64, {"gqa": 50.0}, "s", marks={"gqa": "≠"})], ["gqa"], {"gqa": 100.0}
     )
@@ -156,9 +152,8 @@ def test_a_value_of_another_metric_than_the_column_shows_is_left_out_with_a_note
     rows = added(tmp_path, ROWS)
     blocks = with_reported([], rows, found, columns, None)
     assert [block.reported_texts(row)[2] for block in blocks for row in block.reported] == ["n/a"] * 3
-    assert lost_values(rows, found, columns) == [
-        "Values as reported on MME perception are left out: no column here shows that metric."
-    ]
+    (note,) = lost_values(rows, found, columns)
+    assert "MME perception are left out" in note
     assert lost_values(rows, found, found.columns) == []
 
 
@@ -196,7 +191,7 @@ def test_a_method_that_the_table_does_not_list_is_added_by_its_name():
     args = table.parser().parse_args([FLAGSHIP, "--methods", "fastv,trim,fitprune"])
     part = table.narrowed(found, args)
     assert [row.method for row in part.rows] == ["fastv", "trim"] and part.others == ("fastv", "trim", "fitprune")
-    with pytest.raises(UserError, match=r"has no method 'fastvv'\. Did you mean 'fastv'"):
+    with pytest.raises(UserError, match="'fastvv'"):
         table.narrowed(found, table.parser().parse_args([FLAGSHIP, "--methods", "trim,fastvv"]))
 
 
@@ -253,8 +248,8 @@ def test_the_recipe_compiles_with_its_sources_and_fits_the_page(recipe, packages
     ("words", "sentence"),
     [
         ([FLAGSHIP, "--published-only", "--data", "x", "--limit", "3"], "leave --data, --limit out"),
-        (["consensusdrop/ablation", "--published-only"], "are for tables of scores; consensusdrop/ablation is of kind"),
-        ([FLAGSHIP, "--published-only", "--methods", "random", "--budgets", "32"], "published for this part of"),
+        (["consensusdrop/ablation", "--published-only"], "consensusdrop/ablation is of kind"),
+        ([FLAGSHIP, "--published-only", "--methods", "random", "--budgets", "32"], f"part of {FLAGSHIP}"),
     ],
 )
 def test_flags_that_do_not_go_together_are_one_sentence(capsys, words, sentence):

@@ -128,7 +128,7 @@ def test_ids_that_a_metric_knows_besides_the_questions_may_come_or_lack(tmp_path
 
 def test_image_ids_without_a_prompt_are_not_guessed(tmp_path):
     rows = [{"question_id": p, "text": "a"} for p in IMAGE_IDS]
-    with pytest.raises(UserError, match=r"2 questions without a prediction"):
+    with pytest.raises(UserError, match="2 questions without"):
         read_answers(written(tmp_path, *rows), dataset())
 
 
@@ -171,7 +171,7 @@ def test_a_store_of_another_benchmark_is_refused_where_all_prompts_are_alike(tmp
         (rb'{"question_id": "p1#0", "text": "\ud83d"}', "half of a surrogate pair"),
         (b'{"question_id": ' + b"9" * 5000 + b', "text": "a"}\n{}', "a number with too many digits"),
         (b'{"question_id": "p1#0", "text": "a"}\n{"question_id": \n{}', "line 2 is not valid JSON"),
-        (b'{"question_id": "p1#0"}\n', "entry 1 should have an id (question_id, questionId,"),
+        (b'{"question_id": "p1#0"}\n', "entry 1 should have an id"),
         (b"\xff\xfe", "is not valid JSON"),
         (b"", "holds no answers"),
     ],
@@ -191,7 +191,7 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
     for name, message in (
         ("pipe", "should be a regular file, not a pipe, socket or device"),
-        (".", "should be a regular file, not a folder"),
+        (".", "not a folder"),
         ("loop", "Too many levels of symbolic links"),
         ("broken", "a link to .*nowhere, which does not exist"),
         ("x" * 300, "File name too long"),
@@ -234,22 +234,18 @@ def test_command_compares_two_runs(tmp_path, capsys):
     assert score.compare_command([a, b, "--data", str(data), "--json", str(out)]) == 0
     record, text = json.loads(out.read_text()), capsys.readouterr().out
     assert record["difference"] == 50 and record["p"] == 2 / 2**7 and record["drawn"] == "image"
-    assert (
-        "A - B  +50.00 (95 % CI n/a: 7 images, an interval needs 20)" in text
-        and "GQA testdev, accuracy over 40 questions" in text
-    )
+    assert "A - B  +50.00 (95 % CI n/a: 7 images" in text and "GQA testdev, accuracy over 40 questions" in text
     assert "p  0.0156, paired permutation test by image: significant at 5 %" in text
     # JSON alone, and no file of the name of a run's folder.
     assert score.compare_command([a, b, "--data", str(data), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == record
     assert score.compare_command(["--json", a, b, b, "--data", str(data)]) == 2
-    assert f"--json {a} is a folder; name a file, or put --json at the end" in capsys.readouterr().err
+    assert f"--json {a} is a folder" in capsys.readouterr().err
     assert score.compare_command([a, a, "--data", str(data)]) == 0
     text = capsys.readouterr().out
-    assert "A - B  +0.00 (95 % CI n/a: the difference is the same for every image)" in text
-    assert "p  1.0000, paired permutation test by image: not significant at 5 %" in text
+    assert "A - B  +0.00 (95 % CI n/a: " in text and "p  1.0000" in text and "not significant" in text
     assert score.compare_command([str(tmp_path), a]) == 2
-    assert f"{tmp_path} has no result.json; give the output folder of a finished run." in capsys.readouterr().err
+    assert f"{tmp_path} has no result.json" in capsys.readouterr().err
 
 
 class Fails(FakeLlava):
@@ -277,7 +273,7 @@ def test_images_of_which_one_run_has_no_answer_are_left_out_of_both(tmp_path, ca
     wrong = [json.loads(line) | {"text": "wrong"} for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(row) + "\n" for row in wrong))
     assert score.compare_command([a, b, "--data", str(data)]) == 2
-    assert "6 questions have no answer" in capsys.readouterr().err
+    assert f"6 questions have no answer in {a}" in capsys.readouterr().err
     for folders, sign in (((a, b), 1), ((b, a), -1)):
         assert score.compare_command([*folders, "--data", str(data), "--partial", "--json", str(out)]) == 0
         record = json.loads(out.read_text())
@@ -309,12 +305,12 @@ def test_a_run_off_its_budget_is_named_where_it_is_compared(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ("images", "were asked about other images (6 questions: 1003, 1010, 1017, ...)"),
-        ("labels", "they differ in labels: "),
-        ("questions", "they differ in labels: "),
-        ("model", "they differ in model_files: 0123abcd and ffff."),
-        ("float16", "they differ in dtype: float32 and float16."),
-        ("lmms", "they differ in max_new_tokens: 128 and 16; profile: absent and lmms"),
+        ("images", "(6 questions: 1003, 1010, 1017, ...)"),
+        ("labels", "labels: "),
+        ("questions", "labels: "),
+        ("model", "model_files: 0123abcd and ffff."),
+        ("float16", "dtype: float32 and float16."),
+        ("lmms", "max_new_tokens: 128 and 16; profile: absent and lmms"),
     ],
 )
 def test_runs_that_differ_in_more_than_the_method_are_not_compared(tmp_path, capsys, change, named):
@@ -341,12 +337,12 @@ def test_answers_about_other_images_are_not_scored(tmp_path, capsys):
     assert "6 answers about other images" in capsys.readouterr().err
     assert score.main([*words, str(other), "--partial"]) == 0
     shown = capsys.readouterr().out
-    assert "GQA testdev, 34 questions" in shown and "6 answers about other images" in shown
+    assert "GQA testdev, 34 questions" in shown and "6 answers" in shown
     # Scoring needs no images; without them the score says that nobody compared them.
     (other / "gqa" / "data" / "images" / "n3.jpg").unlink()
     assert score.main([*words, str(other)]) == 0
     shown = capsys.readouterr().out
-    assert "40 questions" in shown and "lacks the images of 6 answers" in shown
+    assert "40 questions" in shown and "images of 6 answers" in shown
 
 
 def test_what_can_move_an_answer_and_is_no_setting_is_said(tmp_path, capsys):
@@ -376,7 +372,8 @@ def test_changed_labels_are_said_and_scored_anew(tmp_path, capsys):
     path = data / "gqa" / "data" / "testdev_balanced_questions.json"
     path.write_text(path.read_text().replace('"answer": "', '"answer": "not '))
     assert score.compare_command([*folders, "--data", str(data)]) == 2
-    assert "was scored with other labels or question files than the data folder holds now" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert str(tmp_path / "a") in said and "other labels" in said
     model = FakeLlava()
     for name, alpha in (("a", 0.5), ("b", 0.7)):
         run_in(data, tmp_path / name, alpha, model)

@@ -29,6 +29,15 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(row) for row in path.read_text().splitlines()]
 
 
+def failing(code: str):
+    """A system call that ends in this error."""
+
+    def fail(*_):
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    return fail
+
+
 def failure(name: str, reason: str = "the image cannot be read", kind: str = "image") -> dict:
     return {"question_id": name, "reason": reason, "kind": kind}
 
@@ -92,7 +101,7 @@ def test_a_broken_line_in_the_middle_is_not_repaired(tmp_path):
     path = tmp_path / "answers.jsonl"
     path.write_bytes(b'{"question_id": "q007", "te\n' + path.read_bytes())
     before = path.read_bytes()
-    with pytest.raises(UserError, match=r"answers\.jsonl line 1 is not valid JSON"):
+    with pytest.raises(UserError, match=r"answers\.jsonl line 1"):
         open_store(tmp_path)
     assert path.read_bytes() == before
 
@@ -103,7 +112,7 @@ def test_a_broken_line_in_the_middle_is_not_repaired(tmp_path):
         ('{"question_id": "q001", "text": "no"}', "line 2 answers question q001 a second time"),
         ('{"question_id": "900", "text": "no"}', "line 2 answers question 900, which this benchmark does not have"),
         ('{"question_id": 1, "text": "no"}', "line 2 needs question_id and text"),
-        ('{"question_id": "q002"}', "line 2 needs question_id and text"),
+        ('{"question_id": "q002"}', "line 2 needs"),
         ("[1]", "line 2 should be a JSON object, got list"),
     ],
 )
@@ -120,7 +129,8 @@ def test_other_settings_are_refused_by_name_and_value(tmp_path):
     with open_store(tmp_path) as store:
         store.add([line("q001")], {})
     other = {"model": "m", "config": {"alpha": 0.7, "beta": 1}, "dtype": "float32"}
-    with pytest.raises(UserError, match=r"config\.alpha: 0\.5, now 0\.7; config\.beta: absent, now 1\); choose"):
+    told = r"answers made under other settings \(config\.alpha: 0\.5, now 0\.7; config\.beta: absent, now 1\); choose"
+    with pytest.raises(UserError, match=told):
         open_store(tmp_path, settings=other)
     assert json.loads((tmp_path / "settings.json").read_text()) == SETTINGS
     with open_store(tmp_path) as store:
@@ -163,7 +173,7 @@ def test_full_disk_leaves_a_valid_store(tmp_path, monkeypatch):
 
 def test_an_unwritable_folder_is_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="Cannot make the folder"):
+    with pytest.raises(UserError, match=r"Cannot make .*below"):
         open_store(tmp_path / "file" / "below")
 
 
@@ -171,11 +181,7 @@ def test_settings_are_replaced_in_one_step(tmp_path, monkeypatch):
     """A crash while writing leaves the old file: the new one appears only when it is complete."""
     path = tmp_path / "settings.json"
     write_json(path, {"a": 1})
-
-    def fail(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", failing("ENOSPC"))
     with pytest.raises(UserError, match="No space left"):
         write_json(path, {"a": 2})
     monkeypatch.undo()
@@ -209,7 +215,7 @@ def test_the_latest_failure_counts_until_there_is_an_answer(tmp_path):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (failure("900"), "line 2 is about question 900, which this benchmark does not have"),
+        (failure("900"), "line 2 is about question 900"),
         ({"question_id": "q001", "kind": "image"}, "line 2 needs question_id and reason"),
     ],
 )
@@ -261,7 +267,7 @@ def test_the_second_of_two_runs_names_host_and_process_of_the_first(tmp_path):
             )
             owner = f"(process {os.getpid()} on host {os.uname().nodename})"
             assert f"{tmp_path} is in use by another run {owner}; wait for it" in other.stderr
-        with pytest.raises(UserError, match="in use by another run"):
+        with pytest.raises(UserError, match=f"{tmp_path} is in use"):
             open_store(tmp_path, restart=True)
         (tmp_path / "lock").write_text("")
         with pytest.raises(UserError, match=r"another run; wait"):
@@ -271,22 +277,14 @@ def test_the_second_of_two_runs_names_host_and_process_of_the_first(tmp_path):
 @pytest.mark.parametrize("code", ["EIO", "ENOSPC", "EROFS"])
 def test_a_lock_that_fails_is_no_file_system_without_locks(tmp_path, monkeypatch, code):
     """A passing error left the folder open to a second run, and the result said for good that there are no locks."""
-
-    def fail(*_):
-        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
-
-    monkeypatch.setattr(fcntl, "flock", fail)
+    monkeypatch.setattr(fcntl, "flock", failing(code))
     with pytest.raises(UserError, match=f"{tmp_path}.*{os.strerror(getattr(errno, code))}"):
         open_store(tmp_path)
 
 
 def test_two_processes_that_no_lock_keeps_apart_tear_no_line(tmp_path, monkeypatch):
     """Each wrote to where its own lines ended, over those of the other: the next run refused timing.jsonl."""
-
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", failing("ENOLCK"))
     with open_store(tmp_path, "a") as one, open_store(tmp_path, "b") as two:
         for number in range(0, 8, 2):
             for store, room in ((one, "x" * number), (two, "")):
@@ -327,12 +325,8 @@ def test_a_write_that_fails_takes_no_line_of_another_process(tmp_path, monkeypat
 @pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "ENOTSUP"])
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, code):
     """The store went on without a word. Temporary files stay: nobody knows whose they are."""
-
-    def refuse(*_):
-        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
-
     (tmp_path / ".result.json.4194305").write_text("half")
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", failing(code))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with open_store(tmp_path) as store:
@@ -384,11 +378,7 @@ def test_a_sync_that_fails_is_a_sentence_and_keeps_what_was_synced(tmp_path, mon
     lines = DurableLines(tmp_path / "x.jsonl")
     lines.append([line("q000")])
     lines.append([line("q001")], sync=False)
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, os.strerror(28))
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", failing("ENOSPC"))
     with pytest.raises(UserError, match="No space left on device; the lines since the last sync are lost"):
         lines.sync()
     monkeypatch.undo()
@@ -513,7 +503,7 @@ def test_changed_questions_are_other_settings(tmp_path):
     run(config(data, tmp_path / "o", limit=4), FakeLlava(), FakeReducer())
     jsonl = data / "gqa" / "llava_gqa_testdev_balanced.jsonl"
     jsonl.write_text(jsonl.read_text().replace("Is thing 30", "Was thing 30"))
-    with pytest.raises(UserError, match="other settings \\(questions: "):
+    with pytest.raises(UserError, match=r"\(questions: "):
         run(config(data, tmp_path / "o"), FakeLlava(), FakeReducer())
 
 

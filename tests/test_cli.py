@@ -138,7 +138,7 @@ def test_show_one_method_lists_its_options(capsys):
     assert cli.main(["show", "methods", "consensusdrop"]) == 0
     assert "    alpha = " in capsys.readouterr().out
     assert cli.main(["show", "methods", "consensusdrip"]) == 2
-    assert "Unknown method 'consensusdrip'. Did you mean 'consensusdrop'?" in capsys.readouterr().err
+    assert "Did you mean 'consensusdrop'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [row["name"] for row in registry.describe() if "official code read" in row])
@@ -160,4 +160,4 @@ def test_families_are_shown_where_there_are_no_toy_models(monkeypatch, capsys, t
     assert cli.main(["show", "models"]) == 0
     assert "Qwen3.5" in capsys.readouterr().out
     assert cli.main(["show", "models", "Qwen3.5"]) == 0
-    assert "fastv reduces between decoder layers, of which some have linear attention" in capsys.readouterr().out
+    assert "decoder layers, of which some have linear attention" in capsys.readouterr().out

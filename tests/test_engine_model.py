@@ -146,7 +146,7 @@ def test_an_interrupted_run_goes_on_and_no_engine_continues_another(vllm, tmp_pa
     model = load_model(asked)
     assert not vllm.engines, "started before a question is asked"
     model.engine.llm.stop_at = 2
-    with pytest.raises(KeyboardInterrupt, match="8 of 12 answers are kept"):
+    with pytest.raises(KeyboardInterrupt, match="8 of 12 answers"):
         run(asked, model=model)
     result = run(asked)
     assert [sum(map(len, engine.asked)) for engine in vllm.engines] == [8, 4]
@@ -167,11 +167,11 @@ def test_an_interrupted_run_goes_on_and_no_engine_continues_another(vllm, tmp_pa
     "changes, why",
     [
         ({"method": "fastv"}, "reduces between decoder layers"),
-        ({"options": {"positions": "original"}}, "An engine numbers a prompt without gaps"),
+        ({"options": {"positions": "original"}}, "positions=original"),
         ({"model": ROOT / "assets" / "tinyllava_video"}, "is VideoLlavaForConditionalGeneration; use --engine own"),
-        ({"engine": "vlm"}, "Unknown engine 'vlm'. Did you mean 'vllm'"),
-        ({"tensor_parallel": 2, "zero": "cpu"}, "--tensor-parallel and --zero cannot be used with --engine vllm"),
-        ({"vllm": None}, "scripts/serve_setup.sh of a checkout makes its environment"),
+        ({"engine": "vlm"}, "Did you mean 'vllm'"),
+        ({"tensor_parallel": 2, "zero": "cpu"}, "--tensor-parallel and --zero"),
+        ({"vllm": None}, "scripts/serve_setup.sh"),
     ],
 )
 def test_what_no_engine_can_do_is_one_sentence(vllm, monkeypatch, changes, why):
@@ -199,7 +199,7 @@ def test_faults_of_the_engine_end_the_run(vllm, tiny_path, monkeypatch):
     model = load_model(config(model=tiny_path))
     reducer = model.engine.reducer
     model.engine.llm.method = build("full", 16)  # an engine without the plug-in
-    with pytest.raises(MethodError, match="without this package's plug-in"):
+    with pytest.raises(MethodError, match="plug-in"):
         generate(model, samples(), reducer, 2)
     made = SimpleNamespace(token_ids=[5], cumulative_logprob=float("nan"))
     output = SimpleNamespace(outputs=[made], prompt_token_ids=[])

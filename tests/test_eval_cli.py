@@ -39,6 +39,7 @@ from tests.tiny_checkpoints_families import make_tiny_next, save_next_transforme
 
 ROOT = Path(__file__).resolve().parent.parent
 VECTORS = ROOT / "tests" / "data" / "gqa"
+STOPPED = "\nStopped; run the same command again.\n"
 
 
 @pytest.fixture
@@ -228,17 +229,14 @@ def test_full_needs_no_budget(monkeypatch, main):
         (["--method", "unifrom", "--budget", "16"], "Unknown method 'unifrom'. Did you mean 'uniform'?"),
         (["--method", "uniform", "--budget", "0"], "--budget should be a whole number of visual tokens"),
         (["--method", "uniform", "--budget", "65"], "--budget should be 1 to 64 (this model's visual tokens), got 65."),
-        (["--method", "uniform", "--budget", "8", "--batch-size", "0"], "--batch-size should be a whole number"),
+        (["--method", "uniform", "--budget", "8", "--batch-size", "0"], "--batch-size should be"),
         (["--method", "uniform", "--budget", "8", "--seed", "-1"], "--seed should be a whole number, 0 to 4294967295"),
         (["--method", "uniform", "--budget", "8", "--split", "tset"], "Unknown split of gqa 'tset'."),
         (["--method", "uniform", "--budget", "8", "--split", "val"], "No GQA val questions at"),
-        (
-            ["--method", "uniform", "--budget", "8", "--set", "random.seed=1"],
-            "is for method 'random', but this run is of",
-        ),
+        (["--method", "uniform", "--budget", "8", "--set", "random.seed=1"], "is for method 'random'"),
         (["--method", "uniform", "--budget", "8", "--set", "uniform.alpah=1"], "Unknown option of uniform 'alpah'."),
-        (["--method", "uniform", "--budget", "8", "--set", "seed"], "--set should look like uniform.key=value or key="),
-        (["--method", "random", "--budget", "8", "--set", "random.seed=x"], "random.seed must be a whole number"),
+        (["--method", "uniform", "--budget", "8", "--set", "seed"], "--set should look like"),
+        (["--method", "random", "--budget", "8", "--set", "random.seed=x"], "random.seed must be"),
         (["--method", "uniform", "--budget", "8", "--frobnicate"], "Unrecognized arguments: --frobnicate; see --help."),
         (["--method", "uniform", "--budget", "8", "--wandb", "maybe"], "Argument --wandb: invalid choice"),
         (["--method", "uniform", "--budget", "8", "--json"], "--json goes with --dry-run"),
@@ -246,9 +244,9 @@ def test_full_needs_no_budget(monkeypatch, main):
         # These ended in tracebacks.
         (["--method", "uniform", "--budget", "8", "--output", "a\0b"], "--output should be a path of at most"),
         (["--method", "uniform", "--budget", "8", "--output", "é" * 128], "names have at most 255 bytes each, got 'éé"),
-        (["--method", "uniform", "--budget", "8", "--model", "x" * 256], "--model should be a path whose names have"),
-        (["--method", "uniform", "--budget", "1.5"], "or a ratio of each image's, above 0 and up to 1"),
-        (["--method", "full", "--budget", "0.5"], "full keeps all visual tokens"),
+        (["--method", "uniform", "--budget", "8", "--model", "x" * 256], "--model should be a path"),
+        (["--method", "uniform", "--budget", "1.5"], "got '1.5'"),
+        (["--method", "full", "--budget", "0.5"], "the ratio 0.5"),
         (["--method", "uniform", "--set", "retention_ratio=x"], "uniform.retention_ratio must be a number, got 'x'."),
         (["--method", "uniform", "--budget", "8", "--data", "/nowhere"], "--data should be the folder that holds gqa/"),
     ],
@@ -356,7 +354,7 @@ def test_a_signal_within_a_destructor_is_not_lost(number, code, capsys):
 
     before = sys.unraisablehook
     assert main() == code and sys.unraisablehook == before
-    assert capsys.readouterr().err == "\nStopped; run the same command again.\n"
+    assert capsys.readouterr().err == STOPPED
 
 
 @pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
@@ -368,7 +366,7 @@ def test_ctrl_c_without_words_of_its_own_is_a_sentence(stop, code, capsys):
         raise stop
 
     assert main() == code
-    assert capsys.readouterr().err == "\nStopped; run the same command again.\n"
+    assert capsys.readouterr().err == STOPPED
 
 
 def test_ctrl_c_while_a_command_is_imported_is_a_sentence(monkeypatch, capsys):
@@ -519,7 +517,7 @@ def test_without_llavas_file_the_official_one_is_asked(data):
             {"image": "../secret.jpg"},
             r"line 7 names the image '\.\./secret\.jpg', which is not inside the image folder",
         ),
-        ({"image": "/etc/passwd"}, r"not inside the image folder"),
+        ({"image": "/etc/passwd"}, "'/etc/passwd'"),
     ],
 )
 def test_lines_that_are_wrong(data, changes, sentence):
@@ -598,7 +596,7 @@ def test_a_budget_is_a_number_or_a_ratio(text, expected):
     "text", ["1/0", "3/2", "0/9", "a/b", "1/", "/9", "16.5", "0.0", "-1", "0", "1e9", 6.5, True, None, "9" * 5000]
 )
 def test_what_is_neither_is_refused(text):
-    with pytest.raises(ValueError, match="should be a"):
+    with pytest.raises(ValueError, match=re.escape(f"got {text!r:.42}")):
         count_or_ratio(text)
 
 
@@ -637,7 +635,7 @@ def test_the_convention_of_tiles_is_part_of_the_result(tmp_path):
 def test_a_ratio_keeps_that_part_of_each_image(tmp_path, flags):
     save_qwen_transformers(tmp_path / "qwen")
     result = run_in(tmp_path, "--method", "consensusdrop", *flags, "--model", str(tmp_path / "qwen"))
-    assert any("no CLS token: in place of its attention" in note for note in result["remarks"])
+    assert any("no CLS token" in note for note in result["remarks"])
     before = result["accounting"]["visual_tokens_before"]
     assert result["accounting"]["mean_tokens_per_layer"] == before / 4
     assert result["settings"]["config"]["retention_ratio"] == result["config"]["retention_ratio"] == 0.25
@@ -650,7 +648,7 @@ def test_a_budget_beside_a_ratio_is_refused(tmp_path, capsys, budget):
     flags = ["--method", "random", "--budget", budget, "--set", "random.retention_ratio=0.5"]
     assert cli.main([*flags, "--data", str(tmp_path), "--wandb", "disabled"]) == 2
     err = capsys.readouterr().err
-    assert "both given" in err and "leave one out" in err and err.count("\n") == 1
+    assert "both given" in err and err.count("\n") == 1
 
 
 def test_the_registry_refuses_a_budget_beside_a_ratio():
@@ -668,7 +666,7 @@ def test_unknown_choices_end_in_one_sentence(tmp_path, tiny_path, capsys):
     write_gqa(tmp_path, count=2)
     known = ["--method", "full", "--data", str(tmp_path), "--wandb", "disabled"]
     assert cli.main([*known, "--model", str(tiny_path), "--image-option", "merge=spatial"]) == 2
-    assert "leaves no choice of merge" in capsys.readouterr().err
+    assert "no choice of merge" in capsys.readouterr().err
     save_next_transformers(tmp_path / "next", make_tiny_next())
     assert cli.main([*known, "--model", str(tmp_path / "next"), "--image-option", "merg=spatial"]) == 2
     assert "Did you mean 'merge'" in capsys.readouterr().err

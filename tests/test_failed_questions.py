@@ -155,7 +155,7 @@ def test_of_a_batch_that_is_asked_in_parts_no_question_is_left_over(size, room, 
 def test_retrying_asks_no_other_question(tmp_path, data):
     run(config(tmp_path, data, limit=8), Picky("1003"), FakeReducer())
     model = Picky()
-    with pytest.raises(UserError, match="32 of 40 questions were not asked yet"):
+    with pytest.raises(UserError, match="32 of 40 questions"):
         run(config(tmp_path, data, failed="only"), model, FakeReducer())
     assert model.asked == ["1003"] and len(answers(tmp_path)) == 8
 
@@ -181,7 +181,7 @@ def test_a_run_without_any_answer_ends_with_its_error(tmp_path, data):
 def test_every_image_unreadable_is_a_sentence(tmp_path, data):
     for image in (data / "gqa" / "data" / "images").iterdir():
         image.write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"All 40 questions failed, the first one with: .*--retry-failed"):
+    with pytest.raises(UserError, match=r"All 40 questions failed, .*--retry-failed"):
         run(config(tmp_path, data), FakeLlava(), FakeReducer())
 
 
@@ -190,7 +190,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_divided(tmp_path, data, room):
     """A batch that was too large ended the run."""
     result = run(config(tmp_path, data), Small(room), FakeReducer())
     assert result["asked"] == 40 and result["failed"] == []
-    notes = [remark for remark in result["remarks"] if "did not fit into memory" in remark]
+    notes = [remark for remark in result["remarks"] if "did not fit" in remark]
     sizes = {1: [8, 4, 2], 3: [8, 4], 5: [8]}[room]
     assert notes == [
         f"A batch of {size} questions did not fit into memory; smaller ones were asked from there on." for size in sizes
@@ -206,7 +206,7 @@ def test_every_kind_of_full_memory_makes_later_batches_smaller(tmp_path, data, e
     result = run(config(tmp_path, data), model, FakeReducer())
     assert result["asked"] == 40 and result["failed"] == []
     assert [size for size in model.tried if size > 5] == [8] and max(model.tried[1:]) == 4
-    assert [note for note in result["remarks"] if note.startswith("A batch of 8 questions did not fit into memory")]
+    assert [note for note in result["remarks"] if "batch of 8 questions" in note]
 
 
 @pytest.mark.parametrize("error", NOT_OF_MEMORY, ids=repr)

@@ -205,7 +205,7 @@ def test_averages_refuse_what_has_no_relative_score():
     with pytest.raises(UserError, match="few: the full model scores 0"):
         relative_mean({"few": (lost(0, 3), lost(3, 3))})
     few = relative_mean({"few": (lost(1, 19), lost(2, 19))})
-    assert few.mean > 100 and few.low is None and few.method == "n/a: few has 19 images, an interval needs 20"
+    assert few.mean > 100 and few.low is None and "few has 19 images" in few.method
     nearly = relative_mean({"x": (lost(2, 100), lost(0, 100))})
     assert nearly.low is None and nearly.method == "n/a: fewer than 3 of 100 clusters decide the spread"
     with pytest.raises(UserError, match="same questions"):

@@ -423,7 +423,7 @@ def test_the_command_writes_one_small_file_and_names_itself_in_it(tiny_path, tmp
         (["--methods", "consensusdrp"], "Did you mean 'consensusdrop'"),
         (["--methods", "full"], "names no method to show beside full"),
         (["--set", "consensusdrop.alpa=1"], "Did you mean 'alpha'"),
-        (["--budgets", "64,x"], "--budgets should be a whole number of visual tokens"),
+        (["--budgets", "64,x"], "got 'x'"),
         (["--output", "."], "is a folder"),
     ],
 )

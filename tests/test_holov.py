@@ -7,11 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from baselines.holov import HoloV, deal, deal_as_released, reduction_as_released, token_scores
-from llava.reduction.reducer import PromptState
 from llava.reduction.scores import TowerScore
-from llava.reduction.token_layout import ModelSpec, PatchGrid
-
-LLAVA = ModelSpec(576, 32, PatchGrid(24, 24), 24)
+from tests.drawn_images import state_with
 
 
 def scores_by_the_book(tokens, attention, alpha):
@@ -104,14 +101,7 @@ def test_official_order_and_zero_vectors_equal_their_definition(power):
 
 
 def prompt(reducer, tokens, attention):
-    state = PromptState(
-        ids=("a",) * len(tokens),
-        features=tokens,
-        tokens=tokens,
-        scores={TowerScore("cls_attention"): attention},
-        layout=PatchGrid(4, 4),
-    )
-    return reducer.prompt(state)
+    return reducer.prompt(state_with(tokens, {TowerScore("cls_attention"): attention}, tokens=tokens))
 
 
 def test_planted_attention_draws_the_budget_to_its_chunk():

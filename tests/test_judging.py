@@ -172,7 +172,7 @@ def test_a_slow_server_is_asked_again_after_the_timeout(server):
 @pytest.mark.parametrize("content", ["<html>", "[]", '{"choices": []}', '{"choices": [{"message": null}]}', "[" * 9999])
 def test_something_that_is_no_chat_endpoint_is_a_sentence(server, content):
     server.body = content
-    with pytest.raises(UserError, match="does not answer as a chat endpoint does; it sent"):
+    with pytest.raises(UserError, match=f"^{server.url} does not answer as a chat"):
         at(server).reply(REQUEST)
 
 
@@ -243,12 +243,12 @@ def test_the_endpoint_comes_from_the_environment():
     assert KEY not in repr(found) and found.workers == 4
     assert configured(given) and not configured(given | {"OPENAI_API_KEY": ""}) and not configured({})
     for wrong, sentence in [
-        ({"JUDGE_MODEL": ""}, "needs the environment variable JUDGE_MODEL."),
+        ({"JUDGE_MODEL": ""}, "--judge endpoint needs the environment variable JUDGE_MODEL."),
         ({"JUDGE_URL": "file:///etc/passwd"}, "JUDGE_URL should be an address"),
-        ({"JUDGE_URL": "http://host:port/v1"}, "JUDGE_URL should be an address"),
-        ({"JUDGE_URL": "http://[host/v1"}, "JUDGE_URL should be an address"),
+        ({"JUDGE_URL": "http://host:port/v1"}, "JUDGE_URL .*'http://host:port/v1'"),
+        ({"JUDGE_URL": "http://[host/v1"}, r"JUDGE_URL .*'http://\[host/v1'"),
         ({"OPENAI_API_KEY": "a\nb"}, "holds characters that no key has"),
-        ({"JUDGE_WORKERS": "0"}, "JUDGE_WORKERS should be a whole number"),
+        ({"JUDGE_WORKERS": "0"}, "JUDGE_WORKERS should be"),
     ]:
         with pytest.raises(UserError, match=sentence):
             endpoint(given | wrong)
@@ -259,6 +259,10 @@ def test_the_endpoint_comes_from_the_environment():
 
 def score(how, judge, folder, asked=ASKED, texts=TEXTS):
     return score_answers(data_with(how), judge, asked, texts, folder / "answers.jsonl")
+
+
+def as_published(judge: str) -> str:
+    return f"judged by {judge}, as the published numbers"
 
 
 def test_without_a_judge_the_word_match_stands_under_its_own_name(tmp_path):
@@ -279,13 +283,13 @@ def test_auto_takes_the_endpoint_when_it_is_set_up_and_verdicts_on_disk_later(se
     for name, value in (("JUDGE_MODEL", "judge"), ("JUDGE_URL", server.url), ("JUDGE_KEY", KEY)):
         monkeypatch.setenv(name, value)
     found, facts = score(judging(), "auto", tmp_path)
-    assert found.values == {"points": 2} and found.notes == ("judged by judge-0613, as the published numbers",)
+    assert found.values == {"points": 2} and found.notes == (as_published("judge-0613"),)
     assert facts["judge"]["name"] == "judge-0613" and len(server.calls) == 3
     monkeypatch.delenv("JUDGE_URL")
     again, _ = score(judging(), "auto", tmp_path)
     assert again.values == {"points": 2} and len(server.calls) == 3
     other, _ = score(judging(official="gpt-4-0314"), "auto", tmp_path)
-    assert "published numbers are of gpt-4-0314 and cannot be compared with these" in other.notes[0]
+    assert "of gpt-4-0314 and cannot be compared" in other.notes[0]
 
 
 def test_the_official_judges_verdicts_go_before_others_and_half_judged_answers_are_no_score(tmp_path):
@@ -320,23 +324,23 @@ def test_verdicts_of_the_official_script(tmp_path):
     path.write_text(json.dumps({name: {"n": 4, "model": ["judge-0613"], "text": TEXTS[name]} for name in ASKED}))
     how = judging(text=lambda verdict: verdict.get("text"))
     found, _ = score(how, str(path), tmp_path)
-    assert found.values == {"points": 12} and found.notes == ("judged by judge-0613, as the published numbers",)
+    assert found.values == {"points": 12} and found.notes == (as_published("judge-0613"),)
     with pytest.raises(UserError, match=r"judges other answers to 1 of 3 questions \(b\)"):
         score(how, str(path), tmp_path, texts=TEXTS | {"b": "9"})
     path.write_text(json.dumps({"a": {"n": 4}}))
     assert "is not checked" in score(judging(), str(path), tmp_path, asked=("a",))[0].notes[-1]
-    with pytest.raises(UserError, match=r"holds no verdict for 2 of 3 questions"):
+    with pytest.raises(UserError, match="2 of 3 questions"):
         score(judging(), str(path), tmp_path)
 
 
 def test_wrong_flags_are_said_before_a_run(tmp_path):
     for judge, sentence in [
-        ("endpoint", "--judge endpoint needs the environment variable JUDGE_MODEL"),
+        ("endpoint", "JUDGE_MODEL"),
         ("gpt-4", "there is no 'gpt-4'"),
     ]:
         with pytest.raises(UserError, match=sentence):
             check_judge(data_with(judging()), judge)
-    with pytest.raises(UserError, match="Toy is scored without a judge; leave --judge match out"):
+    with pytest.raises(UserError, match="Toy is scored without a judge"):
         check_judge(data_with(None), "match")
     check_judge(data_with(None), "auto")
     check_judge(data_with(judging()), str(tmp_path))
@@ -345,7 +349,7 @@ def test_wrong_flags_are_said_before_a_run(tmp_path):
 def test_judges_without_a_name_or_version_are_not_said_to_be_others():
     """LLaVA's own grade files name the model "gpt-4", its reviews none: both were called incomparable."""
     how = judging(official="gpt-4-0613")
-    assert choice._about(how, ["gpt-4-0613"]) == "judged by gpt-4-0613, as the published numbers"
+    assert choice._about(how, ["gpt-4-0613"]) == as_published("gpt-4-0613")
     assert "a name without a version" in choice._about(how, ["gpt-4"])
     assert "the file does not name its judge" in choice._about(how, [])
     assert "cannot be compared" in choice._about(how, ["gpt-4o"])

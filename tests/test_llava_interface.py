@@ -238,7 +238,7 @@ def test_conversations_are_those_of_the_checkpoints():
         assert prompt_of(" hi\n", None, mode=mode) == render(mode, " hi\n")
     with pytest.raises(UserError, match="Did you mean 'vicuna_v1'"):
         conv_templates["vicuna_v0"]
-    with pytest.raises(UserError, match="first message of this template"):
+    with pytest.raises(UserError, match="first message"):
         prompt_of("", None, mode="llava_llama_2")
 
 
@@ -294,7 +294,7 @@ def test_an_image_is_cut_as_the_official_code_cuts_it():
         28,
         56,
     )
-    with pytest.raises(UserError, match="image_grid_pinpoints must be pairs"):
+    with pytest.raises(UserError, match="image_grid_pinpoints"):
         mm_utils.get_anyres_image_grid_shape((60, 40), "(1x1),...,(6x6)", 28)
 
 
@@ -305,7 +305,7 @@ def test_the_method_comes_from_arguments_or_the_environment(tiny_path, monkeypat
     assert loaded(tiny_path)[1].reduced.reducer.name == "visiondrop"
     assert "VTR_METHOD=visiondrop and VTR_BUDGET=1/2 in the environment: method visiondrop" in capsys.readouterr().err
     monkeypatch.delenv("VTR_METHOD")
-    with pytest.raises(UserError, match="need a method; set VTR_METHOD"):
+    with pytest.raises(UserError, match="set VTR_METHOD"):
         loaded(tiny_path)
     monkeypatch.delenv("VTR_BUDGET")
     capsys.readouterr()
@@ -366,12 +366,12 @@ def test_what_cannot_be_done_is_said(tiny_path, tmp_path):
     SAVERS["video_llava transformers"](tmp_path / "video")
     SAVERS["llava original"](tmp_path / "marked", mm_use_im_start_end=True)
     for path, options, sentence in (
-        (tiny_path, {"use_flash_attn": True}, "use_flash_attn is not supported"),
-        (tiny_path, {"load_8bit": True}, "needs the package bitsandbytes"),
-        (tiny_path, {"device_map": "balanced", "device": "cuda"}, "The device should be auto"),
+        (tiny_path, {"use_flash_attn": True}, "use_flash_attn"),
+        (tiny_path, {"load_8bit": True}, "bitsandbytes"),
+        (tiny_path, {"device_map": "balanced", "device": "cuda"}, "got 'balanced'"),
         (tiny_path, {"torch_dtype": "int8"}, "torch_dtype must be one of float32"),
-        (tiny_path, {"attn_implementation": "eager"}, "attn_implementation='eager' is not supported"),
-        (tiny_path, {"customized_config": "a.json"}, "customized_config is not supported"),
+        (tiny_path, {"attn_implementation": "eager"}, "attn_implementation='eager'"),
+        (tiny_path, {"customized_config": "a.json"}, "customized_config"),
         (tiny_path, {"budget": 6}, r"budget \(6\) or options \({}\) need a method"),
         ("nowhere", {"method": "visiondrip"}, "Did you mean 'visiondrop'"),
         (tmp_path / "video", {}, "use llava.load for video_llava"),
@@ -384,9 +384,9 @@ def test_what_cannot_be_done_is_said(tiny_path, tmp_path):
         with pytest.raises(TypeError, match="load_pretrained_model has no argument 'multimodal'") as caught:
             loaded(tiny_path, multimodal=True, attn_implementation="sdpa", **options)
         assert isinstance(caught.value, UserError)
-    with pytest.raises(UserError, match="model_base is not supported"):
+    with pytest.raises(UserError, match="model_base"):
         load_pretrained_model(str(tiny_path), "vicuna", "llava-lora")
-    with pytest.raises(UserError, match="repetition_penalty reads the prompt here"):
+    with pytest.raises(UserError, match="repetition_penalty"):
         ask(loaded(tiny_path), QUESTIONS[0], drawn_image(0), repetition_penalty=1.2)
 
 

@@ -194,9 +194,8 @@ def test_whole_scripts_give_the_answers_and_numbers_of_our_own_commands(root, mo
         first = next(row for _, row in read_jsonl(Path(answers)))
         assert first["model_id"] == CKPT and isinstance(first["answer_id"], str) and "metadata" in first
     assert len(spoken) > 1
-    acts = "VTR_METHOD=consensusdrop and VTR_BUDGET=6 in the environment: method consensusdrop, budget 6."
-    assert "".join(said).count(acts) == (5 if budget else 0)
-    assert "".join(said).count("consensusdrop at 6: 6.0 visual tokens per layer.") == (5 if budget else 0)
+    for told in ("VTR_BUDGET=6 in the environment: method consensusdrop", "consensusdrop at 6: 6.0 "):
+        assert "".join(said).count(told) == (5 if budget else 0)
 
 
 def pope(*more: str) -> int:
@@ -212,7 +211,7 @@ def test_an_unknown_method_ends_in_the_usual_sentence_and_leaves_no_old_answers(
     assert "Did you mean 'visiondrop'" in capsys.readouterr().err
     for name, value, sentence in (
         ("VTR_METHOD", "", "A budget of x needs a method"),
-        ("VTR_METHOD", "visiondrop", "VTR_BUDGET should be a whole number"),
+        ("VTR_METHOD", "visiondrop", "got 'x'"),
     ):
         monkeypatch.setenv(name, value)
         monkeypatch.setenv("VTR_BUDGET", "x")
@@ -247,7 +246,7 @@ def test_a_failing_question_ends_the_run_with_whole_lines_of_those_before_it(roo
     write_lines(root / "q.jsonl", [*questions[:3], questions[3] | {"image": "broken.png"}])
     files = ("--image-folder", str(root), "--question-file", "q.jsonl", "--answers-file", "a.jsonl")
     assert model_vqa.main(["--model-path", MODEL, *files, *GREEDY]) == 2
-    assert f"Question {questions[3]['question_id']} failed: Cannot read the image" in capsys.readouterr().err
+    assert f"Question {questions[3]['question_id']} failed: " in capsys.readouterr().err
     assert [row["question_id"] for _, row in read_jsonl(root / "a.jsonl")] == [q["question_id"] for q in questions[:3]]
 
 
@@ -345,7 +344,7 @@ def test_run_llava_answers_as_our_own_generate(tiny_path, tmp_path, capsys, monk
     torch.manual_seed(0)
     assert len({*capsys.readouterr().out.splitlines()}) > 1, "sampling draws"
     args.image_file = f"{tmp_path}/a.png,{tmp_path}/a.png"
-    with pytest.raises(UserError, match="place for all images but 1"):
+    with pytest.raises(UserError, match="all images but 1"):
         run_llava.eval_model(args)
 
 
@@ -418,7 +417,7 @@ def test_an_answer_that_is_missing_is_no_number(root, capsys):
     for name, lines, code in (("a", rows, 0), ("b", rows[::-1], 0), ("c", rows[1:], 2)):
         assert eval_pope.main([*labels, str(write_lines(root / name, lines))]) == code
         printed.append(capsys.readouterr())
-    assert printed[0].out == printed[1].out and "1 question without a prediction" in printed[2].err
+    assert printed[0].out == printed[1].out and "1 question without" in printed[2].err
 
 
 @pytest.mark.process

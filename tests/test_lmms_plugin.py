@@ -64,10 +64,10 @@ def test_arguments_are_those_of_our_own_command_line():
     ("arguments", "sentence"),
     [
         ({"metod": "fastv"}, r"Unknown model argument 'metod'\. Did you mean 'method'\?"),
-        ({"alpha": 0.5}, r"Unknown model argument 'alpha'\."),
+        ({"alpha": 0.5}, "'alpha'"),
         ({"method": "fastv"}, "needs --budget"),
         ({"dtype": "bf16"}, "dtype: invalid choice: 'bf16'"),
-        ({"batch_size": "auto"}, "batch-size should be a whole number"),
+        ({"batch_size": "auto"}, "batch-size should be"),
         ({"method": "fastv", "budget": "1/9", "set.retention_ratio": 0.1}, "both given"),
         ({"method": "'fastv,dart'", "budget": 64}, "one method at one budget"),
     ],
@@ -206,7 +206,7 @@ def test_an_error_inside_generate_ends_the_run_and_restores_the_model(stand_in, 
     model = stand_in("reduced").Reduced(
         base="llava_hf", method="fastv", budget=7, chat="{} <image>", **{"set.layer": 1}
     )
-    assert "holds none of the 1 texts" in ended(capsys, model.generate_until, asked("what is <image 1> above"))
+    assert "none of the 1 texts" in ended(capsys, model.generate_until, asked("what is <image 1> above"))
     assert set(vars(stock.model)) == before
 
     tried = []
@@ -252,8 +252,7 @@ def test_the_model_of_llavas_scripts_runs_under_a_method(tiny_path):
 
 def test_no_reduced_prompt_is_an_error(stand_in, capsys):
     model = stand_in("reduced").Reduced(base="llava_hf", method="fastervlm", budget=4, images=False)
-    sentence = ended(capsys, model.generate_until, asked(*TEXTS[:3]))
-    assert "0 prompts were reduced by fastervlm: `generate` of this LlavaForConditionalGeneration" in sentence
+    assert "0 prompts were reduced by fastervlm" in ended(capsys, model.generate_until, asked(*TEXTS[:3]))
 
 
 def test_another_mean_than_the_budget_is_a_warning(stand_in, capsys, monkeypatch):
@@ -261,15 +260,15 @@ def test_another_mean_than_the_budget_is_a_warning(stand_in, capsys, monkeypatch
     record = harnesses.accounting_record
     monkeypatch.setattr(harnesses, "accounting_record", lambda accounting: record(accounting) | {"mean": 5.0})
     model.generate_until(asked(*TEXTS[:3]))
-    assert "Warning: 5.00 visual tokens entered a decoder layer on average" in capsys.readouterr().err
+    assert "Warning: 5.00 visual tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         ({"base": "lava_hf", "method": "full"}, "Unknown base model of lmms-eval 'lava_hf'. Did you mean 'llava_hf'?"),
-        ({"base": "reduced", "method": "full"}, "Unknown base model of lmms-eval 'reduced'."),
-        ({"base": "missing", "method": "full"}, "missing cannot be imported (No module named 'decord')"),
+        ({"base": "reduced", "method": "full"}, "'reduced'"),
+        ({"base": "missing", "method": "full"}, "No module named 'decord'"),
         ({"base": "plain", "method": "full"}, "reduce() takes a Hugging Face model"),
         ({"base": "llava_hf", "metod": "fastv"}, "needs method in --model_args"),
         ({"base": "llava_hf", "method": "full", "pretraind": "x"}, "Did you mean 'pretrained'?"),
@@ -286,16 +285,14 @@ def test_other_requests_and_several_processes_are_refused(stand_in, capsys, monk
     """The sentence came with a traceback, and lmms-eval went on and exited with 0."""
     model, own = stand_in("reduced").Reduced(base="llava_hf", method="full"), stand_in("llava_reduced")
     for refusing in (model.loglikelihood, object.__new__(own.LlavaReduced).loglikelihood):
-        assert "choose a task whose output_type is generate_until" in ended(capsys, refusing, [])
+        assert "generate_until" in ended(capsys, refusing, [])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "reduced runs in one process" in ended(
-        capsys, type(model).__mro__[1].__new__ and stand_in("reduced").Reduced
-    )
-    assert "llava_reduced runs in one process" in ended(capsys, own.LlavaReduced)
+    for name, refusing in (("reduced", stand_in("reduced").Reduced), ("llava_reduced", own.LlavaReduced)):
+        assert ended(capsys, refusing).startswith(f"{name} runs in one process")
     assert own.max_new_tokens({"max_new_tokens": 16, "temperature": 0, "num_beams": 1}, "gqa") == 16
     assert own.max_new_tokens({"temperature": 0.7, "do_sample": False}, "gqa") == 1024
     for settings in ({"temperature": 0.2}, {"num_beams": 3}):
-        with pytest.raises(UserError, match="Task gqa asks for sampling or beams"):
+        with pytest.raises(UserError, match="gqa asks for sampling"):
             own.max_new_tokens(settings, "gqa")
 
 
@@ -359,7 +356,7 @@ def test_vlmevalkits_model_runs_under_a_method(kit, capsys):
     assert kit("fastv", "7", "--set", "layer=1", f"is there a star?\n{SHORT}") == 0
     printed = capsys.readouterr().out
     assert "ANSWERED" in printed and "--work-dir outputs/fastv-7-layer-1" in printed
-    assert "fastv at 7: 7.0 visual tokens per layer, mean of 1 prompts with images." in printed
+    assert "mean of 1 prompts" in printed
     assert not vars(shared("llava").model).keys() & {"generate", "forward"}
 
 
@@ -370,7 +367,7 @@ def test_vlmevalkit_ends_with_our_sentence(kit, capsys, tmp_path, monkeypatch):
     assert kit("full", "x", script=tmp_path / "other.py") == 2
     assert "nothing ran under full" in capsys.readouterr().err
     assert kit("full", "x", script=tmp_path / "none.py") == 2
-    assert "begin with the path of VLMEvalKit's run.py; there is no file" in capsys.readouterr().err
+    assert str(tmp_path / "none.py") in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert kit("full", "x") == 2
     assert "runs in one process" in capsys.readouterr().err

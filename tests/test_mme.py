@@ -188,13 +188,10 @@ def test_result_files_are_read_back_as_answers(data, tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (
-            "0001.jpg\tIs there a count thing 1?\tNo\tYes",
-            "gives the right answer as 'No', the benchmark's files as 'Yes'",
-        ),
-        ("0001.jpg\tIs there a count thing 1?\tYes", "should have file, question, answer and prediction"),
+        ("0001.jpg\tIs there a count thing 1?\tNo\tYes", "as 'No', the benchmark's files as 'Yes'"),
+        ("0001.jpg\tIs there a count thing 1?\tYes", "file, question, answer and prediction"),
         ("0001.jpg\tIs it late?\tYes\tYes", "None of the 1 answers"),
-        ("", "has no MME result files; expected existence.txt"),
+        ("", "expected existence.txt"),
     ],
 )
 def test_bad_result_files_are_named(data, tmp_path, capsys, line, message):
@@ -228,16 +225,13 @@ def test_the_mirror_is_read_without_official_files(tmp_path, profile):
     [
         (lambda folder: (folder / RELEASE).rename(folder / "x"), "No MME release at"),
         (lambda folder: (folder / RELEASE / "count").rename(folder / "x"), "No MME task folder at .*count"),
-        (
-            lambda folder: (folder / RELEASE / "count/0001.txt").unlink(),
-            "asks 'Is there a count thing 1\\?', which 0001",
-        ),
+        (lambda folder: (folder / RELEASE / "count/0001.txt").unlink(), "'Is there a count thing 1\\?', which 0001"),
         (lambda folder: write_file(folder / RELEASE / "count/0001.txt", "no tab\n"), "a question, a tab and Yes or No"),
         (
             lambda folder: edit_line(folder / "llava_mme.jsonl", 1, question_id="cout/1.jpg"),
             "line 1 'cout/1.jpg'|'cout'. Did you mean 'count'",
         ),
-        (lambda folder: edit_line(folder / "llava_mme.jsonl", 1, image="/etc/passwd"), "not inside the image folder"),
+        (lambda folder: edit_line(folder / "llava_mme.jsonl", 1, image="/etc/passwd"), "'/etc/passwd'"),
     ],
 )
 def test_bad_files_are_named(data, broken, message):

@@ -162,7 +162,7 @@ def test_labels_of_another_version_are_found_by_words(data):
     dataset = load("pope", data)
     assert scored(dataset, answers(dataset)).values["f1"] == 100
     write_lines(path, [extra, *rows[:-1]])
-    with pytest.raises(UserError, match=r"asks a question that is not in .*random\.json; take question file"):
+    with pytest.raises(UserError, match=r"not in .*random\.json"):
         load("pope", data)
 
 
@@ -209,14 +209,11 @@ LABEL = {"question_id": 1, "image": "a.jpg", "text": "Is there a dog in the imag
         (lambda pope: (pope / "coco" / "coco_pope_popular.json").unlink(), "No POPE labels at .*popular.*e3e39262"),
         (
             lambda pope: write_lines(pope / "coco" / "coco_pope_random.json", [{**LABEL, "label": "ja"}]),
-            "line 1 should have 'yes' or 'no' as label, got 'ja'",
+            "line 1 .* label, got 'ja'",
         ),
-        (
-            lambda pope: edit_line(pope / ASKED, 1, category="randon"),
-            "line 1 should have 'random', .* as category, got 'randon'",
-        ),
-        (lambda pope: edit_line(pope / ASKED, 1, image="../x.jpg"), "not inside the image folder"),
-        (lambda pope: edit_line(pope / ASKED, 1, question_id=2), "line 2 asks question 2 a second time"),
+        (lambda pope: edit_line(pope / ASKED, 1, category="randon"), "line 1 .* category, got 'randon'"),
+        (lambda pope: edit_line(pope / ASKED, 1, image="../x.jpg"), r"'\.\./x\.jpg'"),
+        (lambda pope: edit_line(pope / ASKED, 1, question_id=2), "line 2 asks question 2 "),
     ],
 )
 def test_bad_files_are_named(data, broken, message):
@@ -231,7 +228,6 @@ def test_gibberish_counts_as_yes_with_a_note(data, text):
     dataset = load("pope", data)
     names = [question.id for question in dataset.questions]
     found = dataset.score(names, dict.fromkeys(names, text))
-    note = f"{len(names)} of {len(names)} answers say neither yes nor no: the official script counts them as yes"
-    assert note in found.notes
+    assert any(note.startswith(f"{len(names)} of {len(names)} answers say neither") for note in found.notes)
     for said in ("Yes", "no", "Yes, there is a dog."):
-        assert not any("neither yes nor no" in n for n in dataset.score(names, dict.fromkeys(names, said)).notes)
+        assert not any("say neither" in note for note in dataset.score(names, dict.fromkeys(names, said)).notes)

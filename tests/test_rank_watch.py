@@ -87,7 +87,7 @@ def test_a_start_may_take_ten_minutes(control, clock):
     ranks(control)[0].report(WAITING)
     assert see(control, clock, timeout=5).startswith("Rank 1 of 2 has not started within 600 s")
     clock.now = 0.0
-    assert see(control, clock, timeout=900).startswith("Rank 1 of 2 has not started within 900 s")
+    assert "within 900 s" in see(control, clock, timeout=900)
 
 
 def test_a_rank_on_another_machine_that_is_silent_is_lost(control, clock):
@@ -175,8 +175,9 @@ def test_a_rank_whose_parent_ends_while_it_connects_gives_up_soon(monkeypatch):
 
     monkeypatch.setattr(control_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     monkeypatch.setattr(torch.distributed, "TCPStore", parent_has_ended)
-    with pytest.raises(UserError, match="does not answer at"):
-        Control.connect(f"127.0.0.1:{listening.getsockname()[1]}")
+    address = f"127.0.0.1:{listening.getsockname()[1]}"
+    with pytest.raises(UserError, match=address):
+        Control.connect(address)
     assert 0 < clock.now <= 10
 
 

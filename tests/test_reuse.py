@@ -78,7 +78,7 @@ def test_edited_code_does_not_return_old_scores(data, tmp_path):
     path = tmp_path / "mine.py"
     run(config(data, tmp_path / "o", limit=8), FakeLlava(), method_from(path, METHOD.format(sign="")))
     model, edited = FakeLlava(), method_from(path, METHOD.format(sign="-"))
-    with pytest.raises(UserError, match=r"under other settings \(code of the method: mine\.py\); .* --restart"):
+    with pytest.raises(UserError, match=r"\(code of the method: mine\.py\); .* --restart"):
         run(config(data, tmp_path / "o"), model, edited)
     assert model.asked == [] and len(lines_of(tmp_path / "o")) == 8
     assert run(config(data, tmp_path / "o", restart=True), model, edited)["asked"] == 40 == len(model.asked)
@@ -329,7 +329,7 @@ def test_another_file_of_the_model_does_not_return_old_scores(tmp_path, change, 
     asked = RunConfig("consensusdrop", 64, output=tmp_path / "o", limit=2, model=str(folder), wandb="disabled")
     run(asked)
     change(folder)
-    with pytest.raises(UserError, match=rf"made under other settings \(files of the model: {file}\)"):
+    with pytest.raises(UserError, match=rf"\(files of the model: {file}\)"):
         run(asked)
 
 
@@ -476,7 +476,7 @@ def test_a_limited_restart_moves_no_answers_that_it_does_not_give_again(data, tm
     shard = output / "shards" / "a-rank0"
     shard.mkdir(parents=True)
     (output / "answers.jsonl").rename(shard / "answers.jsonl")  # as ranks leave them that were killed
-    with pytest.raises(UserError, match="would move 30 more answers"):
+    with pytest.raises(UserError, match="30 more answers"):
         run(config(data, output, limit=10, restart=True), FakeLlava(), FakeReducer())
 
 

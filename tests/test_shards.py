@@ -88,7 +88,7 @@ def test_other_settings_are_refused_when_only_shards_hold_answers(tmp_path):
     with open_store(tmp_path):
         pass
     write_shard(tmp_path, "a", 0, "0 1")
-    with pytest.raises(UserError, match=r"other settings \(dtype: float32, now float16\)"):
+    with pytest.raises(UserError, match=r"\(dtype: float32, now float16\)"):
         open_store(tmp_path, settings=SETTINGS | {"dtype": "float16"})
     with open_store(tmp_path) as store:
         assert list(store.answers) == names("0 1")
@@ -119,10 +119,9 @@ def test_a_shard_of_other_settings_or_code_is_left_out_and_said(tmp_path):
     with open_store(tmp_path, settings=other):
         write_shard(tmp_path, "a", 0, "0 1")
     (tmp_path / "settings.json").write_text(json.dumps(other))
-    reason = "they were made under other settings or by other code"
     with open_store(tmp_path, settings=other) as store:
         assert not store.answers
-        assert len(store.remarks) == 1 and reason in store.remarks[0] and "shards/a-rank0" in store.remarks[0]
+        assert len(store.remarks) == 1 and "shards/a-rank0" in store.remarks[0] and "other code" in store.remarks[0]
         store.merge()
         assert len(store.remarks) == 1
     assert len(rows(tmp_path / "shards" / "a-rank0" / "answers.jsonl")) == 2
@@ -132,9 +131,9 @@ def test_a_shard_of_other_settings_or_code_is_left_out_and_said(tmp_path):
     ("extra", "message"),
     [
         (line("q001") | {"answer_id": "0" * 22}, "line 2 was made under other settings than the first line"),
-        (line("q001") | {"question_id": "900"}, "line 2 answers question 900, which this benchmark does not have"),
-        ({"question_id": "q001"}, "line 2 needs question_id and text"),
-        ([1], "line 2 should be a JSON object"),
+        (line("q001") | {"question_id": "900"}, "line 2 answers question 900"),
+        ({"question_id": "q001"}, "line 2 needs"),
+        ([1], "line 2 .* got list"),
     ],
 )
 def test_lines_that_do_not_belong_are_refused_and_nothing_is_merged(tmp_path, extra, message):
@@ -185,7 +184,7 @@ def test_a_process_of_an_earlier_start_stops_after_its_shard_was_merged(tmp_path
         late.add([line("q000")], {})
     with open_store(tmp_path) as store:
         assert list(store.answers) == ["q000"]
-        with pytest.raises(UserError, match="was merged by a later start of ranks and deleted"):
+        with pytest.raises(UserError, match="merged by a later start"):
             late.add([line("q001")], {})
     late.close()
 
@@ -273,7 +272,7 @@ def test_a_merge_that_fails_half_way_is_undone(tmp_path, monkeypatch):
             real(descriptor)
 
         monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(UserError, match=r"Cannot merge the answers .*: No space left on device; they are kept"):
+        with pytest.raises(UserError, match=r"Cannot merge .*: No space left"):
             store.merge()
         monkeypatch.undo()
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before

@@ -10,20 +10,15 @@ from llava.reduction import Reduction, registry
 from llava.reduction.reducer import Reducer
 from llava.reduction.scores import TowerScore
 from llava.reduction.states import text_spans
-from tests.attention_maps import eager_maps, real
+from tests.attention_maps import eager_attention, eager_maps, real
 from tests.conftest import samples
 
 
 @pytest.fixture
 def eager(tiny):
     """The tiny model with eager attention everywhere, so that transformers returns its attention maps."""
-    configs = (tiny.hf_model.config, tiny.llm.config, tiny.tower.config)
-    before = [config._attn_implementation for config in configs]
-    for config in configs:
-        config._attn_implementation = "eager"
-    yield tiny
-    for config, value in zip(configs, before, strict=True):
-        config._attn_implementation = value
+    with eager_attention(tiny):
+        yield tiny
 
 
 def pixels(tiny, count=3):

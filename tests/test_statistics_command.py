@@ -121,7 +121,7 @@ def test_the_first_questions_of_a_run_are_read_from_its_limit_folder(data, tmp_p
     (tmp_path / "m" / "limit9").mkdir()
     (tmp_path / "m" / "limit9" / "result.json").write_text("{}")
     run(data, full, method, code=2)
-    assert "has several partial results; name one:" in capsys.readouterr().err
+    assert "several partial results" in capsys.readouterr().err
 
 
 def test_methods_with_other_options_are_rows_of_their_own(data, tmp_path, capsys):
@@ -143,7 +143,7 @@ def test_other_versions_of_libraries_are_said(data, tmp_path, capsys):
         for x in range(3)
     )
     run(data, full, *runs)
-    assert f"versions of torch: 2.0 ({full}, {runs[0]}); 2.1 ({runs[1]})" in capsys.readouterr().out
+    assert f"torch: 2.0 ({full}, {runs[0]}); 2.1 ({runs[1]})" in capsys.readouterr().out
 
 
 def test_a_run_off_its_budget_is_named(data, tmp_path, capsys):
@@ -151,7 +151,7 @@ def test_a_run_off_its_budget_is_named(data, tmp_path, capsys):
     full = write_run(tmp_path / "full", data, "full", 576)
     m = write_run(tmp_path / "m", data, "consensusdrop", 64, off_budget={"remark": "121.20 where 64.00 were asked."})
     run(data, full, m)
-    assert f"note: {m} is off its budget: 121.20 where 64.00" in capsys.readouterr().out
+    assert f"{m} is off its budget: 121.20" in capsys.readouterr().out
 
 
 def test_loyalty_is_about_the_questions_with_an_image(data):
@@ -187,11 +187,11 @@ def test_a_retention_ratio_counts_as_its_mean_of_tokens(data, tmp_path, capsys):
     [
         ({"failed": [{"question_id": "1"}]}, "1 questions have no answer in"),
         ({"main": "f1"}, "differ in main: accuracy and f1: compare equal runs."),
-        ({"asked": 39}, "differ in asked: 40 and 39"),
-        ({"settings": {"dtype": "float16"}}, "differ in dtype: absent and float16"),
+        ({"asked": 39}, "asked: 40 and 39"),
+        ({"settings": {"dtype": "float16"}}, "dtype: absent and float16"),
         ({"settings": {"questions": "0"}}, "was asked other questions than the data folder holds"),
-        ({"labels": "0"}, "was scored with other labels or question files"),
-        ({"images": {"n0.jpg": "other"}}, "asked about other images (11 questions: 1000, 1005, 1007, ...)"),
+        ({"labels": "0"}, "was scored with other labels or question files than the data folder holds now"),
+        ({"images": {"n0.jpg": "other"}}, "(11 questions: 1000, 1005, 1007, ...)"),
     ],
 )
 def test_runs_that_cannot_be_compared_are_refused(data, tmp_path, capsys, changes, problem):
@@ -211,7 +211,7 @@ def test_one_method_of_two_versions_is_refused(data, tmp_path, capsys):
     run(data, full, at(128, "old"), at(64, "old"))
     assert "no interval, consensusdrop at 64, loyalty: 5 images without spread" in capsys.readouterr().out
     run(data, full, at(192, "old"), at(64, "new"), code=2)
-    assert "differ in code of the method: consensusdrop/method.py: compare equal runs." in capsys.readouterr().err
+    assert "code of the method: consensusdrop/method.py" in capsys.readouterr().err
 
 
 def test_mistakes_end_in_a_sentence(data, tmp_path, capsys, monkeypatch):
@@ -225,7 +225,7 @@ def test_mistakes_end_in_a_sentence(data, tmp_path, capsys, monkeypatch):
         assert cli.main(["stats", *words, "--data", str(data)]) == 2
         assert problem in capsys.readouterr().err
     found = benchmarks.get("gqa").load(write_gqa(tmp_path / "other", 6), "testdev")
-    with pytest.raises(UserError, match="was asked other questions than the data folder holds"):
+    with pytest.raises(UserError, match="m was asked other questions"):
         read_run(tmp_path / "m", found)
     (tmp_path / "m" / "answers.jsonl").write_text("")
     run(data, method, method, code=2)

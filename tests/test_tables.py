@@ -80,11 +80,11 @@ def test_a_finished_setting_is_not_used_for_other_images_or_other_code(tiny, tmp
     for module in (settings_module, source_hash):  # as in a process that imported other code
         monkeypatch.setattr(module, "answer_sources", lambda *objects, **more: real(*objects, **more) | edited)
     assert not is_finished(config, model)
-    with pytest.raises(UserError, match=r"under other settings \(code: llava/pipeline/decoder\.py\)"):
+    with pytest.raises(UserError, match=r"\(code: llava/pipeline/decoder\.py\)"):
         fill(prepare(config, model))
     monkeypatch.undo()
     drawn_image(9, (32, 32)).save(data / "gqa" / "data" / "images" / "n1.jpg")
-    with pytest.raises(UserError, match=r"holds 2 answers to other images"):
+    with pytest.raises(UserError, match="2 answers to other images"):
         is_finished(config, model)
 
 
@@ -156,7 +156,7 @@ def test_a_sweep_leaves_the_answers_of_another_store_alone(tiny, tmp_path):
     fill(prepare(config, model))
     answers_of_another_store(Path(config.output))
     assert not is_finished(config, model)
-    with pytest.raises(UserError, match="answers of another store"):
+    with pytest.raises(UserError, match="another store"):
         fill(prepare(config, model))
 
 
@@ -217,7 +217,7 @@ def test_a_setting_that_was_interrupted_after_a_failure_goes_on(tiny, tmp_path):
     image = data / "gqa" / "data" / "images" / "n0.jpg"
     whole, config = image.read_bytes(), cell(model, data, tmp_path / "out")
     image.write_bytes(whole[:100])
-    with pytest.raises(UserError, match="1 questions have no answer"):
+    with pytest.raises(UserError, match="1 questions"):
         fill(prepare(replace(config, limit=3), model))
     image.write_bytes(whole)
     fill(prepare(config, model))
@@ -247,9 +247,9 @@ def test_runs_of_other_model_files_or_images_are_not_put_in_one_table(tmp_path):
 
     full = folder("full", "full")
     check_table([full, folder("good", "random")], "new")
-    with pytest.raises(UserError, match="differ in images: same and other; ask the questions of both again"):
+    with pytest.raises(UserError, match="images: same and other"):
         check_table([full, folder("images", "random", images="other")], "new")
-    with pytest.raises(UserError, match="differ in model_files: new and old"):
+    with pytest.raises(UserError, match="model_files: new and old"):
         check_table([full, folder("weights", "random", model_files="old")], "new")
-    with pytest.raises(UserError, match="holds answers of other files of the model"):
+    with pytest.raises(UserError, match="full holds answers of other files"):
         check_table([full], "newer")

@@ -50,7 +50,7 @@ def test_video_judgements_are_read_from_a_folder_too(tmp_path):
         write_json(folder / f"{name}.json", entry)
     texts = {f"v_{i}": "y" for i in range(14)}
     assert judged(load("msvd_qa", tmp_path), folder, texts).values["score"] == pytest.approx(32 / 14)
-    with pytest.raises(UserError, match="judges other answers to 1 of 14 questions"):
+    with pytest.raises(UserError, match="1 of 14 questions"):
         judged(load("msvd_qa", tmp_path), folder, texts | {"v_3": "z"})
 
 
@@ -120,7 +120,7 @@ def test_video_layouts(tmp_path, name):
     moved.mkdir(parents=True)
     (tmp_path / "GPT_Zero_Shot_QA").rename(moved / "GPT_Zero_Shot_QA")
     assert load(name, moved.parent).questions == data.questions
-    with pytest.raises(UserError, match="--data should be the folder that holds GPT_Zero_Shot_QA/"):
+    with pytest.raises(UserError, match="GPT_Zero_Shot_QA/"):
         load(name, tmp_path)
 
 
@@ -135,7 +135,7 @@ def test_answers_are_joined_by_id_and_repeated_ids_in_order(tmp_path):
         ("b#2", "b", "z"),
     ]
     write_json(path, json.loads(path.read_text())[:2])
-    with pytest.raises(UserError, match="asks question a, which has no answer"):
+    with pytest.raises(UserError, match="question a,"):
         load("msvd_qa", tmp_path)
 
 

@@ -4,6 +4,7 @@ import asyncio
 import copy
 import inspect
 import pickle
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -95,7 +96,7 @@ def test_without_questions_the_last_text_is_the_question(ids, span):
         ([7, A, A, A, 8], (2,), "more image tokens"),
         ([7, A, A, A, 8], (4,), "has 4 visual tokens, but its prompt 3 image tokens"),
         ([7, A, A], (2, 2), "image tokens for 1 of 2 images"),
-        ([7, A, 8, A], (2,), "its prompt 1 image tokens"),
+        ([7, A, 8, A], (2,), "1 image tokens"),
     ],
 )
 def test_prompts_and_images_that_do_not_fit(row, counts, words):
@@ -119,7 +120,7 @@ def test_a_question_is_found_where_it_stands():
         assert question_span(ids, " is there\n a cat?", tokenizer) == (expected, expected + len(cat))
         assert question_span(ids, "there", tokenizer) == (expected + 1, expected + 2)
     for question in ("is there a star?", "", "cat? and"):
-        with pytest.raises(UserError, match="is not in its prompt"):
+        with pytest.raises(UserError, match=re.escape(repr(question))):
             question_span([*cat, SLOT, *after], question, tokenizer)
 
 
@@ -143,11 +144,11 @@ def test_tokens_that_hold_a_part_of_the_question_belong_to_it():
     [
         ({"method": "visiondrp"}, "Did you mean 'visiondrop'"),
         ({"budget": 17}, "1 to 16"),
-        ({"budget": "1/0"}, "above 0 and up to 1"),
+        ({"budget": "1/0"}, "got '1/0'"),
         ({"method": "full", "budget": 5}, "full keeps all 16"),
         # The ratio won in silence: budget 8 with ratio 0.5 kept 16 tokens.
-        ({"budget": 8, "retention_ratio": 0.5}, "are both given for visiondrop; leave one out"),
-        ({"budget": 8, "retention_ratio": "0.5"}, "are both given for visiondrop; leave one out"),
+        ({"budget": 8, "retention_ratio": 0.5}, "both given for visiondrop"),
+        ({"budget": 8, "retention_ratio": "0.5"}, "both given for visiondrop"),
         ({"questions": ["is there a star?"]}, "needs `tokenizer`"),
         ({"questions": "is there a star?", "tokenizer": make_tokenizer()}, "one string per prompt"),
     ],
@@ -165,9 +166,9 @@ def test_models_that_cannot_be_reduced(llava):
             reduce(other, "uniform", 2)
     model, text = llava.model, llava.model.model.language_model.config
     changes = [
-        (model, "training", True, "call model.eval"),
-        (model.config, "vision_feature_layer", [-2, -3], "expected one layer from -4 to 3"),
-        (model.config, "vision_feature_layer", 99, "from layer 99 of a vision tower with 3 blocks"),
+        (model, "training", True, r"\(LlavaForConditionalGeneration\)"),
+        (model.config, "vision_feature_layer", [-2, -3], "-4 to 3"),
+        (model.config, "vision_feature_layer", 99, "layer 99 of"),
         (model.config, "vision_feature_select_strategy", "full", "drops the class token"),
         (text, "_attn_implementation", "flex_attention", "got 'flex_attention'"),
         (model, "_tp_size", 2, "split by tp_plan"),
@@ -187,10 +188,10 @@ def test_a_tower_that_is_no_clip_and_a_model_on_several_devices(llava, own):
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config["vision_config"] = {"model_type": "siglip_vision_model", "image_size": 56, "patch_size": 14, **small}
     model = LlavaForConditionalGeneration(LlavaConfig(**config)).eval()
-    with pytest.raises(UserError, match="siglip_vision_model tower, llama decoder"):
+    with pytest.raises(UserError, match="siglip_vision_model"):
         reduce(model, "visiondrop", 6)
     own.model.lm_head.to("meta")
-    with pytest.raises(UserError, match="is on cpu, meta; put it on one device"):
+    with pytest.raises(UserError, match="cpu, meta"):
         reduce(own.model, "visiondrop", 6)
 
 
@@ -211,7 +212,7 @@ def test_one_block_at_a_time(llava):
         ({"labels": torch.zeros(4, 9)}, "labels"),
         # It had no effect.
         ({"vision_feature_layer": -1}, "vision_feature_layer must be that of the model's config"),
-        ({"vision_feature_select_strategy": "full"}, "select_strategy must be that of the model's config"),
+        ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy"),
         ({"use_cache": False}, "use_cache"),
         ({"logits_to_keep": 2}, "last token only"),
         ({"input_ids": None}, "input_ids"),
@@ -238,13 +239,13 @@ def test_caches_that_cannot_hold_a_reduced_prompt(llava):
         for cache in (full, static):
             with pytest.raises(UserError, match=f"got a {type(cache).__name__}"):
                 llava.model(**inputs, past_key_values=cache)
-        with pytest.raises(UserError, match="got a StaticCache"):
+        with pytest.raises(UserError, match="StaticCache"):
             llava.generate(inputs, cache_implementation="static")
         held = llava.model(**inputs).past_key_values
         for more in ({"input_ids": torch.tensor([[5, 6]])}, {**inputs}):
             with pytest.raises(UserError, match="one token per prompt"):
                 llava.model(**more, past_key_values=held)
-        with pytest.raises(UserError, match="holds 1 reduced prompts, got input_ids for 2"):
+        with pytest.raises(UserError, match="1 reduced prompts, got input_ids for 2"):
             llava.model(input_ids=torch.tensor([[5], [6]]), past_key_values=held)
 
 
@@ -333,7 +334,7 @@ def test_outputs_of_layers_are_refused_however_they_are_asked_for(own):
             with pytest.raises(UserError, match=name):
                 own.generate(inputs, return_dict_in_generate=True, **{name: True})
     own.model.config.output_hidden_states = True
-    with reduce(own.model, "visiondrop", budget=6), pytest.raises(UserError, match="set in the model's config"):
+    with reduce(own.model, "visiondrop", budget=6), pytest.raises(UserError, match=r"output_hidden_states .*config"):
         own.model(**inputs)
 
 
@@ -343,7 +344,7 @@ def test_an_assistant_model_is_refused(llava, own):
     plain = llava.generate(text, assistant_model=own.model)
     with reduce(llava.model, "visiondrop", budget=6):
         for asked in ({"assistant_model": own.model}, {"prompt_lookup_num_tokens": 3}):
-            with pytest.raises(UserError, match="assistant model or prompt lookup"):
+            with pytest.raises(UserError, match="assistant_model and prompt_lookup_num_tokens"):
                 llava.generate(inputs, **asked)
         assert torch.equal(llava.generate(text, assistant_model=own.model), plain)
 
@@ -361,7 +362,7 @@ def test_training_mode_inside_is_refused(own):
             with pytest.raises(UserError, match=r"is in training mode; call model\.eval"):
                 own.model(**inputs)
             if part is own.model:
-                with pytest.raises(UserError, match="is in training mode"):
+                with pytest.raises(UserError, match="training mode"):
                     own.model(input_ids=torch.tensor([[5]]), past_key_values=held)
             own.model.eval()
         own.model(**inputs)
@@ -427,11 +428,11 @@ def test_hooks_that_come_later_and_replaced_forwards(own):
     with reduce(own.model, "visiondrop", budget=6):
         held = own.model(**inputs).past_key_values
         handle = inner.language_model.register_forward_pre_hook(lambda *_: None)
-        with pytest.raises(UserError, match=r"of model\.language_model has no effect"):
+        with pytest.raises(UserError, match=r"model\.language_model"):
             own.model(input_ids=torch.tensor([[5]]), past_key_values=held)
         handle.remove()
         inner.vision_tower.forward = inner.vision_tower.forward  # as accelerate replaces it
-        with pytest.raises(UserError, match=r"of model\.vision_tower has no effect"):
+        with pytest.raises(UserError, match=r"model\.vision_tower"):
             own.model(**inputs)
         del inner.vision_tower.forward
         assert not any(module._forward_pre_hooks for module in own.model.modules())
