@@ -59,7 +59,7 @@ def test_java_gives_the_same_numbers_and_meteor(synthetic, score):
 
 def test_a_missing_package_is_a_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
-    with pytest.raises(UserError, match=r'pycocoevalcap, which is not installed; pip install "visual-.*\[eval\]"'):
+    with pytest.raises(UserError, match="package pycocoevalcap"):
         captions.captions_score({"1": ["a dog"]}, {"1": "a dog"})
 
 
@@ -170,5 +170,5 @@ def test_a_repeated_image_id_is_refused(nocaps):
     content = json.loads(path.read_text())
     content["images"].append(content["images"][0])
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="question ids more than once: 0"):
+    with pytest.raises(UserError, match="more than once: 0"):
         benchmarks.get("nocaps").load(nocaps, "validation", "lmms", "auto")

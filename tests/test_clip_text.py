@@ -187,7 +187,7 @@ def test_the_official_clip_is_named_without_fetching_it(tmp_path, model, monkeyp
     save_original_layout(tmp_path / "llava", model, tower_in_shards=True, mm_vision_tower=CLIP_L_336_NAME)
     loaded = load(tmp_path / "llava", device="cpu")
     assert loaded.spec.has_text_tower and loaded.text_tower == CLIP_L_336_NAME
-    with pytest.raises(UserError, match=r"CLIP text tower .*could not be fetched"):
+    with pytest.raises(UserError, match=f"{CLIP_L_336_NAME}' .*fetched"):
         loaded.clip
     save_clip(tmp_path / "hub", model)
     monkeypatch.setattr(
@@ -201,7 +201,7 @@ def test_a_user_names_one(tmp_path, model):
     save_clip(tmp_path / "clip", model)
     loaded = load(tmp_path / "llava", device="cpu", text_tower=tmp_path / "clip")
     assert loaded.spec.has_text_tower and loaded.clip.length == LENGTH
-    with pytest.raises(UserError, match="no CLIP folder"):
+    with pytest.raises(UserError, match=str(tmp_path / "nowhere")):
         load(tmp_path / "llava", device="cpu", text_tower=tmp_path / "nowhere")
 
 

@@ -142,21 +142,21 @@ def test_tiles_and_frames_share_what_the_first_method_leaves(name, tiled):
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
-        ("divprune+visionzip", {}, "second one may act between decoder layers only, and visionzip acts after"),
-        ("visiondrop+fastv", {}, "first one may act after the tower or before decoder layer 0 only, and visiondrop"),
+        ("divprune+visionzip", {}, "second one .* visionzip acts after"),
+        ("visiondrop+fastv", {}, "first one .* visiondrop acts"),
         ("tome+fastv", {}, "tome acts inside the tower"),
         ("full+fastv", {}, "full reduces nothing"),
         ("divprune+fastvv", {}, "Unknown method 'fastvv'. Did you mean 'fastv'"),
-        ("divprune+fastv+dart", {}, "names two methods, as divprune"),
-        ("divprune+", {}, "names two methods"),
+        ("divprune+fastv+dart", {}, "names two methods, .* got 'divprune.fastv.dart'"),
+        ("divprune+", {}, "two methods, .* got 'divprune.'"),
         ("divprune+fastv", {"fastv.layr": "2"}, "option of divprune.fastv 'fastv.layr'. Did you mean 'fastv.layer'"),
-        ("divprune+fastv", {"fastv.newlines": "keep"}, "Unknown option of divprune.fastv 'fastv.newlines'"),
-        ("divprune+fastv", {"divprune.retention_ratio": "0.5"}, "Unknown option"),
+        ("divprune+fastv", {"fastv.newlines": "keep"}, "divprune.fastv 'fastv.newlines'"),
+        ("divprune+fastv", {"divprune.retention_ratio": "0.5"}, "'divprune.retention_ratio'"),
         ("divprune+fastv", {"divprune.tile_budget": "each", "tile_budget": "global"}, "divprune.fastv is given twice"),
         ("divprune+fastv", {"fastv.layer": "-1"}, "fastv.layer must be at least 0"),
         ("divprune+fastv", {"share": "2"}, "share must be between 0 and 1"),
         ("divprune+pyramiddrop", {"budget": 192}, "leaves 333 of 576 tokens. Of these, pyramiddrop cannot .*share may"),
-        ("trim+fastv", {"trim.adaptive": "true"}, "keeps a number of tokens that depends on the image"),
+        ("trim+fastv", {"trim.adaptive": "true"}, "depends on the image"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused_in_one_sentence(name, options, sentence):

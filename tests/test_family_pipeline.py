@@ -226,7 +226,7 @@ def test_what_cannot_be_done_is_refused(saved, tmp_path):
     for options in ({"quantization": "4bit"}, {"tensor_parallel": 2}, {"zero": "cpu"}, {"merge": "spatial"}):
         with pytest.raises(UserError, match=f"{next(iter(options))[:5]}.* cannot be used with .*gemma3"):
             load(folder, device="cpu", **options)
-    with pytest.raises(MethodError, match="pyramiddrop reduces between decoder layers"):
+    with pytest.raises(MethodError, match=r"pyramiddrop .* decoder layers"):
         ask(model, method="pyramiddrop", budget=8)
     with pytest.raises(UserError, match="only answers benchmarks"):
         prefill(model, BATCH, registry.build("full", 16))

@@ -189,7 +189,7 @@ CLIP, QWEN = (ImageProcessor, CLIP_CONFIG), (QwenImageProcessor, {})
     ("processor", "change", "sentence"),
     [
         (CLIP, {"size": {"height": 336, "width": 336}}, "no shortest_edge of 1 to 16384 pixels in its size"),
-        (CLIP, {"crop_size": {"height": 336, "width": 224}}, "no height of 1 to 16384 pixels in its crop_size"),
+        (CLIP, {"crop_size": {"height": 336, "width": 224}}, "no height .* in its crop_size"),
         (CLIP, {"do_center_crop": False}, "switches off do_center_crop"),
         (QWEN, {"do_normalize": False}, "switches off do_normalize"),
         # These two were ignored.
@@ -311,7 +311,7 @@ def test_open_image_names_the_truncated_file(tmp_path, suffix, share):
     noise(64, 64).save(path)
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(UserError, match=rf"Cannot read the image .*broken\.{suffix} "):
+    with pytest.raises(UserError, match=rf"Cannot read .*broken\.{suffix} "):
         open_image(path)
 
 
@@ -321,13 +321,14 @@ def test_open_image_names_what_it_cannot_read(tmp_path, monkeypatch):
     Image.new("RGB", (9, 7)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     for path, sentence in (
-        (tmp_path / "absent.jpg", r"No image at .*absent\.jpg; check the path"),
-        (tmp_path / "page.jpg", "Cannot read the image"),
-        (tmp_path, "Cannot read the image"),
-        (tmp_path / "a.png", r"a\.png is too large .* make it smaller"),
+        (tmp_path / "absent.jpg", "No image at .*; check the path"),
+        (tmp_path / "page.jpg", "Cannot read"),
+        (tmp_path, "Cannot read"),
+        (tmp_path / "a.png", "too large"),
     ):
-        with pytest.raises(UserError, match=sentence):
+        with pytest.raises(UserError, match=sentence) as refused:
             open_image(path)
+        assert str(path) in str(refused.value)
 
 
 # Resizing does not depend on Pillow's version
@@ -548,7 +549,7 @@ def test_a_forced_resolution_gives_every_image_five_crops():
 def test_pinpoints_that_are_none(pinpoints):
     with pytest.raises(UserError, match="must be pairs of positive multiples of the tile side 336"):
         AnyresProcessor(TOWER, GRID, pinpoints)
-    with pytest.raises(UserError, match=r"forced resolution .* multiples of the tile side 336, got \(672, 600\)"):
+    with pytest.raises(UserError, match=r"forced resolution .* got \(672, 600\)"):
         AnyresProcessor(TOWER, GRID, PINPOINTS, force=(672, 600))
 
 

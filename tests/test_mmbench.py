@@ -281,7 +281,7 @@ def test_a_damaged_image_is_named(data):
         ("\t\tdev\n1000008", "\n1000008", "12 cells, the first line names 14 columns"),
         ("\t8\ts\t", "\t99\ts\t", "the image of row '99', which is not there"),
         ("\tB\tidentity", "\tZ\tidentity", "should have a letter from A to E as answer, got 'Z'"),
-        ("\tB\tidentity", "\tb\tidentity", "should have a letter from A to E as answer, got 'b'"),
+        ("\tB\tidentity", "\tb\tidentity", "got 'b'"),
         ("\tB\tidentity", "\tD\tidentity", "has the answer D, which is an empty option"),
         ("\tB\tidentity", "\t\tidentity", "rows with and rows without an answer"),
     ],
@@ -303,5 +303,5 @@ def test_answers_to_the_english_set_are_not_scored_as_chinese(tmp_path):
     rows = [{"question_id": q.id, "prompt": q.message, "text": q.answer} for q in toy.questions]
     path = write_lines(tmp_path / "answers.jsonl", rows)
     assert score_file(path, toy)["metrics"]["accuracy"] == 100
-    with pytest.raises(UserError, match="answers other questions than those of MMBench-CN"):
+    with pytest.raises(UserError, match=r"other questions .* MMBench-CN"):
         score_file(path, chinese)
