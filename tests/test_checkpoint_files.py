@@ -285,7 +285,7 @@ def test_missing_shard(tmp_path, model, layout):
     SAVERS[layout](tmp_path, model)
     shard = next(tmp_path.glob("*-00002-of-*"))
     shard.unlink()
-    refused(tmp_path, rf"lacks 1 of \d weight files named in .*index\.json: {shard.name}; fetch them")
+    refused(tmp_path, rf"lacks 1 of \d .*index\.json: {shard.name};")
 
 
 @pytest.mark.parametrize("layout", layouts_of("llava")[:4])
@@ -353,14 +353,14 @@ def test_a_pickle_of_anything_but_weights_is_not_read(tmp_path, model):
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda folder: (folder / "config.json").unlink(), r"has no config\.json; is it the folder of a checkpoint"),
+        (lambda folder: (folder / "config.json").unlink(), r"has no config\.json"),
         (lambda folder: (folder / "config.json").write_text('{"a": '), r"config\.json is not valid"),
         (lambda folder: (folder / "config.json").write_text("[1]"), r"config\.json holds no JSON object"),
         (
             lambda folder: (folder / "tokenizer.json").unlink(),
             r"has no tokenizer \(tokenizer\.json or tokenizer\.model\)",
         ),
-        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "Cannot read the tokenizer in"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "Cannot read the tokenizer"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"has no weights \(model\.safetensors or"),
         (
             lambda folder: edit(folder / "config.json", quantization_config={"quant_method": "bitsandbytes"}),
@@ -382,7 +382,7 @@ def test_damaged_folders(tmp_path, model, damage, sentence):
 def test_partial_checkpoints_say_what_to_do(tmp_path, model, name):
     save_transformers_layout(tmp_path, model)
     (tmp_path / "model.safetensors").rename(tmp_path / name)
-    refused(tmp_path, f"It has {name}: merge LoRA or projector-only weights")
+    refused(tmp_path, f"It has {name}: merge")
 
 
 def test_a_tower_that_is_not_clip(tmp_path, model):
@@ -395,19 +395,19 @@ def test_a_tower_that_is_not_clip(tmp_path, model):
     ("save", "changes", "sentence"),
     [
         # 99 and -99 were taken modulo the depth.
-        (save_transformers_layout, {"vision_feature_layer": 99}, "features from layer 99 of .* 3 blocks; expected one"),
-        (save_original_layout, {"mm_vision_select_layer": -5}, "features from layer -5 of .* one layer from -4 to 3"),
-        (save_transformers_layout, {"vision_feature_layer": [-2, -1]}, r"features from layer \[-2, -1\]"),
+        (save_transformers_layout, {"vision_feature_layer": 99}, "layer 99 of .* 3 blocks"),
+        (save_original_layout, {"mm_vision_select_layer": -5}, "layer -5 of .* from -4 to 3"),
+        (save_transformers_layout, {"vision_feature_layer": [-2, -1]}, r"layer \[-2, -1\]"),
         # The class token was dropped: 16 tokens where transformers gives 17.
-        (save_transformers_layout, {"vision_feature_select_strategy": "full"}, "'full'; only 'default' is supported"),
-        (save_original_layout, {"mm_vision_select_feature": "cls_patch"}, "'cls_patch'; only 'patch' is supported"),
-        (save_original_layout, {"mm_projector_type": "linear"}, "'linear' is not supported: .* two linear layers"),
+        (save_transformers_layout, {"vision_feature_select_strategy": "full"}, "'full'; only 'default'"),
+        (save_original_layout, {"mm_vision_select_feature": "cls_patch"}, "'cls_patch'; only 'patch'"),
+        (save_original_layout, {"mm_projector_type": "linear"}, "'linear' is not supported"),
         (save_original_layout, {"hidden_size": ..., "vocab_size": ...}, r"config\.json lacks hidden_size, vocab_size"),
         (save_original_layout, {"mm_vision_tower": 3}, "impossible values: mm_vision_tower"),
         # A KeyError named the activation, not its place.
         (save_transformers_layout, {"projector_hidden_act": "gelo"}, "projector_hidden_act in .*Did you mean 'gelu'"),
         (save_original_layout, {"hidden_act": "silo"}, "hidden_act in .*Did you mean 'silu'"),
-        (save_original_layout, {"num_hidden_layers": "4"}, "describes no LLaVA model: .*num_hidden_layers"),
+        (save_original_layout, {"num_hidden_layers": "4"}, "no LLaVA model: .*num_hidden_layers"),
         (save_original_layout, {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "no LLaVA model: .*rope_par"),
     ],
 )

@@ -222,7 +222,7 @@ def damaged_tokenizer(folder, model) -> None:
     [
         (
             lambda folder, _: save_clip(folder, make_tiny_llava(vision_hidden=40)),
-            r"does not fit this vision tower \(32 channels\).*visual_projection",
+            r"vision tower \(32 channels\).*visual_projection",
         ),
         (lambda folder, model: model.config.vision_config.save_pretrained(folder), "no text tower"),
         # The official text tower without its tokenizer: LLaVA's ids would be read as other words, without an error.
@@ -230,8 +230,8 @@ def damaged_tokenizer(folder, model) -> None:
             lambda folder, model: save_text_tower(folder, model, bos_token_id=0, eos_token_id=1),
             r"has no tokenizer \(tokenizer\.json or vocab\.json\)",
         ),
-        (lambda folder, model: save_text_tower(folder, model, vocab_size=50), "has 111 tokens, but the tower has 50"),
-        (damaged_tokenizer, "Cannot read the tokenizer of the CLIP"),
+        (lambda folder, model: save_text_tower(folder, model, vocab_size=50), "111 tokens, .* 50"),
+        (damaged_tokenizer, "Cannot read the tokenizer"),
     ],
 )
 def test_a_clip_that_does_not_fit_is_refused(tmp_path, tiny, model, save, sentence):

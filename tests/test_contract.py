@@ -91,7 +91,7 @@ class Plans(Planted):
 
 FAULTS = {
     UnsortedElsewhere: r"planted.encoder: kept must ascend .* for q0",
-    Sums: r"planted 8 how=other: image of q0, encoder: the weights of output tokens .* add up to \[\d+.*, not to 1",
+    Sums: r"planted 8 how=other: image of q0, encoder: .* add up to \[\d+.*, not to 1",
     LooksAtTheBatch: r"planted 8: image of q\d, encoder: in a batch of 3 it keeps \[.*\], alone \[.*\]",
     Plans: r"planted 8 how=other: plans \(7, 7, 7, 7\), a mean of 7",
 }
@@ -122,7 +122,7 @@ def test_the_contract_sees_a_reversed_ranking(tiny, monkeypatch):
         if not sees:
             test_every_method.test_what_signals_point_at_is_kept("planted", tiny)
             continue
-        with pytest.raises(AssertionError, match="planted 8: 0% of the tokens with the highest signals are kept"):
+        with pytest.raises(AssertionError, match="planted 8: 0% of the tokens"):
             test_every_method.test_what_signals_point_at_is_kept("planted", tiny)
 
 
@@ -303,11 +303,11 @@ MISTAKES = {
     OtherKind: "scores\\(\\) asks for|names blocks",
     LeastSimilar: "merges tokens into a target that is less like them",
     Half: "computes in half precision",
-    Features: "depends on features, which metadata.reads does not name",
+    Features: "depends on features",
     ShiftedWeights: "but metadata.weights says 'score'",
-    ShiftedTargets: "depends on order, which metadata.reads does not name",
-    ActsElsewhere: r"says 'before decoder layer 0', but tokens are reduced in \['encoder'\]",
-    SaysThatItDrops: "metadata.rest says 'dropped', but tokens are merged",
+    ShiftedTargets: "depends on order",
+    ActsElsewhere: r"says 'before decoder layer 0', .*\['encoder'\]",
+    SaysThatItDrops: "metadata.rest says 'dropped'",
     SaysThatItReadsTheQuestion: "names question, and nothing",
     SaysAMean: "but metadata.weights says 'mean'",
     ReinsertsTheMostSimilar: "tokens that encoder keeps are more alike",

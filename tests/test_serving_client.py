@@ -176,9 +176,9 @@ def test_the_client_sends_several_budgets_and_export_writes_them(
 @pytest.mark.parametrize(
     "key, name, length, why",
     [
-        ("wrong", "tiny-llava", 0, r"refused with 401: Bad key Bearer \*\*\*. Set KEY"),
+        ("wrong", "tiny-llava", 0, r"401: Bad key Bearer \*\*\*. Set KEY"),
         ("secret", "other", 0, " of other, .* has tiny-llava"),
-        ("secret", "tiny-llava", 999, "refused with 400: too long."),
+        ("secret", "tiny-llava", 999, "400: too long."),
     ],
 )
 def test_a_refusal_is_one_sentence_without_the_key(server, key, name, length, why):
