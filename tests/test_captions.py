@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from eval import benchmarks
 from eval.metrics import captions
 from eval.metrics.captions import tokenize_ptb
 from eval.results.report import scored
 from llava.errors import UserError
-from tests.benchmark_files import cell, write_hub, write_image
+from tests.benchmark_files import cell, load, write_hub, write_image
 
 VECTORS = Path(__file__).parent / "data" / "captions"
 
@@ -59,7 +58,7 @@ def test_java_gives_the_same_numbers_and_meteor(synthetic, score):
 
 def test_a_missing_package_is_a_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
-    with pytest.raises(UserError, match=r'pycocoevalcap, which is not installed; pip install "visual-.*\[eval\]"'):
+    with pytest.raises(UserError, match="package pycocoevalcap"):
         captions.captions_score({"1": ["a dog"]}, {"1": "a dog"})
 
 
@@ -97,7 +96,7 @@ SENTENCES = [["A dog runs.", "The dog is running."], ["Two cats sleep.", "Cats o
 def test_flickr30k_from_the_mirror(tmp_path, no_java):
     rows = [{"image": cell(), "caption": c, "img_id": str(70 + n)} for n, c in enumerate(SENTENCES)]
     write_hub(tmp_path, "lmms-lab/flickr30k", "test", rows)
-    data = benchmarks.get("flickr30k").load(tmp_path, "test", "lmms", "auto")
+    data = load("flickr30k", tmp_path)
     data.check_images(data.questions)
     assert [question.id for question in data.questions] == ["70", "71", "72"]
     assert data.questions[0].message == "Provide a one-sentence caption for the provided image."
@@ -119,7 +118,7 @@ def test_flickr30k_from_karpathys_file(tmp_path):
         {"imgid": 8, "filename": "8.jpg", "split": "train", "sentences": [{"raw": "unused"}]},
     ]
     (root / "dataset_flickr30k.json").write_text(json.dumps({"images": records}))
-    data = benchmarks.get("flickr30k").load(tmp_path, "test", "lmms", "auto")
+    data = load("flickr30k", tmp_path)
     data.check_images(data.questions)
     assert [(q.id, q.images) for q in data.questions] == [("7", ("7.jpg",))]
     assert data.facts["source"].startswith("official")
@@ -139,7 +138,7 @@ def nocaps(tmp_path) -> Path:
 
 
 def test_nocaps_from_the_official_file_by_domain(nocaps, no_java):
-    data = benchmarks.get("nocaps").load(nocaps, "validation", "lmms", "auto")
+    data = load("nocaps", nocaps)
     data.check_images(data.questions)
     texts = {"0": "a dog runs", "1": "two cats", "2": "a red car"}
     found = data.score(list(texts), texts)
@@ -150,7 +149,7 @@ def test_nocaps_from_the_official_file_by_domain(nocaps, no_java):
 
 
 def test_nocaps_test_has_no_score_but_a_file_to_upload(nocaps):
-    data = benchmarks.get("nocaps").load(nocaps, "test", "lmms", "official")
+    data = load("nocaps", nocaps, split="test")
     found = data.score(["0"], {"0": "a dog"})
     assert found.values == {"cider": None}
     assert "upload nocaps_test_results.json" in found.notes[0]
@@ -160,7 +159,7 @@ def test_nocaps_test_has_no_score_but_a_file_to_upload(nocaps):
 def test_nocaps_from_the_mirror_has_no_domains(tmp_path, no_java):
     rows = [{"image": cell(), "image_id": n, "annotations_captions": texts} for n, texts in enumerate(SENTENCES)]
     write_hub(tmp_path, "lmms-lab-encoder/NoCaps", "validation", rows)
-    data = benchmarks.get("nocaps").load(tmp_path, "validation", "lmms", "auto")
+    data = load("nocaps", tmp_path)
     assert data.score(["0"], {"0": "a dog"}).groups == {}
     assert data.facts["source"] == "lmms-lab-encoder/NoCaps"
 
@@ -170,5 +169,5 @@ def test_a_repeated_image_id_is_refused(nocaps):
     content = json.loads(path.read_text())
     content["images"].append(content["images"][0])
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="question ids more than once: 0"):
-        benchmarks.get("nocaps").load(nocaps, "validation", "lmms", "auto")
+    with pytest.raises(UserError, match="more than once: 0"):
+        load("nocaps", nocaps)

@@ -46,7 +46,7 @@ def model() -> LlavaForConditionalGeneration:
 def test_a_folder_that_is_not_there_and_a_hub_out_of_reach():
     for source in ("/nowhere/at/all", "nowhere", "a/b/c", "../x"):
         refused(source, f"There is no checkpoint folder {source}; give a folder or a hub id")
-    refused("some/model", r"checkpoint 'some/model' is no folder here and could not be fetched .*ConnectionError")
+    refused("some/model", "'some/model' .*ConnectionError")
 
 
 def test_without_a_network_the_sentence_names_the_variables_of_the_hub(monkeypatch):
@@ -219,7 +219,7 @@ def test_the_decoder_alone_is_quantised(tmp_path, installed, given, name, choice
     assert converted == [path for path in linears if path.startswith("model.language_model.")]
     assert 28 == len(converted) < len(linears)
     assert given["device_map"] == {"": torch.device("cpu")}, "bitsandbytes takes a device map only"
-    assert loaded.notes[-1] == f"The decoder is quantised to {choice[0]} bits by bitsandbytes."
+    assert f"quantised to {choice[0]} bits" in loaded.notes[-1]
 
 
 def test_choices_that_cannot_be_met(monkeypatch):
@@ -285,7 +285,7 @@ def test_missing_shard(tmp_path, model, layout):
     SAVERS[layout](tmp_path, model)
     shard = next(tmp_path.glob("*-00002-of-*"))
     shard.unlink()
-    refused(tmp_path, rf"lacks 1 of \d weight files named in .*index\.json: {shard.name}; fetch them")
+    refused(tmp_path, rf"lacks 1 of \d .*index\.json: {shard.name};")
 
 
 @pytest.mark.parametrize("layout", layouts_of("llava")[:4])
@@ -315,16 +315,14 @@ def test_damage_and_code_in_the_format_before_torch_1_6(tmp_path, model, monkeyp
     path = tmp_path / "pytorch_model.bin"
     torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
     whole = path.read_bytes()
-    for size in (5, 20, 400, len(whole) // 2, len(whole) - 3):
-        path.write_bytes(whole[:size])
-        refused(tmp_path, r"Cannot read the weights in .*pytorch_model\.bin; the file is damaged")
-    for content in (b"<html>404</html>", pickle.dumps({"weight": 1})):
+    cut = [whole[:size] for size in (5, 20, 400, len(whole) // 2, len(whole) - 3)]
+    for content in (*cut, b"<html>404</html>", pickle.dumps({"weight": 1})):
         path.write_bytes(content)
-        refused(tmp_path, r"Cannot read the weights in .*pytorch_model\.bin; the file is damaged")
+        refused(tmp_path, r"pytorch_model\.bin; .* damaged")
     exploit = Exploit()
     exploit.trace = tmp_path / "ran"
     torch.save({"weight": exploit}, path, _use_new_zipfile_serialization=False)
-    refused(tmp_path, r"pytorch_model\.bin holds more than weights and was not unpickled")
+    refused(tmp_path, r"pytorch_model\.bin .* not unpickled")
     assert not exploit.trace.exists()
     path.write_bytes(whole)
 
@@ -355,22 +353,22 @@ def test_a_pickle_of_anything_but_weights_is_not_read(tmp_path, model):
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda folder: (folder / "config.json").unlink(), r"has no config\.json; is it the folder of a checkpoint"),
-        (lambda folder: (folder / "config.json").write_text('{"a": '), r"config\.json is not valid JSON"),
+        (lambda folder: (folder / "config.json").unlink(), r"has no config\.json"),
+        (lambda folder: (folder / "config.json").write_text('{"a": '), r"config\.json is not valid"),
         (lambda folder: (folder / "config.json").write_text("[1]"), r"config\.json holds no JSON object"),
         (
             lambda folder: (folder / "tokenizer.json").unlink(),
             r"has no tokenizer \(tokenizer\.json or tokenizer\.model\)",
         ),
-        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "Cannot read the tokenizer in"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "Cannot read the tokenizer"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"has no weights \(model\.safetensors or"),
         (
             lambda folder: edit(folder / "config.json", quantization_config={"quant_method": "bitsandbytes"}),
-            "is quantised with bitsandbytes, which is not supported; take it unquantised",
+            "quantised with bitsandbytes",
         ),
         (
             lambda folder: edit(folder / "preprocessor_config.json", crop_size={"height": 28, "width": 28}),
-            "images are cropped to 28 pixels, but the tower expects 56",
+            "28 pixels, .* 56",
         ),
     ],
 )
@@ -384,32 +382,32 @@ def test_damaged_folders(tmp_path, model, damage, sentence):
 def test_partial_checkpoints_say_what_to_do(tmp_path, model, name):
     save_transformers_layout(tmp_path, model)
     (tmp_path / "model.safetensors").rename(tmp_path / name)
-    refused(tmp_path, f"It has {name}: merge LoRA or projector-only weights")
+    refused(tmp_path, f"It has {name}: merge")
 
 
 def test_a_tower_that_is_not_clip(tmp_path, model):
     save_original_layout(tmp_path, model)
     edit(tmp_path / "clip" / "config.json", model_type="siglip_vision_model")
-    refused(tmp_path, "is a siglip_vision_model; only CLIP towers")
+    refused(tmp_path, "siglip_vision_model")
 
 
 @pytest.mark.parametrize(
     ("save", "changes", "sentence"),
     [
         # 99 and -99 were taken modulo the depth.
-        (save_transformers_layout, {"vision_feature_layer": 99}, "features from layer 99 of .* 3 blocks; expected one"),
-        (save_original_layout, {"mm_vision_select_layer": -5}, "features from layer -5 of .* one layer from -4 to 3"),
-        (save_transformers_layout, {"vision_feature_layer": [-2, -1]}, r"features from layer \[-2, -1\]"),
+        (save_transformers_layout, {"vision_feature_layer": 99}, "layer 99 of .* 3 blocks"),
+        (save_original_layout, {"mm_vision_select_layer": -5}, "layer -5 of .* from -4 to 3"),
+        (save_transformers_layout, {"vision_feature_layer": [-2, -1]}, r"layer \[-2, -1\]"),
         # The class token was dropped: 16 tokens where transformers gives 17.
-        (save_transformers_layout, {"vision_feature_select_strategy": "full"}, "'full'; only 'default' is supported"),
-        (save_original_layout, {"mm_vision_select_feature": "cls_patch"}, "'cls_patch'; only 'patch' is supported"),
-        (save_original_layout, {"mm_projector_type": "linear"}, "'linear' is not supported: .* two linear layers"),
+        (save_transformers_layout, {"vision_feature_select_strategy": "full"}, "'full'; only 'default'"),
+        (save_original_layout, {"mm_vision_select_feature": "cls_patch"}, "'cls_patch'; only 'patch'"),
+        (save_original_layout, {"mm_projector_type": "linear"}, "'linear' is not supported"),
         (save_original_layout, {"hidden_size": ..., "vocab_size": ...}, r"config\.json lacks hidden_size, vocab_size"),
         (save_original_layout, {"mm_vision_tower": 3}, "impossible values: mm_vision_tower"),
         # A KeyError named the activation, not its place.
         (save_transformers_layout, {"projector_hidden_act": "gelo"}, "projector_hidden_act in .*Did you mean 'gelu'"),
         (save_original_layout, {"hidden_act": "silo"}, "hidden_act in .*Did you mean 'silu'"),
-        (save_original_layout, {"num_hidden_layers": "4"}, "describes no LLaVA model: .*num_hidden_layers"),
+        (save_original_layout, {"num_hidden_layers": "4"}, "no LLaVA model: .*num_hidden_layers"),
         (save_original_layout, {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "no LLaVA model: .*rope_par"),
     ],
 )
@@ -448,7 +446,7 @@ def test_an_index_with_other_entries_than_file_names(tmp_path, model, weight_map
     save_original_layout(tmp_path, model)
     index = tmp_path / "pytorch_model.bin.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
-    refused(tmp_path, r"index\.json has impossible values: weight_map")
+    refused(tmp_path, r"index\.json .* weight_map")
 
 
 def test_next_with_a_llama_3_tokenizer_gets_its_template(tmp_path):

@@ -187,7 +187,7 @@ def test_the_official_clip_is_named_without_fetching_it(tmp_path, model, monkeyp
     save_original_layout(tmp_path / "llava", model, tower_in_shards=True, mm_vision_tower=CLIP_L_336_NAME)
     loaded = load(tmp_path / "llava", device="cpu")
     assert loaded.spec.has_text_tower and loaded.text_tower == CLIP_L_336_NAME
-    with pytest.raises(UserError, match=r"CLIP text tower .*could not be fetched"):
+    with pytest.raises(UserError, match=f"{CLIP_L_336_NAME}' .*fetched"):
         loaded.clip
     save_clip(tmp_path / "hub", model)
     monkeypatch.setattr(
@@ -201,7 +201,7 @@ def test_a_user_names_one(tmp_path, model):
     save_clip(tmp_path / "clip", model)
     loaded = load(tmp_path / "llava", device="cpu", text_tower=tmp_path / "clip")
     assert loaded.spec.has_text_tower and loaded.clip.length == LENGTH
-    with pytest.raises(UserError, match="no CLIP folder"):
+    with pytest.raises(UserError, match=str(tmp_path / "nowhere")):
         load(tmp_path / "llava", device="cpu", text_tower=tmp_path / "nowhere")
 
 
@@ -222,7 +222,7 @@ def damaged_tokenizer(folder, model) -> None:
     [
         (
             lambda folder, _: save_clip(folder, make_tiny_llava(vision_hidden=40)),
-            r"does not fit this vision tower \(32 channels\).*visual_projection",
+            r"vision tower \(32 channels\).*visual_projection",
         ),
         (lambda folder, model: model.config.vision_config.save_pretrained(folder), "no text tower"),
         # The official text tower without its tokenizer: LLaVA's ids would be read as other words, without an error.
@@ -230,8 +230,8 @@ def damaged_tokenizer(folder, model) -> None:
             lambda folder, model: save_text_tower(folder, model, bos_token_id=0, eos_token_id=1),
             r"has no tokenizer \(tokenizer\.json or vocab\.json\)",
         ),
-        (lambda folder, model: save_text_tower(folder, model, vocab_size=50), "has 111 tokens, but the tower has 50"),
-        (damaged_tokenizer, "Cannot read the tokenizer of the CLIP"),
+        (lambda folder, model: save_text_tower(folder, model, vocab_size=50), "111 tokens, .* 50"),
+        (damaged_tokenizer, "Cannot read the tokenizer"),
     ],
 )
 def test_a_clip_that_does_not_fit_is_refused(tmp_path, tiny, model, save, sentence):

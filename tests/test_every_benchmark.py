@@ -4,6 +4,7 @@ import atexit
 import copy
 import io
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -139,10 +140,10 @@ def test_a_file_that_lacks_answers_or_has_foreign_ones_is_refused(case, tmp_path
     rows = [{"question_id": name, "text": text} for name, text in texts.items()]
     path = tmp_path / "answers.jsonl"
     write_file(path, lines_of(rows[1:]))
-    with pytest.raises(UserError, match="1 question without a prediction"):
+    with pytest.raises(UserError, match=rf"1 question without .*\({re.escape(rows[0]['question_id'])}\)"):
         score_file(path, data, judge=judged(data))
     write_file(path, lines_of([*rows, {"question_id": "nobody's", "text": "red"}]))
-    with pytest.raises(UserError, match="1 prediction for questions that are not in the question file"):
+    with pytest.raises(UserError, match=r"1 prediction .*\(nobody's\)"):
         score_file(path, data, judge=judged(data))
     assert any("nobody's" in note for note in score_file(path, data, partial=True, judge=judged(data))["notes"])
 

@@ -226,7 +226,7 @@ def test_what_cannot_be_done_is_refused(saved, tmp_path):
     for options in ({"quantization": "4bit"}, {"tensor_parallel": 2}, {"zero": "cpu"}, {"merge": "spatial"}):
         with pytest.raises(UserError, match=f"{next(iter(options))[:5]}.* cannot be used with .*gemma3"):
             load(folder, device="cpu", **options)
-    with pytest.raises(MethodError, match="pyramiddrop reduces between decoder layers"):
+    with pytest.raises(MethodError, match=r"pyramiddrop .* decoder layers"):
         ask(model, method="pyramiddrop", budget=8)
     with pytest.raises(UserError, match="only answers benchmarks"):
         prefill(model, BATCH, registry.build("full", 16))
@@ -235,7 +235,7 @@ def test_what_cannot_be_done_is_refused(saved, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda folder: (folder / "chat_template.jinja").unlink(), "Cannot load .*: it has no chat template"),
+        (lambda folder: (folder / "chat_template.jinja").unlink(), "no chat template"),
         (lambda folder: drop_weights(folder / "model.safetensors", "language_model.model.norm.weight"), "lacks 1 weig"),
         (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "Cannot load .*safetens"),
         (lambda folder: edit(folder / "config.json", model_type="gemma9"), "family gemma9, .* `vtr show models`"),

@@ -67,7 +67,7 @@ def test_the_calls_end_in_time_and_the_second_goes_on_where_the_first_ended(turn
     assert lines[: len(before)] == before
     keys = [(row["round"], row["method"], row["batch"]) for row in map(json.loads, lines[1:])]
     assert len(keys) == len(set(keys)) == 9 * 3 * 2, "no turn twice"
-    with pytest.raises(UserError, match="hardware Pretended GPU there, another here"):
+    with pytest.raises(UserError, match="Pretended GPU there, another here"):
         measuring.Measurements(kept, {**json.loads(lines[0]), "hardware": "another"})
     assert latency.main([*PREFILL, *files, "--layers", "1", "--pages"]) == 2
     assert "layers 2 there, 1 here" in capsys.readouterr().err

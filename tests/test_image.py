@@ -139,7 +139,7 @@ def test_the_square_canvas_need_not_exist_as_a_whole(size):
 
 @pytest.mark.parametrize("size", [(MAX_SIDE + 1, 1), (1, MAX_SIDE + 1), (0, 5), (5, 0)])
 def test_too_long_and_empty_images_are_refused(size):
-    with pytest.raises(UserError, match=rf"1 to 65535 pixels on each side, got {size[0]} x {size[1]}; resize it"):
+    with pytest.raises(UserError, match=f"1 to 65535 pixels .* got {size[0]} x {size[1]}"):
         ImageProcessor(56, 56)(Image.new("L", size))
 
 
@@ -166,7 +166,7 @@ def test_values_without_a_known_range_are_refused(kind, words):
     """A TIFF of floats from 0 to 1 became black, one of 32-bit integers white."""
     file = io.BytesIO()
     Image.fromarray(np.full((4, 4), 0.5 if kind == np.float32 else 70_000, kind)).save(file, "TIFF")
-    with pytest.raises(UserError, match=f"The image a.tif has {words} for pixels, .* convert it to 8 or 16"):
+    with pytest.raises(UserError, match=f"a.tif has {words}"):
         open_image(file, "a.tif")
     with pytest.raises(UserError, match=words):
         as_rgb(Image.open(file))
@@ -189,12 +189,12 @@ CLIP, QWEN = (ImageProcessor, CLIP_CONFIG), (QwenImageProcessor, {})
     ("processor", "change", "sentence"),
     [
         (CLIP, {"size": {"height": 336, "width": 336}}, "no shortest_edge of 1 to 16384 pixels in its size"),
-        (CLIP, {"crop_size": {"height": 336, "width": 224}}, "no height of 1 to 16384 pixels in its crop_size"),
+        (CLIP, {"crop_size": {"height": 336, "width": 224}}, "no height .* in its crop_size"),
         (CLIP, {"do_center_crop": False}, "switches off do_center_crop"),
         (QWEN, {"do_normalize": False}, "switches off do_normalize"),
         # These two were ignored.
-        (CLIP, {"resample": 2}, "asks for resample=2; images are resized with 3, bicubic"),
-        (QWEN, {"rescale_factor": 1 / 127.5}, "asks for rescale_factor=0.00784314; pixels are divided by 255 here"),
+        (CLIP, {"resample": 2}, "resample=2; "),
+        (QWEN, {"rescale_factor": 1 / 127.5}, "rescale_factor=0.00784314; "),
         # They gave infinite pixels, tracebacks, or a resize that took all memory.
         (CLIP, {"image_std": [0.2, 0.0, 0.2]}, "image_std"),
         (CLIP, {"image_mean": [0.5, 0.5]}, "image_mean"),
@@ -311,7 +311,7 @@ def test_open_image_names_the_truncated_file(tmp_path, suffix, share):
     noise(64, 64).save(path)
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(UserError, match=rf"Cannot read the image .*broken\.{suffix} "):
+    with pytest.raises(UserError, match=rf"Cannot read .*broken\.{suffix} "):
         open_image(path)
 
 
@@ -321,13 +321,14 @@ def test_open_image_names_what_it_cannot_read(tmp_path, monkeypatch):
     Image.new("RGB", (9, 7)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     for path, sentence in (
-        (tmp_path / "absent.jpg", r"No image at .*absent\.jpg; check the path"),
-        (tmp_path / "page.jpg", "Cannot read the image"),
-        (tmp_path, "Cannot read the image"),
-        (tmp_path / "a.png", r"a\.png is too large .* make it smaller"),
+        (tmp_path / "absent.jpg", "No image at .*; check the path"),
+        (tmp_path / "page.jpg", "Cannot read"),
+        (tmp_path, "Cannot read"),
+        (tmp_path / "a.png", "too large"),
     ):
-        with pytest.raises(UserError, match=sentence):
+        with pytest.raises(UserError, match=sentence) as refused:
             open_image(path)
+        assert str(path) in str(refused.value)
 
 
 # Resizing does not depend on Pillow's version
@@ -548,7 +549,7 @@ def test_a_forced_resolution_gives_every_image_five_crops():
 def test_pinpoints_that_are_none(pinpoints):
     with pytest.raises(UserError, match="must be pairs of positive multiples of the tile side 336"):
         AnyresProcessor(TOWER, GRID, pinpoints)
-    with pytest.raises(UserError, match=r"forced resolution .* multiples of the tile side 336, got \(672, 600\)"):
+    with pytest.raises(UserError, match=r"forced resolution .* got \(672, 600\)"):
         AnyresProcessor(TOWER, GRID, PINPOINTS, force=(672, 600))
 
 

@@ -72,7 +72,7 @@ def test_llava_bench_is_asked_and_judged_in_the_official_words(tmp_path):
     assert found.values["relative_score"] == 75.0 and found.groups["category"]["conv"] == (75.0, 1)
     assert data.judging.parse("0", "8, 6\nno") == {"tuple": [-1, -1]} and data.judging.tries == 1
     write_lines(folder / "answers_gpt4.jsonl", [{"question_id": 0, "text": "x"}])
-    with pytest.raises(UserError, match="has no answer to question 1"):
+    with pytest.raises(UserError, match="no answer to question 1"):
         load("llava_bench", tmp_path)
 
 
@@ -180,9 +180,9 @@ def test_verdicts_of_one_judge_are_compared_and_those_of_two_are_not(tmp_path, c
     same = judged_run(tmp_path / "same", tmp_path / "data", "first", "gpt-4-0613", 0.4)
     where = ["--data", str(tmp_path / "data")]
     assert score.compare_command([full, other, *where]) == 2
-    assert "A was judged by gpt-4-0613 and B by gpt-3.5-turbo" in capsys.readouterr().err
+    assert "gpt-4-0613 and B by gpt-3.5-turbo" in capsys.readouterr().err
     assert command.main([full, other, *where]) == 2
-    assert "differ in facts.judge: gpt-4-0613 and gpt-3.5-turbo" in capsys.readouterr().err
+    assert "facts.judge: gpt-4-0613 and gpt-3.5-turbo" in capsys.readouterr().err
     assert score.compare_command([full, same, *where]) == 0
     assert percent_of_full(json.loads((tmp_path / "same" / "result.json").read_text()), Path(same)) == 50
     capsys.readouterr()
@@ -210,7 +210,7 @@ def test_mmvet_grades_of_the_official_script(tmp_path):
     grades = {n: {"model": ["gpt-4-0613"] * 2, "content": ["1", "0.5"], "score": [1.0, 0.5]} for n in NEEDED}
     found = judged(data, write_json(tmp_path / "grade.json", grades), dict.fromkeys(NEEDED, "t"))
     assert found.values == {"score": 75.0, "std": 25.0}
-    assert "judged by gpt-4-0613, as the published numbers" in found.notes
+    assert any(note.startswith("judged by gpt-4-0613,") for note in found.notes)
     for wrong in ({"v1_0": {"score": []}}, ["x"], {"v1_0": {"score": ["1"]}}):
         with pytest.raises(UserError, match=r"grade\.json"):
             judged(data, write_json(tmp_path / "grade.json", wrong), dict.fromkeys(NEEDED, "t"))

@@ -233,7 +233,7 @@ def test_llavas_answer_file_is_scored(data, tmp_path):
     record = score_file(path, dataset)
     assert record["metrics"] == {"accuracy": 50, "vanilla_accuracy": 100, "unmatched": 0}
     assert record["confidence"]["accuracy"]["unit"] == "group"
-    assert any("2 groups, the release of the published numbers has 1,176" in note for note in record["notes"])
+    assert any("2 groups, the release" in note and "1,176" in note for note in record["notes"])
 
 
 def test_a_split_without_answers_is_for_the_server(tmp_path):
@@ -275,15 +275,15 @@ def test_a_damaged_image_is_named(data):
     ("old", "new", "message"),
     [
         ("index\tquestion", "index\ttext", "no column question"),
-        ("\n1000008\t", "\n8\t", "the index 8, which an earlier row has too"),
+        ("\n1000008\t", "\n8\t", "the index 8, which"),
         ("\n1000008\t", "\neight\t", "the index 'eight'"),
-        ("\n8\t", f"\n{'9' * 5000}\t", "should be a whole number of at most 18 digits"),
-        ("\t\tdev\n1000008", "\n1000008", "12 cells, the first line names 14 columns"),
-        ("\t8\ts\t", "\t99\ts\t", "the image of row '99', which is not there"),
+        ("\n8\t", f"\n{'9' * 5000}\t", "at most 18 digits"),
+        ("\t\tdev\n1000008", "\n1000008", "12 cells, .* 14 columns"),
+        ("\t8\ts\t", "\t99\ts\t", "row '99'"),
         ("\tB\tidentity", "\tZ\tidentity", "should have a letter from A to E as answer, got 'Z'"),
-        ("\tB\tidentity", "\tb\tidentity", "should have a letter from A to E as answer, got 'b'"),
-        ("\tB\tidentity", "\tD\tidentity", "has the answer D, which is an empty option"),
-        ("\tB\tidentity", "\t\tidentity", "rows with and rows without an answer"),
+        ("\tB\tidentity", "\tb\tidentity", "got 'b'"),
+        ("\tB\tidentity", "\tD\tidentity", "answer D, .* empty"),
+        ("\tB\tidentity", "\t\tidentity", "without an answer"),
     ],
 )
 def test_bad_tables_and_answers_that_no_model_can_give_are_refused(data, old, new, message):
@@ -303,5 +303,5 @@ def test_answers_to_the_english_set_are_not_scored_as_chinese(tmp_path):
     rows = [{"question_id": q.id, "prompt": q.message, "text": q.answer} for q in toy.questions]
     path = write_lines(tmp_path / "answers.jsonl", rows)
     assert score_file(path, toy)["metrics"]["accuracy"] == 100
-    with pytest.raises(UserError, match="answers other questions than those of MMBench-CN"):
+    with pytest.raises(UserError, match=r"other questions .* MMBench-CN"):
         score_file(path, chinese)

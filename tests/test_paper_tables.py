@@ -78,12 +78,12 @@ def written(tmp_path: Path, **changes) -> Path:
     ("changes", "sentence"),
     [
         ({"colums": []}, "Unknown key 'colums'. Did you mean 'columns'"),
-        ({"published": "llava15_7"}, "Unknown model with published scores 'llava15_7'. Did you mean 'llava15_7b'"),
-        ({"rows": [{"method": "fastv", "published": "hallusse"}]}, "Unknown method of published values 'hallusse'"),
+        ({"published": "llava15_7"}, "'llava15_7'. Did you mean 'llava15_7b'"),
+        ({"rows": [{"method": "fastv", "published": "hallusse"}]}, "published values 'hallusse'"),
         ({"columns": [{"benchmark": "gqa", "title": "a", "published": "gqua"}]}, "published: .* Did you mean 'gqa'"),
         ({"columns": [{"benchmark": "gqa", "title": "a", "split": "vall"}]}, "Unknown split of gqa 'vall'"),
         ({"toy": {"model": "m", "bach_size": 4}}, "toy: Unknown key 'bach_size'. Did you mean 'batch_size'"),
-        ({"rows": [{"method": "fastvv"}]}, r"rows\.0\.method: Unknown method 'fastvv'\. Did you mean 'fastv'\?"),
+        ({"rows": [{"method": "fastvv"}]}, r"rows\.0\.method: .*'fastvv'\. Did you mean 'fastv'"),
         ({"rows": [{"method": "fastv", "options": {"layr": "2"}}]}, "layr"),
         ({"rows": [{"method": "full"}]}, "full is always the first row"),
         ({"rows": [{"method": "fastv"}, {"method": "fastv"}]}, "listed twice under rows"),
@@ -94,9 +94,9 @@ def written(tmp_path: Path, **changes) -> Path:
         ),
         ({"budgets": ["1/0"]}, "or a ratio of each image"),
         ({"budgets": [0]}, r"1 or more \(64\)"),
-        ({"toy": {"model": "m", "benchmarks": ["pope"]}}, "benchmarks that are no column: pope"),
+        ({"toy": {"model": "m", "benchmarks": ["pope"]}}, "no column: pope"),
         ({"ours": "consensus"}, "Did you mean 'consensusdrop'"),
-        ({"rows": ["../../../etc/passwd"]}, "no .yaml file beside the table's nor one of specs/lists"),
+        ({"rows": ["../../../etc/passwd"]}, r"\.\./\.\./\.\./etc/passwd, which is no .yaml file"),
         ({"real": {"model": "m", "convention": "square tiles"}}, "convention: Input should be"),
         ({"title": None}, "title: Field required"),
     ],
@@ -159,8 +159,8 @@ def test_markdown_holds_scores_statistics_and_costs_and_names_the_file_of_all_ce
 def test_the_gate_marks_a_wrong_baseline_and_names_causes(made, capsys):
     folder, words = made
     text = (folder / "out" / "small.md").read_text()
-    assert "**Marked: the unreduced model is not the published one.**" in text
-    assert "outside the tolerance of 0.3. Look at: the conversation template" in text
+    assert "**Marked: " in text
+    assert "tolerance of 0.3. Look at: " in text
     assert "MARKED" in (folder / "out" / "small.tex").read_text()
     # exit_on_user_error turns the error into exit code 2
     assert table.main([*words, "--gate", "stop", "--output", str(folder / "stop"), "--wandb", "disabled"]) == 2
@@ -216,7 +216,7 @@ def test_a_table_of_costs_shows_the_score_beside_them_and_is_latex_too(made, mon
     folder, words = made
     path = written(tmp_path, kind="efficiency")
     assert table.main([str(path), *words[1:], "--tex-intervals"]) == 2
-    assert "--tex-intervals is for tables of scores; " in capsys.readouterr().err
+    assert "--tex-intervals is for " in capsys.readouterr().err
     monkeypatch.setattr(runs, "SWEEPS", folder / "sweep")
     again = [str(path), *words[1:], "--times", "1", "--output", str(tmp_path / "out"), "--wandb", "disabled"]
     assert table.main(again) == 0
@@ -267,14 +267,14 @@ def test_a_table_is_not_rendered_from_answers_that_are_not_of_today(made, monkey
     part = ["--methods", "random", "--budgets", "8", "--times", "0", "--wandb", "disabled"]
     one = [*words, *part, "--output", str(folder / "labels")]
     assert table.main([*one, "--render", "--dtype", "bfloat16"]) == 2
-    assert "holds answers made under other settings (dtype: float32, now bfloat16)" in capsys.readouterr().err
+    assert "(dtype: float32, now bfloat16)" in capsys.readouterr().err
     labels = folder / "data" / "gqa" / "data" / "testdev_balanced_questions.json"
     right = labels.read_text()
     try:
         labels.write_text(right.replace('"answer": "', '"answer": "not '))
         sweep.dataset.cache_clear()
         assert table.main([*one, "--render"]) == 2
-        assert "was scored with other labels or question files than the data folder" in capsys.readouterr().err
+        assert "other labels" in capsys.readouterr().err
         assert table.main(one) == 0, "nothing is asked, the stored answers are scored anew"
         lines = (folder / "labels" / "small.csv").read_text().splitlines()[1:]
         scores = [line.split(",")[5] for line in lines if "as reported" not in line]
@@ -288,7 +288,7 @@ def test_a_table_is_not_rendered_from_answers_that_are_not_of_today(made, monkey
     try:
         Image.new("RGB", (64, 64), "red").save(image)
         assert table.main([*one, "--render"]) == 2
-        assert "were asked about other images (" in capsys.readouterr().err
+        assert "other images (" in capsys.readouterr().err
     finally:
         image.write_bytes(right)
 
@@ -408,7 +408,7 @@ def test_a_method_that_fails_on_some_questions_has_no_score_and_the_table_goes_o
     assert table.main([*words, *one, "--output", str(folder / "failed")]) == 0
     text = (folder / "failed" / "small.md").read_text()
     assert "| Random | n/a | n/a |" in text and "| Consensus_Drop | " in text
-    assert "n/a: Random at 8 on GQA: 1 of 12 questions failed, the first (1003) with: random does not like" in text
+    assert "n/a: Random at 8 on GQA: 1 of 12 questions failed, the first (1003)" in text
     monkeypatch.setattr(ask, "generate", real)  # the next call asks it again
     assert table.main([*words, *one, "--output", str(folder / "failed")]) == 0
     assert "questions failed" not in (folder / "failed" / "small.md").read_text()
@@ -425,8 +425,8 @@ def test_a_method_that_fails_on_some_questions_has_no_score_and_the_table_goes_o
             path.write_text(json.dumps(result | {"timing": result["timing"] | {"questions": 8}}))
     assert table.main([*words, *one, "--render", "--output", str(folder / "failed")]) == 0
     text = (folder / "failed" / "small.md").read_text()
-    assert "operations of full at all of the tokens on GQA, counted for 8 of 12 questions." in text
-    assert "operations of Consensus_Drop at 8 tokens on GQA, counted for 8 of 12 questions." in text
+    counted = re.findall("operations of (.*) on GQA, counted for 8 of 12 questions", text)
+    assert counted == ["full at all of the tokens", "Consensus_Drop at 8 tokens"]
 
 
 @pytest.mark.table
@@ -498,18 +498,18 @@ def test_a_single_missing_cell_runs_on_a_rank_too(made, monkeypatch):
 def test_a_benchmark_that_the_toy_data_lack_is_refused(capsys):
     """The toy tiles have GQA only; an empty choice was read as all."""
     assert table.main(["consensusdrop/llava_next_7b", "--benchmarks", "pope", "--wandb", "disabled"]) == 2
-    assert "can fill none of the chosen benchmarks" in capsys.readouterr().err
+    assert "--benchmarks" in capsys.readouterr().err
 
 
 @pytest.mark.table
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--methods", "randm"], "The table has no method 'randm'. Did you mean 'random'"),
+        (["--methods", "randm"], "'randm'. Did you mean 'random'"),
         (["--limit", "0"], "--limit should be 1 or more"),
-        (["--data", "/nowhere"], "The data folder /nowhere does not exist"),
+        (["--data", "/nowhere"], "folder /nowhere"),
         (["--render", "--limit", "7"], "holds no result of 7 questions"),
-        (["--page"], "--page writes toy results into a page of docs/"),
+        (["--page"], "--page writes toy results"),
     ],
 )
 def test_wrong_flags_are_one_sentence(made, capsys, flags, sentence):
@@ -667,7 +667,7 @@ def test_tokens_needed_and_averages_are_na_where_full_scores_nothing():
     found = SimpleNamespace(cells={(0, "gqa"): SimpleNamespace(terms=terms), (1, "gqa"): SimpleNamespace(terms=terms)})
     assert needed_text(found, {8: 1}, "gqa") == "n/a"
     # A few questions, on which full scores 0, made an average n/a without a word.
-    assert relative_text({"pope": (terms, terms)}, 1).startswith("n/a: pope: the full model scores 0")
+    assert relative_text({"pope": (terms, terms)}, 1).startswith("n/a: pope: ")
     assert relative_text({"pope": (terms, terms)}, 3) == "n/a: a result on 2 of 3 benchmarks is missing"
 
 

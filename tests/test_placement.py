@@ -93,20 +93,20 @@ def test_accelerators_are_not_counted_where_they_do_not_matter():
         (4, {"GPUS": "9"}, "GPUS=9, but this machine has 4 accelerators; RANKS=9 uses its processor"),
         (4, {"GPUS": "0"}, "GPUS=0 asks for no accelerator: GPUS=0, with a comma names the first"),
         (4, {"GPUS": "two"}, "GPUS should be a whole number, 1 or more, got 'two'"),
-        (4, {"GPUS": "0,4"}, "GPUS=0,4 names accelerator 4, but this machine has 4, from 0"),
-        (4, {"GPUS": "1,1"}, "GPUS=1,1 names an accelerator twice"),
-        (4, {"GPUS": ","}, "GPUS=, names no accelerator"),
+        (4, {"GPUS": "0,4"}, "GPUS=0,4 names accelerator 4"),
+        (4, {"GPUS": "1,1"}, "GPUS=1,1 .* twice"),
+        (4, {"GPUS": ","}, "GPUS=, "),
         (0, {"RANKS": "many"}, "RANKS should be a whole number, 1 to 1024, got 'many'"),
         # A tuple of so many numbers was made: a MemoryError.
-        (0, {"RANKS": "999999999999"}, "RANKS should be a whole number, 1 to 1024, got '999999999999'"),
+        (0, {"RANKS": "999999999999"}, "RANKS .* got '999999999999'"),
         (2, {"RANKS": "3"}, "RANKS=3, but this machine has 2 accelerators.*--device cpu"),
         (4, {"RANKS": "2", "GPUS": "2"}, "RANKS and GPUS are both set; leave one out"),
-        (4, {"GPUS": "1", "HOSTFILE": "h"}, "GPUS and HOSTFILE are both set; leave one out"),
-        (4, {"GPUS": "2", "device": "cuda:1"}, "GPUS starts one rank per accelerator, so --device cuda:1 has no"),
+        (4, {"GPUS": "1", "HOSTFILE": "h"}, "GPUS and HOSTFILE"),
+        (4, {"GPUS": "2", "device": "cuda:1"}, "--device cuda:1"),
         # GPUS=2 --device cpu started two ranks that left their accelerators unused.
-        (4, {"GPUS": "2"} | CPU, "GPUS starts .* but --device cpu uses none; set RANKS in place of GPUS"),
-        (3, {"size": 2}, "3 ranks on localhost cannot be divided into models of 2 ranks each; change TP"),
-        (0, {"size": 2}, "A model over 2 ranks was asked for, but this machine has 0 accelerators; set RANKS=2"),
+        (4, {"GPUS": "2"} | CPU, "--device cpu uses none; set RANKS"),
+        (3, {"size": 2}, "3 ranks on localhost .* 2 ranks each; change TP"),
+        (0, {"size": 2}, "2 ranks .* 0 accelerators; set RANKS=2"),
         (4, {"WORLD_SIZE": "2", "RANK": "0"}, "started by a launcher .*without deepspeed or torchrun"),
         (4, {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}, "started several times by srun.*without srun"),
     ],
@@ -117,7 +117,7 @@ def test_what_contradicts_itself_is_a_sentence(there, given, message):
 
 def test_an_allocation_that_slurm_cannot_name_is_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    refused(r"several nodes, but 'scontrol show hostnames node\[1-2\]' fails .*; give a HOSTFILE", 1, **ALLOCATION)
+    refused(r"'scontrol show hostnames node\[1-2\]' fails", 1, **ALLOCATION)
 
 
 def test_no_more_replicas_than_there_is_work_for():
@@ -156,9 +156,9 @@ def test_a_hostfile_is_read_as_deepspeed_and_mpi_read_it(tmp_path):
         ("node1 slots=2\nnode2 slots=two", "line 2 should look like"),
         ("node1 slots=2 max=4", "line 1 should look like"),
         ("[fd00::2 slots=2", "line 1 should look like"),
-        ("node1 slots=2\n\nnode1 slots=2", "line 3 names node1 a second time"),
-        ("node1 slots=999999999999", "line 1: slots should be a whole number, 1 to 1024"),
-        ("# nothing\n", "names no machine; lines look like"),
+        ("node1 slots=2\n\nnode1 slots=2", "line 3 names node1 "),
+        ("node1 slots=999999999999", "line 1: slots .* 1 to 1024"),
+        ("# nothing\n", "names no machine"),
     ],
 )
 def test_wrong_hostfiles_are_sentences(tmp_path, text, message):
@@ -166,7 +166,7 @@ def test_wrong_hostfiles_are_sentences(tmp_path, text, message):
 
 
 def test_a_hostfile_that_cannot_be_read_or_divided_is_a_sentence(tmp_path):
-    refused("Cannot read HOSTFILE=.*: No such file or directory", HOSTFILE=str(tmp_path / "none"))
+    refused(f"HOSTFILE={tmp_path / 'none'}: No such file", HOSTFILE=str(tmp_path / "none"))
     refused("1 ranks on node2 cannot be divided", size=2, **hostfile(tmp_path, "node1 slots=2\nnode2 slots=1"))
 
 
@@ -210,7 +210,7 @@ def test_srun_starts_one_launcher_on_each_node():
 def test_pdsh_starts_one_launcher_on_each_machine(tmp_path, monkeypatch):
     place = found(0, **hostfile(tmp_path, "node1 slots=1\nnode2 slots=2"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="HOSTFILE needs pdsh to reach the machines; install it"):
+    with pytest.raises(UserError, match="HOSTFILE needs pdsh"):
         command(place)
     (tmp_path / "pdsh").touch(mode=0o755)
     (tmp_path / "a b").mkdir()

@@ -91,15 +91,15 @@ def test_the_example_runs_from_the_table_to_the_score(tiny_path, tmp_path, monke
         ({"profiles": {"lava": {}}}, r"Unknown profile 'lava'\. Did you mean 'llava'"),
         ({"profiles": {"llava": {"sufix": "x"}}}, r"Unknown key 'sufix'\. Did you mean 'suffix'"),
         ({"profiles": {}}, r"profiles: .* at least 1 item"),
-        ({"splits": {"test": {"questions": "many"}}}, r"splits\.test\.questions: Input should be a valid integer"),
-        ({"hub": "my-name/signs"}, r"hub: Input should be a valid tuple"),
+        ({"splits": {"test": {"questions": "many"}}}, r"splits\.test\.questions: .* integer"),
+        ({"hub": "my-name/signs"}, r"hub: .* tuple"),
         ({"answer_is": "number"}, r"answer_is: Input should be 'text', 'texts', 'letter' or 'index'"),
         ({"optional": ["shap"]}, r"column under optional 'shap'\. Did you mean 'shape'"),
         ({"options": None}, r"answer_is: index needs options"),
         ({"licence": None}, r"licence: Field required"),
         ({"upload": {"file": "a.json", "server": "s", "splits": ["tets"]}}, r"split under upload 'tets'"),
         ({"upload": {"file": "a.json", "server": "s", "splits": ["test"]}, "id": None}, r"upload needs id"),
-        ({"parts": {"round": {"shape": "circle", "text": "x"}}}, r"the part round should name one column"),
+        ({"parts": {"round": {"shape": "circle", "text": "x"}}}, r"part round .* one column"),
     ],
 )  # fmt: skip
 def test_a_wrong_file_is_one_sentence(tmp_path, changes, sentence):
@@ -112,7 +112,7 @@ def test_a_name_that_another_benchmark_has_is_refused(tmp_path, monkeypatch):
     """The file would have stood in place of the benchmark without a word."""
     taken = written(tmp_path).rename(tmp_path / "gqa.yaml")
     monkeypatch.setattr(plain, "BENCHMARKS", (*plain.BENCHMARKS, plain.read(taken)))
-    with pytest.raises(UserError, match="Two benchmarks are called gqa"):
+    with pytest.raises(UserError, match="benchmarks are called gqa"):
         benchmarks.registry.__wrapped__()
 
 

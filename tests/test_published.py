@@ -164,11 +164,11 @@ ROW = {"method": "fastv", "tokens": 64, "source": "a", "gqa": 50.0}
     [
         ({"rows": [{**ROW, "gqq": 1.0}]}, "Unknown key or column 'gqq'. Did you mean 'gqa'? Available: activitynet_qa"),
         ({"rows": [ROW, {**ROW, "gqa": 601.0}]}, "row 2, fastv at 64 tokens of a: gqa must be 0 to 100, got 601"),
-        ({"rows": [{**ROW, "mme": 2001.0}]}, "row 1, fastv at 64 tokens of a: mme must be 0 to 2000, got 2001"),
+        ({"rows": [{**ROW, "mme": 2001.0}]}, "mme must be 0 to 2000, got 2001"),
         ({"rows": [{**ROW, "gqa": float("nan")}]}, "gqa must be 0 to 100, got nan"),
         ({"rows": [{**ROW, "method": "maxmi"}]}, "Unknown method of row 1 'maxmi'"),
         ({"rows": [{**ROW, "method": "fastvv"}]}, "Did you mean 'fastv'"),
-        ({"rows": [{**ROW, "source": "b"}]}, "which is not listed"),
+        ({"rows": [{**ROW, "source": "b"}]}, "source b, which is not listed"),
         ({"rows": [ROW, ROW]}, "two rows of fastv at 64 tokens"),
         ({"rows": [{**ROW, "gqa": "50"}]}, "should be a valid number"),
         ({"rows": [{**ROW, "gqa": True}]}, "should be a valid number"),
@@ -191,7 +191,7 @@ def test_bad_files_are_refused(tmp_path, monkeypatch, change, message):
     ("text", "sentence"),
     [
         ("model: [", "is no YAML file that can be read"),
-        ("[" * 5000, "is nested deeper than any file of this project"),  # was a RecursionError
+        ("[" * 5000, "nested deeper"),  # was a RecursionError
         # The last one won, without a word: a table's numbers were those of the second row of a copied pair.
         ("model: M\nrows:\n- method: fastv\n  gqa: 50.0\n  gqa: 51.0\n", "line 5 gives 'gqa' a second time; leave one"),
     ],

@@ -132,11 +132,11 @@ def test_scoring_a_file_and_the_official_scorers_input(tmp_path):
 def test_bad_files_are_named(tmp_path):
     folder = write_official(tmp_path) / "scienceqa"
     (folder / "pid_splits.json").write_text(json.dumps({"test": ["4", "8"]}))
-    with pytest.raises(UserError, match=r"lacks problems that .* has in test, 1 in all: 8\."):
+    with pytest.raises(UserError, match=r"lacks problems .* 1 in all: 8\."):
         load("scienceqa", tmp_path)
     (folder / "pid_splits.json").write_text(json.dumps({"test": ["4", "7", "9"]}))
     with pytest.raises(UserError, match=r"lacks 1 of the questions in .*pid_splits\.json, the first is 9\."):
         load("scienceqa", tmp_path)
     (folder / "problems.json").write_text(json.dumps({"4": PROSE | {"answer": 3}, "7": IMAGE, "9": PROSE}))
-    with pytest.raises(UserError, match=r"Problem 4 in .* the index of one of its 3 choices as answer, got 3\."):
+    with pytest.raises(UserError, match=r"Problem 4 .* 3 choices .* got 3\."):
         load("scienceqa", tmp_path)

@@ -142,8 +142,8 @@ def test_bad_files_are_named(tmp_path):
     folder = write_official(tmp_path) / "seed_bench"
     prompts = (folder / "llava-seed-bench.jsonl").read_text().splitlines()
     (folder / "llava-seed-bench.jsonl").write_text("\n".join([*prompts, prompts[0]]))
-    with pytest.raises(UserError, match=r"line 4 asks question v0 more often than"):
+    with pytest.raises(UserError, match=r"line 4 .* v0 more often"):
         load("seed", tmp_path)
     (folder / "llava-seed-bench.jsonl").write_text(prompts[0])
-    with pytest.raises(UserError, match=r"lacks 2 of the questions in .*, the first is 49#1"):
+    with pytest.raises(UserError, match=r"lacks 2 .* 49#1"):
         load("seed", tmp_path)

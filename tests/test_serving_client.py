@@ -32,7 +32,7 @@ REFUSED = {"dart", "fastv", "pyramiddrop", "sparsevlm", "visiondrop", "vscan"}
 @pytest.mark.parametrize("method", names())
 def test_every_method_has_a_route_or_a_reason(method):
     if method in REFUSED:
-        with pytest.raises(UserError, match=f"{method} reduces between decoder layers"):
+        with pytest.raises(UserError, match=f"{method} .* decoder layers"):
             client.route(method, "64", DEFAULT_MODEL)
         return
     way, arguments = client.route(method, None if method == "full" else "64", DEFAULT_MODEL)
@@ -49,7 +49,7 @@ def test_every_method_has_a_route_or_a_reason(method):
         ("divprune", "tinyllava", "needs a budget"),
         ("divprune 64", "tinyllava_video", "is VideoLlavaForConditionalGeneration"),
         ("visionzip 64 --set contextal=0.2", "tinyllava", "Did you mean 'contextual'"),
-        ("consensusdrop 64 --set positions=original", "tinyllava", "numbers a prompt without gaps"),
+        ("consensusdrop 64 --set positions=original", "tinyllava", "without gaps; consensusdrop.positions=original"),
     ],
 )
 def test_what_no_engine_can_serve_is_one_sentence(asked, model, why, tmp_path, monkeypatch, capsys):
@@ -176,9 +176,9 @@ def test_the_client_sends_several_budgets_and_export_writes_them(
 @pytest.mark.parametrize(
     "key, name, length, why",
     [
-        ("wrong", "tiny-llava", 0, r"refused with 401: Bad key Bearer \*\*\*. Set KEY"),
-        ("secret", "other", 0, "embeddings are of other, and the server .* has tiny-llava"),
-        ("secret", "tiny-llava", 999, "refused with 400: too long."),
+        ("wrong", "tiny-llava", 0, r"401: Bad key Bearer \*\*\*. Set KEY"),
+        ("secret", "other", 0, " of other, .* has tiny-llava"),
+        ("secret", "tiny-llava", 999, "400: too long."),
     ],
 )
 def test_a_refusal_is_one_sentence_without_the_key(server, key, name, length, why):
@@ -190,7 +190,7 @@ def test_a_refusal_is_one_sentence_without_the_key(server, key, name, length, wh
 
 
 def test_no_server_is_one_sentence():
-    with pytest.raises(UserError, match=r"No answer from the server at http://127.0.0.1:9"):
+    with pytest.raises(UserError, match=r"No answer .* http://127\.0\.0\.1:9"):
         client.Server("http://127.0.0.1:9", "").check("x")
 
 

@@ -164,7 +164,7 @@ def test_another_llava_is_told_in_a_sentence(tmp_path, module):
         text=True,
     )
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert f"in {tmp_path}/llava, hides the one of this repository; uninstall it (pip uninstall llava)" in done.stderr
+    assert f"in {tmp_path}/llava, hides " in done.stderr
 
 
 @pytest.mark.parametrize("needed", DECLARED, ids=str)

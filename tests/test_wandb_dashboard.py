@@ -178,7 +178,7 @@ def test_all_panels_are_shown_of_runs_that_are_grouped_and_filtered(name, capsys
 @pytest.mark.parametrize("place", ["project", "a b/c", "https://wandb.ai/a/b"])
 def test_a_wrong_place_is_one_sentence(place, capsys):
     assert dashboard.report_command([place, "--dry-run"]) == 2
-    assert capsys.readouterr().err.startswith("ENTITY/PROJECT should look like my-team/visual-token-reduction, got ")
+    assert capsys.readouterr().err.endswith(f"got {place!r}.\n")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -186,7 +186,7 @@ def test_without_a_key_nothing_is_tried_and_a_server_that_refuses_is_one_sentenc
     monkeypatch.setattr("wandb.Api", lambda: pytest.fail("W&B would have asked for a key"))
     assert COMMANDS[name]([PLACE]) == 2
     printed = capsys.readouterr()
-    assert printed.err.startswith(f"W&B has no API key, so the {name} cannot be saved; ") and not printed.out
+    assert f"no API key, so the {name} " in printed.err and not printed.out
 
     def refuse() -> None:
         raise ConnectionError("cannot reach the server with s3cret\nand more")

@@ -94,21 +94,21 @@ SENTENCES = {
     "eval --method full": TOY,
     "eval --method full --benchmark mmstar": TOY,
     "score": ARGUMENTS,
-    "compare a b": "There is no folder a",
-    "stats a b": "There is no folder a",
-    "run-vlmeval consensusdrop 64 -- run.py": "begin with the path of VLMEvalKit's run.py",
-    "report": "`vtr report FOLDER` takes the one that holds your runs",
+    "compare a b": "no folder a",
+    "stats a b": "no folder a",
+    "run-vlmeval consensusdrop 64 -- run.py": "there is no file 'run.py'",
+    "report": "`vtr report FOLDER`",
     "gallery": TOY,
     "demo": TOY,
     "serve-client consensusdrop 64 --question what --image photo.png": TOY,
     "export prompts.safetensors consensusdrop 64 --question what --image photo.png": TOY,
     "check-data": TOY,
-    "wandb sync": "There is no folder results",
+    "wandb sync": "no folder results",
     "wandb workspace": ARGUMENTS,
     "wandb report": ARGUMENTS,
     "tables paper consensusdrop/llava15_7b": TOY,
     "tables paper consensusdrop/llava15_7": "There is no table consensusdrop/llava15_7. Did you mean 'llava15_7b'?",
-    "tables paper consensusdrop/llava15_7b --data data": "The data folder data does not exist",
+    "tables paper consensusdrop/llava15_7b --data data": "data folder data ",
     "tables paper tables/embedded_main --page": CHECKOUT,
     "bench latency --method full --budget 576": TOY,
     "findings attnmix": LAB,
@@ -156,7 +156,7 @@ def test_the_toy_wheel_is_found_and_results_go_below_the_current_folder(wheel, t
     )
     assert [code for code, _, _ in ran] == [0, 0, 0], ran
     for name, (code, _, said) in {"mmstar": mmstar, "pope": pope}.items():
-        assert code == 2 and f"lacks {name}: name the folder that holds it by --data." in said
+        assert code == 2 and f"lacks {name}: " in said and "--data" in said
     assert (work / "results" / "gqa-testdev" / "tinyllava" / "full-576").is_dir() and (work / "report.html").is_file()
     csv = (work / "results" / "tables" / "tables" / "tinyllava-limit1-part" / "embedded_main.csv").read_text()
     assert "vtr eval --benchmark gqa --method divprune --budget 64 --model " in csv, "bash scripts/ is not there"
