@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -196,7 +197,7 @@ def test_no_server_is_one_sentence():
 
 @pytest.mark.process
 def test_the_script_refuses_before_it_makes_an_environment(tmp_path):
-    given = os.environ | {"VLLM_VENV": str(tmp_path / "none")}
+    given = os.environ | {"VLLM_VENV": str(tmp_path / "none"), "VENV": sys.prefix}
     toy, video = "", str(ROOT / "assets" / "tinyllava_video")
     refused = (
         (toy, "fastv 64", "between decoder layers", 1),
