@@ -13,9 +13,9 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentence
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaConfig, MistralConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from llava.conversation import MODES, conversation, render, stop_string
+from llava.conversation import MODES, conversation, stop_string
 from llava.errors import UserError
-from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample, build_prompt, read_tokenizer, tokenize
+from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample, build_prompt, read_tokenizer, render, tokenize
 from tests.tiny_checkpoints import make_tokenizer
 from tests.tiny_checkpoints_families import make_chatml_tokenizer
 

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoTokenizer, LlamaConfig, LlamaTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.conversation import DEFAULT_MODE, conversation, render
+from llava.conversation import DEFAULT_MODE, MODES
 from llava.errors import UserError, optional_imports
 from llava.processing.json_files import read_json
 from llava.processing.video import Video
@@ -75,6 +75,12 @@ class Prompt:
     text: str
 
 
+def render(mode: str, message: str) -> str:
+    """Return the prompt text of a message, which ends where the model continues."""
+    template = MODES[mode]
+    return template.system + template.user + (message.strip() if template.trim else message) + template.assistant
+
+
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, known: dict[str, list[int]] | None = None) -> list[int]:
     """Return the token ids of a prompt, with one IMAGE_TOKEN_INDEX per "<image>" and a BOS only at the beginning.
 
@@ -122,8 +128,19 @@ def build_prompt(
     Raises:
         UserError: the text contains "<image>" or a lone surrogate, or is longer than `longest`.
     """
-    _check_text(sample)
-    template = conversation(mode)
+    if DEFAULT_IMAGE_TOKEN in sample.message:
+        raise UserError(
+            f"The text of sample {sample.id!r} contains {DEFAULT_IMAGE_TOKEN!r}, which would add an image; remove it "
+            "from the question: images are given in the sample's image field."
+        )
+    try:
+        sample.message.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"The text of sample {sample.id!r} contains a lone surrogate (U+{ord(sample.message[error.start]):04X} at "
+            f"character {error.start}), which is no character; correct the text."
+        ) from error
+    template = MODES[mode]
     slot = template.slot * len(sample.images)
     written = slot + sample.message
     text = render(mode, written)
@@ -141,39 +158,27 @@ def build_prompt(
     begin = front + len(slot) - (len(written) - len(written.lstrip()) if template.trim else 0)
     start = min(max(front, begin), stop)
 
-    def tokens_before(end: int) -> int | None:
-        """The number of tokens in the first `end` characters of the text; None if these end inside a token."""
-        head = tokenize(text[:end], tokenizer, known)
-        return len(head) if head == ids[: len(head)] else None
-
     def token_range(start: int, stop: int) -> tuple[int, int]:
         """The range of `ids` with any of the characters from `start` to `stop`.
 
         A sentencepiece tokenizer gives no offsets. Instead, a prefix of the text ends at the end of a token if the
         prefix's ids are a prefix of `ids`. A border inside a token moves outwards until that is true.
         """
-        starts = (count for end in range(start, -1, -1) if (count := tokens_before(end)) is not None)
-        ends = (count for end in range(stop, len(text)) if (count := tokens_before(end)) is not None)
-        first = next(starts, 0)
-        return first, max(first, next(ends, len(ids)))
+        first, last = 0, len(ids)
+        for end in range(start, -1, -1):
+            head = tokenize(text[:end], tokenizer, known)
+            if head == ids[: len(head)]:
+                first = len(head)
+                break
+        for end in range(stop, len(text)):
+            head = tokenize(text[:end], tokenizer, known)
+            if head == ids[: len(head)]:
+                last = len(head)
+                break
+        return first, max(first, last)
 
     question = token_range(start, min(max(start, begin + len(sample.question)), stop))
     return Prompt(ids=tuple(ids), question=question, instruction=token_range(start, stop), text=text)
-
-
-def _check_text(sample: Sample) -> None:
-    if DEFAULT_IMAGE_TOKEN in sample.message:
-        raise UserError(
-            f"The text of sample {sample.id!r} contains {DEFAULT_IMAGE_TOKEN!r}, which would add an image; remove it "
-            "from the question: images are given in the sample's image field."
-        )
-    try:
-        sample.message.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"The text of sample {sample.id!r} contains a lone surrogate (U+{ord(sample.message[error.start]):04X} at "
-            f"character {error.start}), which is no character; correct the text."
-        ) from error
 
 
 # Tokenizers of checkpoints
