@@ -280,7 +280,7 @@ def wrap_model(
     Raises:
         UserError: the staged forward does not support the class, a part or the state of the model.
     """
-    name, config = type(model).__name__, model.config
+    name = type(model).__name__
     family = next((family for family, container in HF_CLASSES.items() if isinstance(model, container)), None)
     if family is None:
         names = ", ".join(container.__name__ for container in HF_CLASSES.values())
@@ -288,6 +288,7 @@ def wrap_model(
             f"reduce() takes a Hugging Face model, one of {names} or of a family that `vtr show models` lists; got "
             f"{name}."
         )
+    config = model.config
     identify(config.to_dict(), Path(name))
     if family not in QWEN:
         refuse_feature_layer(config, name)

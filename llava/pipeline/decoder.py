@@ -120,12 +120,6 @@ class Prefilled:
         """For each layer, the number of visual tokens of each sample."""
         return [segment.visual for segment in self.segments for _ in segment.layers]
 
-    @property
-    def kv_bytes_allocated(self) -> int:
-        """Bytes that are allocated now for this rank's keys and values, with the space for new tokens."""
-        layers: list[Any] = self.cache.layers
-        return sum(part.untyped_storage().nbytes() for layer in layers for part in (layer.keys, layer.values))
-
 
 def causal_mask(valid: Tensor, queries: int, dtype: torch.dtype, attention: str) -> Tensor:
     """The mask [B, 1, queries, keys] with which the last `queries` tokens each see the valid keys up to themselves.

@@ -137,12 +137,14 @@ def generate(
             kept = [step.reduction.kept.tolist() for step in answer.trace]
             require_agreement(f"question {answer.id}", (answer.token_ids, kept), model.device)
 
-    # The cost of the batch. If the key/value heads are split over ranks, this rank's memory is scaled to all heads.
+    # The cost of the batch. Keys and values have space for new tokens; if their heads are split over ranks, this rank's
+    # memory is scaled to all heads.
     seconds = timer.seconds
     timing = Timing(**{known.name: seconds.get(known.name, 0.0) for known in fields(Timing)})
     images = sum(map(len, record.images))
-    first: Any = state.cache.layers[0]
-    room = state.kv_bytes_allocated * model.llm.config.num_key_value_heads // first.keys.shape[1]
+    layers: list[Any] = state.cache.layers
+    room = sum(part.untyped_storage().nbytes() for layer in layers for part in (layer.keys, layer.values))
+    room = room * model.llm.config.num_key_value_heads // layers[0].keys.shape[1]
     return Batch(answers, timing, state.kv_bytes_held, record.operations, steps, images=images, kv_bytes_allocated=room)
 
 

@@ -7,6 +7,7 @@ Differs from it: it also finds the range of the question's tokens.
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -94,27 +95,23 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, known: dict[str, lis
     known = {} if known is None else known
     words = text.split(DEFAULT_IMAGE_TOKEN)
     for piece in words:
-        if piece not in known:
-            known[piece] = list(tokenizer(_dummy_spaces(piece, tokenizer)).input_ids)
+        if piece in known:
+            continue
+        spaced = piece
+        if isinstance(tokenizer, LlamaTokenizer) and tokenizer.add_prefix_space is not False:
+            # The slow tokenizer puts a dummy space before the text and, in its "legacy" mode, after every special
+            # token. transformers 5 leaves it out before a space.
+            if tokenizer.legacy:
+                special = "|".join(map(re.escape, sorted(tokenizer.get_added_vocab(), key=len, reverse=True)))
+                spaced = re.sub(rf"({special})(?=[{''.join(SPACES)}])", r"\1 ", spaced) if special else spaced
+            spaced = f" {spaced}" if spaced.startswith(SPACES) else spaced
+        known[piece] = list(tokenizer(spaced).input_ids)
     pieces = [known[piece] for piece in words]
     has_bos = bool(pieces[0]) and pieces[0][0] == tokenizer.bos_token_id
     ids = list(pieces[0])
     for own in pieces[1:]:
         ids += [IMAGE_TOKEN_INDEX, *own[has_bos:]]
     return ids
-
-
-def _dummy_spaces(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Add the dummy space of the slow Llama tokenizer where transformers 5 leaves it out: before a space.
-
-    The slow tokenizer puts a dummy space before the text and, in its "legacy" mode, after every special token.
-    """
-    if not isinstance(tokenizer, LlamaTokenizer) or tokenizer.add_prefix_space is False:
-        return text
-    if tokenizer.legacy:
-        special = "|".join(map(re.escape, sorted(tokenizer.get_added_vocab(), key=len, reverse=True)))
-        text = re.sub(rf"({special})(?=[{''.join(SPACES)}])", r"\1 ", text) if special else text
-    return f" {text}" if text.startswith(SPACES) else text
 
 
 def build_prompt(
@@ -158,27 +155,23 @@ def build_prompt(
     begin = front + len(slot) - (len(written) - len(written.lstrip()) if template.trim else 0)
     start = min(max(front, begin), stop)
 
-    def token_range(start: int, stop: int) -> tuple[int, int]:
-        """The range of `ids` with any of the characters from `start` to `stop`.
+    def tokens_before(ends: Iterable[int], otherwise: int) -> int:
+        """How many tokens come before the first of these places in the text at which a token ends.
 
-        A sentencepiece tokenizer gives no offsets. Instead, a prefix of the text ends at the end of a token if the
-        prefix's ids are a prefix of `ids`. A border inside a token moves outwards until that is true.
+        A sentencepiece tokenizer gives no offsets. Instead, a token ends where the ids of the text up to there are the
+        first of `ids`.
         """
-        first, last = 0, len(ids)
-        for end in range(start, -1, -1):
+        for end in ends:
             head = tokenize(text[:end], tokenizer, known)
             if head == ids[: len(head)]:
-                first = len(head)
-                break
-        for end in range(stop, len(text)):
-            head = tokenize(text[:end], tokenizer, known)
-            if head == ids[: len(head)]:
-                last = len(head)
-                break
-        return first, max(first, last)
+                return len(head)
+        return otherwise
 
-    question = token_range(start, min(max(start, begin + len(sample.question)), stop))
-    return Prompt(ids=tuple(ids), question=question, instruction=token_range(start, stop), text=text)
+    # A border inside a token moves outwards.
+    first = tokens_before(range(start, -1, -1), 0)
+    asked = tokens_before(range(min(max(start, begin + len(sample.question)), stop), len(text)), len(ids))
+    whole = tokens_before(range(stop, len(text)), len(ids))
+    return Prompt(tuple(ids), question=(first, max(first, asked)), instruction=(first, max(first, whole)), text=text)
 
 
 # Tokenizers of checkpoints
