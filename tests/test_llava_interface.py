@@ -18,7 +18,7 @@ import llava
 from eval.config import ROOT
 from llava import load, mm_utils
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.conversation import MODES, conv_templates, default_conversation
+from llava.conversation import MODES, conv_templates, default_conversation, render
 from llava.errors import UserError
 from llava.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path, process_images, tokenizer_image_token
 from llava.model import LlavaMistralForCausalLM
@@ -27,7 +27,7 @@ from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.pipeline.generate import generate
-from llava.processing.prompt import Sample, render
+from llava.processing.prompt import Sample
 from llava.reduction import registry
 from llava.utils import disable_torch_init
 from tests.checkpoint_files import SAVERS

@@ -13,9 +13,9 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentence
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaConfig, MistralConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from llava.conversation import MODES, conversation, stop_string
+from llava.conversation import MODES, conversation, render, stop_string
 from llava.errors import UserError
-from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample, build_prompt, read_tokenizer, render, tokenize
+from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample, build_prompt, read_tokenizer, tokenize
 from tests.tiny_checkpoints import make_tokenizer
 from tests.tiny_checkpoints_families import make_chatml_tokenizer
 
@@ -286,6 +286,8 @@ def test_ranges_in_a_template_that_trims_messages(question, suffix, image):
 
 @pytest.mark.parametrize("mode", sorted(PROMPTS))
 def test_templates_equal_the_official_ones(mode):
+    question = IMAGE_QUESTION.removeprefix("<image>\n")
+    assert build_prompt(sample(question, image=WHITE), make_tokenizer(), mode).text == PROMPTS[mode]["single_turn"]
     assert render(mode, IMAGE_QUESTION) == PROMPTS[mode]["single_turn"]
     assert stop_string(mode) == (PROMPTS[mode]["sep2"] or PROMPTS[mode]["sep"])
 

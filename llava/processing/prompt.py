@@ -76,12 +76,6 @@ class Prompt:
     text: str
 
 
-def render(mode: str, message: str) -> str:
-    """Return the prompt text of a message, which ends where the model continues."""
-    template = MODES[mode]
-    return template.system + template.user + (message.strip() if template.trim else message) + template.assistant
-
-
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, known: dict[str, list[int]] | None = None) -> list[int]:
     """Return the token ids of a prompt, with one IMAGE_TOKEN_INDEX per "<image>" and a BOS only at the beginning.
 
@@ -139,8 +133,9 @@ def build_prompt(
         ) from error
     template = MODES[mode]
     slot = template.slot * len(sample.images)
-    written = slot + sample.message
-    text = render(mode, written)
+    front, message = template.system + template.user, slot + sample.message
+    written = message.strip() if template.trim else message
+    text = front + written + template.assistant
     known: dict[str, list[int]] = {}  # the beginnings of the text that are tried below share pieces with it
     ids = tokenize(text, tokenizer, known)
     length = len(ids) - ids.count(IMAGE_TOKEN_INDEX)
@@ -151,9 +146,9 @@ def build_prompt(
         )
 
     # Where the message and its question stand in the text, from which a template may have cut spaces at both ends.
-    front, stop = len(template.system + template.user), len(text) - len(template.assistant)
-    begin = front + len(slot) - (len(written) - len(written.lstrip()) if template.trim else 0)
-    start = min(max(front, begin), stop)
+    stop = len(front + written)
+    begin = len(front + slot) - (len(message) - len(message.lstrip()) if template.trim else 0)
+    start = min(max(len(front), begin), stop)
 
     def tokens_before(ends: Iterable[int], otherwise: int) -> int:
         """How many tokens come before the first of these places in the text at which a token ends.
