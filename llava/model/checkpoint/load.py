@@ -121,7 +121,8 @@ class Checkpoint:
             model.model.image_newline; Video-LLaVA's towers are model.model.image_tower and model.model.video_tower.
         image_processor: pads to a square, whatever the checkpoint's own configuration says. LLaVA-NeXT applies it to
             every tile; Qwen's keeps the shape of the image.
-        conversation: prompt template for images, a name of llava.conversation.MODES; for videos it is "llava_v1".
+        conversation: prompt template for images, a name of llava.conversation.MODES; for videos it is "llava_v1". "" if
+            the caller of the model writes the prompts.
         name: hub id or folder name; see `llava.model.checkpoint.files.name_of`.
         layout: layout of the files.
         text_tower: the CLIP text tower that belongs to the vision tower, if one is known: a folder, or the hub id of a
