@@ -3,8 +3,9 @@
 Templates are data. A checkpoint was trained on these characters, so every character must match. The texts are those of
 the official code, and tests/test_prompt.py compares the rendered prompts.
 
-Questions of this project are single turns, which `render` writes. Scripts written for LLaVA's own package add turns to
-a copy of one of `conv_templates` and ask it for the prompt.
+Questions of this project are single turns, which llava/processing/prompt.py writes; `render` writes one for a
+processor of transformers. Scripts written for LLaVA's own package add turns to a copy of one of `conv_templates` and
+ask it for the prompt.
 
 Official code read: haotian-liu/LLaVA@c121f04, llava/conversation.py; chat_template of Qwen/Qwen2-VL-7B-Instruct, which
 Qwen2.5-VL has word for word; LLaVA-VL/LLaVA-NeXT@df17966, llava/conversation.py, whose llava_llama_3 renders with the

@@ -43,9 +43,9 @@ PREPARE_POSITIONS = "_prepare_position_ids_for_generation"
 CANDIDATES = "_get_candidate_generator"
 DEEPSTACK = "_deepstack_process"
 
-KERNEL = "_attn_implementation"  # of a configuration: the name of its attention kernel
+KERNEL = "_attn_implementation"  # of a configuration: its attention kernel, "sdpa" or another of transformers' names
 HOOK = "_hf_hook"  # of a module: accelerate's
-RANKS = "_tp_size"  # of a model: over how many ranks transformers has split it
+RANKS = "_tp_size"  # of a model: over how many ranks transformers has split it (tp_plan); None for no split
 # The module whose hooks stay on a model after a call with output_hidden_states; they do nothing in other calls.
 CAPTURING = output_capturing.__name__
 
@@ -75,12 +75,6 @@ def vision_arguments(tower: Any, grids: Sequence[tuple[int, int, int]], device: 
     return given
 
 
-def output_of(logits: Tensor, cache: Any) -> CausalLMOutputWithPast:
-    """What a model's forward returns."""
-    held: dict[str, Any] = {CACHE: cache}
-    return CausalLMOutputWithPast(logits=logits, **held)
-
-
 def refuse_others(given: Mapping[str, Any], known: Collection[str], whose: str, caller: str = "transformers") -> None:
     """Raise UserError for an argument that a replaced function, or a hook, does not know.
 
@@ -100,27 +94,6 @@ def refuse_others(given: Mapping[str, Any], known: Collection[str], whose: str, 
         )
 
 
-def require_methods(owner: Any, *names: str) -> None:
-    """Raise UserError if an object has not all the methods that are to be overridden."""
-    if missing := [name for name in names if not hasattr(owner, name)]:
-        raise UserError(
-            f"{type(owner).__name__} has no {', '.join(missing)} in transformers {transformers.__version__}, which "
-            f"reduce() overrides; {advice('transformers')}."
-        )
-
-
-def kernel_of(config: Any) -> str:
-    """The attention kernel of a configuration: "sdpa", "eager" or another of ALL_ATTENTION_FUNCTIONS."""
-    kernel: str = getattr(config, KERNEL)
-    return kernel
-
-
 def set_kernel(config: Any, kernel: str) -> None:
     """Choose the attention kernel of a configuration and its parts."""
     setattr(config, KERNEL, kernel)
-
-
-def ranks_of(model: Any) -> int:
-    """Over how many ranks transformers has split a model (tp_plan)."""
-    ranks: int | None = getattr(model, RANKS, None)
-    return ranks or 1

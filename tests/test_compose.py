@@ -11,10 +11,9 @@ from eval.config import RunConfig, build_reducer, changed_options, options_by_me
 from eval.efficiency.oracle import oracle_of
 from llava.errors import UserError
 from llava.model.builder import load
-from llava.pipeline.accounting import Record, Timer
-from llava.pipeline.generate import encode_images, run_decoder
+from llava.pipeline.accounting import Timer
+from llava.pipeline.generate import run_decoder, until_decoder
 from llava.pipeline.sequence import ImageReduction
-from llava.pipeline.stages import Stages, embed
 from llava.processing.prompt import Sample
 from llava.processing.video import Video
 from llava.reduction import DecoderState, ModelSpec, PatchGrid, compose, registry
@@ -41,11 +40,8 @@ def test_is_the_first_method_and_then_the_second_on_what_it_left(name, count, ti
     reducer = registry.build(name, 4)
     logits, accounts, record = contract.run(tiny, batch, reducer)
     before, after = registry.build(first, 8), registry.build(second, 4)
-    stages = Stages(tiny, before, batch, Record([[] for _ in batch], [[] for _ in batch]), Timer(tiny.device))
-    stages.take_images(*encode_images(tiny, batch, before, stages.record, stages.timer))
-    sequence = embed(tiny, before, [tiny.prompt(sample) for sample in batch], stages.images)
-    if "prompt" in before.acts_in:
-        sequence = stages.reduce_prompt(sequence)
+    stages = until_decoder(tiny, batch, before, Timer(tiny.device))
+    sequence = stages.start
     assert [stop - start for start, stop in sequence.images] == [8] * count
     spec = dataclasses.replace(tiny.spec, visual_tokens=8, layout=PatchGrid(1, 8))
     steps = [[step.reduction.kept[0].tolist()] for (step,) in stages.record.steps]

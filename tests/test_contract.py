@@ -425,8 +425,8 @@ def test_on_an_accelerator_values_are_read_once(tiny, monkeypatch):
     monkeypatch.setattr(reducer, "HOST", "none")
     monkeypatch.setattr(reducer, "_read", set())
     read = []
-    on_host = reducer._on_host
-    monkeypatch.setattr(reducer, "_on_host", lambda tensor: read.append(tensor) or on_host(tensor))
+    on_host = reducer.np.from_dlpack
+    monkeypatch.setattr(reducer.np, "from_dlpack", lambda tensor: read.append(tensor) or on_host(tensor))
     for _ in range(3):
         prefill(tiny, samples(2), Planted(budget=2))
     assert len(read) == 1, "once"

@@ -286,6 +286,8 @@ def test_ranges_in_a_template_that_trims_messages(question, suffix, image):
 
 @pytest.mark.parametrize("mode", sorted(PROMPTS))
 def test_templates_equal_the_official_ones(mode):
+    question = IMAGE_QUESTION.removeprefix("<image>\n")
+    assert build_prompt(sample(question, image=WHITE), make_tokenizer(), mode).text == PROMPTS[mode]["single_turn"]
     assert render(mode, IMAGE_QUESTION) == PROMPTS[mode]["single_turn"]
     assert stop_string(mode) == (PROMPTS[mode]["sep2"] or PROMPTS[mode]["sep"])
 

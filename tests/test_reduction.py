@@ -14,7 +14,7 @@ from llava.pipeline.positions import Piece
 from llava.pipeline.sequence import ImageReduction, PromptBatch, assemble
 from llava.reduction import PatchGrid, Reduction, keep_top, registry, split
 from llava.reduction.budget import scaled_layers, tokens_by_layer
-from llava.reduction.ranking import cached_by_sizes
+from llava.reduction.ranking import cached_by_sizes, gather_tokens
 from llava.reduction.reducer import check_reductions
 from llava.reduction.token_layout import CLS, ModelSpec, single
 
@@ -170,11 +170,15 @@ def test_spliced_tokens_are_those_that_are_put_in_their_columns(text, monkeypatc
     sequence = assemble(prompts, [(0, 0)] * 2, [(0, 0)] * 2)
     kept = torch.tensor([[0, 2, 5], [1, 2, 3]])
     merged = [ImageReduction([(0, 0), (1, 0)], Reduction(kept, 6), torch.randn(2, 3, 4, generator=generator))]
+    written = []
+    monkeypatch.setattr(columns, "gather_tokens", lambda *given: written.append(True) or gather_tokens(*given))
     found = sequence.reduce(merged, True)
-    _, cuts = sequence._shorter({(0, 0): 3, (1, 0): 3})
-    assert (sequence._spliced(merged, cuts) is None) == (text == (3, 5))
-    monkeypatch.setattr(PromptBatch, "_spliced", lambda self, reduced, cuts: None)
-    expected = sequence.reduce(merged, True)
+    assert bool(written) == (text == (3, 5))
+    # Images that are reduced one by one are never spliced in.
+    alone = [
+        ImageReduction([(row, 0)], Reduction(kept[row : row + 1], 6), merged[0].values[row : row + 1]) for row in (0, 1)
+    ]
+    expected = sequence.reduce(alone, True)
     assert torch.equal(found.hidden, expected.hidden) and torch.equal(found.position, expected.position)
     assert found.visual == expected.visual == (((1, 4),), ((1, 4),))
 

@@ -12,7 +12,7 @@ from llava import reduce
 from llava.errors import UserError
 from llava.hf import families
 from llava.hf.families import FAMILIES, Family, FamilyWrapper, packed_layout
-from llava.hf.models import inner_of, wrap_model
+from llava.hf.models import wrap_model
 from llava.model.multimodal_encoder import stock_tower
 from llava.model.multimodal_encoder.stock_tower import attention_of
 from llava.reduction import registry
@@ -136,7 +136,7 @@ def test_counts_belong_to_the_last_call(name):
                 run(inputs_embeds=embeddings, attention_mask=inputs["attention_mask"])
             assert counts() == ([], [], 0)
         with pytest.raises(UserError, match="inputs_embeds"):
-            inner_of(model)(inputs_embeds=embeddings)
+            getattr(model, "model", model)(inputs_embeds=embeddings)
 
 
 @pytest.mark.parametrize("method", ["consensusdrop", "attnmix", "sparsevlm"])

@@ -3,7 +3,6 @@
 import struct
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from zlib import crc32
 
 import av
@@ -20,7 +19,7 @@ from llava.model.video_llava import LanguageBindVideoTower
 from llava.processing.image import ImageProcessor
 from llava.processing.video import LanguageBindImageProcessor, Video, VideoProcessor, frame_indices, read_video
 from llava.reduction.modules import tower_flops
-from llava.reduction.scores import TOWER_SCORES, TowerScore, block_scores
+from llava.reduction.scores import TOWER_SCORES, TowerScore, clip_attention
 
 WIDTH, HEIGHT = 64, 48
 FRAMES = 4  # of the small video tower
@@ -265,11 +264,11 @@ def test_signals_are_those_of_the_spatial_attention(tower, block):
         found = encode(tower, images, -2, wanted).scores
         hidden = encode(tower, images, block % 3, keep_cls=True).features
         seen = layer.before_space(hidden)
-        plain = SimpleNamespace(layer_norm1=layer.layer_norm1, self_attn=layer.self_attn)
+        spatial, input_alone = (clip_attention(layer.self_attn, layer.layer_norm1(one)) for one in (seen, hidden))
         for signal in wanted:
-            expected = block_scores([signal], plain, seen)[signal]
-            torch.testing.assert_close(found[signal], expected, atol=2e-5, rtol=1e-4)
-            assert (found[signal] - block_scores([signal], plain, hidden)[signal]).abs().max() > 1e-3
+            compute = TOWER_SCORES[signal.kind].compute
+            torch.testing.assert_close(found[signal], compute(spatial), atol=2e-5, rtol=1e-4)
+            assert (found[signal] - compute(input_alone)).abs().max() > 1e-3
 
 
 def test_operations_are_those_that_torch_counts():

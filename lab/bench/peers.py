@@ -66,7 +66,7 @@ from llava.pipeline.accounting import Timer
 from llava.processing.prompt import Sample
 from llava.reduction.budget import planned
 from llava.reduction.reducer import Reducer
-from llava.transformers_names import kernel_of
+from llava.transformers_names import KERNEL
 
 EQUAL = ("layers", "distinct_layers", "dtype", "threads")  # must agree between all workers that report them
 Calls = Callable[[int], dict[str, Callable[[], float]]]  # number of a measurement -> name -> timed call
@@ -288,7 +288,7 @@ def dense(hf: Any, ids: Tensor, pixels: Tensor, **options: Any) -> Any:
 
 def attentive(hf: Any, ids: Tensor, pixels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """[1]: the first token of `generate`, and the attention maps of all decoder layers, [1, H, L, L] each."""
-    before = kernel_of(hf.config)
+    before = getattr(hf.config, KERNEL)
     hf.set_attn_implementation("eager")
     try:
         output = dense(hf, ids, pixels, output_attentions=True, return_dict_in_generate=True)

@@ -28,14 +28,14 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llava.errors import UserError
-from llava.hf.models import ONE_CALL, ModelCalls, device_of, inner_of, takes_mask
+from llava.hf.models import ONE_CALL, ModelCalls, device_of, takes_mask
 from llava.model.llava_arch import EncodedImage
 from llava.model.multimodal_encoder.clip_encoder import Encoded
 from llava.model.multimodal_encoder.stock_tower import Call, StockTower
 from llava.reduction.reducer import Reducer
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import ModelSpec, PatchGrid, Tile, TokenLayout, frames, single
-from llava.transformers_names import kernel_of
+from llava.transformers_names import KERNEL
 from llava.versions import advice
 
 MODALITIES = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -134,7 +134,7 @@ def why_not(family: Family, config: PretrainedConfig, reducer: Reducer) -> str:
     probed = "full_attention" if probed is None else kinds[min(probed, len(kinds) - 1)]
     if probed not in ("full_attention", "sliding_attention"):
         return f"{name} probes the attention of a decoder layer that has {readable(probed)} in {family.title}."
-    attention = kernel_of(config.get_text_config()) or "sdpa"
+    attention = getattr(config.get_text_config(), KERNEL) or "sdpa"
     if "decoder" in acts and not takes_mask(attention):
         return f"{name} reduces between decoder layers, which needs attn_implementation='sdpa', not {attention!r}."
     if "decoder" in acts:
@@ -173,7 +173,7 @@ class FamilyWrapper(ModelCalls):
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None):
         container: Any = model
-        inner = inner_of(container)
+        inner = getattr(container, "model", container)
         self.hf_model, self.device, self.tokenizer = container, device_of(container), tokenizer
         self.name, self.text_tower = type(container).__name__, None
         self.family = declared(container) or FAMILIES[self.name]

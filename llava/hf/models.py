@@ -28,10 +28,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.conversation import DEFAULT_MODE
 from llava.errors import UserError
-from llava.model.checkpoint.config import QWEN, Family, identify
-from llava.model.checkpoint.load import HF_CLASSES, Checkpoint, refuse_feature_layer
+from llava.model.checkpoint.config import QWEN, Family, identify, refuse_feature_layer
+from llava.model.checkpoint.load import HF_CLASSES, Checkpoint
 from llava.model.llava_arch import Llava
 from llava.model.llava_next import LlavaNext
 from llava.model.video_llava import VideoLlava
@@ -39,7 +38,7 @@ from llava.processing.image import ImageProcessor
 from llava.processing.prompt import Prompt, Sample
 from llava.reduction.reducer import Reducer
 from llava.reduction.token_layout import Canvas, ModelSpec, TokenLayout, frames, single, spec_of
-from llava.transformers_names import CACHE_NAMES, HOOK, kernel_of
+from llava.transformers_names import CACHE, CACHE_NAMES, HOOK, KERNEL
 
 ONE_CALL = "take input_ids and pixels from one call of the model's own processor."
 
@@ -79,11 +78,14 @@ REFUSED = {
 
 
 def by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, including those that were given by position."""
+    """The arguments of a call by name, including those that were given by position; the cache has the name CACHE."""
     given = dict(signature.bind(*args, **kwargs).arguments)
     for known in signature.parameters.values():
         if known.kind is inspect.Parameter.VAR_KEYWORD:
             given.update(given.pop(known.name, {}))
+    for name in CACHE_NAMES:
+        if given.get(CACHE) is None:
+            given[CACHE] = given.get(name)
     return given
 
 
@@ -120,17 +122,6 @@ def refuse_embeddings(given: Mapping[str, Any]) -> None:
             "inputs_embeds cannot be used here: they do not show where images are, all of whose tokens would be "
             "computed. Give input_ids, with the pixels if there are images."
         )
-
-
-def refuse_prefill_arguments(given: Mapping[str, Any]) -> None:
-    """Raise UserError if a prompt with images cannot be prefilled from these arguments."""
-    if given.get("input_ids") is None:
-        raise UserError("A prompt with images needs input_ids; take them from the model's own processor.")
-    if given.get("use_cache") is False:
-        raise UserError("Reduced prompts are continued from their cache; leave use_cache on.")
-    keep = given.get("logits_to_keep")
-    if isinstance(keep, Tensor) or (keep or 0) > 1:
-        raise UserError("A reduced prompt gives the logits of its last token only; leave out logits_to_keep.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,18 +270,6 @@ WRAPPERS: dict[Family, type[HFWrapper]] = {
 }
 
 
-def family_of(model: Any) -> Family:
-    """The family of a Hugging Face model, by its class; UserError if there is none."""
-    for family, container in HF_CLASSES.items():
-        if isinstance(model, container):
-            return family
-    names = ", ".join(container.__name__ for container in HF_CLASSES.values())
-    raise UserError(
-        f"reduce() takes a Hugging Face model, one of {names} or of a family that `vtr show models` lists; got "
-        f"{type(model).__name__}."
-    )
-
-
 def wrap_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -299,11 +278,31 @@ def wrap_model(
     """The wrapper around a Hugging Face model.
 
     Raises:
-        UserError: the staged forward does not support a part or the state of the model.
+        UserError: the staged forward does not support the class, a part or the state of the model.
     """
-    family = family_of(model)
-    _refuse_unfit(model, family)
-    config, vision = model.config, model.config.vision_config
+    name = type(model).__name__
+    family = next((family for family, container in HF_CLASSES.items() if isinstance(model, container)), None)
+    if family is None:
+        names = ", ".join(container.__name__ for container in HF_CLASSES.values())
+        raise UserError(
+            f"reduce() takes a Hugging Face model, one of {names} or of a family that `vtr show models` lists; got "
+            f"{name}."
+        )
+    config = model.config
+    identify(config.to_dict(), Path(name))
+    if family not in QWEN:
+        refuse_feature_layer(config, name)
+    refuse_training(*model.modules())
+    used = getattr(model.model.language_model.config, KERNEL)
+    if not takes_mask(used):
+        raise UserError(f"Load the model with attn_implementation='sdpa', 'eager' or FlashAttention, got {used!r}.")
+    parts = [part for part in model.modules() if not hasattr(part, HOOK)]
+    devices = {weight.device for part in parts for weight in part.parameters(recurse=False)}
+    if len(devices) > 1 or torch.device("meta") in devices:
+        places = ", ".join(sorted(map(str, devices)))
+        raise UserError(f"The model is on {places}; put it on one device as a whole, or load it with device_map.")
+
+    vision = config.vision_config
     frames_of_video = 0
     if family == "video_llava":
         frames_of_video = max(1, config.video_seq_length // ((vision.image_size // vision.patch_size) ** 2 + 1))
@@ -311,8 +310,8 @@ def wrap_model(
         model=model,
         tokenizer=tokenizer,  # type: ignore[arg-type]  # None where no question is searched for
         image_processor=ImageProcessor(size=vision.image_size, crop=vision.image_size),
-        conversation=DEFAULT_MODE,
-        name=type(model).__name__,
+        conversation="",  # the caller writes the prompts
+        name=name,
         layout="transformers",
         text_tower=text_tower,
         notes=(),
@@ -324,18 +323,13 @@ def wrap_model(
     return WRAPPERS[family](checkpoint, device_of(model), **conventions)
 
 
-def inner_of(model: Any) -> Any:
-    """The module that holds tower, projector and decoder: `model.model` if there is one, otherwise the model itself."""
-    return getattr(model, "model", model)
-
-
 def state_of(model: Any) -> tuple[Any, ...]:
     """What a wrapper was built from: modules, device and settings. If it differs later, the model was changed."""
-    inner, config = inner_of(model), model.config
+    inner, config = getattr(model, "model", model), model.config
     own = [weight for weight in inner.parameters(recurse=False) if not weight.is_meta]  # offloaded ones come and go
     parts = (inner, *model.children(), *inner.children(), *own)
     features = [getattr(config, name, None) for name in ("vision_feature_layer", "vision_feature_select_strategy")]
-    return (*map(id, parts), device_of(model), *features, kernel_of(config.get_text_config()))
+    return (*map(id, parts), device_of(model), *features, getattr(config.get_text_config(), KERNEL))
 
 
 def device_of(model: Any) -> torch.device:
@@ -358,22 +352,6 @@ def refuse_training(*modules: nn.Module) -> None:
         if module.training:
             name = type(module).__name__
             raise UserError(f"The model ({name}) is in training mode; call model.eval(), reduction is for inference.")
-
-
-def _refuse_unfit(model: PreTrainedModel, family: Family) -> None:
-    config, name = model.config, type(model).__name__
-    identify(config.to_dict(), Path(name))
-    if family not in QWEN:
-        refuse_feature_layer(config, name)
-    refuse_training(*model.modules())
-    used = kernel_of(model.model.language_model.config)
-    if not takes_mask(used):
-        raise UserError(f"Load the model with attn_implementation='sdpa', 'eager' or FlashAttention, got {used!r}.")
-    parts = [part for part in model.modules() if not hasattr(part, HOOK)]
-    devices = {weight.device for part in parts for weight in part.parameters(recurse=False)}
-    if len(devices) > 1 or torch.device("meta") in devices:
-        places = ", ".join(sorted(map(str, devices)))
-        raise UserError(f"The model is on {places}; put it on one device as a whole, or load it with device_map.")
 
 
 def takes_mask(attention: str) -> bool:

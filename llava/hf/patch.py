@@ -23,6 +23,7 @@ from contextvars import ContextVar
 from typing import Any, NoReturn, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -34,10 +35,8 @@ from llava.hf.models import (
     by_name,
     device_hooks,
     has_pixels,
-    inner_of,
     refuse_arguments,
     refuse_embeddings,
-    refuse_prefill_arguments,
     refuse_training,
     samples,
     state_of,
@@ -55,9 +54,8 @@ from llava.transformers_names import (
     PREPARE_POSITIONS,
     CausalLMOutputWithPast,
     cache_of,
-    output_of,
-    require_methods,
 )
+from llava.versions import advice
 
 MISSING = object()
 # The `with reduce(...)` blocks that this thread or task has entered. A thread that is started with a copy of this
@@ -79,21 +77,6 @@ class ReducedCache(DynamicCache):
 
     segments: list[Segment]
     running: bool = False
-
-    @classmethod
-    def holding(cls, state: Prefilled, given: DynamicCache | None = None) -> "ReducedCache":
-        """The cache after a prefill.
-
-        Args:
-            given: the caller's own empty cache, which is filled; None for a new one.
-        """
-        cache: Any = state.cache if given is None else given
-        # The class of the caller's cache is changed, because a DynamicCache would not reorder masks and positions.
-        cache.__class__ = cls
-        cache.layers, cache.layer_class_to_replicate = state.cache.layers, None
-        cache.segments = state.segments
-        held: ReducedCache = cache
-        return held
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # a LongTensor is a Tensor of integers
@@ -178,10 +161,14 @@ class ReductionContext:
 
     def __enter__(self) -> "ReductionContext":
         model = self._model
-        inner = inner_of(model)
+        inner = getattr(model, "model", model)
         if isinstance(model.forward, Override) or isinstance(inner.forward, Override):
             raise UserError("This model is being reduced already; leave the other `with reduce(...)` block first.")
-        require_methods(model, EXPAND, PREPARE_POSITIONS, CANDIDATES)
+        if missing := [name for name in (EXPAND, PREPARE_POSITIONS, CANDIDATES) if not hasattr(model, name)]:
+            raise UserError(
+                f"{type(model).__name__} has no {', '.join(missing)} in transformers {transformers.__version__}, which "
+                f"reduce() overrides; {advice('transformers')}."
+            )
         self._key, self._thread = object(), threading.get_ident()
         self._unseen: Exception | None = None
         self._inner, self._rope_deltas = inner, getattr(inner, "rope_deltas", None)
@@ -191,7 +178,7 @@ class ReductionContext:
         self._overrides = [
             Override(model, "forward", self._forward, self._signature.replace(parameters=shown)),
             Override(model, EXPAND, self._expand),
-            Override(model, PREPARE_POSITIONS, self._prepare_position_ids),
+            Override(model, PREPARE_POSITIONS, lambda own, ids, given: None if has_pixels(given) else own(ids, given)),
             Override(model, CANDIDATES, self._candidate_generator),
             Override(model, "generate", self._generate),
         ]
@@ -223,10 +210,10 @@ class ReductionContext:
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = by_name(self._signature, args, kwargs)
-        cache, owned = cache_of(given), self._key in ENTERED.get()
+        cache, owned = given[CACHE], self._key in ENTERED.get()
         continued = cache if isinstance(cache, ReducedCache) and cache.get_seq_length() else None
-        if owned:
-            self._recall(cache)
+        if owned:  # show the counts of the prompts that the cache holds; a new cache has none
+            self.accounting, self.traces, self.kv_bytes = getattr(cache, COUNTS, ([], [], 0))
         if continued is None and not has_pixels(given) and not given.get("mm_encoder_outputs"):
             if not owned:
                 return original(*args, **kwargs)
@@ -283,11 +270,6 @@ class ReductionContext:
         ids, rest = original(expand_size, is_encoder_decoder, input_ids, **kwargs)
         return ids, {**rest, **images, COPIES: expand_size}
 
-    def _prepare_position_ids(
-        self, original: Callable[..., Any], inputs: Tensor, given: Mapping[str, Any]
-    ) -> Tensor | None:
-        return None if has_pixels(given) else original(inputs, given)
-
     def _candidate_generator(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = by_name(inspect.signature(original), args, kwargs)
         if has_pixels(given["model_kwargs"]):
@@ -301,7 +283,7 @@ class ReductionContext:
         given = by_name(inspect.signature(original), args, kwargs)
         try:
             if self._key in ENTERED.get():
-                self._recall(None)
+                self.accounting, self.traces, self.kv_bytes = [], [], 0
                 refuse_embeddings(given)
             return original(*args, **kwargs)
         except Exception as error:
@@ -314,10 +296,6 @@ class ReductionContext:
             raise
 
     # What is counted
-
-    def _recall(self, cache: Any) -> None:
-        """Show the counts of the prompts that a cache holds; a new cache has none."""
-        self.accounting, self.traces, self.kv_bytes = getattr(cache, COUNTS, ([], [], 0))
 
     def _count(self, record: Record, state: Prefilled) -> None:
         """Count what a prefill computed, and store the numbers with its cache."""
@@ -355,7 +333,12 @@ class ReductionContext:
         batch = samples(ids, mask, runtime.ready(given), self.questions, runtime.tokenizer, runtime.marks)
         with hooks_must_run(self._model, modules):
             state, record = prefill(runtime, batch, self.reducer)
-            held = ReducedCache.holding(state, cache)
+            # The caller's own cache is filled. Its class is changed, because a DynamicCache would not reorder masks and
+            # positions.
+            held: Any = state.cache if cache is None else cache
+            held.__class__ = ReducedCache
+            held.layers, held.layer_class_to_replicate = state.cache.layers, None
+            held.segments = state.segments
             if copies > 1:
                 held.batch_repeat_interleave(copies)
             output = self._output(state.hidden.repeat_interleave(copies, 0), held)
@@ -364,8 +347,14 @@ class ReductionContext:
         return output
 
     def _check_prefill(self, given: Mapping[str, Any], cache: Any, modules: Sequence[nn.Module]) -> None:
-        """Raise UserError unless the call is of whole prompts, the cache is empty and the model in evaluation mode."""
-        refuse_prefill_arguments(given)
+        """Raise UserError unless these are whole prompts, the cache is empty and the model is in evaluation mode."""
+        if given.get("input_ids") is None:
+            raise UserError("A prompt with images needs input_ids; take them from the model's own processor.")
+        if given.get("use_cache") is False:
+            raise UserError("Reduced prompts are continued from their cache; leave use_cache on.")
+        keep = given.get("logits_to_keep")
+        if isinstance(keep, Tensor) or (keep or 0) > 1:
+            raise UserError("A reduced prompt gives the logits of its last token only; leave out logits_to_keep.")
         if cache is not None and (not isinstance(cache, DynamicCache) or cache.offloading or cache.get_seq_length()):
             raise UserError(
                 "A prompt with images is reduced from its beginning, into a cache of its own; give the whole prompt, "
@@ -409,7 +398,8 @@ class ReductionContext:
             logits = head(llm.norm(hidden))
         # Callers often change logits in place. That needs a copy made outside of inference mode.
         logits = logits.to(self._runtime.device, copy=True)
-        return output_of(logits, cache)
+        held: dict[str, Any] = {CACHE: cache}
+        return CausalLMOutputWithPast(logits=logits, **held)
 
 
 def held_by(hidden: Tensor, cache: Any, segments: list[Segment]) -> Prefilled:
@@ -485,7 +475,13 @@ def hooks_must_run(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[N
         model: used to name the modules in the error.
         modules: the modules to check.
     """
-    ids = {id(module) for module in modules if _hooked(module)}
+    ids = set()
+    for module in modules:
+        replaced = vars(module).get("forward")
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        has_own = any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks)
+        if has_own or not (replaced is None or isinstance(replaced, Override) or device_hooks(module)):
+            ids.add(id(module))
     hooked = {name: module for name, module in model.named_modules() if id(module) in ids} if ids else {}
     called: set[str] = set()
     handles = [
@@ -503,10 +499,3 @@ def hooks_must_run(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[N
             f"The forward hook (or replaced forward) of {', '.join(skipped)} has no effect in reduce(), which does not "
             "call this module as a whole; remove it, or hook the decoder layers or the model itself."
         )
-
-
-def _hooked(module: nn.Module) -> bool:
-    replaced = vars(module).get("forward")
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    has_own = any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks)
-    return has_own or not (replaced is None or isinstance(replaced, Override) or device_hooks(module))

@@ -33,7 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llava.budget import RETENTION_RATIO
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError
-from llava.hf.families import FAMILIES, MODALITIES, FamilyWrapper, declared, flat, why_not
+from llava.hf.families import FAMILIES, MODALITIES, FamilyWrapper, flat, why_not
 from llava.hf.models import COPIES, ONE_CALL, HFWrapper, ModelCalls, StockSample, samples, wrap_model
 from llava.hf.patch import Override, ReducedCache, ReductionContext, held_by
 from llava.pipeline import positions
@@ -45,7 +45,7 @@ from llava.reduction.budget import require
 from llava.reduction.reducer import Reducer
 from llava.reduction.registry import build, names
 from llava.reduction.token_layout import ModelSpec, PatchGrid, spec_of, stitched
-from llava.transformers_names import CACHE, DEEPSTACK, CausalLMOutputWithPast, cache_of, kernel_of, output_of, ranks_of
+from llava.transformers_names import CACHE, DEEPSTACK, KERNEL, RANKS, CausalLMOutputWithPast, cache_of
 
 
 def reduce(
@@ -85,20 +85,21 @@ def reduce(
     runtime: HFWrapper | FamilyWrapper
     if isinstance(model, HFWrapper):
         runtime = model
+    elif any(known.__name__ in FAMILIES for known in type(model).__mro__):
+        runtime = FamilyWrapper(model, tokenizer)
     else:
-        runtime = FamilyWrapper(model, tokenizer) if declared(model) else wrap_model(model, tokenizer, text_tower)
-    family = runtime.family if isinstance(runtime, FamilyWrapper) else None
-    config = runtime.hf_model.config
-    tokens = runtime.visual_tokens
+        runtime = wrap_model(model, tokenizer, text_tower)
+    tokens = runtime.spec.visual_tokens
     has_budget = budget is not None or options.get(RETENTION_RATIO)
     reducer = build(method, budget if has_budget else tokens, options, tokens)
-    if ranks_of(runtime.hf_model) > 1:
+    if (getattr(runtime.hf_model, RANKS, None) or 1) > 1:
         raise UserError(
             "This model is split by tp_plan, and each rank would rank tokens by its own heads; load it with device_map."
         )
-    if family and (why := why_not(family, config, reducer)):
-        raise UserError(why)
-    if isinstance(runtime, HFWrapper) and "tower" in reducer.acts_in and "flash" in kernel_of(runtime.tower.config):
+    if isinstance(runtime, FamilyWrapper):
+        if why := why_not(runtime.family, runtime.hf_model.config, reducer):
+            raise UserError(why)
+    elif "tower" in reducer.acts_in and "flash" in getattr(runtime.tower.config, KERNEL):
         raise UserError(
             f"{method} merges inside the tower, whose attention then takes a mask that FlashAttention does not have; "
             "load the model with another attn_implementation for its vision_config, as 'sdpa'."
@@ -251,7 +252,7 @@ class FamilyReductionContext(ReductionContext):
         self._count(running.stages.record, held_by(output.logits, cache, segments))
         if copies > 1:
             cache.reorder_cache(torch.arange(len(running.rows), device=self._runtime.device).repeat_interleave(copies))
-        return output_of(output.logits.repeat_interleave(copies, 0), cache)
+        return CausalLMOutputWithPast(logits=output.logits.repeat_interleave(copies, 0), **{CACHE: cache})
 
     def _begin(self, given: Mapping[str, Any], copies: int) -> Running:
         """Encode images, find them in the prompts, and run the method's stages before the decoder."""
@@ -430,7 +431,7 @@ class FamilyReductionContext(ReductionContext):
         """
         llm, running = self._runtime.llm, self._running
         hidden = args[0] if args else options["hidden_states"]
-        attention = kernel_of(llm.config)
+        attention = getattr(llm.config, KERNEL)
         if running is not None:
             entered = running.sequence
             now = replace(entered, hidden=hidden)
@@ -481,6 +482,7 @@ class FamilyReductionContext(ReductionContext):
             if segment.valid is not None:
                 segment.valid = F.pad(segment.valid, (0, 1), value=True)
         first, self._continued = cache.segments[0], cache.segments
+        held: dict[str, Any] = {CACHE: cache}
         cache.running = True
         try:
             output = self._model.forward.original(
@@ -489,13 +491,13 @@ class FamilyReductionContext(ReductionContext):
                 position_ids=self._place(first.next_position),
                 use_cache=True,
                 return_dict=True,
-                **{CACHE: cache},
+                **held,
             )
         finally:
             cache.running, self._continued = False, []
         for segment in cache.segments:
             segment.next_position = segment.next_position + 1
-        return output_of(output.logits, cache)
+        return CausalLMOutputWithPast(logits=output.logits, **held)
 
     def _run_layers(self, running: Running, llm: Any, sequence: PromptBatch, count: int) -> Tensor:
         """Hidden states [B, L, D] after the first `count` decoder layers; the model's own forward is left there."""

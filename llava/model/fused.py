@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from llava.transformers_names import (
     ALL_ATTENTION_FUNCTIONS,
     CACHE_NAMES,
+    KERNEL,
     cache_of,
     eager_attention_forward,
-    kernel_of,
     refuse_others,
 )
 
@@ -89,7 +89,7 @@ def attend(
     cache = cache_of(given)
     if cache is not None:
         key, value = cache.update(key, value, self.layer_idx)
-    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(kernel_of(self.config), eager_attention_forward)
+    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(getattr(self.config, KERNEL), eager_attention_forward)
     out, weights = kernel(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling)
     return self.o_proj(out.flatten(2)), weights
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llava.conversation import stop_string
 from llava.model.checkpoint.files import check_same, hashes_of
-from llava.model.multimodal_encoder.clip_encoder import Encoded, TowerMerger, encode, patch_grid
+from llava.model.multimodal_encoder.clip_encoder import Encoded, TowerMerger, encode
 from llava.model.multimodal_encoder.clip_text_encoder import load_clip_text
 from llava.model.official_names import LlavaMetaForCausalLM as LlavaMetaForCausalLM  # scripts import it from here
 from llava.processing.prompt import Prompt, Sample, build_prompt
@@ -197,7 +197,8 @@ class Llava(LoadedModel):
         self.device = device
         self.tokenizer = checkpoint.tokenizer
         self.image_processor = checkpoint.image_processor
-        self.use_template(checkpoint.conversation)
+        if checkpoint.conversation:  # the prompts of a stock model are written by its caller
+            self.use_template(checkpoint.conversation)
         self.name = checkpoint.name
         self.notes = checkpoint.notes
         self.vocabulary = checkpoint.vocabulary
@@ -214,7 +215,8 @@ class Llava(LoadedModel):
         self.tower: Any = inner.image_tower if hasattr(inner, "image_tower") else inner.vision_tower
         self.projector: nn.Module = inner.multi_modal_projector
         self.select_layer: int = self.hf_model.config.vision_feature_layer
-        self.layout = PatchGrid(*patch_grid(self.tower))
+        side = self.tower.config.image_size // self.tower.config.patch_size
+        self.layout = PatchGrid(side, side)
 
     def use_template(self, conversation: str) -> None:
         """Write prompts with a template, a key of `llava.conversation.MODES`."""
@@ -241,7 +243,7 @@ class Llava(LoadedModel):
     def spec(self) -> ModelSpec:
         """What methods may know about the model; with its largest image if images differ in size."""
         return ModelSpec(
-            self.layout.tokens,
+            self.layout.rows * self.layout.columns,
             len(self.llm.layers),
             self.layout,
             len(self.tower.encoder.layers),

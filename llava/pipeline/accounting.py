@@ -169,22 +169,6 @@ class SeenImage:
     asked: int
     canvas: Canvas | None = None
 
-    def on_padding(self, steps: Trace, layers: int) -> int | None:
-        """How many tokens on padding enter the decoder layers, summed over layers; None if the canvas is not known.
-
-        Args:
-            steps: the reductions of this image.
-            layers: number of decoder layers.
-        """
-        if self.canvas is None:
-            return None
-        takes_cls = bool(steps) and steps[0].reduction.inputs != self.layout.tokens
-        flags, layer, total = on_padding(self.layout.with_cls if takes_cls else self.layout, self.canvas), 0, 0
-        for step in steps:
-            total += int(flags.sum()) * (step.layer - layer)
-            flags, layer = flags[step.reduction.kept[0]], step.layer
-        return total + int(flags.sum()) * (layers - layer)
-
 
 @dataclass
 class Record:
@@ -216,18 +200,33 @@ class Record:
         accounts = []
         for sample, (images, applied, steps) in enumerate(zip(self.images, self.reductions, self.steps, strict=True)):
             entering = tuple(segment.visual[sample] for segment in prefilled.segments for _ in segment.layers)
-            count, plans = max(1, len(images)), [image.planned for image in images if image.planned is not None]
-            planned = sum(map(sum, plans)) / len(entering) / count if len(plans) == len(images) else None
-            numbered = list(zip((a.number for a in applied), steps, strict=True))
-            own = [tuple(step for at, step in numbered if at == number) for number in range(len(images))]
-            merged = sum(int(trace[-1].reduction.merged_count()[0]) for trace in own if trace)
-            padding = [image.on_padding(trace, len(entering)) for image, trace in zip(images, own, strict=True)]
-            known = [tokens for tokens in padding if tokens is not None]
-            empty = sum(known) / len(entering) / count if len(known) == len(padding) else None
-            inputs = sum(image.inputs for image in images)
-            asked = sum(image.asked for image in images) / count
-            held = prefilled.kv_bytes[sample]
-            accounts.append(TokenAccounting(entering, inputs, merged, held, count, planned, asked, empty))
+            layers, count, merged, empty = len(entering), max(1, len(images)), 0, 0
+            for number, image in enumerate(images):
+                own = [step for one, step in zip(applied, steps, strict=True) if one.number == number]
+                if own:
+                    merged += int(own[-1].reduction.merged_count()[0])
+                if image.canvas is None:
+                    continue
+                # The tokens of this image on padding that enter each layer, summed over layers.
+                takes_cls = bool(own) and own[0].reduction.inputs != image.layout.tokens
+                flags, layer = on_padding(image.layout.with_cls if takes_cls else image.layout, image.canvas), 0
+                for step in own:
+                    empty += int(flags.sum()) * (step.layer - layer)
+                    flags, layer = flags[step.reduction.kept[0]], step.layer
+                empty += int(flags.sum()) * (layers - layer)
+            plans = [image.planned for image in images if image.planned is not None]
+            accounts.append(
+                TokenAccounting(
+                    entering,
+                    visual_tokens=sum(image.inputs for image in images),
+                    merged=merged,
+                    kv_bytes=prefilled.kv_bytes[sample],
+                    images=count,
+                    planned=sum(map(sum, plans)) / layers / count if len(plans) == len(images) else None,
+                    asked=sum(image.asked for image in images) / count,
+                    on_padding=None if any(image.canvas is None for image in images) else empty / layers / count,
+                )
+            )
         return accounts
 
 

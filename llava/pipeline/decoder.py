@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, DynamicLayer
 
 from llava.pipeline.sequence import PromptBatch
-from llava.transformers_names import CACHE, kernel_of
+from llava.transformers_names import CACHE, KERNEL
 
 BLOCK = 32  # tokens for which space is added at once
 # cuDNN's attention, which torch prefers on the newest GPUs, makes a new plan for every size and stride. In a growing
@@ -33,10 +33,8 @@ class PreallocatedLayer(DynamicLayer):
         keys, values: [B, Hkv, L, d] for the L tokens so far.
     """
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # transformers'
-        self._space: tuple[Tensor, Tensor] | None = None
-        self._shown: tuple[Tensor, Tensor] | None = None
+    _space: tuple[Tensor, Tensor] | None = None
+    _shown: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values [B, Hkv, new, d], and return the keys and values of all tokens."""
@@ -58,7 +56,10 @@ class PreallocatedLayer(DynamicLayer):
             or total > space[0].shape[2]
             or (space[0].is_inference() and not torch.is_inference_mode_enabled())
         ):
-            self._space = space = grow(self.keys, total), grow(self.values, total)
+            wider = [one.new_empty(*one.shape[:2], total + BLOCK, one.shape[3]) for one in (self.keys, self.values)]
+            wider[0].narrow(2, 0, past).copy_(self.keys)
+            wider[1].narrow(2, 0, past).copy_(self.values)
+            self._space = space = wider[0], wider[1]
         space[0].narrow(2, past, total - past).copy_(key_states)
         space[1].narrow(2, past, total - past).copy_(value_states)
         self.keys, self.values = space[0].narrow(2, 0, total), space[1].narrow(2, 0, total)
@@ -68,13 +69,6 @@ class PreallocatedLayer(DynamicLayer):
     def reset(self) -> None:
         super().reset()
         self._space, self._shown = None, None
-
-
-def grow(present: Tensor, total: int) -> Tensor:
-    """Copy the columns so far, [B, Hkv, past, d], into a tensor [B, Hkv, total + BLOCK, d] with space for more."""
-    larger = present.new_empty(*present.shape[:2], total + BLOCK, present.shape[3])
-    larger.narrow(2, 0, present.shape[2]).copy_(present)
-    return larger
 
 
 @dataclass
@@ -126,12 +120,6 @@ class Prefilled:
         """For each layer, the number of visual tokens of each sample."""
         return [segment.visual for segment in self.segments for _ in segment.layers]
 
-    @property
-    def kv_bytes_allocated(self) -> int:
-        """Bytes that are allocated now for this rank's keys and values, with the space for new tokens."""
-        layers: list[Any] = self.cache.layers
-        return sum(part.untyped_storage().nbytes() for layer in layers for part in (layer.keys, layer.values))
-
 
 def causal_mask(valid: Tensor, queries: int, dtype: torch.dtype, attention: str) -> Tensor:
     """The mask [B, 1, queries, keys] with which the last `queries` tokens each see the valid keys up to themselves.
@@ -178,7 +166,7 @@ def run_segment(
         prompts, even if the layers are on others.
     """
     hidden = entered = sequence.hidden
-    attention, device, mask = kernel_of(llm.config), hidden.device, None
+    attention, device, mask = getattr(llm.config, KERNEL), hidden.device, None
     if attention == "eager" or min(sequence.lengths) < hidden.shape[1]:
         mask = causal_mask(sequence.valid(), hidden.shape[1], hidden.dtype, attention)
     for index in layers:
@@ -201,7 +189,7 @@ def step(llm: Any, state: Prefilled, token: Tensor) -> Tensor:
         if segment.valid is not None:
             segment.valid = valid = F.pad(segment.valid, (0, 1), value=True)
             # The only query is the last token. It sees all valid keys, so its mask needs no causal part.
-            attention = kernel_of(llm.config)
+            attention = getattr(llm.config, KERNEL)
             mask = valid[:, None, None, :] if attention == "sdpa" else causal_mask(valid, 1, token.dtype, attention)
         for index in segment.layers:
             layer = llm.layers[index]

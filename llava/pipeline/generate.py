@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from llava.errors import UserError
-from llava.model.llava_arch import EncodedImage, Llava
+from llava.model.llava_arch import Llava
 from llava.model.parallel import require_agreement
 from llava.pipeline import decoder, positions
 from llava.pipeline.accounting import Answer, Batch, Record, Timer, Timing
@@ -30,7 +30,6 @@ from llava.processing.prompt import Sample
 from llava.reduction.budget import require
 from llava.reduction.modules import prefill_flops
 from llava.reduction.reducer import Reducer
-from llava.reduction.token_layout import Canvas
 
 NOT_FINITE = -1  # takes the place of a token id if the logits are NaN or infinite
 
@@ -138,11 +137,14 @@ def generate(
             kept = [step.reduction.kept.tolist() for step in answer.trace]
             require_agreement(f"question {answer.id}", (answer.token_ids, kept), model.device)
 
-    # The cost of the batch. If the key/value heads are split over ranks, this rank's memory is scaled to all heads.
-    timing = Timing(**{known.name: timer.seconds.get(known.name, 0.0) for known in fields(Timing)})
+    # The cost of the batch. Keys and values have space for new tokens; if their heads are split over ranks, this rank's
+    # memory is scaled to all heads.
+    seconds = timer.seconds
+    timing = Timing(**{known.name: seconds.get(known.name, 0.0) for known in fields(Timing)})
     images = sum(map(len, record.images))
-    first: Any = state.cache.layers[0]
-    room = state.kv_bytes_allocated * model.llm.config.num_key_value_heads // first.keys.shape[1]
+    layers: list[Any] = state.cache.layers
+    room = sum(part.untyped_storage().nbytes() for layer in layers for part in (layer.keys, layer.values))
+    room = room * model.llm.config.num_key_value_heads // layers[0].keys.shape[1]
     return Batch(answers, timing, state.kv_bytes_held, record.operations, steps, images=images, kv_bytes_allocated=room)
 
 
@@ -183,9 +185,22 @@ def until_decoder(model: Llava, samples: Sequence[Sample], reducer: Reducer, tim
     """
     prompts = [model.prompt(sample) for sample in samples]
     stages = Stages(model, reducer, samples, Record([[] for _ in samples], [[] for _ in samples]), timer)
+    # The distinct images, and the name of each sample's images; an image without an id is taken for a new one.
+    images: dict[object, Any] = {}
+    names: dict[ImageKey, object] = {}
+    for sample, asked in enumerate(samples):
+        for number, image in enumerate(asked.images):
+            name = names[sample, number] = asked.image_ids[number] if asked.image_ids else object()
+            images.setdefault(name, image)
     # Inside the tower, or between tower and projector, a method reduces the features of an image without its text.
-    if any(sample.images for sample in samples):
-        stages.take_images(*encode_images(model, samples, reducer, stages.record, timer))
+    if images:
+        # Questions about the same image share one pass of the tower, but each would need it if asked alone.
+        passes = model.encode_images(list(images.values()), list(images), reducer, timer)
+        encoded, users = dict(zip(images, passes, strict=True)), Counter(names.values())
+        for name, one in encoded.items():
+            model.count_tower(stages.record.operations, one, users[name])
+        canvases = {key: model.canvas(images[name]) for key, name in names.items()}
+        stages.take_images({key: encoded[name] for key, name in names.items()}, canvases)
     else:
         timer.mark("preprocess")
     # With the images in their prompts, a method can choose tokens by the question.
@@ -195,31 +210,6 @@ def until_decoder(model: Llava, samples: Sequence[Sample], reducer: Reducer, tim
         stages.start = stages.reduce_prompt(stages.start)
         timer.mark("selection")
     return stages
-
-
-def encode_images(
-    model: Llava, samples: Sequence[Sample], reducer: Reducer, record: Record, timer: Timer
-) -> tuple[dict[ImageKey, EncodedImage], dict[ImageKey, Canvas | None]]:
-    """Run the tower on the images of a batch; questions about the same image share one pass.
-
-    Returns:
-        Every image after the tower, and its canvas: which part of the area that the patches cover is the image, not
-        padding. The canvas is None if that is not known.
-    """
-    # The distinct images, and the name of each sample's images; an image without an id is taken for a new one.
-    images: dict[object, Any] = {}
-    names: dict[ImageKey, object] = {}
-    for sample, asked in enumerate(samples):
-        for number, image in enumerate(asked.images):
-            name = names[sample, number] = asked.image_ids[number] if asked.image_ids else object()
-            images.setdefault(name, image)
-    encoded = dict(zip(images, model.encode_images(list(images.values()), list(images), reducer, timer), strict=True))
-    # A shared pass is one pass of the batch, but each of its questions would need it if asked alone.
-    users = Counter(names.values())
-    for name, one in encoded.items():
-        model.count_tower(record.operations, one, users[name])
-    canvases = {key: model.canvas(images[name]) for key, name in names.items()}
-    return {key: encoded[name] for key, name in names.items()}, canvases
 
 
 def run_decoder(

@@ -185,7 +185,19 @@ class PromptBatch:
         )
         width, device = max(shorter.lengths), self.hidden.device
         contiguous = renumber and self.position.dim() == 2
-        hidden = self._spliced(reduced, cuts)
+        # A common simple case is a plain concatenation: every prompt has one image, whose tokens are merged and stand
+        # in the same columns in all prompts.
+        hidden = None
+        if (
+            len(reduced) == 1
+            and reduced[0].values is not None
+            and reduced[0].images == [(sample, 0) for sample in range(len(self.lengths))]
+            and all(len(spans) == 1 for spans in self.visual)
+            and all(own == cuts[0] for own in cuts)
+        ):
+            ((start, before, _),) = cuts[0]
+            merged = reduced[0].values.to(self.hidden.dtype)
+            hidden = torch.cat([self.hidden[:, :start], merged, self.hidden[:, start + before :]], 1)
         if hidden is None or not contiguous:
             # For every column of the shorter prompts, the column that it comes from.
             index = sources(self.lengths, self.hidden.shape[1], cuts, device)
@@ -253,21 +265,6 @@ class PromptBatch:
             after=after_images,
         )
         return shorter, tuple(cuts)
-
-    def _spliced(self, reduced: list[ImageReduction], cuts: tuple[tuple[Cut, ...], ...]) -> Tensor | None:
-        """The new hidden states by plain concatenation, for a common simple case; None in all other cases.
-
-        In that case every prompt has one image, whose tokens are merged and stand in the same columns in all prompts.
-        """
-        samples = range(len(self.lengths))
-        alone = len(reduced) == 1 and reduced[0].images == [(sample, 0) for sample in samples]
-        if not alone or reduced[0].values is None or any(own != cuts[0] or len(own) != 1 for own in cuts):
-            return None
-        if any(len(spans) != 1 for spans in self.visual):
-            return None
-        ((start, before, _),) = cuts[0]
-        merged = reduced[0].values.to(self.hidden.dtype)
-        return torch.cat([self.hidden[:, :start], merged, self.hidden[:, start + before :]], 1)
 
 
 def assemble(

@@ -7,6 +7,7 @@ Differs from it: it also finds the range of the question's tokens.
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 from transformers import AutoTokenizer, LlamaConfig, LlamaTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.conversation import DEFAULT_MODE, conversation, render
+from llava.conversation import DEFAULT_MODE, MODES
 from llava.errors import UserError, optional_imports
 from llava.processing.json_files import read_json
 from llava.processing.video import Video
@@ -88,27 +89,23 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, known: dict[str, lis
     known = {} if known is None else known
     words = text.split(DEFAULT_IMAGE_TOKEN)
     for piece in words:
-        if piece not in known:
-            known[piece] = list(tokenizer(_dummy_spaces(piece, tokenizer)).input_ids)
+        if piece in known:
+            continue
+        spaced = piece
+        if isinstance(tokenizer, LlamaTokenizer) and tokenizer.add_prefix_space is not False:
+            # The slow tokenizer puts a dummy space before the text and, in its "legacy" mode, after every special
+            # token. transformers 5 leaves it out before a space.
+            if tokenizer.legacy:
+                special = "|".join(map(re.escape, sorted(tokenizer.get_added_vocab(), key=len, reverse=True)))
+                spaced = re.sub(rf"({special})(?=[{''.join(SPACES)}])", r"\1 ", spaced) if special else spaced
+            spaced = f" {spaced}" if spaced.startswith(SPACES) else spaced
+        known[piece] = list(tokenizer(spaced).input_ids)
     pieces = [known[piece] for piece in words]
     has_bos = bool(pieces[0]) and pieces[0][0] == tokenizer.bos_token_id
     ids = list(pieces[0])
     for own in pieces[1:]:
         ids += [IMAGE_TOKEN_INDEX, *own[has_bos:]]
     return ids
-
-
-def _dummy_spaces(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Add the dummy space of the slow Llama tokenizer where transformers 5 leaves it out: before a space.
-
-    The slow tokenizer puts a dummy space before the text and, in its "legacy" mode, after every special token.
-    """
-    if not isinstance(tokenizer, LlamaTokenizer) or tokenizer.add_prefix_space is False:
-        return text
-    if tokenizer.legacy:
-        special = "|".join(map(re.escape, sorted(tokenizer.get_added_vocab(), key=len, reverse=True)))
-        text = re.sub(rf"({special})(?=[{''.join(SPACES)}])", r"\1 ", text) if special else text
-    return f" {text}" if text.startswith(SPACES) else text
 
 
 def build_prompt(
@@ -122,46 +119,6 @@ def build_prompt(
     Raises:
         UserError: the text contains "<image>" or a lone surrogate, or is longer than `longest`.
     """
-    _check_text(sample)
-    template = conversation(mode)
-    slot = template.slot * len(sample.images)
-    written = slot + sample.message
-    text = render(mode, written)
-    known: dict[str, list[int]] = {}  # the beginnings of the text that are tried below share pieces with it
-    ids = tokenize(text, tokenizer, known)
-    length = len(ids) - ids.count(IMAGE_TOKEN_INDEX)
-    if longest is not None and length > longest:
-        raise UserError(
-            f"The text of sample {sample.id!r} has {length} tokens, but beside an image this model has positions for "
-            f"{longest} tokens of text; shorten the question."
-        )
-
-    # Where the message and its question stand in the text, from which a template may have cut spaces at both ends.
-    front, stop = len(template.system + template.user), len(text) - len(template.assistant)
-    begin = front + len(slot) - (len(written) - len(written.lstrip()) if template.trim else 0)
-    start = min(max(front, begin), stop)
-
-    def tokens_before(end: int) -> int | None:
-        """The number of tokens in the first `end` characters of the text; None if these end inside a token."""
-        head = tokenize(text[:end], tokenizer, known)
-        return len(head) if head == ids[: len(head)] else None
-
-    def token_range(start: int, stop: int) -> tuple[int, int]:
-        """The range of `ids` with any of the characters from `start` to `stop`.
-
-        A sentencepiece tokenizer gives no offsets. Instead, a prefix of the text ends at the end of a token if the
-        prefix's ids are a prefix of `ids`. A border inside a token moves outwards until that is true.
-        """
-        starts = (count for end in range(start, -1, -1) if (count := tokens_before(end)) is not None)
-        ends = (count for end in range(stop, len(text)) if (count := tokens_before(end)) is not None)
-        first = next(starts, 0)
-        return first, max(first, next(ends, len(ids)))
-
-    question = token_range(start, min(max(start, begin + len(sample.question)), stop))
-    return Prompt(ids=tuple(ids), question=question, instruction=token_range(start, stop), text=text)
-
-
-def _check_text(sample: Sample) -> None:
     if DEFAULT_IMAGE_TOKEN in sample.message:
         raise UserError(
             f"The text of sample {sample.id!r} contains {DEFAULT_IMAGE_TOKEN!r}, which would add an image; remove it "
@@ -174,6 +131,42 @@ def _check_text(sample: Sample) -> None:
             f"The text of sample {sample.id!r} contains a lone surrogate (U+{ord(sample.message[error.start]):04X} at "
             f"character {error.start}), which is no character; correct the text."
         ) from error
+    template = MODES[mode]
+    slot = template.slot * len(sample.images)
+    front, message = template.system + template.user, slot + sample.message
+    written = message.strip() if template.trim else message
+    text = front + written + template.assistant
+    known: dict[str, list[int]] = {}  # the beginnings of the text that are tried below share pieces with it
+    ids = tokenize(text, tokenizer, known)
+    length = len(ids) - ids.count(IMAGE_TOKEN_INDEX)
+    if longest is not None and length > longest:
+        raise UserError(
+            f"The text of sample {sample.id!r} has {length} tokens, but beside an image this model has positions for "
+            f"{longest} tokens of text; shorten the question."
+        )
+
+    # Where the message and its question stand in the text, from which a template may have cut spaces at both ends.
+    stop = len(front + written)
+    begin = len(front + slot) - (len(message) - len(message.lstrip()) if template.trim else 0)
+    start = min(max(len(front), begin), stop)
+
+    def tokens_before(ends: Iterable[int], otherwise: int) -> int:
+        """How many tokens come before the first of these places in the text at which a token ends.
+
+        A sentencepiece tokenizer gives no offsets. Instead, a token ends where the ids of the text up to there are the
+        first of `ids`.
+        """
+        for end in ends:
+            head = tokenize(text[:end], tokenizer, known)
+            if head == ids[: len(head)]:
+                return len(head)
+        return otherwise
+
+    # A border inside a token moves outwards.
+    first = tokens_before(range(start, -1, -1), 0)
+    asked = tokens_before(range(min(max(start, begin + len(sample.question)), stop), len(text)), len(ids))
+    whole = tokens_before(range(stop, len(text)), len(ids))
+    return Prompt(tuple(ids), question=(first, max(first, asked)), instruction=(first, max(first, whole)), text=text)
 
 
 # Tokenizers of checkpoints

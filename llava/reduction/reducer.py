@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from llava.budget import tokens_of
@@ -306,7 +305,7 @@ class Scorer(Reducer, ABC):
             )
         # Checked on the host alone, which would have to wait for an accelerator. NaN of the model is another error.
         readable = score.device.type == HOST and score.dtype == torch.float32 and not score.requires_grad
-        if readable and np.isnan(_on_host(score)).any() and state.features.isfinite().all():
+        if readable and np.isnan(np.from_dlpack(score)).any() and state.features.isfinite().all():
             raise MethodError(f"{self.name}.score: must return numbers, got NaN for images whose features are finite.")
         return Reduction(keep_top(score, self.budget), score.shape[1])
 
@@ -371,7 +370,10 @@ def _wrong(method: Reducer, stage: str, returned: Any, ids: Sequence[str], token
     if returned.kept.is_meta or (returned.kept.device.type != HOST and (method, stage) in _read):
         return ""
     _read.add((method, stage))
-    for name, kept in zip(ids, _on_host(returned.kept), strict=True):
+    parts = [part for part in (returned.kept, returned.assignment) if part is not None]
+    # Unlike Tensor.numpy this dispatches nothing on a CPU, where dispatches are counted as on an accelerator.
+    indices, *targets = (np.from_dlpack(part if part.device.type == HOST else part.cpu()) for part in parts)
+    for name, kept in zip(ids, indices, strict=True):
         raster = kept[: len(kept) - returned.appended]
         problem, cause = "", ""
         if not len(kept) or kept.min() < 0 or kept.max() >= tokens:
@@ -384,18 +386,12 @@ def _wrong(method: Reducer, stage: str, returned: Any, ids: Sequence[str], token
         if problem:
             shown = f"[{', '.join(map(str, kept[:SHOWN]))}{', ...' if len(kept) > SHOWN else ''}]"
             return f"{problem}, got {shown} for {name}{cause}"
-    if returned.assignment is not None:
-        target = _on_host(returned.assignment)
+    for target in targets:
         if target.min(initial=0) < -returned.drops or target.max(initial=-1) >= outputs:
             least = "-1 (dropped)" if returned.drops else "0 (drops=False)"
             got = f"{target.min()} to {target.max()}"
             return f"assignment must be {least} to {outputs - 1} (output tokens), got {got}"
     return ""
-
-
-def _on_host(tensor: Tensor) -> NDArray[Any]:
-    # Unlike Tensor.numpy this dispatches nothing on a CPU, where dispatches are counted as on an accelerator.
-    return np.from_dlpack(tensor if tensor.device.type == HOST else tensor.cpu())
 
 
 def _kind(value: Any) -> str:

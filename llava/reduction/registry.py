@@ -74,7 +74,8 @@ def compose(first: str, second: str) -> type[Reducer]:
 
 def method(name: str) -> type[Reducer]:
     """The class of a method; "divprune+fastv" is a composition. UserError with a suggestion for an unknown name."""
-    load_all()
+    if name not in METHODS:
+        load_all()
     if name not in METHODS:
         if "+" in name:
             first, _, second = name.partition("+")

@@ -25,6 +25,7 @@ from llava.reduction.ranking import in_float32
 # Rows of an attention map that are held at once; fewer if these would have more than WEIGHTS entries.
 ROWS = 64
 WEIGHTS = 1 << 26
+BY_HEADS = "b n (h d) -> b h n d"
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,7 @@ class BlockAttention:
     @cached_property
     def head_keys(self) -> Tensor:
         """[B, H, C + P, d], the keys by heads."""
-        return self.by_heads(self.keys)
-
-    def by_heads(self, states: Tensor) -> Tensor:
-        """[B, n, D] -> [B, H, n, d]."""
-        return rearrange(states, "b n (h d) -> b h n d", h=self.heads)
+        return rearrange(self.keys, BY_HEADS, h=self.heads)
 
 
 # -- the scores
@@ -91,7 +88,7 @@ def cls_attention(block: BlockAttention) -> Tensor:
     Returns:
         [B, P]. The softmax runs over CLS and patches, so a row sums to less than 1.
     """
-    query = block.by_heads(block.queries(slice(0, 1)))
+    query = rearrange(block.queries(slice(0, 1)), BY_HEADS, h=block.heads)
     weights = (query @ block.head_keys.mT * block.scale).softmax(-1)
     return weights[:, :, 0, 1:].mean(1)
 
@@ -127,7 +124,8 @@ def received_attention(block: BlockAttention) -> Tensor:
     Returns:
         [B, P].
     """
-    query, key = block.by_heads(block.queries(slice(block.cls, None))), block.head_keys.mT
+    query = rearrange(block.queries(slice(block.cls, None)), BY_HEADS, h=block.heads)
+    key = block.head_keys.mT
     images, heads, patches, _ = query.shape
     received = key.new_zeros(images, key.shape[-1])
     for rows in query.split(max(1, min(ROWS, WEIGHTS // (images * heads * key.shape[-1]))), dim=2):
@@ -137,7 +135,8 @@ def received_attention(block: BlockAttention) -> Tensor:
 
 def keys(block: BlockAttention) -> Tensor:
     """[B, P, d] keys of the patches, mean over heads, not normalised: the space in which VisionZip and others merge."""
-    keys = block.head_keys if block.projected_keys is block.keys else block.by_heads(block.projected_keys)
+    same, projected = block.projected_keys is block.keys, block.projected_keys
+    keys = block.head_keys if same else rearrange(projected, BY_HEADS, h=block.heads)
     return keys[:, :, block.cls :].mean(1)
 
 
@@ -219,19 +218,6 @@ def by_block(scores: tuple[TowerScore, ...], depth: int) -> dict[int, list[Tower
 # -- CLIP's towers
 
 
-def block_scores(asked: Sequence[TowerScore], block: VisionBlock, hidden: Tensor) -> dict[TowerScore, Tensor]:
-    """The requested scores of one block.
-
-    Args:
-        block: a CLIPEncoderLayer.
-        hidden: [B, 1 + P, D] the block's input, CLS first.
-    """
-    # In a block of a video tower, attention over time comes before the attention that scores are read from.
-    before_space = getattr(block, "before_space", None)
-    seen = clip_attention(block.self_attn, block.layer_norm1(hidden if before_space is None else before_space(hidden)))
-    return {score: TOWER_SCORES[score.kind].compute(seen) for score in asked}
-
-
 def clip_attention(attention: VisionAttention, normed: Tensor) -> BlockAttention:
     """The attention of a CLIPEncoderLayer, whose keys are not rotated.
 
@@ -239,11 +225,9 @@ def clip_attention(attention: VisionAttention, normed: Tensor) -> BlockAttention
         normed: [B, 1 + P, D] its input after the norm, CLS first.
     """
     keys = in_float32(attention.k_proj(normed))
-
-    def queries(tokens: slice) -> Tensor:
-        return in_float32(attention.q_proj(normed[:, tokens]))
-
-    return BlockAttention(queries, keys, keys, attention.num_heads, attention.scale)
+    return BlockAttention(
+        lambda tokens: in_float32(attention.q_proj(normed[:, tokens])), keys, keys, attention.num_heads, attention.scale
+    )
 
 
 def score_flops(scores: tuple[TowerScore, ...], blocks: Sequence[VisionBlock], patches: int) -> int:

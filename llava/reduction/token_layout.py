@@ -55,12 +55,8 @@ class PatchGrid:
     has_cls: bool = False
 
     @property
-    def tokens_per_crop(self) -> int:
-        return self.rows * self.columns + self.has_cls
-
-    @property
     def tokens(self) -> int:
-        return self.crops * self.tokens_per_crop
+        return self.crops * (self.rows * self.columns + self.has_cls)
 
     def coordinates(self, device: torch.device | str = "cpu") -> Tensor:
         """[N, 2] float32: row and column of each token in its own tile, from -1 (first) to 1 (last), 0 in the middle.
@@ -78,7 +74,7 @@ class PatchGrid:
 
     def place(self, token: int) -> tuple[int, int, int]:
         """(tile, row, column) of a token; row and column are CLS for a class token."""
-        crop, inside = divmod(token, self.tokens_per_crop)
+        crop, inside = divmod(token, self.rows * self.columns + self.has_cls)
         inside -= self.has_cls
         return (crop, CLS, CLS) if inside < 0 else (crop, inside // self.columns, inside % self.columns)
 

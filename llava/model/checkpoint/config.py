@@ -186,6 +186,17 @@ def identify(config: Mapping[str, Any], where: Path) -> Kind:
     return kind
 
 
+def refuse_feature_layer(config: PretrainedConfig, where: str) -> None:
+    """Raise UserError for features of several layers, or of a layer that the tower does not have."""
+    # hidden_states of a tower with n blocks has n + 1 entries, so -n-1 to n are possible.
+    layer, depth = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    if not isinstance(layer, int) or not -depth - 1 <= layer <= depth:
+        raise UserError(
+            f"{where} takes image features from layer {layer} of a vision tower with {depth} blocks; "
+            f"expected one layer from {-depth - 1} to {depth}, LLaVA uses -2."
+        )
+
+
 def default_mode(kind: Kind, vocabulary: Mapping[str, int]) -> str:
     """Return the prompt template that benchmark scripts use for a checkpoint's images.
 

@@ -64,6 +64,7 @@ from llava.model.checkpoint.config import (
     identify,
     library_config,
     merge_type,
+    refuse_feature_layer,
     to_transformers_config,
 )
 from llava.model.checkpoint.files import (
@@ -120,7 +121,8 @@ class Checkpoint:
             model.model.image_newline; Video-LLaVA's towers are model.model.image_tower and model.model.video_tower.
         image_processor: pads to a square, whatever the checkpoint's own configuration says. LLaVA-NeXT applies it to
             every tile; Qwen's keeps the shape of the image.
-        conversation: prompt template for images, a name of llava.conversation.MODES; for videos it is "llava_v1".
+        conversation: prompt template for images, a name of llava.conversation.MODES; for videos it is "llava_v1". "" if
+            the caller of the model writes the prompts.
         name: hub id or folder name; see `llava.model.checkpoint.files.name_of`.
         layout: layout of the files.
         text_tower: the CLIP text tower that belongs to the vision tower, if one is known: a folder, or the hub id of a
@@ -453,17 +455,6 @@ class VideoLlavaWithTime(VideoLlavaForConditionalGeneration):
         super().__init__(config)
         vision: Any = config.vision_config
         self.model.video_tower = LanguageBindVideoTower(vision, frames)
-
-
-def refuse_feature_layer(config: PretrainedConfig, where: str) -> None:
-    """Raise UserError for features of several layers, or of a layer that the tower does not have."""
-    # hidden_states of a tower with n blocks has n + 1 entries, so -n-1 to n are possible.
-    layer, depth = config.vision_feature_layer, config.vision_config.num_hidden_layers
-    if not isinstance(layer, int) or not -depth - 1 <= layer <= depth:
-        raise UserError(
-            f"{where} takes image features from layer {layer} of a vision tower with {depth} blocks; "
-            f"expected one layer from {-depth - 1} to {depth}, LLaVA uses -2."
-        )
 
 
 def hf_class(family: Family, frames: int | None) -> tuple[type[PreTrainedModel], tuple[int, ...]]:

@@ -15,7 +15,7 @@ from llava.model.official_names import CLIPVisionTower as CLIPVisionTower  # scr
 from llava.reduction.merging import Reduction
 from llava.reduction.modules import linear_flops
 from llava.reduction.reducer import Reducer, check_reductions
-from llava.reduction.scores import TowerScore, block_scores, by_block, clip_attention
+from llava.reduction.scores import TOWER_SCORES, TowerScore, by_block, clip_attention
 from llava.reduction.states import BlockState
 from llava.reduction.token_layout import ModelSpec
 
@@ -50,26 +50,6 @@ class Encoded:
         return Encoded(self.features[index], scores, self.grid, merged, self.tokens, self.spent)
 
 
-def patch_grid(tower: Any) -> tuple[int, int]:
-    """Rows and columns of patches for the tower's own image size."""
-    side = tower.config.image_size // tower.config.patch_size
-    return side, side
-
-
-def run_blocks(tower: Any, hidden: Tensor, places: Sequence[int]) -> list[Tensor]:
-    """Hidden states [B, n, D] after the first k blocks, for each k in `places`, in ascending order; k = 0 is the input.
-
-    They are on the device of the input, even if the blocks are on others.
-    """
-    states, done, device = [], 0, hidden.device
-    for place in places:
-        for block in tower.encoder.layers[done:place]:
-            hidden = block(hidden, None)
-        states.append(hidden.to(device))
-        done = place
-    return states
-
-
 def encode(
     tower: Any,
     pixels: Tensor,
@@ -91,7 +71,8 @@ def encode(
         merger: merges tokens inside some of the blocks; None for no merging.
     """
     blocks = tower.encoder.layers
-    own, depth = patch_grid(tower), len(blocks)
+    side, depth = tower.config.image_size // tower.config.patch_size, len(blocks)
+    own = side, side
     # One name for all steps from pixels to hidden states, so that their memory is freed before the blocks run.
     hidden = pixels.to(tower.embeddings.patch_embedding.weight.dtype)
     hidden = tower.embeddings(hidden) if grid in (None, own) else _embed_coarse(tower, hidden, grid)
@@ -109,12 +90,22 @@ def encode(
     if merger:
         features, merged, tokens = merger.run(hidden, selected)
         return Encoded(features if keep_cls else features[:, 1:], {}, grid, merged, tokens, merger.flops)
-    # The scores of a block are computed from its input.
-    places = sorted({selected, *wanted})
-    inputs = dict(zip(places, run_blocks(tower, hidden, places), strict=True))
+    # Run the blocks, and keep the inputs of those whose output is selected or whose scores are asked for. Blocks may be
+    # on several devices.
+    places, device, done = sorted({selected, *wanted}), hidden.device, 0
+    inputs: dict[int, Tensor] = {}
+    for place in places:
+        for block in blocks[done:place]:
+            hidden = block(hidden, None)
+        inputs[place], done = hidden.to(device), place
     computed: dict[TowerScore, Tensor] = {}
     for index, asked in wanted.items():
-        computed |= block_scores(asked, blocks[index], inputs[index])
+        block, entered = blocks[index], inputs[index]
+        if hasattr(block, "before_space"):
+            # In a video tower, attention over time comes before the attention that scores are read from.
+            entered = block.before_space(entered)
+        seen = clip_attention(block.self_attn, block.layer_norm1(entered))
+        computed |= {score: TOWER_SCORES[score.kind].compute(seen) for score in asked}
     features = inputs[selected] if keep_cls else inputs[selected][:, 1:]
     return Encoded(features, computed, grid, None, ((hidden.shape[1], hidden.shape[1]),) * places[-1])
 
@@ -201,7 +192,7 @@ def _embed_coarse(tower: Any, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
         own, table = (
             part.to(patches.device) for part in (embeddings.class_embedding, embeddings.position_embedding.weight)
         )
-    square = rearrange(table[1:].float(), "(rows columns) d -> 1 d rows columns", rows=patch_grid(tower)[0])
+    square = rearrange(table[1:].float(), "(rows columns) d -> 1 d rows columns", rows=tower.config.image_size // patch)
     resized = F.interpolate(square, size=grid, mode="bicubic", align_corners=False, antialias=True)
     positions = rearrange(resized[0], "d rows columns -> (rows columns) d").to(table.dtype)
     cls = (own + table[0]).expand(len(patches), 1, -1)

@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 
 from llava.reduction.ranking import in_float32
 from llava.reduction.scores import TOWER_SCORES, WITHOUT_CLS, BlockAttention, TowerScore, by_block
-from llava.transformers_names import ALL_ATTENTION_FUNCTIONS, kernel_of, set_kernel
+from llava.transformers_names import ALL_ATTENTION_FUNCTIONS, KERNEL, set_kernel
 
 RECORDING = "recorded_attention"  # the name of our kernel among those of transformers
 
@@ -231,7 +231,7 @@ def _record(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
     config.calls.append(Call(query, key, own, attention_mask, scale))
     known = vars(sys.modules[type(module).__module__])  # Llama 4 has a kernel of its own for its tower
     eager = known.get("vision_eager_attention_forward", known["eager_attention_forward"])
-    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(kernel_of(config.own), eager)
+    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(getattr(config.own, KERNEL), eager)
     module.config = config.own  # FlashAttention reads the kernel's name from it
     try:
         return kernel(module, query, key, value, attention_mask, **options)
