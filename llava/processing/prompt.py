@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import AutoTokenizer, LlamaConfig, LlamaTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.conversation import DEFAULT_MODE, MODES
+from llava.conversation import DEFAULT_MODE, conversation
 from llava.errors import UserError, optional_imports
 from llava.processing.json_files import read_json
 from llava.processing.video import Video
@@ -131,7 +131,7 @@ def build_prompt(
             f"The text of sample {sample.id!r} contains a lone surrogate (U+{ord(sample.message[error.start]):04X} at "
             f"character {error.start}), which is no character; correct the text."
         ) from error
-    template = MODES[mode]
+    template = conversation(mode)
     slot = template.slot * len(sample.images)
     front, message = template.system + template.user, slot + sample.message
     written = message.strip() if template.trim else message
