@@ -90,16 +90,18 @@ def narrowed(table: Table, args: argparse.Namespace) -> Table:
     published, it is shown as reported.
     """
     asked, listed = words(args.methods), [row.method for row in table.rows]
-    file = published.load(table.published).rows if table.published else ()
-    others = [name for name in asked if name in {row.method for row in file}]
     own = [name for name in asked if name not in listed and name in registry.names() and name != FULL]
-    spec.chosen(table.rows, [name for name in asked if name not in (*others, *own)], "method", listed)
+    others = [name for name in asked if name not in (*listed, *own)]
+    if others and table.published:
+        file = {row.method for row in published.load(table.published).rows}
+        others = [name for name in others if name not in file]
+    spec.chosen(table.rows, others, "method", listed)  # refuses a method that is neither listed nor published
     rows = [row for row in table.rows if not asked or row.method in asked] + [
         spec.TableRow(method=name) for name in own
     ]
     columns = spec.chosen(table.columns, words(args.benchmarks), "benchmark", [c.benchmark for c in table.columns])
     budgets = spec.chosen(table.budgets, words(args.budgets), "budget", [str(budget) for budget in table.budgets])
-    parts = {"rows": rows, "columns": columns, "budgets": budgets} | ({"others": others} if asked else {})
+    parts = {"rows": rows, "columns": columns, "budgets": budgets} | ({"others": asked} if asked else {})
     return table.model_copy(update={name: tuple(part) for name, part in parts.items()})
 
 
@@ -115,6 +117,8 @@ def build_document(
     from eval.papers.figure import draw_kept
     from eval.papers.runs import columns_of, described, fill_cells, jobs_of, lines_of, open_model, times_of
 
+    if table.published and not where.is_toy:
+        published.load(table.published)  # a damaged file is refused now, not when the answers are there
     place = None if args.render else placement.here()
     model = open_model(where.run, place)
     columns, lines = columns_of(table, where.place), lines_of(table, where.run, model)
