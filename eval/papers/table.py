@@ -77,6 +77,7 @@ def where_of(table: Table, args: argparse.Namespace) -> "RunTarget":
         image_options=dict(place.image_options),
         judge=args.judge,
         failed="again",
+        quiet=True,  # what a run prints is hidden, so it need not be made
         wandb=wandb,
         table=table.identity,
     )
