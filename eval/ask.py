@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from eval import tracking
 from eval.answers.source_hash import check_sources
-from eval.answers.store import AnswerFiles, answer_id, result_folder, settings_hash
+from eval.answers.store import AnswerFiles, answer_id, settings_hash
 from eval.benchmarks.base import Dataset, Question
 from eval.config import RunConfig, device_name
 from eval.feature_cache import without_memory
@@ -77,8 +77,9 @@ class Job:
 
     @property
     def results(self) -> Path:
-        """Folder of the result and the submission files."""
-        return result_folder(self.output, len(self.planned), len(self.data.questions))
+        """Folder of the result and the submission files; a partial result never replaces the complete one."""
+        asked = len(self.planned)
+        return self.output if asked >= len(self.data.questions) else self.output / f"limit{asked}"
 
     def check_unchanged(self) -> None:
         """Raise UserError if code or files of the model are no longer what this process imported and read."""
@@ -419,12 +420,6 @@ class Progress:
     def show(self, everyone: int | None = None) -> None:
         """Move the bar to the number of answers; to that of all replicas if it is left out."""
         self.bar.update((self.everyone if everyone is None else everyone) - self.bar.n)
-
-    def throughput(self) -> dict[str, Any]:
-        """What this replica has done since it began."""
-        seconds = time.time() - self.began
-        rate = self.answered / seconds
-        return {"questions": self.answered, "seconds": seconds, "questions_per_second": rate}
 
 
 class Failures:

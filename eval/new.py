@@ -22,7 +22,7 @@ import transformers
 
 from eval import benchmarks
 from eval.command import exit_on_user_error, make_parser
-from eval.papers import spec
+from eval.papers import published, spec
 from llava.errors import UserError, suggestion, unknown
 from llava.hf.families import FAMILIES as FAMILY_ROWS
 from llava.places import CHECKOUT, PACKAGES, WORK, check_checkout
@@ -166,6 +166,8 @@ def check(kind: str, name: str, write: bool) -> int:
     """
     if kind == "table":
         table = spec.read(spec.find(name))  # may be a user's own file, which has no tests
+        if table.published:
+            published.load(table.published)
         print(f"{name}: {len(table.rows)} rows, {len(table.columns)} columns, {len(table.budgets)} budgets are valid.")
         name = table.identity
         if CHECKOUT is None or name not in known(kind):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import socket
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -268,8 +269,16 @@ def answer_part(
     else:
         with Shard(job.output, rank.name, rank.number, process_of(job, rank)) as shard:
             ask(job, shard, pending, progress, rank)
-    place = {"rank": rank.number, "replica": rank.replica, "host": socket.gethostname()}
-    part = place | {"device": device_name(job.model)} | progress.throughput()
+    seconds = time.time() - progress.began
+    part = {
+        "rank": rank.number,
+        "replica": rank.replica,
+        "host": socket.gethostname(),
+        "device": device_name(job.model),
+        "questions": progress.answered,
+        "seconds": seconds,
+        "questions_per_second": progress.answered / seconds,
+    }
     rank.put(f"part{rank.replica}", part)
     return part
 

@@ -18,13 +18,14 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from eval import benchmarks
 from eval.answers.jsonl import is_file, make_folder, read_json, write_json
 from eval.answers.reuse import RESULT, check_reuse, own_lines, read_result
 from eval.answers.source_hash import differences
 from eval.answers.store import ANSWERS, UNLOCKED
 from eval.ask import Job
 from eval.benchmarks.base import Dataset
-from eval.command import exit_on_user_error, open_dataset
+from eval.command import exit_on_user_error
 from eval.config import DEFAULT_DATA, FULL, RunConfig, build_reducer, folder_name
 from eval.feature_cache import CACHE_BYTES, CachingLlava
 from eval.parallel import placement, ranks
@@ -239,4 +240,4 @@ def folder_of(output: Path, config: RunConfig, data: Dataset, model: Llava, redu
 @cache
 def dataset(benchmark: str, data: Path, split: str) -> Dataset:
     """A benchmark's questions in its default profile, read once in a process."""
-    return open_dataset(benchmark, str(data), split, None, "auto")
+    return benchmarks.get(benchmark).load(data, split)

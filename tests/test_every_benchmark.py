@@ -20,7 +20,7 @@ from eval import benchmarks
 from eval.answers import jsonl
 from eval.answers.jsonl import write_file
 from eval.benchmarks import hub, mmbench, mme
-from eval.benchmarks.base import Dataset, no_submission
+from eval.benchmarks.base import Dataset, catalogue, no_submission
 from eval.benchmarks.media import Videos
 from eval.config import ROOT
 from eval.metrics import captions
@@ -431,6 +431,11 @@ HOSTILE = {
     "digits": b'{"question_id": ' + b"9" * 5000 + b"}",
     "twice": b'{"question_id": 1, "question_id": 2}',
 }
+
+
+def test_a_name_leads_to_its_benchmark_by_its_own_module_alone():
+    assert set(catalogue()) <= set(benchmarks.names())
+    assert all(benchmarks.get(name) is one for name, one in benchmarks.registry().items())
 
 
 @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)

@@ -210,13 +210,10 @@ def read_stored(
 def joint(result: Mapping[str, Any]) -> dict[str, Any]:
     """What two results must have in common to be compared, such as a method and `full`, or two methods."""
     own = {key: result.get(key) for key in ("labels", "images", "asked", "main")}
-    return without(result["settings"], OF_THE_METHOD) | own | {"facts": facts_of(result)}
-
-
-def facts_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts of a result, with only the name of a judge, because each run has its own verdicts."""
     facts = dict(result.get("facts") or {})
-    return facts | {"judge": facts["judge"]["name"]} if "judge" in facts else facts
+    if "judge" in facts:  # the name alone, because each run has its own verdicts
+        facts["judge"] = facts["judge"]["name"]
+    return without(result["settings"], OF_THE_METHOD) | own | {"facts": facts}
 
 
 def without(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

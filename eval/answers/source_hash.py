@@ -210,20 +210,13 @@ def project_files(tree: ast.Module, path: Path, root: Path) -> Iterator[Path]:
             base = (*above, *(node.module.split(".") if node.module else ()))
             names = [(*base, alias.name) for alias in node.names]
         for parts in names:
-            if parts[0] in FOLLOWED and (file := module_file(parts, root)) is not None:
+            if parts[0] not in FOLLOWED:
+                continue
+            # A dotted name is a module, or a name in a module.
+            places = [root.joinpath(*parts[:length]) for length in (len(parts), len(parts) - 1) if length]
+            files = (file for place in places for file in (place.with_suffix(".py"), place / "__init__.py"))
+            if (file := next((file for file in files if file in IMPORTED or file.is_file()), None)) is not None:
                 yield file
-
-
-def module_file(parts: tuple[str, ...], root: Path) -> Path | None:
-    """The file of a dotted name, which is a module or a name in a module; None outside the project."""
-    for length in (len(parts), len(parts) - 1):
-        if length < 1:
-            break
-        place = root.joinpath(*parts[:length])
-        for file in (place.with_suffix(".py"), place / "__init__.py"):
-            if file in IMPORTED or file.is_file():
-                return file
-    return None
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], between: str = ", now") -> list[str]:

@@ -123,11 +123,6 @@ def check_line(row: Row, path: Path, number: int) -> None:
         raise UserError(f"{path} line {number} needs {' and '.join(form)}: {got}.")
 
 
-def result_folder(output: Path, asked: int, available: int) -> Path:
-    """The folder for a run's result and submission files; a partial result never replaces the complete one."""
-    return output if asked >= available else output / f"limit{asked}"
-
-
 # -- one writer ------------------------------------------------------------------------------------------------------
 
 

@@ -10,16 +10,20 @@ from pathlib import Path
 from pkgutil import iter_modules
 
 from eval.answers.jsonl import is_file
-from eval.benchmarks.base import Benchmark
+from eval.benchmarks.base import Benchmark, catalogue
 from llava.errors import UserError, unknown
+
+
+def entries_of(module: str) -> tuple[Benchmark, ...]:
+    """The benchmarks that a module of this folder defines. Modules that define none are what the others share."""
+    found = import_module(f"{__name__}.{module}")
+    return getattr(found, "BENCHMARKS", (found.BENCHMARK,) if hasattr(found, "BENCHMARK") else ())
 
 
 @cache
 def registry() -> dict[str, Benchmark]:
-    """Every benchmark by name, sorted. Modules of this folder that define none are what the others share."""
-    entries: list[Benchmark] = []
-    for module in map(import_module, (f"{__name__}.{entry.name}" for entry in iter_modules(__path__))):
-        entries += getattr(module, "BENCHMARKS", (module.BENCHMARK,) if hasattr(module, "BENCHMARK") else ())
+    """Every benchmark by name, sorted; this imports all modules."""
+    entries = [benchmark for entry in iter_modules(__path__) for benchmark in entries_of(entry.name)]
     found: dict[str, Benchmark] = {}
     for benchmark in sorted(entries, key=lambda benchmark: benchmark.name):
         if benchmark.name in found:
@@ -34,10 +38,21 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Benchmark:
-    """The benchmark called `name`."""
+    """The benchmark called `name`. Only its own module is imported: the one in catalogue.yaml, or one of its name."""
+    module = catalogue().get(name, {}).get("module", name)
+    if module in (entry.name for entry in iter_modules(__path__)):
+        for benchmark in entries_of(module):
+            if benchmark.name == name:
+                return benchmark
     if name not in registry():
         raise unknown("benchmark", name, names())
     return registry()[name]
+
+
+def check_name(name: str) -> None:
+    """Raise UserError for an unknown name. Names in catalogue.yaml are known without an import."""
+    if name not in catalogue():
+        get(name)
 
 
 def check_split(benchmark: Benchmark, split: str | None, data: Path | None = None) -> str:

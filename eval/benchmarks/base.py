@@ -307,7 +307,7 @@ def catalogue() -> dict[str, dict[str, Any]]:
 
 def listed(name: str, read: Callable[..., Dataset], splits: Sequence[str], **fields: Any) -> Benchmark:
     """The registry's entry of a benchmark that stands in catalogue.yaml."""
-    about = dict(catalogue()[name])
+    about = {key: value for key, value in catalogue()[name].items() if key != "module"}
     needs = tuple(Need(**need | {"others": tuple(need.get("others", ()))}) for need in about.pop("needs", ()))
     return Benchmark(name=name, read=read, splits=tuple(splits), **{"needs": needs, **about, **fields})
 

@@ -10,7 +10,6 @@ from typing import Any
 from eval.benchmarks.base import Dataset
 from eval.config import folder_name
 from eval.feature_cache import without_memory
-from eval.figures.overlay import beside, draw_answer
 from eval.papers.runs import RowAtBudget
 from eval.tables import BRIGHT, MARKERS
 from llava.model.llava_arch import Llava
@@ -94,6 +93,8 @@ def draw_kept(lines: Sequence[RowAtBudget], data: Dataset, model: Llava, folder:
     Returns:
         Caption -> file; nothing if the first question has no image.
     """
+    from eval.figures.overlay import beside, draw_answer
+
     sample = data.sample(data.questions[0])
     if not sample.images:
         return {}

@@ -265,8 +265,7 @@ def load(model: str) -> Published:
     Raises:
         UserError: there is no such file, or it is not in the expected form.
     """
-    if model not in models():
-        raise unknown("model with published scores", model, models())
+    check_model(model)
     path = FOLDER / f"{model}.yaml"
     try:
         content = read_yaml(path)
@@ -278,6 +277,12 @@ def load(model: str) -> Published:
 def models() -> list[str]:
     """The models that have a file."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def check_model(model: str) -> None:
+    """Raise UserError if a model has no file of published scores."""
+    if model not in models():
+        raise unknown("model with published scores", model, models())
 
 
 def share(tokens: int | str) -> Fraction:

@@ -19,7 +19,6 @@ from eval import benchmarks
 from eval.answers.source_hash import answer_sources, check_sources, combined
 from eval.ask import Job
 from eval.config import FULL, RunConfig, budget_of, build_reducer, plain
-from eval.efficiency.measure import Measurements, measure
 from eval.feature_cache import CachingLlava, without_memory
 from eval.judging.choice import check_judge
 from eval.papers.spec import Budget, Column, Place, Table, TableRow
@@ -220,6 +219,8 @@ def times_of(jobs: Jobs, model: Llava, repeats: int, path: Path) -> dict[int, Ti
     """
     if not repeats:
         return {}
+    from eval.efficiency.measure import Measurements, measure
+
     first = next(iter(jobs.values()))
     data, dtype, device = first.data, first.config.dtype, str(model.device)
     sample = data.sample(data.questions[0])

@@ -77,6 +77,7 @@ def where_of(table: Table, args: argparse.Namespace) -> "RunTarget":
         image_options=dict(place.image_options),
         judge=args.judge,
         failed="again",
+        quiet=True,  # what a run prints is hidden, so it need not be made
         wandb=wandb,
         table=table.identity,
     )
@@ -90,16 +91,18 @@ def narrowed(table: Table, args: argparse.Namespace) -> Table:
     published, it is shown as reported.
     """
     asked, listed = words(args.methods), [row.method for row in table.rows]
-    file = published.load(table.published).rows if table.published else ()
-    others = [name for name in asked if name in {row.method for row in file}]
     own = [name for name in asked if name not in listed and name in registry.names() and name != FULL]
-    spec.chosen(table.rows, [name for name in asked if name not in (*others, *own)], "method", listed)
+    others = [name for name in asked if name not in (*listed, *own)]
+    if others and table.published:
+        file = {row.method for row in published.load(table.published).rows}
+        others = [name for name in others if name not in file]
+    spec.chosen(table.rows, others, "method", listed)  # refuses a method that is neither listed nor published
     rows = [row for row in table.rows if not asked or row.method in asked] + [
         spec.TableRow(method=name) for name in own
     ]
     columns = spec.chosen(table.columns, words(args.benchmarks), "benchmark", [c.benchmark for c in table.columns])
     budgets = spec.chosen(table.budgets, words(args.budgets), "budget", [str(budget) for budget in table.budgets])
-    parts = {"rows": rows, "columns": columns, "budgets": budgets} | ({"others": others} if asked else {})
+    parts = {"rows": rows, "columns": columns, "budgets": budgets} | ({"others": asked} if asked else {})
     return table.model_copy(update={name: tuple(part) for name, part in parts.items()})
 
 
@@ -110,11 +113,19 @@ def words(text: str | None) -> list[str]:
 def build_document(
     table: Table, where: "RunTarget", args: argparse.Namespace, folder: Path, added: Sequence[Reported]
 ) -> "Document":
-    """Run the cells that are missing, and gather everything that the formats write."""
+    """Run the cells that are missing, and gather everything that the formats write.
+
+    The unreduced model is compared with the published baseline before any reduced cell is asked, except a toy model.
+
+    Raises:
+        UserError: it is outside the tolerance of a benchmark, and the user asked to stop then.
+    """
+    from eval.papers import gate
     from eval.papers.cells import read_cells
     from eval.papers.figure import draw_kept
     from eval.papers.runs import columns_of, described, fill_cells, jobs_of, lines_of, open_model, times_of
 
+    source = published.load(table.published) if table.published and not where.is_toy else None
     place = None if args.render else placement.here()
     model = open_model(where.run, place)
     columns, lines = columns_of(table, where.place), lines_of(table, where.run, model)
@@ -124,9 +135,14 @@ def build_document(
         print(f"n/a: {reason}", file=sys.stderr)
     jobs = jobs_of(lines, columns, where.run, model)
     if not args.render:
-        full = {key: job for key, job in jobs.items() if key[0] == 0}
-        fill_cells(full, model, place, f"{table.identity}, full")
-    checks = gate_of(table, where, read_cells(lines[:1], columns, jobs), args.gate == "stop")
+        fill_cells({key: job for key, job in jobs.items() if key[0] == 0}, model, place, f"{table.identity}, full")
+    full = read_cells(lines[:1], columns, jobs)
+    checks = gate.check(list(full.row(0).values()), source, where.place) if source else []
+    wrong = gate.sentences(checks)
+    for line in wrong:
+        print(f"gate: {line}", file=sys.stderr)
+    if wrong and args.gate == "stop":
+        raise UserError("The unreduced model is not the published one, see above; --gate mark goes on regardless.")
     if not args.render:
         fill_cells(jobs, model, place, table.identity)
     repeats = repeats_of(args, model, where)
@@ -148,24 +164,6 @@ def repeats_of(args: argparse.Namespace, model: "Llava", where: "RunTarget") -> 
         print("Times are not measured: the ranks have the GPUs; run again with GPUS=1 for them.", file=sys.stderr)
         return 0
     return args.times if args.times is not None else 0 if args.limit else REPEATS
-
-
-def gate_of(table: Table, where: "RunTarget", full: "MeasuredTable", stop: bool) -> "list[Check]":
-    """Compare the unreduced model with the published baseline before anything else runs; empty for a toy model.
-
-    Raises:
-        UserError: a benchmark is outside its tolerance, and the user asked to stop then.
-    """
-    from eval.papers import gate
-
-    if where.is_toy or not table.published:
-        return []
-    checks = gate.check(list(full.row(0).values()), published.load(table.published), where.place)
-    for line in gate.sentences(checks):
-        print(f"gate: {line}", file=sys.stderr)
-    if stop and gate.sentences(checks):
-        raise UserError("The unreduced model is not the published one, see above; --gate mark goes on regardless.")
-    return checks
 
 
 def document_of(

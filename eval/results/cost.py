@@ -14,6 +14,7 @@ from llava.reduction.reducer import Reducer
 
 STAGES = ("preprocess", "vision", "selection", "prefill", "decode")
 PARTS = ("tower", "projector", "selection", "prefill")
+CONDITIONS = ("device", "hardware", "threads", "batch_size", "dtype")  # of a timing
 
 
 class TimingLine(TypedDict):
@@ -146,20 +147,30 @@ def summarise_timing(lines: Sequence[Mapping[str, Any]], this_run: str) -> dict[
     Args:
         this_run: the `run` in the lines of this process.
     """
+    conditions = {tuple((key, line.get(key)) for key in CONDITIONS) for line in lines}
     return {
         **times(lines),
         "this_run": times([line for line in lines if line.get("run") == this_run]),
         "runs": len({line.get("run") for line in lines}),
-        "conditions": [dict(pairs) for pairs in sorted({conditions(line) for line in lines}, key=str)],
+        "conditions": [dict(pairs) for pairs in sorted(conditions, key=str)],
     }
 
 
 def times(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Milliseconds per batch and per question, key/value bytes per question and decode steps; None without lines.
 
-    `ms_per_question` is the median time of `batch` divided by its number of questions. It is a cost, not a latency.
+    `batch` has the median milliseconds over the batches of the most frequent size, the larger one if two are equally
+    frequent; the median, because the first batch includes warm-up. These times give no time to first token, because the
+    run does not encode an image a second time; eval.ask.first_token_times measures it. `ms_per_question` is the median
+    time of `batch` divided by its number of questions. It is a cost, not a latency.
     """
-    count, batch = sum(line["questions"] for line in lines), batch_latency(lines)
+    count, batch = sum(line["questions"] for line in lines), dict[str, Any]()
+    if lines:
+        sizes = Counter(line["questions"] for line in lines)
+        size = max(sizes, key=lambda questions: (sizes[questions], questions))
+        same = [line for line in lines if line["questions"] == size]
+        medians = {name: 1000 * median(line[name] for line in same) for name in STAGES}
+        batch = {"questions": size, "batches": len(same), "median_ms": medians}
 
     def per_question(key: str) -> float | None:
         return sum(line[key] for line in lines) / count if lines else None
@@ -167,27 +178,12 @@ def times(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "questions": count,
         "batches": len(lines),
-        "batch": batch,
+        "batch": batch or None,
         "ms_per_question": {name: batch["median_ms"][name] / batch["questions"] if batch else None for name in STAGES},
         "kv_bytes_padded": per_question("kv_bytes"),
         "kv_bytes_allocated": per_question("kv_bytes_allocated"),
         "decode_steps_per_batch": fmean(line["decode_steps"] for line in lines) if lines else None,
     }
-
-
-def batch_latency(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Median milliseconds over the batches of the most frequent size, the larger one if two are equally frequent.
-
-    The median, because the first batch includes warm-up. These times give no time to first token, because the run does
-    not encode an image a second time; eval.ask.first_token_times measures it.
-    """
-    if not lines:
-        return None
-    sizes = Counter(line["questions"] for line in lines)
-    size = max(sizes, key=lambda questions: (sizes[questions], questions))
-    same = [line for line in lines if line["questions"] == size]
-    medians = {name: 1000 * median(line[name] for line in same) for name in STAGES}
-    return {"questions": size, "batches": len(same), "median_ms": medians}
 
 
 def summarise_flops(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -214,11 +210,6 @@ def summarise_flops(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "per_question": whole / count if decoder and tower else None,
         "as_batched_per_question": sum(line["flops"] for line in lines) / count if decoder and tower else None,
     }
-
-
-def conditions(line: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """The conditions of a timing: device, hardware, threads, batch size and number format."""
-    return tuple((key, line.get(key)) for key in ("device", "hardware", "threads", "batch_size", "dtype"))
 
 
 def mixed_batches(lines: Sequence[Mapping[str, Any]]) -> list[str]:

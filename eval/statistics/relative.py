@@ -174,17 +174,15 @@ def with_worst_cluster(pairs: Pairs, share: float) -> Pairs:
         asked = float(pairs.counts @ pairs.full[:, 1]) / pairs.clusters
         most = float((pairs.full[:, 0] - pairs.method[:, 0]).max())
         lost = min(asked, 2 * most) if most > 0 and not few else asked
-        return added(pairs, np.array([asked - lost, asked]), np.array([asked, asked]))
-    of_method = pairs.method @ slope(pairs.of_method.value, pairs.counts @ pairs.method)
-    of_full = pairs.full @ slope(pairs.of_full.value, pairs.counts @ pairs.full)
-    worst = int(np.argmin(of_method - of_full))
-    if of_method[worst] < of_full[worst] and not few:
-        return added(pairs, 2 * pairs.method[worst], 2 * pairs.full[worst])
-    return added(pairs, pairs.method[np.argmin(of_method)], pairs.full[np.argmax(of_full)])
-
-
-def added(pairs: Pairs, method: Array, full: Array) -> Pairs:
-    """The pairs with one more cluster."""
+        method, full = np.array([asked - lost, asked]), np.array([asked, asked])
+    else:
+        of_method = pairs.method @ slope(pairs.of_method.value, pairs.counts @ pairs.method)
+        of_full = pairs.full @ slope(pairs.of_full.value, pairs.counts @ pairs.full)
+        worst = int(np.argmin(of_method - of_full))
+        if of_method[worst] < of_full[worst] and not few:
+            method, full = 2 * pairs.method[worst], 2 * pairs.full[worst]
+        else:
+            method, full = pairs.method[np.argmin(of_method)], pairs.full[np.argmax(of_full)]
     rows = np.vstack([pairs.method, method]), np.vstack([pairs.full, full])
     return replace(pairs, method=rows[0], full=rows[1], counts=np.append(pairs.counts, 1.0))
 
@@ -325,16 +323,25 @@ def relative_mean(scores: Scores) -> Interval:
     if not scores:
         raise UserError("An average over benchmarks needs at least one benchmark.")
     by_name = {name: pair(*scores[name]) for name in sorted(scores)}  # sorted, so the given order changes nothing
-    observed = [relative(name, *pairs.scores(pairs.counts)) for name, pairs in by_name.items()]
+    observed, of_full = [], []
+    for name, pairs in by_name.items():
+        method, full = map(float, pairs.scores(pairs.counts))
+        if full <= 0:  # which happens with very few questions
+            raise UserError(
+                f"{name}: the full model scores 0 on these questions, so that there is no relative score; leave this "
+                "benchmark out."
+            )
+        observed.append(100 * method / full)
+        of_full.append(full)
     mean = float(np.mean(observed))
     for name, pairs in by_name.items():
         if pairs.clusters < FEWEST_CLUSTERS:
             units = f"{pairs.clusters} {plural(pairs.of_method.unit, pairs.clusters)}"
             return Interval(mean, None, None, f"n/a: {name} has {units}, an interval needs {FEWEST_CLUSTERS}")
     shares, variance = [], 0.0
-    for pairs, value in zip(by_name.values(), observed, strict=True):
+    for pairs, value, full in zip(by_name.values(), observed, of_full, strict=True):
         # In percent of the mean over the benchmarks.
-        share = 100 * influences(pairs, value / 100) / float(pairs.scores(pairs.counts)[1]) / len(by_name)
+        share = 100 * influences(pairs, value / 100) / full / len(by_name)
         shares.append(share)
         variance += float(pairs.counts @ share**2) * pairs.clusters / (pairs.clusters - 1)
     error = variance**0.5
@@ -348,13 +355,3 @@ def relative_mean(scores: Scores) -> Interval:
     freedom = 2 / max(1 / few - 1 / counts.sum(), 1e-12)
     half = float(stats.t.ppf((1 + statistics.LEVEL) / 2, freedom)) * error
     return Interval(mean, mean - half, mean + half, "Student")
-
-
-def relative(benchmark: str, method: Array, full: Array) -> float:
-    """100 x method / full; UserError if full is 0, which happens with very few questions."""
-    if full <= 0:
-        raise UserError(
-            f"{benchmark}: the full model scores 0 on these questions, so that there is no relative score; leave this "
-            "benchmark out."
-        )
-    return float(100 * method / full)

@@ -84,6 +84,8 @@ def start_evaluation(
         settings: what the answers depend on.
         resolved: what the run was asked to do, with the keys of result.json's `config`.
     """
+    if resolve_mode(config.wandb) == "disabled":
+        return Tracker()
     about = flat(settings) | {name: value for name, value in resolved.items() if name != "options"}
     about |= {"checkpoint": str(config.model), "table": config.table}
     tags = [about.get(key) for key in ("benchmark", "split", "model", "method", "profile")]
