@@ -44,7 +44,7 @@ INPUTS, TOKENS, CHANNELS = 4, 256, 64  # number and size of the inputs of each l
 
 
 def loop_input(number: int) -> tuple[Tensor, Tensor]:
-    """Random tokens [2, TOKENS, CHANNELS] and weights [2, TOKENS] without near ties, which a device may break otherwise.
+    """Tokens [2, TOKENS, CHANNELS] and weights [2, TOKENS] without near ties, which a device may break in another way.
 
     An H100 differed on seed 0, where `distinct` also changes its choice on a CPU when channels are summed in another
     order.
