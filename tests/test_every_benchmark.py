@@ -438,6 +438,16 @@ def test_a_name_leads_to_its_benchmark_by_its_own_module_alone():
     assert all(benchmarks.get(name) is one for name, one in benchmarks.registry().items())
 
 
+def test_a_file_with_the_name_of_another_benchmark_is_not_passed_over(tmp_path, monkeypatch):
+    """It was ignored once a name led to its module alone."""
+    (tmp_path / "gqa.yaml").touch()
+    monkeypatch.setattr(benchmarks, "SETS", tmp_path)
+    monkeypatch.setattr(benchmarks, "registry", lambda: pytest.fail("all are read, of which two have one name"))
+    with pytest.raises(pytest.fail.Exception, match="two have one name"):
+        benchmarks.get("gqa")
+    benchmarks.get("pope")
+
+
 @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
 @pytest.mark.parametrize(("name", "split"), SPLITS, ids=str)
 def test_a_file_of_something_else_is_named(name, split, content, files):

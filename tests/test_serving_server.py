@@ -74,7 +74,7 @@ def test_prompts_as_embeddings(tmp_path, monkeypatch, capsys):
         monkeypatch.setenv("KEY", "secret")
         given = ["consensusdrop", "32,64", "--questions", str(file), "--device", "cpu", "--url", url, *options]
         assert serving.main(given) == 0
-        with pytest.raises(UserError, match="401") as told:
+        with pytest.raises(UserError, match="refused with 401") as told:
             Server(url, "wrong").check("tinyllava")
     assert "\n" not in str(told.value) and "secret" not in (tmp_path / "log").read_text()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -13,6 +13,8 @@ from eval.answers.jsonl import is_file
 from eval.benchmarks.base import Benchmark, catalogue
 from llava.errors import UserError, unknown
 
+SETS = Path(__file__).parent / "sets"  # a file of plain.py for each of its benchmarks
+
 
 def entries_of(module: str) -> tuple[Benchmark, ...]:
     """The benchmarks that a module of this folder defines. Modules that define none are what the others share."""
@@ -38,9 +40,13 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Benchmark:
-    """The benchmark called `name`. Only its own module is imported: the one in catalogue.yaml, or one of its name."""
+    """The benchmark called `name`. Only its own module is imported: the one in catalogue.yaml, or one of its name.
+
+    Raises:
+        UserError: there is none, or a file of SETS has the name of another benchmark.
+    """
     module = catalogue().get(name, {}).get("module", name)
-    if module in (entry.name for entry in iter_modules(__path__)):
+    if module in (entry.name for entry in iter_modules(__path__)) and not (SETS / f"{name}.yaml").exists():
         for benchmark in entries_of(module):
             if benchmark.name == name:
                 return benchmark

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from eval.benchmarks import SETS
 from eval.benchmarks.base import PROFILES, Benchmark
 from eval.benchmarks.hub import HubQuestion, HubSet, Kinds, Upload, letters, option_lines, read_set
 from eval.benchmarks.llava_files import as_number
@@ -22,8 +23,6 @@ from eval.metrics.accuracy import percent
 from eval.metrics.short_answers import METRICS
 from eval.yaml_files import Part, first_problem, read_yaml
 from llava.errors import UserError, unknown
-
-SETS = Path(__file__).parent / "sets"
 
 
 def one_of(kind: str, names: Collection[str]) -> AfterValidator:

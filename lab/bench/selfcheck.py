@@ -91,12 +91,13 @@ def compare_with_cpu(folder: Path, device: str) -> tuple[list[list[str]], list[s
 def check(device: str) -> tuple[str, list[str]]:
     """The result of the check as Markdown, and a sentence for everything that is wrong on this device."""
     there, rows = device_of(device), list[list[str]]()
-    wrong = loops(there)
+    wrong, absent = loops(there), []
     for name in FAMILIES:
         if (ASSETS / name / "config.json").is_file():
             found, differing = compare_with_cpu(ASSETS / name, device)
             rows, wrong = rows + found, wrong + differing
-    absent = [name for name in FAMILIES if not (ASSETS / name / "config.json").is_file()]
+        else:
+            absent.append(name)
     blocks = [
         f"{hardware(str(there))} beside the CPU: {len(LOOPS)} greedy loops on {INPUTS} inputs each; shares of the "
         "tokens that the CPU keeps in float32. Those of a method in float32 may differ by near ties, at most 5 % "

@@ -2,9 +2,9 @@
 # The GPU table, in two calls of at most ten minutes each: LLaVA-1.5-7B at 64, 128 and 192 of 576 tokens and LLaVA-NeXT-7B at 320,
 # 640 and 160 of 2,880, random weights at full depth, bfloat16, three turns of every method beside `full` and its oracle.
 # Usage: bash scripts/bench/gpu_table.sh first|second|pages [further arguments of python -m eval.efficiency.latency]
-#   first    the device beside the CPU: wrong answers end the script. Then the prefill of 1 and 8 questions (three minutes on an H100).
+#   first    the device beside the CPU: wrong answers end the script. Then the prefill of 1 and 8 questions (less than five minutes on an H100).
 #   second   goes on from the files of the first, also on another machine with the same GPU: 32 questions, and answers of 32
-#            tokens by full, the papers' methods and their oracles (four to nine minutes). Called again, it measures what is missing.
+#            tokens by full, the papers' methods and their oracles (nine minutes at most). Called again, it measures what is missing.
 #   pages    measures nothing: the page again on any machine, with operations counted on torch's meta device (ten minutes of CPU).
 # From the environment: OUT, the folder of the 8 files (results/bench/gpu); COMMIT, where a copied tree has no .git.
 #   OUT=/tmp/try bash scripts/bench/gpu_table.sh first --layers 4 --distinct 1 --method fastervlm --repeats 1 --deadline 60
