@@ -30,6 +30,7 @@ from llava.reduction.reducer import (
     MethodMetadata,
     Reducer,
     Reductions,
+    Release,
     Scorer,
     option,
     options_of,

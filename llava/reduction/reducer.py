@@ -50,6 +50,33 @@ SHOWN = 12  # indices that an error quotes
 
 
 @dataclass(frozen=True)
+class Release:
+    """How far the official code's result depends on more than image, question and budget.
+
+    Each attribute is one short clause for docs/methods.md; "" where nothing is to be said.
+
+    Attributes:
+        random: what it draws without a fixed seed.
+        batch: how the result of one sample depends on the others of its batch.
+        dtype: what the precision of the model decides.
+        order: in which order other than raster the kept tokens enter the decoder.
+        count: which tokens or layers its budget leaves out.
+        norms: which merged tokens grow longer than the tokens that they are made of.
+        ours: what is done here instead.
+        licence: of the official code.
+    """
+
+    random: str = ""
+    batch: str = ""
+    dtype: str = ""
+    order: str = ""
+    count: str = ""
+    norms: str = ""
+    ours: str = ""
+    licence: str = ""
+
+
+@dataclass(frozen=True)
 class MethodMetadata:
     """One row of the table of methods.
 
@@ -83,6 +110,7 @@ class MethodMetadata:
     reads: tuple[str, ...] = ()
     similarity: str = ""
     weights: str = ""
+    release: Release | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

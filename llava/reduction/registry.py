@@ -5,6 +5,7 @@ import importlib.util
 import pkgutil
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from typing import Any
 
@@ -192,12 +193,16 @@ def describe(*chosen: str) -> list[dict[str, Any]]:
             }
             for key, known in options_of(cls).items()
         ]
+        stated = [asdict(about.release) for about in sources if about.release]
         known_sources = {
             "paper": "; ".join(f"{about.paper} {about.url}" for about in sources if about.paper),
             "reads": ", ".join(cls.metadata.reads),
             "without a CLS token": WITHOUT_CLS_RULE if any("CLS" in about.needs for about in sources) else "",
             "official code read": cls.metadata.code,
             "differs from the release": " ".join(differences),
+            "determinism of the release": "; ".join(
+                f"{name}: {clause}" for one in stated for name, clause in one.items() if clause
+            ),
         }
         about = {"name": name, "summary": cls.summary}
         rows.append(about | {key: text for key, text in known_sources.items() if text} | {"options": options})
