@@ -46,11 +46,12 @@ def test_is_the_first_method_and_then_the_second_on_what_it_left(name, count, ti
     spec = dataclasses.replace(tiny.spec, visual_tokens=8, layout=PatchGrid(1, 8))
     steps = [[step.reduction.kept[0].tolist()] for (step,) in stages.record.steps]
 
-    def between(now, layer, entered, keys):
+    def between(now, layer, entered, cache, _):
         tokens = now.take(now.hidden, now.images)
         ids = tuple(sample.id for sample in batch)
         state = DecoderState(
-            ids=ids, spec=spec, tokens=tokens, sequence=now, llm=tiny.llm, layer=layer, entered=entered, keys=keys,
+            ids=ids, spec=spec, tokens=tokens, sequence=now, llm=tiny.llm, layer=layer, entered=entered,
+            keys=cache[layer - 1].keys,
             start=sequence,
         )  # fmt: skip
         reduction = after.decoder(state)

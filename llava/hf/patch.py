@@ -411,7 +411,9 @@ def held_by(hidden: Tensor, cache: Any, segments: list[Segment]) -> Prefilled:
                 total, length = layer.keys.nbytes + layer.values.nbytes, layer.keys.shape[-2]
                 held += total
                 token = total // (len(used) * length)
-                used = [own + min(count, length) * token for own, count in zip(used, one.lengths, strict=True)]
+                used = [
+                    own + min(count, length) * token for own, count in zip(used, one.cached or one.lengths, strict=True)
+                ]
     return Prefilled(hidden, cache, segments, used, held)
 
 

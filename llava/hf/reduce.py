@@ -436,10 +436,11 @@ class FamilyReductionContext(ReductionContext):
             entered = running.sequence
             now = replace(entered, hidden=hidden)
             if index in self._stops:
-                keys = cache_of(options).layers[index - 1].keys.to(entered.position.device)
-                now, entered = (replace(one, hidden=one.hidden.to(keys.device)) for one in (now, entered))
-                now = running.stages.reduce_between_layers(now, index, entered, keys)
-                running.segments[-1].layers = range(running.segments[-1].layers.start, index)
+                device, segments = entered.position.device, running.segments
+                now, entered = (replace(one, hidden=one.hidden.to(device)) for one in (now, entered))
+                segments[-1].layers = range(segments[-1].layers.start, index)
+                layers = cache_of(options).layers
+                now = running.stages.reduce_between_layers(now, index, entered, layers, segments)
                 running.segments.append(self._segment(now, index))
             running.sequence, hidden = now, now.hidden
             if len(running.segments) == 1:

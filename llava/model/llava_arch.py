@@ -288,12 +288,13 @@ class Llava(LoadedModel):
         views = [self.views(image) for image in images]
         timer.mark("preprocess")
         encoded_images: dict[int, EncodedImage] = {}
-        groups: dict[tuple[Reducer, bool, bool], list[int]] = {}
+        groups: dict[tuple[Reducer, bool, bool, int], list[int]] = {}
         inside, keep_cls = not reducer.acts_in.isdisjoint(("tower", "input_grid")), reducer.keep_cls
         for index, (_, full) in enumerate(views):
             sized = in_tower(reducer, full) if inside else reducer
-            groups.setdefault((sized, full.temporal, full.tiles is not None), []).append(index)
-        for (sized, temporal, tiled), rows in groups.items():
+            alone = index if sized.tower_by_image else -1
+            groups.setdefault((sized, full.temporal, full.tiles is not None, alone), []).append(index)
+        for (sized, temporal, tiled, _), rows in groups.items():
             pixels, done = torch.cat([views[index][0] for index in rows]).to(self.device, non_blocking=True), 0
             tower, grid, merger = self.tower_of(temporal), None, None
             if inside:

@@ -9,7 +9,9 @@ in blocks, so a large `max_new_tokens` costs memory only when an answer becomes 
 Read: transformers 5.23.0, cache_utils.py (DynamicLayer, whose contract `PreallocatedLayer` keeps).
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -82,6 +84,7 @@ class Segment:
         valid: [B, keys so far] bool, False in the padding on the left; None if no sample is padded.
         next_position: [B, 1] or [B, 1, 3], position id of the next token. It continues the positions of the prompt in
             these layers, so that decoding a token equals prefilling a prompt that is one token longer.
+        cached: length of each prompt in the cache if a method has cut it since; None if it is still `lengths`.
     """
 
     layers: range
@@ -89,6 +92,7 @@ class Segment:
     visual: tuple[int, ...]
     valid: Tensor | None
     next_position: Tensor
+    cached: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -119,6 +123,33 @@ class Prefilled:
     def visual(self) -> list[tuple[int, ...]]:
         """For each layer, the number of visual tokens of each sample."""
         return [segment.visual for segment in self.segments for _ in segment.layers]
+
+
+def cut_caches(
+    cache: Sequence[Any], segments: list[Segment], layers: range, sequence: PromptBatch, columns: Tensor
+) -> None:
+    """Remove tokens from the keys and values of layers that have run, so that decoding no longer attends to them.
+
+    Args:
+        cache: the layers of the cache.
+        segments: of the layers that have run; one of them is divided where `layers` begins or ends inside it.
+        layers: the layers to cut, in which no token was removed since the prompts got as long as `columns` counts.
+        sequence: the prompts after the removal.
+        columns: [B, L] int64, the columns of the cache that stay.
+    """
+    divided: list[Segment] = []
+    for one in segments:
+        bounds = sorted({one.layers.start, one.layers.stop, *(set(one.layers) & {layers.start, layers.stop})})
+        divided += [replace(one, layers=range(*pair)) for pair in pairwise(bounds)]
+    segments[:] = divided
+    for one in segments:
+        if one.layers and one.layers[0] in layers:
+            one.cached, one.valid = sequence.lengths, sequence.valid() if sequence.padded else None
+            for held in (cache[index] for index in one.layers):
+                held.keys, held.values = (
+                    part.take_along_dim(columns.to(part.device)[:, None, :, None], dim=2)
+                    for part in (held.keys, held.values)
+                )
 
 
 def causal_mask(valid: Tensor, queries: int, dtype: torch.dtype, attention: str) -> Tensor:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 from transformers import DynamicCache
 
 from llava.errors import UserError
@@ -33,8 +32,9 @@ from llava.reduction.reducer import Reducer
 
 NOT_FINITE = -1  # takes the place of a token id if the logits are NaN or infinite
 
-# (prompts, next layer, the prompts as they entered the layer before it, keys of that layer) -> shorter prompts
-ReduceAt = Callable[[PromptBatch, int, PromptBatch, Tensor], PromptBatch]
+# (prompts, next layer, the prompts as they entered the layer before it, cache and segments of all layers so far) ->
+# shorter prompts
+ReduceAt = Callable[[PromptBatch, int, PromptBatch, Sequence[Any], list[Segment]], PromptBatch]
 
 
 @torch.inference_mode()
@@ -232,10 +232,10 @@ def run_decoder(
     # With these kinds of rotary embedding, the angles at a position depend on the length of the prompt.
     follows_length = getattr(llm.rotary_emb, "rope_type", "default") in ("dynamic", "longrope")
     # Between two reductions, all layers share lengths, mask and positions: they form one segment.
-    segments = []
+    segments: list[Segment] = []
     for first, last in pairwise((0, *sorted({stage for stage in stages if 0 < stage < depth}), depth)):
         if first and reduce_at is not None:
-            sequence = reduce_at(sequence, first, before, held_by[first - 1].keys.to(sequence.hidden.device))
+            sequence = reduce_at(sequence, first, before, held_by, segments)
         # Rotary angles are computed for the first segment; shorter prompts can often reuse the first ones of them.
         if sequence.rotary is not None:
             rotary = sequence.rotary.cos, sequence.rotary.sin
@@ -262,5 +262,7 @@ def run_decoder(
             size = (layer.keys.nbytes + layer.values.nbytes) * llm.config.num_key_value_heads // layer.keys.shape[1]
             token = size // (len(used) * layer.keys.shape[-2])
             held += size
-            used = [total + length * token for total, length in zip(used, segment.lengths, strict=True)]
+            used = [
+                total + length * token for total, length in zip(used, segment.cached or segment.lengths, strict=True)
+            ]
     return Prefilled(sequence.hidden[:, -1:], cache, segments, used, held)

@@ -180,9 +180,7 @@ class PromptBatch:
             reduced: images that are not among them keep all tokens.
             renumber: the rule for position ids: True for "renumber", False for "original".
         """
-        shorter, cuts = self._shorter(
-            {image: part.reduction.kept.shape[1] for part in reduced for image in part.images}
-        )
+        shorter, cuts = self._shorter(_counts(reduced))
         width, device = max(shorter.lengths), self.hidden.device
         contiguous = renumber and self.position.dim() == 2
         # A common simple case is a plain concatenation: every prompt has one image, whose tokens are merged and stand
@@ -199,12 +197,7 @@ class PromptBatch:
             merged = reduced[0].values.to(self.hidden.dtype)
             hidden = torch.cat([self.hidden[:, :start], merged, self.hidden[:, start + before :]], 1)
         if hidden is None or not contiguous:
-            # For every column of the shorter prompts, the column that it comes from.
-            index = sources(self.lengths, self.hidden.shape[1], cuts, device)
-            slots = [image_places(shorter.lengths, shorter.visual, tuple(part.images), device) for part in reduced]
-            for part, slot in zip(reduced, slots, strict=True):
-                index = index.scatter_add(0, slot, part.reduction.kept.flatten())
-            index = index.view(len(self.lengths), width)
+            index, slots = self._sources(shorter, cuts, reduced)
         if hidden is None:
             hidden = gather_tokens(self.hidden, index)
             for part, slot in zip(reduced, slots, strict=True):
@@ -227,6 +220,21 @@ class PromptBatch:
             position = position.masked_fill(blank if position.dim() == 2 else blank[..., None], 0)
         shorter = replace(shorter, hidden=hidden, position=position, contiguous=False, rotary=None)
         return shorter.renumbered() if renumber else shorter
+
+    def columns(self, reduced: list[ImageReduction]) -> Tensor:
+        """[B, shorter L] int64: for every column of the prompts after `reduce`, the column that it comes from."""
+        return self._sources(*self._shorter(_counts(reduced)), reduced)[0]
+
+    def _sources(
+        self, shorter: "PromptBatch", cuts: tuple[tuple[Cut, ...], ...], reduced: list[ImageReduction]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The result of `columns`, and for each reduction where its output tokens are in the flattened prompts."""
+        device = self.hidden.device
+        index = sources(self.lengths, self.hidden.shape[1], cuts, device)
+        slots = [image_places(shorter.lengths, shorter.visual, tuple(part.images), device) for part in reduced]
+        for part, slot in zip(reduced, slots, strict=True):
+            index = index.scatter_add(0, slot, part.reduction.kept.flatten())
+        return index.view(len(self.lengths), -1), slots
 
     def _shorter(self, counts: dict[ImageKey, int]) -> tuple["PromptBatch", tuple[tuple[Cut, ...], ...]]:
         """These prompts with their lengths and spans after a reduction, and the cuts that shorten each prompt.
@@ -265,6 +273,11 @@ class PromptBatch:
             after=after_images,
         )
         return shorter, tuple(cuts)
+
+
+def _counts(reduced: list[ImageReduction]) -> dict[ImageKey, int]:
+    """For each reduced image, its number of tokens after the reduction."""
+    return {image: part.reduction.kept.shape[1] for part in reduced for image in part.images}
 
 
 def assemble(

@@ -19,6 +19,7 @@ LLaVA's own models go through all stages in llava/pipeline/generate.py. Families
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.llava_arch import EncodedImage
 from llava.pipeline import decoder, views
 from llava.pipeline.accounting import Applied, Record, SeenImage, Timer
+from llava.pipeline.decoder import Segment
 from llava.pipeline.positions import Piece
 from llava.pipeline.sequence import ImageKey, ImageReduction, PromptBatch, assemble
 from llava.pipeline.views import Features, Group
@@ -36,8 +38,9 @@ from llava.reduction.budget import ImagePlan, plan_image
 from llava.reduction.merging import Reduction, ViewReduction, stack
 from llava.reduction.modules import layer_flops, projector_flops
 from llava.reduction.reducer import Reducer, check_reductions
+from llava.reduction.scores import TowerScore
 from llava.reduction.states import DecoderState, EncoderState, PromptState, at_images
-from llava.reduction.token_layout import Canvas, ModelSpec
+from llava.reduction.token_layout import Canvas, ModelSpec, TokenLayout
 
 
 class StagedModel(Protocol):
@@ -136,6 +139,7 @@ class Stages:
         images: the images of the batch by sample and number, once `take_images` has been called.
         run_layers: (llm, prompts, count) -> hidden states after the first `count` decoder layers.
         start: the prompts as they enter decoder layer 0; the caller sets it.
+        memories: what the method wrote down about an image between decoder layers.
     """
 
     model: StagedModel
@@ -146,6 +150,7 @@ class Stages:
     images: dict[ImageKey, BatchImage] = field(default_factory=dict)
     run_layers: Callable[[Any, PromptBatch, int], Tensor] = decoder.run_layers
     start: PromptBatch = field(init=False)
+    memories: dict[ImageKey, dict[str, Any]] = field(default_factory=dict)
 
     # -- stage 1: before the projector
 
@@ -287,7 +292,7 @@ class Stages:
     # -- stage 3: between decoder layers
 
     def reduce_between_layers(
-        self, sequence: PromptBatch, layer: int, entered: PromptBatch, keys: Tensor
+        self, sequence: PromptBatch, layer: int, entered: PromptBatch, cache: Sequence[Any], segments: list[Segment]
     ) -> PromptBatch:
         """Let the method reduce every image before decoder layer `layer`, and shorten the prompts.
 
@@ -295,11 +300,19 @@ class Stages:
             layer: one of the layers that the method names.
             sequence: the prompts as they are now.
             entered: the prompts as they entered layer `layer - 1`.
-            keys: [B, Hkv, L, d] rotated keys of layer `layer - 1`; only this rank's heads if ranks split them.
+            cache: the layers so far, with `keys` and `values` [B, Hkv, L, d]; only this rank's heads if ranks split
+                them.
+            segments: the layers so far, which change if the method removes tokens from their cache, too.
         """
         self.timer.mark("prefill")
         gather = getattr(self.model.llm.layers[layer - 1].self_attn, "gather", None)
-        keys = keys if gather is None else gather(keys, 1)
+
+        def cached(part: str, rows: list[ImageKey] | None) -> Tensor:
+            """Keys or values of the layer before, for all prompts or for the prompts of some images."""
+            held = getattr(cache[layer - 1], part).to(sequence.hidden.device)
+            held = held if gather is None else gather(held, 1)
+            return held if rows is None else sequence.keys_of(held, rows)
+
         # Images of a group have the same number of visual tokens, now and before any reduction.
         groups: dict[tuple[int, ModelSpec], list[ImageKey]] = {}
         for sample, spans in enumerate(sequence.visual):
@@ -321,8 +334,13 @@ class Stages:
                 llm=self.model.llm,
                 layer=layer,
                 entered=prompts[1],
-                keys=keys if alone else sequence.keys_of(keys, rows),
+                keys=cached("keys", None if alone else rows),
                 start=prompts[2],
+                values=partial(cached, "values", None if alone else rows),
+                members=partial(self._members, rows),
+                layouts=tuple(map(self._layout, rows)),
+                tower=partial(self._tower_score, rows),
+                memory=tuple(self.memories.setdefault(row, {}) for row in rows),
             )
             returned = image.method.decoder(state)
             parts = check_reductions(image.method, f"decoder before layer {layer}", returned, state.ids, count)
@@ -330,9 +348,41 @@ class Stages:
             for reduction, own in parts:
                 values = self._merged_values(reduction, state, own)
                 reduced.append(ImageReduction(rows[own.start : own.stop], reduction, values))
-        sequence = self._shorten(sequence, reduced, f"layer {layer}", self.reducer.second or self.reducer)
+        shorter = self._shorten(sequence, reduced, f"layer {layer}", self.reducer.second or self.reducer)
+        if reduced and (layers := self.reducer.cut_caches(layer)):
+            decoder.cut_caches(cache, segments, layers, shorter, sequence.columns(reduced))
         self.timer.mark("selection")
-        return sequence
+        return shorter
+
+    def _layout(self, row: ImageKey) -> TokenLayout:
+        """Where an image's unreduced tokens come from; with class tokens if the method took these from the tower."""
+        encoded, (sample, number) = self.images[row].encoded, row
+        first = next((one for one in self.record.reductions[sample] if one.number == number), None)
+        taken = encoded.full.tokens if first is None else first.reduction.inputs
+        return encoded.full if taken == encoded.full.tokens else encoded.full.with_cls
+
+    def _members(self, rows: list[ImageKey]) -> Tensor:
+        """[B, N] int64: for the tokens that images have left, their indices among the image's unreduced tokens."""
+        found = []
+        for sample, number in rows:
+            applied = [one for one in self.record.reductions[sample] if one.number == number]
+            count = applied[0].reduction.inputs if applied else self.images[sample, number].inputs
+            left = torch.arange(count, device=self.model.device)
+            for one in applied:
+                left = left[one.reduction.kept[one.row]]
+            found.append(left)
+        return torch.stack(found)
+
+    def _tower_score(self, rows: list[ImageKey], score: TowerScore) -> Tensor:
+        """[B, N] a tower score at the patches of the tokens that images have left; 0 at other tokens."""
+        found = []
+        for row in rows:
+            layout, own = self._layout(row), self.images[row].encoded.encoded.scores[score]
+            whole = own.new_zeros(layout.tokens)
+            for tile, values in zip(layout.crops, own, strict=True):
+                whole[tile.indices.to(own.device)] = values[tile.patches.to(own.device)]
+            found.append(whole)
+        return torch.stack(found).gather(1, self._members(rows))
 
     # -- what stages share
 

@@ -86,7 +86,7 @@ class Composed(Reducer):
         return self.first.with_budget(round(total ** (1 - self.share) * budget**self.share) if shared else budget)
 
     def scores(self) -> tuple[TowerScore, ...]:
-        return self.first.scores()
+        return tuple(dict.fromkeys((*self.first.scores(), *self.second.scores())))
 
     def split_scores(self) -> tuple[TowerScore, ...]:
         return self.first.split_scores()
@@ -101,6 +101,9 @@ class Composed(Reducer):
 
     def decoder_layers(self, layers: int) -> tuple[int, ...]:
         return self.second.decoder_layers(layers)
+
+    def cut_caches(self, layer: int) -> range:
+        return self.second.cut_caches(layer)
 
     def decoder(self, state: DecoderState) -> Reductions:
         start, stop = state.start.images[0]  # all images of a state had the same number of tokens at layer 0
@@ -136,7 +139,7 @@ def composition(first: type[Reducer], second: type[Reducer]) -> type[Composed]:
     about: dict[str, Any] = {
         known.name: "; ".join(dict.fromkeys(filter(None, (getattr(part.metadata, known.name) for part in parts))))
         for known in fields(MethodMetadata)
-        if known.name != "reads"
+        if known.name not in ("reads", "release")
     }
     about["reads"] = tuple(dict.fromkeys(word for part in parts for word in part.metadata.reads))
     made: type[Composed] = make_dataclass(

@@ -59,11 +59,20 @@ class Reduction:
 
     def only(self, index: int, on_cpu: bool = False) -> "Reduction":
         """The reduction of one image, with a batch axis of 1."""
-        own: dict[str, Any] = {}
-        for name in ("kept", "assignment", "merge_weight", "merge_matrix"):
-            if (value := getattr(self, name)) is not None:
-                own[name] = value[index : index + 1].cpu() if on_cpu else value[index : index + 1]
-        return replace(self, **own)
+        own = self.of(slice(index, index + 1))
+        if not on_cpu:
+            return own
+        tensors: dict[str, Any] = {name: value.cpu() for name, value in own._tensors.items()}
+        return replace(own, **tensors)
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def of(self, images: slice) -> "Reduction":
+        """The reduction of some of the images."""
+        tensors: dict[str, Any] = {name: value[images] for name, value in self._tensors.items()}
+        return replace(self, **tensors)
 
     def apply(self, tokens: Tensor) -> Tensor:
         """[B, N, D] tokens -> [B, K, D]: kept tokens, or weighted sums in float32, in the dtype of `tokens`."""
@@ -109,6 +118,8 @@ class Reduction:
             first: its outputs are the inputs of this one.
         """
         device = self.kept.device
+        if not self.merges and not first.merges:
+            return Reduction(first.kept.gather(1, self.kept), first.inputs)
         assignment_1, weight_1 = first.explicit()
         assignment_2, weight_2 = self.explicit()
         # An extra last entry is used for dropped tokens, before and after the second reduction.
@@ -342,7 +353,9 @@ def join(views: list[ViewReduction], inputs: int) -> tuple[Reduction, Tensor]:
 
 
 def stack(reductions: list[Reduction]) -> Reduction:
-    """Stack reductions of one image each [1, K] into one of a batch [B, K], in the form of an assignment."""
+    """Stack reductions of one image each [1, K] into one of a batch [B, K]; if one merges, as an assignment."""
+    if not any(one.merges for one in reductions):
+        return Reduction(torch.cat([one.kept for one in reductions]), reductions[0].inputs)
     assignments, weights = zip(*(one.explicit() for one in reductions), strict=True)
     kept = torch.cat([one.kept for one in reductions])
     return Reduction(kept, reductions[0].inputs, torch.cat(assignments), torch.cat(weights))

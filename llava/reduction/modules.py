@@ -25,6 +25,7 @@ class VisionAttention(Module, Protocol):
 
     q_proj: nn.Linear
     k_proj: nn.Linear
+    v_proj: nn.Linear
     num_heads: int
     scale: float
 

@@ -123,6 +123,8 @@ class Reducer:
         metadata: the method's row in docs/methods.md.
         rounding: the largest difference between the mean over layers and the budget, in tokens.
         needs_text_tower: whether states must carry the CLIP text tower.
+        tower_by_image: whether images run through the tower one at a time, with the tiles of an image together, because
+            the image decides how many tokens leave a block.
         known_deviations: in what the method, by its definition, breaks the contract of tests/test_every_method.py, and
             why. Keys are "appended" (merged tokens come after the kept ones), "scale" (merge weights do not sum to 1),
             "duplicates", "unsorted" (tokens are in an order of the method's own), "uncounted" (the mean is off the
@@ -148,6 +150,7 @@ class Reducer:
     metadata: ClassVar[MethodMetadata] = MethodMetadata(acts="")
     rounding: ClassVar[float] = 0.5
     needs_text_tower: ClassVar[bool] = False
+    tower_by_image: ClassVar[bool] = False
     known_deviations: ClassVar[dict[str, str]] = {}
     parts: ClassVar[tuple[type["Reducer"], ...]] = ()
     second: ClassVar["Reducer | None"] = None
@@ -275,7 +278,7 @@ class Reducer:
         return ()
 
     def tower(self, state: BlockState) -> Reduction | None:
-        """Reduce tokens inside a tower block; CLS stays token 0. From then on attention is weighted by token sizes."""
+        """Reduce tokens inside a tower block; CLS stays token 0. Attention then weighs merged tokens by their size."""
         return None
 
     def encoder(self, state: EncoderState) -> Reductions:
@@ -293,6 +296,10 @@ class Reducer:
     def decoder(self, state: DecoderState) -> Reductions:
         """Reduce visual tokens before decoder layer `state.layer`."""
         return None
+
+    def cut_caches(self, layer: int) -> range:
+        """Earlier decoder layers from whose cache the tokens dropped before `layer` are removed, too."""
+        return range(0)
 
     def keeps_all(self, tokens: int) -> bool:
         """Whether an image with so many tokens is left as it is before the decoder, without calling the method."""

@@ -64,6 +64,7 @@ class BlockAttention:
         heads: H.
         scale: factor of the products of queries and keys.
         cls: C, 1 if a class token stands before the patches, else 0.
+        values: returns [B, C + P, D] float32, all heads side by side; None where nothing reads values.
     """
 
     queries: Callable[[slice], Tensor]
@@ -72,6 +73,7 @@ class BlockAttention:
     heads: int
     scale: float
     cls: int = 1
+    values: Callable[[], Tensor] | None = None
 
     @cached_property
     def head_keys(self) -> Tensor:
@@ -226,7 +228,12 @@ def clip_attention(attention: VisionAttention, normed: Tensor) -> BlockAttention
     """
     keys = in_float32(attention.k_proj(normed))
     return BlockAttention(
-        lambda tokens: in_float32(attention.q_proj(normed[:, tokens])), keys, keys, attention.num_heads, attention.scale
+        lambda tokens: in_float32(attention.q_proj(normed[:, tokens])),
+        keys,
+        keys,
+        attention.num_heads,
+        attention.scale,
+        values=lambda: in_float32(attention.v_proj(normed)),
     )
 
 

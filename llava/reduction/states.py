@@ -9,11 +9,12 @@ Shapes: B images, N visual tokens, T rows, L tokens of a prompt, H heads, d chan
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from transformers import AttentionInterface
 
@@ -21,8 +22,8 @@ from llava.errors import UserError, unknown
 from llava.reduction.merging import Reduction
 from llava.reduction.modules import Decoder, DecoderLayer
 from llava.reduction.ranking import in_float32
-from llava.reduction.scores import TowerScore
-from llava.reduction.token_layout import ModelSpec, PatchGrid
+from llava.reduction.scores import BY_HEADS, BlockAttention, TowerScore, cls_attention
+from llava.reduction.token_layout import ModelSpec, PatchGrid, TokenLayout
 from llava.transformers_names import KERNEL
 
 if TYPE_CHECKING:
@@ -67,12 +68,29 @@ class BlockState(State):
         keys: [B, n, d] keys of this block, mean over heads, float32.
         sizes: [B, n] float32, number of patches merged into each token.
         block: index of the block.
+        attended: what the block's attention compared.
+        memory: what the method wrote into it in earlier blocks, for the same images.
     """
 
     tokens: Tensor
     keys: Tensor
     sizes: Tensor
     block: int
+    attended: BlockAttention = None  # type: ignore[assignment]  # a test of a method that reads keys may leave it out
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+    def cls_attention(self) -> Tensor:
+        """[B, n - 1] attention of the CLS token to the other tokens in this block, mean over heads."""
+        images, tokens, width = self.attended.keys.shape
+        self.flops += 2 * images * width * (self.tokens.shape[2] + tokens)
+        return cls_attention(self.attended)
+
+    def values(self) -> Tensor:
+        """[B, H, n, d] float32, values of this block."""
+        assert self.attended.values is not None  # CLIP's towers have them
+        values = self.attended.values()
+        self.flops += 2 * values.numel() * self.tokens.shape[2]
+        return rearrange(values, BY_HEADS, h=self.attended.heads)
 
 
 @dataclass(kw_only=True)
@@ -263,6 +281,12 @@ class DecoderState(State):
         start: the same prompts as they entered layer 0; text tokens are never reduced.
         masks: layer -> [B, 1, L, L] bool, True for the keys that a row of the layer sees (with a sliding window, or
             images that are seen whole); None if every row of every layer sees all real tokens up to itself.
+        values: returns the values [B, Hkv, L, d] of `layer - 1`, read from the cache.
+        members: returns [B, N] int64, for each visual token its index among the image's unreduced tokens.
+        layouts: for each image, where its unreduced tokens come from.
+        tower: score -> [B, N], a tower score at the patches of the visual tokens; 0 at newline and class tokens. Only
+            for the scores that `Reducer.scores` names.
+        memory: for each image, what the method wrote into it before earlier layers.
     """
 
     tokens: Tensor
@@ -273,6 +297,12 @@ class DecoderState(State):
     keys: Tensor
     start: PromptBatch
     masks: Callable[[int], Tensor] | None = None
+    # The pipeline always sets them; a test of a method that does not read them may leave them out.
+    values: Callable[[], Tensor] = None  # type: ignore[assignment]
+    members: Callable[[], Tensor] = None  # type: ignore[assignment]
+    layouts: tuple[TokenLayout, ...] = ()
+    tower: Callable[[TowerScore], Tensor] = None  # type: ignore[assignment]
+    memory: tuple[dict[str, Any], ...] = ()
 
     def attention(self, rows: str | list[Span], at: str = "next", rotary: bool = True) -> tuple[Tensor, Tensor]:
         """Causal attention of some rows of a decoder layer to the visual tokens.
@@ -281,7 +311,7 @@ class DecoderState(State):
             rows: one of TEXT_ROWS as `seeing_spans` finds them, or one span per prompt in `sequence`'s coordinates.
             at: "next" for layer `layer` on the current hidden states, "previous" for the layer before it, which has
                 already run (its keys are read from the cache).
-            rotary: False leaves out rotary embedding; only with "next".
+            rotary: False leaves out rotary embedding. The keys are then computed from the inputs of the layer.
 
         Returns:
             Weights [B, H, T, N] float32, with the softmax over all tokens that the row may see, so that a row sums to
@@ -303,7 +333,7 @@ class DecoderState(State):
         # No row sees a key after the last row. Visual tokens after it are still returned, as zeros.
         width = max(stop for _, stop in columns + visual)
         angles = angles_of(self.llm, source, index) if rotary else None
-        if at == "next":
+        if projects := at == "next" or not rotary:
             normed = layer.input_layernorm(source.hidden[:, :width])
             inputs = sequence.take(normed, spans)
             turned = None if angles is None else (angles[0][:, :width], angles[1][:, :width])
@@ -316,7 +346,7 @@ class DecoderState(State):
             unseen = sequence.unseen(spans, width)
         else:
             unseen = ~sequence.take(self.masks(index)[:, 0, :, :width], spans)[:, None]
-        self.flops += len(inputs) * attention_flops(layer, inputs.shape[1], width, width if at == "next" else 0)
+        self.flops += len(inputs) * attention_flops(layer, inputs.shape[1], width, width if projects else 0)
         return AttentionInputs(inputs, own, keys, unseen, visual)
 
 

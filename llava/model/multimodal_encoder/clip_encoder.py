@@ -42,10 +42,7 @@ class Encoded:
 
     def rows(self, index: slice) -> "Encoded":
         """The output for some of the images."""
-        merged = self.merged
-        if merged is not None:
-            assignment, weight = merged.explicit()
-            merged = Reduction(merged.kept[index], merged.inputs, assignment[index], weight[index])
+        merged = self.merged and self.merged.of(index)
         scores = {score: values[index] for score, values in self.scores.items()}
         return Encoded(self.features[index], scores, self.grid, merged, self.tokens, self.spent)
 
@@ -111,7 +108,7 @@ def encode(
 
 
 class TowerMerger:
-    """Runs the tower while a method merges tokens inside its blocks, between attention and MLP (stage 0).
+    """Runs the tower while a method drops or merges tokens inside its blocks, between attention and MLP (stage 0).
 
     Args:
         blocks: indices of the blocks in which the method is called.
@@ -119,12 +116,14 @@ class TowerMerger:
 
     Attributes:
         flops: operations per image that the method has spent so far.
+        memory: what the method wrote down in earlier blocks.
     """
 
     def __init__(self, reducer: Reducer, spec: ModelSpec, tower: Any, blocks: Sequence[int], tiles: int):
         self.reducer, self.spec, self.tower, self.blocks = reducer, spec, tower, blocks
         self.names = tuple(map(str, range(tiles)))
         self.flops = 0
+        self.memory: dict[str, Tensor] = {}
 
     def run(self, hidden: Tensor, selected: int) -> tuple[Tensor, Reduction | None, tuple[tuple[int, int], ...]]:
         """Run the first `selected` blocks.
@@ -145,32 +144,51 @@ class TowerMerger:
                 hidden = block(hidden, None).to(hidden.device)
             tokens.append((before, hidden.shape[1]))
         if merged is not None:  # leave out token 0, which is CLS and is never merged
-            assignment, weight = merged.explicit()
-            merged = Reduction(merged.kept[:, 1:] - 1, merged.inputs - 1, assignment[:, 1:] - 1, weight[:, 1:])
+            kept, count, target, weight = (
+                merged.kept[:, 1:] - 1,
+                merged.inputs - 1,
+                merged.assignment,
+                merged.merge_weight,
+            )
+            if target is None or weight is None:
+                merged = Reduction(kept, count)
+            else:
+                merged = Reduction(kept, count, (target[:, 1:] - 1).clamp(min=-1), weight[:, 1:])
         return hidden, merged, tuple(tokens)
 
     def run_block(
         self, block: Any, index: int, hidden: Tensor, merged: Reduction | None
     ) -> tuple[Tensor, Reduction | None]:
-        """Run one block. Its attention weighs tokens by their size, and the method may merge tokens in it.
+        """Run one block, in which the method may drop or merge tokens.
+
+        The block's attention weighs merged tokens by their size.
 
         Args:
             merged: the reduction made in earlier blocks.
         """
         # How many of the original tokens each token stands for: [B, n] float32.
         sizes, bias = hidden.new_ones(hidden.shape[:2], dtype=torch.float32), None
-        if merged is not None:
+        if merged is not None and merged.merges:
             counts = torch.zeros(hidden.shape[:2], device=hidden.device)
             assignment, weight = merged.explicit()
-            sizes = counts.scatter_add_(1, assignment, torch.ones_like(weight))
+            sizes = counts.scatter_add_(1, assignment.clamp(min=0), (assignment >= 0).to(weight.dtype))
             # Proportional attention: a token that stands for s patches is attended as s equal tokens would be.
             bias = sizes.log()[:, None, None, :].to(hidden.dtype).expand(-1, -1, hidden.shape[1], -1)
         normed = block.layer_norm1(hidden)
         attended = hidden + block.self_attn(hidden_states=normed, attention_mask=bias)[0]
         reduction = None
         if index in self.blocks:
-            keys = clip_attention(block.self_attn, normed).head_keys.mean(1)
-            state = BlockState(ids=self.names, spec=self.spec, tokens=attended, keys=keys, sizes=sizes, block=index)
+            seen = clip_attention(block.self_attn, normed)
+            state = BlockState(
+                ids=self.names,
+                spec=self.spec,
+                tokens=attended,
+                keys=seen.head_keys.mean(1),
+                sizes=sizes,
+                block=index,
+                attended=seen,
+                memory=self.memory,
+            )
             reduction = self.reducer.tower(state)
             check_reductions(self.reducer, f"tower in block {index}", reduction, self.names, hidden.shape[1])
             projection = linear_flops(block.self_attn.k_proj, hidden.shape[1])
