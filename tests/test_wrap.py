@@ -289,7 +289,7 @@ def test_a_budget_is_needed_unless_images_decide(llava):
         options = {"official": True} if name in ("hired", "attnmix") else {}
         with pytest.raises(UserError, match=f'{name} needs a budget: .* .budget="1/9".*"full" keeps all'):
             reduce(llava.model, name, **options)
-    assert reduce(llava.model, "prumerge", official=True).reducer.adaptive
+    assert reduce(llava.model, "prumerge", official=True).reducer.by_image
 
 
 def test_the_score_of_a_beam_is_that_of_its_tokens(case):
