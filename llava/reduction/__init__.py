@@ -19,6 +19,7 @@ from llava.reduction.ranking import (
     gather_tokens,
     keep_top,
     largest_determinant,
+    largest_determinant_of,
     others,
     places,
     ranks,

@@ -3,7 +3,8 @@
 * `keep_top`, `split` and `ranks`: by score.
 * `farthest_from` and `farthest_apart`: the token whose nearest chosen token is farthest away, by cosine distance; for
   ConsensusDrop's merge targets and DivPrune.
-* `largest_determinant`: the token that increases the determinant of the chosen tokens' kernel most; for CDPruner.
+* `largest_determinant` and `largest_determinant_of`: the token that increases the determinant of the chosen tokens'
+  kernel most; for CDPruner and OTPrune.
 * `cover_greedily`: the token with the largest gain in coverage times its weight; for SCOPE.
 * `distinct`: near-duplicates are removed in rounds; for VisPruner.
 
@@ -241,25 +242,41 @@ def largest_determinant(tokens: Tensor, weight: Tensor, count: int, matmul: MatM
         table = cosines.table
         with_itself = cosines.unit.square().sum(-1) if table is None else table.diagonal(dim1=1, dim2=2)
         own = part * with_itself * part  # the cosine with itself is 1 up to the last bits
-        left = own.clone()  # the factor by which each token would multiply the determinant
-        last = own - own.amax(1, keepdim=True) - 1  # below every `left`: the order of the spanned tokens
-        factor = own.new_zeros(len(own), count, own.shape[1])  # a row for each chosen token
-        chosen = []
-        for step in range(count):
-            free = left > SPANNED * own
-            pick = torch.where(free, left, last).argmax(1, keepdim=True)  # [B, 1]
-            kernel = part.gather(1, pick) * cosines.row(pick[:, 0]) * part
-            past = factor[:, :step]
-            shared = matmul(past.gather(2, pick.unsqueeze(-1).expand(-1, step, 1)).mT, past)[:, 0]
-            pivot = left.gather(1, pick).clamp(min=torch.finfo(left.dtype).tiny).sqrt()
-            new = torch.where(free.gather(1, pick), (kernel - shared) / pivot, 0.0)
-            factor[:, step] = new
-            left = (left - new.square()).scatter(1, pick, -torch.inf)
-            last = last.scatter(1, pick, -torch.inf)
-            chosen.append(pick)
-        return torch.cat(chosen, 1)
+        return _grow(own, lambda pick: part.gather(1, pick) * cosines.row(pick[:, 0]) * part, count, matmul)
 
     return _in_groups(choose, tokens, weight, matmul)
+
+
+def largest_determinant_of(kernel: Tensor, count: int, matmul: MatMul = torch.matmul) -> Tensor:
+    """`largest_determinant` for a given kernel [B, N, N], whose diagonal is above 0."""
+    images = torch.arange(len(kernel), device=kernel.device)
+    return _grow(kernel.diagonal(dim1=1, dim2=2), lambda pick: kernel[images, pick[:, 0]], count, matmul)
+
+
+def _grow(own: Tensor, row: Callable[[Tensor], Tensor], count: int, matmul: MatMul) -> Tensor:
+    """[B, count] the greedy choices of `largest_determinant`.
+
+    Args:
+        own: [B, N] diagonal of the kernel.
+        row: returns the kernel's rows [B, N] of tokens [B, 1].
+    """
+    left = own.clone()  # the factor by which each token would multiply the determinant
+    last = own - own.amax(1, keepdim=True) - 1  # below every `left`: the order of the spanned tokens
+    factor = own.new_zeros(len(own), count, own.shape[1])  # a row for each chosen token
+    chosen = []
+    for step in range(count):
+        free = left > SPANNED * own
+        pick = torch.where(free, left, last).argmax(1, keepdim=True)  # [B, 1]
+        kernel = row(pick)
+        past = factor[:, :step]
+        shared = matmul(past.gather(2, pick.unsqueeze(-1).expand(-1, step, 1)).mT, past)[:, 0]
+        pivot = left.gather(1, pick).clamp(min=torch.finfo(left.dtype).tiny).sqrt()
+        new = torch.where(free.gather(1, pick), (kernel - shared) / pivot, 0.0)
+        factor[:, step] = new
+        left = (left - new.square()).scatter(1, pick, -torch.inf)
+        last = last.scatter(1, pick, -torch.inf)
+        chosen.append(pick)
+    return torch.cat(chosen, 1)
 
 
 # Coverage.
