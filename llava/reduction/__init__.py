@@ -14,6 +14,7 @@ from llava.reduction.merging import ANCHORS, WEIGHTS, Reduction, Step, merge_pla
 from llava.reduction.modules import DecoderLayer, linear_flops
 from llava.reduction.ranking import (
     cover_greedily,
+    cover_most,
     distinct,
     farthest_apart,
     gather_tokens,

@@ -123,6 +123,7 @@ class Reducer:
         metadata: the method's row in docs/methods.md.
         rounding: the largest difference between the mean over layers and the budget, in tokens.
         needs_text_tower: whether states must carry the CLIP text tower.
+        needs_words: whether it reads the questions as text, for `PromptState.embed_words`.
         known_deviations: in what the method, by its definition, breaks the contract of tests/test_every_method.py, and
             why. Keys are "appended" (merged tokens come after the kept ones), "scale" (merge weights do not sum to 1),
             "duplicates", "unsorted" (tokens are in an order of the method's own), "uncounted" (the mean is off the
@@ -148,6 +149,7 @@ class Reducer:
     metadata: ClassVar[MethodMetadata] = MethodMetadata(acts="")
     rounding: ClassVar[float] = 0.5
     needs_text_tower: ClassVar[bool] = False
+    needs_words: ClassVar[bool] = False
     known_deviations: ClassVar[dict[str, str]] = {}
     parts: ClassVar[tuple[type["Reducer"], ...]] = ()
     second: ClassVar["Reducer | None"] = None
