@@ -23,7 +23,7 @@ from llava.reduction.merging import Reduction
 from llava.reduction.reducer import Reducer, check_reductions
 from llava.reduction.scores import TowerScore
 from llava.reduction.states import BlockState, DecoderState, EncoderState, PromptState, State
-from llava.reduction.token_layout import PatchGrid
+from llava.reduction.token_layout import Canvas, PatchGrid
 from tests.conftest import samples
 from tests.contract import accepted, label, run
 
@@ -178,6 +178,9 @@ def order_matters(call: Call, before: list[Reduction], order: Tensor, layout: Pa
     state, cls = call.state, before[0].inputs - len(order)
     whole = torch.cat([torch.arange(cls), order + cls])
     changes: dict[str, object] = {} if layout is None else {"layout": layout}
+    if layout is not None and getattr(state, "canvases", ()):  # rows become columns on the canvas, too
+        turned = [one and Canvas(one.size[::-1], (*one.box[1::-1], *one.box[:1:-1])) for one in state.canvases]
+        changes["canvases"] = tuple(turned)
     for name in (*VECTORS, "sizes"):
         if isinstance(value := getattr(state, name, None), Tensor):
             changes[name] = value[:, whole]

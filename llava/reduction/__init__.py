@@ -14,11 +14,13 @@ from llava.reduction.merging import ANCHORS, WEIGHTS, Reduction, Step, merge_pla
 from llava.reduction.modules import DecoderLayer, linear_flops
 from llava.reduction.ranking import (
     cover_greedily,
+    cover_most,
     distinct,
     farthest_apart,
     gather_tokens,
     keep_top,
     largest_determinant,
+    largest_determinant_of,
     others,
     places,
     ranks,

@@ -128,6 +128,7 @@ class Reducer:
         adaptive: a clause that says how the image decides the number of its tokens, for a method that lets it by
             default: its stage returns a list of reductions, one per image, and `tokens_per_layer` returns None. ""
             where the budget decides. Results then state mean, least and most tokens of an image beside the budget.
+        needs_words: whether it reads the questions as text, for `PromptState.embed_words`.
         known_deviations: in what the method, by its definition, breaks the contract of tests/test_every_method.py, and
             why. Keys are "appended" (merged tokens come after the kept ones), "scale" (merge weights do not sum to 1),
             "duplicates", "unsorted" (tokens are in an order of the method's own), "uncounted" (the mean is off the
@@ -155,6 +156,7 @@ class Reducer:
     needs_text_tower: ClassVar[bool] = False
     tower_by_image: ClassVar[bool] = False
     adaptive: ClassVar[str] = ""
+    needs_words: ClassVar[bool] = False
     known_deviations: ClassVar[dict[str, str]] = {}
     parts: ClassVar[tuple[type["Reducer"], ...]] = ()
     second: ClassVar["Reducer | None"] = None
