@@ -27,7 +27,8 @@ from llava.reduction.states import DecoderState, EncoderState, PromptState
 BUDGETS = (8, 12, 7, 4, 20, 24, 32, 40)
 SIZES = (2, 3, 4)  # beside every question alone
 LAYERS = ((1,), (2,), (1, 2), (1, 2, 3), (2, 3, 5))  # for options that name decoder layers
-COMPOSED = ("divprune+fastv", "fastervlm+pyramiddrop")  # the contract holds for compositions, too
+# The contract holds for compositions, too.
+COMPOSED = ("divprune+fastv", "fastervlm+pyramiddrop", "holov+restore", "vispruner+restore")
 # What the pipeline does for every method (tests/test_next.py); those that act in the decoder alone have no use for it.
 LEFT_OUT = {"retention_ratio", "newlines"}
 

@@ -10,6 +10,7 @@ from llava.reduction.budget import (
     split_evenly,
     tokens_by_layer,
 )
+from llava.reduction.compose import Completion
 from llava.reduction.merging import ANCHORS, WEIGHTS, Reduction, Step, merge_plan
 from llava.reduction.modules import DecoderLayer, linear_flops
 from llava.reduction.ranking import (

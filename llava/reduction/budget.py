@@ -148,7 +148,7 @@ def in_decoder(second: Reducer, spec: ModelSpec, entering: int) -> tuple[Reducer
 @lru_cache(maxsize=256)
 def require(reducer: Reducer, spec: ModelSpec) -> None:
     """Raise UserError if the method cannot run on this model at its budget."""
-    if reducer.parts:
+    if reducer.parts and reducer.second:
         reducer.check(spec)  # calls this function for each part
         return
     reducer = reducer.for_image(spec)
