@@ -86,6 +86,16 @@ def test_within_a_frame_the_best_are_kept_whatever_the_share():
     assert within(order, share, 8).tolist() == [[0, 1, 2, 3, 4, 9, 10, 11]]
     assert within(order, share, 11).tolist() == [[0, 1, 2, 3, 4, 7, 8, 9, 10, 11, 12]]
     assert within(order, share, 2).tolist() == [[0, 1]]  # fewer than frames: no frame is sure of one
+    assert within(order, torch.tensor([[2.8, 0.1, 0.1]]), 3).tolist() == [[0, 9, 11]]  # as many: each has one
+
+
+def test_as_released_a_frame_has_a_token_and_at_most_all():
+    """A share is rounded half to even, to 1 at least; `shares` ends at a whole frame."""
+    order = torch.arange(5).expand(1, 4, 5)
+    (kept_,) = released(order, torch.tensor([[0.2, 1.5, 2.5, 5.0]]))
+    assert (kept_[0] // 5).bincount().tolist() == [1, 2, 2, 5]
+    video = torch.tensor([[[0.0] * 5, [1.0] * 5]])
+    assert shares(video, 0.8).tolist() == [[5.0, 0.8 * 0.5 * 5]]
 
 
 def test_an_image_is_one_frame():
