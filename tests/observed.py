@@ -322,7 +322,7 @@ def check_rest(reducer: Reducer, record: Record) -> None:
         f"{said}: metadata.order says {about.order!r}, but merged tokens are "
         f"{'appended' if appended else 'in raster order'}"
     )
-    assert about.similarity in ("", "none", *VECTORS) and about.weights in ("", "mean", "score", "size"), said
+    assert about.similarity in ("", "none", *VECTORS) and about.weights in ("", "mean", "score", "size", "rounds"), said
     merges = merges and reducer.acts_in != {"input_grid"}  # resizing an image weighs its patches itself
     assert bool(about.weights) == merges and (not merges or about.similarity), (
         f"{said}: a method that merges states metadata.similarity and metadata.weights, and another states no weights; "
@@ -405,6 +405,10 @@ def check_weights(reducer: Reducer, found: list[Call]) -> None:
                     continue
                 checked += 1
                 weights = row[members]
+                if rule == "rounds":  # each mean adds 1, and the target itself is there once
+                    assert row[own] == 1 and (total := row.sum().item()) > 1.5, where
+                    assert abs(total - round(total)) < 1e-4, f"{where}, with weights that add up to {total}"
+                    continue
                 if rule == "score":
                     values = call.with_cls(call.state.scores[reducer.scores()[0]])[image, members]
                 else:

@@ -79,6 +79,28 @@ def test_patches_go_through_the_towers_last_norm_and_the_projection(tiny, model)
 
 
 @torch.inference_mode()
+def test_every_token_of_every_chunk_is_embedded_where_it_is_asked_for(tiny, model):
+    """VisionTrim compares patches with single tokens: those of a text of three chunks, and of a short one beside it."""
+    clip, texts = make_tiny_clip(model), ("is there a star ?", " ".join(["cat dog tree"] * 15))
+    embedded, mask, _ = tiny.clip.text(texts, every_token=True)
+    for row, text in enumerate(texts):
+        hidden = [clip.text_model(torch.tensor([chunk])).last_hidden_state[0] for chunk in tiny.clip.chunks(text)]
+        expected = clip.text_projection(torch.cat(hidden))
+        assert len(hidden) == (1, 3)[row] and mask[row].tolist() == [True] * len(expected) + [False] * (
+            mask.shape[1] - len(expected)
+        )
+        torch.testing.assert_close(embedded[row, : len(expected)], expected, atol=1e-5, rtol=0)
+        assert not embedded[row, len(expected) :].any()
+
+
+@torch.inference_mode()
+def test_patches_without_the_norm_are_only_projected(tiny):
+    features = torch.randn(2, 16, 32)
+    projected = features @ tiny.clip.visual_projection.weight.T
+    torch.testing.assert_close(tiny.clip.image(features, normed=False)[0], projected)
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("cosine", [True, False])
 def test_similarity_is_the_mean_over_chunks(tiny, cosine):
     """A short text beside one of three chunks: chunks that do not exist must not count."""
@@ -104,7 +126,8 @@ def test_flops_equal_what_torch_counts(tiny):
     # The counter knows no fused attention on a CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         text = tiny.clip.text((*QUESTIONS, "star " * 50))[2]
-        image = tiny.clip.image(features)[1]
+        text += tiny.clip.text((*QUESTIONS, "star " * 50), every_token=True)[2]
+        image = tiny.clip.image(features)[1] + tiny.clip.image(features, normed=False)[1]
     assert counter.get_total_flops() == text + image
 
 

@@ -96,7 +96,8 @@ class MethodMetadata:
         similarity: the vectors whose cosine says which tokens are merged, or which are too alike to keep both:
             "keys", "features" or "tokens"; "none" for a method that merges by something else.
         weights: how tokens that are merged into one are weighted: "mean" (equally), "score" (by the method's first
-            tower score) or "size" (by the number of patches that each stands for).
+            tower score), "size" (by the number of patches that each stands for) or "rounds" (the mean of each of
+            several rounds is added to the target).
     """
 
     acts: str

@@ -7,7 +7,8 @@ Official code read: Theia-4869/CDPruner@9541616 and FreedomIntelligence/TRIM@f5a
 llava/model/multimodal_encoder/clip_encoder.py
 Differs from it: long texts, see `ClipText.chunks`.
 
-Shapes: B images with one text each, C chunks of a text, N patches, D tower channels, P channels of the common space.
+Shapes: B images with one text each, C chunks or tokens of a text, N patches, D tower channels, P channels of the common
+space.
 """
 
 from collections.abc import Callable, Sequence
@@ -93,23 +94,30 @@ class ClipText(nn.Module):
         mark = max(chunk) if configured == OLD_END_ID else configured
         return chunk.index(mark) if mark in chunk else 0
 
-    def text(self, texts: Sequence[str], long: str = "frame") -> tuple[Tensor, Tensor, int]:
+    def text(self, texts: Sequence[str], long: str = "frame", every_token: bool = False) -> tuple[Tensor, Tensor, int]:
         """Embed texts; `long` as in `chunks`.
+
+        Args:
+            every_token: embed all tokens of the chunks, those that begin and end a text included; C is then the number
+                of tokens.
 
         Returns:
             [B, C, P] float32; a mask [B, C] of the chunks that exist; and the operations spent.
         """
         chunks = [self.chunks(text, long) for text in texts]
         rows = [chunk for own in chunks for chunk in own]
-        longest, most = max(map(len, rows)), max(map(len, chunks))
-        # Padding comes after a chunk; attention is causal, so it does not change the pooled token.
+        longest = max(map(len, rows))
+        # Padding comes after a chunk; attention is causal, so it does not change the tokens before it.
         ids = [row + [0] * (longest - len(row)) for row in rows]
-        pooled = [start * longest + self._pooled(row) for start, row in enumerate(rows)]
-        slots = [text * most + chunk for text, own in enumerate(chunks) for chunk in range(len(own))]
+        read = [range(len(row)) if every_token else [self._pooled(row)] for row in rows]
+        pooled = [start * longest + at for start, own in enumerate(read) for at in own]
+        counts = [sum(map(len, own)) if every_token else len(own) for own in chunks]
+        most = max(counts)
+        slots = [text * most + number for text, count in enumerate(counts) for number in range(count)]
         # All whole numbers in one copy to the device, which the host does not wait for.
         numbers = torch.from_numpy(np.concatenate([*ids, pooled, slots]))
         numbers = numbers.to(self.text_projection.weight.device, non_blocking=True)
-        tokens, pooled_at, slot = numbers.split([len(rows) * longest, len(rows), len(rows)])
+        tokens, pooled_at, slot = numbers.split([len(rows) * longest, len(pooled), len(pooled)])
         # All layers, in half of the operations of the tower's own forward.
         tower, embeddings = self.text_model, self.text_model.embeddings
         hidden: Tensor = embeddings.token_embedding(tokens.view(len(rows), longest))
@@ -121,23 +129,29 @@ class ClipText(nn.Module):
         linears = [layer for layer in tower.modules() if isinstance(layer, nn.Linear)]
         attention = len(tower.encoder.layers) * 4 * longest * longest * tower.config.hidden_size
         row = sum(linear_flops(layer, longest) for layer in linears) + attention
-        flops = len(rows) * (row + linear_flops(self.text_projection, 1))
+        flops = len(rows) * row + linear_flops(self.text_projection, len(pooled))
         mask = torch.ones(len(chunks), most, dtype=torch.bool, device=embedded.device)
-        if len(rows) < mask.numel():
+        if len(pooled) < mask.numel():
             mask = torch.zeros_like(mask).flatten().index_fill_(0, slot, True).view_as(mask)
             embedded = embedded.new_zeros(mask.numel(), embedded.shape[-1]).index_copy_(0, slot, embedded)
         return embedded.unflatten(0, mask.shape), mask, flops
 
-    def image(self, features: Tensor) -> tuple[Tensor, int]:
+    def image(self, features: Tensor, normed: bool = True) -> tuple[Tensor, int]:
         """Patch features [B, N, D] -> [B, N, P] float32, through the tower's last norm and CLIP's projection.
 
         CLIP was trained this way for the CLS token of the last block only; patches need not be similar to their text.
+
+        Args:
+            normed: False leaves out the norm.
         """
+        flops = linear_flops(self.visual_projection, features[..., 0].numel())
+        if not normed:
+            return self.visual_projection(features.float()), flops
         (norm,) = self._post_layernorm
         with align_module_device(norm):  # weights that accelerate has offloaded
             weight, bias = (part.to(features.device, torch.float32) for part in (norm.weight, norm.bias))
-        normed = F.layer_norm(features.float(), norm.normalized_shape, weight, bias, norm.eps)
-        return self.visual_projection(normed), linear_flops(self.visual_projection, normed[..., 0].numel())
+        features = F.layer_norm(features.float(), norm.normalized_shape, weight, bias, norm.eps)
+        return self.visual_projection(features), flops
 
 
 def load_clip_text(
