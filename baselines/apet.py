@@ -44,6 +44,7 @@ from llava.reduction.ranking import in_float32, rows
 MatMul = Callable[[Tensor, Tensor], Tensor]
 BASIS, SHARE = 10, 3  # basis tokens, and at most one of so many kept tokens
 RIDGE = 1e-5
+EXACT = "donot_use_mm_for_euclid_dist"  # products round more, and would have to be counted
 
 
 def central_distance(tokens: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ def sample_basis(tokens: Tensor, start: Tensor, count: int) -> Tensor:
     """[B, K] indices: `start` [B], then repeatedly the token with the largest Euclidean distance to all chosen ones."""
     chosen, nearest = [start.unsqueeze(1)], torch.full_like(tokens[..., 0], torch.inf)
     for _ in range(count - 1):
-        distance = (tokens - gather_tokens(tokens, chosen[-1])).square().sum(2)
+        distance = torch.cdist(tokens, gather_tokens(tokens, chosen[-1]), compute_mode=EXACT).squeeze(2)
         # Never chosen again, not even if all tokens are identical.
         nearest = torch.minimum(nearest, distance).scatter(1, chosen[-1], -torch.inf)
         chosen.append(nearest.argmax(1, keepdim=True))
