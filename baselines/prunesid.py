@@ -36,8 +36,13 @@ def components(patches: Tensor, count: int, matmul: MatMul = torch.matmul) -> tu
     """[B, N] each: the principal component with the largest entry at a patch, as its group, and the entry's size."""
     centred = patches.sigmoid()
     centred = centred - centred.mean(2, keepdim=True)
-    vectors = torch.linalg.eigh(matmul(centred, centred.mT)).eigenvectors  # by ascending eigenvalue
-    size, group = vectors[..., -count:].flip(-1).abs().max(-1)
+    # Singular vectors by the smaller of both products; eigenvalues ascend.
+    if patches.shape[2] < patches.shape[1]:
+        directions = torch.linalg.eigh(matmul(centred.mT, centred)).eigenvectors[..., -count:]
+        vectors = F.normalize(matmul(centred, directions), dim=1)
+    else:
+        vectors = torch.linalg.eigh(matmul(centred, centred.mT)).eigenvectors[..., -count:]
+    size, group = vectors.flip(-1).abs().max(-1)
     return group, size
 
 
