@@ -28,6 +28,18 @@ REFERENCE = 32  # decoder layers of the papers' models
 SCHEDULE = "mean: the budget is the mean over all layers; kept: over the layers after the first stage"
 
 
+def two_stages(budget: int, stage: int, spec: ModelSpec) -> tuple[int, int]:
+    """Tokens that enter the decoder and tokens from layer `stage` on, in proportion 3 to 1 at half its depth.
+
+    VScan and ApET keep 96 and 32 for a mean of 64. The first number is 3/2 of the budget, or less at the ends: at most
+    all tokens, and so few that at least one is left for the second.
+    """
+    depth = spec.layers
+    first = min(3 * budget // 2, (depth * budget - (depth - stage)) // stage, spec.visual_tokens)
+    second = int((depth * budget - stage * first) / (depth - stage) + 0.5)
+    return first, min(second, first)
+
+
 def proportional(first: int, parts: Sequence[int]) -> tuple[int, ...]:
     """Tokens that each stage keeps if the first keeps `first`: in proportion to `parts`, rounded down, at least 1.
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from baselines._staged import two_stages
 from llava.reduction import (
     DecoderState,
     MethodMetadata,
@@ -95,11 +96,8 @@ class VScan(Reducer):
 
     def counts(self, spec: ModelSpec) -> tuple[int, int, int]:
         """Tokens chosen in the windows, all tokens kept by the first stage, and tokens kept by the second stage."""
-        (stage,), depth = self.decoder_layers(spec.layers), spec.layers
-        # 96 to 32 in the release, so the first stage keeps 3/2 of the budget, or less at the ends: it keeps at most all
-        # tokens, and leaves at least one for the second stage.
-        first = min(3 * self.budget // 2, (depth * self.budget - (depth - stage)) // stage, spec.visual_tokens)
-        second = int((depth * self.budget - stage * first) / (depth - stage) + 0.5)
+        (stage,) = self.decoder_layers(spec.layers)
+        first, second = two_stages(self.budget, stage, spec)
         local = first // 2
         if self.official and first < spec.visual_tokens:
             lacking = local % windows(spec.layout, self.window)[1]

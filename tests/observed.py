@@ -318,9 +318,10 @@ def check_rest(reducer: Reducer, record: Record) -> None:
         f"{said}: metadata.rest says {about.rest!r}, but tokens are {'merged' if merges else 'dropped'}"
     )
     appended = any(step.reduction.appended for step in steps)
-    assert appended != (about.order == "raster"), (
-        f"{said}: metadata.order says {about.order!r}, but merged tokens are "
-        f"{'appended' if appended else 'in raster order'}"
+    unsorted = reducer.deviates("unsorted") and any((step.reduction.kept.diff() < 0).any() for step in steps)
+    done = "merged tokens are appended" if appended else f"tokens are {'not ' if unsorted else ''}in raster order"
+    assert bool(appended or unsorted) != (about.order == "raster"), (
+        f"{said}: metadata.order says {about.order!r}, but {done}"
     )
     assert about.similarity in ("", "none", *VECTORS) and about.weights in ("", "mean", "score", "size", "rounds"), said
     merges = merges and reducer.acts_in != {"input_grid"}  # resizing an image weighs its patches itself

@@ -1,0 +1,172 @@
+"""PruneSID: one group of patches per principal component; of each, those that CLS sees and that are not alike.
+
+Paper: https://arxiv.org/abs/2603.09480
+Official code read: ZhengyaoFang/PruneSID@4ef17d9, prunesid/prunesid_llava/clip_encoder.py
+Differs from it: components are exact. The release computes them by a random method (torch.pca_lowrank): on random
+    features, two of its seeds share 48 to 52 of 64 kept tokens, 93 to 94 of 128 and 137 to 140 of 192. With tiles, kept
+    tokens are in raster order. Where a group's share ends on exactly half a token, it is rounded to even (the release:
+    by the rounding error of a sum). There are no more groups than channels (the release fails there). The paper's
+    budget that depends on the image is in neither.
+
+Kept tokens stand group by group, so they do not enter the decoder in raster order. On an accelerator the host waits for
+the decomposition.
+
+Shapes: B images, N patches, D channels, G groups.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llava.reduction import EncoderState, MethodMetadata, Reducer, Reduction, Release, TowerScore, option, register
+from llava.reduction.ranking import HOST, gather_tokens, in_float32, places
+
+MatMul = Callable[[Tensor, Tensor], Tensor]
+PER_GROUP = 4  # tokens of the budget for each group
+LENIENT = 32  # tokens are alike if their cosine is above budget / 32 times the mean of the image
+MOST, STEP = 5, 64  # a group may keep 5 tokens for each started 64 of the budget
+
+
+def components(patches: Tensor, count: int, matmul: MatMul = torch.matmul) -> tuple[Tensor, Tensor]:
+    """[B, N] each: the principal component with the largest entry at a patch, as its group, and the entry's size."""
+    centred = patches.sigmoid()
+    centred = centred - centred.mean(2, keepdim=True)
+    # Singular vectors by the smaller of both products; eigenvalues ascend.
+    if patches.shape[2] < patches.shape[1]:
+        directions = torch.linalg.eigh(matmul(centred.mT, centred)).eigenvectors[..., -count:]
+        vectors = F.normalize(matmul(centred, directions), dim=1)
+    else:
+        vectors = torch.linalg.eigh(matmul(centred, centred.mT)).eigenvectors[..., -count:]
+    size, group = vectors.flip(-1).abs().max(-1)
+    return group, size
+
+
+def unlike(alike: Tensor, matmul: MatMul = torch.matmul) -> Tensor:
+    """[B, N] bool: True for a token that is like no earlier one that is True.
+
+    A token depends on earlier ones alone, so i rounds are enough for token i. A CPU stops at the first round that
+    changes nothing.
+
+    Args:
+        alike: [B, N, N], 1 where the row's token comes before the column's and is like it, else 0.
+    """
+    kept = alike.new_ones(len(alike), 1, alike.shape[1])
+    for _ in range(alike.shape[1] - 1):
+        before, kept = kept, matmul(kept, alike).eq_(0)
+        if kept.device.type == HOST and torch.equal(kept, before):
+            break
+    return kept[:, 0] > 0
+
+
+def shares(size: Tensor, distinct: Tensor, budget: int, count: int, total: int) -> Tensor:
+    """[B, G] tokens to keep of each group; they sum to `count` if that is enough for one of each.
+
+    Args:
+        size, distinct: [B, G] int64, members of each group, and how many of them are not alike.
+        budget: tokens with CLS.
+        total: N, which is at least the budget.
+    """
+    least = size.clamp(max=1)
+    most = distinct.clamp(max=MOST * math.ceil(budget / STEP))
+    # All limits grow by one until they add up to the budget.
+    growth = places(1, total, size.device)[:, :, None]
+    short = torch.minimum(most.unsqueeze(1) + growth, size.unsqueeze(1)).sum(2) < budget
+    most = torch.minimum(most + short.sum(1, keepdim=True), size)
+    # One token of each group, and the others in proportion to the distinct ones.
+    rest = (count - least.sum(1, keepdim=True)).clamp(min=0)
+    ends = (distinct.cumsum(1) * rest / distinct.sum(1, keepdim=True)).round().long()
+    take = torch.minimum(ends.diff(dim=1, prepend=torch.zeros_like(rest)) + least, most)
+    # What the limits cut off goes to the groups with the most distinct ones, as far as their limits allow.
+    order = distinct.argsort(dim=1, descending=True, stable=True)
+    room = (most - take).gather(1, order)
+    missing = rest + (least - take).sum(1, keepdim=True)
+    return take.scatter_add(1, order, torch.minimum((missing - room.cumsum(1) + room).clamp(min=0), room))
+
+
+def choose(
+    patches: Tensor, score: Tensor, group: Tensor, groups: int, budget: int, count: int, matmul: MatMul = torch.matmul
+) -> Tensor:
+    """[B, count] indices of kept patches: by group, distinct ones before others, and then by score.
+
+    Args:
+        score: [B, N], higher is kept.
+        group: [B, N], below `groups`.
+        budget: tokens with CLS.
+    """
+    batch, total = score.shape
+    order = score.argsort(dim=1, descending=True, stable=True)
+    home = group.gather(1, order)
+    unit = F.normalize(gather_tokens(patches, order), dim=-1)
+    cosine = matmul(unit, unit.mT)
+    pairs = cosine.sum((1, 2)) - cosine.diagonal(dim1=1, dim2=2).sum(1)
+    threshold = pairs / max(1, total * (total - 1)) * (budget / LENIENT)
+    alike = (cosine > threshold[:, None, None]) & (home.unsqueeze(2) == home.unsqueeze(1))
+    kept = unlike(alike.to(cosine.dtype).triu(1), matmul)
+
+    members = home.unsqueeze(1) == places(1, groups, home.device)[:, :, None]  # [B, G, N]
+    size, distinct = members.sum(2), (members & kept.unsqueeze(1)).sum(2)
+    take = shares(size, distinct, budget, count, total)
+    listed = (2 * home + ~kept).argsort(dim=1, stable=True)
+    home = home.gather(1, listed)
+    rank = places(batch, total, home.device) - (size.cumsum(1) - size).gather(1, home)
+    first = (rank >= take.gather(1, home)).byte().argsort(dim=1, stable=True)[:, :count]
+    return order.gather(1, listed.gather(1, first))
+
+
+@register("prunesid")
+@dataclass(frozen=True, kw_only=True)
+class PruneSID(Reducer):
+    """Keeps the CLS token as one of the budget's tokens, where the tower has one."""
+
+    summary: ClassVar[str] = "groups by principal components; in each, high CLS attention and no near-duplicates first"
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(
+        acts="after the tower",
+        score="CLS attention, block −2, in groups by principal components; tokens like a better one of the group last",
+        order="CLS, then group by group",
+        needs="CLS token",
+        reads=("cls_attention -2", "features"),
+        similarity="features",
+        paper="PruneSID, ICLR 2026",
+        url="https://arxiv.org/abs/2603.09480",
+        code="ZhengyaoFang/PruneSID@4ef17d9",
+        release=Release(
+            random="the components, so also the groups",
+            order="group by group",
+            ours="exact components",
+            licence="none; its README says Apache-2.0",
+        ),
+    )
+    keep_cls: ClassVar[bool] = True
+    known_deviations: ClassVar[dict[str, str]] = {"unsorted": "kept tokens stand group by group, as in the release"}
+
+    # Every tile keeps its own class token, so the tokens of all tiles cannot be ranked together.
+    tile_budget: str = option(
+        "each", "the budget over tiles: even, or by the base image's attention", ("each", "thumbnail")
+    )
+    rank: str = option(
+        "attention",
+        "order within a group: CLS attention (release) or size in its component (paper)",
+        ("attention", "size"),
+    )
+
+    def scores(self) -> tuple[TowerScore, ...]:
+        return (TowerScore("cls_attention"),)
+
+    def encoder(self, state: EncoderState) -> Reduction:
+        attention = state.scores[TowerScore("cls_attention")]
+        total, tokens = attention.shape[1], state.features.shape[1]
+        cls = tokens - total
+        if self.budget >= total:  # all patches without CLS, as LLaVA has them without reduction
+            return Reduction(places(len(attention), total, attention.device) + cls, tokens)
+        patches = in_float32(state.features[:, cls:])
+        groups = max(1, min(self.budget // PER_GROUP, patches.shape[2]))
+        group, size = components(patches, groups, state.matmul)
+        score = attention if self.rank == "attention" else size
+        kept = choose(patches, score, group, groups, self.budget, self.budget - cls, state.matmul)
+        plan = Reduction(kept, total)
+        return plan.with_cls() if cls else plan
