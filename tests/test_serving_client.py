@@ -26,8 +26,20 @@ from llava.reduction.registry import build, names
 from llava.serving import client
 from tests.conftest import drawn_image, samples
 
-PIXELS = {"divprune", "fastervlm", "full", "hired", "holov", "random", "scope", "uniform", "visionzip", "vispruner"}
-REFUSED = {"dart", "fastv", "pyramiddrop", "sparsevlm", "visiondrop", "vscan"}
+PIXELS = {
+    "divprune",
+    "fastervlm",
+    "full",
+    "hired",
+    "holov",
+    "otprune",
+    "random",
+    "scope",
+    "uniform",
+    "visionzip",
+    "vispruner",
+}
+REFUSED = {"dart", "fastv", "priortr", "pyramiddrop", "sparsevlm", "v2drop", "visiondrop", "vscan"}
 
 
 @pytest.mark.parametrize("method", names())

@@ -145,7 +145,9 @@ class Cosines:
 
     def rows(self, tokens: Tensor) -> Tensor:
         """[m, N] cosines of tokens [m] of the only image to all tokens."""
-        return self.matmul(self.unit[0, tokens], self.unit[0].T) if self.table is None else self.table[0, tokens]
+        if self.table is None:
+            return self.matmul(self.unit[0, tokens], self.unit[0].T)
+        return self.table[0].index_select(0, tokens)
 
     def blocks(self) -> Iterator[Tensor]:
         """[B, m, N] cosines of consecutive tokens to all; the table itself where there is one."""
@@ -179,7 +181,7 @@ class Table:
         return self.table[self.images, token]
 
     def rows(self, tokens: Tensor) -> Tensor:
-        return self.table[0, tokens]
+        return self.table[0].index_select(0, tokens)
 
     def blocks(self) -> Iterator[Tensor]:
         yield self.table
