@@ -55,12 +55,12 @@ def distinctiveness(unit: Tensor, official: bool, matmul: MatMul = torch.matmul)
     Args:
         unit: [B, L, D] of length 1.
     """
-    central = matmul(unit, unit.sum(1).unsqueeze(2)).mT  # [B, 1, L]
+    central = matmul(unit.sum(1, keepdim=True), unit.mT)  # [B, 1, L]
     blocks = len(unit) * unit.shape[1] ** 2 // AT_A_TIME + 1
     closest = []
     for rows, own in zip(unit.tensor_split(blocks, 1), central.tensor_split(blocks, 2), strict=True):
-        compared = central < own.mT if official else central > own.mT
-        closest.append(matmul(rows, unit.mT).masked_fill(~compared, NONE).amax(2))
+        left_out = central >= own.mT if official else central <= own.mT
+        closest.append(matmul(rows, unit.mT).masked_fill_(left_out, NONE).amax(2))
     highest = torch.cat(closest, 1)
     return central[:, 0] * (1 - highest.masked_fill(highest == NONE, 0.0))
 
@@ -70,7 +70,9 @@ def distinctiveness(unit: Tensor, official: bool, matmul: MatMul = torch.matmul)
 class Restore(Completion):
     """Compares projected tokens when it is alone."""
 
-    summary: ClassVar[str] = "averages of all tokens around the most distinctive ones; METHOD+restore: half of them"
+    summary: ClassVar[str] = (
+        "averages of all tokens around the most distinctive ones; METHOD+restore keeps half by METHOD"
+    )
     completes: ClassVar[str] = "then averages of the others around the most distinctive of them"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="before decoder layer 0",

@@ -70,13 +70,13 @@ def stock() -> Any:
     return make_tiny_llava().eval()
 
 
-def engine_tower(method: str, budget: int) -> EngineTower:
+def engine_tower(method: str, budget: int, **options: str) -> EngineTower:
     """The tower of an engine whose settings name a method.
 
     Raises:
         UserError: the engine cannot run it.
     """
-    model = EngineLlava(stock(), {"method": method, "budget": budget})
+    model = EngineLlava(stock(), {"method": method, "budget": budget, "options": options})
     served = served_by(model.config)
     assert served is not None
     layers: list[Any] = list(model.tower.encoder.layers)

@@ -10,6 +10,7 @@ from baselines import restore
 from baselines.restore import Restore, distinctiveness
 from eval.config import options_by_method
 from eval.efficiency.oracle import oracle_of
+from llava import reduce
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.pipeline.accounting import Timer
@@ -17,10 +18,12 @@ from llava.pipeline.generate import until_decoder
 from llava.processing.prompt import Sample
 from llava.reduction import ModelSpec, PatchGrid, keep_top, registry
 from llava.reduction.budget import planned, require
+from llava.reduction.compose import composition
 from llava.reduction.token_layout import spec_of
 from tests import contract
 from tests.conftest import QUESTIONS, drawn_image, samples
 from tests.drawn_images import state_with
+from tests.stock_inputs import shared
 from tests.tiny_checkpoints_families import make_tiny_next, save_next_transformers
 from tests.vectors import vectors
 
@@ -86,6 +89,12 @@ def test_planted_groups_are_found_and_have_median_ids_in_the_order_of_their_firs
     late = tokens[:, torch.tensor([1, 0, 4, 5, 8, 11, 2, 3, 6, 7])]  # the first group begins first and has a later id
     found = alone(late, 3)
     assert groups_of(found) == [[0, 6, 8], [1, 2, 3, 4, 5], [7, 9]] and found.kept.tolist() == [[6, 3, 7]]
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_anchors_that_are_alike_keep_groups_of_their_own(value):
+    """Of equal tokens the first are anchors, and the rest join the first of them."""
+    assert groups_of(alone(torch.full((1, 6, 4), value), 3)) == [[0, 3, 4, 5], [1], [2]]
 
 
 def test_the_paper_compares_with_more_central_tokens_and_the_release_with_less_central_ones():
@@ -231,6 +240,34 @@ def test_options_and_sources_know_both_parts():
     (row,) = registry.describe("vispruner+restore")
     assert "RESTORE" in row["paper"] and row["reads"] == "cls_attention -2, features, order"
     assert "METHOD+restore" in registry.describe("restore")[0]["summary"]
+    # The order is the completion's, so an excuse of the first method is none of both.
+    assert set(registry.method("holov+restore").known_deviations) == {"unsorted with positions=original"}
     after = registry.build("restore+fastv", 64)  # alone, it can also be the first of two
     assert planned(after, LLAVA_7B) == registry.build("divprune+fastv", 64).tokens_per_layer(LLAVA_7B)
     assert dataclasses.replace(reducer, budget=32).first.budget == 8
+
+
+def test_operations_of_the_first_method_are_counted():
+    """Those that its reduction brings, too: the pipeline sees the completion's reduction alone."""
+
+    class Costly(registry.method("uniform")):
+        def prompt(self, state):
+            return dataclasses.replace(super().prompt(state), flops=1000)
+
+    tokens = torch.randn(1, 12, 4)
+    counted = []
+    for first in (registry.method("uniform"), Costly):
+        state = state_with(tokens, tokens=tokens)
+        composition(first, Restore)(budget=6).prompt(state)
+        counted.append(state.flops)
+    assert counted[1] - counted[0] == 1000 and counted[0] > 0
+
+
+@pytest.mark.parametrize("method", ["holov+restore", "vispruner+restore"])
+def test_a_stock_model_is_reduced(method):
+    case = shared("llava")
+    inputs = case.prepare(["USER: <image> where is the tree? ASSISTANT:"], [drawn_image(0)])
+    with reduce(case.model, method, 8) as reduced:
+        assert case.model(**inputs).logits.isfinite().all()
+    ((accounting,), ((step,),)) = reduced.accounting, reduced.traces
+    assert accounting.mean == 8 and sum(map(len, groups_of(step.reduction))) == 16

@@ -34,6 +34,7 @@ PIXELS = {
     "holov",
     "otprune",
     "random",
+    "restore",
     "scope",
     "uniform",
     "visionzip",
@@ -48,7 +49,12 @@ def test_every_method_has_a_route_or_a_reason(method):
         with pytest.raises(UserError, match=f"{method} .* decoder layers"):
             client.route(method, "64", DEFAULT_MODEL)
         return
-    way, arguments = client.route(method, None if method == "full" else "64", DEFAULT_MODEL)
+    budget, options = None if method == "full" else "64", {}
+    if build(method, 64).positions != "renumber":
+        with pytest.raises(UserError, match=f"{method}.positions=original does not. Set it to renumber"):
+            client.route(method, budget, DEFAULT_MODEL)
+        options = {"positions": "renumber"}
+    way, arguments = client.route(method, budget, DEFAULT_MODEL, options)
     assert way == (client.PIXELS if method in PIXELS else client.EMBEDS)
     assert ("--enable-prompt-embeds" in arguments) == (way == client.EMBEDS)
     assert ("--hf-overrides" in arguments) == ("--chat-template" in arguments) == (way == client.PIXELS)

@@ -170,14 +170,16 @@ def test_an_image_becomes_the_same_tokens_inside_an_engine(method, tiny):
     """Tower scores come from what a stand-in of the engine's attention is given; the pipeline computes its own."""
     batch = [sample for sample in samples() if sample.images]
     try:
-        tower = engine_tower(method, 6)
+        tower = engine_tower(method, 6, positions="renumber")
     except UserError as error:
         assert "send prompt embeddings" in str(error) or "vLLM has one length" in str(error) or method == "full"
         return
     found = tower.clip_images([tiny.image_processor(sample.image)[None] for sample in batch], [(0, 0)] * len(batch))
     # A prompt of the engine is an image alone, named by its number; it matters to methods that draw.
     named = [dataclasses.replace(sample, id=str(number)) for number, sample in enumerate(batch)]
-    sequence = until_decoder(tiny, named, registry.build(method, 6), Timer(tiny.device)).start
+    sequence = until_decoder(
+        tiny, named, registry.build(method, 6, {"positions": "renumber"}), Timer(tiny.device)
+    ).start
     for row, (own, (start, stop)) in enumerate(zip(found, sequence.images, strict=True)):
         before = sequence.padding(row)
         torch.testing.assert_close(own, sequence.hidden[row, before + start : before + stop], atol=1e-5, rtol=1e-5)

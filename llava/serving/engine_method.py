@@ -124,7 +124,8 @@ def refuse_gaps(reducer: Reducer) -> None:
     """Raise UserError unless a method numbers its prompts 0, 1, 2, ..., as engines do."""
     if reducer.positions != "renumber" and reducer.name != "full":
         raise UserError(
-            f"An engine numbers a prompt without gaps; {reducer.name}.positions={reducer.positions} does not."
+            f"An engine numbers a prompt without gaps; {reducer.name}.positions={reducer.positions} does not. "
+            "Set it to renumber."
         )
 
 
