@@ -60,7 +60,7 @@ def test_a_budget_below_one_frame(budget):
     assert chosen == first + sorted(rest) and len(chosen) == budget
     assert kept(tokens, F, budget, official=True) == [[*range(N)]]
     still = torch.ones(1, F * N, D)
-    assert kept(still, F, budget) == [first + [*range(N, N + budget - len(first))]]
+    assert kept(still, F, budget) == [[*first, *range(N, N + budget - len(first))]]
 
 
 def test_what_is_planned():
