@@ -69,8 +69,8 @@ def prepare(config: RunConfig, model: Any = None, reducer: Reducer | None = None
         model = load_model(config)
     if data.images.noun == "videos" and not getattr(model, "takes_videos", True):
         raise UserError(
-            f"{data.title} asks about videos, and {model.name} takes images only; choose a Video-LLaVA with --model, "
-            "or leave --model out for the bundled toy model."
+            f"{data.title} asks about videos, and {model.name} takes images only; choose a Video-LLaVA or a Qwen-VL "
+            "with --model, or leave --model out for the bundled toy model."
         )
     if reducer is None:
         reducer = build_reducer(config, model.visual_tokens)
@@ -107,6 +107,7 @@ def load_model(config: RunConfig) -> CachingLlava:
         quantization=config.quantization,
         tensor_parallel=config.tensor_parallel,
         zero=config.zero,
+        videos=benchmarks.get(config.benchmark).videos,
         **config.image_options,
     )
     return CachingLlava(model, RUN_BYTES)  # it remembers what its tower gave for an image

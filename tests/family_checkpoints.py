@@ -15,9 +15,12 @@ from tests.tiny_checkpoints import TEXT, write_json
 TURN, END = "<|im_start|>", "<|im_end|>"
 TEMPLATE = (
     "{% for message in messages %}<|im_start|> {{ message['role'] }} {% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}IMAGE{% else %} {{ part['text'] }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
+    "{% if part['type'] == 'image' %}IMAGE{% elif part['type'] == 'video' %}VIDEO"
+    "{% else %} {{ part['text'] }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
 )
+PIXELS = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}  # of Qwen-VL's processors
+PIXELS |= {"size": {"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * 30}}
 # Family -> what its template writes for an image, its special tokens by the names of the tokenizer's attributes, and
 # its processor's class and settings.
 SAVED: dict[str, tuple[str, dict[str, str], str, dict[str, Any], dict[str, Any]]] = {
@@ -26,8 +29,7 @@ SAVED: dict[str, tuple[str, dict[str, str], str, dict[str, Any], dict[str, Any]]
         {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_start_token": "<|vision_start|>"}
         | {"vision_end_token": "<|vision_end|>"},
         "Qwen3VLProcessor",
-        {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
-        | {"size": {"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * 30}},
+        {"image_processor_type": "Qwen2VLImageProcessor", **PIXELS},
         {},
     ),
     "internvl3": (
@@ -65,9 +67,15 @@ SAVED: dict[str, tuple[str, dict[str, str], str, dict[str, Any], dict[str, Any]]
 }
 
 
+# These answer benchmarks of images as other models do (llava/model/qwen_vl.py), and those of videos as families.
+FILMED = {"qwen3_vl": SAVED["qwen3_vl"]}
+for _name, _kind in (("qwen2_vl", "Qwen2VLProcessor"), ("qwen2_5_vl", "Qwen2_5_VLProcessor")):
+    FILMED[_name] = (*SAVED["qwen3_vl"][:2], _kind, *SAVED["qwen3_vl"][3:])
+
+
 def save_family(name: str, folder: Path) -> Any:
     """Write a checkpoint of random weights, and return the model, which decodes greedily."""
-    slot, tokens, processor, images, settings = SAVED[name]
+    slot, tokens, processor, images, settings = (SAVED | FILMED)[name]
     words = ["<unk>", "<pad>", *dict.fromkeys(f"{TEXT} user assistant".split())]
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
@@ -78,8 +86,14 @@ def save_family(name: str, folder: Path) -> Any:
     )
     assert len(fast) <= 300
     fast.save_pretrained(folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("IMAGE", slot))
+    (folder / "chat_template.jinja").write_text(
+        TEMPLATE.replace("IMAGE", slot).replace("VIDEO", slot.replace("image", "video"))
+    )
     write_json(folder / "preprocessor_config.json", {"processor_class": processor, **images})
+    if name in FILMED:
+        kind = "Qwen3VLVideoProcessor" if name == "qwen3_vl" else "Qwen2VLVideoProcessor"
+        size = {"shortest_edge": 28 * 28 * 4 * 8, "longest_edge": 28 * 28 * 20 * 8}
+        write_json(folder / "video_preprocessor_config.json", {"video_processor_type": kind, **PIXELS, "size": size})
     write_json(folder / "processor_config.json", {"processor_class": processor, **settings})
     torch.manual_seed(0)
     ids = {part: fast.convert_tokens_to_ids(token) for part, token in tokens.items()}

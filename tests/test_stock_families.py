@@ -336,30 +336,96 @@ def test_onevision_shrinks_many_tiles():
     assert reduced.accounting[0].mean == 12
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
-def test_videos(name):
-    """Frames told apart by text are images with a part of the video's positions each, others are one video."""
-    model, frame, apart = tiny(name), [5, *[VIDEO] * 8, 6], name.startswith("qwen3")
-    shown = [*frame, 12, *frame, 13, *frame] if apart else [5, *[VIDEO] * 24, 6]
-    ids = torch.tensor([[1, 11, *shown, 21, 22]])
+FILMING = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]
+
+
+def video_call(name, frames=(3,)):
+    """Arguments for prompts with one video each, of 8 tokens a frame; Qwen3 has other text before each frame."""
+    frame, apart, rows = [5, *[VIDEO] * 8, 6], name.startswith("qwen3"), []
+    for row, total in enumerate(frames):
+        shown = [5, *[VIDEO] * 8 * total, 6]
+        if apart:
+            shown = [token for number in range(total) for token in (30 + number, *frame)]
+        rows.append([1, 11, *shown, 21, 22, *[40] * (3 * row)])
+    ids = torch.tensor([[0] * (max(map(len, rows)) - len(row)) + row for row in rows])
     inputs = {
         "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
+        "attention_mask": (ids != 0).long(),
         "mm_token_type_ids": (ids == VIDEO).int() * 2,
-        "pixel_values_videos": torch.randn(3 * 32, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0)),
-        "video_grid_thw": torch.tensor([[3, 4, 8]]),
+        "pixel_values_videos": torch.randn(sum(frames) * 32, 1176, generator=torch.Generator().manual_seed(0)),
+        "video_grid_thw": torch.tensor([[total, 4, 8] for total in frames]),
     }
     if name == "qwen2_5_vl":
-        inputs["second_per_grid_ts"] = torch.tensor([0.5])
+        inputs["second_per_grid_ts"] = torch.tensor([0.5] * len(frames))
+    return inputs
+
+
+@pytest.mark.parametrize("name", FILMING)
+def test_videos(name):
+    """A budget is the video's, also where text tells its frames apart; methods between layers see frames as images."""
+    model, inputs = tiny(name), video_call(name)
     expected, beams = last(model, inputs), model.generate(**inputs, **STEPS, num_beams=2)
-    with reduce(model, "full"):
+    with reduce(model, "full") as reduced:
         assert torch.equal(last(model, inputs), expected)
+        assert reduced.accounting[0].images == 1
         own = model.generate(**inputs, **STEPS, num_beams=2)
         assert torch.equal(own, beams) or (name == "qwen3_5" and OLD)
-    with reduce(model, "fastervlm", 4) as reduced:
-        assert torch.isfinite(last(model, inputs)).all()
-    assert reduced.accounting[0].tokens_per_layer == (12 if apart else 4,) * 4
-    assert reduced.accounting[0].images == (3 if apart else 1)
+    for method in ("fastervlm", "evs", "vidcom2"):
+        with reduce(model, method, 4) as reduced:
+            assert torch.isfinite(last(model, inputs)).all()
+        assert reduced.accounting[0].tokens_per_layer == (4,) * 4 and reduced.accounting[0].images == 1
+    if name == "qwen3_vl":
+        with reduce(model, "fastv", 6) as reduced:
+            assert torch.isfinite(last(model, inputs)).all()
+        assert reduced.accounting[0].images == 3 and reduced.accounting[0].mean == 5.75
+
+
+@pytest.mark.parametrize("name", FILMING[:3])
+@pytest.mark.parametrize("method", ["evs", "vidcom2", "fastervlm", "consensusdrop"])
+def test_a_reduced_video_is_the_stock_model_without_the_dropped_tokens(name, method):
+    """Times between frames stay, all tokens keep their positions, and prompts of a batch do not depend on others."""
+    model, inputs = tiny(name), video_call(name, (3, 2))
+    with reduce(model, method, 9, positions="original") as reduced:
+        found = last(model, inputs)
+    if method == "consensusdrop":  # merges; it is compared with itself alone
+        for row, total in enumerate((3, 2)):
+            alone = {key: value[row : row + 1] for key, value in inputs.items()}
+            pad = int((alone["input_ids"][0] == 0).sum())
+            alone |= {key: alone[key][:, pad:] for key in ("input_ids", "attention_mask", "mm_token_type_ids")}
+            alone["pixel_values_videos"] = inputs["pixel_values_videos"].split([96, 64])[row]
+            with reduce(model, method, 9, positions="original"):
+                torch.testing.assert_close(last(model, alone)[0], found[row], atol=1e-5, rtol=0)
+            assert reduced.accounting[row].visual_tokens == 8 * total
+        return
+    ids, mask = inputs["input_ids"], inputs["attention_mask"].clone()
+    for row, steps in enumerate(reduced.traces):
+        places = (ids[row] == VIDEO).nonzero().flatten()
+        mask[row, places] = 0
+        mask[row, places[steps[0].reduction.kept[0]]] = 1
+    known = {key: inputs[key] for key in ("video_grid_thw", "second_per_grid_ts", "mm_token_type_ids") if key in inputs}
+    positions = model.model.get_rope_index(ids, attention_mask=inputs["attention_mask"], **known)[0]
+    expected = last(model, inputs | {"attention_mask": mask, "position_ids": positions})
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_times_stay_between_the_frames_of_a_renumbered_video():
+    """A decoder that got them before the video would take all frames for later ones."""
+    model, inputs, given = tiny("qwen3_vl"), video_call("qwen3_vl"), {}
+    hook = model.model.register_forward_pre_hook(lambda *seen: given.update(seen[2]), with_kwargs=True)
+    with reduce(model, "evs", 10) as reduced:
+        last(model, inputs)
+    hook.remove()
+    kept, text = reduced.traces[0][0].reduction.kept[0], inputs["input_ids"][0] != VIDEO
+    shown = torch.isin((inputs["input_ids"][0] == VIDEO).cumsum(0) - 1, kept) | text
+    assert torch.equal(given["input_ids"][0], inputs["input_ids"][0][shown])
+    ids, position = given["input_ids"][0] == VIDEO, given["position_ids"][-3:, 0]
+    for place in range(1, len(ids)):
+        behind = position[:, :place].max() + 1
+        if not ids[place]:  # text goes on behind the longest axis
+            assert (position[:, place] == behind).all()
+        elif not ids[place - 1]:  # a frame begins
+            stop = place + int(ids[place:].long().argmin())
+            assert (position[:, place:stop].amin(1) == behind).all() and len(position[0, place:stop].unique()) == 1
 
 
 @pytest.mark.parametrize(

@@ -276,6 +276,11 @@ class Benchmark:
     licence: str = ""
     split_files: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def videos(self) -> bool:
+        """Whether its questions are about videos."""
+        return self.model == "tinyllava_video"
+
     def load(self, data: Path, split: str, profile: str | None = None, source: str = "auto") -> Dataset:
         """The questions of a split, checked; in the first profile if none is named."""
         profile = profile or self.profiles[0]

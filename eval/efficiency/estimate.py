@@ -44,7 +44,7 @@ from llava.reduction import registry
 from llava.reduction.budget import require
 from llava.reduction.modules import projector_flops
 from llava.reduction.reducer import Reducer
-from llava.reduction.token_layout import single
+from llava.reduction.token_layout import frames, single
 
 SAMPLED = 64  # questions whose prompts and images are read
 SPENT = 0.5  # seconds of each measurement
@@ -346,7 +346,7 @@ def estimate(config: RunConfig, place: Placement | None = None) -> "Estimate | F
     data, _ = read_questions(config)
     planned, device = data.questions[: config.limit], device_of(config.device)
     unusual = config.text_tower, config.quantization, config.tensor_parallel, config.zero, config.image_options
-    if container := declared_class(config.model, *unusual):
+    if container := declared_class(config.model, *unusual, data.images.noun == "videos"):
         return estimate_family(config, container, data, planned, device)
     checkpoint = outline_checkpoint(config.model, config.text_tower)
     model = runtime(checkpoint, torch.device("meta"), dict(config.image_options))
@@ -442,21 +442,26 @@ def estimate_family(
 
     dtype = DTYPES[config.dtype]
     model: Any = load_family(config.model, container, dtype, device, weights=False)
-    if data.images.noun == "videos":
+    videos = data.images.noun == "videos"
+    if videos and not model.takes_videos:
         raise UserError(f"{data.title} asks about videos, and {model.name} takes images only; choose a Video-LLaVA.")
     reducer = build_reducer(config, model.visual_tokens)
     require_any(model, reducer)
     if why := why_not(model.family, model.hf_model.config, reducer):
         raise UserError(why)
-    token, breaks, shapes = model.token("image"), model.family.breaks, []
+    token, breaks, shapes = model.token("video" if videos else "image"), model.family.breaks, []
     for question in sampled(data, planned):
-        ids = model.inputs([data.sample(question)])["input_ids"][0]
+        given = model.inputs([data.sample(question)])
+        ids = given["input_ids"][0]
         shown = (ids == token).long()
         ends = torch.cat([shown.diff(), -shown[-1:]])
         # Lengths of the unbroken runs of visual tokens. A family with breaks puts one after each row of an image.
         runs = torch.cat([shown.new_zeros(1), shown.cumsum(0)[ends < 0]]).diff().tolist()
         pieces = [sum(runs) // len(question.images)] * len(question.images) if breaks and question.images else runs
         images = tuple(single(1, tokens) for tokens in pieces)
+        if videos and "decoder" not in reducer.acts_in:  # the text between frames does not divide a video
+            times = int(given["video_grid_thw"][0, 0])
+            images = (frames(times, 1, sum(runs) // times),)
         shapes.append(QuestionShape(len(ids) - int(shown.sum()), images))
     longest = config.max_new_tokens or data.max_new_tokens
     count = min(config.batch_size, len(planned))

@@ -1,10 +1,11 @@
 """The families of `llava.hf.families` in the evaluation pipeline: loading their checkpoints, and answering questions.
 
 The checkpoint's own processor makes the prompt from its chat template, with images before the message of the benchmark.
+Frames of a video are those that the benchmark reads, so the processor chooses none; it is told when each was shown.
 transformers' `generate` decodes it greedily inside `FamilyReductionContext`. Of the checkpoint's
 generation_config.json, only the end tokens are used.
 
-Without torchvision, a processor is built without its video part; videos are not supported here anyway.
+Without torchvision, a processor is built without its video part, and videos are refused.
 
 Read: transformers 5.23.0, processing_utils.py, models/auto/processing_auto.py, generation/utils.py
 """
@@ -41,6 +42,7 @@ from llava.model.llava_arch import LoadedModel
 from llava.pipeline.accounting import Answer, Batch, Timer, Timing
 from llava.processing.json_files import read_json
 from llava.processing.prompt import Prompt, Sample
+from llava.processing.video import Video
 from llava.reduction.modules import prefill_flops
 from llava.reduction.reducer import Reducer
 from llava.reduction.token_layout import ModelSpec, PatchGrid
@@ -52,7 +54,7 @@ TILES = "Tiles between which the prompt has text count as images: budgets and me
 
 
 class FamilyModel(FamilyWrapper, LoadedModel):
-    """A checkpoint that answers questions about images.
+    """A checkpoint that answers questions about images, and about videos in the families that have them.
 
     Args:
         model: the model, in evaluation mode.
@@ -65,6 +67,7 @@ class FamilyModel(FamilyWrapper, LoadedModel):
         super().__init__(model, processor.tokenizer)
         self.processor, self.name, self._files = processor, name, files
         self.stop, self.spread, title = None, False, self.family.title
+        self.takes_videos = self.family.videos
         self.conversation = f"chat template of {title}"
         rows = self.head.out_features
         refuse_long_vocabulary(processor.tokenizer, rows, name)
@@ -113,10 +116,18 @@ class FamilyModel(FamilyWrapper, LoadedModel):
 
     def inputs(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Arguments of the model's forward, with prompts padded on the left."""
+        shown = [image for sample in samples for image in sample.images]
+        videos = [image for image in shown if isinstance(image, Video)]
         chats = []
         for sample in samples:
-            content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in sample.images]
+            content: list[dict[str, Any]] = [
+                {"type": "video"} if isinstance(image, Video) else {"type": "image", "image": image}
+                for image in sample.images
+            ]
             chats.append([{"role": "user", "content": [*content, {"type": "text", "text": sample.message}]}])
+        if videos:
+            given = self._with_videos(chats, [image for image in shown if not isinstance(image, Video)], videos)
+            return dict(given.to(self.device, self.hf_model.dtype))
         given = self.processor.apply_chat_template(
             chats,
             add_generation_prompt=True,
@@ -126,6 +137,33 @@ class FamilyModel(FamilyWrapper, LoadedModel):
             processor_kwargs={"padding": True, "padding_side": "left"},
         )
         return dict(given.to(self.device, self.hf_model.dtype))
+
+    def _with_videos(self, chats: list[Any], images: list[Any], videos: list[Video]) -> Any:
+        """Arguments of the model's forward for prompts of which some have videos."""
+        if getattr(self.processor, "video_processor", None) is None:
+            raise UserError(
+                f"{self.name} prepares videos with the package torchvision, which is not installed; install the "
+                "torchvision that belongs to this torch."
+            )
+        texts = [self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
+        about = [
+            {
+                "total_num_frames": video.total or len(video.frames),
+                "fps": video.rate,
+                "frames_indices": list(video.indices or range(len(video.frames))),
+            }
+            for video in videos
+        ]
+        return self.processor(
+            text=texts,
+            images=images or None,
+            videos=[list(video.frames) for video in videos],
+            video_metadata=about,
+            do_sample_frames=False,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
 
     def answers(
         self, samples: Sequence[Sample], reducer: Reducer, max_new_tokens: int, ignore_eos: bool, timer: Timer

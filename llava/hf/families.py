@@ -8,7 +8,10 @@ Tokens are reduced after the projector, because in most families it makes one to
 "features" are projected tokens here.
 
 An image is what is contiguous in the prompt. Frames of a video or tiles with nothing between them form one image; tiles
-that a family separates by text are one image each.
+that a family separates by text are one image each. Where text stands between the frames of a video (the times in
+Qwen3-VL), a method that acts before the decoder alone sees them as one video all the same, as if the text stood before
+it; the decoder gets text and tokens in their own order. A method that acts between decoder layers takes each frame for
+an image.
 
 Read: transformers 5.23.0, modeling of the families in FAMILIES
 """
@@ -294,6 +297,26 @@ class FamilyWrapper(ModelCalls):
             own = Encoded(features, {score: values[i] for score, values in stacked.items()}, (side, side), spent=spent)
             views.append((EncodedImage(own, layout, layout, layout.tokens), i))
         return views
+
+    def together(self, views: Sequence[Owned], ids: Tensor, token: int) -> Tensor | None:
+        """The order of columns, [B, L], in which text between the frames of a video comes before its first frame.
+
+        None if the frames of every video follow one another already. For the arguments, see `images`.
+        """
+        places, order, done = (ids == token).nonzero().tolist(), torch.arange(ids.shape[1]).repeat(len(ids), 1), 0
+        counts: dict[int, int] = {}  # of each video in order
+        for view, owner in views:
+            counts[owner] = counts.get(owner, 0) + view.full.tokens
+        if len(places) != sum(counts.values()):
+            return None  # `images` says what is wrong
+        for count in counts.values():
+            (row, first), (last_row, last) = places[done], places[done + count - 1]
+            done += count
+            if row == last_row and last + 1 - first > count:
+                own = ids[row, first : last + 1].cpu() == token
+                order[row, first : last + 1] = first + own.long().argsort(stable=True)
+        moved = not torch.equal(order, torch.arange(ids.shape[1]).expand_as(order))
+        return order.to(ids.device) if moved else None
 
     def images(self, name: str, views: Sequence[Owned], ids: Tensor, token: int) -> tuple[list[EncodedImage], Tensor]:
         """Find the encoded images of a call in its prompts, and join tiles and frames that follow one another.

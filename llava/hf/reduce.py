@@ -42,6 +42,7 @@ from llava.pipeline.decoder import Segment, causal_mask, rotary_angles
 from llava.pipeline.sequence import ImageKey, PromptBatch
 from llava.pipeline.stages import Stages, embed
 from llava.reduction.budget import require
+from llava.reduction.ranking import gather_tokens
 from llava.reduction.reducer import Reducer
 from llava.reduction.registry import build, names
 from llava.reduction.token_layout import ModelSpec, PatchGrid, spec_of, stitched
@@ -173,11 +174,14 @@ class Running:
     """A prefill that is running.
 
     Attributes:
-        rows: for each prompt, its token ids without padding, with one image token per visual token.
+        rows: for each prompt, its token ids without padding, with one image token per visual token, in the order in
+            which methods see them.
         types: for each prompt, the mask of image tokens that the family's forward takes; None if it takes none.
         places: for each prompt, the place in `rows` where each of its images begins.
         outputs: for each modality, the output of the model's own encoder.
         sequence: the prompts as they entered the last layer that has run.
+        order: for each prompt, the place of each of `rows` in the prompt as it was given (`FamilyWrapper.together`);
+            None if nothing was moved.
         segments: the layers that have run so far, see `Prefilled`.
     """
 
@@ -187,6 +191,7 @@ class Running:
     places: list[list[int]]
     outputs: dict[str, Any]
     sequence: PromptBatch
+    order: list[Tensor] | None = None
     segments: list[Segment] = field(default_factory=list)
 
 
@@ -266,15 +271,21 @@ class FamilyReductionContext(ReductionContext):
         if family.axes:
             self._refuse_axes(given, ids, tokens, copies)
         ready, outputs, filled, timer = {}, {}, ids, self.timer or Timer(runtime.device)
+        order: Tensor | None = None  # columns of the prompts as methods see them
         for name, pixels in MODALITIES.items():
             if given.get(pixels) is not None:
                 views, outputs[name] = runtime.views_of(name, given, reducer)
+                if name == "video" and "decoder" not in reducer.acts_in:
+                    order = runtime.together(views, filled, tokens[name])
+                    filled = filled if order is None else filled.gather(1, order)
                 ready[tokens[name]], filled = runtime.images(name, views, filled, tokens[name])
         batch: list[StockSample] = samples(filled, mask, ready, self.questions, runtime.tokenizer, runtime.marks)
         if self.names is not None:
             batch = [replace(one, id=name) for one, name in zip(batch, self.names, strict=True)]
         prompts, real = [runtime.prompt(sample) for sample in batch], mask.bool()
-        stages = Stages(runtime, reducer, batch, Record([[] for _ in batch], [[] for _ in batch]), timer)
+        # Positions are renumbered in the order of the prompts, in which the decoder gets them.
+        staged = reducer if order is None else replace(reducer, positions="original")
+        stages = Stages(runtime, staged, batch, Record([[] for _ in batch], [[] for _ in batch]), timer)
         encoded: dict[ImageKey, Any] = {}
         for row, one in enumerate(batch):
             encoded |= {(row, number): image for number, image in enumerate(one.images)}
@@ -288,21 +299,29 @@ class FamilyReductionContext(ReductionContext):
                 own += [done] * (token == IMAGE_TOKEN_INDEX)
                 done += stages.images[sample, len(own) - 1].inputs if token == IMAGE_TOKEN_INDEX else 1
             places.append(own)
-        sequence = embed(runtime, reducer, prompts, stages.images)
-        types = None if given.get(family.types) is None else unpadded(given[family.types][::copies], real)
-        running = Running(stages, unpadded(ids, real), types, places, outputs, sequence)
+        sequence = embed(runtime, staged, prompts, stages.images)
+
+        def seen(values: Tensor) -> list[Tensor]:
+            return unpadded(values if order is None else gather_tokens(values, order), real)
+
+        types = None if given.get(family.types) is None else seen(given[family.types][::copies])
+        running = Running(stages, seen(ids), types, places, outputs, sequence)
+        if order is not None:
+            running.order = seen(torch.arange(ids.shape[1], device=ids.device).expand_as(ids))
         if family.axes:
-            position = unpadded(self._positions(given, ids, mask, copies), real)
+            position = seen(self._positions(given, ids, mask, copies))
             kept = [part[columns] for part, columns in zip(position, self._columns(running), strict=True)]
             sequence = replace(sequence, position=left_padded(kept), contiguous=False)
             reduced = any(image.kept is not None for image in stages.images.values())
-            if reduced and reducer.positions == "renumber":
+            if reduced and staged.positions == "renumber":
                 sequence = sequence.renumbered()
         stages.run_layers = partial(self._run_layers, running)
         if "prompt" in reducer.acts_in:
             timer.mark("prefill")
             sequence = stages.reduce_prompt(sequence)
             timer.mark("selection")
+        if order is not None and reducer.positions == "renumber":
+            sequence = self._renumbered(running, sequence)
         stages.start = running.sequence = sequence
         return running
 
@@ -358,17 +377,50 @@ class FamilyReductionContext(ReductionContext):
             batch.append(torch.cat([*pieces, torch.arange(done, len(row), device=device)]))
         return batch
 
+    def _turn(self, running: Running) -> Tensor | None:
+        """[B, L] for each column of the decoder's prompts, the column as methods see them; None where they agree."""
+        if running.order is None:
+            return None
+        columns = zip(running.order, self._columns(running), strict=True)
+        turns = [order[kept].argsort() for order, kept in columns]
+        width = max(map(len, turns))
+        padding = [torch.arange(width - len(turn), device=turn.device) for turn in turns]
+        return torch.stack([torch.cat([pad, len(pad) + turn]) for pad, turn in zip(padding, turns, strict=True)])
+
+    def _renumbered(self, running: Running, sequence: PromptBatch) -> PromptBatch:
+        """Prompts in another order than the decoder's, numbered without gaps in the decoder's order.
+
+        Each frame of a video is numbered as an image.
+        """
+        turn, spans = self._turn(running), list[tuple[tuple[int, int], ...]]()
+        assert turn is not None  # another order
+        visual = [self._runtime.token(name) for name in MODALITIES]
+        for row, order, kept in zip(running.rows, running.order or [], self._columns(running), strict=True):
+            own = torch.isin(row[kept][order[kept].argsort()], torch.tensor(visual, device=row.device)).long()
+            edges = F.pad(own, (1, 1)).diff().nonzero().flatten().tolist()
+            spans.append(tuple(zip(edges[::2], edges[1::2], strict=True)))
+        numbered = positions.renumber(gather_tokens(sequence.position, turn), sequence.lengths, spans)
+        return replace(sequence, position=gather_tokens(numbered, turn.argsort(1)), rotary=None)
+
     def _arguments(self, running: Running, sequence: PromptBatch) -> dict[str, Any]:
         """The arguments with which the model's own forward runs the prompts that enter the decoder."""
         runtime, family, columns = self._runtime, self._runtime.family, self._columns(running)
-        ids = left_padded([row[kept] for row, kept in zip(running.rows, columns, strict=True)])
+        ids, turn = (
+            left_padded([row[kept] for row, kept in zip(running.rows, columns, strict=True)]),
+            self._turn(running),
+        )
+
+        def ordered(values: Tensor) -> Tensor:
+            return values if turn is None else gather_tokens(values, turn)
+
         arguments = {
-            "input_ids": ids,
+            "input_ids": ordered(ids),
             "attention_mask": sequence.valid().long(),
-            "position_ids": self._place(sequence.position),
+            "position_ids": self._place(ordered(sequence.position)),
         }
         if running.types is not None:
-            arguments[family.types] = left_padded([row[kept] for row, kept in zip(running.types, columns, strict=True)])
+            types = left_padded([row[kept] for row, kept in zip(running.types, columns, strict=True)])
+            arguments[family.types] = ordered(types)
         encoded = {}
         for name, out in running.outputs.items():
             token, new = runtime.token(name), copy.copy(out)
@@ -512,8 +564,9 @@ class FamilyReductionContext(ReductionContext):
         try:
             self._model.forward.original(**self._arguments(running, sequence), use_cache=False)
         except StopForward as left:
-            hidden: Tensor = left.args[0]
-            return hidden.to(sequence.hidden.device)
+            hidden: Tensor = left.args[0].to(sequence.hidden.device)
+            turn = self._turn(running)
+            return hidden if turn is None else gather_tokens(hidden, turn.argsort(1))
         finally:
             hook.remove()
         raise AssertionError("the forward of this family does not call its decoder's layers")

@@ -15,6 +15,7 @@ from transformers import (
 
 from llava.budget import or_environment
 from llava.errors import UserError, unknown
+from llava.model.checkpoint.config import QWEN
 from llava.model.checkpoint.files import locate
 from llava.model.checkpoint.load import Checkpoint, load_checkpoint
 from llava.model.llava_arch import Llava
@@ -85,12 +86,12 @@ def load(
     quantization: str | None = None,
     tensor_parallel: int = 1,
     zero: str | None = None,
+    videos: bool = False,
     **conventions: Any,
 ) -> Llava:
     """Load a checkpoint of any family.
 
-    A checkpoint of `llava.hf.families.FAMILIES` only answers questions about images, and takes only source, dtype and
-    device.
+    A checkpoint of `llava.hf.families.FAMILIES` only answers questions, and takes only source, dtype and device.
 
     Args:
         source: directory or hub id, in the transformers or the original layout; None for the bundled toy model.
@@ -103,18 +104,19 @@ def load(
         zero: ZeRO-Inference, for a decoder that does not fit on one device. Its weights are partitioned over the ranks
             of the process group (a group of one is made if there is none) and fetched layer by layer: from the host's
             memory with "cpu", from the devices of the ranks with "none".
+        videos: load a Qwen2-VL or Qwen2.5-VL as one of these families, too, so that it takes videos.
         conventions: choices of how images are read: `merge`, `anyres_rule` and `force` for
             llava.model.llava_next.LlavaNext, `min_pixels` and `max_pixels` for llava.model.qwen_vl.QwenVL.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     place, source = device_of(device), source or TOY_MODEL
-    if container := declared_class(source, text_tower, quantization, tensor_parallel, zero, conventions):
+    if container := declared_class(source, text_tower, quantization, tensor_parallel, zero, conventions, videos):
         # Imported here, because modules of llava.model must not import the pipeline when they are loaded.
         from llava.hf.checkpoint_model import load_family
 
         family = load_family(source, container, DTYPES[dtype], place)
-        family.loaded_with = {"source": str(source), "dtype": dtype}
+        family.loaded_with = {"source": str(source), "dtype": dtype, "videos": videos}
         return cast(Llava, family)  # it answers questions like a Llava
     parallel = parallel_of(tensor_parallel, zero, quantization)
     if parallel is not None:
@@ -141,6 +143,7 @@ def declared_class(
     tensor_parallel: int,
     zero: str | None,
     conventions: Mapping[str, Any],
+    videos: bool = False,
 ) -> str | None:
     """The key in `llava.hf.families.FAMILIES` of a checkpoint's class; None if it is not of these families.
 
@@ -151,7 +154,7 @@ def declared_class(
     """
     raw = read_json(locate(source, "checkpoint", weights=False) / "config.json")
     kind = str(raw.get("model_type"))
-    if kind in FAMILIES or kind not in CONFIG_MAPPING:
+    if (kind in FAMILIES and not (videos and kind in QWEN)) or kind not in CONFIG_MAPPING:
         return None
     from llava.hf.families import FAMILIES as DECLARED
 

@@ -65,7 +65,7 @@ def generate(
     for image in (image for sample in samples for image in sample.images):
         if not model.takes_videos and not isinstance(image, Image.Image):
             kind = type(image).__name__.lower()
-            raise UserError(f"{model.name} takes images only, got a {kind}; choose a Video-LLaVA for videos.")
+            raise UserError(f"{model.name} takes images only, got a {kind}; choose a Video-LLaVA or a Qwen-VL.")
     timer = Timer(model.device, clock)
     # A family of llava/hf/families.py and a serving engine have a forward of their own, which answers the whole batch.
     if model.answers is not None:

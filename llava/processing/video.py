@@ -38,9 +38,15 @@ class Video:
 
     Attributes:
         frames: at least one, in temporal order, all of one size.
+        indices: of the frames in the file; () if they come from no file.
+        total: number of frames of the file.
+        rate: frames per second of the file on average; None if it is not known.
     """
 
     frames: tuple[Image.Image, ...]
+    indices: tuple[int, ...] = ()
+    total: int = 0
+    rate: float | None = None
 
     def __post_init__(self) -> None:
         if not self.frames:
@@ -79,14 +85,14 @@ def read_video(path: str | Path, frames: int = FRAMES) -> Video:
     """
     path = Path(path)
     expected = _count_packets(path)
-    chosen, count = _decode(path, frame_indices(expected, frames))
+    chosen, count, rate = _decode(path, frame_indices(expected, frames))
     if count != expected:
-        chosen, count = _decode(path, frame_indices(count, frames))
+        chosen, count, rate = _decode(path, frame_indices(count, frames))
     if count < frames:
         raise UserError(
             f"The video {path} has {count} frames, but {frames} are needed; leave it out or use a longer one."
         )
-    return Video(tuple(chosen))
+    return Video(tuple(chosen), tuple(frame_indices(count, frames)), count, rate)
 
 
 def pyav() -> ModuleType:
@@ -138,8 +144,8 @@ def _count_packets(path: Path) -> int:
     return count
 
 
-def _decode(path: Path, indices: Sequence[int]) -> tuple[list[Image.Image], int]:
-    """Return the frames at `indices`, as far as they exist, as upright RGB images, and the number of all frames."""
+def _decode(path: Path, indices: Sequence[int]) -> tuple[list[Image.Image], int, float | None]:
+    """Return the frames at `indices` that exist, upright and RGB, the number of all frames, and their rate."""
     chosen: dict[int, Image.Image] = {}
     count = 0
     with _opened(path) as (container, stream):
@@ -151,7 +157,8 @@ def _decode(path: Path, indices: Sequence[int]) -> tuple[list[Image.Image], int]
                 image: Image.Image = frame.to_image()
                 chosen[count] = image if turn is None else image.transpose(turn)
             count += 1
-    return [chosen[index] for index in indices if index in chosen], count
+        rate = stream.average_rate
+    return [chosen[index] for index in indices if index in chosen], count, float(rate) if rate else None
 
 
 @dataclass(frozen=True)
