@@ -1,5 +1,6 @@
 """The console command `vtr`: every command line under one name."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -146,12 +147,15 @@ def test_show_says_what_differs_from_the_release(name, capsys):
     """ "official=true does exactly what the release does" was not true with tiles, and only heads of files told."""
     assert cli.main(["show", "methods", name]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    text = shown.partition("differs from the release: ")[2].partition(" options, set by")[0]
+    text, _, rest = shown.partition("differs from the release: ")[2].partition(" determinism of the release: ")
     assert len(text) > 20, f"{name} does not say what differs from its release"
     if name in ("visiondrop", "visionzip", "holov", "hired", "globalcom2"):
         assert "tiles" in text
     if name in ("sparsevlm", "tome"):
         assert "=release" in text
+    stated = registry.method(name).metadata.release
+    for kind, clause in dataclasses.asdict(stated).items():
+        assert (f"{kind}: {clause}" in rest) == bool(clause)
 
 
 def test_families_are_shown_where_there_are_no_toy_models(monkeypatch, capsys, tmp_path):
