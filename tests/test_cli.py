@@ -117,7 +117,8 @@ def test_show_prints_json_alone_with_the_keys_of_its_help(kind, capfd, monkeypat
     assert [entry["name"] for entry in entries] == [entry["name"] for entry in known(kind)]
     assert all(set(entry) == keys for entry in entries)
     kept = {name.replace(" ", "_").lower() for entry in known(kind) for name in entry}
-    assert kept == keys, "nothing that is known is left out"
+    adaptive = {"the_image_decides_how_many_tokens_are_kept"}  # of some methods, or of none
+    assert kept - adaptive == keys - adaptive, "nothing that is known is left out"
     one = printed_json(cli.main(["show", kind, entries[-1]["name"], "--json"]), capfd)
     assert one == entries[-1]
     with pytest.raises(SystemExit):
