@@ -25,6 +25,7 @@ from llava.reduction import (
     PromptState,
     Reducer,
     Reduction,
+    Release,
     TowerScore,
     UserError,
     keep_top,
@@ -171,6 +172,12 @@ class AttnMix(Reducer):
         paper="AdaFV / AdaV, 2501.09532",
         url="https://arxiv.org/abs/2501.09532",
         code="JiayiV/AdaV@58d1f8d",
+        release=Release(
+            batch="the tiles of all samples count as those of one image",
+            count="a token that both rankings choose counts twice, so that fewer are kept",
+            ours="it counts once, and each image has its own ranking",
+            licence="none; LLaVA's files are Apache-2.0",
+        ),
     )
 
     known_deviations: ClassVar[dict[str, str]] = {

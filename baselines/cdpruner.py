@@ -21,6 +21,7 @@ from llava.reduction import (
     PromptState,
     Reducer,
     Reduction,
+    Release,
     largest_determinant,
     option,
     register,
@@ -43,6 +44,12 @@ class CDPruner(Reducer):
         paper="CDPruner, NeurIPS 2025",
         url="https://arxiv.org/abs/2506.10967",
         code="Theia-4869/CDPruner@9541616",
+        release=Release(
+            batch="relevance is scaled over all tiles of a batch, so that they change each other",
+            dtype="features are normalised in float16",
+            ours="one image alone, in float32",
+            licence="Apache-2.0",
+        ),
     )
 
     relevance: str = option(

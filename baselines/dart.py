@@ -24,6 +24,7 @@ from llava.reduction import (
     MethodMetadata,
     ModelSpec,
     Reduction,
+    Release,
     UserError,
     gather_tokens,
     option,
@@ -81,6 +82,12 @@ class Dart(OneStage):
         paper="DART, 2502.11494",
         url="https://arxiv.org/abs/2502.11494",
         code="ModelTC/LightCompress@9701d03",
+        release=Release(
+            random="nothing is drawn, but the greedy choice follows the order of a Python set",
+            count="8 * (budget // 8) + 4 tokens after the layer, and the layers before it do not count",
+            ours="pivots by descending key norm, and exactly the budget",
+            licence="Apache-2.0",
+        ),
     )
     known_deviations: ClassVar[dict[str, str]] = {
         **OneStage.known_deviations,

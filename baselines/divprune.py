@@ -9,7 +9,7 @@ Differs from it: distances are in float32 (theirs: in the model's float16, where
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llava.reduction import MethodMetadata, PromptState, Reducer, Reduction, farthest_apart, option, register
+from llava.reduction import MethodMetadata, PromptState, Reducer, Reduction, Release, farthest_apart, option, register
 
 
 @register("divprune")
@@ -26,6 +26,11 @@ class DivPrune(Reducer):
         paper="DivPrune, 2503.02175",
         url="https://arxiv.org/abs/2503.02175",
         code="vbdi/divprune@799e2d9",
+        release=Release(
+            dtype="distances are in float16, whose rounding decides many choices",
+            ours="distances in float32",
+            licence="CC BY-NC 4.0",
+        ),
     )
 
     tile_budget: str = option(

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llava.reduction import EncoderState, MethodMetadata, Scorer, TowerScore, register
+from llava.reduction import EncoderState, MethodMetadata, Release, Scorer, TowerScore, register
 
 
 @register("fastervlm")
@@ -28,6 +28,11 @@ class FasterVLM(Scorer):
         paper="FasterVLM, 2412.01818v1",
         url="https://arxiv.org/abs/2412.01818v1",
         code="Theia-4869/FasterVLM@f5d5f12",
+        release=Release(
+            dtype="attention is ranked in float16, where different values tie",
+            ours="ranked in float32",
+            licence="Apache-2.0",
+        ),
     )
 
     def scores(self) -> tuple[TowerScore, ...]:

@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from baselines._staged import OneStage
-from llava.reduction import DecoderState, MethodMetadata, register
+from llava.reduction import DecoderState, MethodMetadata, Release, register
 
 
 @register("fastv")
@@ -28,6 +28,11 @@ class FastV(OneStage):
         paper="FastV, 2403.06764",
         url="https://arxiv.org/abs/2403.06764",
         code="pkunlp-icler/FastV@d165972",
+        release=Release(
+            count="the layers before the drop do not count",
+            ours="the mean over layers; schedule=kept counts as the release",
+            licence="none of its own; its copies of LLaVA and transformers are Apache-2.0",
+        ),
     )
 
     def score(self, state: DecoderState) -> Tensor:

@@ -28,6 +28,7 @@ from llava.reduction import (
     ModelSpec,
     Reducer,
     Reduction,
+    Release,
     TokenLayout,
     TowerScore,
     UserError,
@@ -75,6 +76,12 @@ class GlobalCom2(Reducer):
         paper="GlobalCom², 2501.05179",
         url="https://arxiv.org/abs/2501.05179",
         code="xuyang-liu16/GlobalCom2@96b2d00",
+        release=Release(
+            order="the tokens of the base image stand by score",
+            count="newline tokens come on top, and tokens that do not fit into a tile are lost",
+            ours="raster order, and the budget is met",
+            licence="Apache-2.0",
+        ),
     )
 
     # Not "global": scores are normalised per tile, so those of different tiles cannot be compared.

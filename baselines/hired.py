@@ -23,6 +23,7 @@ from llava.reduction import (
     EncoderState,
     MethodMetadata,
     ModelSpec,
+    Release,
     Scorer,
     TokenLayout,
     TowerScore,
@@ -77,6 +78,11 @@ class HiRED(Scorer):
         paper="HiRED, 2408.10945",
         url="https://arxiv.org/abs/2408.10945",
         code="hasanar1f/HiRED@502d6dd",
+        release=Release(
+            count="with tiles, fractions and tokens that do not fit into a tile are lost",
+            ours="they go to other tiles",
+            licence="MIT",
+        ),
     )
 
     tile_budget: str = option(

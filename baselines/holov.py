@@ -26,6 +26,7 @@ from llava.reduction import (
     PromptState,
     Reducer,
     Reduction,
+    Release,
     TowerScore,
     UserError,
     option,
@@ -124,6 +125,12 @@ class HoloV(Reducer):
         paper="HoloV, 2510.02912",
         url="https://arxiv.org/abs/2510.02912",
         code="obananas/HoloV@1d2e65e",
+        release=Release(
+            order="by attention inside each chunk",
+            count="tokens that do not fit into a chunk are zero vectors",
+            ours="raster order, and other chunks take these tokens",
+            licence="Apache-2.0",
+        ),
     )
 
     known_deviations: ClassVar[dict[str, str]] = {

@@ -31,6 +31,7 @@ from llava.reduction import (
     Reducer,
     Reduction,
     Reductions,
+    Release,
     TowerScore,
     UserError,
     gather_tokens,
@@ -42,6 +43,13 @@ from llava.reduction import (
 
 MatMul = Callable[[Tensor, Tensor], Tensor]
 NEIGHBOURS = 32
+RELEASE = Release(
+    order="by attention, the average of the others last",
+    count="as many tokens as attention has outliers, whatever the budget",
+    norms="every token: neighbours are added and weights do not sum to 1",
+    ours="budget - 1 tokens in raster order and one average, with weights that sum to 1",
+    licence="Apache-2.0",
+)
 
 
 def by_attention(attention: Tensor, count: int) -> Tensor:
@@ -106,6 +114,7 @@ class PruMerge(Reducer):
         paper="LLaVA-PruMerge, 2403.15388",
         url="https://arxiv.org/abs/2403.15388",
         code="42Shawn/LLaVA-PruMerge@097c041",
+        release=RELEASE,
     )
     known_deviations: ClassVar[dict[str, str]] = {
         "appended": "the average of the tokens that are not kept comes last",
@@ -185,6 +194,9 @@ class PruMergePlus(PruMerge):
         PruMerge.metadata,
         score="CLS attention, block −1, heads taken as one; three quarters spread evenly",
         reads=(*PruMerge.metadata.reads, "order"),
+        release=replace(
+            RELEASE, count="the outliers of attention and a grid of about three times as many, whatever the budget"
+        ),
     )
 
     known_deviations: ClassVar[dict[str, str]] = {

@@ -13,6 +13,7 @@ from llava.reduction import (
     MethodMetadata,
     Reducer,
     Reduction,
+    Release,
     TowerScore,
     cover_greedily,
     option,
@@ -35,6 +36,9 @@ class Scope(Reducer):
         paper="SCOPE, 2510.24214",
         url="https://arxiv.org/abs/2510.24214",
         code="kinredon/SCOPE@6bf7306",
+        release=Release(
+            licence="none of its own; its copy of LLaVA is Apache-2.0",
+        ),
     )
 
     alpha: float = option(1.0, "power of the CLS attention: 0 is coverage alone", least=0)

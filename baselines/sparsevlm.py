@@ -24,6 +24,7 @@ from llava.reduction import (
     MethodMetadata,
     ModelSpec,
     Reduction,
+    Release,
     UserError,
     angles_of,
     gather_tokens,
@@ -129,6 +130,12 @@ class SparseVLM(Staged):
         paper="SparseVLM, 2410.04417",
         url="https://arxiv.org/abs/2410.04417",
         code="Gumpest/SparseVLMs@26a5f48",
+        release=Release(
+            random="noise of 1e-6, which decides between equally dense tokens, and these are frequent",
+            count="a layer that prunes its output counts as pruned",
+            ours="of equally dense tokens the one with the higher score, and tokens that enter a layer count",
+            licence="Apache-2.0",
+        ),
     )
     known_deviations: ClassVar[dict[str, str]] = {
         **Staged.known_deviations,

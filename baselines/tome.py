@@ -24,6 +24,7 @@ from llava.reduction import (
     ModelSpec,
     Reducer,
     Reduction,
+    Release,
     option,
     refuse_budget,
     register,
@@ -93,6 +94,11 @@ class ToMe(Reducer):
         paper="ToMe, ICLR 2023",
         url="https://arxiv.org/abs/2210.09461",
         code="facebookresearch/ToMe@af95e4b",
+        release=Release(
+            order="the even tokens of the last matching, then the odd ones",
+            ours="raster order after the tower",
+            licence="CC BY-NC 4.0",
+        ),
     )
 
     known_deviations: ClassVar[dict[str, str]] = {

@@ -22,6 +22,7 @@ from llava.reduction import (
     ModelSpec,
     Reducer,
     Reduction,
+    Release,
     keep_top,
     option,
     register,
@@ -73,6 +74,11 @@ class TRIM(Reducer):
         paper="TRIM, COLING 2025",
         url="https://arxiv.org/abs/2409.10994",
         code="FreedomIntelligence/TRIM@f5a232d",
+        release=Release(
+            count="the mean of the others comes on top of the budget",
+            ours="the mean is one of the budget's tokens",
+            licence="Apache-2.0",
+        ),
     )
 
     relevance: str = option(

@@ -20,6 +20,7 @@ from llava.reduction import (
     MethodMetadata,
     Reducer,
     Reduction,
+    Release,
     TowerScore,
     UserError,
     merge_plan,
@@ -51,6 +52,12 @@ class VisionZip(Reducer):
         paper="VisionZip, 2412.04467",
         url="https://arxiv.org/abs/2412.04467",
         code="dvlab-research/VisionZip@3151f6d",
+        release=Release(
+            order="contextual tokens come last, with tiles tile after tile",
+            norms="contextual tokens: the mean of the members is added to the target, which nearly doubles it",
+            ours="averages",
+            licence="Apache-2.0",
+        ),
     )
     keep_cls: ClassVar[bool] = True
     known_deviations: ClassVar[dict[str, str]] = {

@@ -16,6 +16,7 @@ from llava.reduction import (
     MethodMetadata,
     Reducer,
     Reduction,
+    Release,
     TowerScore,
     distinct,
     gather_tokens,
@@ -39,6 +40,11 @@ class VisPruner(Reducer):
         paper="VisPruner, 2412.01818",
         url="https://arxiv.org/abs/2412.01818",
         code="Theia-4869/VisPruner@aefa01a",
+        release=Release(
+            dtype="scores are in float16, and one swap of near ties changes all later rounds",
+            ours="scores in float32, ties to the earlier entry",
+            licence="Apache-2.0",
+        ),
     )
 
     important: float = option(

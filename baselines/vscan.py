@@ -25,6 +25,7 @@ from llava.reduction import (
     PromptState,
     Reducer,
     Reduction,
+    Release,
     TowerScore,
     keep_top,
     merge_plan,
@@ -83,6 +84,11 @@ class VScan(Reducer):
         paper="VScan, TMLR 2026",
         url="https://arxiv.org/abs/2505.22654",
         code="Tencent/SelfEvolvingAgent@a82450e",
+        release=Release(
+            count="tokens that do not divide evenly over the windows are missing",
+            ours="they go to the windows with the best tokens left",
+            licence="MIT",
+        ),
     )
 
     tile_budget: str = option(

@@ -30,7 +30,15 @@ from llava.places import ASSETS, check_bundled
 
 KINDS = ("methods", "benchmarks", "models")
 # Kind -> what --json prints of an entry; null if an entry lacks it.
-SOURCES = ("paper", "reads", "without a CLS token", "official code read", "differs from the release")
+SOURCES = (
+    "paper",
+    "reads",
+    "without a CLS token",
+    "the image decides how many tokens are kept",
+    "official code read",
+    "differs from the release",
+    "determinism of the release",
+)
 KEYS = {
     "methods": ("name", "summary", *SOURCES, "options"),
     "benchmarks": ("name", "summary", "splits", "profiles"),
@@ -89,6 +97,10 @@ def details(entry: dict[str, Any]) -> str:
                 choices = f"; one of {', '.join(option['choices'])}" if len(option["choices"] or ()) > 1 else ""
                 text = f"{option['name']} = {option['default']!r}: {option['doc']}{choices}"
                 lines.append(textwrap.fill(text, 110, initial_indent="    ", subsequent_indent="        "))
+        elif isinstance(value, dict) and key != "refused":
+            lines.append(f"  {key}:")
+            for name, text in value.items():
+                lines.append(textwrap.fill(f"{name}: {text}", 110, initial_indent="    ", subsequent_indent="        "))
         elif key not in ("name", "refused"):
             text = f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}"
             lines.append(textwrap.fill(text, 110, initial_indent="  ", subsequent_indent="    "))

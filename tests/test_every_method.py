@@ -148,10 +148,16 @@ def test_what_signals_point_at_is_kept(name, tiny):
 
 
 def test_row_of_the_method_is_filled_in(name):
-    """What the contract excuses is said in words, and only known excuses exist; every option has a sentence."""
+    """What the contract excuses is said in words, and only known excuses exist; every option has a sentence.
+
+    Of code that was read, `release` says the licence, and what it leaves to chance.
+    """
     method, card = registry.method(name), registry.method(name).metadata
     assert card.acts and (card.score or name in ("full", "random", "uniform", "downsample"))
     assert bool(card.paper) == bool(card.url)
+    for part in method.parts or (method,):
+        about = part.metadata
+        assert not about.code or (about.release and about.release.licence), "`release` gives the licence of the code"
     (row,) = registry.describe(name)
     assert row["summary"] and all(option["doc"] for option in row["options"])
     assert ("without a CLS token" in row) == ("CLS" in card.needs)

@@ -146,6 +146,7 @@ def test_methods_and_benchmarks_are_counted():
 def test_the_page_of_methods_is_up_to_date():
     """A method could be changed or added without its row."""
     text, hint = methods.PAGE.read_text(), "run `vtr tables methods`"
-    for part in (methods.table, methods.budgets, methods.known_deviations, methods.splits):
+    generated = methods.table, methods.budgets, methods.known_deviations, methods.releases, methods.licences
+    for part in (*generated, methods.splits):
         assert part() in text, hint
     assert methods.families() in methods.FAMILIES.read_text(), hint

@@ -13,6 +13,7 @@ from eval.benchmarks.mmvet import COUNT as MMVET
 from eval.config import ROOT
 from eval.papers import published
 from eval.papers.published import AVERAGE, BENCHMARKS, POINTS, load, models
+from eval.papers.reported import title_of
 from eval.papers.spec import find, read
 from lab.pages import expense, reproduce
 from lab.pages.memory import expected
@@ -57,8 +58,9 @@ def refused(tmp_path, monkeypatch, text):
 def test_every_file_is_read():
     """Its methods are registered or listed; ConsensusDrop's tables are not available, as the comment of a file says."""
     assert len(models()) == 7 and all(load(name).rows for name in models())
-    methods = {row.method for _, row in rows()}
-    assert set(published.OTHER_METHODS) <= methods <= {*names(), *published.OTHER_METHODS} - {"consensusdrop"}
+    methods = {part for _, row in rows() for part in row.method.split("+")}  # of compositions, both
+    known = {*names(), *published.OTHER_METHODS, *published.AWAITED} - {"consensusdrop"}
+    assert set(published.OTHER_METHODS) <= methods <= known
     assert not set(published.OTHER_METHODS) & set(names())
     for name in models():
         assert {row.source for row in load(name).rows} == set(load(name).sources)
@@ -313,3 +315,12 @@ def test_the_page_names_sources_and_disputes(flagship):
     assert "ConsensusDrop | " not in flagship.partition("## 4")[2].partition("## 5")[0]
     for script in re.findall(r"bash (scripts/\S+\.sh)", flagship):
         assert (ROOT / script).is_file(), script
+
+
+def test_rows_of_a_composition_have_both_names(tmp_path, monkeypatch):
+    """RESTORE's rows are of other methods with its merging behind them."""
+    assert title_of("holov+restore").startswith("HoloV+RESTORE")
+    found = load("llava15_7b").values("holov+restore", 64, "gqa")
+    assert [(one.value, one.kind, one.trust) for one in found] == [(59.0, "authors", "high")]
+    content = {"model": "M", "sources": SOURCE, "rows": [{**ROW, "method": "fastv+maxmi"}]}
+    assert "Unknown method of row 1 'fastv+maxmi'" in refused(tmp_path, monkeypatch, yaml.safe_dump(content))

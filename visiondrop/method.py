@@ -32,6 +32,7 @@ from llava.reduction import (
     ModelSpec,
     Reducer,
     Reduction,
+    Release,
     TowerScore,
     UserError,
     angles_of,
@@ -234,6 +235,13 @@ class VisionDrop(Reducer):
         paper="VisionDrop, 2506.22283",
         url="https://arxiv.org/abs/2506.22283",
         code="Ruixxxx/VisionDrop@f7a9444",
+        release=Release(
+            batch="answers in a batch are wrong from the second token on",
+            order="merged tokens come last, with tiles tile after tile",
+            norms="merged tokens: the mean of the members is added to the target, again in every stage",
+            ours="means, in batches of any size",
+            licence="Apache-2.0",
+        ),
     )
     known_deviations: ClassVar[dict[str, str]] = {
         "appended": "as in the release, contextual tokens follow the dominant ones",

@@ -36,8 +36,8 @@ def accepted_by(check: Callable[[Any], object]) -> AfterValidator:
 
 def published_method(name: str) -> str:
     """ "none", "", a method, or another method that only published rows have."""
-    known = ("none", *registry.names(), *published.OTHER_METHODS)
-    if name and name not in known:
+    known = ("none", *registry.names(), *published.OTHER_METHODS, *published.AWAITED)
+    if name and not set(name.split("+")) <= set(known):
         raise unknown("method of published values", name, known)
     return name
 

@@ -6,7 +6,7 @@ python -m lab.pages.methods
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -105,6 +105,29 @@ def known_deviations() -> str:
     return "\n".join(lines)
 
 
+def releases() -> str:
+    """What the official code of each method leaves to chance, and what is done here instead."""
+    lines = []
+    for name in registry.names():
+        release = registry.method(name).metadata.release
+        stated = {} if release is None else asdict(release)
+        stated.pop("licence", None)
+        ours = stated.pop("ours", "")
+        parts = [f"**{kind}** {clause}" for kind, clause in stated.items() if clause]
+        if parts:
+            lines.append(f"* `{name}`: {'; '.join(parts)}." + f" Here: {ours}." * bool(ours))
+    return "\n".join(lines)
+
+
+def licences() -> str:
+    """The licences of the official code, and the methods whose code has each."""
+    found: dict[str, list[str]] = {}
+    for name in registry.names():
+        if release := registry.method(name).metadata.release:
+            found.setdefault(release.licence, []).append(f"`{name}`")
+    return "\n".join(f"* {licence}: {' '.join(names)}" for licence, names in sorted(found.items()))
+
+
 def families() -> str:
     """One row per method, one column per family: a letter if `llava.reduce` refuses, and what the letters mean."""
     table, reasons = support(), dict[str, str]()
@@ -146,6 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     insert(PAGE, "methods", table())
     insert(PAGE, "budgets", budgets())
     insert(PAGE, "known deviations", known_deviations())
+    insert(PAGE, "releases", releases())
+    insert(PAGE, "licences", licences())
     insert(PAGE, "tile_budget", splits())
     insert(FAMILIES, "families", families())
     write_readme()

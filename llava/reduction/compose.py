@@ -252,7 +252,7 @@ def composition(first: type[Reducer], second: type[Reducer]) -> type[Composed]:
     about: dict[str, Any] = {
         known.name: "; ".join(dict.fromkeys(filter(None, (getattr(part.metadata, known.name) for part in parts))))
         for known in fields(MethodMetadata)
-        if known.name not in ("reads", "release")
+        if known.name not in ("reads", "release")  # those of the parts, see `registry.describe`
     }
     reads = [word for part in parts for word in part.metadata.reads]
     if completed:

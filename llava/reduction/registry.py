@@ -192,7 +192,13 @@ def describe(*chosen: str) -> list[dict[str, Any]]:
             }
             for key, known in options_of(cls).items()
         ]
-        stated = [asdict(about.release) for about in sources if about.release]
+        stated = {
+            f"{part.name} {name}" if cls.parts else name: clause
+            for part in parts
+            if part.metadata.release
+            for name, clause in asdict(part.metadata.release).items()
+            if clause
+        }
         known_sources = {
             "paper": "; ".join(f"{about.paper} {about.url}" for about in sources if about.paper),
             "reads": ", ".join(cls.metadata.reads),
@@ -200,9 +206,7 @@ def describe(*chosen: str) -> list[dict[str, Any]]:
             "the image decides how many tokens are kept": cls.adaptive or "",
             "official code read": cls.metadata.code,
             "differs from the release": " ".join(differences),
-            "determinism of the release": "; ".join(
-                f"{name}: {clause}" for one in stated for name, clause in one.items() if clause
-            ),
+            "determinism of the release": stated,
         }
         about = {"name": name, "summary": cls.summary}
         rows.append(about | {key: text for key, text in known_sources.items() if text} | {"options": options})
