@@ -51,12 +51,13 @@ def detail(tokens: Tensor, layout: TokenLayout) -> Tensor:
     found = tokens.new_zeros(tokens.shape[:2])
     for tile in layout.crops:
         shape = tile.rows, tile.columns
-        own = tokens if layout.is_one_tile and tile.cls is None else tokens[:, tile.indices.to(tokens.device)]
+        place = tile.indices.to(tokens.device, non_blocking=True)
+        own = tokens if layout.is_one_tile and tile.cls is None else tokens[:, place]
         waves = torch.fft.rfft2(own.unflatten(1, shape), dim=(1, 2)) * high_pass(*shape, tokens.device)
         fine: Tensor = torch.fft.irfft2(waves, s=shape, dim=(1, 2)).abs().mean(-1).flatten(1)
         if own is tokens:
             return fine
-        found[:, tile.indices.to(tokens.device)] = fine
+        found[:, place] = fine
     return found
 
 
@@ -123,19 +124,19 @@ class CLSE(Staged):
         attention = weights[:, :, 0].mean(1)
         if state.layer != self.decoder_layers(state.spec.layers)[0]:
             return attention
-        before, batch = state.start.take(state.start.hidden, state.start.images), len(attention)
+        before = state.start.take(state.start.hidden, state.start.images)
         both = in_float32(torch.stack([before, state.tokens], 1))  # [B, 2, N, D]
-        fine = both.new_empty(both.shape[:3])
         left = None if both.shape[2] == state.layouts[0].tokens else state.members()
-        for layout in dict.fromkeys(state.layouts):
-            rows = [image for image in range(batch) if state.layouts[image] is layout]
-            own = (both if len(rows) == batch else both[rows]).flatten(0, 1)
+        alike = all(layout is state.layouts[0] for layout in state.layouts)
+        fine = []
+        for rows in [slice(None)] if alike else [slice(image, image + 1) for image in range(len(both))]:
+            layout, own = state.layouts[rows][0], both[rows].flatten(0, 1)
             if left is None:
-                found = detail(own, layout)
+                fine.append(detail(own, layout))
             else:  # where an earlier method left no token, the map is zero
                 place = left[rows].repeat_interleave(2, 0)
                 whole = own.new_zeros(len(own), layout.tokens, own.shape[2])
                 whole.scatter_(1, place.unsqueeze(2).expand_as(own), own)
-                found = gather_tokens(detail(whole, layout), place)
-            fine[rows] = found.unflatten(0, (len(rows), 2))
-        return attention * evolution(fine[:, 0], fine[:, 1])
+                fine.append(gather_tokens(detail(whole, layout), place))
+        first, now = torch.cat(fine).unflatten(0, (-1, 2)).unbind(1)
+        return attention * evolution(first, now)
