@@ -23,7 +23,7 @@ from llava.reduction.merging import Reduction
 from llava.reduction.reducer import Reducer, check_reductions
 from llava.reduction.scores import TowerScore
 from llava.reduction.states import BlockState, DecoderState, EncoderState, PromptState, State
-from llava.reduction.token_layout import Canvas, PatchGrid
+from llava.reduction.token_layout import Canvas, PatchGrid, single
 from tests.conftest import samples
 from tests.contract import accepted, label, run
 
@@ -32,7 +32,7 @@ HALF = (torch.float16, torch.bfloat16)
 DRAWS = 4  # of planted vectors
 GROUPS = 32  # pairs of vectors that are alike, of 64 tokens
 FRAMES = 4  # of a video of 64 tokens
-BUDGETS = (24, 20, 12)  # of 64 tokens; every merging method has several targets then
+BUDGETS = (24, 20, 12, 40)  # of 64 tokens; every merging method has several targets then
 LARGER = {"hiprune": (40,)}  # has no anchors below 25 tokens, so it does not read their block
 PROSE = {  # kind of a tower score -> what metadata.score or metadata.rest call it
     "cls_attention": "CLS attention",
@@ -120,6 +120,14 @@ def inputs(state: State, seed: int, close: bool = False) -> dict[str, object]:
     return changes
 
 
+def as_it_is(state: State) -> State:
+    """The state with what it would read later, when caches may be cut and tokens gone."""
+    if not isinstance(state, DecoderState):
+        return state
+    values, members = state.values(), state.members()
+    return replace(state, values=lambda: values, members=lambda: members)
+
+
 def calls(reducer: Reducer, model: Llava, batch: list[Sample]) -> tuple[list[Call], Record]:
     """All calls of the method's stage functions on a batch, with planted inputs."""
     found: list[Call] = []
@@ -129,7 +137,7 @@ def calls(reducer: Reducer, model: Llava, batch: list[Sample]) -> tuple[list[Cal
             original = getattr(cls, stage)
 
             def called(self, state, _stage=stage, _original=original):
-                found.append(Call(_stage, self, state))
+                found.append(Call(_stage, self, as_it_is(state)))
                 return _original(self, state)
 
             patch.setattr(cls, stage, called)
@@ -217,6 +225,14 @@ def read_by(call: Call) -> set[str]:
         others = {"tokens": drawn(state.tokens, 50)} | ({} if call.attended else {"keys": -state.keys.roll(1, 2)})
     if call.attended:
         found.add("attention")
+    if isinstance(state, DecoderState) and (count := state.tokens.shape[1]) == state.layouts[0].tokens:
+        high, wide = (call.reductions(layouts=(single(rows, count // rows),) * len(state.ids)) for rows in (8, 4))
+        found |= {"grid"} if differ(high, wide) else set()
+    if isinstance(state, DecoderState) and not call.attended:
+        if differ(before, call.reductions(values=lambda: state.values().roll(1, 2))):
+            found.add("values")
+        turned = replace(state.sequence, position=state.sequence.position.flip(1), rotary=None)
+        found |= {"order"} if differ(before, call.reductions(sequence=turned)) else set()
     for name in set(VECTORS) & set(others):
         if differ(before, call.reductions(**{name: others[name]})):
             found.add(name)
@@ -323,7 +339,8 @@ def check_rest(reducer: Reducer, record: Record) -> None:
     assert bool(appended or unsorted) != (about.order == "raster"), (
         f"{said}: metadata.order says {about.order!r}, but {done}"
     )
-    assert about.similarity in ("", "none", *VECTORS) and about.weights in ("", "mean", "score", "size", "rounds"), said
+    assert about.similarity in ("", "none", *VECTORS), said
+    assert about.weights in ("", "mean", "score", "size", "similarity", "rounds"), said
     merges = merges and reducer.acts_in != {"input_grid"}  # resizing an image weighs its patches itself
     assert bool(about.weights) == merges and (not merges or about.similarity), (
         f"{said}: a method that merges states metadata.similarity and metadata.weights, and another states no weights; "
@@ -400,7 +417,7 @@ def check_weights(reducer: Reducer, found: list[Call]) -> None:
                 members = row.nonzero().flatten()
                 where = f"{said}, {call.stage}: the output at token {own} is made of {members.tolist()}"
                 assert row[own] > 0, f"{where}, and not of that token"
-                if rule == "score":  # some give the target a weight of its own
+                if rule in ("score", "similarity"):  # some give the target a weight of its own
                     members = members[members != own]
                 if len(members) < 2:
                     continue
@@ -412,6 +429,9 @@ def check_weights(reducer: Reducer, found: list[Call]) -> None:
                     continue
                 if rule == "score":
                     values = call.with_cls(call.state.scores[reducer.scores()[0]])[image, members]
+                elif rule == "similarity":
+                    vectors = call.vectors(reducer.metadata.similarity)[image]
+                    values = F.cosine_similarity(vectors[members], vectors[own], dim=-1)
                 else:
                     values = call.state.sizes[image, members] if rule == "size" else torch.ones(len(members))
                 ratio = weights / values

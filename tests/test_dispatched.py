@@ -27,6 +27,10 @@ from tests.test_every_method import reducing
 SLICE = (
     2**21
 )  # elements of the largest attention that VisionDrop holds at a time; 2**24 of a real run are too many here
+# Methods whose host chooses by values of the device, and why.
+READS = {
+    "vlmpruner": "each group of candidates depends on those before; on the device that would be thousands of kernels"
+}
 LIMITS_OF = json.loads(LIMITS.read_text())
 WRITE = "run python -m tests.golden"
 
@@ -73,6 +77,9 @@ def test_the_host_never_waits_after_the_pixels(name, shapes):
     """
     waits, cls = waits_of(shapes, method(name, shapes.visual_tokens)), registry.method(name)
     own = f"{cls.__module__.replace('.', '/')}.py"
+    if name in READS:  # the first wait ends a prefill on this device
+        assert len(waits) == 1 and waits[0].line.startswith(own)
+        return
     waits = [call for call in waits if not (cls.adaptive and call.line.startswith(own))]
     assert not waits, "\n".join(f"{call.part} {call.line} ({call.name})" for call in waits)
 

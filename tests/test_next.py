@@ -21,7 +21,7 @@ from tests.watch import watched
 
 # Tiles of 56 pixels: one above the other, side by side, two by two; with and without padding.
 SIZES = ((60, 110), (120, 50), (112, 112), (70, 112))
-BUDGETS = (30, 20)
+BUDGETS = (30, 20, 64)  # the last for a method that acts in the middle of the decoder
 
 
 @pytest.fixture(scope="module")

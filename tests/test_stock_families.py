@@ -286,7 +286,10 @@ HOUSE = {
 
 
 @pytest.mark.parametrize("name", HOUSE)
-@pytest.mark.parametrize("method", ["divprune", "consensusdrop", "fastervlm", "attnmix", "fastv", "pyramiddrop"])
+@pytest.mark.parametrize(
+    "method",
+    ["divprune", "consensusdrop", "fastervlm", "attnmix", "fastv", "pyramiddrop", "vlmpruner", "clse", "ivcprune"],
+)
 def test_the_staged_forward_agrees(monkeypatch, name, method):
     """Families of the staged forward, given a row, keep the same tokens and give the same logits, with tiles too."""
     case = shared(name)

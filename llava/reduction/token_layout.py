@@ -193,6 +193,30 @@ class TokenLayout:
                 table[crop.cls] = torch.tensor([number, CLS, CLS])
         return table
 
+    @cached_property
+    def places(self) -> Tensor:
+        """[N, 2] float32: row and column of the middle of every token; 1 is the diagonal of the whole image.
+
+        The stitched tiles are one image. The base image before them shows the same image, stretched over its own grid,
+        and every frame of a video is an image of its own. A newline token is at the end of its row, and a class token
+        in the middle of the image.
+        """
+        heights, widths = self.tile_sides() if self.tiles else (self.grid[:1], self.grid[1:])
+        size = torch.tensor([sum(heights), sum(widths)], dtype=torch.float32)
+        table = torch.full((self.tokens, 2), 0.5)
+        for number, crop in enumerate(self.crops):
+            own = torch.cartesian_prod(torch.arange(crop.rows), torch.arange(crop.columns)) + 0.5
+            if self.tiles and number:
+                row, column = divmod(number - 1, self.tiles[1])
+                table[crop.indices] = (own + torch.tensor([sum(heights[:row]), sum(widths[:column])])) / size
+            else:
+                table[crop.indices] = own / torch.tensor(self.grid)
+        if len(self.newlines):
+            ends = torch.arange(len(self.newlines)) + 0.5
+            table[self.newlines] = torch.stack([ends / size[0], torch.ones_like(ends)], 1)
+        diagonal: Tensor = torch.linalg.vector_norm(size)
+        return table * (size / diagonal)
+
     def shrunk(self, grid: tuple[int, int]) -> "TokenLayout":
         """The same image with another patch grid per tile; only for images whose tiles keep all their patches."""
         if self.temporal:
