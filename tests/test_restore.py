@@ -10,6 +10,7 @@ from baselines import restore
 from baselines.restore import Restore, distinctiveness
 from eval.config import options_by_method
 from eval.efficiency.oracle import oracle_of
+from eval.papers.runs import changed
 from llava import reduce
 from llava.errors import UserError
 from llava.model.builder import load
@@ -237,6 +238,8 @@ def test_options_and_sources_know_both_parts():
         8, 16, "renumber", "renumber",
     )  # fmt: skip
     assert registry.build("holov+restore", 64).positions == "original"  # the paper's
+    # A table's specification writes options as the command line does; they ended in a KeyError.
+    assert changed({"restore.official": "true", "holov.chunks": "16"}, "holov+restore") == {"restore.official": "true"}
     (row,) = registry.describe("vispruner+restore")
     assert "RESTORE" in row["paper"] and row["reads"] == "cls_attention -2, features, order"
     assert "METHOD+restore" in registry.describe("restore")[0]["summary"]

@@ -142,8 +142,9 @@ def changed(options: Mapping[str, str], method: str) -> dict[str, str]:
         except ValueError:
             return text == usual
 
-    known = options_of(registry.method(method))
-    return {key: text for key, text in options.items() if not says(text, known[key].default)}
+    cls = registry.method(method)
+    usual = {key: options_of(cls)[registry.option_key(cls, key)].default for key in options}
+    return {key: text for key, text in options.items() if not says(text, usual[key])}
 
 
 def jobs_of(lines: Sequence[RowAtBudget], columns: Sequence[Column], run: RunConfig, model: Llava) -> Jobs:
