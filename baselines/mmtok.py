@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava.reduction import (
+    Canvas,
     MethodMetadata,
     PatchGrid,
     PromptState,
@@ -32,7 +33,6 @@ from llava.reduction import (
     option,
     register,
 )
-from llava.reduction.token_layout import Canvas
 
 # Answer formats that are taken out of a question, and words that show nothing.
 FORMATS = (

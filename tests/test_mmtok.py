@@ -44,7 +44,7 @@ def drawn(seed: int, batch: int, count: int) -> tuple[torch.Tensor, torch.Tensor
     """Tokens, features and words, of another number in each image, which are near some tokens."""
     draw = torch.Generator().manual_seed(seed)
     tokens, features = (torch.randn(batch, count, size, generator=draw) for size in (12, 8))
-    words = [own[:number] + 0.5 * torch.randn(number, 12, generator=draw) for number, own in enumerate(tokens, 2)]
+    words = [own[:number] + 0.5 * torch.randn(number, 12, generator=draw) for number, own in enumerate(tokens, 9)]
     return tokens, features, words
 
 
@@ -98,7 +98,7 @@ def covered_by_the_book(tokens, features, words, budget: int, alpha: float, temp
     return sorted(chosen)
 
 
-@pytest.mark.parametrize("options", [{}, {"alpha": 0.0}, {"alpha": 4.0}, {"temperature": 0.1}, {"temperature": 0.3}])
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.05}, {"alpha": 4.0}, {"temperature": 0.1}, {"temperature": 0.3}])
 def test_a_batch_equals_the_definition(options):
     """Images with other numbers of words do not change one another, and weight and temperature do what they say."""
     tokens, features, words = drawn(3, 3, 20)
@@ -112,8 +112,13 @@ def test_planted_tokens_for_a_word_and_for_a_group_of_patches_are_kept():
     tokens = torch.eye(9)[[0, 1, 2, 3, 4, 5, 6, 7, 8]][None]
     features = torch.eye(2)[[0, 0, 0, 0, 0, 1, 1, 1, 1]][None]
     words = [torch.eye(9)[7] + 0.2 * torch.eye(9)[3]]
-    kept = MMTok(budget=2).prompt(state_of(tokens, features, [torch.stack(words)], PatchGrid(3, 3))).kept
-    assert kept.tolist() == [[0, 7]]  # 7 also covers the second group
+
+    def kept(budget, **options):
+        state = state_of(tokens, features, [torch.stack(words)], PatchGrid(3, 3))
+        return MMTok(budget=budget, **options).prompt(state).kept.tolist()
+
+    assert kept(2) == [[0, 7]]  # 7 also covers the second group
+    assert kept(1, alpha=0.0) == [[7]] and kept(1, alpha=1e4) == [[0]]
 
 
 def test_patches_of_padding_come_last():

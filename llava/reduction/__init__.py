@@ -55,4 +55,4 @@ from llava.reduction.states import (
     heads_of,
     seeing_spans,
 )
-from llava.reduction.token_layout import ModelSpec, PatchGrid, TokenLayout, even_grid
+from llava.reduction.token_layout import Canvas, ModelSpec, PatchGrid, TokenLayout, even_grid

@@ -80,24 +80,24 @@ class Release:
 class MethodMetadata:
     """One row of the table of methods.
 
-        Attributes:
-            acts: where tokens are reduced ("after the tower", "before decoder layer 2", ...).
-            score: what tokens are ranked by.
-            rest: what is done with the tokens that are not kept.
-            order: order of the kept tokens.
-            needs: what it needs besides pixels and prompt ("CLS token", "CLIP text tower", ...), "" for nothing.
-            paper: title and identifier, "" for a control.
-            url: address of the paper.
-            code: owner/name@commit of the official code that was read, "" if there is none.
-            reads: everything that the kept and merged tokens depend on with default options: tower scores as kind and block
-                ("cls_attention -2"), "features", "tokens" and "keys" (vectors of the tower, of the decoder and of the
-                block or layer where the method acts), "values" and "attention" (of the decoder), "question", "grid" (rows
-                and columns) and "order" (a token's number in raster order).
-            similarity: the vectors whose cosine says which tokens are merged, or which are too alike to keep both:
-                "keys", "features" or "tokens"; "none" for a method that merges by something else.
-            weights: how tokens that are merged into one are weighted: "mean" (equally), "score" (by the method's first
-                tower score), "size" (by the number of patches that each stands for), "similarity" (by the cosine to the
-            token that they join) or "rounds" (the mean of each of several rounds is added to the target).
+    Attributes:
+        acts: where tokens are reduced ("after the tower", "before decoder layer 2", ...).
+        score: what tokens are ranked by.
+        rest: what is done with the tokens that are not kept.
+        order: order of the kept tokens.
+        needs: what it needs besides pixels and prompt ("CLS token", "CLIP text tower", ...), "" for nothing.
+        paper: title and identifier, "" for a control.
+        url: address of the paper.
+        code: owner/name@commit of the official code that was read, "" if there is none.
+        reads: everything that the kept and merged tokens depend on with default options: tower scores as kind and block
+            ("cls_attention -2"), "features", "tokens" and "keys" (vectors of the tower, of the decoder and of the
+            block or layer where the method acts), "values" and "attention" (of the decoder), "question", "grid" (rows
+            and columns) and "order" (a token's number in raster order).
+        similarity: the vectors whose cosine says which tokens are merged, or which are too alike to keep both:
+            "keys", "features" or "tokens"; "none" for a method that merges by something else.
+        weights: how tokens that are merged into one are weighted: "mean" (equally), "score" (by the method's first
+            tower score), "size" (by the number of patches that each stands for), "similarity" (by the cosine to the
+        token that they join) or "rounds" (the mean of each of several rounds is added to the target).
     """
 
     acts: str
