@@ -258,10 +258,15 @@ def resolved(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
                 entries += listed
             elif part is not None:
                 entries.append(part)
-        found[key] = entries
+        found[key] = [one for one in entries if not (isinstance(one, dict) and awaited(str(one.get("method"))))]
     if "factors" in found:
         found["rows"] = [*found["rows"], *rows_of_factors(str(found.get("ours", "")), found.pop("factors"))]
     return found
+
+
+def awaited(method: str) -> bool:
+    """Whether a method, or a part of a composition, is named before its code is registered."""
+    return any(part in published.AWAITED and part not in registry.names() for part in method.split("+"))
 
 
 def rows_of_factors(method: str, factors: Any) -> list[dict[str, Any]]:
