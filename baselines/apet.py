@@ -31,15 +31,16 @@ from llava.reduction import (
     Release,
     State,
     gather_tokens,
+    in_float32,
     merge_plan,
     option,
     others,
     planned,
     register,
+    rows,
     scaled_layers,
     tokens_by_layer,
 )
-from llava.reduction.ranking import in_float32, rows
 
 MatMul = Callable[[Tensor, Tensor], Tensor]
 BASIS, SHARE = 10, 3  # basis tokens, and at most one of so many kept tokens

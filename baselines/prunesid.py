@@ -23,8 +23,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.reduction import EncoderState, MethodMetadata, Reducer, Reduction, Release, TowerScore, option, register
-from llava.reduction.ranking import HOST, gather_tokens, in_float32, places
+from llava.reduction import (
+    HOST,
+    EncoderState,
+    MethodMetadata,
+    Reducer,
+    Reduction,
+    Release,
+    TowerScore,
+    gather_tokens,
+    in_float32,
+    option,
+    places,
+    register,
+)
 
 MatMul = Callable[[Tensor, Tensor], Tensor]
 PER_GROUP = 4  # tokens of the budget for each group

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from llava.reduction import (
     EncoderState,
+    MatMul,
     MethodMetadata,
     Reducer,
     Reduction,
@@ -37,7 +38,6 @@ from llava.reduction import (
     option,
     register,
 )
-from llava.reduction.ranking import MatMul
 
 CLS, RECEIVED = TowerScore("cls_attention"), TowerScore("received_from_others")
 ROUNDS = 3

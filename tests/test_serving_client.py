@@ -40,7 +40,22 @@ PIXELS = {
     "visionzip",
     "vispruner",
 }
-REFUSED = {"dart", "fastv", "priortr", "pyramiddrop", "sparsevlm", "v2drop", "visiondrop", "vscan"}
+REFUSED = {
+    "apet",
+    "autoprune",
+    "clse",
+    "dart",
+    "fastv",
+    "feather",
+    "ivcprune",
+    "priortr",
+    "pyramiddrop",
+    "sparsevlm",
+    "v2drop",
+    "visiondrop",
+    "vlmpruner",
+    "vscan",
+}
 
 
 @pytest.mark.parametrize("method", names())

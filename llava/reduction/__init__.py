@@ -14,17 +14,22 @@ from llava.reduction.compose import Completion
 from llava.reduction.merging import ANCHORS, WEIGHTS, Reduction, Step, merge_plan
 from llava.reduction.modules import DecoderLayer, linear_flops
 from llava.reduction.ranking import (
+    HOST,
+    MatMul,
+    cached_by_sizes,
     cover_greedily,
     cover_most,
     distinct,
     farthest_apart,
     gather_tokens,
+    in_float32,
     keep_top,
     largest_determinant,
     largest_determinant_of,
     others,
     places,
     ranks,
+    rows,
     split,
 )
 from llava.reduction.reducer import (
