@@ -74,6 +74,7 @@ def reads_question(reducer: Reducer) -> bool:
     absent: Any = _Question()
     state = PromptState(
         ids=("0",),
+        spec=ModelSpec(layout.tokens, 1, layout, tower_blocks=1),
         features=tokens,
         tokens=tokens,
         scores=scores,
