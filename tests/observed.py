@@ -23,7 +23,7 @@ from llava.reduction.merging import Reduction
 from llava.reduction.reducer import Reducer, check_reductions
 from llava.reduction.scores import TowerScore
 from llava.reduction.states import BlockState, DecoderState, EncoderState, PromptState, State
-from llava.reduction.token_layout import PatchGrid
+from llava.reduction.token_layout import PatchGrid, single
 from tests.conftest import samples
 from tests.contract import accepted, label, run
 
@@ -60,7 +60,7 @@ class Call:
     @torch.inference_mode()
     def reductions(self, **changes: object) -> list[Reduction]:
         """One per image, of the stage function on the state with these changes."""
-        state = replace(self.state, **changes)
+        state = frozen(self.method, replace(self.state, **changes))  # a call may write into its memory
         count = (state.tokens if isinstance(state, BlockState | DecoderState) else state.features).shape[1]
         returned = getattr(self.method, self.stage)(state)
         if returned is None:
@@ -116,6 +116,18 @@ def inputs(state: State, seed: int, close: bool = False) -> dict[str, object]:
     return changes
 
 
+def frozen(reducer: Reducer, state: State) -> State:
+    """The state with what the pipeline computes when it is asked, which later steps would change."""
+    if isinstance(state, BlockState):
+        return replace(state, memory=dict(state.memory))
+    if not isinstance(state, DecoderState):
+        return state
+    members, values = state.members(), state.values()
+    tower = {score: state.tower(score) for score in reducer.scores()}
+    memory = tuple(map(dict, state.memory))
+    return replace(state, members=lambda: members, values=lambda: values, tower=tower.__getitem__, memory=memory)
+
+
 def calls(reducer: Reducer, model: Llava, batch: list[Sample]) -> tuple[list[Call], Record]:
     """All calls of the method's stage functions on a batch, with planted inputs."""
     found: list[Call] = []
@@ -125,7 +137,7 @@ def calls(reducer: Reducer, model: Llava, batch: list[Sample]) -> tuple[list[Cal
             original = getattr(cls, stage)
 
             def called(self, state, _stage=stage, _original=original):
-                found.append(Call(_stage, self, state))
+                found.append(Call(_stage, self, frozen(self, state)))
                 return _original(self, state)
 
             patch.setattr(cls, stage, called)
@@ -213,6 +225,9 @@ def read_by(call: Call) -> set[str]:
     for name in set(VECTORS) & set(others):
         if differ(before, call.reductions(**{name: others[name]})):
             found.add(name)
+    if isinstance(state, DecoderState):
+        wide = tuple(single(4, layout.tokens // 4) for layout in state.layouts)
+        found |= {"grid"} if differ(before, call.reductions(layouts=wide)) else set()
     if isinstance(state, EncoderState):
         for score in state.scores:
             changed = state.scores | {score: others["scores"][score]}

@@ -309,6 +309,7 @@ REFUSED = [  # method, budget and options; decoder layers of a model of 576 toke
     ("fastv 64", 8, "mean of 64 .* reaches 72.88 to 576. Set fastv.schedule=kept"),
     ("fastv 64 layer=-1", 32, "fastv.layer must be at least 0"),
     ("fastv 64 layer=32", 32, "32 layers"),
+    ("feather 128", 32, "all 576 enter the first 8 of 32 layers.* 144.8 to 313.5. Set feather.schedule=kept"),
     ("globalcom2 8 temperature=nan", 32, "globalcom2.temperature"),
     ("globalcom2 8 tile_budget=global", 32, "tile_budget must be one of adaptive, each, thumbnail"),
     ("holov 64 chunks=7", 32, "holov.chunks must divide the 576 visual tokens"),
