@@ -21,7 +21,7 @@ from llava.pipeline.accounting import Record
 from llava.processing.prompt import Sample
 from llava.reduction.merging import Reduction
 from llava.reduction.reducer import Reducer, check_reductions
-from llava.reduction.scores import TowerScore
+from llava.reduction.scores import BlockAttention, TowerScore
 from llava.reduction.states import BlockState, DecoderState, EncoderState, PromptState, State
 from llava.reduction.token_layout import PatchGrid, single
 from tests.conftest import samples
@@ -177,6 +177,17 @@ def made_of(reduction: Reduction, order: Tensor) -> list[tuple[int, ...]]:
     return sorted((first, *rest) for first, rest in zip(own, members, strict=True))
 
 
+def reordered(seen: BlockAttention, whole: Tensor) -> BlockAttention:
+    """The attention of a block whose tokens come in another order; CLS, whose query is read, stays first."""
+    values = seen.values
+    return replace(
+        seen,
+        keys=seen.keys[:, whole],
+        projected_keys=seen.projected_keys[:, whole],
+        values=values and (lambda: values()[:, whole]),
+    )
+
+
 def order_matters(call: Call, before: list[Reduction], order: Tensor, layout: PatchGrid | None = None) -> bool:
     """Whether the method keeps other tokens of every image if they come in another order.
 
@@ -193,6 +204,9 @@ def order_matters(call: Call, before: list[Reduction], order: Tensor, layout: Pa
     for name in (*VECTORS, "sizes"):
         if isinstance(value := getattr(state, name, None), Tensor):
             changes[name] = value[:, whole]
+    if isinstance(state, BlockState):
+        changes |= {"attended": reordered(state.attended, whole)}
+        changes |= {"memory": {name: value[:, order] for name, value in state.memory.items()}}
     if isinstance(state, EncoderState):
         scores = {score: value[:, order] for score, value in state.scores.items()}
         changes |= {"scores": scores, "thumbnail": scores.__getitem__}
@@ -247,6 +261,10 @@ def read_by(call: Call) -> set[str]:
         if order_matters(call, before, order, layout):
             found.add("order")
     if isinstance(state, BlockState):
+        seen = state.attended
+        found |= {"attention"} if differ(before, call.reductions(attended=replace(seen, keys=-seen.keys))) else set()
+        others = drawn(seen.keys, 60)
+        found |= {"values"} if differ(before, call.reductions(attended=replace(seen, values=lambda: others))) else set()
         order = torch.randperm(before[0].inputs - 1, generator=torch.Generator().manual_seed(0))
         found |= {"order"} if order_matters(call, before, order) else set()
     return found

@@ -159,7 +159,12 @@ FAMILIES = {  # shape -> (budget, options, whether it is asked about videos)
 }
 # One method for each place in which tokens are dropped; LLaVA-NeXT is asked with all methods.
 KINDS = ("full", "tome", "fastervlm", "consensusdrop", "cdpruner", "divprune", "visiondrop", "sparsevlm")
-READ_NUMBERS = {("llava-next-7b", "hired"), ("llava-next-7b", "globalcom2"), ("llava-next-7b", "tome")}
+READ_NUMBERS = {
+    ("llava-next-7b", "hired"),
+    ("llava-next-7b", "globalcom2"),
+    ("llava-next-7b", "tome"),
+    ("llava-next-7b", "flowcut"),
+}
 
 
 @pytest.mark.table
