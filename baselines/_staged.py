@@ -90,6 +90,23 @@ class Staged(Reducer):
         return self.reduce(state, keep)
 
 
+def published_counts(method: Staged, spec: ModelSpec, shares: Sequence[float]) -> tuple[int, ...]:
+    """Tokens that each stage keeps under a published schedule: shares of all visual tokens, rounded down, at least 1.
+
+    Raises:
+        UserError: the mean of the schedule is not the budget.
+    """
+    keeps = tuple(max(1, int(spec.visual_tokens * share)) for share in shares)
+    stages = method.decoder_layers(spec.layers)
+    mean = sum(tokens_by_layer(spec.visual_tokens, stages, keeps, spec.layers)) / spec.layers
+    if abs(mean - method.budget) > method.rounding:
+        raise UserError(
+            f"{method.name}.schedule={method.schedule} has a mean of {mean:.4g} visual tokens per layer on this model "
+            f"at any budget; ask for a budget of {mean:.0f}, or for schedule=mean, which is fitted to the budget."
+        )
+    return keeps
+
+
 @dataclass(frozen=True, kw_only=True)
 class OneStage(Staged):
     """Drops visual tokens before one decoder layer; kept tokens keep their position ids."""

@@ -5,12 +5,10 @@ Official code read: none.
 Differs from it: nothing known.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from llava.reduction import (
     MethodMetadata,
@@ -20,6 +18,7 @@ from llava.reduction import (
     Reducer,
     Reduction,
     UserError,
+    even_grid,
     option,
     register,
     seed_of,
@@ -62,22 +61,6 @@ class Random(Reducer):
             generator = torch.Generator().manual_seed(seed_of("random", self.seed, name))
             rows.append(torch.randperm(total, generator=generator)[: self.budget].sort().values)
         return Reduction(torch.stack(rows).to(state.tokens.device, non_blocking=True), total)
-
-
-def even_grid(layout: PatchGrid, budget: int) -> Tensor:
-    """[budget] int64 indices, ascending, spaced as evenly as the budget allows.
-
-    The budget is split over evenly spaced rows, and each row's share is spaced evenly along it. A square budget gives a
-    square grid.
-    """
-    used = max(1, min(layout.rows, round(math.sqrt(budget * layout.rows / layout.columns))))
-    used = max(used, math.ceil(budget / layout.columns))
-    picked = []
-    for index in range(used):
-        row = (2 * index + 1) * layout.rows // (2 * used)
-        share = budget * (index + 1) // used - budget * index // used
-        picked += [row * layout.columns + (2 * i + 1) * layout.columns // (2 * share) for i in range(share)]
-    return torch.tensor(picked)
 
 
 @register("uniform")

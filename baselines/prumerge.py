@@ -123,22 +123,22 @@ class PruMerge(Reducer):
             raise UserError(f"{self.name}.fixed is a branch of the release and needs {self.name}.official=true.")
 
     @property
-    def adaptive(self) -> bool:
+    def by_image(self) -> bool:
         """Whether the number of kept tokens depends on the image and not on the budget."""
         return self.official and not self.fixed
 
     def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...] | None:
-        return None if self.adaptive else super().tokens_per_layer(spec)
+        return None if self.by_image else super().tokens_per_layer(spec)
 
     def scores(self) -> tuple[TowerScore, ...]:
         return TowerScore("fused_cls_attention", -1), TowerScore("whole_keys", -1)
 
     def keeps_all(self, tokens: int) -> bool:
-        return super().keeps_all(tokens) and not self.adaptive
+        return super().keeps_all(tokens) and not self.by_image
 
     def encoder(self, state: EncoderState) -> Reductions:
         attention, keys = (state.scores[score] for score in self.scores())
-        if self.adaptive:
+        if self.by_image:
             # The number of tokens depends on the image, so the host waits for the device once.
             rows = zip(attention.split(1), keys.split(1), outliers(attention).tolist(), strict=True)
             return [self._merge(self.keep(row, count), row, key, state) for row, key, count in rows]

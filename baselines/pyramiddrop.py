@@ -12,8 +12,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from baselines._staged import SCHEDULE, Staged, proportional
-from llava.reduction import DecoderState, MethodMetadata, ModelSpec, UserError, option, register, tokens_by_layer
+from baselines._staged import SCHEDULE, Staged, proportional, published_counts
+from llava.reduction import DecoderState, MethodMetadata, ModelSpec, option, register
 
 HALVING = (4, 2, 1)
 # Schedules as ratios of all visual tokens: (decoder layers of 32, ratio kept after each).
@@ -59,17 +59,7 @@ class PyramidDrop(Staged):
         return proportional(first, HALVING)
 
     def fixed(self, spec: ModelSpec) -> tuple[int, ...] | None:
-        if self.schedule not in SHARES:
-            return None
-        keeps = tuple(max(1, int(spec.visual_tokens * share)) for share in SHARES[self.schedule][1])
-        stages = self.decoder_layers(spec.layers)
-        mean = sum(tokens_by_layer(spec.visual_tokens, stages, keeps, spec.layers)) / spec.layers
-        if abs(mean - self.budget) > self.rounding:
-            raise UserError(
-                f"pyramiddrop.schedule={self.schedule} has a mean of {mean:.4g} visual tokens per layer on this model "
-                f"at any budget; ask for a budget of {mean:.0f}, or for schedule=mean, which is fitted to the budget."
-            )
-        return keeps
+        return published_counts(self, spec, SHARES[self.schedule][1]) if self.schedule in SHARES else None
 
     def score(self, state: DecoderState) -> Tensor:
         weights, _ = state.attention("last")  # [B, H, 1, N]

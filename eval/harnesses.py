@@ -18,6 +18,7 @@ from torch import Tensor
 
 from eval.benchmarks.llava_files import split_suffix
 from eval.results.cost import accounting_record, off_budget, summarise_accounting
+from eval.results.report import tokens_text
 from llava.budget import RETENTION_RATIO, budget_text
 from llava.errors import UserError
 from llava.hf.interface import ScriptModel
@@ -199,7 +200,7 @@ def conclude(accounts: Sequence[Mapping[str, Any]], reducer: Reducer) -> None:
     mean, budget = summarise_accounting(accounts), budget_text(reducer.budget, reducer.retention_ratio)
     at = "" if reducer.name == "full" else f" at {budget}"
     print(
-        f"{reducer.name}{at}: {mean['mean_tokens_per_layer']:.1f} visual tokens per layer, mean of "
+        f"{reducer.name}{at}: {tokens_text(mean)} visual tokens per layer, mean of "
         f"{mean['samples'] - mean['without_image']:,} prompts with images.",
         flush=True,
     )

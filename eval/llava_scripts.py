@@ -28,7 +28,7 @@ from eval.benchmarks.media import Folder, Images
 from eval.command import Parser, make_parser
 from eval.config import FULL, RunConfig, budget_of, build_reducer, options_by_method, plain
 from eval.metrics import Score
-from eval.results import cost
+from eval.results import cost, report
 from eval.run import load_model
 from llava.budget import budget_text, count_or_ratio, or_environment
 from llava.conversation import MODES, conv_templates, conversation
@@ -200,9 +200,9 @@ def answer(args: Any, read: Callable[[Any], tuple[list[ScriptQuestion], Images]]
     finally:
         lines.close()
     if accounts and method != FULL:
-        mean = cost.summarise_accounting(accounts)["mean_tokens_per_layer"]
+        tokens = report.tokens_text(cost.summarise_accounting(accounts))
         kept = budget_text(reducer.budget, reducer.retention_ratio)
-        print(f"{method} at {kept}: {mean:.1f} visual tokens per layer.", file=sys.stderr)
+        print(f"{method} at {kept}: {tokens} visual tokens per layer.", file=sys.stderr)
         if off := cost.off_budget(accounts, reducer):
             print(f"Warning: {off['remark']}", file=sys.stderr)
 

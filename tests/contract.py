@@ -27,7 +27,8 @@ from llava.reduction.states import DecoderState, EncoderState, PromptState
 BUDGETS = (8, 12, 7, 4, 20, 24, 32, 40)
 SIZES = (2, 3, 4)  # beside every question alone
 LAYERS = ((1,), (2,), (1, 2), (1, 2, 3), (2, 3, 5))  # for options that name decoder layers
-COMPOSED = ("divprune+fastv", "fastervlm+pyramiddrop")  # the contract holds for compositions, too
+# The contract holds for compositions, too.
+COMPOSED = ("divprune+fastv", "fastervlm+pyramiddrop", "holov+restore", "vispruner+restore")
 # What the pipeline does for every method (tests/test_next.py); those that act in the decoder alone have no use for it.
 LEFT_OUT = {"retention_ratio", "newlines"}
 
@@ -130,25 +131,42 @@ def check_equal(reducer: Reducer, question: str, said: str, first: Trace, second
         )
 
 
+def entering(tokens: int, layers: int, steps: Trace) -> tuple[int, ...]:
+    """The tokens of an image that enter each layer, by the reductions alone."""
+    left = [tokens] * layers
+    for step in steps:
+        left[step.layer :] = [step.reduction.kept.shape[1]] * (layers - step.layer)
+    return tuple(left)
+
+
 def check(reducer: Reducer, model: Llava, batch: list[Sample]) -> None:
-    """The whole contract for one method at one budget, over batches of one question to all of them."""
-    planned = reducer.tokens_per_layer(model.spec)
+    """The whole contract for one method at one budget, over batches of one question to all of them.
+
+    A method without a plan must keep each image within its bounds, a result must say where their mean misses the budget
+    and that the image decides, and the tokens of each image are counted again from its reductions.
+    """
+    planned, (least, most) = reducer.tokens_per_layer(model.spec), reducer.bounds(model.spec)
     if planned is not None and not reducer.deviates("uncounted"):
         mean = sum(planned) / len(planned)
         assert abs(mean - reducer.budget) <= reducer.rounding, f"{label(reducer)}: plans {planned}, a mean of {mean:g}"
     alone = [run(model, [sample], reducer) for sample in batch]
     records = [cost.accounting_record(accounting) for _, (accounting,), _ in alone]
     off = cost.off_budget(records, reducer)
-    mean = cost.summarise_accounting(records)["mean_tokens_per_layer"]
+    summary = cost.summarise_accounting(records)
+    mean = summary["mean_tokens_per_layer"]
     missed = planned is None and abs(mean - min(reducer.budget, model.visual_tokens)) > reducer.rounding
     assert bool(off) == missed, f"{label(reducer)}: {mean:g} tokens per layer, a result says of its budget: {off}"
+    assert summary["adaptive"] == (planned is None), f"{label(reducer)}: a result says {summary['adaptive']}"
     for size in SIZES:
         logits, accounts, record = run(model, batch[:size], reducer)
         for i, steps in enumerate(record.steps):
             question = batch[i].id
-            if planned is not None and batch[i].image is not None:
-                counted = accounts[i].tokens_per_layer
-                assert counted == planned, f"{label(reducer)}: {question}: plans {planned}, counted are {counted}"
+            if batch[i].image is not None:
+                counted, said = accounts[i].tokens_per_layer, f"{label(reducer)}: {question}"
+                plan = planned or entering(model.visual_tokens, len(counted), steps)
+                assert counted == plan, f"{said}: {'plans' if planned else 'keeps'} {plan}, counted are {counted}"
+                inside = least <= accounts[i].mean <= most
+                assert inside, f"{said}: {accounts[i].mean:g} tokens per layer, not {least:g} to {most:g}"
             if steps:
                 check_order(reducer, question, steps)
                 check_averages(reducer, question, steps)

@@ -270,7 +270,8 @@ def test_a_mean_off_the_budget_is_said_and_loses_nothing(data, tmp_path, capsys,
     assert found["off_budget"] == result["off_budget"]
     printed = capsys.readouterr()
     last = printed.out.splitlines()[-1]
-    assert "17.0 tokens per layer where 16.0 were asked for (mean over 30 questions)" in last
+    said = "17.0 tokens per layer where 16.0 were asked for (mean over 30 questions)"
+    assert (said if planned else "tokens per layer: mean 17.0 of 16 asked, 17 to 17, KV") in last
     assert f"note: {result['off_budget']['remark']}" in printed.out
     # Said at once, as the last batch may be hours away; the mean of a few images says nothing where they decide.
     assert ("Warning, first batch: 17.00 visual tokens" in printed.err) == planned

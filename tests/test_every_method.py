@@ -59,7 +59,9 @@ def test_every_choice_of_every_option_keeps_the_contract(name, tiny):
         reducers = contract.accepted(registry.method(name), options, tiny, 1 if options else 3)
         assert reducers or options or name == "full", "no budget below all tokens was accepted"
         for reducer in reducers:
-            assert options or reducer.tokens_per_layer(tiny.spec), "by default a method keeps a budget"
+            assert options or reducer.adaptive or reducer.tokens_per_layer(tiny.spec), (
+                "by default a method keeps a budget; one that lets the image decide says why in `adaptive`"
+            )
             contract.check(reducer, tiny, batch)
 
 
@@ -172,10 +174,11 @@ def test_a_second_image_is_reduced_on_its_own(name, tiny):
     VisionDrop's release leaves the second one at what its encoder stage gave.
     """
     reducer = reducing(name, tiny)
-    planned = reducer.tokens_per_layer(tiny.spec)
     both = dataclasses.replace(samples(1)[0], image=(drawn_image(0), drawn_image(5)))
     _, accounts, record = run(tiny, [both, *samples(2)], reducer)
-    assert accounts[0].images == 2 and accounts[0].tokens_per_layer == tuple(2 * count for count in planned)
+    second = run(tiny, [dataclasses.replace(both, image=both.image[1])], reducer)[1][0]
+    own = zip(accounts[1].tokens_per_layer, second.tokens_per_layer, strict=True)
+    assert accounts[0].images == 2 and accounts[0].tokens_per_layer == tuple(map(sum, own))
     for number in ("", " #2"):
         steps = [s for s in record.steps[0] if s.place.endswith("#2") == bool(number)]
         assert len(steps) == len(record.steps[1])

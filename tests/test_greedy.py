@@ -15,10 +15,23 @@ def cosine_of(tokens: torch.Tensor) -> torch.Tensor:
     return unit @ unit.transpose(1, 2)
 
 
+def cover_of(tokens: torch.Tensor) -> list[torch.Tensor]:
+    """What tokens cover: as many other things in each image, one more than in the image before."""
+    tables = [own.clamp(min=0)[:, : -(-own.shape[1] // 2)] for own in cosine_of(tokens)]
+    return [torch.cat([own, own[:, :1].expand(-1, number)], 1) for number, own in enumerate(tables, 1)]
+
+
+def late_of(tokens: torch.Tensor) -> list[torch.Tensor | None]:
+    """In every second image, two thirds of the tokens are chosen after all others."""
+    batch, total = tokens.shape[:2]
+    return [torch.arange(total) % 3 > 0 if number % 2 else None for number in range(batch)]
+
+
 CHOICES = {
     "farthest": lambda tokens, weight, *rest: greedy.farthest_apart(tokens, *rest),
     "determinant": greedy.largest_determinant,
     "coverage": greedy.cover_greedily,
+    "table": lambda tokens, weight, count: greedy.cover_most(cover_of(tokens), count, late_of(tokens)),
     "duplicates": lambda tokens, weight, *rest: greedy.distinct(tokens, *rest),
 }
 
@@ -57,6 +70,8 @@ def test_equal_tokens_are_chosen_by_index(name, form):
     chosen = CHOICES[name](torch.ones(2, 90, 4), torch.full((2, 90), 0.5), 30)
     if name == "duplicates":
         assert chosen.tolist() == [removed_by_the_book([[1.0] * 90] * 90, 30)] * 2
+    elif name == "table":
+        assert chosen.tolist() == [list(range(30)), list(range(0, 90, 3))]
     else:
         assert chosen.tolist() == [list(range(30))] * 2
 
@@ -118,6 +133,25 @@ def test_equals_the_definition(form):
         assert left[image].tolist() == removed_by_the_book(own.tolist(), 20)
 
 
+def test_what_a_table_covers_equals_the_definition(form):
+    """With tokens that come late: no more than the others, and more, so that late ones are chosen at the end."""
+    tokens = torch.randn(2, 60, 5)
+    tables, late = cover_of(tokens), late_of(tokens)
+    for count in (12, 20, 21, 45):
+        found = greedy.cover_most(tables, count, late)
+        for table, own, row in zip(tables, late, found.tolist(), strict=True):
+            table, chosen = table.double(), []
+            best = torch.zeros(table.shape[1]).double()
+            for _ in range(count):
+                gains = (table - best).clamp(min=0).sum(1)
+                gains[chosen] = -1
+                if own is not None and len(chosen) < int((~own).sum()):
+                    gains[own] = -1
+                chosen.append(int(gains.argmax()))
+                best = torch.maximum(best, table[chosen[-1]])
+            assert row == chosen
+
+
 @pytest.mark.parametrize(("batch", "total", "channels", "count"), SHAPES)
 def test_farthest_from_a_first_token_equals_the_definition(batch, total, channels, count):
     unit = F.normalize(torch.randn(batch, total, channels), dim=-1)
@@ -128,8 +162,9 @@ def test_farthest_from_a_first_token_equals_the_definition(batch, total, channel
         assert row == farthest_by_the_book(own, int(first[image]), count)
 
 
-@pytest.mark.parametrize("total", [50, 11520])
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize(
+    ("name", "total"), [*((name, 50) for name in CHOICES), *((name, 11520) for name in CHOICES if name != "table")]
+)
 def test_the_loops_never_wait_for_the_device_nor_hold_a_table_of_many_tokens(name, total):
     """Tensors on the meta device hold no values, so whatever looks at one fails. At 11,520 tokens SCOPE and VisPruner
     held all cosines, 531 MB, off the CPU."""

@@ -7,6 +7,7 @@ docs/statistics.md. A wrong sign, value, row or column anywhere between the answ
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import re
 from functools import cache
@@ -21,7 +22,7 @@ from eval.config import ROOT, RunConfig
 from eval.metrics.accuracy import mean_score, normalise
 from eval.papers import cells, gate, published, render, spec, table
 from eval.papers.cells import Cell, MeasuredTable
-from eval.papers.document import blocks, difference_to, entries, ours_text, published_text
+from eval.papers.document import blocks, difference_to, entries, notes_of, ours_text, published_text
 from eval.papers.published import Published
 from eval.papers.runs import RowAtBudget, RunTarget, Time
 from eval.papers.sections import clear_differences, pair_rows, pairs_of, releases, sections_of
@@ -514,6 +515,38 @@ def test_a_variant_with_another_budget_is_not_put_beside_its_release():
     for marked in pair:
         lines = [dataclasses.replace(line, by_kept=i == marked) for i, line in enumerate(found.lines)]
         assert releases(dataclasses.replace(found, lines=lines)).rows == [row for row in rows if row[2] != "64"]
+
+
+def test_a_row_whose_images_decide_is_marked_and_compared_with_none(monkeypatch):
+    """Its mean of 61.3 stood as "64" in a block of 64; now every format says mean, asked and the ends."""
+    definition, whole, _ = made()
+    index = next(i for i, line in enumerate(whole.lines) if line.row.method == "fastv" and not line.by_kept)
+    spread = "mean 61.3 of 64 asked, 40 to 96"
+
+    def read_cell(line: RowAtBudget, column: spec.Column, job: object) -> Cell | str:
+        place = whole.lines.index(line), column.benchmark
+        off = place == (index, "pope")  # on one benchmark alone
+        if place not in whole.cells:
+            return "no result"
+        cell = dataclasses.replace(whole.cells[place], stored=None)
+        line = dataclasses.replace(line, off=off)
+        return dataclasses.replace(cell, line=line, tokens=61.3, spread=spread, ends=(40, 96)) if off else cell
+
+    monkeypatch.setattr(cells, "read_cell", read_cell)
+    names = [column.benchmark for column in whole.columns]
+    found = cells.read_cells(
+        whole.lines, whole.columns, dict.fromkeys(itertools.product(range(len(whole.lines)), names))
+    )
+    line = found.lines[index]
+    assert line.mark == "§" and {cell.line.mark for cell in found.row(index).values()} == {"§"}
+    assert [one.mark for one in found.lines].count("§") == 1
+    block = next(one for one in blocks(found, {}) if f"{line.budget} tokens" == one.title)
+    place = [name.startswith(f"{line.title} § (") for name, _ in block.rows].index(True)
+    assert not any(place in ranked for ranked in (*block.best, *block.second))
+    assert index not in clear_differences(definition, found)
+    notes = notes_of(definition, found, entries(found, None, definition.real))
+    assert any(note.endswith(f"POPE {spread} (fewest to most of an image).") for note in notes)
+    assert any(note.startswith("§ the image decides") for note in notes)
 
 
 @pytest.mark.lab

@@ -534,6 +534,7 @@ def cell(value: float, questions: int = 100, available: int = 100, line: runs.Ro
         available=available,
         other_judge="",
         no_flops="",
+        spread="",
         metric=column.metric or "f1",
         line=line or runs.RowAtBudget(FULL, None, None),
     )

@@ -108,10 +108,11 @@ def turned(states: torch.Tensor, row: int, column: int) -> torch.Tensor:
 
 
 def signals_by_the_book(visual, index: int, patches: torch.Tensor):
-    """Received attention, keys and whole keys of every group, one frame, head and patch after another."""
+    """Received attention with and without a patch's own, keys and whole keys of every group, one frame, head and patch
+    after another."""
     block = visual.blocks[index]
     states = block.attn.qkv(block.norm1(inputs_of(visual, index, patches))).unflatten(-1, (3, 4, 8))
-    received, plain = [], states[..., 1, :, :]
+    received, others, plain = [], [], states[..., 1, :, :]
     begin = 0
     for frames, rows, columns in GRIDS:
         for _ in range(frames):
@@ -124,24 +125,29 @@ def signals_by_the_book(visual, index: int, patches: torch.Tensor):
                 for j in range(2)
             ]
             query, key = torch.stack([turned(frame[p, :2], *place) for p, place in enumerate(places)]).unbind(1)
-            total = torch.zeros(len(places))
+            total, own = torch.zeros(len(places)), torch.zeros(len(places))
             for head in range(4):
-                for row in query[:, head]:
-                    total += (key[:, head] @ row / 8**0.5).softmax(0)
+                for place, row in enumerate(query[:, head]):
+                    given = (key[:, head] @ row / 8**0.5).softmax(0)
+                    total += given
+                    own[place] += given[place]
             received += [group.mean() for group in (total / (4 * len(places))).split(4)]
+            others += [group.mean() for group in ((total - own) / (4 * (len(places) - 1))).split(4)]
             begin += count
-    return torch.stack(received), plain.mean((1, 2)), plain.mean(1).flatten(1)
+    return torch.stack(received), torch.stack(others), plain.mean((1, 2)), plain.mean(1).flatten(1)
 
 
 @pytest.mark.parametrize("block", [1, 3])
 def test_signals_equal_the_definition(visual, block, monkeypatch):
     monkeypatch.setattr(scores, "ROWS", 7)  # slices that do not divide the patches
     patches = some_patches()
-    wanted = [TowerScore(kind, block) for kind in ("received_attention", "keys", "whole_keys", *WITHOUT_CLS)]
+    kinds = ("received_attention", "received_from_others", "keys", "whole_keys", "received_from_all", *WITHOUT_CLS)
+    wanted = [TowerScore(kind, block) for kind in kinds]
     with torch.inference_mode():
         expected = signals_by_the_book(visual, block, patches)
         received = expected[0]
-        expected = *expected, received, received, received.log()  # in place of the scores of a CLS token
+        # Without a class token, all tokens are the patches; the others stand in place of the scores of that token.
+        expected = *expected, received, received, received, received.log()
         found, _ = scores_of(visual, patches, GRIDS, wanted)
     for signal, values in zip(wanted, expected, strict=True):
         assert found[signal].dtype == torch.float32
@@ -188,7 +194,7 @@ def test_signals_that_cannot_be_had_are_refused():
 
 
 @pytest.mark.parametrize("grid", [grid for grid in GRIDS if grid[0] == 1])
-@pytest.mark.parametrize("kind", ["received_attention", "keys"])
+@pytest.mark.parametrize("kind", ["received_attention", "received_from_all", "received_from_others", "keys"])
 def test_flops_equal_what_torch_counts(visual, grid, kind):
     """Attention by plain matrix products, which torch's counter sees on every machine."""
     signal, patches = TowerScore(kind), some_patches([grid])

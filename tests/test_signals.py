@@ -6,7 +6,7 @@ import torch
 from llava.model.multimodal_encoder.clip_encoder import encode
 from llava.pipeline.decoder import step
 from llava.pipeline.generate import prefill
-from llava.reduction import Reduction, registry
+from llava.reduction import Reduction, registry, scores
 from llava.reduction.reducer import Reducer
 from llava.reduction.scores import TowerScore
 from llava.reduction.states import text_spans
@@ -42,6 +42,20 @@ def test_tower_signals_equal_eager_attention(eager, block):
         heads = layer.self_attn.num_heads
         torch.testing.assert_close(encoded.scores[wanted[2]], keys.unflatten(-1, (heads, -1)).mean(2))
         torch.testing.assert_close(encoded.features, reported.hidden_states[-2][:, 1:])
+
+
+@pytest.mark.parametrize("rows", [64, 5])
+def test_received_attention_counts_the_class_token_and_a_patch_itself_as_asked(eager, rows, monkeypatch):
+    """HiPrune counts both, VisionTrim neither; in slices that do not divide the tokens, too."""
+    monkeypatch.setattr(scores, "ROWS", rows)
+    images, wanted = pixels(eager), [TowerScore(f"received_from_{who}") for who in ("all", "others")]
+    with torch.inference_mode():
+        found = encode(eager.tower, images, -2, wanted).scores
+        attention = eager.tower(images, output_attentions=True).attentions[-2].mean(1)
+    patches = attention[:, 1:, 1:]
+    others = patches.masked_fill(torch.eye(16, dtype=torch.bool), 0).sum(1) / 15
+    for score, expected in zip(wanted, (attention[:, :, 1:].mean(1), others), strict=True):
+        torch.testing.assert_close(found[score], expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("block", [-2, -1])

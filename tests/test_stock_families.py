@@ -173,6 +173,10 @@ def test_every_method(name):
             with pytest.raises(UserError, match=f"^{method} .*{families.declared(model).title}"):
                 reduce(model, method, kept)
             continue
+        if registry.method(method).needs_words:
+            with pytest.raises(UserError, match=f"^{method} .*give reduce\\(\\) `questions` and `tokenizer`"):
+                reduce(model, method, kept)
+            continue
         try:
             with reduce(model, method, None if method == "full" else kept) as reduced:
                 assert model.generate(**inputs, **STEPS, **LOGITS).logits[-1].isfinite().all()

@@ -124,7 +124,7 @@ def test_generates_what_our_own_model_answers(case, tmp_path, request):
     # Nothing ends an answer, and the rows that no token has are never chosen.
     ours.end_ids, free = frozenset(), {"min_new_tokens": 0, "eos_token_id": rows - 1}
     free["suppress_tokens"] = list(range(ours.vocabulary, rows))
-    names = {**METHODS, "full": {}, "attnmix": {}, "consensusdrop": {}}
+    names = {**METHODS, "full": {}, "attnmix": {}, "consensusdrop": {}, "mmtok": {}}
     if family.startswith("qwen"):  # whose features were those before the projector here, and projected in `reduce`
         names |= {"sparsevlm": {"schedule": "kept"}, "dart": {"official": True}}
         more = "divprune globalcom2 hired holov uniform vscan scope prumerge prumerge_plus visionzip vispruner"
@@ -216,6 +216,8 @@ def test_a_prompt_may_end_with_its_image_or_be_it(method, tmp_path):
         save_text_tower(tmp_path, case.model)
         make_tokenizer().save_pretrained(tmp_path)
         options = {"tokenizer": case.tokenizer, "text_tower": tmp_path}
+    elif registry.method(method).needs_words:
+        options = {"tokenizer": case.tokenizer}
 
     def run(*texts):
         inputs = case.prepare(texts, [drawn_image(len(text)) for text in texts])
@@ -289,7 +291,7 @@ def test_a_budget_is_needed_unless_images_decide(llava):
         options = {"official": True} if name in ("hired", "attnmix") else {}
         with pytest.raises(UserError, match=f'{name} needs a budget: .* .budget="1/9".*"full" keeps all'):
             reduce(llava.model, name, **options)
-    assert reduce(llava.model, "prumerge", official=True).reducer.adaptive
+    assert reduce(llava.model, "prumerge", official=True).reducer.by_image
 
 
 def test_the_score_of_a_beam_is_that_of_its_tokens(case):

@@ -51,6 +51,7 @@ SPENT = 0.5  # seconds of each measurement
 LONGEST = 0.2  # seconds of one matrix product
 FEWEST = 16  # rows of the first matrix product
 COPIED = 1 << 28  # bytes of each copy
+MEASURED = "the image decides: mean n/a until measured"
 
 
 @dataclass(frozen=True)
@@ -154,9 +155,18 @@ class Estimate:
             return self.whole
         return memory.partitioned(self.model, self.dtype.itemsize, self.whole, place, ranks)
 
-    def kv(self, reducer: Reducer, new_tokens: int) -> int:
-        """Bytes of the key/value cache of `batch` under a method after `new_tokens` decoded tokens."""
-        prompts = [memory.lengths(self.model, reducer, shape) for shape in self.batch]
+    @cached_property
+    def by_image(self) -> bool:
+        """Whether images decide how many tokens are kept, so that only their most is known before the run."""
+        return memory.by_image(self.model, self.reducer, self.batch)
+
+    def kv(self, reducer: Reducer, new_tokens: int, most: bool = True) -> int:
+        """Bytes of the key/value cache of `batch` under a method after `new_tokens` decoded tokens.
+
+        Args:
+            most: where the image decides, with the most tokens that the method may keep, in place of the budget.
+        """
+        prompts = [memory.lengths(self.model, reducer, shape, most) for shape in self.batch]
         split = self.spread.tensor_parallel
         return memory.kv_bytes(self.model, prompts, self.dtype.itemsize, new_tokens, split)
 
@@ -229,7 +239,7 @@ class Estimate:
         vision = max(work["vision"] / rate, (parts["vision tower"] + parts["projector"]) / bandwidth)
         read = max(decoder / bandwidth, sum(self.weights.host.values()) / self.rates.bus)
         prefill = max(work["prefill"] / rate, read)
-        step = max(work["step"] / rate, read + self.kv(self.reducer, 0) / bandwidth)
+        step = max(work["step"] / rate, read + self.kv(self.reducer, 0, most=False) / bandwidth)
         return {"ttft": vision + prefill, "step": step, "batch": vision + prefill + self.work.steps * step}
 
     @property
@@ -252,6 +262,10 @@ class Estimate:
         kept = f"all {full}" if budget >= full else f"{budget} of {full}"
         if self.reducer.retention_ratio:
             kept = f"{budget_text(budget, self.reducer.retention_ratio)} of each image's"
+        if self.by_image:
+            images = [image for shape in self.batch for image in shape.images]
+            most = max(memory.visual_plan(self.model, self.reducer, image, most=True)[0] for image in images)
+            kept = f"most {most} of {full} ({MEASURED}; {budget} asked)"
         lines.append(
             f"KV cache {size_text(self.kv_bytes)} for {len(self.batch)} questions at {kept} visual tokens and "
             f"{self.max_new_tokens} new tokens (full: {size_text(self.kv(unreduced, self.max_new_tokens - 1))})"
@@ -291,6 +305,7 @@ class Estimate:
             f"expected: {self.work.questions:,} questions in at least {duration(self.run_seconds)} on {count} "
             f"replica{'s' if count > 1 else ''} with answers {answers}, {duration(longest)} if each has "
             f"{self.max_new_tokens} tokens",
+            *["these times are at the budget that is asked for; images decide the number"] * self.by_image,
             "not in these times: preparing images, the method's own functions, starting and loading",
         ]
 
@@ -306,6 +321,7 @@ class Estimate:
             "peak_bytes": self.peak,
             "free_bytes": self.free,
             "fits": self.fits,
+            "adaptive": self.by_image,
             "device": self.device,
             "questions": self.work.questions,
             "batches": self.batches,
@@ -448,7 +464,7 @@ def estimate_family(
     widths = [one.k_proj.out_features + one.v_proj.out_features if hasattr(one, "k_proj") else 0 for one in layers]
 
     def kv(method: Reducer) -> int:
-        prompts = sorted((memory.lengths(model, method, shape) for shape in shapes), key=max, reverse=True)
+        prompts = sorted((memory.lengths(model, method, shape, most=True) for shape in shapes), key=max, reverse=True)
         rows = [prompts[number % len(prompts)] for number in range(count)]
         held = 0
         for layer, window, width in zip(zip(*rows, strict=True), model.windows, widths, strict=True):
@@ -456,6 +472,10 @@ def estimate_family(
         return count * dtype.itemsize * held
 
     budget, ratio, total = reducer.budget, reducer.retention_ratio, "each image's" if reducer.retention_ratio else ""
+    kept = f"{budget_text(budget, ratio)} of {total}" if total else "all" if config.method == FULL else str(budget)
+    if memory.by_image(model, reducer, shapes):
+        most = max(memory.visual_plan(model, reducer, one, most=True)[0] for shape in shapes for one in shape.images)
+        kept = f"most {most} ({MEASURED}; {budget} asked)"
     return FamilyEstimate(
         model.family.title,
         {part: number * dtype.itemsize for part, number in parts_of(model).items()},
@@ -464,7 +484,7 @@ def estimate_family(
         sum(map(bool, widths)),
         len(widths),
         count,
-        f"{budget_text(budget, ratio)} of {total}" if total else "all" if config.method == FULL else str(budget),
+        kept,
         longest,
         len(planned),
         free_memory(device),

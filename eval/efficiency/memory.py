@@ -32,7 +32,7 @@ from llava.pipeline.decoder import BLOCK
 from llava.pipeline.generate import prefill
 from llava.processing.image import Grid
 from llava.processing.prompt import Prompt, Sample
-from llava.reduction.budget import planned
+from llava.reduction.budget import bounds, planned
 from llava.reduction.modules import layer_flops, linear_flops, prefill_flops, tower_flops
 from llava.reduction.reducer import Reducer
 from llava.reduction.token_layout import TokenLayout, frames, single, spec_of
@@ -93,13 +93,18 @@ def layout_of(model: Llava, size: tuple[int, int] | None = None, video: bool = F
     return single(grid.rows, grid.columns)
 
 
-def visual_plan(model: Llava, reducer: Reducer, image: TokenLayout) -> tuple[int, ...]:
+def visual_plan(model: Llava, reducer: Reducer, image: TokenLayout, most: bool = False) -> tuple[int, ...]:
     """Visual tokens of one image that enter each decoder layer.
 
-    If the number depends on the content of the image, the budget stands in.
+    Args:
+        most: if the number depends on the content of the image, the most that the method may keep stands in, in place
+            of the budget.
     """
     own = spec_of(model.spec, image)
-    return _plan(model, reducer, image) or (min(reducer.for_image(own).budget, own.visual_tokens),) * own.layers
+    if (plan := _plan(model, reducer, image)) is not None:
+        return plan
+    tokens = ceil(bounds(reducer, own)[1]) if most else reducer.for_image(own).budget
+    return (min(tokens, own.visual_tokens),) * own.layers
 
 
 def _plan(model: Llava, reducer: Reducer, image: TokenLayout) -> tuple[int, ...] | None:
@@ -111,9 +116,14 @@ def _plan(model: Llava, reducer: Reducer, image: TokenLayout) -> tuple[int, ...]
     return method.with_budget(min(method.budget, own.visual_tokens)).tokens_per_layer(own)
 
 
-def lengths(model: Llava, reducer: Reducer, question: QuestionShape) -> tuple[int, ...]:
-    """Tokens of a prompt that enter each decoder layer, text included."""
-    plans = [visual_plan(model, reducer, image) for image in question.images]
+def by_image(model: Llava, reducer: Reducer, questions: Iterable[QuestionShape]) -> bool:
+    """Whether the content of an image decides how many of its tokens are kept."""
+    return any(_plan(model, reducer, image) is None for question in questions for image in question.images)
+
+
+def lengths(model: Llava, reducer: Reducer, question: QuestionShape, most: bool = False) -> tuple[int, ...]:
+    """Tokens of a prompt that enter each decoder layer, text included; `most` as in `visual_plan`."""
+    plans = [visual_plan(model, reducer, image, most) for image in question.images]
     layers = range(model.spec.layers)
     return tuple(question.text + sum(plan[layer] for plan in plans) for layer in layers)
 
@@ -268,7 +278,7 @@ def activations(
     """Bytes of the tensors that are alive together at the peak of each stage, from one prefill on the meta device.
 
     Tensors there have shapes but no values; code that reads a value gets 1. For a method whose number of tokens depends
-    on the content of the image, evenly spaced tokens within its budget stand in.
+    on the content of the image, as many evenly spaced tokens as it may keep stand in.
 
     Args:
         split: ranks over which the linear layers of the decoder are split.
@@ -282,8 +292,9 @@ def activations(
         words = " ".join(["word"] * question.text)
         ids = tuple(f"{question.names} {place}" for place in range(len(question.images))) if question.names else ()
         samples.append(Sample(str(number), words, "", question.images or None, ids))  # type: ignore[arg-type]
-    if any(_plan(model, reducer, image) is None for question in questions for image in question.images):
-        reducer = flat_oracle(reducer.budget)
+    if by_image(model, reducer, questions):
+        images = [image for question in questions for image in question.images]
+        reducer = flat_oracle(max(visual_plan(model, reducer, image, most=True)[0] for image in images))
 
     ends = [("", 0)]  # name of each stage, and the number of the meter's events at its end
 

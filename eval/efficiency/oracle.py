@@ -47,11 +47,13 @@ class Oracle(Reducer):
 
     Attributes:
         method: the method whose stages and tokens per layer the oracle takes over.
+        counted: tokens in each layer that a method without a plan had of one image, which alone is asked about.
     """
 
     name: ClassVar[str] = "oracle"
 
     method: Reducer
+    counted: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,7 +61,7 @@ class Oracle(Reducer):
         object.__setattr__(self, "second", self.method.second)
 
     def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...] | None:
-        return self.method.tokens_per_layer(spec)
+        return self.counted or self.method.tokens_per_layer(spec)
 
     def with_budget(self, budget: int) -> Self:
         method = self.method.with_budget(budget)
@@ -101,16 +103,18 @@ class Oracle(Reducer):
         return evenly(tokens, plan[0])
 
 
-def oracle_of(reducer: Reducer, spec: ModelSpec) -> Oracle:
+def oracle_of(reducer: Reducer, spec: ModelSpec, counted: tuple[int, ...] = ()) -> Oracle:
     """The oracle with the stages and the tokens per layer of a configured method.
 
     Args:
         spec: sizes of the model.
+        counted: tokens in each layer of the one image that will be asked about, for a method without a plan.
 
     Raises:
         UserError: the number of tokens depends on the content of the image, so there is no schedule to follow.
     """
-    if planned(reducer.for_image(spec), spec) is None:
+    plan = planned(reducer.for_image(spec), spec)
+    if plan is None and not counted:
         raise UserError(
             f"{reducer.name} keeps a number of tokens that depends on the image, so it has no oracle; "
             "set its options so that it keeps a budget."
@@ -123,6 +127,7 @@ def oracle_of(reducer: Reducer, spec: ModelSpec) -> Oracle:
         retention_ratio=reducer.retention_ratio,
         newlines=reducer.newlines,
         method=reducer,
+        counted=() if plan else counted,
     )
 
 

@@ -25,7 +25,7 @@ from eval.benchmarks.records import NotRequired, Number, TypedDict, check
 from eval.command import exit_on_user_error, make_parser, value
 from eval.config import FULL, TOY_BANNER, changed_options, is_toy, path_name
 from eval.pages import asset, environment, inline_json
-from eval.results.report import interval_of, operations_of
+from eval.results.report import interval_of, operations_of, tokens_text
 from eval.tables import BRIGHT
 from llava.budget import RETENTION_RATIO, budget_text
 from llava.errors import UserError
@@ -80,7 +80,8 @@ class ResultRow:
         low, high: the ends of the 95 % confidence interval.
         percent: main score in percent of the score of `full` on the same questions under the same settings.
         tokens: visual tokens per layer, mean over layers and samples.
-        asked: the intended value of `tokens`, if the result is off its budget.
+        asked: the intended value of `tokens`, if the result is off its budget or the image decides the number.
+        ends: the fewest and the most tokens of an image, "40 to 96", if the image decides; else "".
         ttft: median milliseconds to the first token of a batch of `batch` questions.
         timed: conditions of the time measurement. Times are compared only between results with equal conditions.
         kv: megabytes of key/value cache per question.
@@ -117,6 +118,7 @@ class ResultRow:
     folder: str
     task: str
     asked: float | None = None
+    ends: str = ""
     percent: float | None = None
     group: int = 0
 
@@ -174,6 +176,7 @@ def row_of(result: Mapping[str, Any], folder: Path) -> ResultRow:
     ttft, batch, timed = time_of(result)
     available, config = result.get("available", result["asked"]), settings.get("config", {})
     off = result.get("off_budget") or {}
+    adapted: Mapping[str, Any] = accounting if accounting.get("adaptive") else {}
     flops = operations_of(result)
     return ResultRow(
         method=result["method"],
@@ -202,7 +205,9 @@ def row_of(result: Mapping[str, Any], folder: Path) -> ResultRow:
         date=result.get("finished", ""),
         folder=str(folder),
         task=json.dumps(joint(result), sort_keys=True),
-        asked=off.get("asked", off.get("planned")),  # "planned" in results of earlier versions
+        # "planned" in results of earlier versions
+        asked=adapted.get("asked_tokens_per_layer", off.get("asked", off.get("planned"))),
+        ends=tokens_text(adapted).rpartition(", ")[2] if adapted else "",
     )
 
 

@@ -47,6 +47,8 @@ class Cell:
         stored: the run; None for a cell that was not read from one.
         no_interval: why there is no interval.
         no_flops: for how many questions operations were counted, if not for all; `flops` is withheld then.
+        spread: mean, asked, fewest and most tokens of an image in words, where the image decides the number; else "".
+        ends: the fewest and the most tokens of an image.
         padding: visual tokens per question whose patch lies on the square's padding; None in results without it.
         command: the command that runs this cell alone.
     """
@@ -77,6 +79,8 @@ class Cell:
     stored: Stored | None = field(default=None, repr=False, compare=False)
     no_interval: str = field(default="", compare=False)
     no_flops: str = field(default="", compare=False)
+    spread: str = ""
+    ends: tuple[float, float] | None = None
     padding: float | None = None
 
     @property
@@ -99,6 +103,8 @@ class Cell:
 def read_cell(line: RowAtBudget, column: Column, job: Job) -> Cell | str:
     """The cell of a finished run, or a sentence if some of its questions failed or it is off its budget.
 
+    Where the image decides the number of tokens, their mean may miss the budget; the line then says so.
+
     Raises:
         UserError: there is no result of these questions.
     """
@@ -114,7 +120,9 @@ def read_cell(line: RowAtBudget, column: Column, job: Job) -> Cell | str:
             f"{line.title} at {line.budget} on {column.title}: {len(failed):,} of {len(asked):,} questions failed, the "
             f"first ({failed[0]['question_id']}) with: {failed[0]['reason']}"
         )
-    if off := result.get("off_budget"):
+    accounting, off = result["accounting"], result.get("off_budget")
+    adaptive = accounting.get("adaptive", False)
+    if off and not adaptive:
         return f"{line.title} at {line.budget} on {column.title}: {off['remark']}"
     stored = read_stored(job.results, data, expected=job.settings)
     now = {question.id: digest_of(data.images, question.images) for question in questions}
@@ -126,10 +134,10 @@ def read_cell(line: RowAtBudget, column: Column, job: Job) -> Cell | str:
     result |= report.scored(score, questions, labels)
     metric, value = metric_of(column, result, {result["main"], *score.other_terms})
     found = result["confidence"].get(metric, {"low": None, "high": None, "method": f"{metric} has none"})
-    accounting, flops = result["accounting"], report.operations_of(result)
+    flops = report.operations_of(result)
     counted_for = f"{result['timing']['questions']:,} of {len(asked):,} questions"
     return Cell(
-        line=line,
+        line=dataclasses.replace(line, off=True) if off else line,
         column=shown(column, metric),
         value=value,
         low=found["low"],
@@ -155,6 +163,8 @@ def read_cell(line: RowAtBudget, column: Column, job: Job) -> Cell | str:
         stored=stored.judged(judge_facts),
         no_interval=found["method"].removeprefix("n/a: ") if found["low"] is None else "",
         no_flops=counted_for if flops != result["flops"]["per_question"] else "",
+        spread=report.tokens_text(accounting) if adaptive else "",
+        ends=(accounting["least_tokens_per_layer"], accounting["most_tokens_per_layer"]) if adaptive else None,
         padding=accounting.get("mean_tokens_on_padding"),
     )
 
@@ -285,4 +295,8 @@ def read_cells(lines: Sequence[RowAtBudget], columns: Sequence[Column], jobs: Jo
     # A column is of whole numbers or of decimals: 150 does not stand above 50.0.
     large = {name for (_, name), cell in cells.items() if cell.whole and cell.value > 100}
     cells = {key: dataclasses.replace(cell, whole=key[1] in large) for key, cell in cells.items()}
+    # A line that misses its budget on one benchmark is compared on none.
+    off = {index for (index, _), cell in cells.items() if cell.line.off}
+    lines = [dataclasses.replace(line, off=True) if index in off else line for index, line in enumerate(lines)]
+    cells = {key: dataclasses.replace(cell, line=lines[key[0]]) for key, cell in cells.items()}
     return MeasuredTable(lines, [cells[0, column.benchmark].column for column in columns], cells, failed)

@@ -14,18 +14,20 @@ from eval.papers.gate import Check, comparable, sentences
 from eval.papers.published import Published, Value
 from eval.papers.reported import Reported, with_averages
 from eval.papers.reported import notes as reported_notes
-from eval.papers.runs import RunTarget, described
+from eval.papers.runs import IMAGE, KEPT, RowAtBudget, RunTarget, described
 from eval.papers.spec import Budget, Column, Place, Table
 from eval.results.report import circumstances
 from eval.results.statistics import rounded
 from eval.tables import interval_text
 
 INSTEAD = "These data do not give the paper's metric"
-MARK = "‡"
-MARK_TEXT = (
-    "the budget counts the tokens kept after the pruning layer, because the mean over layers cannot be that small; the "
-    "mean is in parentheses, and the row is compared with no other row and no published number"
-)
+SPREAD = "Tokens per layer of"
+ALONE = "the mean is in parentheses, and the row is compared with no other row and no published number"
+MARK_TEXTS = {
+    KEPT: "the budget counts the tokens kept after the pruning layer, because the mean over layers cannot be that "
+    f"small; {ALONE}",
+    IMAGE: f"the image decides how many tokens are kept, and their mean over the images is not the budget; {ALONE}",
+}
 
 
 @dataclass(frozen=True)
@@ -141,12 +143,22 @@ class Block:
         return [*texts, "n/a" if row.average is None else number(row.average)]
 
 
+def marked(text: str, line: RowAtBudget) -> str:
+    """A text with the mark of its row, if there is one."""
+    return f"{text} {line.mark}".rstrip()
+
+
+def marks_of(found: MeasuredTable) -> list[str]:
+    """The marks that rows of the table have, in the order of `MARK_TEXTS`."""
+    return [mark for mark in MARK_TEXTS if any(line.mark == mark for line in found.lines)]
+
+
 def label(found: MeasuredTable, index: int) -> str:
-    """The name of a row. One that counts its budget otherwise is marked, with its mean number of tokens."""
+    """The name of a row. One that has other tokens than its budget is marked, with its mean number of tokens."""
     line, cells = found.lines[index], found.row(index)
-    if not line.by_kept or not cells:
+    if not line.mark or not cells:
         return line.title
-    return f"{line.title} {MARK} ({sum(cell.tokens for cell in cells.values()) / len(cells):.0f})"
+    return f"{marked(line.title, line)} ({sum(cell.tokens for cell in cells.values()) / len(cells):.0f})"
 
 
 def blocks(found: MeasuredTable, clear: Mapping[int, Collection[str]]) -> list[Block]:
@@ -168,8 +180,8 @@ def blocks(found: MeasuredTable, clear: Mapping[int, Collection[str]]) -> list[B
             cells = found.row(index)
             values = [*(cells[name].value if name in cells else None for name in names), found.of_full(index)]
             rows.append((label(found, index), values))
-            # A row that counts its budget otherwise has no rank, nor has the only row of a block.
-            has_rank = len(indices) > 1 and not found.lines[index].by_kept
+            # A row that has other tokens than its budget has no rank, nor has the only row of a block.
+            has_rank = len(indices) > 1 and not found.lines[index].mark
             ranked.append(values if has_rank else [None] * len(values))
             intervals.append([cells[name].interval if name in cells else "" for name in names])
             marked |= {(place, column) for column, name in enumerate(names) if name in clear.get(index, ())}
@@ -376,8 +388,14 @@ def notes_of(
     """What a reader must know about the numbers."""
     has_published, cells = any(entry.published for entry in entries), list(found.cells.values())
     notes = [*reported_notes(reported), *table.notes]
-    if any(line.by_kept for line in found.lines):
-        notes.append(f"{MARK} {MARK_TEXT}.")
+    notes += [f"{mark} {MARK_TEXTS[mark]}." for mark in marks_of(found)]
+    for index, line in enumerate(found.lines):
+        spreads = [f"{cell.column.title} {cell.spread}" for cell in found.row(index).values() if cell.spread]
+        if spreads:
+            notes.append(
+                f"{SPREAD} {line.title} at {line.budget}, where the image decides: {'; '.join(spreads)} "
+                "(fewest to most of an image)."
+            )
     splits = [f"{column.title} ({column.published_split})" for column in found.columns if column.published_split]
     if has_published and splits:
         notes.append(f"Published values are of splits that servers grade, ours of val: {', '.join(splits)}.")
@@ -414,7 +432,8 @@ def notes_of(
     if zero:
         notes.append(f"Averages are n/a: full scores 0 on {', '.join(zero)}.")
     runs = {f"{cell.line.title} at {cell.line.budget or 'all'}, {cell.column.title}": cell.stored for cell in cells}
-    made = circumstances({name: stored.result for name, stored in runs.items() if stored is not None})
+    # A cell that is off its budget has a mark and a note already.
+    made = circumstances({name: {**one.result, "off_budget": None} for name, one in runs.items() if one is not None})
     notes += [f"{note[0].upper()}{note[1:]}." for note in made]
     if other:
         notes.append(f"{INSTEAD}; shown instead: " + "; ".join(sorted(other)) + ".")

@@ -86,7 +86,7 @@ def comparable(cell: Cell, values: Sequence[Value], convention: str) -> tuple[li
         "ours is of another split": bool(column.published_split),
         "not all questions were asked": cell.questions < cell.available,
         f"ours is {cell.metric}": cell.metric.endswith("_match") or column.metric not in ("", cell.metric),
-        "another budget": line.by_kept,
+        "another budget": bool(line.mark),
         cell.other_judge: bool(cell.other_judge),
         "the row is not the release": not line.row.runs_release,
     }

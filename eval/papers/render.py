@@ -16,8 +16,19 @@ from typing import Any
 import jinja2
 
 from eval.pages import asset, environment
-from eval.papers.document import INSTEAD, MARK, Block, Document, Entry, difference_to, ours_text, published_text
+from eval.papers.document import (
+    INSTEAD,
+    MARK_TEXTS,
+    SPREAD,
+    Block,
+    Document,
+    Entry,
+    difference_to,
+    ours_text,
+    published_text,
+)
 from eval.papers.reported import MARKS, bibliography
+from eval.papers.runs import IMAGE, KEPT
 from eval.results.statistics import rounded
 from eval.tables import csv_numbers, csv_text, markdown
 
@@ -84,7 +95,7 @@ HEADER = (
     "method", "budget", "counts_kept_tokens", "benchmark", "metric", "score", "low", "high", "published",
     "source", "disputed", "difference", "compared_with", "gate", "tokens_per_layer", "merged_tokens", "kv_bytes",
     "flops", "questions", "available", "command", "run", "commit", "finished", "answers_sha256", "model", "warning",
-    "tokens_on_padding", "reported", "cite", "note",
+    "tokens_on_padding", "reported", "cite", "note", "fewest_tokens", "most_tokens",
 )  # fmt: skip
 
 
@@ -92,8 +103,9 @@ def csv_file(document: Document) -> str:
     """One row per cell, every number, and a hash of the answers.
 
     Published sources of a cell are joined by ";", the most trusted first. `gate` is the verdict on the benchmark's
-    baseline. `warning` says in every row that a toy model ran. Rows as reported follow, a line for each value, which is
-    under `published` and not under `score`; `metric` says what their `average` is in percent of.
+    baseline. `fewest_tokens` and `most_tokens` are of an image, where that decides the number. `warning` says in every
+    row that a toy model ran. Rows as reported follow, a line for each value, which is under `published` and not under
+    `score`; `metric` says what their `average` is in percent of.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -110,7 +122,16 @@ def csv_file(document: Document) -> str:
         row += [entry.compared.source if entry.compared else "", gate.get(benchmark, "")]
         row += [*csv_numbers(cell.tokens, cell.merged), f"{cell.kv_bytes:.0f}", flops]
         row += [str(cell.questions), str(cell.available), cell.command, cell.run, cell.commit, cell.finished]
-        row += [cell.answers_sha256, document.model, warning, *csv_numbers(cell.padding), "", "", ""]
+        row += [
+            cell.answers_sha256,
+            document.model,
+            warning,
+            *csv_numbers(cell.padding),
+            "",
+            "",
+            "",
+            *csv_numbers(*(cell.ends or (None, None))),
+        ]
         writer.writerow(map(csv_text, row))
     for told in document.reported:
         about = {"method": told.label, "budget": str(told.budget or ""), "source": told.source, "cite": told.cite}
@@ -154,6 +175,8 @@ def details_of(entry: Entry) -> dict[str, str]:
     cell = entry.cell
     found = {} if entry.published is None else {"published": published_text(entry.published, entry.convention)}
     found |= {"metric": cell.metric, "merged tokens": rounded(cell.merged)}
+    if cell.spread:
+        found["tokens per layer"] = cell.spread
     if cell.padding is not None:
         found["tokens on padding"] = rounded(cell.padding)
     return found | {"command": cell.command, "run": cell.run, "commit": cell.commit[:10] or "n/a"}
@@ -167,7 +190,7 @@ ESCAPES = {
     "\\": r"\textbackslash{}", "%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "|": "$|$", "≥": r"$\geq$",
     "≠": r"$\neq$", "−": "$-$", "×": r"$\times$", "²": "$^2$", "–": "--", "±": r"$\pm$",
-    MARK: r"$^\ddagger$", CLEAR: r"$^\ast$",
+    KEPT: r"$^\ddagger$", IMAGE: r"\textsuperscript{\S}", CLEAR: r"$^\ast$",
 }  # fmt: skip
 
 
@@ -227,7 +250,7 @@ def caption_of(document: Document, intervals: bool) -> str:
         )
     if document.marked:
         parts.append("The unreduced model is not the published one")
-    starts = (MARK, INSTEAD, MARKS, "Averages as reported")
+    starts = (*MARK_TEXTS, SPREAD, INSTEAD, MARKS, "Averages as reported")
     parts += [note.rstrip(".") for note in document.notes if note.startswith(starts)]
     return ". ".join(parts) + "."
 

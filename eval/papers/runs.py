@@ -38,6 +38,7 @@ from llava.reduction.reducer import Reducer, options_of
 SWEEPS = WORK / "results" / "sweep"
 # Where a budget is out of reach as a mean over layers, the row counts kept tokens as papers do, and says so.
 BY_KEPT = {"schedule": "kept"}
+KEPT, IMAGE = "‡", "§"  # marks of rows whose budget counts kept tokens, or whose mean over images misses it
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class RowAtBudget:
         budget: as the spec has it; None for the unreduced model.
         run: with the method, budget and options of this line; None if the method cannot run at this budget.
         by_kept: whether the budget counts tokens kept after the pruning layer, not the mean over layers.
+        off: whether the image decides how many tokens are kept, and a mean over images misses the budget. Known after
+            the run (eval.papers.cells.read_cells).
         reason: why the method cannot run; "" if it can.
         reducer: the built method; None if it cannot run.
     """
@@ -71,6 +74,7 @@ class RowAtBudget:
     budget: Budget | None
     run: RunConfig | None
     by_kept: bool = False
+    off: bool = False
     reason: str = ""
     reducer: Reducer | None = None
 
@@ -78,6 +82,11 @@ class RowAtBudget:
     def title(self) -> str:
         """The name of the row in every table and page."""
         return self.row.title
+
+    @property
+    def mark(self) -> str:
+        """The sign of a row that has other tokens than its budget, and so is compared with no other; else ""."""
+        return KEPT if self.by_kept else IMAGE if self.off else ""
 
 
 # (number of the row at a budget, benchmark) -> the run of a cell, with everything that it reads.

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from eval.papers.cells import Cell, MeasuredTable
-from eval.papers.document import MARK, MARK_TEXT, Section, label, number, ours_text
+from eval.papers.document import MARK_TEXTS, Section, label, marked, marks_of, number, ours_text
 from eval.papers.runs import Time
 from eval.papers.spec import Budget, Table, TableRow
 from eval.results.statistics import (
@@ -64,7 +64,7 @@ def costs(found: MeasuredTable, times: Times, scored: bool = False, lines: Itera
         cell, full = found.first(index), found.first(0)
         if cell is None or full is None:
             continue
-        row = [label(found, index), str(found.lines[index].budget or "all"), rounded(cell.tokens)]
+        row = [label(found, index), str(found.lines[index].budget or "all"), cell.spread or rounded(cell.tokens)]
         row += [rounded(cell.kv_bytes / 1e6, 2), f"{rounded(full.kv_bytes / cell.kv_bytes, 2)}x"]
         flops = (cell.flops or 0.0, full.flops or 0.0)
         row += [rounded(flops[0] / 1e9, 2), f"{rounded(flops[1] / flops[0], 2)}x"] if all(flops) else ["n/a", "n/a"]
@@ -83,21 +83,22 @@ def costs(found: MeasuredTable, times: Times, scored: bool = False, lines: Itera
 
 
 def mark_text(found: MeasuredTable) -> str:
-    """What the mark of rows that count their budget otherwise means; "" if there are no such rows."""
-    return f" {MARK} {MARK_TEXT}." if any(line.by_kept for line in found.lines) else ""
+    """What the marks of rows with other tokens than their budget mean; "" if there are no such rows."""
+    return "".join(f" {mark} {MARK_TEXTS[mark]}." for mark in marks_of(found))
 
 
 def left_out(found: MeasuredTable) -> str:
-    """A sentence that rows which count their budget otherwise are left out; "" if there are no such rows."""
-    return f" Rows marked {MARK} are left out." if any(line.by_kept for line in found.lines) else ""
+    """A sentence that rows with other tokens than their budget are left out; "" if there are no such rows."""
+    marks = " and ".join(marks_of(found))
+    return f" Rows marked {marks} are left out." if marks else ""
 
 
 # -- statistics of a score table --------------------------------------------------------------------------------------
 
 
 def difference(one: Cell | None, other: Cell | None) -> Comparison | None:
-    """One cell minus another of the same benchmark; None if one is missing or counts its budget otherwise."""
-    if one is None or other is None or one.line.by_kept or other.line.by_kept:
+    """One cell minus another of the same benchmark; None if one is missing or has other tokens than its budget."""
+    if one is None or other is None or one.line.mark or other.line.mark:
         return None
     return compare(one.terms, other.terms)
 
@@ -111,7 +112,7 @@ def releases(found: MeasuredTable) -> Section:
         ours, theirs = found.row(index), found.row(release)
         if line.row.runs_release or release == index or not ours or not theirs:
             continue
-        if line.by_kept or found.lines[release].by_kept:
+        if line.mark or found.lines[release].mark:
             continue
         both = [(ours.get(column.benchmark), theirs.get(column.benchmark)) for column in found.columns]
         texts = [difference_text(one) if (one := difference(*cells)) else "n/a" for cells in both]
@@ -132,11 +133,11 @@ def aggregates(found: MeasuredTable) -> Section:
         if index == 0 or not row:
             continue
         pairs = {name: (cell.terms, full[name].terms) for name, cell in row.items()}
-        # A row that counts its budget otherwise has more tokens than the downsampled image of that budget.
+        # A row that has other tokens than its budget is not compared with the downsampled image of that budget.
         same_budget = (
             i
             for i, one in enumerate(found.lines)
-            if one.budget == line.budget and one.row.method == "downsample" and not line.by_kept
+            if one.budget == line.budget and one.row.method == "downsample" and not line.mark
         )
         control = found.row(next(same_budget, -1))
         rows.append(
@@ -203,7 +204,7 @@ def needed(found: MeasuredTable) -> Section:
     """For each benchmark, the smallest budget at which a method is shown to keep 99 % of the unreduced score."""
     by_method: dict[str, dict[int, int]] = {}
     for index, line in enumerate(found.lines):
-        if index and found.row(index) and not line.by_kept:
+        if index and found.row(index) and not line.mark:
             cell = next(iter(found.row(index).values()))
             by_method.setdefault(line.title, {})[round(cell.tokens)] = index
     rows = [
@@ -259,7 +260,7 @@ def clear_differences(table: Table, found: MeasuredTable) -> Clear:
     for index, line in enumerate(found.lines):
         base = bases.get(line.budget, index)
         ours, other = found.row(base), found.row(index)
-        if base == index or not (ours and other) or line.by_kept or found.lines[base].by_kept:
+        if base == index or not (ours and other) or line.mark or found.lines[base].mark:
             continue
         tested = {name: compare(ours[name].terms, other[name].terms) for name in ours if name in other}
         corrected = holm([one.p for one in tested.values()])
@@ -286,7 +287,7 @@ def ablation(table: Table, found: MeasuredTable) -> Section:
             if cell is None:
                 texts += ["n/a", "cannot run"]
                 continue
-            text = number(cell.value, cell.whole) + f" {MARK}" * cell.line.by_kept
+            text = marked(number(cell.value, cell.whole), cell.line)
             if default is not None and cell.line.run == default.line.run:
                 texts += [f"**{text}**", "default"]
             else:
@@ -302,12 +303,12 @@ def ablation(table: Table, found: MeasuredTable) -> Section:
 def pairs_of(found: MeasuredTable) -> Pairs:
     """The difference of every two lines of a budget on the one benchmark of an overview.
 
-    Lines that count their budget otherwise are left out.
+    Lines with other tokens than their budget are left out.
     """
     by_budget: dict[Budget, dict[int, Cell]] = {}
     for index, line in enumerate(found.lines):
         cell = found.first(index)
-        if line.budget is not None and cell is not None and not line.by_kept:
+        if line.budget is not None and cell is not None and not line.mark:
             by_budget.setdefault(line.budget, {})[index] = cell
     return {budget: all_pairs({i: cell.terms for i, cell in cells.items()}) for budget, cells in by_budget.items()}
 
@@ -336,7 +337,7 @@ def overview(table: Table, found: MeasuredTable) -> Section:
     full, rows = found.cells[0, name], []
     for row in table.rows:
         cells = [found.cell(row, budget, name) for budget in table.budgets]
-        texts = ["n/a" if cell is None else ours_text(cell) + f" {MARK}" * cell.line.by_kept for cell in cells]
+        texts = ["n/a" if cell is None else marked(ours_text(cell), cell.line) for cell in cells]
         rows.append((min(0.0 if cell is None else cell.value for cell in cells), [row.title, *texts]))
     rows.sort(key=lambda row: -row[0])
     about = (
@@ -372,9 +373,7 @@ def significance(found: MeasuredTable, pairs: Pairs) -> Section:
     for budget, compared in pairs.items():
         clear = sum(one.p <= 1 - LEVEL for one in compared.values())
         best = [
-            index
-            for index in lines_at(found, budget)
-            if not (found.lines[index].by_kept or standing(index, compared)[1])
+            index for index in lines_at(found, budget) if not (found.lines[index].mark or standing(index, compared)[1])
         ]
         names = ", ".join(found.lines[index].title for index in best)
         rows.append([f"{budget} tokens", f"{clear} of {len(compared)}", names])
@@ -399,6 +398,6 @@ def costs_at(found: MeasuredTable, times: Times, budget: Budget, pairs: Pairs) -
     for index in lines:
         beats, lost = standing(index, pairs.get(budget, {}))
         verdict = f"{beats} / {lost}" + " **top**" * (not lost)
-        verdicts.append("" if found.lines[index].by_kept else verdict)
+        verdicts.append("" if found.lines[index].mark else verdict)
     rows = [[*row, verdict] for row, verdict in zip(section.rows, verdicts, strict=True)]
     return Section(f"Costs at {budget} tokens", section.about, [*section.columns, "beats / loses to"], rows)

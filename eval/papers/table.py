@@ -401,6 +401,7 @@ def default_folder(table: Table, model: str, args: argparse.Namespace) -> Path:
 
 def summary(document: "Document") -> str:
     """The wide table as it is printed on the terminal."""
+    from eval.papers.document import SPREAD
     from eval.papers.render import wide_markdown
 
     lines = [document.title, *([document.banner] if document.banner else [])]
@@ -409,17 +410,18 @@ def summary(document: "Document") -> str:
         lines.append(
             wide_markdown(document.columns, document.blocks).replace("**", "").replace("<u>", "").replace("</u>", "")
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *(note for note in document.notes if note.startswith(SPREAD))])
 
 
 def log_to_wandb(mode: str, document: "Document", where: "RunTarget", folder: Path, files: Sequence[Path]) -> None:
     """One W&B run for the table, with its files and what its plots show."""
-    header = ["method", "budget", "benchmark", "score", "low", "high", "tokens per layer", "answers sha256"]
-    cells = [entry.cell for entry in document.entries]
-    rows = [
-        [c.line.title, str(c.line.budget or "all"), c.column.title, c.value, c.low, c.high, c.tokens, c.answers_sha256]
-        for c in cells
-    ]
+    from eval.papers.document import marked
+
+    header = ["method", "budget", "benchmark", "score", "low", "high", "tokens per layer", "fewest", "most", "answers"]
+    rows = []
+    for c in (entry.cell for entry in document.entries):
+        names = marked(c.line.title, c.line), str(c.line.budget or "all"), c.column.title
+        rows.append([*names, c.value, c.low, c.high, c.tokens, *(c.ends or (None, None)), c.answers_sha256])
     about = {"model": where.run.model, "paper": document.table.paper, "limit": where.run.limit, "toy": where.is_toy}
     log_table_run(mode, folder, document.table.identity, about, header, rows, files, document.points, document.images)
 

@@ -83,6 +83,7 @@ def checked(lines: Sequence[Mapping[str, Any]], path: Path) -> Sequence[Mapping[
 def summarise_accounting(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means of what was computed, over the samples with an image; over all samples if none has one.
 
+    `adaptive` says whether an image decided how many tokens are kept, so that means differ from image to image.
     `mean_tokens_on_padding` is None if a sample does not record it, as answers of earlier versions do not.
     """
     total, records = len(records), [record for record in records if record["visual_tokens"]] or records
@@ -95,6 +96,9 @@ def summarise_accounting(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]
         "entering_per_layer": [fmean(record["entering"][layer] for record in records) for layer in range(depth)],
         "mean_tokens_per_layer": fmean(record["mean"] for record in records),
         "asked_tokens_per_layer": fmean(record["asked"] for record in records),
+        "least_tokens_per_layer": min(record["mean"] for record in records),
+        "most_tokens_per_layer": max(record["mean"] for record in records),
+        "adaptive": any(record["planned"] is None for record in records),
         "merged_tokens": fmean(record["merged"] for record in records),
         "mean_tokens_on_padding": fmean(padding) if len(padding) == len(records) else None,
         "kv_bytes_per_sample": fmean(record["kv_bytes"] for record in records),

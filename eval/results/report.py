@@ -206,8 +206,9 @@ def cost_lines(result: Mapping[str, Any]) -> list[str]:
     timed = "" if timing["questions"] == result["asked"] else of_some(timing["questions"], result["asked"])
     # None if unknown; absent from results of earlier versions.
     empty = "" if (padding := accounting.get("mean_tokens_on_padding")) is None else f"{padding:.1f} on padding, "
+    mean = tokens_text(accounting) + ";" if accounting.get("adaptive") else f"mean {tokens_text(accounting)},"
     lines = [
-        f"visual tokens entering each layer: {layers} (mean {accounting['mean_tokens_per_layer']:.1f}, "
+        f"visual tokens entering each layer: {layers} ({mean} "
         f"{accounting['merged_tokens']:.1f} of them merged, {empty}"
         f"{number(accounting['visual_tokens_before'])} before reduction)"
         f"{share_with_image(accounting)}",
@@ -287,12 +288,29 @@ def sentence(result: Mapping[str, Any]) -> str:
     failed = f" ({len(result['failed']):,} more failed)" if result.get("failed") else ""
     ratio = result["settings"]["config"].get(RETENTION_RATIO)
     total = "each image's" if ratio else result["visual_tokens"]
-    tokens = f"{accounting['mean_tokens_per_layer']:.1f} tokens per layer{off_text(result)}"
+    tokens = f"{tokens_text(accounting)} tokens per layer{off_text(result)}"
+    if accounting.get("adaptive"):
+        tokens = f"tokens per layer: {tokens_text(accounting)}"
     return (
         f"{result['method']} at {budget_text(result['budget'], ratio)} of {total} visual tokens: {score} "
         f"on {asked} {result['title']} questions{failed}; {tokens}"
         f"{share_with_image(accounting)}, KV {short(accounting['kv_bytes_per_sample'] / 1e6, 100)} MB, TTFT {wait}{by}."
     )
+
+
+def tokens_text(accounting: Mapping[str, Any]) -> str:
+    """The mean number of tokens per layer; "mean 61.3 of 64 asked, 40 to 96" where the image decides the number.
+
+    The ends are the means over layers of the images with the fewest and with the most tokens.
+
+    Args:
+        accounting: of result.json; results of earlier versions do not say whether the image decides.
+    """
+    mean = f"{accounting['mean_tokens_per_layer']:.1f}"
+    if not accounting.get("adaptive"):
+        return mean
+    ends = (number(accounting[f"{end}_tokens_per_layer"]) for end in ("least", "most"))
+    return f"mean {mean} of {number(accounting['asked_tokens_per_layer'])} asked, {' to '.join(ends)}"
 
 
 def off_text(result: Mapping[str, Any]) -> str:

@@ -355,6 +355,7 @@ class Tracker:
             numbers_of(result)
             | {name: value for name, value in short.items() if value is not None}
             | {"sentence": result["sentence"], "commit": result["commit"]}
+            | {"tokens": report.tokens_text(result["accounting"])}
             | {"off_budget": result["off_budget"]["remark"] if result["off_budget"] else ""}
         )
         tags = [tag for tag in run.tags or () if tag != OFF_BUDGET]  # the tag may come from fewer questions

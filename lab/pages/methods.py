@@ -46,7 +46,8 @@ def budget_cell(name: str, budget: int, facts: ModelSpec = LLAVA_15_7B) -> str:
     except UserError:
         return "n/a"
     if planned is None:
-        return "by image"
+        least, most = crops.bounds(reducer, facts)
+        return f"by image, {least:.4g} to {most:.4g}"
     if len(set(planned)) == 1:
         return f"{planned[0]}"
     parts = [(count, len(list(layers))) for count, layers in groupby(planned)]

@@ -109,6 +109,8 @@ def reduce(
             f"{method} compares questions with images in CLIP's space: give reduce() `questions`, `tokenizer`, and "
             "`text_tower`, the folder or hub id of the CLIP that the vision tower comes from."
         )
+    if reducer.needs_words and questions is None:
+        raise UserError(f"{method} reads the words of the questions: give reduce() `questions` and `tokenizer`.")
     require_any(runtime, reducer)
     # A method that decides from the image needs no budget: it plans no number of tokens and keeps no image because of
     # its size.

@@ -54,6 +54,7 @@ class StagedModel(Protocol):
         newline: the learned vector after every row of stitched tiles; None without one.
         axes: True if positions have three axes (frame, row and column).
         clip: the CLIP text tower, for methods that compare questions with images in CLIP's space.
+        tokenizer: for methods that read questions as text; None without one.
     """
 
     @property
@@ -70,6 +71,8 @@ class StagedModel(Protocol):
     def axes(self) -> bool: ...
     @property
     def clip(self) -> Any: ...
+    @property
+    def tokenizer(self) -> Any: ...
 
 
 @dataclass
@@ -83,6 +86,7 @@ class BatchImage:
         method: the method of the batch, at the budget of this image.
         inputs: number of visual tokens before any reduction.
         kept: [N] indices of the remaining tokens among the unreduced ones; None if the image is not reduced.
+        canvas: tells padding from image; None if that is not known.
         tokens: [N, H] projected visual tokens.
     """
 
@@ -92,6 +96,7 @@ class BatchImage:
     method: Reducer
     inputs: int
     kept: Tensor | None = None
+    canvas: Canvas | None = None
     tokens: Tensor = field(init=False)
 
 
@@ -170,8 +175,8 @@ class Stages:
             plan = plan_image(self.reducer, self.model.spec, one.full)
             inputs = one.full.tokens if plan.fits else one.inputs
             method = self.reducer.for_image(plan.spec) if self.reducer.retention_ratio else self.reducer
-            image = self.images[key] = BatchImage(name, one, plan, method, inputs)
             canvas = canvases[key] if canvases else None
+            image = self.images[key] = BatchImage(name, one, plan, method, inputs, canvas=canvas)
             self.record.images[sample].append(SeenImage(one.full, inputs, plan.tokens, plan.asked, canvas))
             if one.step is not None:
                 self._apply(key, image, *one.step)
@@ -275,6 +280,7 @@ class Stages:
                 llm=model.llm,
                 run_layers=run_layers,
                 members=members,
+                embed_words=self._embed_words,
             )
             for reduction, own in self.call_method(group, "prompt", state, state.tokens.shape[1]):
                 values = self._merged_values(reduction, state, own)
@@ -384,6 +390,13 @@ class Stages:
             found.append(whole)
         return torch.stack(found).gather(1, self._members(rows))
 
+    def _embed_words(self, words: Sequence[str]) -> Tensor:
+        """See `PromptState.embed_words`. Every word is tokenized on its own, as at the start of a text."""
+        each = self.model.tokenizer(list(words), add_special_tokens=False).input_ids
+        ids = torch.tensor([token for own in each for token in own], dtype=torch.long)
+        embedded: Tensor = self.model.llm.embed_tokens(ids.to(self.model.device, non_blocking=True))
+        return embedded
+
     # -- what stages share
 
     def _groups(self) -> list[Group]:
@@ -417,6 +430,7 @@ class Stages:
                 "messages": tuple(self.samples[sample].message for sample, _ in rows),
                 "clip": self.model.clip if method.needs_text_tower else None,
                 "thumbnail": scores.__getitem__,
+                "canvases": tuple(image.canvas for image in images),
             }
             groups.append(Group(method, rows, fields))
         if tiled:

@@ -10,15 +10,18 @@ from llava.reduction.budget import (
     split_evenly,
     tokens_by_layer,
 )
+from llava.reduction.compose import Completion
 from llava.reduction.merging import ANCHORS, WEIGHTS, Reduction, Step, merge_plan
 from llava.reduction.modules import DecoderLayer, linear_flops
 from llava.reduction.ranking import (
     cover_greedily,
+    cover_most,
     distinct,
     farthest_apart,
     gather_tokens,
     keep_top,
     largest_determinant,
+    largest_determinant_of,
     others,
     places,
     ranks,
@@ -52,4 +55,4 @@ from llava.reduction.states import (
     heads_of,
     seeing_spans,
 )
-from llava.reduction.token_layout import ModelSpec, PatchGrid, TokenLayout
+from llava.reduction.token_layout import ModelSpec, PatchGrid, TokenLayout, even_grid

@@ -123,6 +123,17 @@ def planned(reducer: Reducer, spec: ModelSpec) -> tuple[int, ...] | None:
     return plan
 
 
+def bounds(reducer: Reducer, spec: ModelSpec) -> tuple[float, float]:
+    """The least and the most visual tokens of one image, as a mean over layers; equal where there is a plan."""
+    if (plan := planned(reducer, spec)) is not None:
+        return (sum(plan) / len(plan),) * 2
+    if reducer.parts:
+        return 1.0, float(spec.visual_tokens)
+    kept = spec.newlines if chooses_patches(reducer) and reducer.newlines == "keep" else 0
+    least, most = zip(*(part.bounds(own) for part, own in over_crops(reducer, spec)), strict=True)
+    return kept + sum(least), kept + sum(most)
+
+
 def in_decoder(second: Reducer, spec: ModelSpec, entering: int) -> tuple[Reducer, ModelSpec]:
     """The second method of a composition, and the model as it finds it.
 
@@ -137,7 +148,7 @@ def in_decoder(second: Reducer, spec: ModelSpec, entering: int) -> tuple[Reducer
 @lru_cache(maxsize=256)
 def require(reducer: Reducer, spec: ModelSpec) -> None:
     """Raise UserError if the method cannot run on this model at its budget."""
-    if reducer.parts:
+    if reducer.parts and reducer.second:
         reducer.check(spec)  # calls this function for each part
         return
     reducer = reducer.for_image(spec)

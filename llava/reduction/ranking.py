@@ -3,20 +3,23 @@
 * `keep_top`, `split` and `ranks`: by score.
 * `farthest_from` and `farthest_apart`: the token whose nearest chosen token is farthest away, by cosine distance; for
   ConsensusDrop's merge targets and DivPrune.
-* `largest_determinant`: the token that increases the determinant of the chosen tokens' kernel most; for CDPruner.
+* `largest_determinant` and `largest_determinant_of`: the token that increases the determinant of the chosen tokens'
+  kernel most; for CDPruner and OTPrune.
 * `cover_greedily`: the token with the largest gain in coverage times its weight; for SCOPE.
+* `cover_most`: the token with the largest gain in coverage that a table gives; for MMTok.
 * `distinct`: near-duplicates are removed in rounds; for VisPruner.
 
 Index tensors that depend on sizes alone are made once and kept on the device (`cached_by_sizes`), because the host
 limits a short prefill: it issues one operation after the other.
 
 The greedy loops never wait for the device. If the cosines of all pairs of tokens would need too much memory, the loops
-compute a few rows of them at a time. On a CPU SCOPE's loop looks at values, and computes only the gains that matter.
+compute a few rows of them at a time. On a CPU the loop for coverage looks at values, and computes only the gains that
+matter.
 
 Shapes: B images, N tokens, D channels, K chosen tokens.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, wraps
 from typing import TypeVar
 
@@ -127,7 +130,7 @@ class Cosines:
 
     def __init__(self, unit: Tensor, matmul: MatMul):
         total = unit.shape[1]
-        self.unit, self.matmul = unit, matmul
+        self.unit, self.matmul, self.width = unit, matmul, total
         self.table = matmul(unit, unit.mT) if total * total <= WHOLE else None
         self.images = torch.arange(len(unit), device=unit.device)
         # Number of blocks of rows, each of which fits.
@@ -159,6 +162,27 @@ class Cosines:
         others = gather_tokens(self.unit, columns).mT
         blocks = (gather_tokens(self.unit, block) for block in rows.tensor_split(self._parts, 1))
         return torch.cat([self.matmul(block, others).amax(2) for block in blocks], 1)
+
+
+class Table:
+    """What tokens cover of R things: rows that are given whole and read like those of `Cosines`.
+
+    Args:
+        table: [B, N, R].
+    """
+
+    def __init__(self, table: Tensor):
+        self.table, self.width = table, table.shape[2]
+        self.images = torch.arange(len(table), device=table.device)
+
+    def row(self, token: Tensor) -> Tensor:
+        return self.table[self.images, token]
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        return self.table[0, tokens]
+
+    def blocks(self) -> Iterator[Tensor]:
+        yield self.table
 
 
 def _in_groups(choose: Callable[[Cosines, Tensor], Tensor], tokens: Tensor, weight: Tensor, matmul: MatMul) -> Tensor:
@@ -241,25 +265,41 @@ def largest_determinant(tokens: Tensor, weight: Tensor, count: int, matmul: MatM
         table = cosines.table
         with_itself = cosines.unit.square().sum(-1) if table is None else table.diagonal(dim1=1, dim2=2)
         own = part * with_itself * part  # the cosine with itself is 1 up to the last bits
-        left = own.clone()  # the factor by which each token would multiply the determinant
-        last = own - own.amax(1, keepdim=True) - 1  # below every `left`: the order of the spanned tokens
-        factor = own.new_zeros(len(own), count, own.shape[1])  # a row for each chosen token
-        chosen = []
-        for step in range(count):
-            free = left > SPANNED * own
-            pick = torch.where(free, left, last).argmax(1, keepdim=True)  # [B, 1]
-            kernel = part.gather(1, pick) * cosines.row(pick[:, 0]) * part
-            past = factor[:, :step]
-            shared = matmul(past.gather(2, pick.unsqueeze(-1).expand(-1, step, 1)).mT, past)[:, 0]
-            pivot = left.gather(1, pick).clamp(min=torch.finfo(left.dtype).tiny).sqrt()
-            new = torch.where(free.gather(1, pick), (kernel - shared) / pivot, 0.0)
-            factor[:, step] = new
-            left = (left - new.square()).scatter(1, pick, -torch.inf)
-            last = last.scatter(1, pick, -torch.inf)
-            chosen.append(pick)
-        return torch.cat(chosen, 1)
+        return _grow(own, lambda pick: part.gather(1, pick) * cosines.row(pick[:, 0]) * part, count, matmul)
 
     return _in_groups(choose, tokens, weight, matmul)
+
+
+def largest_determinant_of(kernel: Tensor, count: int, matmul: MatMul = torch.matmul) -> Tensor:
+    """`largest_determinant` for a given kernel [B, N, N], whose diagonal is above 0."""
+    images = torch.arange(len(kernel), device=kernel.device)
+    return _grow(kernel.diagonal(dim1=1, dim2=2), lambda pick: kernel[images, pick[:, 0]], count, matmul)
+
+
+def _grow(own: Tensor, row: Callable[[Tensor], Tensor], count: int, matmul: MatMul) -> Tensor:
+    """[B, count] the greedy choices of `largest_determinant`.
+
+    Args:
+        own: [B, N] diagonal of the kernel.
+        row: returns the kernel's rows [B, N] of tokens [B, 1].
+    """
+    left = own.clone()  # the factor by which each token would multiply the determinant
+    last = own - own.amax(1, keepdim=True) - 1  # below every `left`: the order of the spanned tokens
+    factor = own.new_zeros(len(own), count, own.shape[1])  # a row for each chosen token
+    chosen = []
+    for step in range(count):
+        free = left > SPANNED * own
+        pick = torch.where(free, left, last).argmax(1, keepdim=True)  # [B, 1]
+        kernel = row(pick)
+        past = factor[:, :step]
+        shared = matmul(past.gather(2, pick.unsqueeze(-1).expand(-1, step, 1)).mT, past)[:, 0]
+        pivot = left.gather(1, pick).clamp(min=torch.finfo(left.dtype).tiny).sqrt()
+        new = torch.where(free.gather(1, pick), (kernel - shared) / pivot, 0.0)
+        factor[:, step] = new
+        left = (left - new.square()).scatter(1, pick, -torch.inf)
+        last = last.scatter(1, pick, -torch.inf)
+        chosen.append(pick)
+    return torch.cat(chosen, 1)
 
 
 # Coverage.
@@ -280,20 +320,54 @@ def cover_greedily(tokens: Tensor, weight: Tensor, count: int, matmul: MatMul = 
         images = zip(F.normalize(tokens.float(), dim=-1).split(1), weight, strict=True)
         return torch.stack([_cover_lazily(Cosines(unit, matmul), own, count) for unit, own in images])
 
-    def choose(cosines: Cosines, part: Tensor) -> Tensor:
-        covered, free = torch.zeros_like(part), torch.zeros_like(part)  # free: -inf once a token is chosen
-        chosen: list[Tensor] = []
-        for _ in range(count):
-            gains = [(block - covered.unsqueeze(1)).clamp_(min=0).sum(-1) for block in cosines.blocks()]
-            chosen.append((torch.cat(gains, 1) * part + free).argmax(1))
-            covered = torch.maximum(covered, cosines.row(chosen[-1]))
-            free = free.scatter(1, chosen[-1].unsqueeze(1), -torch.inf)
-        return torch.stack(chosen, 1)
-
-    return _in_groups(choose, tokens, weight, matmul)
+    return _in_groups(lambda cosines, part: _cover(cosines, part, count), tokens, weight, matmul)
 
 
-def _cover_lazily(cosines: Cosines, weight: Tensor, count: int) -> Tensor:
+def cover_most(tables: Sequence[Tensor], count: int, late: Sequence[Tensor | None]) -> Tensor:
+    """[B, count] int64 in the order of choice; of equal gains the lower index.
+
+    Each thing is covered as far as the chosen token that covers it most; a gain is summed over all things.
+
+    Args:
+        tables: for each image [N, R], at least 0: how far each token covers each thing. R may differ between images.
+        late: for each image [N] bool on the host, True for the tokens that are chosen only after all others; None if
+            there are none.
+    """
+    if tables[0].device.type == HOST:
+        pairs = zip(tables, late, strict=True)
+        return torch.stack([_cover_lazily(Table(one[None]), one.new_ones(len(one)), count, own) for one, own in pairs])
+    widest = max(one.shape[1] for one in tables)
+    table = Table(torch.stack([F.pad(one, (0, widest - one.shape[1])) for one in tables]))
+    return _cover(table, table.table.new_ones(table.table.shape[:2]), count, late)
+
+
+def _cover(table: Cosines | Table, weight: Tensor, count: int, late: Sequence[Tensor | None] = ()) -> Tensor:
+    """[B, count] the choices of `cover_greedily` and `cover_most`.
+
+    Args:
+        weight: [B, N].
+        late: see `cover_most`; () if no image has such tokens.
+    """
+    free = torch.zeros_like(weight)  # -inf for the tokens that cannot be chosen now
+    covered = weight.new_zeros(len(weight), table.width)
+    waiting: dict[int, list[tuple[int, Tensor]]] = {}  # number of the others -> image, and its tokens that come late
+    for image, own in enumerate(late):
+        if own is not None:
+            tokens = own.to(weight.device, non_blocking=True)
+            waiting.setdefault(len(own) - int(own.sum()), []).append((image, tokens))
+            free[image].masked_fill_(tokens, -torch.inf)
+    chosen: list[Tensor] = []
+    for step in range(count):
+        for image, tokens in waiting.get(step, ()):
+            free[image].masked_fill_(tokens, 0)
+        gains = [(block - covered.unsqueeze(1)).clamp_(min=0).sum(-1) for block in table.blocks()]
+        chosen.append((torch.cat(gains, 1) * weight + free).argmax(1))
+        covered = torch.maximum(covered, table.row(chosen[-1]))
+        free = free.scatter(1, chosen[-1].unsqueeze(1), -torch.inf)
+    return torch.stack(chosen, 1)
+
+
+def _cover_lazily(table: Cosines | Table, weight: Tensor, count: int, late: Tensor | None = None) -> Tensor:
     """[count] the same choices for one image from few of the gains (Minoux, 1978, accelerated greedy algorithms).
 
     A gain never grows while tokens are chosen, not even by rounding, because sums are taken in the same order. An
@@ -302,17 +376,23 @@ def _cover_lazily(cosines: Cosines, weight: Tensor, count: int) -> Tensor:
 
     Args:
         weight: [N].
+        late: [N] bool, see `cover_most`.
     """
-    covered, free = torch.zeros_like(weight), torch.zeros_like(weight)  # free: -inf once a token is chosen
-    bound = torch.cat([block[0].clamp(min=0).sum(-1) for block in cosines.blocks()]) * weight
-    current, chosen = torch.ones_like(weight, dtype=torch.bool), []
-    for _ in range(count):
+    free, covered = torch.zeros_like(weight), weight.new_zeros(table.width)  # free: as in `_cover`
+    bound = torch.cat([block[0].clamp(min=0).sum(-1) for block in table.blocks()]) * weight
+    current, chosen, others = torch.ones_like(weight, dtype=torch.bool), [], -1
+    if late is not None:
+        first, others = bound.clone(), len(late) - int(late.sum())
+        free[late] = bound[late] = -torch.inf
+    for step in range(count):
+        if step == others and late is not None:
+            free[late], bound[late], current[late] = 0, first[late], step == 0
         while not current[best := int(bound.argmax())]:
             tokens = bound.masked_fill(current, -torch.inf).topk(min(GROUP, len(bound))).indices
-            bound[tokens] = (cosines.rows(tokens) - covered).clamp_(min=0).sum(-1) * weight[tokens] + free[tokens]
+            bound[tokens] = (table.rows(tokens) - covered).clamp_(min=0).sum(-1) * weight[tokens] + free[tokens]
             current[tokens] = True
         chosen.append(best)
-        covered = torch.maximum(covered, cosines.row(torch.tensor([best]))[0])
+        covered = torch.maximum(covered, table.row(torch.tensor([best]))[0])
         free[best] = bound[best] = -torch.inf
         current = bound == -torch.inf
     return torch.tensor(chosen)

@@ -125,6 +125,10 @@ class Reducer:
         needs_text_tower: whether states must carry the CLIP text tower.
         tower_by_image: whether images run through the tower one at a time, with the tiles of an image together, because
             the image decides how many tokens leave a block.
+        adaptive: a clause that says how the image decides the number of its tokens, for a method that lets it by
+            default: its stage returns a list of reductions, one per image, and `tokens_per_layer` returns None. ""
+            where the budget decides. Results then state mean, least and most tokens of an image beside the budget.
+        needs_words: whether it reads the questions as text, for `PromptState.embed_words`.
         known_deviations: in what the method, by its definition, breaks the contract of tests/test_every_method.py, and
             why. Keys are "appended" (merged tokens come after the kept ones), "scale" (merge weights do not sum to 1),
             "duplicates", "unsorted" (tokens are in an order of the method's own), "uncounted" (the mean is off the
@@ -151,6 +155,8 @@ class Reducer:
     rounding: ClassVar[float] = 0.5
     needs_text_tower: ClassVar[bool] = False
     tower_by_image: ClassVar[bool] = False
+    adaptive: ClassVar[str] = ""
+    needs_words: ClassVar[bool] = False
     known_deviations: ClassVar[dict[str, str]] = {}
     parts: ClassVar[tuple[type["Reducer"], ...]] = ()
     second: ClassVar["Reducer | None"] = None
@@ -232,6 +238,14 @@ class Reducer:
         the results.
         """
         return (self.budget,) * spec.layers
+
+    def bounds(self, spec: ModelSpec) -> tuple[float, float]:
+        """The least and the most visual tokens of one image, as a mean over layers.
+
+        With a plan both are its mean. A method without one overrides this where it knows more than "1 to all".
+        """
+        plan = self.tokens_per_layer(spec)
+        return (1.0, float(spec.visual_tokens)) if plan is None else (sum(plan) / len(plan),) * 2
 
     def with_budget(self, budget: int) -> Self:
         """The same method at another budget."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from llava.budget import RETENTION_RATIO, count_or_ratio, tokens_of
 from llava.errors import UserError, unknown
-from llava.reduction.compose import OWN, composition
+from llava.reduction.compose import Composed, composition
 from llava.reduction.reducer import Reducer, options_of
 from llava.reduction.scores import WITHOUT_CLS_RULE
 
@@ -158,9 +158,8 @@ def option_key(cls: type[Reducer], asked: str) -> str:
         UserError: there is none.
     """
     key, known = asked.replace(".", "__"), options_of(cls)
-    part, _, own = key.partition("__")
-    if cls.parts and part == cls.parts[0].name and own in OWN:
-        key = own
+    if issubclass(cls, Composed) and key in cls.plain:
+        key = key.partition("__")[2]
     if key not in known:
         raise unknown(f"option of {cls.name}", asked, map(_spelled, known))
     return key
@@ -198,6 +197,7 @@ def describe(*chosen: str) -> list[dict[str, Any]]:
             "paper": "; ".join(f"{about.paper} {about.url}" for about in sources if about.paper),
             "reads": ", ".join(cls.metadata.reads),
             "without a CLS token": WITHOUT_CLS_RULE if any("CLS" in about.needs for about in sources) else "",
+            "the image decides how many tokens are kept": cls.adaptive or "",
             "official code read": cls.metadata.code,
             "differs from the release": " ".join(differences),
             "determinism of the release": "; ".join(

@@ -12,7 +12,7 @@ Shapes: B images, P patches, C = 1 class token or 0 before them, D channels, H h
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import torch
 from einops import rearrange
@@ -118,21 +118,30 @@ def fused_cls_attention(block: BlockAttention) -> Tensor:
     return shares
 
 
-def received_attention(block: BlockAttention) -> Tensor:
-    """Attention that each patch receives from the patches, mean over these and over heads; a saliency without CLS.
+def received_attention(block: BlockAttention, from_cls: bool = False, from_itself: bool = True) -> Tensor:
+    """Attention that each patch receives, mean over the tokens that it comes from and over heads.
 
     Query rows are processed in slices, so the full attention map is never in memory.
+
+    Args:
+        from_cls: count what the CLS token gives, too, if there is one.
+        from_itself: count what a patch gives itself.
 
     Returns:
         [B, P].
     """
-    query = rearrange(block.queries(slice(block.cls, None)), BY_HEADS, h=block.heads)
+    first = 0 if from_cls else block.cls
+    query = rearrange(block.queries(slice(first, None)), BY_HEADS, h=block.heads)
     key = block.head_keys.mT
-    images, heads, patches, _ = query.shape
+    images, heads, count, _ = query.shape
     received = key.new_zeros(images, key.shape[-1])
     for rows in query.split(max(1, min(ROWS, WEIGHTS // (images * heads * key.shape[-1]))), dim=2):
-        received += (rows @ key * block.scale).softmax(-1).sum((1, 2))
-    return received[:, block.cls :] / (heads * patches)
+        weights = (rows @ key * block.scale).softmax(-1)
+        if not from_itself:
+            weights.diagonal(first, 2, 3).zero_()
+        received += weights.sum((1, 2))
+        first += rows.shape[2]
+    return received[:, block.cls :] / (heads * (count - (not from_itself)))
 
 
 def keys(block: BlockAttention) -> Tensor:
@@ -153,7 +162,7 @@ class ScoreKind:
 
     Attributes:
         compute: computes the score from the attention of a block.
-        queries: the tokens whose queries the score reads: "cls", "patches" or "" for none.
+        queries: the tokens whose queries the score reads: "cls", "patches", "all" for both, or "" for none.
         reads_cls: True if these queries are compared with the key of the class token too.
     """
 
@@ -161,9 +170,9 @@ class ScoreKind:
     queries: str = ""
     reads_cls: bool = True
 
-    def rows(self, patches: int) -> int:
-        """Queries per image."""
-        return {"cls": 1, "patches": patches, "": 0}[self.queries]
+    def rows(self, patches: int, cls: int) -> int:
+        """Queries per image of `cls` class tokens, 0 or 1."""
+        return {"cls": 1, "patches": patches, "all": patches + cls, "": 0}[self.queries]
 
     def product_flops(self, patches: int, cls: int, width: int) -> int:
         """Operations of one image's products of queries and keys.
@@ -172,7 +181,7 @@ class ScoreKind:
             cls: class tokens, 0 or 1.
             width: channels of all heads together.
         """
-        return 2 * self.rows(patches) * (patches + cls * self.reads_cls) * width
+        return 2 * self.rows(patches, cls) * (patches + cls * self.reads_cls) * width
 
 
 TOWER_SCORES: dict[str, ScoreKind] = {
@@ -180,6 +189,8 @@ TOWER_SCORES: dict[str, ScoreKind] = {
     "cls_logits": ScoreKind(cls_logits, "cls", reads_cls=False),
     "fused_cls_attention": ScoreKind(fused_cls_attention, "cls"),
     "received_attention": ScoreKind(received_attention, "patches"),
+    "received_from_all": ScoreKind(partial(received_attention, from_cls=True), "all"),
+    "received_from_others": ScoreKind(partial(received_attention, from_itself=False), "patches"),
     "keys": ScoreKind(keys),
     "whole_keys": ScoreKind(whole_keys),
 }
@@ -244,6 +255,6 @@ def score_flops(scores: tuple[TowerScore, ...], blocks: Sequence[VisionBlock], p
         attention = blocks[index].self_attn
         total += linear_flops(attention.k_proj, patches + 1)
         for kind in (TOWER_SCORES[score.kind] for score in asked):
-            total += linear_flops(attention.q_proj, kind.rows(patches))
+            total += linear_flops(attention.q_proj, kind.rows(patches, 1))
             total += kind.product_flops(patches, 1, attention.q_proj.out_features)
     return total

@@ -23,7 +23,7 @@ from llava.reduction.merging import Reduction
 from llava.reduction.modules import Decoder, DecoderLayer
 from llava.reduction.ranking import in_float32
 from llava.reduction.scores import BY_HEADS, BlockAttention, TowerScore, cls_attention
-from llava.reduction.token_layout import ModelSpec, PatchGrid, TokenLayout
+from llava.reduction.token_layout import Canvas, ModelSpec, PatchGrid, TokenLayout
 from llava.transformers_names import KERNEL
 
 if TYPE_CHECKING:
@@ -110,6 +110,8 @@ class EncoderState(State):
         clip: the CLIP text tower, for methods with `needs_text_tower`.
         thumbnail: score -> [B, patches]: for tiles of LLaVA-NeXT the base image's score at the same places
             (llava.pipeline.views.overview); otherwise the tokens' own score.
+        canvases: for images of one tile, what their patch grid covers and where the image lies on it; None for an image
+            where that is not known, () for tiles.
     """
 
     features: Tensor
@@ -121,6 +123,7 @@ class EncoderState(State):
     clip: Any = None
     thumbnail: Callable[[TowerScore], Tensor] | None = None
     tiles: tuple[PatchGrid, ...] = ()
+    canvases: tuple[Canvas | None, ...] = ()
 
     def coordinates(self) -> Tensor:
         """Row and column of each token in its own tile, [N, 2] float32, from -1 (first) to 1 (last)."""
@@ -165,6 +168,7 @@ class PromptState(EncoderState):
         llm: the decoder (layers, norm, rotary_emb).
         run_layers: k -> hidden states [S, L, H] of `sequence` after the first k decoder layers.
         members: [B, N] indices of the tokens among their image's visual tokens; None if they are all of them.
+        embed_words: words -> [T, H] embeddings of their tokens, without a begin token, for methods with `needs_words`.
     """
 
     tokens: Tensor
@@ -174,6 +178,7 @@ class PromptState(EncoderState):
     sequence: PromptBatch = None  # type: ignore[assignment]
     llm: Decoder = None  # type: ignore[assignment]
     run_layers: Callable[[int], Tensor] = None  # type: ignore[assignment]
+    embed_words: Callable[[Sequence[str]], Tensor] = None  # type: ignore[assignment]
 
     def spans(self, rows: str) -> list[Span]:
         """For each image, the span of text tokens in its prompt; see `text`.

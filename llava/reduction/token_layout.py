@@ -5,6 +5,7 @@ A video has one tile per frame. A method receives one tile at a time, or all tog
 of the tokens that are kept. `ModelSpec` is what a method knows about the model before any image is processed.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -77,6 +78,22 @@ class PatchGrid:
         crop, inside = divmod(token, self.rows * self.columns + self.has_cls)
         inside -= self.has_cls
         return (crop, CLS, CLS) if inside < 0 else (crop, inside // self.columns, inside % self.columns)
+
+
+def even_grid(layout: PatchGrid, budget: int) -> Tensor:
+    """[budget] int64 indices, ascending, spaced as evenly as the budget allows.
+
+    The budget is split over evenly spaced rows, and each row's share is spaced evenly along it. A square budget gives a
+    square grid.
+    """
+    used = max(1, min(layout.rows, round(math.sqrt(budget * layout.rows / layout.columns))))
+    used = max(used, math.ceil(budget / layout.columns))
+    picked = []
+    for index in range(used):
+        row = (2 * index + 1) * layout.rows // (2 * used)
+        share = budget * (index + 1) // used - budget * index // used
+        picked += [row * layout.columns + (2 * i + 1) * layout.columns // (2 * share) for i in range(share)]
+    return torch.tensor(picked)
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,6 +312,7 @@ class ModelSpec:
         crops: patch grid of each tile of an image with several tiles, without class tokens.
         newlines: number of newline tokens among the visual tokens.
         most_newlines: the most newline tokens that an image can have in this model.
+        frames: number of frames of a video, whose tokens follow one another; 1 for an image, whatever its tiles.
     """
 
     visual_tokens: int
@@ -306,6 +324,7 @@ class ModelSpec:
     crops: tuple[PatchGrid, ...] = ()
     newlines: int = 0
     most_newlines: int = 0
+    frames: int = 1
 
     @property
     def patches(self) -> int:
@@ -315,7 +334,7 @@ class ModelSpec:
     def crop(self, number: int) -> "ModelSpec":
         """The model as if one tile were the whole image."""
         layout = self.crops[number]
-        return replace(self, visual_tokens=layout.tokens, layout=layout, crops=(), newlines=0)
+        return replace(self, visual_tokens=layout.tokens, layout=layout, crops=(), newlines=0, frames=1)
 
 
 @lru_cache(maxsize=1024)
@@ -328,4 +347,5 @@ def spec_of(spec: ModelSpec, layout: TokenLayout) -> ModelSpec:
         layout=replace(layout.patch_grid, has_cls=False),
         crops=tuple(PatchGrid(crop.rows, crop.columns) for crop in layout.crops) if several else (),
         newlines=len(layout.newlines),
+        frames=len(layout.crops) if layout.temporal else 1,
     )

@@ -64,7 +64,7 @@ class _Question:
 
 def reads_question(reducer: Reducer) -> bool:
     """Whether a method reads the prompt before the decoder; found by running it on a small random image without one."""
-    if reducer.needs_text_tower:
+    if reducer.needs_text_tower or reducer.needs_words:
         return True
     if "prompt" not in reducer.acts_in:
         return False
@@ -269,7 +269,7 @@ class EngineTower:
         family, layer = served.family, getattr(model.config, "vision_feature_layer", -1)
         last = family.block or (layer if isinstance(layer, int) and layer < 0 else -1)
         self.stock_tower = StockTower(attentions, model.config.vision_config, family.cls, family.runs, last)
-        self.spec, self.axes, self.clip = served.spec, family.axes, None
+        self.spec, self.axes, self.clip, self.tokenizer = served.spec, family.axes, None, None
         width = model.config.get_text_config().hidden_size
         layers = [None] * served.spec.layers
         self.llm = SimpleNamespace(embed_tokens=lambda ids: weight.new_empty(len(ids), width), layers=layers)
