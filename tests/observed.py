@@ -33,7 +33,8 @@ DRAWS = 4  # of planted vectors
 GROUPS = 32  # pairs of vectors that are alike, of 64 tokens
 FRAMES = 4  # of a video of 64 tokens
 BUDGETS = (24, 20, 12)  # of 64 tokens; every merging method has several targets then
-LARGER = {"hiprune": (40,)}  # has no anchors below 25 tokens, so it does not read their block
+# HiPrune has no anchors below 25 tokens, so it does not read their block; AutoPrune has a single cluster of all tokens.
+LARGER = {"hiprune": (40,), "autoprune": (30,)}
 PROSE = {  # kind of a tower score -> what metadata.score or metadata.rest call it
     "cls_attention": "CLS attention",
     "fused_cls_attention": "CLS attention",
@@ -249,6 +250,10 @@ def read_by(call: Call) -> set[str]:
     if isinstance(state, DecoderState):
         wide = tuple(single(4, layout.tokens // 4) for layout in state.layouts)
         found |= {"grid"} if differ(before, call.reductions(layouts=wide)) else set()
+        for score in call.method.scores():
+            other = drawn(state.tower(score), 70)
+            changed = {"tower": lambda asked, score=score, other=other: other if asked == score else state.tower(asked)}
+            found |= {named(score)} if differ(before, call.reductions(**changed)) else set()
     if isinstance(state, EncoderState):
         for score in state.scores:
             changed = state.scores | {score: others["scores"][score]}
@@ -318,7 +323,8 @@ def check_reads(reducer: Reducer, found: list[Call], model: Llava, batch: list[S
 def check_acts(reducer: Reducer, record: Record) -> None:
     """The method reduces in the stages that it overrides and that its metadata states, and nowhere else."""
     text, said = reducer.metadata.acts, label(reducer)
-    numbers = [int(n) for part in re.findall(r"decoder layers? (\d[\d, and]*)", text) for n in re.findall(r"\d+", part)]
+    each = re.sub(r"(\d+) to (\d+)", lambda ends: ", ".join(map(str, range(int(ends[1]), int(ends[2]) + 1))), text)
+    numbers = [int(n) for part in re.findall(r"decoder layers? (\d[\d, and]*)", each) for n in re.findall(r"\d+", part)]
     words = {"before the tower": "input_grid", "inside the tower": "tower", "after the tower": "encoder"}
     stated = {stage for word, stage in words.items() if word in text}
     stated |= {"decoder" if number else "prompt" for number in numbers}

@@ -297,6 +297,8 @@ REFUSED = [  # method, budget and options; decoder layers of a model of 576 toke
     ("attnmix 8 temperature=0", 32, "temperature must be above 0"),
     ("attnmix 8 official=true text=instruction", 32, "takes text=after"),
     ("attnmix 8 official=true mix=half", 32, "in no release"),
+    ("autoprune 18", 32, "all 576 enter layer 0 of 32 layers.* 18.97 to 576. Set autoprune.official=true"),
+    ("autoprune 18 x0=-1", 32, "autoprune.x0 must be at least 0"),
     ("consensusdorp 8", 32, "Did you mean 'consensusdrop'"),
     ("consensusdrop 8 alpha=half", 32, "alpha must be a number"),
     ("consensusdrop 8 probe_layer=2.5", 32, "whole number"),
