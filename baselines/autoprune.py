@@ -39,9 +39,8 @@ from llava.reduction import (
 
 REFERENCE = 32  # decoder layers of the paper's model
 FIRST = 2.5  # tokens that layer 0 leaves, as a multiple of the budget
-HIGHEST = 0.75  # what the curve starts from
 TEXT = 0.3  # weight of the text beside CLS in the first stage
-STEEPEST = 20.0  # factor of the curve that the release tries at most
+MOST = 15.0  # by how much the release multiplies a curve that starts from 1, at most
 TINY = 1e-6
 
 
@@ -178,8 +177,8 @@ class AutoPrune(Reducer):
         steepness = max(self.k0 - self.gamma * information, 0.0)
         stretched = 1 if self.official else REFERENCE / spec.layers
         above = (steepness * (layer * stretched - self.x0 - steepness) for layer in range(1, counted))
-        curve = [HIGHEST / (1 + exp(min(one, 500.0))) for one in above]
-        most = STEEPEST if self.official or not curve else 1 / curve[-1]
+        curve = [1 / (1 + exp(min(one, 500.0))) for one in above]
+        most = MOST if self.official or not curve else 1 / curve[-1]
         return fitted(curve, self.first(spec), wanted, most)[0]
 
     def decoder(self, state: DecoderState) -> Reductions:

@@ -26,9 +26,9 @@ def entering(method: AutoPrune, information: float, spec: ModelSpec = SPEC) -> l
     return counts[: spec.layers]  # what the last layer leaves enters none
 
 
-def state(weights, tokens, layer: int, memory, spec: ModelSpec = SPEC, tower=None):
-    """What a stage reads: attention [B, H, T, N] of the text, tokens [B, N, D]."""
-    exists = torch.ones(weights.shape[0], weights.shape[2], dtype=torch.bool)
+def state(weights, tokens, layer: int, memory, spec: ModelSpec = SPEC, tower=None, rows: int | None = None):
+    """What a stage reads: attention [B, H, T, N] of the text, of which `rows` exist, and tokens [B, N, D]."""
+    exists = (torch.arange(weights.shape[2]) < (rows or weights.shape[2])).expand(len(weights), -1)
     return SimpleNamespace(
         attention=lambda rows, at: {("after", "previous"): (weights, exists)}[rows, at],
         tokens=tokens,
@@ -149,7 +149,10 @@ def test_planted_tokens_are_kept():
     assert method.decoder(state(weights, tokens, 1, ({}, {}), spec, tower)).kept.tolist() == [[3, 7], [0, 9]]
     tower[:, 5] = 1
     assert all(5 in row for row in method.decoder(state(weights, tokens, 1, ({}, {}), spec, tower)).kept.tolist())
-    memory = ({"keeps": [0, 2, 1]}, {"keeps": [0, 1, 1]})
+    padded = torch.cat([weights, torch.eye(12)[5].expand(2, 2, 4, 12)], 2)  # padding that looks at token 5
+    memory = ({"keeps": [2, 2, 1]}, {"keeps": [2, 1, 1]})
+    kept = method.decoder(state(padded, tokens, 3, ({"keeps": [0, 2]},) * 2, spec, rows=3)).kept
+    assert kept[:, :2].tolist() == [[3, 7], [0, 9]]
     first, second = method.decoder(state(weights, tokens, 3, memory, spec))
     assert first.kept[0, :2].tolist() == [3, 7] and second.kept[0, 0] in (0, 9)
     assert first.appended == second.appended == 1
