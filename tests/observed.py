@@ -21,7 +21,7 @@ from llava.pipeline.accounting import Record
 from llava.processing.prompt import Sample
 from llava.reduction.merging import Reduction
 from llava.reduction.reducer import Reducer, check_reductions
-from llava.reduction.scores import TowerScore
+from llava.reduction.scores import BlockAttention, TowerScore
 from llava.reduction.states import BlockState, DecoderState, EncoderState, PromptState, State
 from llava.reduction.token_layout import Canvas, PatchGrid, single
 from tests.conftest import samples
@@ -33,7 +33,8 @@ DRAWS = 4  # of planted vectors
 GROUPS = 32  # pairs of vectors that are alike, of 64 tokens
 FRAMES = 4  # of a video of 64 tokens
 BUDGETS = (24, 20, 12, 40)  # of 64 tokens; every merging method has several targets then
-LARGER = {"hiprune": (40,)}  # has no anchors below 25 tokens, so it does not read their block
+# HiPrune has no anchors below 25 tokens, so it does not read their block; AutoPrune has a single cluster of all tokens.
+LARGER = {"hiprune": (40,), "autoprune": (30,)}
 PROSE = {  # kind of a tower score -> what metadata.score or metadata.rest call it
     "cls_attention": "CLS attention",
     "fused_cls_attention": "CLS attention",
@@ -64,7 +65,7 @@ class Call:
     @torch.inference_mode()
     def reductions(self, **changes: object) -> list[Reduction]:
         """One per image, of the stage function on the state with these changes."""
-        state = replace(self.state, **changes)
+        state = frozen(self.method, replace(self.state, **changes))  # a call may write into its memory
         count = (state.tokens if isinstance(state, BlockState | DecoderState) else state.features).shape[1]
         returned = getattr(self.method, self.stage)(state)
         if returned is None:
@@ -120,12 +121,16 @@ def inputs(state: State, seed: int, close: bool = False) -> dict[str, object]:
     return changes
 
 
-def as_it_is(state: State) -> State:
-    """The state with what it would read later, when caches may be cut and tokens gone."""
+def frozen(reducer: Reducer, state: State) -> State:
+    """The state with what the pipeline computes when it is asked, which later steps would change."""
+    if isinstance(state, BlockState):
+        return replace(state, memory=dict(state.memory))
     if not isinstance(state, DecoderState):
         return state
-    values, members = state.values(), state.members()
-    return replace(state, values=lambda: values, members=lambda: members)
+    members, values = state.members(), state.values()
+    tower = {score: state.tower(score) for score in reducer.scores()}
+    memory = tuple(map(dict, state.memory))
+    return replace(state, members=lambda: members, values=lambda: values, tower=tower.__getitem__, memory=memory)
 
 
 def calls(reducer: Reducer, model: Llava, batch: list[Sample]) -> tuple[list[Call], Record]:
@@ -137,7 +142,7 @@ def calls(reducer: Reducer, model: Llava, batch: list[Sample]) -> tuple[list[Cal
             original = getattr(cls, stage)
 
             def called(self, state, _stage=stage, _original=original):
-                found.append(Call(_stage, self, as_it_is(state)))
+                found.append(Call(_stage, self, frozen(self, state)))
                 return _original(self, state)
 
             patch.setattr(cls, stage, called)
@@ -177,6 +182,17 @@ def made_of(reduction: Reduction, order: Tensor) -> list[tuple[int, ...]]:
     return sorted((first, *rest) for first, rest in zip(own, members, strict=True))
 
 
+def reordered(seen: BlockAttention, whole: Tensor) -> BlockAttention:
+    """The attention of a block whose tokens come in another order; CLS, whose query is read, stays first."""
+    values = seen.values
+    return replace(
+        seen,
+        keys=seen.keys[:, whole],
+        projected_keys=seen.projected_keys[:, whole],
+        values=values and (lambda: values()[:, whole]),
+    )
+
+
 def order_matters(call: Call, before: list[Reduction], order: Tensor, layout: PatchGrid | None = None) -> bool:
     """Whether the method keeps other tokens of every image if they come in another order.
 
@@ -196,6 +212,9 @@ def order_matters(call: Call, before: list[Reduction], order: Tensor, layout: Pa
     for name in (*VECTORS, "sizes"):
         if isinstance(value := getattr(state, name, None), Tensor):
             changes[name] = value[:, whole]
+    if isinstance(state, BlockState):
+        changes |= {"attended": reordered(state.attended, whole)}
+        changes |= {"memory": {name: value[:, order] for name, value in state.memory.items()}}
     if isinstance(state, EncoderState):
         scores = {score: value[:, order] for score, value in state.scores.items()}
         changes |= {"scores": scores, "thumbnail": scores.__getitem__}
@@ -236,6 +255,13 @@ def read_by(call: Call) -> set[str]:
     for name in set(VECTORS) & set(others):
         if differ(before, call.reductions(**{name: others[name]})):
             found.add(name)
+    if isinstance(state, DecoderState):
+        wide = tuple(single(4, layout.tokens // 4) for layout in state.layouts)
+        found |= {"grid"} if differ(before, call.reductions(layouts=wide)) else set()
+        for score in call.method.scores():
+            other = drawn(state.tower(score), 70)
+            changed = {"tower": lambda asked, score=score, other=other: other if asked == score else state.tower(asked)}
+            found |= {named(score)} if differ(before, call.reductions(**changed)) else set()
     if isinstance(state, EncoderState):
         for score in state.scores:
             changed = state.scores | {score: others["scores"][score]}
@@ -256,6 +282,10 @@ def read_by(call: Call) -> set[str]:
         if order_matters(call, before, order, layout):
             found.add("order")
     if isinstance(state, BlockState):
+        seen = state.attended
+        found |= {"attention"} if differ(before, call.reductions(attended=replace(seen, keys=-seen.keys))) else set()
+        others = drawn(seen.keys, 60)
+        found |= {"values"} if differ(before, call.reductions(attended=replace(seen, values=lambda: others))) else set()
         order = torch.randperm(before[0].inputs - 1, generator=torch.Generator().manual_seed(0))
         found |= {"order"} if order_matters(call, before, order) else set()
     return found
@@ -301,7 +331,8 @@ def check_reads(reducer: Reducer, found: list[Call], model: Llava, batch: list[S
 def check_acts(reducer: Reducer, record: Record) -> None:
     """The method reduces in the stages that it overrides and that its metadata states, and nowhere else."""
     text, said = reducer.metadata.acts, label(reducer)
-    numbers = [int(n) for part in re.findall(r"decoder layers? (\d[\d, and]*)", text) for n in re.findall(r"\d+", part)]
+    each = re.sub(r"(\d+) to (\d+)", lambda ends: ", ".join(map(str, range(int(ends[1]), int(ends[2]) + 1))), text)
+    numbers = [int(n) for part in re.findall(r"decoder layers? (\d[\d, and]*)", each) for n in re.findall(r"\d+", part)]
     words = {"before the tower": "input_grid", "inside the tower": "tower", "after the tower": "encoder"}
     stated = {stage for word, stage in words.items() if word in text}
     stated |= {"decoder" if number else "prompt" for number in numbers}

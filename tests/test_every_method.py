@@ -253,7 +253,8 @@ def test_no_method_asks_for_attention_maps(name, tiny, monkeypatch):
     run(tiny, samples(2), reducer)
     blocks = tiny.select_layer % (len(tiny.tower.encoder.layers) + 1)
     text = len(tiny.clip.text_model.encoder.layers) if reducer.needs_text_tower else 0
-    assert len(calls) == blocks + text + len(tiny.llm.layers)
+    passes = 2 if reducer.tower_by_image else 1
+    assert len(calls) == passes * blocks + text + len(tiny.llm.layers)
 
 
 def test_is_refused_exactly_where_a_need_is_not_met(name, tiny):
@@ -302,6 +303,8 @@ REFUSED = [  # method, budget and options; decoder layers of a model of 576 toke
     ("attnmix 8 temperature=0", 32, "temperature must be above 0"),
     ("attnmix 8 official=true text=instruction", 32, "takes text=after"),
     ("attnmix 8 official=true mix=half", 32, "in no release"),
+    ("autoprune 18", 32, "all 576 enter layer 0 of 32 layers.* 18.97 to 576. Set autoprune.official=true"),
+    ("autoprune 18 x0=-1", 32, "autoprune.x0 must be at least 0"),
     ("consensusdorp 8", 32, "Did you mean 'consensusdrop'"),
     ("consensusdrop 8 alpha=half", 32, "alpha must be a number"),
     ("consensusdrop 8 probe_layer=2.5", 32, "whole number"),
@@ -318,6 +321,7 @@ REFUSED = [  # method, budget and options; decoder layers of a model of 576 toke
     ("fastv 64", 8, "mean of 64 .* reaches 72.88 to 576. Set fastv.schedule=kept"),
     ("fastv 64 layer=-1", 32, "fastv.layer must be at least 0"),
     ("fastv 64 layer=32", 32, "32 layers"),
+    ("feather 128", 32, "all 576 enter the first 8 of 32 layers.* 144.8 to 313.5. Set feather.schedule=kept"),
     ("globalcom2 8 temperature=nan", 32, "globalcom2.temperature"),
     ("globalcom2 8 tile_budget=global", 32, "tile_budget must be one of adaptive, each, thumbnail"),
     ("holov 64 chunks=7", 32, "holov.chunks must divide the 576 visual tokens"),

@@ -22,6 +22,8 @@ from tests.watch import watched
 # Tiles of 56 pixels: one above the other, side by side, two by two; with and without padding.
 SIZES = ((60, 110), (120, 50), (112, 112), (70, 112))
 BUDGETS = (30, 20, 64)  # the last for a method that acts in the middle of the decoder
+INSIDE = {"input_grid", "tower"}
+WHOLE_TILES = {name for name in registry.names() if registry.method(name).acts_in & INSIDE}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def name(request) -> str:
 
 def test_every_method_meets_its_budget_over_crops(name, model):
     """Unpadded crops of any shape, budgets that crops do not divide, images with fewer tokens than the budget."""
-    if name in ("tome", "downsample") and model.anyres.merge != "spatial":
+    if name in WHOLE_TILES and model.anyres.merge != "spatial":
         with pytest.raises(UserError, match="merge=spatial"):
             run(model, batch(), registry.build(name, 20))
         return
@@ -76,7 +78,7 @@ def test_every_method_meets_its_budget_over_crops(name, model):
 
 def test_every_method_takes_batches_as_single_images(name, model):
     reducers = accepted(registry.method(name), {}, model, 1, BUDGETS)
-    if not reducers or (name in ("tome", "downsample") and model.anyres.merge != "spatial"):
+    if not reducers or (name in WHOLE_TILES and model.anyres.merge != "spatial"):
         return
     samples, (reducer,) = batch(), reducers
     logits, accounts, record = run(model, samples, reducer)
@@ -90,7 +92,7 @@ def test_every_method_takes_batches_as_single_images(name, model):
 
 def test_a_budget_of_all_tokens_changes_nothing(name, model):
     total = model.visual_tokens
-    if name in ("tome", "downsample") and (model.anyres.merge != "spatial" or total % 5):
+    if name in WHOLE_TILES and (model.anyres.merge != "spatial" or total % 5):
         return
     expected, _, _ = run(model, batch(), registry.build("full", total))
     actual, _, _ = run(model, batch(), registry.build(name, total))

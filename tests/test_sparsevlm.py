@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from baselines.sparsevlm import TABLES, SparseVLM, density_peaks, keep_and_recycle, recycled, text_raters
+from baselines._recycling import density_peaks, keep_and_recycle, recycled
+from baselines.sparsevlm import TABLES, SparseVLM, text_raters
 from llava.pipeline.generate import prefill
 from llava.pipeline.sequence import PromptBatch
 from llava.reduction import keep_top

@@ -386,7 +386,8 @@ class Stages:
             layout, own = self._layout(row), self.images[row].encoded.encoded.scores[score]
             whole = own.new_zeros(layout.tokens)
             for tile, values in zip(layout.crops, own, strict=True):
-                whole[tile.indices.to(own.device)] = values[tile.patches.to(own.device)]
+                places, patches = (one.to(own.device, non_blocking=True) for one in (tile.indices, tile.patches))
+                whole.scatter_(0, places, values[patches])
             found.append(whole)
         return torch.stack(found).gather(1, self._members(rows))
 

@@ -90,9 +90,9 @@ class MethodMetadata:
         url: address of the paper.
         code: owner/name@commit of the official code that was read, "" if there is none.
         reads: everything that the kept and merged tokens depend on with default options: tower scores as kind and block
-            ("cls_attention -2"), "features", "tokens" and "keys" (vectors of the tower, of the decoder and of the
-            block or layer where the method acts), "values" and "attention" (of the decoder), "question", "grid" (rows
-            and columns) and "order" (a token's number in raster order).
+            ("cls_attention -2"), "features", "tokens", "keys" and "values" (vectors of the tower, of the decoder and
+            of the block or layer where the method acts), "attention" (of the decoder, or of the block where the method
+            acts), "question", "grid" (rows and columns) and "order" (a token's number in raster order).
         similarity: the vectors whose cosine says which tokens are merged, or which are too alike to keep both:
             "keys", "features" or "tokens"; "none" for a method that merges by something else.
         weights: how tokens that are merged into one are weighted: "mean" (equally), "score" (by the method's first

@@ -68,6 +68,7 @@ class BlockState(State):
         keys: [B, n, d] keys of this block, mean over heads, float32.
         sizes: [B, n] float32, number of patches merged into each token.
         block: index of the block.
+        last: index of the last block in which the method is called.
         attended: what the block's attention compared.
         memory: what the method wrote into it in earlier blocks, for the same images.
     """
@@ -76,6 +77,7 @@ class BlockState(State):
     keys: Tensor
     sizes: Tensor
     block: int
+    last: int = 0
     attended: BlockAttention = None  # type: ignore[assignment]  # a test of a method that reads keys may leave it out
     memory: dict[str, Tensor] = field(default_factory=dict)
 

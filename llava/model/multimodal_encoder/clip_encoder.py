@@ -186,6 +186,7 @@ class TowerMerger:
                 keys=seen.head_keys.mean(1),
                 sizes=sizes,
                 block=index,
+                last=max(self.blocks),
                 attended=seen,
                 memory=self.memory,
             )
