@@ -27,7 +27,17 @@ from llava.serving import client
 from tests.conftest import drawn_image, samples
 
 PIXELS = {"divprune", "fastervlm", "full", "hired", "holov", "random", "scope", "uniform", "visionzip", "vispruner"}
-REFUSED = {"dart", "fastv", "pyramiddrop", "sparsevlm", "visiondrop", "vscan"}
+REFUSED = {
+    "clse",
+    "dart",
+    "fastv",
+    "ivcprune",
+    "pyramiddrop",
+    "sparsevlm",
+    "visiondrop",
+    "vlmpruner",
+    "vscan",
+}
 
 
 @pytest.mark.parametrize("method", names())
