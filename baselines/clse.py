@@ -24,11 +24,12 @@ from llava.reduction import (
     Release,
     TokenLayout,
     UserError,
+    cached_by_sizes,
     gather_tokens,
+    in_float32,
     option,
     register,
 )
-from llava.reduction.ranking import cached_by_sizes, in_float32
 
 # Budget -> tokens that the three stages keep, of 576.
 TABLES = {192: (330, 210, 62), 128: (220, 140, 41), 64: (110, 70, 20)}

@@ -27,12 +27,12 @@ from llava.reduction import (
     Reductions,
     Release,
     angles_of,
+    in_float32,
     keep_top,
     option,
     ranks,
     register,
 )
-from llava.reduction.ranking import in_float32
 
 SEEDS, VALUES = 0.01, 0.2  # shares of all tokens in the release
 SKIPPED = 2  # tokens behind the image that are not counted as text

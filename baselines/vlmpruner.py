@@ -22,8 +22,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from baselines._staged import OneStage
-from llava.reduction import DecoderState, MethodMetadata, Reduction, Release, gather_tokens, option, places, register
-from llava.reduction.ranking import in_float32
+from llava.reduction import (
+    DecoderState,
+    MethodMetadata,
+    Reduction,
+    Release,
+    gather_tokens,
+    in_float32,
+    option,
+    places,
+    register,
+)
 
 CHANNELS = 256  # of the highest variance, by which tokens are compared
 GROUP = 16  # candidates that are looked at together

@@ -13,10 +13,12 @@ from llava.reduction.budget import (
 from llava.reduction.merging import ANCHORS, WEIGHTS, Reduction, Step, merge_plan
 from llava.reduction.modules import DecoderLayer, linear_flops
 from llava.reduction.ranking import (
+    cached_by_sizes,
     cover_greedily,
     distinct,
     farthest_apart,
     gather_tokens,
+    in_float32,
     keep_top,
     largest_determinant,
     others,
