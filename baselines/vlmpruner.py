@@ -84,7 +84,7 @@ def grow(cosine: Numbers, position: Numbers, pivots: Numbers, count: int, thresh
         order = order[(nearest * (1 + SPREAD * np.sqrt(apart)))[order].argsort(kind="stable")]
         while left > 0:
             alike = (nearest * (1 + SPREAD * np.sqrt(apart)))[order[start:]]
-            below = alike < threshold
+            below = ~(alike >= threshold)  # also where it is no number
             if not below.any():
                 break
             skipped = below.argmax() // GROUP * GROUP  # groups that add nothing change nothing

@@ -33,8 +33,13 @@ from tests.tiny_checkpoints_families import (
     save_video_transformers,
 )
 
-# How much a tile keeps depends on its values, and with it the shape of everything behind: read once per image.
-READS_SHARES = {"hired": "baselines/hired.py", "globalcom2": "baselines/globalcom2.py"}
+# How much a tile keeps depends on its values, and with it the shape of everything behind; what VLM-Pruner keeps depends
+# on what it kept just before. Read once per image: file and function.
+READS = {
+    "hired": ("baselines/hired.py", "crop_shares"),
+    "globalcom2": ("baselines/globalcom2.py", "crop_shares"),
+    "vlmpruner": ("baselines/vlmpruner.py", "reduce"),
+}
 # Sums in any order that have one value: of whole numbers, or of one number for each place.
 EXACT = ("baselines/tome.py", "llava/model/multimodal_encoder/clip_encoder.py", "baselines/prumerge.py")
 FIRST_TOKEN = "tolist at llava/pipeline/generate.py"  # the one wait of a decoding step
@@ -103,12 +108,12 @@ def test_a_device_keeps_and_answers_as_the_cpu_and_never_waits_before_the_first_
     with pretended() as device:
         found = generate(models[place], batch, reducer, 3)
         waits = list(takewhile(lambda wait: not wait.startswith(FIRST_TOKEN), device.waits))
-    shares = [wait for wait in waits if READS_SHARES.get(name, "none") in wait and "crop_shares" in wait]
-    assert len(shares) <= count
+    known = [wait for wait in waits if all(part in wait for part in READS.get(name, ("none",)))]
+    assert len(known) <= count
     # Where the image decides how many tokens are kept, or stay inside the tower, the method's own file waits for it.
     cls = registry.method(name)
     own = f"{cls.__module__.replace('.', '/')}.py" if cls.adaptive or cls.tower_by_image else "nothing"
-    unwanted = sorted({wait for wait in waits if wait not in shares and own not in wait})
+    unwanted = sorted({wait for wait in waits if wait not in known and own not in wait})
     assert not unwanted, f"{name} on {place}: the host waits for {'; '.join(unwanted)}"
     unordered = {one for one in device.unordered if not any(file in one for file in EXACT)}
     assert not unordered, f"{name} keeps other tokens from run to run: {'; '.join(sorted(unordered))}"

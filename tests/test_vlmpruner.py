@@ -88,6 +88,12 @@ def test_the_fast_choice_is_that_of_the_words(monkeypatch, common, group):
             assert sorted(found.tolist()) == expected
 
 
+def test_cosines_that_are_no_numbers_end_too():
+    """A broken tower: no comparison with NaN is true, and the rounds went on for ever."""
+    found = grow(np.full((9, 9), np.nan), single(3, 3).places.numpy(), np.array([4]), 6, 0.8)
+    assert len(set(found.tolist())) == 6
+
+
 def test_pivots_are_far_from_each_other_and_differ_even_where_all_keys_are_equal():
     keys = torch.tensor([[[1.0, 0], [0, 9], [8, 0], [-3, -3]]])
     assert pivots_of(keys, 3).tolist() == [[1, 3, 2]]
