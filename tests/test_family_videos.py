@@ -14,6 +14,7 @@ from transformers import BatchFeature, is_torchvision_available
 from transformers.video_utils import VideoMetadata
 
 from eval import __main__ as cli
+from eval.figures.overlay import draw_overlay
 from llava.errors import UserError
 from llava.hf import checkpoint_model
 from llava.hf.checkpoint_model import FamilyModel
@@ -105,6 +106,7 @@ def test_a_video_has_one_budget(saved, batch, name, method):
     model = saved(name)[2]
     answers = ask(model, batch[:2], method, 10)
     for sample, answer in zip(batch[:2], answers, strict=True):
+        assert draw_overlay(sample.image, answer.trace, answer.runs[0]).size  # 4 panels of 8 frames were an error
         assert answer.accounting.tokens_per_layer == (10,) * 4 and answer.accounting.images == 1
         assert ask(model, [sample], method, 10)[0].token_ids == answer.token_ids
 

@@ -171,9 +171,10 @@ def panels_of(image: Image.Image | Video, layout: TokenLayout, canvas: Canvas | 
     """
     grids = grids_of(layout)
     if isinstance(image, Video):
+        together = -(-len(image.frames) // len(grids))  # Qwen-VL: a token shows two frames; draw the first
         return [
-            Panel(f"frame {number}", shrunk(frame), grid)
-            for number, (frame, grid) in enumerate(zip(image.frames, grids, strict=True), start=1)
+            Panel(f"frame {number * together + 1}", shrunk(frame), grid)
+            for number, (frame, grid) in enumerate(zip(image.frames[::together], grids, strict=True))
         ]
     photo = shrunk(image)
     if layout.tiles is None:

@@ -7,7 +7,8 @@ the attention that a patch receives replaces class attention.
 
 Paper: https://arxiv.org/abs/2502.13923, https://arxiv.org/abs/2409.12191
 Official code read: transformers 5.23.0, models/qwen2_5_vl and models/qwen2_vl
-Differs from it: videos are not supported. Features, prompts and positions are the same.
+Differs from it: videos are not supported here; benchmarks of videos run these models as llava.hf.families does.
+    Features, prompts and positions are the same.
 """
 
 from collections.abc import Sequence
