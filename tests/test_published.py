@@ -59,7 +59,7 @@ def test_every_file_is_read():
     """Its methods are registered or listed; ConsensusDrop's tables are not available, as the comment of a file says."""
     assert len(models()) == 7 and all(load(name).rows for name in models())
     methods = {part for _, row in rows() for part in row.method.split("+")}  # of compositions, both
-    known = {*names(), *published.OTHER_METHODS, *published.AWAITED} - {"consensusdrop"}
+    known = {*names(), *published.OTHER_METHODS} - {"consensusdrop"}
     assert set(published.OTHER_METHODS) <= methods <= known
     assert not set(published.OTHER_METHODS) & set(names())
     for name in models():

@@ -41,13 +41,6 @@ OTHER_METHODS = {
     "idpruner": "IDPruner", "twigvlm": "TwigVLM", "text_only": "text alone", "hiprune_text": "HiPrune++",
     "prunesid_dyn": "PruneSID-Dyn",
 }  # fmt: skip
-# Methods whose rows and tables came before their code; without effect once it is registered.
-AWAITED = {
-    "hiprune": "HiPrune", "mmtok": "MMTok", "prunesid": "PruneSID", "visiontrim": "VisionTrim", "flowcut": "FlowCut",
-    "apet": "ApET", "v2drop": "V2Drop", "priortr": "PriorTR", "autoprune": "AutoPrune", "ivcprune": "IVC-Prune",
-    "vidcom2": "VidCom2", "evs": "EVS", "otprune": "OTPrune", "clse": "CLSE", "vlmpruner": "VLM-Pruner",
-    "feather": "FEATHER", "restore": "RESTORE",
-}  # fmt: skip
 
 Trust = Literal["high", "medium", "low"]
 Kind = Literal["authors", "copied", "secondary", "rerun", "ours"]
@@ -203,7 +196,7 @@ class Published(Part):
 
     @model_validator(mode="after")
     def check(self) -> "Published":
-        seen, methods = set(), (*registry.names(), *OTHER_METHODS, *AWAITED)
+        seen, methods = set(), (*registry.names(), *OTHER_METHODS)
         for number, row in enumerate(self.rows, 1):
             if not set(row.method.split("+")) <= set(methods):  # "holov+restore" is a composition
                 raise unknown(f"method of row {number}", row.method, methods)

@@ -17,7 +17,7 @@ import yaml
 
 from eval.config import FULL
 from eval.papers import published
-from eval.papers.published import AWAITED, OTHER_METHODS, RANGES, SAME_TOKENS, TRUST, Published, share
+from eval.papers.published import OTHER_METHODS, RANGES, SAME_TOKENS, TRUST, Published, share
 from eval.papers.spec import Budget, Column, Table
 from eval.yaml_files import read_yaml
 from llava.budget import count_or_ratio
@@ -220,8 +220,6 @@ def title_of(method: str) -> str:
     """The name that the paper of a method gives it; of a composition, both names."""
     if "+" in method:
         return "+".join(map(title_of, method.split("+")))
-    if method not in registry.names() and method in AWAITED:
-        return AWAITED[method]
     return registry.method(method).metadata.paper.partition(",")[0] or method
 
 

@@ -36,7 +36,7 @@ def accepted_by(check: Callable[[Any], object]) -> AfterValidator:
 
 def published_method(name: str) -> str:
     """ "none", "", a method, or another method that only published rows have."""
-    known = ("none", *registry.names(), *published.OTHER_METHODS, *published.AWAITED)
+    known = ("none", *registry.names(), *published.OTHER_METHODS)
     if name and not set(name.split("+")) <= set(known):
         raise unknown("method of published values", name, known)
     return name
@@ -258,15 +258,10 @@ def resolved(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
                 entries += listed
             elif part is not None:
                 entries.append(part)
-        found[key] = [one for one in entries if not (isinstance(one, dict) and awaited(str(one.get("method"))))]
+        found[key] = entries
     if "factors" in found:
         found["rows"] = [*found["rows"], *rows_of_factors(str(found.get("ours", "")), found.pop("factors"))]
     return found
-
-
-def awaited(method: str) -> bool:
-    """Whether a method, or a part of a composition, is named before its code is registered."""
-    return any(part in published.AWAITED and part not in registry.names() for part in method.split("+"))
 
 
 def rows_of_factors(method: str, factors: Any) -> list[dict[str, Any]]:
