@@ -411,6 +411,28 @@ def test_a_reduced_video_is_the_stock_model_without_the_dropped_tokens(name, met
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+def test_layers_that_a_method_runs_are_the_models(monkeypatch):
+    """A method that probes layers sees a video in one piece; the model runs with the times in their places."""
+    model, inputs, found = tiny("qwen3_vl"), video_call("qwen3_vl", (3, 2)), []
+
+    def prompt(method, state):
+        hidden = state.run_layers(2)
+        found.extend(hidden[row, start:stop] for row, ((start, stop),) in enumerate(spans_of(state)))
+
+    def spans_of(state):
+        return [state.sequence.padded_spans(own, (row,)) for row, own in enumerate(state.sequence.visual)]
+
+    monkeypatch.setattr(registry.method("vidcom2"), "prompt", prompt)
+    with reduce(model, "vidcom2", 9):
+        last(model, inputs)
+    seen = []
+    hook = FamilyWrapper(model).llm.layers[2].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    last(model, inputs)
+    hook.remove()
+    expected = seen[0][inputs["input_ids"] == VIDEO]
+    torch.testing.assert_close(torch.cat(found[:2]), expected, atol=1e-5, rtol=0)
+
+
 def test_times_stay_between_the_frames_of_a_renumbered_video():
     """A decoder that got them before the video would take all frames for later ones."""
     model, inputs, given = tiny("qwen3_vl"), video_call("qwen3_vl"), {}

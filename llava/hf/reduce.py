@@ -283,9 +283,7 @@ class FamilyReductionContext(ReductionContext):
         if self.names is not None:
             batch = [replace(one, id=name) for one, name in zip(batch, self.names, strict=True)]
         prompts, real = [runtime.prompt(sample) for sample in batch], mask.bool()
-        # Positions are renumbered in the order of the prompts, in which the decoder gets them.
-        staged = reducer if order is None else replace(reducer, positions="original")
-        stages = Stages(runtime, staged, batch, Record([[] for _ in batch], [[] for _ in batch]), timer)
+        stages = Stages(runtime, reducer, batch, Record([[] for _ in batch], [[] for _ in batch]), timer)
         encoded: dict[ImageKey, Any] = {}
         for row, one in enumerate(batch):
             encoded |= {(row, number): image for number, image in enumerate(one.images)}
@@ -299,7 +297,7 @@ class FamilyReductionContext(ReductionContext):
                 own += [done] * (token == IMAGE_TOKEN_INDEX)
                 done += stages.images[sample, len(own) - 1].inputs if token == IMAGE_TOKEN_INDEX else 1
             places.append(own)
-        sequence = embed(runtime, staged, prompts, stages.images)
+        sequence = embed(runtime, reducer, prompts, stages.images)
 
         def seen(values: Tensor) -> list[Tensor]:
             return unpadded(values if order is None else gather_tokens(values, order), real)
@@ -313,7 +311,7 @@ class FamilyReductionContext(ReductionContext):
             kept = [part[columns] for part, columns in zip(position, self._columns(running), strict=True)]
             sequence = replace(sequence, position=left_padded(kept), contiguous=False)
             reduced = any(image.kept is not None for image in stages.images.values())
-            if reduced and staged.positions == "renumber":
+            if reduced and reducer.positions == "renumber":
                 sequence = sequence.renumbered()
         stages.run_layers = partial(self._run_layers, running)
         if "prompt" in reducer.acts_in:
@@ -321,6 +319,7 @@ class FamilyReductionContext(ReductionContext):
             sequence = stages.reduce_prompt(sequence)
             timer.mark("selection")
         if order is not None and reducer.positions == "renumber":
+            # What was numbered above still has its order on each axis, from which the numbers follow.
             sequence = self._renumbered(running, sequence)
         stages.start = running.sequence = sequence
         return running
