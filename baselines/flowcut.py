@@ -20,8 +20,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.reduction import BlockState, MethodMetadata, Reducer, Reduction, Release, keep_top, option, register
-from llava.reduction.ranking import MatMul
+from llava.reduction import (
+    BlockState,
+    MatMul,
+    MethodMetadata,
+    Reducer,
+    Reduction,
+    Release,
+    keep_top,
+    option,
+    register,
+)
 
 
 def importance(attention: Tensor, values: Tensor, matmul: MatMul = torch.matmul) -> Tensor:
