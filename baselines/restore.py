@@ -78,6 +78,7 @@ class Restore(Completion):
         acts="before decoder layer 0",
         score="sum of cosines to all tokens, times one minus the highest to a token with a larger sum",
         rest="averaged into the most similar of these tokens",
+        order="by the first source of each token",
         reads=("tokens", "order"),
         similarity="tokens",
         weights="mean",
