@@ -57,6 +57,12 @@ def test_clse_keeps_planted_tokens_whose_detail_changed():
     assert torch.equal(later, attention)
 
 
+def test_detail_that_grows_without_end_counts_as_much_as_detail_that_grows_threefold():
+    """A change in proportion to the mean and the token's own detail counts up to 1."""
+    first, second, third, fourth = evolution(torch.ones(1, 4), torch.tensor([[1.0, 2, 3, 900]]))[0].tolist()
+    assert first < second < third == pytest.approx(fourth, rel=1e-4)
+
+
 def test_attention_counts_in_the_first_stage_too():
     before, layout = torch.randn(1, 36, 8), single(6, 6)
     attention = torch.rand(1, 36)

@@ -265,6 +265,15 @@ def test_a_sliding_window_holds_as_far_as_it_reaches():
             assert case.generate(inputs).shape == (1, 8) and reduced.accounting[0].mean == 20
 
 
+def test_a_cache_that_is_cut_does_not_hide_a_prompt_longer_than_the_window():
+    """All 66 tokens enter layer 0; CLSE cuts its cache to fewer than 60 afterwards."""
+    case = stock("next")
+    case.model = with_pad(make_tiny_next("mistral", sliding_window=60), case.tokenizer)
+    inputs = case.prepare(TEXTS[1:2], [drawn_image(0, (60, 110))])
+    with reduce(case.model, "clse", budget=24), pytest.raises(UserError, match=r"window of 60.* has 66 tokens"):
+        case.generate(inputs)
+
+
 def test_a_window_that_is_not_applied_forgets_no_keys(tmp_path):
     """The cache once took the window from the configuration: decoding dropped keys that the prefill had attended."""
     answers = []

@@ -387,7 +387,9 @@ class ReductionContext:
             )
 
     def _output(self, hidden: Tensor, cache: ReducedCache) -> CausalLMOutputWithPast:
-        llm, head, length = self._model.model.language_model, self._model.lm_head, cache.get_seq_length()
+        llm, head = self._model.model.language_model, self._model.lm_head
+        # Prompts as they entered layer 0, whose cache may have been cut since.
+        length = max(cache.get_seq_length(), *cache.segments[0].lengths)
         window = getattr(llm.config, "sliding_window", None)
         if window is not None and length > window:
             raise UserError(
