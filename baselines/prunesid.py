@@ -46,7 +46,7 @@ MOST, STEP = 5, 64  # a group may keep 5 tokens for each started 64 of the budge
 
 def components(patches: Tensor, count: int, matmul: MatMul = torch.matmul) -> tuple[Tensor, Tensor]:
     """[B, N] each: the principal component with the largest entry at a patch, as its group, and the entry's size."""
-    centred = patches.sigmoid()
+    centred = patches.sigmoid().nan_to_num()  # a decomposition of NaN ends in a traceback
     centred = centred - centred.mean(2, keepdim=True)
     # Singular vectors by the smaller of both products; eigenvalues ascend.
     if patches.shape[2] < patches.shape[1]:

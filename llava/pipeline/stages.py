@@ -37,6 +37,7 @@ from llava.processing.prompt import Prompt, Sample
 from llava.reduction.budget import ImagePlan, plan_image
 from llava.reduction.merging import Reduction, ViewReduction, stack
 from llava.reduction.modules import layer_flops, projector_flops
+from llava.reduction.ranking import gather_tokens
 from llava.reduction.reducer import Reducer, check_reductions
 from llava.reduction.scores import TowerScore
 from llava.reduction.states import DecoderState, EncoderState, PromptState, at_images
@@ -380,16 +381,16 @@ class Stages:
         return torch.stack(found)
 
     def _tower_score(self, rows: list[ImageKey], score: TowerScore) -> Tensor:
-        """[B, N] a tower score at the patches of the tokens that images have left; 0 at other tokens."""
+        """[B, N, ...] a tower score at the patches of the tokens that images have left; 0 at other tokens."""
         found = []
         for row in rows:
             layout, own = self._layout(row), self.images[row].encoded.encoded.scores[score]
-            whole = own.new_zeros(layout.tokens)
+            whole = own.new_zeros(layout.tokens, *own.shape[2:])
             for tile, values in zip(layout.crops, own, strict=True):
                 places, patches = (one.to(own.device, non_blocking=True) for one in (tile.indices, tile.patches))
-                whole.scatter_(0, places, values[patches])
+                whole.index_copy_(0, places, values[patches])
             found.append(whole)
-        return torch.stack(found).gather(1, self._members(rows))
+        return gather_tokens(torch.stack(found), self._members(rows))
 
     def _embed_words(self, words: Sequence[str]) -> Tensor:
         """See `PromptState.embed_words`. Every word is tokenized on its own, as at the start of a text."""

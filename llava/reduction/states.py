@@ -291,8 +291,8 @@ class DecoderState(State):
         values: returns the values [B, Hkv, L, d] of `layer - 1`, read from the cache.
         members: returns [B, N] int64, for each visual token its index among the image's unreduced tokens.
         layouts: for each image, where its unreduced tokens come from.
-        tower: score -> [B, N], a tower score at the patches of the visual tokens; 0 at newline and class tokens. Only
-            for the scores that `Reducer.scores` names.
+        tower: score -> [B, N, ...], a tower score at the patches of the visual tokens; 0 at newline and class tokens.
+            Only for the scores that `Reducer.scores` names.
         memory: for each image, what the method wrote into it before earlier layers.
     """
 
