@@ -112,7 +112,7 @@ class AutoPrune(Reducer):
             licence="Apache-2.0",
         ),
     )
-    adaptive: ClassVar[str] = (
+    image_decides: ClassVar[str] = (
         "the question and the image decide how the tokens are spread over the layers; the mean of each is the budget"
     )
     known_deviations: ClassVar[dict[str, str]] = {

@@ -84,9 +84,7 @@ class TRIM(Reducer):
     relevance: str = option(
         "tower", "CLIP similarity as relevance: negated (the release), plain, or by the text tower's config", RELEVANCE
     )
-    adaptive: bool = option(  # type: ignore[assignment, misc]  # the option is older than the class attribute
-        False, "keep the outliers of the score, whose number does not depend on the budget"
-    )
+    adaptive: bool = option(False, "keep the outliers of the score, whose number does not depend on the budget")
     official: bool = option(False, "budget + 1 tokens, and the whole message as text, as the release does")
 
     def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...] | None:

@@ -80,7 +80,7 @@ def test_the_host_never_waits_after_the_pixels(name, shapes):
     if name in READS:  # the first wait ends a prefill on this device
         assert len(waits) == 1 and waits[0].line.startswith(own)
         return
-    waits = [call for call in waits if not ((cls.adaptive or cls.tower_by_image) and call.line.startswith(own))]
+    waits = [call for call in waits if not ((cls.image_decides or cls.tower_by_image) and call.line.startswith(own))]
     assert not waits, "\n".join(f"{call.part} {call.line} ({call.name})" for call in waits)
 
 

@@ -196,7 +196,7 @@ def test_every_method_needs_what_the_dry_run_says(shape):
 
 
 @pytest.mark.table
-@pytest.mark.parametrize("name", sorted(name for _, name in READ_NUMBERS if not registry.method(name).adaptive))
+@pytest.mark.parametrize("name", sorted(name for _, name in READ_NUMBERS if not registry.method(name).image_decides))
 def test_a_method_that_reads_numbers_needs_what_the_dry_run_says(name):
     """On the CPU, where there are numbers."""
     model = random_llava(narrow("llava-next-7b", 256, 8, 6), 1, "float32", merge="spatial", force=(672, 672))

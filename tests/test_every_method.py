@@ -59,8 +59,8 @@ def test_every_choice_of_every_option_keeps_the_contract(name, tiny):
         reducers = contract.accepted(registry.method(name), options, tiny, 1 if options else 3)
         assert reducers or options or name == "full", "no budget below all tokens was accepted"
         for reducer in reducers:
-            assert options or reducer.adaptive or reducer.tokens_per_layer(tiny.spec), (
-                "by default a method keeps a budget; one that lets the image decide says why in `adaptive`"
+            assert options or reducer.image_decides or reducer.tokens_per_layer(tiny.spec), (
+                "by default a method keeps a budget; one that lets the image decide says why in `image_decides`"
             )
             contract.check(reducer, tiny, batch)
 

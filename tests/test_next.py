@@ -106,7 +106,7 @@ def test_every_other_split_meets_the_budget_too(name, model):
         require(reducer, model.spec)
         _, accounts, record = run(model, batch()[1:3], reducer)
         room = reducer.rounding if reducer.parts else 0
-        ends = bounds(reducer, model.spec) if reducer.adaptive else (24 - room, 24 + room)
+        ends = bounds(reducer, model.spec) if reducer.image_decides else (24 - room, 24 + room)
         assert all(ends[0] <= accounting.mean <= ends[1] for accounting in accounts)
         for steps in record.steps:
             anchors = steps[0].reduction.kept[0]

@@ -112,7 +112,7 @@ def test_a_device_keeps_and_answers_as_the_cpu_and_never_waits_before_the_first_
     assert len(known) <= count
     # Where the image decides how many tokens are kept, or stay inside the tower, the method's own file waits for it.
     cls = registry.method(name)
-    own = f"{cls.__module__.replace('.', '/')}.py" if cls.adaptive or cls.tower_by_image else "nothing"
+    own = f"{cls.__module__.replace('.', '/')}.py" if cls.image_decides or cls.tower_by_image else "nothing"
     unwanted = sorted({wait for wait in waits if wait not in known and own not in wait})
     assert not unwanted, f"{name} on {place}: the host waits for {'; '.join(unwanted)}"
     unordered = {one for one in device.unordered if not any(file in one for file in EXACT)}

@@ -277,7 +277,7 @@ def composition(first: type[Reducer], second: type[Reducer]) -> type[Composed]:
             "metadata": MethodMetadata(**about),
             "rounding": max(part.rounding for part in parts),
             "needs_text_tower": any(part.needs_text_tower for part in parts),
-            "adaptive": "; ".join(filter(None, (part.adaptive for part in parts))),
+            "image_decides": "; ".join(filter(None, (part.image_decides for part in parts))),
             "needs_words": any(part.needs_words for part in parts),
             "known_deviations": deviations,
         },

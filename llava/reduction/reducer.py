@@ -126,7 +126,7 @@ class Reducer:
         needs_text_tower: whether states must carry the CLIP text tower.
         tower_by_image: whether images run through the tower one at a time, with the tiles of an image together, because
             the image decides how many tokens leave a block.
-        adaptive: a clause that says how the image decides the number of its tokens, for a method that lets it by
+        image_decides: a clause that says how the image decides the number of its tokens, for a method that lets it by
             default: its stage returns a list of reductions, one per image, and `tokens_per_layer` returns None. ""
             where the budget decides. Results then state mean, least and most tokens of an image beside the budget.
         needs_words: whether it reads the questions as text, for `PromptState.embed_words`.
@@ -156,7 +156,7 @@ class Reducer:
     rounding: ClassVar[float] = 0.5
     needs_text_tower: ClassVar[bool] = False
     tower_by_image: ClassVar[bool] = False
-    adaptive: ClassVar[str] = ""
+    image_decides: ClassVar[str] = ""
     needs_words: ClassVar[bool] = False
     known_deviations: ClassVar[dict[str, str]] = {}
     parts: ClassVar[tuple[type["Reducer"], ...]] = ()

@@ -203,7 +203,7 @@ def describe(*chosen: str) -> list[dict[str, Any]]:
             "paper": "; ".join(f"{about.paper} {about.url}" for about in sources if about.paper),
             "reads": ", ".join(cls.metadata.reads),
             "without a CLS token": WITHOUT_CLS_RULE if any("CLS" in about.needs for about in sources) else "",
-            "the image decides how many tokens are kept": cls.adaptive or "",
+            "the image decides how many tokens are kept": cls.image_decides,
             "official code read": cls.metadata.code,
             "differs from the release": " ".join(differences),
             "determinism of the release": stated,
