@@ -6,8 +6,8 @@ utils.py
 Differs from it: the release fits the curve so that the budget is the mean of what the layers leave, not of what enters
 them. It does not count the tokens of layer 0, so 204 to 210 (192), 143 to 146 (128) and 80 to 82 (64) enter a layer. By
 default layer 0 is counted here: the other layers share what it leaves of the budget, by the same rule. `official=true`
-fits as the release does, but for a curve whose rough sum is within one token of the budget, which the release takes as
-it is. Without `official` the curve is stretched to decoders of other depths than 32 layers. Clusters are computed
+fits as the release does. One case is left out: the release does not fit a curve whose rough sum is within one token of
+the budget. Without `official` the curve is stretched to decoders of other depths than 32 layers. Clusters are computed
 without random noise, a single recycled token stays in its place, and equal scores go to the lower index.
 
 Shapes: B images, N visual tokens, H heads, T rows of text.

@@ -1,4 +1,4 @@
-"""CLSE: in stages, keep visual tokens with the last row's attention; first, those whose fine detail changed in layer 0.
+"""CLSE: in three stages, keep the tokens that the last row attends to; the first also asks how their detail changed.
 
 Paper: https://arxiv.org/abs/2606.24165
 Official code read: zjubinchen/CLSE@cfc9710, LLaVA1.5/llava/model/language_model/clse_model.py and tools.py

@@ -1,4 +1,4 @@
-"""IVC-Prune: keep the visual tokens at RoPE's implicit coordinates, and those whose values are like the question's.
+"""IVC-Prune: keep tokens at the implicit coordinates of RoPE, and tokens whose values are like those of the question.
 
 Paper: https://arxiv.org/abs/2602.03060
 Official code read: FireRedTeam/IVC-Prune@03afd9c, transformers/src/transformers/models/llama/modeling_llama.py

@@ -1,4 +1,4 @@
-"""RESTORE: beside the tokens that another method keeps, averages of all others around the most distinctive of them.
+"""RESTORE: keep the tokens that another method chooses, and average all others around the most distinctive of them.
 
 METHOD+restore, such as holov+restore, keeps half of the budget (`share`, halves rounded up) by METHOD and makes the
 other half of averages. Alone, restore makes the whole budget of averages, of all tokens. METHOD is one that acts before
