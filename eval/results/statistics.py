@@ -21,8 +21,8 @@ from llava.errors import UserError
 
 LEVEL = 0.95
 # Random draws of every test. The smallest p-value is then 1 / 10,001. Holm's correction multiplies it by the number of
-# comparisons, so a difference can be significant among up to 500 comparisons.
-RESAMPLES = 10_000
+# comparisons, so with more than 500 of them nothing could be significant; there each gets PER_PAIR draws for every one.
+RESAMPLES, PER_PAIR = 10_000, 40
 # With fewer clusters, or fewer that decide the spread, no interval has the coverage it promises (docs/statistics.md).
 FEWEST_CLUSTERS, FEWEST_DECIDING = 20, 3
 # Random numbers held in memory at once; 2 million float64 are 16 MB.
@@ -255,7 +255,10 @@ def all_pairs(
     Returns:
         (a, b) -> a minus b, for a before b in `scores`.
     """
-    found = {(a, b): compare(scores[a], scores[b], resamples) for a, b in itertools.combinations(scores, 2)}
+    pairs = list(itertools.combinations(scores, 2))
+    if len(pairs) >= resamples * (1 - LEVEL):
+        resamples = PER_PAIR * len(pairs)
+    found = {(a, b): compare(scores[a], scores[b], resamples) for a, b in pairs}
     corrected = holm([comparison.p for comparison in found.values()])
     return {pair: replace(one, p=p) for (pair, one), p in zip(found.items(), corrected, strict=True)}
 
