@@ -292,7 +292,7 @@ def test_holm_by_the_book():
 
 
 def test_many_pairs_get_draws_enough_to_be_significant():
-    """Of 528 pairs of the field of 2026 none differed, with 41 % and 96 % of answers right: 10,000 draws were too few."""
+    """None of 528 pairs of the field differed, with 41 % and 96 % of answers right: 10,000 draws were too few."""
     random = np.random.default_rng(0)
     answers = {name: random.random(40) < (0.1 if name == 0 else 0.9) for name in range(6)}
     scores = {name: ratio_terms({str(i): float(x) for i, x in enumerate(own)}) for name, own in answers.items()}
