@@ -240,7 +240,7 @@ def test_costs_of_tables_are_those_of_the_page(costs, cost):
 def test_the_page_links_to_files_that_exist(flagship):
     """It named a file that had moved; the pages are generated, so tests/test_pages.py sees none of them."""
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", flagship)
-    assert links and not [link for link in links if not (reproduce.INDEX.parent / "reproduce" / link).exists()]
+    assert links and not [link for link in links if not (reproduce.FOLDER / link).resolve().exists()]
 
 
 @pytest.mark.lab
