@@ -35,6 +35,18 @@ def test_kept_tokens_are_those_of_the_release():
     assert V2Drop(budget=203).reduce(state, 288).kept[0].tolist() == about["cases"][0]["kept"]
 
 
+def test_kept_tokens_of_all_stages_are_those_of_the_release():
+    """The release's forward on layers that add random numbers: of the tokens that are left, those moved most stay."""
+    _, arrays = vectors("v2drop")
+    direction = torch.nn.functional.normalize(torch.randn(576, 8, generator=torch.Generator().manual_seed(1)), dim=1)
+    method, left = V2Drop(budget=203, schedule="paper"), torch.arange(576)
+    for layer, keep in zip(method.decoder_layers(32), method.fixed(LLAVA_15), strict=True):
+        change = (arrays[f"stage_{layer}"][:, None] * direction)[left][None].float()
+        left = left[method.reduce(moved(change), keep).kept[0]]
+        assert left.tolist() == arrays[f"kept_{layer}"].tolist()
+    assert layer == 22 and len(left) == 1
+
+
 def test_planted_tokens_that_the_layer_moved_most_are_kept():
     """Plant the answer: the length of the change counts, neither its sign nor that of the token."""
     change = torch.full((2, 6, 4), 0.1)
