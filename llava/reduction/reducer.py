@@ -97,7 +97,7 @@ class MethodMetadata:
             "keys", "features" or "tokens"; "none" for a method that merges by something else.
         weights: how tokens that are merged into one are weighted: "mean" (equally), "score" (by the method's first
             tower score), "size" (by the number of patches that each stands for), "similarity" (by the cosine to the
-        token that they join) or "rounds" (the mean of each of several rounds is added to the target).
+            token that they join) or "rounds" (the mean of each of several rounds is added to the target).
     """
 
     acts: str

@@ -1,7 +1,7 @@
 """CLIP's vision tower, run block by block: patch features, and only those tower scores that a method asks for."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -144,16 +144,12 @@ class TowerMerger:
                 hidden = block(hidden, None).to(hidden.device)
             tokens.append((before, hidden.shape[1]))
         if merged is not None:  # leave out token 0, which is CLS and is never merged
-            kept, count, target, weight = (
-                merged.kept[:, 1:] - 1,
-                merged.inputs - 1,
-                merged.assignment,
-                merged.merge_weight,
-            )
+            plain = Reduction(merged.kept[:, 1:] - 1, merged.inputs - 1)
+            target, weight = merged.assignment, merged.merge_weight
             if target is None or weight is None:
-                merged = Reduction(kept, count)
+                merged = plain
             else:
-                merged = Reduction(kept, count, (target[:, 1:] - 1).clamp(min=-1), weight[:, 1:])
+                merged = replace(plain, assignment=(target[:, 1:] - 1).clamp(min=-1), merge_weight=weight[:, 1:])
         return hidden, merged, tuple(tokens)
 
     def run_block(
