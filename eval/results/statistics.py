@@ -21,7 +21,7 @@ from llava.errors import UserError
 
 LEVEL = 0.95
 # Random draws of every test. The smallest p-value is then 1 / 10,001. Holm's correction multiplies it by the number of
-# comparisons, so with more than 500 of them nothing could be significant; there each gets PER_PAIR draws for every one.
+# comparisons. With more than 500 nothing could be significant, so each test then draws PER_PAIR times their number.
 RESAMPLES, PER_PAIR = 10_000, 40
 # With fewer clusters, or fewer that decide the spread, no interval has the coverage it promises (docs/statistics.md).
 FEWEST_CLUSTERS, FEWEST_DECIDING = 20, 3
