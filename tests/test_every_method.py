@@ -253,8 +253,7 @@ def test_no_method_asks_for_attention_maps(name, tiny, monkeypatch):
     run(tiny, samples(2), reducer)
     blocks = tiny.select_layer % (len(tiny.tower.encoder.layers) + 1)
     text = len(tiny.clip.text_model.encoder.layers) if reducer.needs_text_tower else 0
-    passes = 2 if reducer.tower_by_image else 1
-    assert len(calls) == passes * blocks + text + len(tiny.llm.layers)
+    assert len(calls) == blocks + text + len(tiny.llm.layers)
 
 
 def test_is_refused_exactly_where_a_need_is_not_met(name, tiny):

@@ -8,7 +8,7 @@ import torch
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from baselines.flowcut import FlowCut, importance, removals
+from baselines.flowcut import FlowCut, importance, keep_first, removals
 from llava.model.builder import load
 from llava.model.multimodal_encoder.clip_encoder import TowerMerger
 from llava.pipeline.accounting import Timer
@@ -55,7 +55,7 @@ def run_tower(blocks, tokens, budget: int, selected: int = 23):
     reducer = type("Watching", (Watch,), {"seen": []})(budget=budget)
     tower = SimpleNamespace(encoder=SimpleNamespace(layers=blocks))
     spec = ModelSpec(tokens.shape[1] - 1, 4, PatchGrid(1, tokens.shape[1] - 1), len(blocks))
-    merger = TowerMerger(reducer, spec, tower, reducer.merging_blocks(selected), len(tokens))
+    merger = TowerMerger(reducer, spec, tower, reducer.merging_blocks(selected), [len(tokens)])
     with torch.inference_mode():
         features, merged, _ = merger.run(tokens, selected)
     left, after = torch.arange(tokens.shape[1] - 1).repeat(len(tokens), 1), {}
@@ -82,7 +82,8 @@ def test_the_release_counts_and_scores_alike():
     about, arrays = vectors("flowcut")
     for case in about["ratio"]:
         attention = torch.stack([arrays[name].flatten() for name in case.get("arrays", [case.get("array")])])
-        assert removals(attention, case["budget"], case["later"]) == case["value"]
+        left = [attention.shape[1]] * len(attention)
+        assert max(removals(attention, left, case["budget"], case["later"])) == case["value"]
     # The products with the value of CLS are such that their softmax is the recorded similarity.
     attention, alike, value = arrays["score_cls"], arrays["score_sem"], arrays["score_value"]
     wanted = (alike / alike.sum()).log()[:, None, None]
@@ -120,6 +121,7 @@ def state(attention, values, memory, block=1, last=21) -> BlockState:
     """A block of one image whose CLS attention and values are given."""
     tokens = torch.zeros(1, attention.shape[1] + 1, 4)
     made = BlockState(ids=("a",), tokens=tokens, keys=tokens, sizes=tokens[..., 0], block=block, last=last)
+    made.tiles, made.left, made.attended = (1,), (tokens.shape[1],), SimpleNamespace(filling=None)
     made.cls_attention, made.values, made.memory = lambda: attention, lambda: values, memory
     return made
 
@@ -154,12 +156,19 @@ def test_the_newest_block_is_half_of_the_importance():
 def test_few_patches_leave_where_attention_is_even_and_many_where_it_is_not():
     even, one = torch.full((1, 100), 0.01), torch.zeros(1, 100)
     one[0, 7] = 0.5
-    assert removals(even, 20, 4) == 0
-    assert removals(one, 20, 4) == 40 and removals(one, 20, 16) == 20, "divided by the root of the blocks to come"
-    assert removals(torch.cat([even, one]), 20, 4) == 40, "the view with most removals decides"
+    assert removals(even, [100], 20, 4) == [0]
+    assert removals(one, [100], 20, 4) == [40] and removals(one, [100], 20, 16) == [20], "by the root of later blocks"
     half = torch.tensor([[1.0] * 10 + [0.0] * 90])
-    assert removals(half, 20, 1) == round(80 * (1 - (math.log(10) / math.log(100)) ** 2))
-    assert removals(torch.full((1, 9), math.nan), 2, 1) == 0, "a broken tower is reported later"
+    assert removals(torch.cat([even, half]), [100, 90], 20, 1) == [
+        0,
+        round(70 * (1 - (math.log(10) / math.log(90)) ** 2)),
+    ]
+    assert removals(torch.full((1, 9), math.nan), [9], 2, 1) == [0], "a broken tower is reported later"
+
+
+def test_what_fills_up_a_row_follows_what_is_left():
+    score = torch.tensor([[0.1, 0.9, 0.3, 0.7, 0.5], [0.5, 0.5, 0.5, 0.5, 0.9]])
+    assert keep_first(score, [2, 4]).tolist() == [[1, 3, 2, 4], [0, 1, 2, 4]]
 
 
 @pytest.mark.parametrize(("depth", "selected", "pruned"), [(24, 23, [*range(1, 22, 2)]), (12, 11, [1, 3, 5, 7, 9]),
@@ -176,13 +185,18 @@ def test_the_budget_is_reached_in_the_last_block_but_one(depth, selected, pruned
 def test_an_image_does_not_depend_on_its_batch():
     """The release lets the image of a batch with most removals decide. The tower has six blocks."""
     model, method = load(device="cpu"), FlowCut(budget=50)
-    asked = [Sample(str(number), QUESTIONS[0], image=drawn_image(number, (30, 30 * number))) for number in (1, 9)]
-    encoded = model.encode_images([sample.image for sample in asked], ["a", "b"], method, Timer(model.device))
-    assert encoded[0].encoded.tokens != encoded[1].encoded.tokens, "other numbers leave the blocks"
-    _, record = prefill(model, asked, method)
-    for sample, steps in zip(asked, record.steps, strict=True):
-        _, alone = prefill(model, [sample], method)
-        assert steps[0].reduction.kept.tolist() == alone.steps[0][0].reduction.kept.tolist()
+    asked = [Sample(str(number), QUESTIONS[0], image=drawn_image(number, (30, 30 * number))) for number in (1, 9, 4)]
+
+    def encoded(samples):
+        images = [sample.image for sample in samples]
+        return [one.encoded for one in model.encode_images(images, range(len(images)), method, Timer(model.device))]
+
+    together, alone = encoded(asked), [own for sample in asked for own in encoded([sample])]
+    assert len({one.tokens for one in together}) == 3, "other numbers leave the blocks"
+    for ours, own in zip(together, alone, strict=True):
+        assert ours.tokens == own.tokens and abs(ours.spent - own.spent) < 1e-3 * own.spent
+        assert ours.merged.kept.tolist() == own.merged.kept.tolist()
+        torch.testing.assert_close(ours.features, own.features, atol=1e-4, rtol=1e-4)
 
 
 def test_tiles_keep_equal_parts_of_the_budget(tmp_path):

@@ -282,7 +282,7 @@ def test_operations_are_those_that_torch_counts():
 def test_merging_in_the_tower_is_refused(tower):
     """Merged tokens stand elsewhere in every frame, so attention over time would mix different places."""
     with pytest.raises(UserError, match="video tower"):
-        encode(tower, frames_of_two_videos(), -2, merger=TowerMerger(None, None, tower, [0], 1))
+        encode(tower, frames_of_two_videos(), -2, merger=TowerMerger(None, None, tower, [0], [1]))
 
 
 def test_a_missing_pyav_is_told_where_a_video_is_opened(tmp_path, monkeypatch):

@@ -288,20 +288,20 @@ class Llava(LoadedModel):
         views = [self.views(image) for image in images]
         timer.mark("preprocess")
         encoded_images: dict[int, EncodedImage] = {}
-        groups: dict[tuple[Reducer, bool, bool, int], list[int]] = {}
+        groups: dict[tuple[Reducer, bool, bool], list[int]] = {}
         inside, keep_cls = not reducer.acts_in.isdisjoint(("tower", "input_grid")), reducer.keep_cls
         for index, (_, full) in enumerate(views):
             sized = in_tower(reducer, full) if inside else reducer
-            alone = index if sized.tower_by_image else -1
-            groups.setdefault((sized, full.temporal, full.tiles is not None, alone), []).append(index)
-        for (sized, temporal, tiled, _), rows in groups.items():
+            groups.setdefault((sized, full.temporal, full.tiles is not None), []).append(index)
+        for (sized, temporal, tiled), rows in groups.items():
             pixels, done = torch.cat([views[index][0] for index in rows]).to(self.device, non_blocking=True), 0
             tower, grid, merger = self.tower_of(temporal), None, None
             if inside:
                 grid = sized.input_grid(self.layout)
                 if "tower" in sized.acts_in:
                     blocks = sized.merging_blocks(self.select_layer % (len(tower.encoder.layers) + 1))
-                    merger = TowerMerger(sized, self.spec, tower, blocks, len(pixels)) if blocks else None
+                    tiles = [len(views[index][0]) for index in rows]
+                    merger = TowerMerger(sized, self.spec, tower, blocks, tiles) if blocks else None
             # The class tokens of a video's frames are visual tokens.
             scores, with_cls = sized.tower_scores(tiled), keep_cls or temporal
             encoded = encode(tower, pixels, self.select_layer, scores, grid, with_cls, merger)

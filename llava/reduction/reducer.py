@@ -124,8 +124,8 @@ class Reducer:
         metadata: the method's row in docs/methods.md.
         rounding: the largest difference between the mean over layers and the budget, in tokens.
         needs_text_tower: whether states must carry the CLIP text tower.
-        tower_by_image: whether images run through the tower one at a time, with the tiles of an image together, because
-            the image decides how many tokens leave a block.
+        tower_by_image: whether an image decides how many of its tokens leave a block of the tower. The host then waits
+            for that number, once for all images of a batch (`BlockState.leaves`).
         image_decides: a clause that says how the image decides the number of its tokens, for a method that lets it by
             default: its stage returns a list of reductions, one per image, and `tokens_per_layer` returns None. ""
             where the budget decides. Results then state mean, least and most tokens of an image beside the budget.

@@ -65,6 +65,8 @@ class BlockAttention:
         scale: factor of the products of queries and keys.
         cls: C, 1 if a class token stands before the patches, else 0.
         values: returns [B, C + P, D] float32, all heads side by side; None where nothing reads values.
+        filling: [B, C + P] bool, True for tokens that only fill up a row, to which nothing attends; None without any.
+            Only `cls_attention` looks at it.
     """
 
     queries: Callable[[slice], Tensor]
@@ -74,6 +76,7 @@ class BlockAttention:
     scale: float
     cls: int = 1
     values: Callable[[], Tensor] | None = None
+    filling: Tensor | None = None
 
     @cached_property
     def head_keys(self) -> Tensor:
@@ -91,8 +94,10 @@ def cls_attention(block: BlockAttention) -> Tensor:
         [B, P]. The softmax runs over CLS and patches, so a row sums to less than 1.
     """
     query = rearrange(block.queries(slice(0, 1)), BY_HEADS, h=block.heads)
-    weights = (query @ block.head_keys.mT * block.scale).softmax(-1)
-    return weights[:, :, 0, 1:].mean(1)
+    products = query @ block.head_keys.mT * block.scale
+    if block.filling is not None:
+        products = products.masked_fill(block.filling[:, None, None], -torch.inf)
+    return products.softmax(-1)[:, :, 0, 1:].mean(1)
 
 
 def cls_logits(block: BlockAttention) -> Tensor:

@@ -61,7 +61,10 @@ class State:
 
 @dataclass(kw_only=True)
 class BlockState(State):
-    """Inside a tower block, between attention and MLP: B images with n tokens each (CLS and remaining patches).
+    """Inside a tower block, between attention and MLP: B tiles with n tokens each (CLS and remaining patches).
+
+    A method may leave tiles different numbers of tokens. It then writes these into `leaves`. Each row of its reduction
+    has the tokens that are left first, and after them any others, which fill it up to the longest row.
 
     Attributes:
         tokens: [B, n, D] hidden states after the attention's residual, CLS first.
@@ -71,6 +74,9 @@ class BlockState(State):
         last: index of the last block in which the method is called.
         attended: what the block's attention compared.
         memory: what the method wrote into it in earlier blocks, for the same images.
+        tiles: for each image its number of tiles; the tiles of an image follow each other.
+        left: for each tile the number of its tokens, CLS too; any others in its row only fill it up.
+        leaves: what the method writes, as `left`; None if every tile is left all outputs of the reduction.
     """
 
     tokens: Tensor
@@ -80,6 +86,14 @@ class BlockState(State):
     last: int = 0
     attended: BlockAttention = None  # type: ignore[assignment]  # a test of a method that reads keys may leave it out
     memory: dict[str, Tensor] = field(default_factory=dict)
+    tiles: tuple[int, ...] = ()
+    left: Sequence[int] = ()
+    leaves: list[int] | None = None
+
+    @property
+    def filling(self) -> Tensor | None:
+        """[B, n] bool, True for tokens that only fill up a row; None if there are none."""
+        return self.attended.filling
 
     def cls_attention(self) -> Tensor:
         """[B, n - 1] attention of the CLS token to the other tokens in this block, mean over heads."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from llava.errors import UserError
 from llava.model.official_names import CLIPVisionTower as CLIPVisionTower  # scripts import it from here
 from llava.reduction.merging import Reduction
 from llava.reduction.modules import linear_flops
+from llava.reduction.ranking import places
 from llava.reduction.reducer import Reducer, check_reductions
 from llava.reduction.scores import TOWER_SCORES, TowerScore, by_block, clip_attention
 from llava.reduction.states import BlockState
@@ -31,6 +33,7 @@ class Encoded:
         merged: the reduction of patches inside the tower; N patches are then left. None without one.
         tokens: for every block that was run, how many tokens (CLS and patches) enter its attention and its MLP.
         spent: operations per image that a method spent on merging inside the tower, or on scores of a stock tower.
+        each: `tokens` and `spent` of every image, if a method acts in the tower; those above are of the first one.
     """
 
     features: Tensor
@@ -39,12 +42,15 @@ class Encoded:
     merged: Reduction | None = None
     tokens: tuple[tuple[int, int], ...] = ()
     spent: int = 0
+    each: tuple[tuple[tuple[tuple[int, int], ...], int], ...] = ()
 
     def rows(self, index: slice) -> "Encoded":
         """The output for some of the images."""
         merged = self.merged and self.merged.of(index)
         scores = {score: values[index] for score, values in self.scores.items()}
-        return Encoded(self.features[index], scores, self.grid, merged, self.tokens, self.spent)
+        each = self.each[index]
+        tokens, spent = each[0] if each else (self.tokens, self.spent)
+        return Encoded(self.features[index], scores, self.grid, merged, tokens, spent, each)
 
 
 def encode(
@@ -86,7 +92,8 @@ def encode(
     grid = grid or own
     if merger:
         features, merged, tokens = merger.run(hidden, selected)
-        return Encoded(features if keep_cls else features[:, 1:], {}, grid, merged, tokens, merger.flops)
+        each = tuple(zip(tokens, merger.flops, strict=True))
+        return Encoded(features if keep_cls else features[:, 1:], {}, grid, merged, *each[0], each)
     # Run the blocks, and keep the inputs of those whose output is selected or whose scores are asked for. Blocks may be
     # on several devices.
     places, device, done = sorted({selected, *wanted}), hidden.device, 0
@@ -110,39 +117,45 @@ def encode(
 class TowerMerger:
     """Runs the tower while a method drops or merges tokens inside its blocks, between attention and MLP (stage 0).
 
+    While tiles have different numbers of tokens left, rows of those with fewer end in others, to which nothing attends.
+
     Args:
         blocks: indices of the blocks in which the method is called.
-        tiles: number of images in the batch.
+        tiles: for each image of the batch, its number of tiles.
 
     Attributes:
-        flops: operations per image that the method has spent so far.
+        flops: operations that the method has spent on each tile so far.
         memory: what the method wrote down in earlier blocks.
+        left: for each tile, how many tokens it has left.
+        filling: [B, n] bool, True for the other tokens in the rows; None if there are none.
     """
 
-    def __init__(self, reducer: Reducer, spec: ModelSpec, tower: Any, blocks: Sequence[int], tiles: int):
-        self.reducer, self.spec, self.tower, self.blocks = reducer, spec, tower, blocks
-        self.names = tuple(map(str, range(tiles)))
-        self.flops = 0
+    def __init__(self, reducer: Reducer, spec: ModelSpec, tower: Any, blocks: Sequence[int], tiles: Sequence[int]):
+        self.reducer, self.spec, self.tower, self.blocks, self.tiles = reducer, spec, tower, blocks, tuple(tiles)
+        self.names = tuple(map(str, range(sum(tiles))))
+        self.flops = [0] * len(self.names)
         self.memory: dict[str, Tensor] = {}
+        self.left: list[int] = []
+        self.filling: Tensor | None = None
 
-    def run(self, hidden: Tensor, selected: int) -> tuple[Tensor, Reduction | None, tuple[tuple[int, int], ...]]:
+    def run(self, hidden: Tensor, selected: int) -> tuple[Tensor, Reduction | None, list[tuple[tuple[int, int], ...]]]:
         """Run the first `selected` blocks.
 
         Args:
             hidden: [B, 1 + P, D], CLS first.
 
         Returns:
-            Hidden states [B, 1 + N, D], the reduction of patches, and for every block the number of tokens that enter
-            its attention and its MLP.
+            Hidden states [B, 1 + N, D], the reduction of patches, and for every tile and every block the number of
+            tokens that enter its attention and its MLP.
         """
-        merged, tokens = None, []
+        merged, self.left = None, [hidden.shape[1]] * len(hidden)
+        counts = [self.left]
         for index, block in enumerate(self.tower.encoder.layers[:selected]):
-            before = hidden.shape[1]
             if index in self.blocks or merged is not None:
                 hidden, merged = self.run_block(block, index, hidden, merged)
             else:
                 hidden = block(hidden, None).to(hidden.device)
-            tokens.append((before, hidden.shape[1]))
+            counts.append(self.left)
         if merged is not None:  # leave out token 0, which is CLS and is never merged
             plain = Reduction(merged.kept[:, 1:] - 1, merged.inputs - 1)
             target, weight = merged.assignment, merged.merge_weight
@@ -150,7 +163,7 @@ class TowerMerger:
                 merged = plain
             else:
                 merged = replace(plain, assignment=(target[:, 1:] - 1).clamp(min=-1), merge_weight=weight[:, 1:])
-        return hidden, merged, tuple(tokens)
+        return hidden, merged, [tuple(pairwise(own)) for own in zip(*counts, strict=True)]
 
     def run_block(
         self, block: Any, index: int, hidden: Tensor, merged: Reduction | None
@@ -169,12 +182,16 @@ class TowerMerger:
             assignment, weight = merged.explicit()
             sizes = counts.scatter_add_(1, assignment.clamp(min=0), (assignment >= 0).to(weight.dtype))
             # Proportional attention: a token that stands for s patches is attended as s equal tokens would be.
-            bias = sizes.log()[:, None, None, :].to(hidden.dtype).expand(-1, -1, hidden.shape[1], -1)
+            bias = sizes.log()
+        if self.filling is not None:
+            bias = (torch.zeros_like(sizes) if bias is None else bias).masked_fill(self.filling, -torch.inf)
+        if bias is not None:
+            bias = bias[:, None, None, :].to(hidden.dtype).expand(-1, -1, hidden.shape[1], -1)
         normed = block.layer_norm1(hidden)
         attended = hidden + block.self_attn(hidden_states=normed, attention_mask=bias)[0]
         reduction = None
         if index in self.blocks:
-            seen = clip_attention(block.self_attn, normed)
+            seen = replace(clip_attention(block.self_attn, normed), filling=self.filling)
             state = BlockState(
                 ids=self.names,
                 spec=self.spec,
@@ -185,13 +202,21 @@ class TowerMerger:
                 last=max(self.blocks),
                 attended=seen,
                 memory=self.memory,
+                tiles=self.tiles,
+                left=self.left,
             )
             reduction = self.reducer.tower(state)
             check_reductions(self.reducer, f"tower in block {index}", reduction, self.names, hidden.shape[1])
-            projection = linear_flops(block.self_attn.k_proj, hidden.shape[1])
-            self.flops += state.flops // len(self.names) + projection
+            for row, left in enumerate(self.left):
+                own = state.flops * left // (len(self.left) * hidden.shape[1])  # without what fills up the rows
+                self.flops[row] += own + linear_flops(block.self_attn.k_proj, left)
         if reduction is not None:
             attended = reduction.apply(attended)
+            width = attended.shape[1]
+            self.left, self.filling = state.leaves or [width] * len(attended), None
+            if min(self.left) < width:
+                ends = torch.tensor(self.left).to(hidden.device, non_blocking=True)
+                self.filling = places(1, width, hidden.device) >= ends[:, None]
             merged = reduction if merged is None else reduction.after(merged)
         return attended + block.mlp(block.layer_norm2(attended)), merged
 
