@@ -110,6 +110,8 @@ def others(kept: Tensor, total: int) -> Tensor:
 
 # The largest matrix that is held whole, in numbers: 64 MB in float32, all cosines of 4,096 tokens.
 WHOLE = 2**24
+# The same for all images of a batch together, 256 MB: eight of LLaVA-NeXT, whose float32 tokens are larger than that.
+ALL_WHOLE = 2**26
 # The least number of rows in a product: products of eight rows and more have the same bits as that of all rows.
 TOGETHER = 16
 GROUP = 32  # gains that are computed at a time on a CPU
@@ -130,7 +132,7 @@ class Cosines:
 
     def __init__(self, unit: Tensor, matmul: MatMul):
         total = unit.shape[1]
-        self.unit, self.matmul, self.width = unit, matmul, total
+        self.unit, self.matmul, self.shape, self.width = unit, matmul, unit.shape[:2], total
         self.table = matmul(unit, unit.mT) if total * total <= WHOLE else None
         self.images = torch.arange(len(unit), device=unit.device)
         # Number of blocks of rows, each of which fits.
@@ -174,7 +176,7 @@ class Table:
     """
 
     def __init__(self, table: Tensor):
-        self.table, self.width = table, table.shape[2]
+        self.table, self.shape, self.width = table, table.shape[:2], table.shape[2]
         self.images = torch.arange(len(table), device=table.device)
 
     def row(self, token: Tensor) -> Tensor:
@@ -190,16 +192,19 @@ class Table:
 def _in_groups(choose: Callable[[Cosines, Tensor], Tensor], tokens: Tensor, weight: Tensor, matmul: MatMul) -> Tensor:
     """[B, K] choices, made for as many images at a time as their cosines fit."""
     unit = F.normalize(tokens.float(), dim=-1)
-    size = max(1, WHOLE // unit.shape[1] ** 2)
-    pairs = zip(unit.split(size), weight.split(size), strict=True)
-    chosen = [choose(Cosines(part, matmul), share) for part, share in pairs]
+    pairs = unit.shape[1] ** 2
+    size = max(1, ALL_WHOLE // pairs) if pairs <= WHOLE else 1
+    parts = zip(unit.split(size), weight.split(size), strict=True)
+    chosen = [choose(Cosines(part, matmul), share) for part, share in parts]
     return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
 
 
 # Farthest points.
 
 
-def farthest_from(unit: Tensor, first: Tensor, count: int, row: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def farthest_from(
+    unit: Tensor, first: Tensor, count: int, distance: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """[B, count] int64 in the order of choice; on a tie the lower index.
 
     Each step compares all tokens with the one chosen last, in 2 B N D (count - 1) operations without N x N cosines. The
@@ -208,19 +213,25 @@ def farthest_from(unit: Tensor, first: Tensor, count: int, row: Callable[[Tensor
     Args:
         unit: [B, N, D] float32 tokens of length 1.
         first: [B], the first choice.
-        row: returns the cosines [B, N] of tokens [B] to all, if they are known.
+        distance: returns the distances [B, N] of tokens [B] to all, if they are known; a token's own is -inf.
     """
-    images, columns = torch.arange(len(unit), device=unit.device), unit.mT
-    chosen, nearest = [first], None
-    for _ in range(count - 1):
-        last = chosen[-1]
+    images, columns = rows(len(unit), unit.device)[:, 0], unit.mT
+
+    def computed(token: Tensor) -> Tensor:
         # One row times a matrix: torch's product of a matrix and one column takes ten times as long on a CPU.
-        distance = 1 - (row(last) if row else torch.bmm(unit[images, last].unsqueeze(1), columns).squeeze(1))
-        nearest = distance if nearest is None else torch.minimum(nearest, distance)
-        # Never chosen again, not even if all tokens are identical.
-        nearest = nearest.scatter(1, last.unsqueeze(1), -torch.inf)
+        return _apart(torch.bmm(unit[images, token].unsqueeze(1), columns).squeeze(1), token)
+
+    distance, chosen, nearest = distance or computed, [first], None
+    for _ in range(count - 1):
+        last = distance(chosen[-1])
+        nearest = last if nearest is None else torch.minimum(nearest, last, out=nearest)
         chosen.append(nearest.argmax(1))
     return torch.stack(chosen, 1)
+
+
+def _apart(row: Tensor, token: Tensor) -> Tensor:
+    """[B, N] distances from cosines; -inf to the token itself, which is never chosen again, not even of equal ones."""
+    return (1 - row).scatter_(1, token.unsqueeze(1), -torch.inf)
 
 
 def farthest_apart(tokens: Tensor, count: int, matmul: MatMul = torch.matmul) -> Tensor:
@@ -241,7 +252,10 @@ def farthest_apart(tokens: Tensor, count: int, matmul: MatMul = torch.matmul) ->
             closest.append(block.amax(2))
             done += block.shape[1]
         most_isolated = (1 - torch.cat(closest, 1)).argmax(1)
-        return farthest_from(cosines.unit, most_isolated, count, cosines.row)
+        if (table := cosines.table) is None:
+            return farthest_from(cosines.unit, most_isolated, count, lambda token: _apart(cosines.row(token), token))
+        table.neg_().add_(1).diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+        return farthest_from(cosines.unit, most_isolated, count, cosines.row)  # whose table has distances now
 
     return _in_groups(choose, tokens, tokens, matmul)
 
@@ -264,18 +278,20 @@ def largest_determinant(tokens: Tensor, weight: Tensor, count: int, matmul: MatM
     """
 
     def choose(cosines: Cosines, part: Tensor) -> Tensor:
-        table = cosines.table
-        with_itself = cosines.unit.square().sum(-1) if table is None else table.diagonal(dim1=1, dim2=2)
-        own = part * with_itself * part  # the cosine with itself is 1 up to the last bits
-        return _grow(own, lambda pick: part.gather(1, pick) * cosines.row(pick[:, 0]) * part, count, matmul)
+        if (table := cosines.table) is not None:
+            return largest_determinant_of(table.mul_(part.unsqueeze(2)).mul_(part.unsqueeze(1)), count, matmul)
+        own = part * cosines.unit.square().sum(-1) * part  # the cosine with itself is 1 up to the last bits
+        return _grow(
+            own, lambda pick: (part.gather(1, pick) * cosines.row(pick[:, 0]) * part).unsqueeze(1), count, matmul
+        )
 
     return _in_groups(choose, tokens, weight, matmul)
 
 
 def largest_determinant_of(kernel: Tensor, count: int, matmul: MatMul = torch.matmul) -> Tensor:
     """`largest_determinant` for a given kernel [B, N, N], whose diagonal is above 0."""
-    images = torch.arange(len(kernel), device=kernel.device)
-    return _grow(kernel.diagonal(dim1=1, dim2=2), lambda pick: kernel[images, pick[:, 0]], count, matmul)
+    own = kernel.diagonal(dim1=1, dim2=2)
+    return _grow(own, lambda pick: gather_tokens(kernel, pick), count, matmul)
 
 
 def _grow(own: Tensor, row: Callable[[Tensor], Tensor], count: int, matmul: MatMul) -> Tensor:
@@ -283,25 +299,26 @@ def _grow(own: Tensor, row: Callable[[Tensor], Tensor], count: int, matmul: MatM
 
     Args:
         own: [B, N] diagonal of the kernel.
-        row: returns the kernel's rows [B, N] of tokens [B, 1].
+        row: returns the kernel's rows [B, 1, N] of tokens [B, 1].
     """
-    left = own.clone()  # the factor by which each token would multiply the determinant
-    last = own - own.amax(1, keepdim=True) - 1  # below every `left`: the order of the spanned tokens
-    factor = own.new_zeros(len(own), count, own.shape[1])  # a row for each chosen token
+    own = own.unsqueeze(1)
+    least = SPANNED * own
+    # Of each token, the factor by which it would multiply the determinant; below that, the order of the spanned tokens.
+    both = torch.stack([own, own - own.amax(2, keepdim=True) - 1])  # [2, B, 1, N]
+    left, last = both
+    factor = own.new_zeros(len(own), count, own.shape[2])  # a row for each chosen token
     chosen = []
+    # The host limits this loop on a GPU: tensors are written in place.
     for step in range(count):
-        free = left > SPANNED * own
-        pick = torch.where(free, left, last).argmax(1, keepdim=True)  # [B, 1]
-        kernel = row(pick)
+        best, pick = torch.where(left > least, left, last).max(2, keepdim=True)  # [B, 1, 1]
         past = factor[:, :step]
-        shared = matmul(past.gather(2, pick.unsqueeze(-1).expand(-1, step, 1)).mT, past)[:, 0]
-        pivot = left.gather(1, pick).clamp(min=torch.finfo(left.dtype).tiny).sqrt()
-        new = torch.where(free.gather(1, pick), (kernel - shared) / pivot, 0.0)
-        factor[:, step] = new
-        left = (left - new.square()).scatter(1, pick, -torch.inf)
-        last = last.scatter(1, pick, -torch.inf)
+        shared = matmul(past.gather(2, pick.expand(-1, step, 1)).mT, past)
+        pivot = F.threshold(best, 0, torch.inf).sqrt()  # a spanned token changes nothing
+        new = torch.div(row(pick[:, 0]) - shared, pivot, out=factor[:, step : step + 1])
+        left.addcmul_(new, new, value=-1)
+        both.scatter_(3, pick.expand(2, -1, -1, -1), -torch.inf)
         chosen.append(pick)
-    return torch.cat(chosen, 1)
+    return torch.cat(chosen, 1)[:, :, 0]
 
 
 # Coverage.
@@ -340,22 +357,22 @@ def cover_most(tables: Sequence[Tensor], count: int, late: Sequence[Tensor | Non
         return torch.stack([_cover_lazily(Table(one[None]), one.new_ones(len(one)), count, own) for one, own in pairs])
     widest = max(one.shape[1] for one in tables)
     table = Table(torch.stack([F.pad(one, (0, widest - one.shape[1])) for one in tables]))
-    return _cover(table, table.table.new_ones(table.table.shape[:2]), count, late)
+    return _cover(table, None, count, late)
 
 
-def _cover(table: Cosines | Table, weight: Tensor, count: int, late: Sequence[Tensor | None] = ()) -> Tensor:
+def _cover(table: Cosines | Table, weight: Tensor | None, count: int, late: Sequence[Tensor | None] = ()) -> Tensor:
     """[B, count] the choices of `cover_greedily` and `cover_most`.
 
     Args:
-        weight: [B, N].
+        weight: [B, N]; None if it is 1 everywhere.
         late: see `cover_most`; () if no image has such tokens.
     """
-    free = torch.zeros_like(weight)  # -inf for the tokens that cannot be chosen now
-    covered = weight.new_zeros(len(weight), table.width)
+    free = torch.zeros(table.shape, device=table.images.device)  # -inf for the tokens that cannot be chosen now
+    covered = free.new_zeros(len(free), table.width)
     waiting: dict[int, list[tuple[int, Tensor]]] = {}  # number of the others -> image, and its tokens that come late
     for image, own in enumerate(late):
         if own is not None:
-            tokens = own.to(weight.device, non_blocking=True)
+            tokens = own.to(free.device, non_blocking=True)
             waiting.setdefault(len(own) - int(own.sum()), []).append((image, tokens))
             free[image].masked_fill_(tokens, -torch.inf)
     chosen: list[Tensor] = []
@@ -363,9 +380,10 @@ def _cover(table: Cosines | Table, weight: Tensor, count: int, late: Sequence[Te
         for image, tokens in waiting.get(step, ()):
             free[image].masked_fill_(tokens, 0)
         gains = [(block - covered.unsqueeze(1)).clamp_(min=0).sum(-1) for block in table.blocks()]
-        chosen.append((torch.cat(gains, 1) * weight + free).argmax(1))
-        covered = torch.maximum(covered, table.row(chosen[-1]))
-        free = free.scatter(1, chosen[-1].unsqueeze(1), -torch.inf)
+        gain = gains[0] if len(gains) == 1 else torch.cat(gains, 1)
+        chosen.append((free + gain if weight is None else torch.addcmul(free, gain, weight)).argmax(1))
+        torch.maximum(covered, table.row(chosen[-1]), out=covered)
+        free.scatter_(1, chosen[-1].unsqueeze(1), -torch.inf)
     return torch.stack(chosen, 1)
 
 
