@@ -114,6 +114,7 @@ READINGS = {
     "item": lambda x: x.sum().item(),
     "tolist": lambda x: x.tolist(),
     "cpu": lambda x: x.cpu(),
+    "copy": lambda x: torch.empty(3, 4).copy_(x),
     "numpy": lambda x: x.numpy(),
     "bool": lambda x: bool(x.sum() > 0),
     "nonzero": lambda x: x.nonzero(),

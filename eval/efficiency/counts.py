@@ -149,6 +149,8 @@ def waits_for_values(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> 
 
     An example of the latter is an index by a boolean mask.
     """
+    if name == "copy_" and not on_device(args[0]):
+        return on_device(args[1])
     if not args or not on_device(args[0]):
         return False
     if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu":
