@@ -8,8 +8,10 @@ Differs from it: components are exact. The release computes them by a random met
     by the rounding error of a sum). There are no more groups than channels (the release fails there). The paper's
     budget that depends on the image is in neither.
 
-Kept tokens stand group by group, so they do not enter the decoder in raster order. On an accelerator the host waits for
-the decomposition.
+Kept tokens stand group by group, so they do not enter the decoder in raster order. A GPU would decompose one matrix
+after another, each in hundreds of kernels. There, only the wanted components are computed, of all matrices at once, by
+subspace iteration with Chebyshev polynomials (Zhou et al., 2006, doi.org/10.1016/j.jcp.2006.03.017) in float64, until
+they are as exact as those of a decomposition in float32; the host waits a few times to learn that.
 
 Shapes: B images, N patches, D channels, G groups.
 """
@@ -31,6 +33,7 @@ from llava.reduction import (
     Reduction,
     Release,
     TowerScore,
+    cached_by_sizes,
     gather_tokens,
     in_float32,
     option,
@@ -43,17 +46,81 @@ PER_GROUP = 4  # tokens of the budget for each group
 LENIENT = 32  # tokens are alike if their cosine is above budget / 32 times the mean of the image
 MOST, STEP = 5, 64  # a group may keep 5 tokens for each started 64 of the budget
 
+# Of the subspace iteration: the length of A v - λ v as a fraction of the largest eigenvalue, rounds until then at most,
+# filters in each, and the highest degree and growth of a polynomial; float64 has 16 digits.
+RESIDUAL, ROUNDS, FILTERS, DEGREE, GROWTH = 1e-7, 12, 3, 12, 1e10
+
+
+@cached_by_sizes
+def start(total: int, count: int, device: torch.device) -> Tensor:
+    """[N, G] random directions, always the same."""
+    drawn = torch.randn(total, count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return drawn.to(device, non_blocking=True)
+
+
+def orthonormal(columns: Tensor) -> Tensor:
+    """[B, N, G] columns of the same span, by Cholesky's factor of their products; columns may be almost dependent."""
+    columns = F.normalize(columns, dim=1)
+    for _ in range(2):  # the second time makes up for what is lost in products of almost dependent columns
+        products = columns.mT @ columns
+        products.diagonal(dim1=1, dim2=2).add_(1e-14 * columns.shape[2])
+        # Unlike `cholesky`, this does not wait for the device to say whether it failed.
+        factor, _ = torch.linalg.cholesky_ex(products)
+        columns = torch.linalg.solve_triangular(factor, columns.mT, upper=False).mT
+    return columns
+
+
+def largest(matrix: Tensor, count: int) -> Tensor:
+    """[B, N, G] eigenvectors of the largest eigenvalues, which rise, of symmetric matrices [B, N, N]; none is negative.
+
+    Each round makes orthogonal approximations in a space of 2 G dimensions. A polynomial that is small from 0 to the
+    least of their eigenvalues then takes what is below out of them.
+    """
+    matrix = (matrix + matrix.mT).double() / 2  # a product is symmetric up to rounding alone
+    space = start(matrix.shape[1], 2 * count, matrix.device).expand(len(matrix), -1, -1)
+    for _ in range(2):
+        space = orthonormal(matrix @ space)
+    for _ in range(ROUNDS):
+        product = matrix @ space
+        values, turn = torch.linalg.eigh(space.mT @ product)
+        space, product = space @ turn, product @ turn
+        most = values[:, -1:].clamp(min=1e-30)
+        residual = torch.linalg.vector_norm(product - space * values.unsqueeze(1), dim=1)[:, -count:] / most
+        bound = torch.maximum(values[:, :1], RESIDUAL * most)
+        # A polynomial of degree n is cosh(n acosh x), so that the largest eigenvalue grows by no more than GROWTH.
+        degree = (math.acosh(GROWTH) / (2 * most / bound - 1).clamp(min=1).acosh()).clamp(1, DEGREE).floor()
+        error, highest = torch.stack([residual.max(), degree.max()]).tolist()
+        if error < RESIDUAL:
+            break
+        mapped = matrix * (2 / bound).unsqueeze(2)
+        mapped.diagonal(dim1=1, dim2=2).sub_(1)  # the eigenvalues from 0 to the bound are between -1 and 1
+        for _ in range(FILTERS):
+            before, filtered = space, mapped @ space
+            for step in range(1, int(highest)):
+                after = torch.baddbmm(before, mapped, filtered, beta=-1, alpha=2)
+                before, filtered = filtered, torch.where(degree.unsqueeze(2) > step, after, filtered)
+            space = orthonormal(filtered)
+    return space[..., -count:]
+
+
+def eigenvectors(matrix: Tensor, count: int) -> Tensor:
+    """`largest`, by a whole decomposition on the host and where the iteration would take most of the space."""
+    if matrix.is_cuda and 4 * count <= matrix.shape[1]:
+        return largest(matrix, count).to(matrix.dtype)
+    vectors: Tensor = torch.linalg.eigh(matrix).eigenvectors[..., -count:]
+    return vectors
+
 
 def components(patches: Tensor, count: int, matmul: MatMul = torch.matmul) -> tuple[Tensor, Tensor]:
     """[B, N] each: the principal component with the largest entry at a patch, as its group, and the entry's size."""
     centred = patches.sigmoid().nan_to_num()  # a decomposition of NaN ends in a traceback
     centred = centred - centred.mean(2, keepdim=True)
-    # Singular vectors by the smaller of both products; eigenvalues ascend.
+    # Singular vectors by the smaller of both products; eigenvalues rise.
     if patches.shape[2] < patches.shape[1]:
-        directions = torch.linalg.eigh(matmul(centred.mT, centred)).eigenvectors[..., -count:]
+        directions = eigenvectors(matmul(centred.mT, centred), count)
         vectors = F.normalize(matmul(centred, directions), dim=1)
     else:
-        vectors = torch.linalg.eigh(matmul(centred, centred.mT)).eigenvectors[..., -count:]
+        vectors = eigenvectors(matmul(centred, centred.mT), count)
     size, group = vectors.flip(-1).abs().max(-1)
     return group, size
 

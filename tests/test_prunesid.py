@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from baselines.prunesid import PruneSID, choose, components, shares, unlike
+from baselines.prunesid import PruneSID, choose, components, largest, shares, unlike
 from llava.reduction.scores import TowerScore
 from tests.drawn_images import state_with
 from tests.vectors import vectors
@@ -92,6 +92,23 @@ def test_a_chain_of_tokens_that_are_each_like_the_next_takes_all_rounds():
     """Each token is like the one before it alone, so every second one is kept; a fixed number of rounds fails here."""
     alike = torch.ones(1, 31, 31).triu(1).tril(1)
     assert unlike(alike)[0].tolist() == [i % 2 == 0 for i in range(31)]
+
+
+@pytest.mark.parametrize("kind", ["noise", "clusters", "one large mean", "nothing"])
+def test_what_a_gpu_computes_is_as_exact_as_a_decomposition(kind):
+    """Up to its sign. A large mean takes digits from the other eigenvectors."""
+    patches = torch.randn(2, 120, 200, dtype=torch.float64)
+    if kind == "clusters":
+        patches = 0.3 * patches + torch.randn(2, 5, 200, dtype=torch.float64)[:, torch.arange(120) % 5]
+    elif kind == "one large mean":
+        patches += 3 * torch.randn(2, 1, 200, dtype=torch.float64)
+    elif kind == "nothing":
+        patches[0] = 0
+    product = patches @ patches.mT
+    found, exact = largest(product, 12), torch.linalg.eigh(product).eigenvectors[..., -12:]
+    assert found.isfinite().all()
+    alike = (found * exact).sum(1).abs()[int(kind == "nothing") :]
+    torch.testing.assert_close(alike, torch.ones_like(alike), atol=1e-4, rtol=0)
 
 
 def test_planted_tokens_are_kept_group_by_group():
