@@ -29,7 +29,8 @@ SLICE = (
 )  # elements of the largest attention that VisionDrop holds at a time; 2**24 of a real run are too many here
 # Methods whose host chooses by values of the device, and why.
 READS = {
-    "vlmpruner": "each group of candidates depends on those before; on the device that would be thousands of kernels"
+    "vlmpruner": "each group of candidates depends on those before; on the device that would be thousands of kernels",
+    "prunesid": "a few looks whether a loop has ended save hundreds of rounds, and a decomposition waits anyway",
 }
 LIMITS_OF = json.loads(LIMITS.read_text())
 WRITE = "run python -m tests.golden"
@@ -120,6 +121,7 @@ READINGS = {
     "nonzero": lambda x: x.nonzero(),
     "mask": lambda x: x[x > 0],
     "list": lambda x: x[[0, 1]],
+    "equal": lambda x: torch.equal(x, x + 1),
 }
 
 

@@ -32,7 +32,7 @@ from llava.processing.prompt import Sample
 from llava.reduction.reducer import Reducer
 
 # Python functions with which the host reads values. (`cpu` and `tolist` are dispatched as a copy to the host.)
-READS = {"item", "numpy", "__bool__", "__int__", "__float__", "__index__", "__contains__", "__array__"}
+READS = {"item", "numpy", "equal", "__bool__", "__int__", "__float__", "__index__", "__contains__", "__array__"}
 # Operations whose result has a size that depends on values.
 SIZES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount"}
 # In inference mode attention is dispatched as one operation; its parts show which kernel it becomes.
