@@ -262,6 +262,7 @@ class Benchmark:
         needs: the official files of the default split.
         mirror: repositories on the hub, the newest id first.
         licence: of the data.
+        blind: for a benchmark that is mostly answerable without its images, what was measured and by whom.
         split_files: split -> its question file below the data folder, where users often have one split only.
     """
 
@@ -276,6 +277,7 @@ class Benchmark:
     needs: tuple[Need, ...] = ()
     mirror: tuple[str, ...] = ()
     licence: str = ""
+    blind: str = ""
     split_files: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -31,7 +31,7 @@ from eval.metrics import Score, SufficientStatistics
 from eval.results.report import circumstances
 from eval.results.statistics import Interval, interval, p_text, rounded, terms_of
 from eval.statistics.answers import accuracy_on, hard_questions, loyalty, plain, sample_scores
-from eval.statistics.gain import Floor, blind_record, floor_of, gain_lines, gains
+from eval.statistics.gain import Floor, answerable_blind, blind_record, floor_of, gain_lines, gains
 from eval.statistics.relative import LEVEL, SHARE, tokens_needed
 from eval.tables import markdown, score_text
 from llava.budget import BLIND, RETENTION_RATIO
@@ -150,7 +150,8 @@ def statistics_of(full: Run, runs: list[Run], data: Dataset, share: float, floor
         "rows": rows,
         "tokens_needed": needed,
         "blind": None if blind is None else blind_record(needed, terms, full.terms, blind.terms, share, floor),
-        "notes": circumstances({str(run.folder): run.stored.result for run in (full, *runs)}),
+        "notes": answerable_blind(data.benchmark)
+        + circumstances({str(run.folder): run.stored.result for run in (full, *runs)}),
     }
 
 

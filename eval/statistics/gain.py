@@ -128,10 +128,13 @@ def gain_lines(record: Mapping[str, Any]) -> list[str]:
             f"{name} needs {needed['text']} tokens to keep {100 * record['share']:g} % of the visual gain, (method - "
             f"none) / (full - none) (the same test; p by budget: {tests})."
         )
-    if floor := record["floor"]:
-        known = floor["how"] if floor["value"] is None else f"{rounded(floor['value'])} ({floor['how']})"
-        lines.append(f"floor, without any model: {known}.")
-    return lines
+    return lines + ([Floor(**record["floor"]).text] if record["floor"] else [])
+
+
+def answerable_blind(benchmark: str) -> list[str]:
+    """A sentence about a benchmark that is mostly answerable without its images; [] for others."""
+    known = benchmarks.get(benchmark).blind
+    return [f"{benchmark} is mostly answerable without its images: {known}"] if known else []
 
 
 # -- the floor --------------------------------------------------------------------------------------------------------
@@ -148,6 +151,12 @@ class Floor:
 
     value: float | None
     how: str
+
+    @property
+    def text(self) -> str:
+        """The floor in a sentence."""
+        known = self.how if self.value is None else f"{rounded(self.value)} ({self.how})"
+        return f"floor, without any model: {known}."
 
 
 def floor_of(data: Dataset, asked: Collection[str], folder: Path, split: str, profile: str | None) -> Floor:
