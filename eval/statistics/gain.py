@@ -59,7 +59,7 @@ def mixture(full: SufficientStatistics, blind: SufficientStatistics, share: floa
 
 def no_gain(full: SufficientStatistics, blind: SufficientStatistics) -> str:
     """Why these runs do not show that seeing helps; "" if they do, at 95 % and with enough clusters for an interval."""
-    clusters, found = len(set(full.clusters)), compare(full, blind)
+    clusters, found = len(set(full.clusters)), compare(full, blind, 999)
     if clusters < FEWEST_CLUSTERS:
         return f"n/a: {clusters} {plural(full.unit, clusters)}, needs {FEWEST_CLUSTERS}"
     if found.difference <= 0 or found.p > 1 - LEVEL:
