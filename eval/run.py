@@ -23,7 +23,9 @@ from eval.judging.choice import check_judge, score_answers
 from eval.parallel import ranks
 from eval.parallel.ranks import MERGING, SCORING, WAITING, Rank
 from eval.results import cost, report
+from eval.statistics.gain import floor_of
 from eval.versions import commit, versions
+from llava.budget import BLIND
 from llava.errors import UserError
 from llava.model.builder import device_of, load
 from llava.model.checkpoint.files import locate
@@ -354,6 +356,11 @@ def summarise(job: Job, store: AnswerStore, throughput: dict[str, Any], ttft: di
         remarks.append(without_cls)
     if off_budget := cost.off_budget(accounts, job.reducer):
         remarks.append(off_budget["remark"])
+    floor = None
+    if job.reducer.name == BLIND and score.values.get(score.main) is not None:
+        split, profile = job.settings["split"], job.data.facts.get("profile")
+        floor = floor_of(job.data, frozenset(asked), Path(job.config.data), split, profile)
+        remarks.append(floor.text)
     result = {
         "title": job.data.title,
         "facts": {**job.data.facts, **judged},
@@ -365,6 +372,7 @@ def summarise(job: Job, store: AnswerStore, throughput: dict[str, Any], ttft: di
         "available": len(job.data.questions),
         "partial": len(job.planned) < len(job.data.questions),
         **report.scored(score, answered, job.data.labels({line["question_id"]: images_of(line) for line in lines})),
+        **({"floor": dataclasses.asdict(floor)} if floor else {}),
         "accounting": cost.summarise_accounting(accounts),
         "off_budget": off_budget,
         "counts_otherwise": job.reducer.deviates("uncounted") or None,

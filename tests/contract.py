@@ -14,16 +14,20 @@ import pytest
 import torch
 
 from eval.results import cost
+from llava.budget import BLIND
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
 from llava.pipeline import stages
 from llava.pipeline.generate import prefill
 from llava.processing.prompt import Sample
+from llava.reduction import registry
 from llava.reduction.budget import require
 from llava.reduction.merging import Trace
 from llava.reduction.reducer import Reducer, check_reductions, options_of
 from llava.reduction.states import DecoderState, EncoderState, PromptState
 
+# The methods that have a budget, and full; tests/test_blind.py has what is said of none alone.
+METHODS = tuple(name for name in registry.names() if name != BLIND)
 BUDGETS = (8, 12, 7, 4, 20, 24, 32, 40)
 SIZES = (2, 3, 4)  # beside every question alone
 LAYERS = ((1,), (2,), (1, 2), (1, 2, 3), (2, 3, 5))  # for options that name decoder layers
@@ -55,6 +59,8 @@ def accepted(
     cls: type[Reducer], options: dict[str, Any], model: Llava, count: int = 1, budgets: Sequence[int] = BUDGETS
 ) -> list[Reducer]:
     """The method with these options at the first budgets below all tokens that it accepts; [] where it accepts none."""
+    if cls.blind:
+        return [cls(**options)]
     found: list[Reducer] = []
     for budget in (budget for budget in budgets if budget < model.visual_tokens):
         try:
@@ -103,6 +109,9 @@ def check_order(reducer: Reducer, question: str, steps: Trace) -> None:
     """Kept tokens are ascending and unique; or, for a method that says so, merged ones stand behind them."""
     place, appended = standing(steps)
     said = f"{label(reducer)}: image of {question} after {steps[-1].place}: tokens {place.tolist()}"
+    assert bool(len(place)) != reducer.blind, said
+    if reducer.blind:
+        return
     assert place.min() >= 0 and place.max() < steps[0].reduction.inputs, said
     assert reducer.deviates("duplicates") or len(place.unique()) == len(place), f"{said}, one of them twice"
     raster = place[~appended] if reducer.deviates("appended") else place

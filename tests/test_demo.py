@@ -25,6 +25,7 @@ from llava.processing.image import open_image
 from llava.processing.prompt import Sample
 from llava.reduction import registry
 from llava.reduction.token_layout import ModelSpec, PatchGrid, spec_of, stitched
+from tests import contract
 from tests.browser import DESKTOP, PHONE, needs_browser, opened, overflow
 from tests.conftest import QUESTIONS, drawn_image
 
@@ -86,7 +87,7 @@ def test_every_method_answers_at_every_budget_or_something_on_the_page_does(tiny
     """fastv at 64 said "set fastv.schedule=kept" on a page without options."""
     spec = spec or tiny.spec
     budgets = {16: range(1, 17), 576: (1, 64, 575)}.get(spec.visual_tokens, (64,))
-    for method in (name for name in registry.names() if name != "full"):
+    for method in (name for name in contract.METHODS if name != "full"):
         for budget in budgets:
             asked = Way(method, "", budget)
             ways = [] if asked.fits(spec) else ways_out(spec, asked)

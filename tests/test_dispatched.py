@@ -19,6 +19,7 @@ from llava.model.checkpoint.config import CLIP_L_336
 from llava.pipeline.generate import prefill
 from llava.reduction import registry
 from llava.reduction.budget import planned, require
+from tests import contract
 from tests.allocations import metered_peak
 from tests.conftest import samples
 from tests.golden import BUDGET, LIMITS, above_oracle, counted_oracle, method, question
@@ -57,7 +58,7 @@ def waits_of(shapes, reducer) -> list[Call]:
     return waits[pixels:]
 
 
-@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize("name", contract.METHODS)
 def test_no_more_operations_above_the_oracle_than_its_limit(name, toy):
     assert name in LIMITS_OF, f"{name} has no limit yet; {WRITE} {name}"
     above = above_oracle(toy, name)
@@ -67,10 +68,10 @@ def test_no_more_operations_above_the_oracle_than_its_limit(name, toy):
 
 
 def test_every_limit_is_one_of_a_method():
-    assert set(LIMITS_OF) == set(registry.names()), WRITE
+    assert set(LIMITS_OF) == set(contract.METHODS), WRITE
 
 
-@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize("name", contract.METHODS)
 def test_the_host_never_waits_after_the_pixels(name, shapes):
     """Shapes are known on the host, and what it sends to the device it sends without waiting.
 
@@ -156,7 +157,7 @@ def asked(model, reducer, batch=None) -> tuple[list[tuple[int, ...]], list[list[
     return [account.tokens_per_layer for account in record.accounting(state)], kept
 
 
-@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize("name", contract.METHODS)
 def test_as_many_tokens_in_every_layer_and_the_same_places_of_every_image(name, tiny):
     reducer = reducing(name, tiny)
     batch = samples(1) if planned(reducer, tiny.spec) is None else samples()
@@ -239,7 +240,7 @@ def test_a_method_that_reads_values_is_counted_where_there_are_some(tiny):
 
 
 @pytest.mark.table
-@pytest.mark.parametrize("method", sorted(set(registry.names()) - {"full"}))
+@pytest.mark.parametrize("method", sorted(set(contract.METHODS) - {"full"}))
 def test_no_method_makes_a_tensor_of_tokens_times_tokens_times_heads(method, monkeypatch):
     """1,280 visual tokens ranked together, 4 heads: an attention map would have 6.6 million elements. A table of pairs,
     which methods of diversity use, has a quarter of that; VisionDrop's rows of attention come in slices."""

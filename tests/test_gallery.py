@@ -21,6 +21,7 @@ from llava.pipeline.generate import generate
 from llava.processing.prompt import Sample
 from llava.processing.video import Video
 from llava.reduction import registry
+from tests import contract
 from tests.browser import DESKTOP, PHONE, needs_browser, opened, overflow
 from tests.conftest import QUESTIONS, drawn_image
 from tests.tiny_checkpoints_families import (
@@ -32,7 +33,7 @@ from tests.tiny_checkpoints_families import (
     save_video_transformers,
 )
 
-METHODS = [name for name in registry.names() if name != "full"]
+METHODS = [name for name in contract.METHODS if name != "full"]
 # On 4 x 4 patches of 15 pixels the image lies on the second and third row.
 SAMPLE = Sample("gallery", QUESTIONS[0], image=drawn_image(0, (60, 20)))
 EMPTY = {*range(4), *range(12, 16)}

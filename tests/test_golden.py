@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from llava.reduction import registry
+from tests import contract
 from tests.golden import CASES, FILE, all_kept
 
 GOLDEN = json.loads(FILE.read_text()) if FILE.is_file() else {}
 
 
-@pytest.mark.parametrize("name", [n for n in registry.names() if n not in ("full", "downsample")])
+@pytest.mark.parametrize("name", [n for n in contract.METHODS if n not in ("full", "downsample")])
 def test_keeps_what_it_kept(name, tiny):
     assert name in GOLDEN, f"{name} has no golden indices yet; run python -m tests.golden {name}"
     found = all_kept(tiny, name)
@@ -19,4 +19,4 @@ def test_keeps_what_it_kept(name, tiny):
 
 
 def test_every_golden_method_is_registered():
-    assert set(GOLDEN) <= set(registry.names())
+    assert set(GOLDEN) <= set(contract.METHODS)

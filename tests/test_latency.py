@@ -21,6 +21,7 @@ from llava.pipeline.accounting import Timer
 from llava.pipeline.generate import generate, prefill
 from llava.reduction import registry
 from llava.reduction.merging import Reduction
+from tests import contract
 from tests.conftest import drawn_image, samples
 
 # -- what is timed -------------------------------------------------------------------------------------------------
@@ -338,7 +339,7 @@ def test_preprocessing_is_neither_vision_nor_ttft(tiny, monkeypatch, clock):
     assert (timing.preprocess, timing.vision, timing.ttft) == (0.25, 0, 0)
 
 
-@pytest.mark.parametrize("method", sorted(set(registry.names())))
+@pytest.mark.parametrize("method", sorted(set(contract.METHODS)))
 def test_operations_per_question_do_not_depend_on_the_batch_size(tiny, method):
     """2.50 GFLOP per question at batch size 1 were 0.79 at 8, because a batch shares the tower's pass over an image.
 

@@ -13,6 +13,7 @@ from llava.reduction import PatchGrid, registry
 from llava.reduction.budget import bounds, planned, require
 from llava.reduction.reducer import options_of
 from llava.reduction.token_layout import spec_of
+from tests import contract
 from tests.conftest import QUESTIONS, drawn_image
 from tests.contract import COMPOSED, accepted, run
 from tests.tiny_checkpoints import save_text_tower
@@ -23,7 +24,7 @@ from tests.watch import watched
 SIZES = ((60, 110), (120, 50), (112, 112), (70, 112))
 BUDGETS = (30, 20, 64)  # the last for a method that acts in the middle of the decoder
 INSIDE = {"input_grid", "tower"}
-WHOLE_TILES = {name for name in registry.names() if registry.method(name).acts_in & INSIDE}
+WHOLE_TILES = {name for name in contract.METHODS if registry.method(name).acts_in & INSIDE}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def batch(sizes=SIZES) -> list[Sample]:
     return [*rows, Sample("text", QUESTIONS[3])]
 
 
-@pytest.fixture(params=[*(name for name in registry.names() if name != "full"), *COMPOSED])
+@pytest.fixture(params=[*(name for name in contract.METHODS if name != "full"), *COMPOSED])
 def name(request) -> str:
     return request.param
 

@@ -21,7 +21,7 @@ from llava.reduction import registry
 from llava.reduction.budget import require
 from llava.reduction.merging import Reduction, member_weights
 from llava.reduction.reducer import Reducer
-from tests import stock_inputs
+from tests import contract, stock_inputs
 from tests.conftest import QUESTIONS, drawn_image
 from tests.pretended import MixedDevicesError, pretended
 from tests.tiny_checkpoints import save_text_tower, save_transformers_layout
@@ -117,7 +117,7 @@ def reducing(name: str, model: Llava, found: dict[str, Reducer | None]) -> Reduc
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("place", "count"), [("cuda:0", 3), ("cuda:1", 1)])
-@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize("name", contract.METHODS)
 def test_a_device_keeps_and_answers_as_the_cpu_and_never_waits_before_the_first_token(
     name, place, count, family, models, found
 ):

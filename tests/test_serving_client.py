@@ -24,6 +24,7 @@ from llava.pipeline.generate import prefill
 from llava.processing.prompt import Sample
 from llava.reduction.registry import build, method, names
 from llava.serving import client
+from tests import contract
 from tests.conftest import drawn_image, samples
 
 PIXELS = {
@@ -47,7 +48,7 @@ PIXELS = {
 REFUSED = {name for name in names() if "decoder" in method(name).acts_in}
 
 
-@pytest.mark.parametrize("method", names())
+@pytest.mark.parametrize("method", contract.METHODS)
 def test_every_method_has_a_route_or_a_reason(method):
     if method in REFUSED:
         with pytest.raises(UserError, match=f"{method} .* decoder layers"):

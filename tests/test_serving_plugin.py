@@ -18,6 +18,7 @@ from llava.reduction import registry
 from llava.reduction.registry import build
 from llava.reduction.token_layout import single
 from llava.serving.engine_method import handed_over, served_by
+from tests import contract
 from tests.conftest import samples
 from tests.engine_stand_in import engine_tower
 from tests.stock_families import make
@@ -164,7 +165,7 @@ def test_an_engine_refuses_gaps_between_positions_of_llava() -> None:
         served_by(config)
 
 
-@pytest.mark.parametrize("method", registry.names())
+@pytest.mark.parametrize("method", contract.METHODS)
 @torch.inference_mode()
 def test_an_image_becomes_the_same_tokens_inside_an_engine(method, tiny):
     """Tower scores come from what a stand-in of the engine's attention is given; the pipeline computes its own."""

@@ -16,6 +16,7 @@ from llava.hf.models import wrap_model
 from llava.model.multimodal_encoder import stock_tower
 from llava.model.multimodal_encoder.stock_tower import attention_of
 from llava.reduction import registry
+from tests import contract
 from tests.stock_families import IMAGE, MODELS, NAMES, OLD, PACKED, QWEN_LIKE, VIDEO, call, count, tiny
 from tests.stock_inputs import TEXTS, shared
 
@@ -167,7 +168,7 @@ def test_a_prompt_ends_with_its_image(name, method):
 def test_every_method(name):
     """It runs at its budget, with finite logits, or is refused in one sentence that names method and family."""
     model, inputs = tiny(name), call(name)
-    for method in registry.names():
+    for method in contract.METHODS:
         kept = budget(method, count(name))
         if not fits(name, method):
             with pytest.raises(UserError, match=f"^{method} .*{families.declared(model).title}"):

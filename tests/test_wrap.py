@@ -20,6 +20,7 @@ from llava.pipeline.generate import generate
 from llava.processing.image import best_resolution
 from llava.processing.prompt import Sample
 from llava.reduction import registry
+from tests import contract
 from tests.checkpoint_files import SAVERS
 from tests.conftest import QUESTIONS, drawn_image
 from tests.stock_inputs import REDUCED, SIZES, TEXTS, shared, stock, with_pad
@@ -203,7 +204,7 @@ def test_a_method_that_needs_the_text_tower(tmp_path):
         reduce(case.model, "cdpruner", 5)
 
 
-@pytest.mark.parametrize("method", registry.names())
+@pytest.mark.parametrize("method", contract.METHODS)
 def test_a_prompt_may_end_with_its_image_or_be_it(method, tmp_path):
     """Methods that read text took the column behind the last one, and the whole batch ended in an IndexError.
 

@@ -40,6 +40,7 @@ class Question:
         answer: the reference, for tables.
         official: the benchmark's own id, where that is not unique or not a string.
         about: what questions about the same image share, where the images' names do not say it.
+        kind: the kind of question by which the usual answer differs; "" where the data does not say.
     """
 
     id: str
@@ -49,6 +50,7 @@ class Question:
     answer: str
     official: str = ""
     about: str = ""
+    kind: str = ""
 
     @property
     def image(self) -> str:
@@ -260,6 +262,7 @@ class Benchmark:
         needs: the official files of the default split.
         mirror: repositories on the hub, the newest id first.
         licence: of the data.
+        blind: for a benchmark that is mostly answerable without its images, what was measured and by whom.
         split_files: split -> its question file below the data folder, where users often have one split only.
     """
 
@@ -274,6 +277,7 @@ class Benchmark:
     needs: tuple[Need, ...] = ()
     mirror: tuple[str, ...] = ()
     licence: str = ""
+    blind: str = ""
     split_files: Mapping[str, str] = field(default_factory=dict)
 
     @property

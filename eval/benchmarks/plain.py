@@ -68,6 +68,7 @@ class PlainSet(Part):
         summary: a sentence for lists of benchmarks.
         licence: of the data.
         published, published_by: what a 7B model reaches, with the metric's name, and who says so.
+        blind: as of `eval.benchmarks.base.Benchmark`.
         hub: repositories that hold the table, the newest owner first.
         config: configuration on the hub.
         splits: our name -> the split; the first is the default.
@@ -93,6 +94,7 @@ class PlainSet(Part):
     licence: str
     published: str = ""
     published_by: str = ""
+    blind: str = ""
     hub: Annotated[tuple[str, ...], Field(min_length=1)]
     config: str | None = None
     splits: Annotated[dict[str, Split], Field(min_length=1)]
@@ -243,6 +245,7 @@ def read(path: Path) -> Benchmark:
         published_by=plain.published_by,
         mirror=plain.hub,
         licence=plain.licence,
+        blind=plain.blind,
     )
 
 

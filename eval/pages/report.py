@@ -25,9 +25,9 @@ from eval.benchmarks.records import NotRequired, Number, TypedDict, check
 from eval.command import exit_on_user_error, make_parser, value
 from eval.config import FULL, TOY_BANNER, changed_options, is_toy, path_name
 from eval.pages import asset, environment, inline_json
-from eval.results.report import interval_of, operations_of, tokens_text
+from eval.results.report import gain_kept, interval_of, operations_of, tokens_text
 from eval.tables import BRIGHT
-from llava.budget import RETENTION_RATIO, budget_text
+from llava.budget import BLIND, RETENTION_RATIO, budget_text
 from llava.errors import UserError
 
 RESULT = "result.json"
@@ -79,6 +79,7 @@ class ResultRow:
         size: the budget as the user gave it, "64" or "1/9"; "" if the result has none.
         low, high: the ends of the 95 % confidence interval.
         percent: main score in percent of the score of `full` on the same questions under the same settings.
+        gain: what of the gain of seeing is kept, in percent, where `full` and `none` are clearly apart.
         tokens: visual tokens per layer, mean over layers and samples.
         asked: the intended value of `tokens`, if the result is off its budget or the image decides the number.
         ends: the fewest and the most tokens of an image, "40 to 96", if the image decides; else "".
@@ -120,6 +121,7 @@ class ResultRow:
     asked: float | None = None
     ends: str = ""
     percent: float | None = None
+    gain: float | None = None
     group: int = 0
 
     @property
@@ -243,9 +245,12 @@ def with_groups(rows: Sequence[ResultRow]) -> tuple[list[ResultRow], list[str]]:
         same.setdefault(row.task, []).append(row)
     filled = []
     for number, group in enumerate(same.values()):
-        group.sort(key=lambda row: (row.method != FULL, row.series, row.budget or 0, row.folder))
+        group.sort(key=lambda row: (row.method != FULL, row.method != BLIND, row.series, row.budget or 0, row.folder))
         full = [row for row in group if row.method == FULL and row.score]
-        filled += [dataclasses.replace(row, percent=percent_of(row, full), group=number) for row in group]
+        blind = [row for row in group if row.method == BLIND]
+        for row in group:
+            gain = gain_kept(row.score, vars(full[0]), vars(blind[0])) if full and blind else None
+            filled.append(dataclasses.replace(row, percent=percent_of(row, full), gain=gain, group=number))
     return filled, group_names([group[0] for group in same.values()])
 
 

@@ -260,7 +260,7 @@ class MeasuredTable:
         """The cell of a row at a budget; None where it cannot run, or there is no such row."""
         if row is None:
             return None
-        index = next(i for i, line in enumerate(self.lines) if line.row is row and line.budget == budget)
+        index = next(i for i, line in enumerate(self.lines) if line.row is row and line.budget in (budget, None))
         return self.cells.get((index, benchmark))
 
     def of_full(self, index: int) -> float | None:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from eval import benchmarks
 from eval.config import TOY_BANNER
 from eval.papers.cells import Cell, MeasuredTable, relative
 from eval.papers.gate import Check, comparable, sentences
@@ -181,7 +182,7 @@ def blocks(found: MeasuredTable, clear: Mapping[int, Collection[str]]) -> list[B
             values = [*(cells[name].value if name in cells else None for name in names), found.of_full(index)]
             rows.append((label(found, index), values))
             # A row that has other tokens than its budget has no rank, nor has the only row of a block.
-            has_rank = len(indices) > 1 and not found.lines[index].mark
+            has_rank = budget is not None and len(indices) > 1 and not found.lines[index].mark
             ranked.append(values if has_rank else [None] * len(values))
             intervals.append([cells[name].interval if name in cells else "" for name in names])
             marked |= {(place, column) for column, name in enumerate(names) if name in clear.get(index, ())}
@@ -389,6 +390,9 @@ def notes_of(
     has_published, cells = any(entry.published for entry in entries), list(found.cells.values())
     notes = [*reported_notes(reported), *table.notes]
     notes += [f"{mark} {MARK_TEXTS[mark]}." for mark in marks_of(found)]
+    for column in found.columns:
+        if known := benchmarks.get(column.benchmark).blind:
+            notes.append(f"{column.title} is mostly answerable without its images: {known}.")
     for index, line in enumerate(found.lines):
         spreads = [f"{cell.column.title} {cell.spread}" for cell in found.row(index).values() if cell.spread]
         if spreads:
@@ -420,8 +424,8 @@ def notes_of(
         if cell.column.metric and cell.metric != cell.column.metric
     }
     notes += [
-        f"n/a: operations of {cell.line.title} at {budget_title(cell.line.budget or 'all')} on {cell.column.title}, "
-        f"counted for {cell.no_flops}."
+        f"n/a: operations of {cell.line.title} at {budget_title(cell.line.budget or cell.line.size)} on "
+        f"{cell.column.title}, counted for {cell.no_flops}."
         for cell in cells
         if cell.no_flops
     ]
@@ -431,7 +435,7 @@ def notes_of(
     zero = [cell.column.title for cell in full.values() if cell.value == 0]
     if zero:
         notes.append(f"Averages are n/a: full scores 0 on {', '.join(zero)}.")
-    runs = {f"{cell.line.title} at {cell.line.budget or 'all'}, {cell.column.title}": cell.stored for cell in cells}
+    runs = {f"{cell.line.title} at {cell.line.size}, {cell.column.title}": cell.stored for cell in cells}
     # A cell that is off its budget has a mark and a note already.
     made = circumstances({name: {**one.result, "off_budget": None} for name, one in runs.items() if one is not None})
     notes += [f"{note[0].upper()}{note[1:]}." for note in made]

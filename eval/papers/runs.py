@@ -26,7 +26,7 @@ from eval.parallel.placement import Placement
 from eval.results.report import hardware
 from eval.run import prepare
 from eval.sweep import UnansweredQuestions, dataset, fill, fill_on_ranks, folder_of, is_complete
-from llava.budget import count_or_ratio
+from llava.budget import BLIND, count_or_ratio
 from llava.errors import UserError
 from llava.model.builder import device_of, load, parse
 from llava.model.llava_arch import Llava
@@ -61,7 +61,7 @@ class RowAtBudget:
     """A row of the table at one budget: a line.
 
     Attributes:
-        budget: as the spec has it; None for the unreduced model.
+        budget: as the spec has it; None for the unreduced model and for the control none.
         run: with the method, budget and options of this line; None if the method cannot run at this budget.
         by_kept: whether the budget counts tokens kept after the pruning layer, not the mean over layers.
         off: whether the image decides how many tokens are kept, and a mean over images misses the budget. Known after
@@ -84,6 +84,11 @@ class RowAtBudget:
         return self.row.title
 
     @property
+    def size(self) -> str:
+        """The budget in words; "all" for the unreduced model and "0" for none."""
+        return "0" if self.row.method == BLIND else str(self.budget or "all")
+
+    @property
     def mark(self) -> str:
         """The sign of a row that has other tokens than its budget, and so is compared with no other; else ""."""
         return KEPT if self.by_kept else IMAGE if self.off else ""
@@ -99,13 +104,17 @@ def columns_of(table: Table, place: Place) -> list[Column]:
 
 
 def lines_of(table: Table, run: RunConfig, model: Llava) -> list[RowAtBudget]:
-    """The unreduced model, then every row at every budget.
+    """The unreduced model, the control none if it has a row, then every other row at every budget.
 
     Args:
         run: of the unreduced model.
     """
     full = RowAtBudget(TableRow(method=FULL), None, run, reducer=build_reducer(run, model.visual_tokens))
-    return [full, *(line_of(row, budget, run, model) for budget in table.budgets for row in table.rows)]
+    blind = [row for row in table.rows if row.method == BLIND]
+    own = dataclasses.replace(run, method=BLIND)
+    controls = [RowAtBudget(row, None, own, reducer=build_reducer(own, model.visual_tokens)) for row in blind]
+    rows = [row for row in table.rows if row not in blind]
+    return [full, *controls, *(line_of(row, budget, run, model) for budget in table.budgets for row in rows)]
 
 
 def line_of(row: TableRow, budget: Budget, run: RunConfig, model: Llava) -> RowAtBudget:

@@ -1,5 +1,6 @@
 """The further tables of a page: costs, statistics over the benchmarks, and paired tests between methods."""
 
+import math
 from collections.abc import Iterable, Mapping
 
 from eval.papers.cells import Cell, MeasuredTable
@@ -18,8 +19,10 @@ from eval.results.statistics import (
     rounded,
 )
 from eval.statistics.answers import hard_questions, same_answers
+from eval.statistics.gain import gain_kept, no_gain
 from eval.statistics.relative import Scores, relative_mean, tokens_needed
 from eval.tables import csv_numbers, difference_text, score_text
+from llava.budget import BLIND
 from llava.errors import UserError
 
 Times = Mapping[int, Time]
@@ -46,6 +49,7 @@ def sections_of(table: Table, found: MeasuredTable, times: Times, clear: Clear, 
     else:
         sections = [aggregates(found), releases(found), needed(found), against(table, found, clear)]
         sections.append(costs(found, times))
+    sections.append(visual_gain(found))
     return [section for section in sections if section.rows]
 
 
@@ -64,7 +68,7 @@ def costs(found: MeasuredTable, times: Times, scored: bool = False, lines: Itera
         cell, full = found.first(index), found.first(0)
         if cell is None or full is None:
             continue
-        row = [label(found, index), str(found.lines[index].budget or "all"), cell.spread or rounded(cell.tokens)]
+        row = [label(found, index), found.lines[index].size, cell.spread or rounded(cell.tokens)]
         row += [rounded(cell.kv_bytes / 1e6, 2), f"{rounded(full.kv_bytes / cell.kv_bytes, 2)}x"]
         flops = (cell.flops or 0.0, full.flops or 0.0)
         row += [rounded(flops[0] / 1e9, 2), f"{rounded(flops[1] / flops[0], 2)}x"] if all(flops) else ["n/a", "n/a"]
@@ -130,7 +134,7 @@ def aggregates(found: MeasuredTable) -> Section:
     full = found.row(0)
     for index, line in enumerate(found.lines):
         row = found.row(index)
-        if index == 0 or not row:
+        if line.budget is None or not row:
             continue
         pairs = {name: (cell.terms, full[name].terms) for name, cell in row.items()}
         # A row that has other tokens than its budget is not compared with the downsampled image of that budget.
@@ -200,11 +204,40 @@ def hard_text(row: Mapping[str, Cell], full: Mapping[str, Cell], control: Mappin
     return f"{score_text(interval(accuracy_terms(sample_scores, clusters_of(row))))} of {len(sample_scores):,}"
 
 
+def visual_gain(found: MeasuredTable) -> Section:
+    """What of the gain of seeing each line keeps, and the blind score and the floor; no rows without a run of none."""
+    blind = next((found.row(i) for i, line in enumerate(found.lines) if line.row.method == BLIND), {})
+    names, full = [column.benchmark for column in found.columns], found.row(0)
+    rows = [["blind (none): score", "", *(ours_text(blind[name]) if name in blind else "n/a" for name in names)]]
+    runs = [blind[name].stored if name in blind else None for name in names]
+    floors = [(run.result.get("floor") or {}) if run else {} for run in runs]
+    rows.append(["floor: score", "", *("n/a" if one.get("value") is None else rounded(one["value"]) for one in floors)])
+    for index, line in enumerate(found.lines):
+        if line.budget is None or line.mark or not (row := found.row(index)):
+            continue
+        both = [name in row and name in blind for name in names]
+        kept = [
+            gain_kept(row[name].terms, full[name].terms, blind[name].terms) if known else None
+            for name, known in zip(names, both, strict=True)
+        ]
+        texts = ["n/a" if one is None or math.isnan(one.mean) else score_text(one) for one in kept]
+        rows.append([label(found, index), str(line.budget), *texts])
+    reasons = {name: no_gain(full[name].terms, cell.terms) for name, cell in blind.items()}
+    about = (
+        "(method - blind) / (full - blind) in percent, with 95 % intervals; the blind model is the same without any "
+        "visual token. The floor needs no model: guessing among the options, or the usual answer of another split. "
+        "Definitions: docs/statistics.md."
+    ) + left_out(found)
+    about += "".join(f" {c.title}: {reasons[c.benchmark]}." for c in found.columns if reasons.get(c.benchmark))
+    head = ["method", "budget", *(column.title for column in found.columns)]
+    return Section("Visual gain kept", about, head, rows if blind else [])
+
+
 def needed(found: MeasuredTable) -> Section:
     """For each benchmark, the smallest budget at which a method is shown to keep 99 % of the unreduced score."""
     by_method: dict[str, dict[int, int]] = {}
     for index, line in enumerate(found.lines):
-        if index and found.row(index) and not line.mark:
+        if line.budget is not None and found.row(index) and not line.mark:
             cell = next(iter(found.row(index).values()))
             by_method.setdefault(line.title, {})[round(cell.tokens)] = index
     rows = [

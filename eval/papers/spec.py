@@ -14,7 +14,7 @@ from eval.config import FULL
 from eval.papers import published
 from eval.papers.published import Convention
 from eval.yaml_files import Part, first_problem, read_yaml
-from llava.budget import count_or_ratio
+from llava.budget import BLIND, WITHOUT_BUDGET, count_or_ratio
 from llava.errors import UserError, suggestion, unknown
 from llava.places import PACKAGES
 from llava.reduction import registry
@@ -190,7 +190,7 @@ class Table(Part):
         for row in self.rows:
             if row.method == FULL:
                 raise ValueError("full is always the first row; leave it out of rows")
-            registry.build(row.method, 1, dict(row.options))
+            registry.build(row.method, None if row.method == BLIND else 1, dict(row.options))
         keys = [(row.method, tuple(sorted(row.options.items()))) for row in self.rows]
         if self.kind == "overview" and len(self.columns) > 1:
             raise ValueError("an overview is of one benchmark; leave one under columns")
@@ -244,7 +244,7 @@ def resolved(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         entries: list[Any] = []
         for part in parts:
             if part == "all" and key == "rows":
-                entries += [{"method": method} for method in registry.names() if method != FULL]
+                entries += [{"method": method} for method in registry.names() if method not in WITHOUT_BUDGET]
             elif isinstance(part, str):
                 places = [folder / part, LISTS / Path(part).name]
                 file = next((place for place in places if place.suffix == ".yaml" and place.is_file()), None)

@@ -14,7 +14,7 @@ from eval.benchmarks.base import Question
 from eval.config import FULL, HALF
 from eval.metrics import Score
 from eval.results.statistics import LEVEL, interval, rounded, terms_of
-from llava.budget import RETENTION_RATIO, budget_text
+from llava.budget import BLIND, RETENTION_RATIO, budget_text
 from llava.errors import UserError
 
 LOWER_IS_BETTER = {"distribution"}
@@ -76,20 +76,57 @@ def percent_of_full(result: Mapping[str, Any], output: Path) -> float | None:
 
 def full_score(result: Mapping[str, Any], output: Path) -> float | None:
     """Main score of a run of `full` on the same questions and images under the same settings; None if there is none."""
-    if result["method"] == FULL:
-        return main_score(result)
+    found = beside(result, output, FULL)
+    return None if found is None else main_score(found)
+
+
+def beside(result: Mapping[str, Any], output: Path, control: str) -> Mapping[str, Any] | None:
+    """The result of `full` or `none` on the same questions and images under the same settings, next to a run.
+
+    Args:
+        output: the run's folder; the folders next to it are searched.
+    """
+    if result["method"] == control:
+        return result
     folder = output.resolve()
     run = folder.parent if PARTIAL.fullmatch(folder.name) else folder  # results of the first questions are in limitN/
-    found = [*run.parent.glob("*/result.json"), *run.parent.glob("*/limit*/result.json")]
-    # Folders of `full` usually have it in their name; they are tried first, as a sweep has hundreds of others.
-    for path in sorted(found, key=lambda path: (not path.relative_to(run.parent).parts[0].startswith(FULL), path)):
+    # Folders of `full` usually have it in their name; they are tried first, as a sweep has hundreds of others. Those of
+    # `none`, which few sweeps have, always do.
+    names = "*" if control == FULL else f"{control}-*"
+    found = [*run.parent.glob(f"{names}/result.json"), *run.parent.glob(f"{names}/limit*/result.json")]
+    for path in sorted(found, key=lambda path: (not path.relative_to(run.parent).parts[0].startswith(control), path)):
         try:
             other = read_result(path.parent)
         except UserError:
             continue  # the run that a damaged file belongs to reports it
-        if other.get("method") == FULL and joint(other) == joint(result):
-            return main_score(other)
+        if other.get("method") == control and joint(other) == joint(result):
+            return other
     return None
+
+
+def gain_beside(result: Mapping[str, Any], output: Path) -> float | None:
+    """`gain_kept` of a run, from the results of `full` and `none` next to it; None without them."""
+    blind = beside(result, output, BLIND)
+    full = None if blind is None else beside(result, output, FULL)
+    if blind is None or full is None:
+        return None
+    ends = [{"score": main_score(one), **(interval_of(one) or {"low": None, "high": None})} for one in (full, blind)]
+    return gain_kept(main_score(result), *ends)
+
+
+def gain_kept(score: float | None, full: Mapping[str, Any], blind: Mapping[str, Any]) -> float | None:
+    """What of the visual gain a score keeps, in percent; None unless full is clearly above blind.
+
+    Single answers are not looked at, so here the intervals of full and blind must lie apart; `vtr stats` tests the
+    difference, and gives an interval.
+
+    Args:
+        full, blind: "score", and "low" and "high", the ends of its interval, which may be None.
+    """
+    low, high = full["low"], blind["high"]
+    if score is None or low is None or high is None or low <= high:
+        return None
+    return 100 * (score - float(blind["score"])) / (float(full["score"]) - float(blind["score"]))
 
 
 def operations_of(result: Mapping[str, Any]) -> float | None:

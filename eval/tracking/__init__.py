@@ -356,6 +356,7 @@ class Tracker:
             | {name: value for name, value in short.items() if value is not None}
             | {"sentence": result["sentence"], "commit": result["commit"]}
             | {"tokens": report.tokens_text(result["accounting"])}
+            | ({} if (gain := report.gain_beside(result, self._output)) is None else {"visual_gain_kept": gain})
             | {"off_budget": result["off_budget"]["remark"] if result["off_budget"] else ""}
         )
         tags = [tag for tag in run.tags or () if tag != OFF_BUDGET]  # the tag may come from fewer questions

@@ -42,6 +42,8 @@ def data_sections() -> str:
         lines = [f"### {benchmark.name}", "", benchmark.summary]
         if benchmark.published:
             lines.append(f"Published: {benchmark.published} ({benchmark.published_by}).")
+        if benchmark.blind:
+            lines.append(f"Mostly answerable without its images: {benchmark.blind}.")
         about = f"Profiles: {', '.join(benchmark.profiles)}. Splits: {', '.join(benchmark.splits)}."
         lines += [f"{about} Licence: {benchmark.licence}.", ""]
         sources: dict[str, list[str]] = {}  # files of one source stand in one line
