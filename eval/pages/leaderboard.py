@@ -118,6 +118,11 @@ class Ranking:
     rows: list[Row]
 
     @property
+    def heads(self) -> list[str]:
+        """The columns in which a row says something."""
+        return [head for head in HEADS if any(row.cells.get(head) for row in self.rows)]
+
+    @property
     def title(self) -> str:
         return f"{self.board.data.title}, {self.size} tokens"
 
@@ -263,7 +268,7 @@ def references(board: Board) -> list[Row]:
     accounting, main = board.result["accounting"], board.full.score.main
     full = interval(board.full.terms)
     tokens = accounting["mean_tokens_per_layer"]
-    cells = {"method": FULL, "score": score_cell(full), "of full": "100.0", "tokens entering": rounded(tokens)}
+    cells = {"rank": "–", "method": FULL, "score": score_cell(full), "of full": "100.0", "tokens entering": rounded(tokens)}
     cells |= {"cost ratio": "1.00", "badge": "reference"}
     numbers = {"score": board.full.score.values[main], "of full": 100.0, "tokens entering": tokens, "cost ratio": 1.0}
     rows = [Row(cells, None, None, full, {}, numbers, "reference")]
@@ -314,12 +319,12 @@ def score_cell(found: Interval) -> str:
 
 
 def cost_ratio(entry: Entry, board: Board) -> tuple[float | None, str]:
-    """Cost in shares of full's, and what was counted; None for an entry whose cost nobody here has seen."""
+    """Cost as a share of full's; None for an entry whose cost nobody here has seen. And a note, if no operations."""
     if not entry.result:
-        return None, "not measured here"
+        return None, ""
     own, full = operations_of(entry.result), operations_of(board.result)
     if own and full:
-        return own / full, "operations up to the first token"
+        return own / full, ""
     own, full = (((one.get("timing") or {}).get("ttft") or {}).get("median_ms") for one in (entry.result, board.result))
     if own and full and entry.result.get("conditions") == board.result.get("conditions"):
         return own / full, "measured time to the first token"
@@ -336,16 +341,15 @@ def register_of(entry: Entry) -> tuple[str, str]:
         method = registry.method(entry.method)
     except UserError:
         return "not known", ""
-    words, clauses = [], []
-    if any(name.split("__")[-1] == "seed" for name in options_of(method)):
-        words.append("seeded")
-    kinds = {"random": "release draws", "batch": "release: batch", "order": "release: order"}
-    for part in method.parts or (method,):
-        for name, word in kinds.items():
-            if clause := getattr(part.metadata.release, name, ""):
-                words.append(word)
-                clauses.append(clause)
-    return ", ".join(words) or "none", "; ".join(clauses)
+    seeded = any(name.split("__")[-1] == "seed" for name in options_of(method))
+    clauses = {
+        word: clause
+        for part in method.parts or (method,)
+        for name, word in {"random": "draws", "batch": "batch", "order": "order"}.items()
+        if (clause := getattr(part.metadata.release, name, ""))
+    }
+    words = [*(["seed"] if seeded else []), *([f"release: {', '.join(clauses)}"] if clauses else [])]
+    return ", ".join(words) or "none", "; ".join(clauses.values())
 
 
 def visual_gain(entry: Entry, board: Board) -> tuple[str, str]:
@@ -440,8 +444,7 @@ def page(models: Sequence[Model], left_out: Sequence[str], output: Path, made_by
             style=asset("style.css") + asset("leaderboard.css"),
             script=asset("sort.js"),
             models=models,
-            heads=HEADS,
-            left_out=left_out,
+                left_out=left_out,
             link=link,
             code=lambda entry: hash_of_code(entry.result),
             web=lambda text: text if re.match(r"https?://", text) else "",
