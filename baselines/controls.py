@@ -1,4 +1,4 @@
-"""The controls: all tokens, tokens drawn at random, an even grid of tokens, and a smaller image.
+"""The controls: all tokens, none, tokens drawn at random, an even grid of tokens, and a smaller image.
 
 Paper: none, these are controls.
 Official code read: none.
@@ -41,6 +41,29 @@ class Full(Reducer):
             raise UserError(
                 f"full keeps all {spec.visual_tokens} visual tokens, got budget {self.budget}; leave the budget out."
             )
+
+
+@register("none")
+@dataclass(frozen=True, kw_only=True)
+class Blind(Reducer):
+    """The model answers from the text: what it gets right so needs no image.
+
+    The prompt is that of a question with its image, template included; only the image's place in it is empty.
+    Positions count what is there, so the logits are those of the same text without an image. With the positions of the
+    unreduced prompt half of the toy model's answers are others. That is another control, so there is no option.
+    """
+
+    summary: ClassVar[str] = "no visual token: what is answered without seeing the image"
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(acts="before the tower", rest="all dropped")
+    blind: ClassVar[bool] = True
+
+    budget: int = 0
+    positions: str = option("renumber", "position ids as in a prompt of text alone", ("renumber",))
+    tile_budget: str = option("each", "no tile has tokens", ("each",))
+    newlines: str = option("drop", "newline tokens are dropped", ("drop",))
+
+    def check(self, spec: ModelSpec) -> None:
+        """Nothing depends on the model."""
 
 
 @register("random")

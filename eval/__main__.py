@@ -30,7 +30,7 @@ from eval.config import (
 )
 from eval.parallel import placement
 from eval.parallel.launch import launch
-from llava.budget import RETENTION_RATIO, count_or_ratio
+from llava.budget import BLIND, RETENTION_RATIO, WITHOUT_BUDGET, count_or_ratio
 from llava.errors import UserError
 
 # Exit code of a run that has a result, but not for all questions.
@@ -65,7 +65,7 @@ def parser() -> Parser:
         "--budget",
         type=value(sizes),
         help="visual tokens to keep per image, or the ratio of each image's, as 1/9 or 0.111, or several separated by "
-        "commas; not needed for 'full'",
+        "commas; not needed for 'full' and 'none'",
     )
     p.add_argument("--set", action="append", default=[], metavar="[METHOD.]KEY=VALUE", help="option of the method")
     p.add_argument(
@@ -174,19 +174,19 @@ def evaluate(args: argparse.Namespace, words: Sequence[str]) -> int:
 
 
 def configurations(args: argparse.Namespace) -> list[RunConfig]:
-    """Flags to checked configurations of every benchmark, method and budget; `full` is first, and once, in each."""
+    """Flags to checked configurations of every benchmark, method and budget; `full` and `none` come first, and once."""
     if args.json and not args.dry_run:
         raise UserError("--json goes with --dry-run; a run writes result.json to its output folder.")
     if not args.method:
         raise UserError("--method is missing; vtr show methods prints those there are.")
-    methods = sorted(args.method, key=lambda name: name != FULL)
+    methods = sorted(args.method, key=lambda name: (name != FULL, name != BLIND))
     budgets = args.budget or [None]
     options = options_by_method(methods, args.set)
     configs = [
         configuration(args, name, method, budget, options[method])
         for name in args.benchmark
         for method in methods
-        for budget in (budgets if method != FULL or len(methods) == len(budgets) == 1 else [None])
+        for budget in (budgets if method not in WITHOUT_BUDGET or len(methods) == len(budgets) == 1 else [None])
     ]
     if args.output and len(configs) > 1:
         raise UserError(f"--output is the folder of one run, and these are {len(configs)}; leave it out.")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval.answers.source_hash import answer_sources, flatten
 from eval.benchmarks.base import Dataset
-from llava.budget import RETENTION_RATIO
+from llava.budget import BLIND, RETENTION_RATIO, WITHOUT_BUDGET
 from llava.errors import UserError, unknown
 from llava.places import ASSETS, PACKAGES
 
@@ -53,7 +53,7 @@ class RunConfig:
     """What the user asked for. Flags of `python -m eval` take their help from here.
 
     Attributes:
-        budget: visual tokens per image; None for the method "full", and where `options` hold a retention ratio.
+        budget: visual tokens per image; None for the methods "full" and "none", and where `options` hold a ratio.
         split: None for the benchmark's default.
         output: None for results/<benchmark>-<split>/<model>/<method>-<budget>.
         batch_size: questions answered at once; default: 8, with --engine vllm 64
@@ -125,7 +125,12 @@ class RunConfig:
             raise UserError(f"{' and '.join(changed)} cannot be used with --engine {self.engine}; leave one out.")
         if self.zero_ranks > 1 and self.zero is None:
             raise UserError(f"--zero-ranks {self.zero_ranks} needs --zero, which says where the weights are kept.")
-        if ratio is None and self.budget is None and self.method != FULL:
+        if self.engine != "own" and self.method == BLIND:
+            raise UserError(
+                f"{BLIND} cannot be used with --engine {self.engine}, which keeps at least one visual token of each "
+                "image; leave --engine out."
+            )
+        if ratio is None and self.budget is None and self.method not in WITHOUT_BUDGET:
             raise UserError(
                 f"Method {self.method} needs --budget: the number of visual tokens to keep (64), or the ratio of each "
                 "image's (1/9)."
@@ -256,7 +261,7 @@ def build_reducer(config: RunConfig, visual_tokens: int | None) -> "Reducer":
         seeds = [field.name for field in dataclasses.fields(method) if field.name.split("__")[-1] == "seed"]
         options = {name: str(config.seed) for name in seeds if name.replace("__", ".") not in options} | options
     budget = config.budget
-    if config.retention_ratio is not None:
+    if config.retention_ratio is not None or method.blind:
         return registry.build(config.method, budget, options, visual_tokens)
     if visual_tokens is not None and config.method == FULL:
         if budget not in (None, visual_tokens):

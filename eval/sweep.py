@@ -26,7 +26,7 @@ from eval.answers.store import ANSWERS, UNLOCKED
 from eval.ask import Job
 from eval.benchmarks.base import Dataset
 from eval.command import exit_on_user_error
-from eval.config import DEFAULT_DATA, FULL, RunConfig, build_reducer, folder_name
+from eval.config import DEFAULT_DATA, RunConfig, build_reducer, folder_name
 from eval.feature_cache import CACHE_BYTES, CachingLlava
 from eval.parallel import placement, ranks
 from eval.parallel.launch import launch
@@ -34,7 +34,7 @@ from eval.parallel.placement import Placement
 from eval.parallel.ranks import Control, Rank
 from eval.results import report
 from eval.run import load_model, prepare, read_questions, run_job
-from llava.budget import budget_text
+from llava.budget import WITHOUT_BUDGET, budget_text
 from llava.errors import UserError
 from llava.model.builder import device_of, load
 from llava.model.llava_arch import Llava
@@ -103,7 +103,7 @@ def check_all(configs: Sequence[RunConfig], check: Callable[[RunConfig], Checked
             found.append(check(config))
         except UserError as error:
             size = budget_text(config.budget, config.retention_ratio)
-            at = f" at {size}" if config.method != FULL else ""
+            at = f" at {size}" if config.method not in WITHOUT_BUDGET else ""
             refused.append(f"{config.benchmark}, {config.method}{at}: {error}")
     if refused:
         raise UserError("\n".join(["Nothing was run, because this cannot be:", *refused]))

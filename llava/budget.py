@@ -7,6 +7,9 @@ from fractions import Fraction
 from typing import Any
 
 RETENTION_RATIO = "retention_ratio"
+# The controls that have no budget to choose: one keeps every visual token, the other (blind) none.
+FULL, BLIND = "full", "none"
+WITHOUT_BUDGET = (FULL, BLIND)
 COUNT = re.compile(r"[0-9]{1,9}")
 RATIO = re.compile(r"(?P<above>[0-9]{1,9})/(?P<below>[0-9]{1,9})|[0-9]*\.[0-9]+(e-[0-9]+)?")
 

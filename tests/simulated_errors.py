@@ -1,6 +1,8 @@
 """How often intervals cover and tests err in simulated answer files: the tables of docs/statistics.md.
 
-python -m tests.simulated_errors {intervals,differences,averages,shares} [TRIALS]   (scripts/bench/coverage.sh runs all)
+python -m tests.simulated_errors {intervals,differences,averages,gains,shares,gain_shares} [TRIALS]
+
+scripts/bench/coverage.sh runs all.
 """
 
 import math
@@ -13,6 +15,7 @@ from scipy import stats
 from eval.metrics import SufficientStatistics, divide
 from eval.results.statistics import Interval, compare, interval
 from eval.statistics import relative
+from eval.statistics.gain import gain_kept, mixture
 from eval.tables import markdown
 from llava.errors import UserError
 
@@ -113,6 +116,23 @@ def of_average(random, clusters: int, per: int, right: float, together: float):
         return Interval(math.nan, None, None), 100 * KEPT
 
 
+BLIND, SEEN = 0.3, 0.9  # accuracy of the blind model, and share of its gain that a method keeps
+
+
+def of_gain(random, clusters: int, per: int, right: float, together: float):
+    """The interval of one simulated visual gain, and the true value."""
+    found = gain_kept(*three(random, clusters, per, right, together, SEEN))
+    return found, 100 * SEEN
+
+
+def three(random, clusters: int, per: int, right: float, together: float, kept: float):
+    """A method, full and a blind model; the method sees what full sees in this share of the questions, else nothing."""
+    blind = random.random((clusters, per)) < chance(random, clusters, BLIND, together)
+    full = random.random((clusters, per)) < chance(random, clusters, right, together)
+    sees = random.random((clusters, per)) < chance(random, clusters, kept, together)
+    return terms(np.where(sees, full, blind)), terms(full), terms(blind)
+
+
 def coverage(draw, setting, trials: int, seed: int = 5) -> tuple[float, float, float]:
     """Percent of trials without an interval, percent of the intervals that hold the true value, and percent of all
     trials whose interval misses it."""
@@ -172,11 +192,30 @@ def shares(trials: int) -> str:
     return markdown(HEADER, rows)
 
 
+def gain_shares(trials: int, seed: int = 7) -> str:
+    """Table: percent of trials that pass the test of a share of the visual gain, which is exactly what is kept."""
+    rows = []
+    for clusters, per, together in ((100, 1, 0.0), (300, 1, 0.0), (100, 5, 0.2), (400, 6, 0.2)):
+        for right in (0.6, 0.9):
+            row = [f"{clusters:,} x {per}", f"{100 * right:.0f} %"]
+            for share in (0.5, 0.9, 0.99):
+                random, passed = np.random.default_rng(seed), 0
+                for trial in range(trials):
+                    method, full, blind = three(random, clusters, per, right, together, share)
+                    found = relative.pair(method, mixture(full, blind, share))
+                    passed += relative.p_value(found, 1.0, RESAMPLES, trial) <= LEVEL
+                row.append(f"{100 * passed / trials:.1f} %")
+            rows.append(row)
+    return markdown(("images x questions", "full", "50 %", "90 %", "99 %"), rows)
+
+
 TABLES = {
     "intervals": (partial(coverages, of_score), 10_000),
     "differences": (partial(coverages, of_difference), 1000),
     "averages": (partial(coverages, of_average), 1000),
+    "gains": (partial(coverages, of_gain), 1000),
     "shares": (shares, 2000),
+    "gain_shares": (gain_shares, 1000),
 }
 
 if __name__ == "__main__":

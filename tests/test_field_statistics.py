@@ -1,17 +1,24 @@
 """Tokens needed, hard questions, loyalty and averages, each against its definition."""
 
 import math
+import re
+from collections import Counter
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from eval import benchmarks
 from eval.metrics import SufficientStatistics
+from eval.statistics import gain
 from eval.statistics.answers import hard_questions, loyalty, plain
 from eval.statistics.relative import lower_bound, p_value, pair, relative_mean
 from eval.statistics.relative import tokens_needed as needed
 from llava.errors import UserError
-from tests.simulated_errors import chance, f1_terms, simulated, terms
+from llava.places import ASSETS as BUNDLED
+from tests.simulated_errors import chance, coverage, f1_terms, of_gain, simulated, terms, three
+
+ASSETS = BUNDLED / "eval"
 
 
 def lost(count: int, of: int) -> SufficientStatistics:
@@ -121,6 +128,117 @@ def test_tokens_needed_refuses_what_cannot_be_tested():
             needed(full, by_budget)
     with pytest.raises(UserError, match="share should be"):
         needed(lost(1, 9), {8: lost(1, 9)}, share=99)
+
+
+# -- visual gain -----------------------------------------------------------------------------------------------------
+
+
+def test_gain_is_that_of_the_definition():
+    """Its interval is near that of images drawn by hand, the same for all three."""
+    random, values = np.random.default_rng(3), []
+    scores = three(random, 80, 3, 0.9, 0.2, 0.7)
+    m, f, b = (one.sums[:, 0] for one in scores)
+    for _ in range(3000):
+        rows = random.integers(80, size=80)
+        values.append(100 * (m[rows].sum() - b[rows].sum()) / (f[rows].sum() - b[rows].sum()))
+    found = gain.gain_kept(*scores)
+    assert found.mean == pytest.approx(100 * (m.sum() - b.sum()) / (f.sum() - b.sum()))
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(values, (0.025, 0.975))), abs=1.2)
+    # The delta method, by differences: how far one image of each kind moves the ratio.
+    weights = np.ones(80) + 1e-6 * np.eye(80)
+    moves = (100 * (weights @ (m - b)) / (weights @ (f - b)) - found.mean) / 1e-6
+    spread = (np.var(moves, ddof=1) * 80) ** 0.5
+    few = np.sum(np.square(moves)) ** 2 / np.sum(np.power(moves, 4))
+    assert found.high - found.mean == pytest.approx(stats.t.ppf(0.975, 2 / (1 / few - 1 / 80)) * spread, rel=1e-3)
+
+
+def test_full_keeps_all_of_the_gain_and_blind_none():
+    method, full, blind = three(np.random.default_rng(1), 40, 2, 0.9, 0.2, 0.5)
+    assert [gain.gain_kept(one, full, blind).mean for one in (full, blind)] == [pytest.approx(100), pytest.approx(0)]
+    assert gain.gain_kept(full, full, blind).method == "n/a: every image keeps the same share"
+    assert gain.gain_kept(method, full, blind).low is not None
+
+
+def test_there_is_no_gain_to_keep_unless_full_is_shown_to_be_above_blind():
+    method, full, blind = three(np.random.default_rng(1), 40, 2, 0.9, 0.2, 0.5)
+    few = [terms(one.sums[:19, :1] > 0) for one in (method, full, blind)]
+    for scores, reason in (
+        ((method, full, full), r"n/a: full is not shown to be above blind \(p 1\)"),
+        ((method, blind, full), "n/a: full is not shown to be above blind"),
+        (few, "n/a: 19 images, needs 20"),
+    ):
+        found = gain.gain_kept(*scores)
+        assert math.isnan(found.mean) and found.low is None and re.match(reason, found.method), found
+    with pytest.raises(UserError, match="same questions"):
+        gain.mixture(full, few[2], 0.5)
+
+
+def test_the_test_of_a_share_looks_at_the_three_scores_together():
+    """The score is m - s f - (1 - s) b; for a score that is no proportion it is put together from both."""
+    method, full, blind = three(np.random.default_rng(4), 60, 3, 0.9, 0.2, 0.9)
+    m, f, b = (one.sums[:, 0].sum() / 1.8 for one in (method, full, blind))
+    for share in (0.25, 0.9, 1.2):
+        mixed = gain.mixture(full, blind, share)
+        assert float(mixed.value(mixed.sums.sum(0))) == pytest.approx(share * f + (1 - share) * b)
+    record = gain.blind_record(["x"], {"x": {64: method, 448: full}}, full, blind, 0.5, None)
+    assert record["gain_needed"]["x"]["text"] == "64" and m - 0.5 * f - 0.5 * b > 0
+    assert p_value(pair(method, gain.mixture(full, blind, 0.5)), 1.0) < 0.01
+    assert p_value(pair(method, gain.mixture(full, blind, 0.99)), 1.0) > 0.5
+    actual = np.arange(240) % 2 == 0
+    flips = [np.random.default_rng(i).random(240) < wrong for i, wrong in enumerate((0.2, 0.1, 0.5))]
+    method, full, blind = (f1_terms(actual ^ flip, actual) for flip in flips)
+    mixed = gain.mixture(full, blind, 0.3)
+    both = [float(one.value(one.sums.sum(0))) for one in (full, blind)]
+    assert float(mixed.value(mixed.sums.sum(0))) == pytest.approx(0.3 * both[0] + 0.7 * both[1])
+    found = gain.gain_kept(method, full, blind)
+    assert found.mean == pytest.approx(100 * (f1_of(method) - both[1]) / (both[0] - both[1])) and found.low is not None
+
+
+def f1_of(one) -> float:
+    return float(one.value(one.sums.sum(0)))
+
+
+@pytest.mark.parametrize("setting", [(30, 5, 0.9, 0.2), (100, 1, 0.6, 0.0)])
+def test_intervals_of_gains_cover(setting):
+    """docs/statistics.md has 1,000 trials of more settings (tests/simulated_errors.py)."""
+    withheld, covered, _ = coverage(of_gain, setting, 200)
+    assert covered > 90 and withheld < 60
+
+
+# -- the floor
+
+
+@pytest.mark.parametrize(
+    ("text", "letters"),
+    [
+        ("Which?\nA. red\nB. blue\nC. green", "ABC"),
+        ("Which?\n(A) red\n(B) blue\n", "AB"),
+        ("Which?\nOptions: A: red, B: blue, C: no, D: none", "ABCD"),
+        ("Is A. Lincoln there?", ""),
+        ("What is in B. and A. of it?", ""),
+    ],
+)
+def test_options_are_read_from_the_question(text, letters):
+    assert gain.options_of(text) == tuple(letters)
+
+
+def test_the_floor_of_choices_is_guessing_and_that_of_open_questions_the_usual_answer_elsewhere():
+    def floor(name, split, limit=None):
+        data = benchmarks.get(name).load(ASSETS, split)
+        asked = [question.id for question in data.questions[:limit]]
+        return gain.floor_of(data, asked, ASSETS, split, None)
+
+    assert floor("ai2d", "test") == gain.Floor(25, "1 / options")
+    assert floor("mmmu", "validation").how == "1 / options; 12 of 60 questions list none and count as 0"
+    # Every rotation has to be right; and MME's points are 50 for the answers and 25 for the pairs of a task.
+    assert 0 < floor("mmbench", "dev").value < 8 and floor("mme", "test").value == pytest.approx(750, abs=15)
+    open_ = floor("gqa", "testdev", 300)
+    assert open_.how == "the most frequent answer to such questions in the split val"
+    own, other = (benchmarks.get("gqa").load(ASSETS, split).questions for split in ("testdev", "val"))
+    usual = {one.kind: Counter(q.answer for q in other if q.kind == one.kind).most_common(1) for one in own[:300]}
+    right = sum(bool(usual[one.kind]) and usual[one.kind][0][0] == one.answer for one in own[:300])
+    assert open_.value == pytest.approx(right / 3) and right > 30
+    assert floor("chartqa", "test") == gain.Floor(None, gain.NO_OTHER_SPLIT)
 
 
 # -- hard questions --------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ class Question:
         answer: the reference, for tables.
         official: the benchmark's own id, where that is not unique or not a string.
         about: what questions about the same image share, where the images' names do not say it.
+        kind: the kind of question by which the usual answer differs; "" where the data does not say.
     """
 
     id: str
@@ -49,6 +50,7 @@ class Question:
     answer: str
     official: str = ""
     about: str = ""
+    kind: str = ""
 
     @property
     def image(self) -> str:

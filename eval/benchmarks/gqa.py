@@ -138,15 +138,16 @@ def read_official(official: Path, split: str) -> tuple[Contents[Official], froze
         files.insert(0, prompts)
         balanced = [name for name, record in records.items() if record["isBalanced"]]
         for name, prompt in prompts_by_id(prompts, official, records, balanced):
-            answer = records[name]["answer"]
-            questions.append(Question(name, prompt.question, prompt.suffix, (prompt.image,), answer))
+            answer, kind = records[name]["answer"], records[name]["types"]["detailed"]
+            questions.append(Question(name, prompt.question, prompt.suffix, (prompt.image,), answer, kind=kind))
     else:
         for name, record in records.items():
             # GQA ships .jpg; a lossless set may use .png.
             image, lossless = image_name(f"{record['imageId']}.jpg", str(official)), f"{record['imageId']}.png"
             if not (images / image).exists() and (images / lossless).exists():
                 image = lossless
-            questions.append(Question(name, record["question"], SHORT, (image,), record["answer"]))
+            kind = record["types"]["detailed"]
+            questions.append(Question(name, record["question"], SHORT, (image,), record["answer"], kind=kind))
     choices_file, all_file = folder / f"{split}_choices.json", folder / f"{split}_all_questions.json"
     choices = check_map(choices_file, Choices) if is_file(choices_file) else None
     everything = check_map(all_file, Entailed) if is_file(all_file) else None

@@ -236,7 +236,8 @@ class Estimate:
         parts, work = self.whole.device, self.operations
         decoder = parts["decoder"] + parts["head"]
         # A stage computes its products and reads its weights once; the slower of the two bounds it.
-        vision = max(work["vision"] / rate, (parts["vision tower"] + parts["projector"]) / bandwidth)
+        read = (parts["vision tower"] + parts["projector"]) / bandwidth
+        vision = max(work["vision"] / rate, read) if work["vision"] else 0.0
         read = max(decoder / bandwidth, sum(self.weights.host.values()) / self.rates.bus)
         prefill = max(work["prefill"] / rate, read)
         step = max(work["step"] / rate, read + self.kv(self.reducer, 0, most=False) / bandwidth)
@@ -545,7 +546,8 @@ def workload(
 ) -> Workload:
     """Prompts and images of evenly spaced questions, the length of their reference answers, and passes of the tower.
 
-    If features are remembered, the tower sees an image once; otherwise once for every batch that asks about it.
+    If features are remembered, the tower sees an image once; otherwise once for every batch that asks about it. For the
+    control `none` it sees nothing.
     """
     chosen = sampled(data, planned)
     shapes = tuple(shape_of(model, data, question) for question in chosen)
@@ -556,6 +558,8 @@ def workload(
     kept = can_remember(model) and reducer.acts_in.isdisjoint(("tower", "input_grid"))
     batches = [planned] if kept else chunks(asking_order(planned, planned, model), batch_size)
     passes = sum(len({name for question in batch for name in question.images}) for batch in batches)
+    if reducer.blind:
+        passes, kept = 0, False
     return Workload(shapes, steps, len(planned), passes, kept)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from eval.config import FULL, options_by_method
+from llava.budget import BLIND
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
 from llava.reduction import registry
@@ -188,7 +189,7 @@ def reducers_of(
     """
     rows = {}
     everything = list(names) == ["all"]
-    for name in registry.names() if everything else names:
+    for name in [one for one in registry.names() if one != BLIND] if everything else names:
         reducer = registry.build(name, model.visual_tokens if name == FULL else budget, options.get(name, {}))
         try:
             require(reducer, model.spec)

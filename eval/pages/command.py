@@ -19,6 +19,7 @@ from eval.__main__ import names, sizes
 from eval.benchmarks.llava_files import SHORT
 from eval.command import Parser, exit_on_user_error, make_parser, value
 from eval.config import DEFAULT_MODEL, FULL, count, options_by_method, pairs, path_name
+from llava.budget import BLIND, WITHOUT_BUDGET
 from llava.errors import UserError, optional_imports
 from llava.places import ASSETS
 
@@ -72,10 +73,12 @@ def gallery(arguments: Sequence[str] | None = None) -> int:
 
     methods = args.methods
     if methods == ["all"]:  # the methods of this repository's papers come first
-        methods = [*SHOWN, *(name for name in registry.names() if name not in (*SHOWN, FULL))]
+        methods = [*SHOWN, *(name for name in registry.names() if name not in (*SHOWN, *WITHOUT_BUDGET))]
     if FULL in methods:
         methods.remove(FULL)
         print(f"{FULL} is on every page, as the card “all tokens”; it has no budgets.", file=sys.stderr)
+    if BLIND in methods:
+        raise UserError(f"{BLIND} keeps no visual token that could be shown; leave it out of --methods.")
     if not methods:
         raise UserError(f"--methods names no method to show beside {FULL}; see vtr show methods.")
     options = options_by_method(methods, args.set)

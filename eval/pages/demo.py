@@ -21,7 +21,7 @@ from eval.config import DEFAULT_DATA, FULL, TOY_BANNER, is_toy
 from eval.figures.overlay import draw_answer
 from eval.pages import asset, environment
 from eval.results.report import hardware
-from llava.budget import RETENTION_RATIO
+from llava.budget import RETENTION_RATIO, WITHOUT_BUDGET
 from llava.errors import MethodError, UserError, is_out_of_memory, release_memory
 from llava.model.llava_arch import Llava
 from llava.pipeline.accounting import Answer
@@ -255,7 +255,7 @@ CSS = asset("demo.css")
 
 def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
     """The page of one loaded model; it opens with the first example, answered."""
-    summaries = {name: registry.method(name).summary for name in registry.names() if name != FULL}
+    summaries = {name: registry.method(name).summary for name in registry.names() if name not in WITHOUT_BUDGET}
     budget_at_first = min(BUDGET, model.visual_tokens)
     example, compared = examples[0] if examples else None, None
     if example:

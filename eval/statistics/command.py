@@ -1,6 +1,7 @@
 """Statistics of finished runs compared with the full model: percent of full, loyalty, hard questions, tokens needed.
 
-vtr stats FOLDER_OF_FULL FOLDER...      # several budgets of a method, and of downsample for the hard questions
+vtr stats FOLDER_OF_FULL FOLDER...      # several budgets of a method, of downsample for the hard questions, and none
+                                        # for the visual gain
 
 The folders are output folders of `vtr eval`, all of one benchmark. docs/statistics.md defines every number.
 """
@@ -30,9 +31,10 @@ from eval.metrics import Score, SufficientStatistics
 from eval.results.report import circumstances
 from eval.results.statistics import Interval, interval, p_text, rounded, terms_of
 from eval.statistics.answers import accuracy_on, hard_questions, loyalty, plain, sample_scores
+from eval.statistics.gain import Floor, blind_record, floor_of, gain_lines, gains
 from eval.statistics.relative import LEVEL, SHARE, tokens_needed
 from eval.tables import markdown, score_text
-from llava.budget import RETENTION_RATIO
+from llava.budget import BLIND, RETENTION_RATIO
 from llava.errors import UserError
 
 DOWNSAMPLE = "downsample"
@@ -113,21 +115,30 @@ def by_method(runs: list[Run]) -> dict[str, dict[int, Run]]:
     return found
 
 
-def statistics_of(full: Run, runs: list[Run], data: Dataset, share: float) -> Any:
-    """All statistics of the runs in JSON types: one row per run, and the tokens needed by method."""
+def statistics_of(full: Run, runs: list[Run], data: Dataset, share: float, floor: Floor | None = None) -> Any:
+    """All statistics of the runs in JSON types: one row per run, and the tokens needed by method.
+
+    Args:
+        floor: of the questions, if there is a run of none.
+    """
     first: dict[str, Run] = {}
     for run in runs:
         check_joint(full.stored, run.stored)
         check_joint(first.setdefault(run.method, run).stored, run.stored)
     methods = by_method(runs)
     controls = {run.budget: run for run in runs if run.method == DOWNSAMPLE}
+    terms = {label: {budget: run.terms for budget, run in budgets.items()} for label, budgets in methods.items()}
+    blind = next((run for run in runs if run.method == BLIND), None)
+    kept = {} if blind is None else gains(terms, full.terms, blind.terms)
     rows, needed = [], {}
     for label, budgets in methods.items():
-        found = tokens_needed(full.terms, {budget: run.terms for budget, run in budgets.items()}, share)
-        needed[label] = dataclasses.asdict(found) | {"text": found.text}
+        found = tokens_needed(full.terms, terms[label], share)
+        if label != BLIND:
+            needed[label] = dataclasses.asdict(found) | {"text": found.text}
         for budget, test in found.tests.items():
             row = row_of(budgets[budget], full, controls.get(budget), data)
-            rows.append({"method": label, "budget": budget, **row, "test": dataclasses.asdict(test)})
+            gain = plain_interval(kept[label][budget]) if kept else None
+            rows.append({"method": label, "budget": budget, **row, "gain": gain, "test": dataclasses.asdict(test)})
     return {
         "title": data.title,
         "main": full.score.main,
@@ -138,6 +149,7 @@ def statistics_of(full: Run, runs: list[Run], data: Dataset, share: float) -> An
         "full": plain_interval(interval(full.terms)),
         "rows": rows,
         "tokens_needed": needed,
+        "blind": None if blind is None else blind_record(needed, terms, full.terms, blind.terms, share, floor),
         "notes": circumstances({str(run.folder): run.stored.result for run in (full, *runs)}),
     }
 
@@ -173,12 +185,16 @@ def plain_interval(found: Interval | None) -> dict[str, Any] | None:
 def lines(record: Mapping[str, Any]) -> list[str]:
     """The statistics as a table and sentences."""
     unit = f" {record['unit']}" if record["unit"] else ""
-    header = ["method", "budget", f"{record['main'].replace('_', ' ')}{unit}", "of full (bound)", *COLUMNS.values()]
-    table = [["full", "", cell(record["full"]), "100.0", *[""] * len(COLUMNS)]]
+    # The visual gain of full is 100 and that of none 0, by definition.
+    gain = [] if record["blind"] is None else ["100.0"]
+    header = ["method", "budget", f"{record['main'].replace('_', ' ')}{unit}", "of full (bound)"]
+    header += ["gain kept"] * len(gain) + [*COLUMNS.values()]
+    table = [["full", "", cell(record["full"]), "100.0", *gain, *[""] * len(COLUMNS)]]
     for row in record["rows"]:
         bound = f"{rounded(row['test']['of_full'])} (≥ {rounded(row['test']['low'])})"
         known = (cell(row[name], row.get(f"in_{name}")) for name in COLUMNS)
-        table.append([row["method"], f"{row['budget']:,}", cell(row["score"]), bound, *known])
+        gain = [] if row["gain"] is None else ["0.0" if row["method"] == BLIND else cell(row["gain"])]
+        table.append([row["method"], f"{row['budget']:,}", cell(row["score"]), bound, *gain, *known])
     about = f"{record['title']}, {record['questions']:,} questions, {record['clusters']:,} {record['drawn']}s"
     found = [about, "", markdown(header, table), ""]
     for label, needed in record["tokens_needed"].items():
@@ -187,6 +203,7 @@ def lines(record: Mapping[str, Any]) -> list[str]:
             f"{label} needs {needed['text']} tokens to keep {100 * needed['share']:g} % of full (one-sided test at "
             f"{100 * LEVEL:g} %, largest budget first; p by budget: {tests})."
         )
+    found += gain_lines(record["blind"]) if record["blind"] else []
     found += [f"no interval, {name}: {reason}" for name, reason in withheld(record)]
     return found + [f"note: {note}" for note in record["notes"]]
 
@@ -197,6 +214,7 @@ def withheld(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     for row in record["rows"]:
         place = f"{row['method']} at {row['budget']:,}"
         cells += [(f"{place}, {name.replace('_', ' ')}", row[name]) for name in ("score", *COLUMNS)]
+        cells += [(f"{place}, gain kept", row["gain"])] if row["method"] != BLIND else []
     return [
         (name, one["method"].removeprefix("n/a: "))
         for name, one in cells
@@ -231,9 +249,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("runs", type=Path, nargs="+", help="output folders of runs of the same benchmark")
     add_data_flags(p)
     p.add_argument(
-        "--share", type=value(fraction), default=SHARE, help="share of the score of full that tokens needed asks for"
+        "--share",
+        type=value(fraction),
+        default=SHARE,
+        help="share of the score of full, and of the visual gain, that tokens needed asks for",
     )
-    add_json_flag(p, "title, main, unit, questions, clusters, drawn, full, rows, tokens_needed, notes")
+    add_json_flag(p, "title, main, unit, questions, clusters, drawn, full, rows, tokens_needed, blind, notes")
     args = p.parse_args(arguments)
     result = read_result(results_folder(args.full))
     settings, profile = result["settings"], args.profile or result["facts"].get("profile")
@@ -241,7 +262,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     full = read_run(args.full, data, args.judge)
     if full.method != FULL:
         raise UserError(f"The first folder should be a run of {FULL}, got one of {full.method}: {full.folder}.")
-    record = statistics_of(full, [read_run(folder, data, args.judge) for folder in args.runs], data, args.share)
+    runs, floor = [read_run(folder, data, args.judge) for folder in args.runs], None
+    if any(run.method == BLIND for run in runs):
+        floor = floor_of(data, full.texts, Path(args.data), settings["split"], profile)
+    record = statistics_of(full, runs, data, args.share, floor)
     print_record(record, lines(record), args.json)
     return 0
 

@@ -344,11 +344,22 @@ def relative_mean(scores: Scores) -> Interval:
         share = 100 * influences(pairs, value / 100) / full / len(by_name)
         shares.append(share)
         variance += float(pairs.counts @ share**2) * pairs.clusters / (pairs.clusters - 1)
-    error = variance**0.5
-    if error <= NO_SPREAD * max(1.0, abs(mean)):
-        return Interval(mean, None, None, "n/a: every cluster keeps the same share of full")
     counts = np.concatenate([pairs.counts for pairs in by_name.values()])
-    few = deciding(np.concatenate(shares), counts)
+    same = "n/a: every cluster keeps the same share of full"
+    return from_spread(mean, variance**0.5, np.concatenate(shares), counts, same)
+
+
+def from_spread(mean: float, error: float, shares: Array, counts: Array, same: str) -> Interval:
+    """The 95 % interval of a mean or ratio from its standard error, or why there is none.
+
+    Args:
+        shares: of one cluster of each kind in the value.
+        counts: number of clusters of each kind.
+        same: the reason if there is no spread.
+    """
+    if error <= NO_SPREAD * max(1.0, abs(mean)):
+        return Interval(mean, None, None, same)
+    few = deciding(shares, counts)
     if few < FEWEST_DECIDING:
         reason = f"n/a: fewer than {FEWEST_DECIDING} of {counts.sum():,.0f} clusters decide the spread"
         return Interval(mean, None, None, reason)

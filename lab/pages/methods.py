@@ -12,6 +12,7 @@ from pathlib import Path
 
 from eval.command import exit_on_user_error, make_parser
 from eval.tables import insert, left_aligned, markdown
+from llava.budget import WITHOUT_BUDGET
 from llava.errors import UserError
 from llava.hf.reduce import support
 from llava.places import WORK, check_checkout
@@ -60,7 +61,7 @@ def table() -> str:
     rows = []
     for name in registry.names():
         about = registry.method(name).metadata
-        positions = registry.build(name, BUDGETS[0]).positions
+        positions = str(options_of(registry.method(name))["positions"].default)
         unusual = ([] if about.order == "raster" else [about.order]) + [positions] * (positions != "renumber")
         paper = f"[{about.paper}]({about.url})" if about.paper else "control"
         rest = "; ".join([about.rest, *unusual])
@@ -74,9 +75,11 @@ def budgets() -> str:
     """Tokens per layer on LLaVA-1.5-7B and LLaVA-NeXT-7B, of methods that do not have the budget in every layer."""
     rows = []
     for name in registry.names():
+        if name in WITHOUT_BUDGET:
+            continue
         cells = [budget_cell(name, budget) for budget in BUDGETS]
         cells += [budget_cell(name, budget, LLAVA_NEXT_7B) for budget in NEXT_BUDGETS]
-        if name != "full" and cells != [f"{budget}" for budget in (*BUDGETS, *NEXT_BUDGETS)]:
+        if cells != [f"{budget}" for budget in (*BUDGETS, *NEXT_BUDGETS)]:
             rows.append([f"`{name}`", *cells])
     return markdown(["method", *map(str, BUDGETS), *(f"{budget} (NeXT)" for budget in NEXT_BUDGETS)], rows)
 
@@ -85,7 +88,7 @@ def splits() -> str:
     """How methods split their budget over tiles: the default, in brackets the other choices, and the methods."""
     ways: dict[str, list[str]] = {}
     for name in registry.names():
-        if name != "full":
+        if name not in WITHOUT_BUDGET:
             known = options_of(registry.method(name))["tile_budget"]
             others = [choice for choice in known.metadata["choices"] if choice != known.default]
             way = f"`{known.default}`" + (f" ({', '.join(others)})" if others else "")

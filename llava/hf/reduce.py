@@ -30,7 +30,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llava.budget import RETENTION_RATIO
+from llava.budget import BLIND, RETENTION_RATIO, WITHOUT_BUDGET
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError
 from llava.hf.families import FAMILIES, MODALITIES, FamilyWrapper, flat, why_not
@@ -41,11 +41,12 @@ from llava.pipeline.accounting import Record, Timer
 from llava.pipeline.decoder import Segment, causal_mask, rotary_angles
 from llava.pipeline.sequence import ImageKey, PromptBatch
 from llava.pipeline.stages import Stages, embed
+from llava.processing.prompt import Prompt
 from llava.reduction.budget import require
 from llava.reduction.ranking import gather_tokens
 from llava.reduction.reducer import Reducer
 from llava.reduction.registry import build, names
-from llava.reduction.token_layout import ModelSpec, PatchGrid, spec_of, stitched
+from llava.reduction.token_layout import ModelSpec, PatchGrid, TokenLayout, single, spec_of, stitched
 from llava.transformers_names import CACHE, DEEPSTACK, KERNEL, RANKS, CausalLMOutputWithPast, cache_of
 
 
@@ -66,7 +67,8 @@ def reduce(
             also be a wrapper that knows tokenizer and text tower.
         method: a name from `llava.reduction.registry.names`.
         budget: visual tokens per image or video, as a mean over decoder layers, or the ratio of each image's tokens to
-            keep ("1/9", 0.111). Only `full`, and methods that decide from the image how many tokens to keep, need none.
+            keep ("1/9", 0.111). Only `full`, `none` (no visual token), and methods that decide from the image how many
+            tokens to keep, need none.
         questions: the question of each prompt in the calls inside, without template, for methods that read it. Without
             `questions`, all text after the last image is taken as the question, template included. If no text follows
             the last image, the text before it is taken. With a chat template that puts the question before the image,
@@ -92,7 +94,7 @@ def reduce(
         runtime = wrap_model(model, tokenizer, text_tower)
     tokens = runtime.spec.visual_tokens
     has_budget = budget is not None or options.get(RETENTION_RATIO)
-    reducer = build(method, budget if has_budget else tokens, options, tokens)
+    reducer = build(method, budget if has_budget or method == BLIND else tokens, options, tokens)
     if (getattr(runtime.hf_model, RANKS, None) or 1) > 1:
         raise UserError(
             "This model is split by tp_plan, and each rank would rank tokens by its own heads; load it with device_map."
@@ -115,7 +117,7 @@ def reduce(
     require_any(runtime, reducer)
     # A method that decides from the image needs no budget: it plans no number of tokens and keeps no image because of
     # its size.
-    if not (has_budget or method == "full") and (
+    if not (has_budget or method in WITHOUT_BUDGET) and (
         reducer.tokens_per_layer(runtime.spec) is not None or reducer.keeps_all(tokens)
     ):
         raise UserError(
@@ -150,7 +152,8 @@ def support() -> dict[str, dict[str, str]]:
         config = getattr(transformers, container).config_class()
         if family.layers:
             config.get_text_config().layer_types = list(family.layers)
-        table[family.title] = {name: why_not(family, config, build(name, 64)) for name in names()}
+        reducers = (build(name, None if name == BLIND else 64) for name in names())
+        table[family.title] = {reducer.name: why_not(family, config, reducer) for reducer in reducers}
     return table
 
 
@@ -159,7 +162,7 @@ def _why_staged(name: str, spec: ModelSpec) -> str:
     why = ""
     for share in (2, 4, 1):
         try:
-            require(build(name, spec.visual_tokens // share), spec)
+            require(build(name, None if name == BLIND else spec.visual_tokens // share), spec)
             return ""
         except UserError as error:
             why = str(error)
@@ -270,6 +273,8 @@ class FamilyReductionContext(ReductionContext):
         tokens = {name: runtime.token(name) for name in MODALITIES}
         if family.axes:
             self._refuse_axes(given, ids, tokens, copies)
+        if reducer.blind:
+            return self._begin_blind(given, ids, mask.bool(), copies)
         ready, outputs, filled, timer = {}, {}, ids, self.timer or Timer(runtime.device)
         order: Tensor | None = None  # columns of the prompts as methods see them
         for name, pixels in MODALITIES.items():
@@ -323,6 +328,32 @@ class FamilyReductionContext(ReductionContext):
             sequence = self._renumbered(running, sequence)
         stages.start = running.sequence = sequence
         return running
+
+    def _begin_blind(self, given: Mapping[str, Any], ids: Tensor, real: Tensor, copies: int) -> Running:
+        """The prompts without their visual tokens; the encoder does not run. A run of image tokens counts as an image.
+
+        Args:
+            ids, real: [B, L] token ids, and where they are not padding.
+        """
+        runtime, types = self._runtime, given.get(self._runtime.family.types)
+        visual = torch.isin(ids, torch.tensor([runtime.token(name) for name in MODALITIES], device=ids.device))
+        rows = unpadded(ids, real & ~visual)
+        whole = unpadded(ids.masked_fill(visual, IMAGE_TOKEN_INDEX), real)
+        prompts = [Prompt(tuple(row.tolist()), (0, 0), (0, 0), "").without_images() for row in whole]
+        batch = [StockSample(str(number), "", prompt=prompt) for number, prompt in enumerate(prompts)]
+        record, timer = Record([[] for _ in rows], [[] for _ in rows]), self.timer or Timer(runtime.device)
+        stages = Stages(runtime, self.reducer, batch, record, timer)
+        shown: dict[ImageKey, tuple[TokenLayout, None]] = {}
+        for row, own in enumerate(visual.long()):
+            edges = F.pad(own, (1, 1)).diff().nonzero().flatten().tolist()
+            for number, (start, stop) in enumerate(zip(edges[::2], edges[1::2], strict=True)):
+                shown[row, number] = single(1, stop - start), None
+        stages.leave_out(shown)
+        sequence = embed(runtime, self.reducer, prompts, {})
+        if runtime.family.axes:  # text has the same number on all of them
+            sequence = replace(sequence, position=sequence.position[..., None].expand(-1, -1, 3), contiguous=False)
+        kinds = None if types is None else unpadded(types[::copies], real & ~visual)
+        return Running(stages, rows, kinds, [[] for _ in rows], {}, sequence)
 
     def _refuse_axes(self, given: Mapping[str, Any], ids: Tensor, tokens: Mapping[str, int], copies: int) -> None:
         """Raise UserError if arguments that positions with three axes need are missing or do not fit the prompts.
@@ -432,7 +463,7 @@ class FamilyReductionContext(ReductionContext):
             if levels is not None:
                 new.deepstack_features = [like(level, self._shortened(running, token, level)) for level in levels]
             encoded[name] = new
-        return arguments | {"mm_encoder_outputs": encoded}
+        return arguments | ({"mm_encoder_outputs": encoded} if encoded else {})
 
     def _place(self, position: Tensor) -> Tensor:
         """Position ids [B, L] or [B, L, 3], in the form that the model's forward takes."""

@@ -268,6 +268,10 @@ class Llava(LoadedModel):
         """The crops of an image for the tower, pixels [C, 3, S, S], and the layout of the tokens they become."""
         return self.image_processor(image)[None], single(self.layout.rows, self.layout.columns)
 
+    def layout_of(self, image: Any) -> TokenLayout:
+        """The layout of an image's visual tokens without any reduction, which needs no tower."""
+        return self.views(image)[1]
+
     def canvas(self, image: Any) -> Canvas | None:
         """Which part of the area that an image's patches cover is the image, not padding.
 

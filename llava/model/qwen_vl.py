@@ -26,7 +26,7 @@ from llava.model.multimodal_encoder.stock_tower import StockTower
 from llava.processing.image import Grid, QwenImageProcessor, as_rgb
 from llava.reduction.modules import linear_flops, projector_flops
 from llava.reduction.reducer import Reducer
-from llava.reduction.token_layout import WITHOUT_PADDING, Canvas, ModelSpec, PatchGrid, single
+from llava.reduction.token_layout import WITHOUT_PADDING, Canvas, ModelSpec, PatchGrid, TokenLayout, single
 from llava.transformers_names import vision_arguments
 
 if TYPE_CHECKING:
@@ -83,6 +83,10 @@ class QwenVL(Llava):
     def patches(self, images: Sequence[Any]) -> tuple[Tensor, tuple[Grid, ...]]:
         """Flattened patches of all images, one image after another, and the grid of each image."""
         return self.image_processor([as_rgb(image) for image in images])
+
+    def layout_of(self, image: Any) -> TokenLayout:
+        _, ((_, rows, columns),) = self.patches([image])
+        return single(rows // self.image_processor.merge, columns // self.image_processor.merge)
 
     def canvas(self, image: Any) -> Canvas | None:
         return WITHOUT_PADDING

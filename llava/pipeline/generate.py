@@ -193,7 +193,12 @@ def until_decoder(model: Llava, samples: Sequence[Sample], reducer: Reducer, tim
             name = names[sample, number] = asked.image_ids[number] if asked.image_ids else object()
             images.setdefault(name, image)
     # Inside the tower, or between tower and projector, a method reduces the features of an image without its text.
-    if images:
+    if reducer.blind:
+        prompts = [prompt.without_images() for prompt in prompts]
+        layouts = {name: model.layout_of(image) for name, image in images.items()}
+        stages.leave_out({key: (layouts[name], model.canvas(images[name])) for key, name in names.items()})
+        timer.mark("preprocess")
+    elif images:
         # Questions about the same image share one pass of the tower, but each would need it if asked alone.
         passes = model.encode_images(list(images.values()), list(images), reducer, timer)
         encoded, users = dict(zip(images, passes, strict=True)), Counter(names.values())

@@ -189,6 +189,19 @@ class Stages:
         self._project(reduced)
         self.timer.mark("vision")
 
+    def leave_out(self, images: Mapping[ImageKey, tuple[TokenLayout, Canvas | None]]) -> None:
+        """Record images that the model does not see: no token of theirs is kept, and nothing is computed.
+
+        Args:
+            images: the layout and the canvas of each, in the order of the prompts.
+        """
+        for (sample, number), (layout, canvas) in images.items():
+            plan = plan_image(self.reducer, self.model.spec, layout)
+            seen = SeenImage(layout, layout.tokens, plan.tokens, plan.asked, canvas)
+            self.record.images[sample].append(seen)
+            nothing = Reduction(torch.zeros(1, 0, dtype=torch.int64), layout.tokens)
+            self.record.reductions[sample].append(Applied("input", number, nothing, 0))
+
     def _reduce_features(self) -> dict[ImageKey, Features]:
         """Call the method on all images, and return the features of those that it reduces, after the reduction."""
         reduced: dict[ImageKey, Features] = {}

@@ -75,6 +75,18 @@ class Prompt:
     instruction: tuple[int, int]
     text: str
 
+    def without_images(self) -> "Prompt":
+        """The same prompt with nothing in the places of its images; UserError if nothing else is in it."""
+
+        def moved(span: tuple[int, int]) -> tuple[int, int]:
+            start, stop = (end - self.ids[:end].count(IMAGE_TOKEN_INDEX) for end in span)
+            return start, stop
+
+        ids = tuple(token for token in self.ids if token != IMAGE_TOKEN_INDEX)
+        if not ids:
+            raise UserError("A prompt is only an image, and nothing is left of it without; ask something about it.")
+        return Prompt(ids, moved(self.question), moved(self.instruction), self.text)
+
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, known: dict[str, list[int]] | None = None) -> list[int]:
     """Return the token ids of a prompt, with one IMAGE_TOKEN_INDEX per "<image>" and a BOS only at the beginning.

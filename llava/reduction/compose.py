@@ -224,7 +224,7 @@ def composition(first: type[Reducer], second: type[Reducer]) -> type[Composed]:
     then = second.completes if issubclass(second, Completion) else f"then {second.summary}"
     for part, (role, (where, stages)) in zip(parts[: 2 - completed], PLACES.items(), strict=False):
         if not part.acts_in or not part.acts_in <= stages:
-            acts = f"acts {part.metadata.acts}" if part.acts_in else "reduces nothing"
+            acts = f"acts {part.metadata.acts}" if part.acts_in or part.blind else "reduces nothing"
             raise UserError(f"{name} is no method: the {role} one may act {where} only, and {part.name} {acts}.")
     if completed and first.metadata.weights:
         raise UserError(

@@ -130,6 +130,8 @@ class Reducer:
             default: its stage returns a list of reductions, one per image, and `tokens_per_layer` returns None. ""
             where the budget decides. Results then state mean, least and most tokens of an image beside the budget.
         needs_words: whether it reads the questions as text, for `PromptState.embed_words`.
+        blind: whether the model answers without its images: their places in the prompt stay empty, and the tower does
+            not run. The budget is 0 then. Of all methods only the control `none` is blind.
         known_deviations: in what the method, by its definition, breaks the contract of tests/test_every_method.py, and
             why. Keys are "appended" (merged tokens come after the kept ones), "scale" (merge weights do not sum to 1),
             "duplicates", "unsorted" (tokens are in an order of the method's own), "uncounted" (the mean is off the
@@ -158,6 +160,7 @@ class Reducer:
     tower_by_image: ClassVar[bool] = False
     image_decides: ClassVar[str] = ""
     needs_words: ClassVar[bool] = False
+    blind: ClassVar[bool] = False
     known_deviations: ClassVar[dict[str, str]] = {}
     parts: ClassVar[tuple[type["Reducer"], ...]] = ()
     second: ClassVar["Reducer | None"] = None

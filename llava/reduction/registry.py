@@ -119,7 +119,7 @@ def build(
 
     Args:
         budget: visual tokens per image, or the ratio of each image's tokens to keep ("1/9", 0.111); None if `options`
-            hold that ratio.
+            hold that ratio, and for the control `none`.
         options: field -> value; texts are parsed by the field's type.
         visual_tokens: visual tokens of the model's largest image, to turn a retention ratio into a budget; None if not
             known yet.
@@ -139,6 +139,10 @@ def build(
         raise UserError(
             f"A budget ({budget}) and a {RETENTION_RATIO} ({ratio:g}) are both given for {name}; leave one out."
         )
+    if cls.blind:
+        if given := ratio or budget:
+            raise UserError(f"{name} keeps no visual token and takes no budget, got {given}; leave it out.")
+        return cls(budget=0, **values)
     try:
         budget = ratio or count_or_ratio(budget)
     except ValueError as error:

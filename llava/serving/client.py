@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from llava.budget import BLIND, FULL
 from llava.conversation import conversation
 from llava.errors import UserError, optional_imports
 from llava.model.builder import DTYPES, device_of, runtime
@@ -72,7 +73,7 @@ def route(
             f"vLLM serves reduced prompts of {', '.join(MODELS)}, in transformers' layout; {source} is {named}."
         )
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    config.vtr = {"method": "full"}
+    config.vtr = {"method": FULL}
     whole = served_by(config)
     assert whole is not None
     reducer = configured(method, budget, replace(whole.spec, has_text_tower=True), options)
@@ -98,7 +99,9 @@ def route(
 
 def configured(method: str, budget: str | None, spec: ModelSpec, options: dict[str, str] | None = None) -> Reducer:
     """A method at a budget, for a model; UserError if they do not fit together or no engine serves the method."""
-    if budget is None and method != "full":
+    if method == BLIND:
+        raise UserError(f"{method} cannot be served: an engine keeps at least one visual token of an image.")
+    if budget is None and method != FULL:
         raise UserError(f"{method} needs a budget: visual tokens per image (64), or their ratio (1/9).")
     reducer = build(method, spec.visual_tokens if budget is None else budget, options, spec.visual_tokens)
     if why := why_not_anywhere(reducer):

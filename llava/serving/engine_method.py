@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from llava.budget import BLIND, FULL
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError, unknown
 from llava.hf.families import FAMILIES, Family, joined, layout_of
@@ -123,7 +124,7 @@ def why_not_pixels(reducer: Reducer, tower_blocks: int = 0, built: int = 0) -> s
 
 def refuse_gaps(reducer: Reducer) -> None:
     """Raise UserError unless a method numbers its prompts 0, 1, 2, ..., as engines do."""
-    if reducer.positions != "renumber" and reducer.name != "full":
+    if reducer.positions != "renumber" and reducer.name != FULL:
         raise UserError(
             f"An engine numbers a prompt without gaps; {reducer.name}.positions={reducer.positions} does not. "
             "Set it to renumber."
@@ -239,7 +240,9 @@ def _served(settings: str, architecture: str, written: str) -> EngineMethod:
         raise UserError(f"{family.title} is served with positions=original: the engine numbers text before it reduces.")
     budget = given.get("budget")
     method = str(given.get("method"))
-    if budget is None and method != "full":
+    if method == BLIND:
+        raise UserError(f"{method} cannot be served: an engine keeps at least one visual token of an image.")
+    if budget is None and method != FULL:
         raise UserError(f"{method} needs a budget: visual tokens per image (64), or their ratio (1/9).")
     reducer = build(method, spec.visual_tokens if budget is None else budget, options, spec.visual_tokens)
     if why := why_not_pixels(reducer, blocks, built):
