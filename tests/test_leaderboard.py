@@ -1,25 +1,30 @@
 """The leaderboard: rank intervals, what keeps an entry off the board, foreign entries, and the page in a browser."""
 
+import csv
 import itertools
 import json
 import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from eval import cli
 from eval.answers import entries
-from eval.answers.kept_indices import Replayed, kept_faults, pixel_hash, read_kept
+from eval.answers.kept_indices import Replayed, kept_faults, read_kept
+from eval.command import open_dataset
 from eval.config import ROOT, RunConfig
 from eval.pages import leaderboard
 from eval.results.statistics import accuracy_terms, compare, holm
-from eval.run import run
+from eval.run import load_model, run
 from eval.statistics.ranks import rank_intervals
+from llava.pipeline.generate import generate
+from llava.reduction import registry
 from llava.reduction.states import PromptState
 from llava.reduction.token_layout import PatchGrid
 from tests.browser import needs_browser, opened, overflow
@@ -38,9 +43,9 @@ class Named(FakeReducer):
 
 
 class Answering(FakeLlava):
-    """Answers the question with number n right unless n is in `wrong`; question n is about image n mod 7 mod IMAGES."""
+    """Answers the question with number n right unless n is in `wrong`; question n is about image n mod IMAGES."""
 
-    fingerprint = {"weights": "0123abcd"}
+    fingerprint: ClassVar[Any] = {"weights": "0123abcd"}
     wrong: frozenset[int] = frozenset()
 
     def answer(self, samples, reducer, max_new_tokens=128):
@@ -56,6 +61,9 @@ def write_data(folder: Path) -> Path:
     """A GQA of 250 questions about 25 images, of which every reference is "right"."""
     data = write_gqa(folder, COUNT, IMAGES)
     path = data / "gqa" / "data" / "testdev_balanced_questions.json"
+    for number in range(IMAGES):  # of different content
+        colour = (10 * number, 250 - 10 * number, 200)
+        Image.new("RGB", (32, 32), colour).save(data / "gqa" / "data" / "images" / f"n{number}.jpg")
     records = json.loads(path.read_text())
     for number, record in enumerate(records.values()):
         record |= {"answer": "right", "imageId": f"n{number % IMAGES}"}
@@ -284,7 +292,7 @@ def write_reported(place: Path, header: dict[str, Any], wrong: int, tokens: floa
 
 
 def test_a_reported_entry_is_scored_here_and_comes_last_in_a_tie(place, capsys):
-    write_reported(place, header_of(place, score=96.8), 8)
+    write_reported(place, header_of(place, score=93.2), 17)
     assert check(place, "runs/reported") == 0 and "as reported: theirs at 16" in capsys.readouterr().out
     (model,), left_out = board(place)
     cells = [(row.cells["rank"], row.cells["method"]) for row in model.rankings[0].rows]
@@ -379,3 +387,121 @@ def test_replaying_keeps_what_each_question_says(tmp_path):
     assert first.matrix().tolist() == [[0, 0.25, 0.25, 0.5], [1, 0, 0, 0]]
     with pytest.raises(Exception, match="no line for 'q3'"):
         reducer.prompt(PromptState(ids=("q3",), features=tokens, tokens=tokens, scores={}, layout=PatchGrid(2, 2)))
+
+
+def block(name: str) -> str:
+    """The code block of docs/evaluation.md after a marker."""
+    found = re.search(
+        rf"<!-- {name} example -->\n```\w+\n(.*?)```", (ROOT / "docs" / "evaluation.md").read_text(), re.DOTALL
+    )
+    assert found
+    return found[1]
+
+
+def test_the_documented_file_replays_a_method_exactly(tmp_path, monkeypatch, capsys):
+    """What divprune keeps, written as the documentation says, gives divprune's answers; one other pixel is refused."""
+    monkeypatch.chdir(tmp_path)
+    shared = {"limit": 8, "wandb": "disabled", "quiet": True}
+    model = load_model(RunConfig("full"))
+    for method, budget in (("full", None), ("divprune", 64)):
+        run(RunConfig(method, budget, output=Path(method), **shared), model, timed=False)
+    full = json.loads(Path("full/limit8/result.json").read_text())
+    data = open_dataset("gqa", str(RunConfig.data), "testdev", None, "auto")
+    reducer, samples = registry.build("divprune", 64), [data.sample(one) for one in data.questions[:8]]
+    kept = {one.id: one.trace[0].reduction.kept[0].tolist() for one in generate(model, samples, reducer, 1).answers}
+    processor = model.image_processor
+    mean, std = (np.array(part).reshape(3, 1, 1) for part in (processor.mean, processor.std))
+    pixel_values = processor(samples[0].image)[None].numpy()
+    names = {"kept": kept, "pixel_values": pixel_values, "mean": mean, "std": std}
+    exec(block("kept-index"), names | {"board": entries.expected_header(full)})
+    assert cli.main(["submit", "check", "kept.jsonl", "--full", "full"]) == 0
+    assert cli.main(["submit", "replay", "kept.jsonl", "--full", "full", "--output", "again"]) == 0
+    lines = (Path(name, "answers.jsonl").read_text().splitlines() for name in ("divprune", "again"))
+    answers = [[json.loads(line)["text"] for line in own] for own in lines]
+    assert answers[0] == answers[1] and len(answers[0]) == 8
+    again = json.loads(Path("again/limit8/result.json").read_text())
+    assert again["method"] == "replayed" and again["settings"]["config"]["method"] == "SparseExample"
+    pixel_values[0, 0, 100, 100] += 1
+    exec(block("kept-index"), names | {"board": entries.expected_header(full)})
+    capsys.readouterr()
+    assert cli.main(["submit", "replay", "kept.jsonl", "--full", "full", "--output", "other"]) == 1
+    assert "preprocessing is" in capsys.readouterr().err and not Path("other").exists()
+    header = json.loads(block("reported"))
+    assert {name: header.get(name, {}) for name in entries.expected_header(full)} == entries.expected_header(full)
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def page_file(place) -> Path:
+    """A page with every badge, a blind run, planted HTML in every foreign text, and an entry that is left out."""
+    ask(place / "runs" / "none", place / "data", "none", 16, 180)
+    own = dict.fromkeys(("method", "author", "licence"), EVIL) | {"link": "javascript:alert(1)"}
+    write_reported(place, header_of(place, score=93.2, **own), 17)
+    (place / "runs" / "broken").mkdir()
+    (place / "runs" / "broken" / "reported.json").write_text(
+        json.dumps({"benchmark": "gqa", "split": "testdev", "x": EVIL})
+    )
+    (place / "runs" / "half").mkdir()
+    (place / "runs" / "half" / "result.json").write_text("{")
+    output = place / "page" / "board.html"
+    words = ["leaderboard", str(place / "runs"), "--data", str(place / "data"), "--output", str(output)]
+    assert cli.main(words) == 0
+    return output
+
+
+def test_foreign_texts_are_escaped_in_page_and_csv(page_file, capsys):
+    text = page_file.read_text()
+    assert EVIL not in text and text.count("&lt;img src=x") >= 3 and 'href="javascript' not in text
+    rows = list(csv.DictReader(page_file.with_suffix(".csv").read_text().splitlines()))
+    assert {row["badge"] for row in rows} == {"reference", "native", "reported"}
+    reported = next(row for row in rows if row["badge"] == "reported")
+    assert (reported["best rank"], reported["worst rank"], reported["score"], reported["cost ratio"]) == (
+        "1",
+        "3",
+        "93.20",
+        "",
+    )
+    blind = next(row for row in rows if row["method"] == "none")
+    assert blind["badge"] == "reference" and not blind["best rank"]
+    kept = {row["method"]: float(row["visual gain kept"].split()[0]) for row in rows if row["visual gain kept"]}
+    assert kept["alike"] == pytest.approx(100 * (92 - 28) / (96 - 28), abs=0.05) and kept["none"] == 0
+    assert all(row["commit"] and row["dtype"] == "float32" and row["toy"] == "no" for row in rows)
+    page = capsys.readouterr()
+    assert page.err.count("left out:") == 2 and "broken" in page.err and "half" in page.err
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [390, 768, 1440])
+def test_the_page_fits_every_width_and_is_used_by_keyboard(page_file, width):
+    with opened(page_file, (width, 900)) as page:
+        wide = "[...document.querySelectorAll('.scroll')].filter(one => one.scrollWidth > one.clientWidth).length"
+        for scheme in ("dark", "light"):
+            page.emulate_media(color_scheme=scheme)
+            assert overflow(page) == 0 == page.evaluate(wide)
+            assert min(page.evaluate(CONTRASTS)) >= 4.5, scheme
+        page.locator("details.how summary").press("Enter")
+        assert page.locator("details.how").get_attribute("open") is not None and overflow(page) == 0
+        first = "[...document.querySelectorAll('.board tbody tr')].map(row => row.cells[1].innerText.split(/\\s/)[0])"
+        before = page.evaluate(first)
+        assert before[:2] == ["full", "none"] and before[-1] == "bad"
+        if width == 1440:
+            page.locator(".board thead button").nth(2).press("Enter")
+            assert page.evaluate(first)[:2] == ["none", "bad"], "sorted by score"
+        assert page.locator("tr.reported td").first.is_visible() and not page.errors
+
+
+# Contrast of every text with the background behind it (WCAG 2: relative luminance).
+CONTRASTS = """() => {
+  const rgb = (text) => (text.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
+  const linear = (v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => [r, g, b].map((v) => linear(v / 255))
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = (one) => { while (one) { const c = rgb(getComputedStyle(one).backgroundColor);
+    if (c.length < 4 || c[3] > 0) return c; one = one.parentElement; } return [255, 255, 255]; };
+  const texts = [...document.querySelectorAll("main *")].filter((one) => one.checkVisibility() &&
+    [...one.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim()));
+  return texts.map((one) => { const [a, b] = [light(rgb(getComputedStyle(one).color)), light(behind(one))];
+    return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05); });
+}"""

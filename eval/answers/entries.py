@@ -100,7 +100,7 @@ def check_entry(folder: Path, full: Run, data: Dataset, judge: str = "auto") -> 
     try:
         return (reported if is_file(folder / REPORTED) else finished)(folder, full, data, judge)
     except UserError as error:
-        return None, [str(error)]
+        return None, [str(error).rstrip(".")]
 
 
 # -- native and replayed entries --------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from eval.pages.report import REPLACED
 from eval.results.report import operations_of
 from eval.results.statistics import Interval, interval, rounded
 from eval.statistics.command import Run, read_run
+from eval.statistics.gain import gain_kept
 from eval.statistics.ranks import RankInterval, rank_intervals
 from eval.statistics.relative import SHARE, relative_mean, tokens_needed
 from eval.tables import csv_numbers, csv_text, interval_text, markdown, write_csv
@@ -268,7 +269,13 @@ def references(board: Board) -> list[Row]:
     accounting, main = board.result["accounting"], board.full.score.main
     full = interval(board.full.terms)
     tokens = accounting["mean_tokens_per_layer"]
-    cells = {"rank": "–", "method": FULL, "score": score_cell(full), "of full": "100.0", "tokens entering": rounded(tokens)}
+    cells = {
+        "rank": "–",
+        "method": FULL,
+        "score": score_cell(full),
+        "of full": "100.0",
+        "tokens entering": rounded(tokens),
+    }
     cells |= {"cost ratio": "1.00", "badge": "reference"}
     numbers = {"score": board.full.score.values[main], "of full": 100.0, "tokens entering": tokens, "cost ratio": 1.0}
     rows = [Row(cells, None, None, full, {}, numbers, "reference")]
@@ -444,7 +451,7 @@ def page(models: Sequence[Model], left_out: Sequence[str], output: Path, made_by
             style=asset("style.css") + asset("leaderboard.css"),
             script=asset("sort.js"),
             models=models,
-                left_out=left_out,
+            left_out=left_out,
             link=link,
             code=lambda entry: hash_of_code(entry.result),
             web=lambda text: text if re.match(r"https?://", text) else "",
