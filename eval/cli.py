@@ -47,6 +47,13 @@ GROUPS = {
         "compare": Command("eval.score", "paired test between two runs", function="compare_command"),
         "stats": Command("eval.statistics.command", "tokens needed, loyalty and hard questions of finished runs"),
         "report": Command("eval.pages.report", "write a page with all results: plots and a sortable table"),
+        "leaderboard": Command(
+            "eval.pages.leaderboard", "write a leaderboard of checked runs: ranks with ties, and CSV"
+        ),
+        "submit check": Command(
+            "eval.submit", "say everything that keeps an entry off a leaderboard", (), "check_command"
+        ),
+        "submit replay": Command("eval.submit", "run the tokens that a kept-index file names", (), "replay_command"),
         "gallery": Command("eval.pages.command", "an HTML page of what every method keeps of an image", (), "gallery"),
         "demo": Command("eval.pages.command", "start a web page: ask about an image, a method beside full", (), "demo"),
         "run-vlmeval": Command("eval.vlmeval", "VLMEvalKit's run.py with its own models under a method"),

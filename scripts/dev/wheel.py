@@ -44,6 +44,9 @@ CALLS = {
     "stats": [(RUNS, 0)],
     "run-vlmeval": [("consensusdrop 64 -- run.py", 2)],
     "report": [("results", 0)],
+    "leaderboard": [("results", 0)],
+    "submit check": [("results/full --full results/full", 1)],  # an installation is no commit
+    "submit replay": [("kept.jsonl --full results/full --output again", 2)],  # there is no such file
     "gallery": [(f"{IMAGE} red --methods consensusdrop --budgets 64", 0)],
     "demo": [("--port {taken}", 2)],
     "serve-client": [(f"consensusdrop 64 --image {IMAGE} --question red --url http://127.0.0.1:9", 2)],
