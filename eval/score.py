@@ -3,6 +3,8 @@
     vtr score gqa --answers merge.jsonl --data playground/data/eval
     vtr score vizwiz --answers merge.jsonl --submission upload/    # also the file for the server
     vtr compare RUN_A RUN_B      # output folders of `vtr eval`: difference, 95 % interval and a paired test
+    vtr compare RUN_A RUN_B --by "semantic type"          # the same for every group of a breakdown
+    vtr compare RUN_A RUN_B --by "semantic type=rel"      # for this group and for all other questions
 
 Files of LLaVA's scripts, lmms-eval (samples_*.jsonl) and this repository are read; see eval/answers/reading.py. Two
 runs, or parts such as RUN/limit200, are compared only if both asked the same questions about the same images with the
@@ -33,8 +35,11 @@ from eval.command import (
 )
 from eval.config import path_name
 from eval.judging.choice import check_judge, score_answers
+from eval.metrics.accuracy import percent
 from eval.results import statistics
 from eval.results.report import circumstances, score_lines, scored
+from eval.statistics.answers import by_group, groups_of
+from eval.tables import interval_text, markdown
 from llava.errors import UserError
 
 
@@ -65,12 +70,15 @@ def score_file(
     return {"title": data.title, "facts": {**data.facts, **judged}, "available": len(data.questions), **record}
 
 
-def compare(a: Path, b: Path, data: Dataset, partial: bool = False, judge: str = "auto") -> dict[str, Any]:
+def compare(
+    a: Path, b: Path, data: Dataset, partial: bool = False, judge: str = "auto", by: str = ""
+) -> dict[str, Any]:
     """Both scores, and a minus b, over the questions that both runs answered.
 
     Args:
         a, b: output folders.
         partial: leave out questions that failed in a run instead of refusing the run.
+        by: also compare within the groups of a breakdown, see eval.statistics.answers.groups_of.
     """
     check_judge(data, judge)
     runs = [read_stored(path, data, partial) for path in (a, b)]
@@ -99,6 +107,9 @@ def compare(a: Path, b: Path, data: Dataset, partial: bool = False, judge: str =
     labels = data.labels(runs[0].images)
     a_terms, b_terms = (statistics.terms_of(score, labels) for score in scores)
     found = statistics.compare(a_terms, b_terms)
+    groups = groups_of(scores[0], by, data.title) if by else {}
+    differences, contrast = by_group(scores[0], scores[1], groups, labels)
+    means = [{name: percent(score.correct[one] for one in ids) for name, ids in groups.items()} for score in scores]
     return {
         "title": data.title,
         "main": metric,
@@ -108,6 +119,13 @@ def compare(a: Path, b: Path, data: Dataset, partial: bool = False, judge: str =
         **dataclasses.asdict(found),
         "drawn": a_terms.unit,
         "unit": "" if metric in scores[0].points else "%",
+        "by": by,
+        "groups": {
+            name: {"questions": len(ids), "a": means[0][name], "b": means[1][name]}
+            | dataclasses.asdict(differences[name])
+            for name, ids in groups.items()
+        },
+        "contrast": contrast and dataclasses.asdict(contrast),
         "notes": notes,
     }
 
@@ -115,17 +133,50 @@ def compare(a: Path, b: Path, data: Dataset, partial: bool = False, judge: str =
 def comparison_lines(record: Mapping[str, Any]) -> list[str]:
     """The comparison as lines of text."""
     unit = f" {record['unit']}" if record["unit"] else ""
-    verdict = "significant at 5 %" if record["p"] <= 1 - statistics.LEVEL else "not significant at 5 %"
-    low, high = record["low"], record["high"]
-    sure = record["note"] if low is None else " to ".join(statistics.rounded(end, 2, "+") for end in (low, high))
     return [
         f"{record['title']}, {record['main']} over {record['questions']:,} questions",
         f"A  {record['a']:.2f}{unit}",
         f"B  {record['b']:.2f}{unit}",
-        f"A - B  {statistics.rounded(record['difference'], 2, '+')} (95 % CI {sure})",
-        f"p  {statistics.p_text(record['p'])}, paired permutation test by {record['drawn']}: {verdict}",
+        f"A - B  {difference_text(record)}",
+        f"p  {p_line(record, record['drawn'])}",
+        *(group_lines(record) if record["groups"] else ()),
         *(f"note: {note}" for note in record["notes"]),
     ]
+
+
+def difference_text(found: Mapping[str, Any]) -> str:
+    """A difference and its interval, or why there is none."""
+    low, high = found["low"], found["high"]
+    sure = found["note"] if low is None else " to ".join(statistics.rounded(end, 2, "+") for end in (low, high))
+    return f"{statistics.rounded(found['difference'], 2, '+')} (95 % CI {sure})"
+
+
+def p_line(found: Mapping[str, Any], drawn: str) -> str:
+    """A p-value, the test that it is of, and the verdict."""
+    verdict = "significant at 5 %" if found["p"] <= 1 - statistics.LEVEL else "not significant at 5 %"
+    return f"{statistics.p_text(found['p'])}, paired permutation test by {drawn}: {verdict}"
+
+
+def group_lines(record: Mapping[str, Any]) -> list[str]:
+    """The groups as a table; of two groups, also whether the one's difference is larger than the other's."""
+    rows = [
+        [
+            name,
+            f"{group['questions']:,}",
+            *(f"{group[run]:.2f}" for run in "ab"),
+            f"{statistics.rounded(group['difference'], 2, '+')} {interval_text(group['low'], group['high'], True)}",
+            statistics.p_text(group["p"]),
+        ]
+        for name, group in record["groups"].items()
+    ]
+    kind = record["by"].partition("=")[0]
+    about = f"mean sample scores by {kind}; p-values are corrected by Holm for {len(rows)} groups, intervals are not"
+    lines = ["", about, markdown([kind, "questions", "A %", "B %", "A - B [95 % CI]", "p"], rows), ""]
+    if contrast := record["contrast"]:
+        first, second = record["groups"]
+        lines.append(f"A - B of {first} minus A - B of {second}  {difference_text(contrast)}")
+        lines.append(f"p  {p_line(contrast, record['drawn'])}")
+    return lines
 
 
 def answers_parser(module: str, description: str, keys: str) -> Parser:
@@ -171,10 +222,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def compare_command(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     about = "Compare two runs on the same benchmark: difference, 95 % interval and a paired test."
-    keys = "title, main, questions, a, b, difference, low, high, p, note, drawn, unit, notes"
+    keys = "title, main, questions, a, b, difference, low, high, p, note, drawn, unit, by, groups, contrast, notes"
     p = answers_parser("eval.cli compare", about, keys)
     p.add_argument("a", type=Path, help="output folder of a run")
     p.add_argument("b", type=Path, help="output folder of another run")
+    p.add_argument(
+        "--by",
+        default="",
+        metavar="BREAKDOWN",
+        help='also compare within each group of a breakdown, "semantic type"; or within some of its groups together '
+        'and within all other questions, "semantic type=rel,attr"',
+    )
     args = p.parse_args(arguments)
     first, second = (read_result(results_folder(path)) for path in (args.a, args.b))
     if found := joint_differences(first, second, OF_THE_SCORE):
@@ -183,7 +241,7 @@ def compare_command(arguments: Sequence[str] | None = None) -> int:
     split, profile = args.split or settings["split"], args.profile or facts.get("profile")
     with contextlib.redirect_stdout(sys.stderr):  # what libraries print
         data = open_dataset(settings["benchmark"], args.data, split, profile, args.source)
-        record = compare(args.a, args.b, data, args.partial, args.judge)
+        record = compare(args.a, args.b, data, args.partial, args.judge, args.by)
     print_record(record, comparison_lines(record), args.json)
     return 0
 

@@ -25,7 +25,7 @@ from eval.papers.cells import Cell, MeasuredTable
 from eval.papers.document import blocks, difference_to, entries, notes_of, ours_text, published_text
 from eval.papers.published import Published
 from eval.papers.runs import RowAtBudget, RunTarget, Time
-from eval.papers.sections import clear_differences, pair_rows, pairs_of, releases, sections_of
+from eval.papers.sections import clear_differences, pair_rows, pairs_of, releases, row_pairs, sections_of
 from eval.results.statistics import compare, holm, interval, terms_of
 from eval.statistics.answers import plain
 from eval.statistics.command import main as stats_command
@@ -515,6 +515,27 @@ def test_a_variant_with_another_budget_is_not_put_beside_its_release():
     for marked in pair:
         lines = [dataclasses.replace(line, by_kept=i == marked) for i, line in enumerate(found.lines)]
         assert releases(dataclasses.replace(found, lines=lines)).rows == [row for row in rows if row[2] != "64"]
+
+
+def test_a_row_that_is_set_against_another_is_subtracted_at_its_budget():
+    """The same two rows as a variant and its release, named by the table; exchanged, the sign changes."""
+    _, found, _ = made()
+    wanted = [row[2:] for row in releases(found).rows]
+    assert row_pairs(found).rows == [] and len(wanted) == 2
+
+    def pairs(title, against):
+        """The section where only this row is set against another."""
+        lines = []
+        for line in found.lines:
+            row = line.row.model_copy(update={"against": against if line.title == title else ""})
+            lines.append(dataclasses.replace(line, row=row))
+        return row_pairs(dataclasses.replace(found, lines=lines)).rows
+
+    assert pairs("VisionDrop, mean merge", "VisionDrop") == [
+        ["VisionDrop, mean merge", "VisionDrop", *row] for row in wanted
+    ]
+    turned = [text.split(" ")[0] for text in pairs("VisionDrop", "VisionDrop, mean merge")[0][3:]]
+    assert [float(text) for text in turned] == [-float(text.split(" ")[0]) for text in wanted[0][1:]]
 
 
 def test_a_row_whose_images_decide_is_marked_and_compared_with_none(monkeypatch):

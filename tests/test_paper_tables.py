@@ -87,6 +87,9 @@ def written(tmp_path: Path, **changes) -> Path:
         ({"rows": [{"method": "fastv", "options": {"layr": "2"}}]}, "layr"),
         ({"rows": [{"method": "full"}]}, "full is always the first row"),
         ({"rows": [{"method": "fastv"}, {"method": "fastv"}]}, "listed twice under rows"),
+        ({"rows": [{"method": "fastv", "against": "fastv"}]}, "Unknown row that fastv is set against 'fastv'"),
+        ({"rows": [{"method": "fastv"}, {"method": "random", "against": "fastvv"}]}, "Did you mean 'fastv'"),
+        ({"kind": "overview", "rows": [{"method": "random", "against": "x"}]}, "is for tables of the kind scores"),
         ({"columns": [{"benchmark": "gqua", "title": "GQA"}]}, "Unknown benchmark 'gqua'"),
         (
             {"columns": [{"benchmark": "gqa", "title": "a"}, {"benchmark": "gqa", "title": "b"}]},

@@ -1,16 +1,20 @@
 """`vtr stats` on run folders written by hand."""
 
+import itertools
 import json
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from eval import benchmarks, cli
 from eval.answers.store import answer_id, settings_hash
-from eval.results.statistics import terms_of
+from eval.metrics import Score
+from eval.results.statistics import accuracy_terms, compare, terms_of
 from eval.score import compare_command
+from eval.statistics.answers import by_group, groups_of
 from eval.statistics.command import Run, main, read_run, row_of
 from llava.errors import UserError
 from tests.eval_fakes import write_gqa
@@ -229,3 +233,110 @@ def test_mistakes_end_in_a_sentence(data, tmp_path, capsys, monkeypatch):
         read_run(tmp_path / "m", found)
     (tmp_path / "m" / "answers.jsonl").write_text("")
     run(data, method, method, code=2)
+
+
+# -- differences by group ----------------------------------------------------------------------------------------------
+
+
+def typed(data, count=COUNT):
+    """Every fifth question asks for a place; questions about one image are of both kinds."""
+    path = data / "gqa" / "data" / "testdev_balanced_questions.json"
+    questions = json.loads(path.read_text())
+    for number, question in enumerate(questions.values()):
+        question["types"]["detailed"] = ("side", "relate")[number % 2] if number % 5 == 0 else "color"
+        question["imageId"] = f"n{number // 2}"
+    path.write_text(json.dumps(questions))
+    lines = data / "gqa" / "llava_gqa_testdev_balanced.jsonl"
+    rows = [json.loads(line) | {"image": f"n{number // 2}.jpg"} for number, line in enumerate(lines.open())]
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return data
+
+
+def test_groups_are_compared_one_by_one_and_with_each_other(tmp_path, capsys):
+    """B loses 10 of 40 places and 4 of 160 others, A 1 and 2: differences of 22.5 and 1.25, 21.25 apart."""
+    data = typed(write_gqa(tmp_path / "data", 200, images=100))
+    own = {str(1000 + n): f"n{n // 2}" for n in range(200)}
+    places, others = range(0, 200, 5), [number for number in range(200) if number % 5]
+    a = write_run(tmp_path / "a", data, "divprune", 64, wrong={places[0], *others[:2]})
+    b = write_run(tmp_path / "b", data, "divprune", 64, wrong={*places[1:11], *others[2:6]}, settings={"seed": 1})
+    words = [a, b, "--data", str(data), "--by", "detailed type=side,relate", "--json", str(tmp_path / "out.json")]
+    assert compare_command(words) == 0
+    record, shown = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
+    first, second = record["groups"].values()
+    assert list(record["groups"]) == ["side, relate", "the others"]
+    assert (first["questions"], first["a"], first["b"], first["difference"]) == (40, 97.5, 75, 22.5)
+    assert (second["questions"], second["a"], second["b"]) == (160, 98.75, 97.5)
+    assert record["contrast"]["difference"] == pytest.approx(22.5 - 1.25)
+    assert record["contrast"]["p"] < 0.05 < second["p"]
+    lost = {places[0]}, set(places[1:11])
+    single = compare(*(accuracy_terms({str(1000 + n): float(n not in wrong) for n in places}, own) for wrong in lost))
+    assert first["p"] == pytest.approx(2 * single.p) and (first["low"], first["high"]) == (single.low, single.high)
+    assert "| side, relate | 40 | 97.50 | 75.00 | +22.50 [" in shown and "corrected by Holm for 2 groups" in shown
+    assert "A - B of side, relate minus A - B of the others  +21.25 (95 % CI +" in shown
+    assert compare_command([a, b, "--data", str(data), "--by", "detailed type"]) == 0
+    shown = capsys.readouterr().out
+    assert [line.split(" |")[0] for line in shown.splitlines() if line.startswith("| ")][1:] == [
+        "| color",
+        "| relate",
+        "| side",
+    ]
+    assert "A - B of" not in shown
+
+
+def test_the_difference_between_groups_by_definition():
+    """All 2^9 exchanges of the answers about an image, with the standard error of the delta method in each."""
+    rng = np.random.default_rng(1)
+    images = {str(number): f"image {number % 9}" for number in range(60)}
+    groups = {"places": [n for n in images if int(n) % 4 == 0], "the others": [n for n in images if int(n) % 4]}
+    a, b = ({n: float(rng.random() < share) for n in images} for share in (0.8, 0.5))
+
+    def measured(a, b):
+        """The difference of the differences, and its standard error."""
+        total, shares = 0.0, dict.fromkeys(images.values(), 0.0)
+        for run, sign in ((a, 1), (b, -1)):
+            for ids, side in zip(groups.values(), (1, -1), strict=True):
+                mean = sum(run[n] for n in ids) / len(ids)
+                total += sign * side * 100 * mean
+                for n in ids:
+                    shares[images[n]] += sign * side * 100 * (run[n] - mean) / len(ids)
+        values = np.array([*shares.values()])
+        return total, np.sqrt(((values - values.mean()) ** 2).sum() * 9 / 8)
+
+    statistics = []
+    for flips in itertools.product((False, True), repeat=9):
+        change = {f"image {number}": flip for number, flip in enumerate(flips)}
+        swapped = [{n: (other if change[images[n]] else run)[n] for n in images} for run, other in ((a, b), (b, a))]
+        difference, error = measured(*swapped)
+        statistics.append(abs(difference) / error)
+    observed, _ = measured(a, b)
+    _, contrast = by_group(Score({}, {}, a), Score({}, {}, b), groups, images)
+    assert contrast is not None and contrast.difference == pytest.approx(observed)
+    p = np.mean([value >= statistics[0] * (1 - 1e-6) for value in statistics])
+    assert contrast.p == pytest.approx(p) and 0.01 < p < 0.9
+    assert contrast.low is None and "9 images" in contrast.note
+
+
+@pytest.mark.parametrize(
+    ("by", "said"),
+    [
+        ("detailed", "Unknown breakdown 'detailed'. Did you mean 'detailed type'?"),
+        ("detailed type=sides", "Unknown group of detailed type 'sides'. Did you mean 'side'?"),
+        ("detailed type=", "Unknown group of detailed type ''"),
+    ],
+)
+def test_an_unknown_group_is_named(tmp_path, capsys, by, said):
+    data = typed(write_gqa(tmp_path / "data", COUNT, images=20))
+    folders = [write_run(tmp_path / name, data, "divprune", 64) for name in "ab"]
+    assert compare_command([*folders, "--data", str(data), "--by", by]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_benchmark_without_groups_says_so():
+    with pytest.raises(UserError, match="RefCOCO val has no breakdown into groups of questions; leave out --by"):
+        groups_of(Score({}, {}, {"1": 1.0}), "type", "RefCOCO val")
+
+
+def test_a_question_of_several_groups_counts_in_each():
+    score = Score({}, {}, {"1": 1.0, "2": 0.0}, kinds={"type": {"1": ["a", "b"], "2": "b", "not asked": "c"}})
+    assert groups_of(score, "type", "") == {"a": ["1"], "b": ["1", "2"]}
+    assert groups_of(score, "type=a", "") == {"a": ["1"], "the others": ["2"]}

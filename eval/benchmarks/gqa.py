@@ -239,13 +239,16 @@ def evaluate(
         "plausibility": among("plausible"),
         "distribution": distribution(balanced, predictions),
     }
-    groups = {
-        "structural type": grouped(correct, {n: q["types"]["structural"] for n, q in balanced.items()}),
-        "semantic type": grouped(correct, {n: q["types"]["semantic"] for n, q in balanced.items()}),
-        "steps number": grouped(correct, {n: count_steps(q) for n, q in balanced.items()}),
-        "words number": grouped(correct, {n: len(q["question"].split()) for n, q in balanced.items()}),
+    kinds: dict[str, dict[str, Any]] = {
+        "structural type": {name: question["types"]["structural"] for name, question in balanced.items()},
+        "semantic type": {name: question["types"]["semantic"] for name, question in balanced.items()},
+        "steps number": {name: count_steps(question) for name, question in balanced.items()},
+        "words number": {name: len(question["question"].split()) for name, question in balanced.items()},
     }
-    return Score(values, groups, correct, tuple(notes), points=frozenset({"distribution"}))
+    groups = {title: grouped(correct, kind) for title, kind in kinds.items()}
+    # About a hundred, which the official script does not print.
+    kinds["detailed type"] = {name: question["types"]["detailed"] for name, question in balanced.items()}
+    return Score(values, groups, correct, tuple(notes), points=frozenset({"distribution"}), kinds=kinds)
 
 
 def count_steps(question: Record) -> int:

@@ -302,7 +302,8 @@ def evaluate(
     terms = terms_of({task: counts[task] for task in PERCEPTION if task in counts})
     total = terms_of(counts) if values["total"] is not None else None
     others = {"total": total} if total else {}
-    return Score(values, groups, correct, tuple(notes), "perception", POINTS, terms, others)
+    kinds = {"task": {name: item.task for name, item in items.items()}}
+    return Score(values, groups, correct, tuple(notes), "perception", POINTS, terms, others, kinds)
 
 
 def count(pair: Sequence[float]) -> list[float]:

@@ -291,18 +291,19 @@ def evaluate(
     choice = {name: item.options for name, item in items.items() if item.options is not None}
     drawn = sum(find_letter(texts[name], options, forms) is None for name, options in choice.items())
     subjects = {name: item.subject for name, item in items.items()}
-    groups = {
-        "domain": grouped(correct, {name: DOMAIN_OF[one] for name, one in subjects.items() if one in DOMAIN_OF}),
-        "subject": grouped(correct, subjects),
-        "question type": grouped(correct, {name: "multiple choice" if name in choice else "open" for name in items}),
+    kinds = {
+        "domain": {name: DOMAIN_OF[one] for name, one in subjects.items() if one in DOMAIN_OF},
+        "subject": subjects,
+        "question type": {name: "multiple choice" if name in choice else "open" for name in items},
     }
+    groups = {title: grouped(correct, kind) for title, kind in kinds.items()}
     notes = []
     if lost := [subject for subject in DOMAIN_OF if subject not in subjects.values()]:
         notes.append(f"{len(lost)} of {len(DOMAIN_OF)} subjects have no question here: {', '.join(lost)}")
     if drawn:
         notes.append(f"{drawn:,} answers name no option and were given a letter drawn from their question's id")
     values: dict[str, float | None] = {"accuracy": percent(correct.values()), "drawn_at_random": float(drawn)}
-    return Score(values, groups, correct, tuple(notes), points=frozenset({"drawn_at_random"}))
+    return Score(values, groups, correct, tuple(notes), points=frozenset({"drawn_at_random"}), kinds=kinds)
 
 
 BENCHMARK = listed("mmmu", load, tuple(EXPECTED), mirror=IDS)

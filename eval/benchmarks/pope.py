@@ -275,6 +275,7 @@ def score_of(items: Mapping[str, PopeReference], said: Mapping[str, str], counts
         {name: float(said[name] == item.label) for name, item in items.items()},
         main="f1",
         terms=SufficientStatistics("image", tuple(images), tuple(images), by_image, mean_f1, most=100),
+        kinds={"category": {name: item.category for name, item in items.items()}},
     )
 
 

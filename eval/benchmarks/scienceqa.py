@@ -273,6 +273,7 @@ def evaluate(
         main="img_accuracy",
         points=frozenset({"failed"}),
         terms=ratio_terms(shown, proportion=True),
+        kinds={"subject": {name: subjects[name] for name in shown if name in subjects}},
     )
 
 

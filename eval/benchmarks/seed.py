@@ -245,10 +245,12 @@ def evaluate(
             values = {f"{kind}_accuracy": percent(part) if part else None, **values}
     if main == "accuracy":
         values = {"accuracy": percent(correct.values()), **values}
+    types = {name: item.type for name, item in items.items() if item.type is not None}
+    titles = {str(kind): TYPES.get(int(kind), f"type {kind}") for kind in types.values()}
     # In the order of their numbers.
-    by_type = grouped(correct, {name: item.type for name, item in items.items() if item.type is not None})
-    groups = {"type": {TYPES.get(int(kind), f"type {kind}"): found for kind, found in by_type.items()}}
-    return Score(values, groups, correct, tuple(notes), main=main)
+    groups = {"type": {titles[kind]: found for kind, found in grouped(correct, types).items()}}
+    kinds = {"type": {name: titles[str(kind)] for name, kind in types.items()}}
+    return Score(values, groups, correct, tuple(notes), main=main, kinds=kinds)
 
 
 BENCHMARKS = (

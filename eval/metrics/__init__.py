@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +54,8 @@ class Score:
         points: keys of `values` and `groups` that are not percentages.
         terms: sufficient statistics of `main`, if it is not 100 x the mean of `correct`.
         other_terms: key in `values` -> sufficient statistics, for further numbers that papers print.
+        kinds: name of a breakdown -> question id -> the group or groups it belongs to, for comparisons by group; empty
+            if groups are not of single questions.
     """
 
     values: dict[str, float | None]
@@ -63,6 +66,7 @@ class Score:
     points: frozenset[str] = frozenset()
     terms: SufficientStatistics | None = None
     other_terms: Mapping[str, SufficientStatistics] = field(default_factory=dict)
+    kinds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def ratio_terms(

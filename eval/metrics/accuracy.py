@@ -65,8 +65,9 @@ def mean_score(
     """
     check_coverage(answers, texts, set(answers))
     correct = {name: float(sample_score(texts[name], answer)) for name, answer in answers.items()}
-    groups = {title: grouped(correct, key) for title, key in (kinds or {}).items() if key}
-    return Score({main: percent(correct.values())}, groups, correct, main=main)
+    kinds = {title: key for title, key in (kinds or {}).items() if key}
+    groups = {title: grouped(correct, key) for title, key in kinds.items()}
+    return Score({main: percent(correct.values())}, groups, correct, main=main, kinds=kinds)
 
 
 def normalise(text: str) -> str:

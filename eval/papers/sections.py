@@ -1,7 +1,7 @@
 """The further tables of a page: costs, statistics over the benchmarks, and paired tests between methods."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from eval.papers.cells import Cell, MeasuredTable
 from eval.papers.document import MARK_TEXTS, Section, label, marked, marks_of, number, ours_text
@@ -47,8 +47,8 @@ def sections_of(table: Table, found: MeasuredTable, times: Times, clear: Clear, 
         sections = [overview(table, found), claims(table, found), significance(found, pairs)]
         sections += [costs_at(found, times, budget, pairs) for budget in table.budgets]
     else:
-        sections = [aggregates(found), releases(found), needed(found), against(table, found, clear)]
-        sections.append(costs(found, times))
+        sections = [row_pairs(found), aggregates(found), releases(found), needed(found)]
+        sections += [against(table, found, clear), costs(found, times)]
     sections.append(visual_gain(found))
     return [section for section in sections if section.rows]
 
@@ -109,23 +109,47 @@ def difference(one: Cell | None, other: Cell | None) -> Comparison | None:
 
 def releases(found: MeasuredTable) -> Section:
     """The difference between our variant of a method and the authors' release, if both are rows of the table."""
-    rows = []
     released = {(line.row.method, line.budget): i for i, line in enumerate(found.lines) if line.row.runs_release}
-    for index, line in enumerate(found.lines):
-        release = released.get((line.row.method, line.budget), index)
-        ours, theirs = found.row(index), found.row(release)
-        if line.row.runs_release or release == index or not ours or not theirs:
+    bases = {
+        index: released.get((line.row.method, line.budget))
+        for index, line in enumerate(found.lines)
+        if not line.row.runs_release
+    }
+    about = "Our variant minus the release"
+    return minus(found, bases, "Variants against their releases", about, ["variant", "release"])
+
+
+def row_pairs(found: MeasuredTable) -> Section:
+    """The rows that the table sets against another one: a variant minus what it is a variant of."""
+    places = {(line.title, line.budget): index for index, line in enumerate(found.lines)}
+    bases = {
+        index: places.get((line.row.against, line.budget)) for index, line in enumerate(found.lines) if line.row.against
+    }
+    return minus(found, bases, "Pairs of rows", "The first row minus the second", ["row", "minus"])
+
+
+def minus(
+    found: MeasuredTable, bases: Mapping[int, int | None], title: str, about: str, heads: Sequence[str]
+) -> Section:
+    """Paired differences of lines on every benchmark; lines with other tokens than their budget are left out.
+
+    Args:
+        bases: line -> the line that is subtracted; None if the table has none.
+        about: what is subtracted from what.
+        heads: of the columns with the two names.
+    """
+    rows = []
+    for index, base in bases.items():
+        if base is None or found.lines[index].mark or found.lines[base].mark:
             continue
-        if line.mark or found.lines[release].mark:
+        ours, theirs = found.row(index), found.row(base)
+        if not ours or not theirs:
             continue
         both = [(ours.get(column.benchmark), theirs.get(column.benchmark)) for column in found.columns]
         texts = [difference_text(one) if (one := difference(*cells)) else "n/a" for cells in both]
-        rows.append([label(found, index), found.lines[release].title, str(line.budget), *texts])
-    about = (
-        "Our variant minus the release at the same budget, paired, with 95 % intervals, not corrected for their number."
-    ) + left_out(found)
-    header = ["variant", "release", "budget", *(column.title for column in found.columns)]
-    return Section("Variants against their releases", about, header, rows)
+        rows.append([label(found, index), found.lines[base].title, str(found.lines[index].budget), *texts])
+    about += " at the same budget, paired, with 95 % intervals, not corrected for their number." + left_out(found)
+    return Section(title, about, [*heads, "budget", *(column.title for column in found.columns)], rows)
 
 
 def aggregates(found: MeasuredTable) -> Section:

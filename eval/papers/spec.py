@@ -114,6 +114,7 @@ class TableRow(Part):
             made by the authors' release belong to the row that runs it (`runs_release`).
         group: heading above the first row of a group; in an ablation the factor.
         claim: a sentence that holds if the defaults of the paper's method are significantly better than this row.
+        against: title of another row of a score table, which a section of the page subtracts from this one.
     """
 
     method: Annotated[str, accepted_by(registry.method)]
@@ -122,6 +123,7 @@ class TableRow(Part):
     published: Annotated[str, AfterValidator(published_method)] = ""
     group: str = ""
     claim: str = ""
+    against: str = ""
 
     @property
     def title(self) -> str:
@@ -191,6 +193,10 @@ class Table(Part):
             if row.method == FULL:
                 raise ValueError("full is always the first row; leave it out of rows")
             registry.build(row.method, None if row.method == BLIND else 1, dict(row.options))
+            if row.against and self.kind != "scores":
+                raise ValueError(f"against: {row.against} is for tables of the kind scores")
+            if row.against and row.against not in (titles := [other.title for other in self.rows if other is not row]):
+                raise unknown(f"row that {row.title} is set against", row.against, titles)
         keys = [(row.method, tuple(sorted(row.options.items()))) for row in self.rows]
         if self.kind == "overview" and len(self.columns) > 1:
             raise ValueError("an overview is of one benchmark; leave one under columns")

@@ -1,4 +1,4 @@
-"""Statistics of single answers: loyalty to the full model, and accuracy on the questions that need detail.
+"""Statistics of single answers: loyalty to the full model, accuracy on the questions that need detail, and by group.
 
 **Loyalty** is how often the reduced model gives the same answer as the full model, right or wrong. A score hides part
 of what reduction changes, because lost and gained questions cancel. Xu et al. (2021, "Beyond preserved accuracy:
@@ -8,16 +8,21 @@ original model's predictions in place of the references.
 **Hard questions**: VTC-Bench (Liao et al. 2025, arXiv:2510.07143) divides the questions that the full model answers
 right into two groups. Plain downsampling of the image to the same budget answers those of group A wrong and those of
 group B right. On group A a method can show more than downsampling does.
+
+**Groups** are those of a benchmark's own breakdowns, such as the types of questions.
 """
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from eval.benchmarks.base import Dataset
-from eval.metrics import Score
-from eval.results.statistics import Interval, accuracy_terms, interval
-from llava.errors import UserError
+from eval.metrics import Array, Score, SufficientStatistics, divide
+from eval.results.statistics import Comparison, Interval, accuracy_terms, compare, holm, interval, terms_of
+from llava.errors import UserError, unknown
 
 # An answer counts as right if its score is above this; scores lie between 0 and 1 on VQAv2 and with ANLS.
 RIGHT = 0.5
@@ -110,3 +115,86 @@ def accuracy_on(scores: Mapping[str, float], ids: Collection[str], clusters: Map
     if not ids:
         return Interval(math.nan, None, None, "n/a: no question is in the group")
     return interval(accuracy_terms({name: scores[name] for name in ids}, clusters))
+
+
+# -- differences by group --------------------------------------------------------------------------------------------
+
+OTHERS = "the others"
+
+
+def groups_of(score: Score, by: str, title: str) -> dict[str, list[str]]:
+    """Group -> ids of its questions, in the order of the groups.
+
+    Args:
+        by: a breakdown, or BREAKDOWN=GROUP,GROUP for the questions of these groups together, and all others.
+        title: of the data set, for the error.
+
+    Raises:
+        UserError: the benchmark has no such breakdown, or no such group.
+    """
+    kind, chosen_some, listed = by.partition("=")
+    there = {name: of for name, of in score.kinds.items() if any(question in score.correct for question in of)}
+    if not there:
+        raise UserError(f"{title} has no breakdown into groups of questions; leave out --by.")
+    if kind not in there:
+        raise unknown("breakdown", kind, there)
+    members: dict[Any, list[str]] = {}
+    for question, value in there[kind].items():
+        for group in value if isinstance(value, list | tuple) else [value]:
+            if question in score.correct:
+                members.setdefault(group, []).append(question)
+    groups = {str(group): members[group] for group in sorted(members)}
+    if not chosen_some:
+        return groups
+    wanted = [name.strip() for name in listed.split(",")]
+    for name in wanted:
+        if name not in groups:
+            raise unknown(f"group of {kind}", name, groups)
+    chosen = {question for name in wanted for question in groups[name]}
+    rest = [question for question in there[kind] if question in score.correct and question not in chosen]
+    found = {", ".join(wanted): [question for question in there[kind] if question in chosen], OTHERS: rest}
+    return {name: ids for name, ids in found.items() if ids}
+
+
+def by_group(
+    a: Score, b: Score, groups: Mapping[str, Collection[str]], clusters: Mapping[str, str]
+) -> tuple[dict[str, Comparison], Comparison | None]:
+    """The mean sample score of a minus that of b in every group; and, of two groups, the first such difference minus
+    the second.
+
+    That one group's difference is significant and another's is not does not show that they differ; the second value
+    tests that. P-values of the groups are corrected by Holm, intervals are not.
+
+    Args:
+        groups: name -> ids of questions, as `groups_of` returns them.
+        clusters: question id -> label of its cluster, mostly the image.
+    """
+    found = {}
+    for name, ids in groups.items():
+        own = [terms_of(Score({}, {}, {one: score.correct[one] for one in ids}), clusters) for score in (a, b)]
+        found[name] = compare(own[0], own[1])
+    corrected = holm([one.p for one in found.values()])
+    found = {name: replace(one, p=p) for (name, one), p in zip(found.items(), corrected, strict=True)}
+    if len(groups) != 2:
+        return found, None
+    first, second = groups.values()
+    return found, compare(between(a, first, second, clusters), between(b, first, second, clusters))
+
+
+def between(
+    score: Score, first: Collection[str], second: Collection[str], clusters: Mapping[str, str]
+) -> SufficientStatistics:
+    """The sufficient statistics of the mean sample score of one group minus that of another, in points of percent."""
+    names = sorted({*first, *second})
+    rows = [
+        [part for group in (set(first), set(second)) for part in (score.correct[one] * (one in group), one in group)]
+        for one in names
+    ]
+
+    def value(sums: Array) -> Array:
+        means = divide(sums[..., 0::2], sums[..., 1::2])
+        return 100 * (means[..., 0] - means[..., 1])
+
+    labels = tuple(clusters[one] for one in names)
+    unit = "image" if len(set(labels)) < len(labels) else "question"
+    return SufficientStatistics(unit, tuple(names), labels, np.array(rows, dtype=float), value)
