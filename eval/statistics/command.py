@@ -30,6 +30,7 @@ from eval.metrics import Score, SufficientStatistics
 from eval.results.report import circumstances
 from eval.results.statistics import Interval, interval, p_text, rounded, terms_of
 from eval.statistics.answers import accuracy_on, hard_questions, loyalty, plain, sample_scores
+from eval.statistics.budgets import budgets_lines, budgets_record, spent
 from eval.statistics.relative import LEVEL, SHARE, tokens_needed
 from eval.tables import markdown, score_text
 from llava.budget import RETENTION_RATIO
@@ -128,6 +129,12 @@ def statistics_of(full: Run, runs: list[Run], data: Dataset, share: float) -> An
         for budget, test in found.tests.items():
             row = row_of(budgets[budget], full, controls.get(budget), data)
             rows.append({"method": label, "budget": budget, **row, "test": dataclasses.asdict(test)})
+    labels = data.labels(full.stored.images)
+    known = [
+        spent(label, budget, run.terms, run.sample_scores, run.stored.accounting)
+        for label, budgets in ({FULL: {full.budget: full}} | methods).items()
+        for budget, run in budgets.items()
+    ]
     return {
         "title": data.title,
         "main": full.score.main,
@@ -138,6 +145,7 @@ def statistics_of(full: Run, runs: list[Run], data: Dataset, share: float) -> An
         "full": plain_interval(interval(full.terms)),
         "rows": rows,
         "tokens_needed": needed,
+        "budgets": budgets_record(known[0], [run for run in known[1:] if run], labels),
         "notes": circumstances({str(run.folder): run.stored.result for run in (full, *runs)}),
     }
 
@@ -187,6 +195,7 @@ def lines(record: Mapping[str, Any]) -> list[str]:
             f"{label} needs {needed['text']} tokens to keep {100 * needed['share']:g} % of full (one-sided test at "
             f"{100 * LEVEL:g} %, largest budget first; p by budget: {tests})."
         )
+    found += budgets_lines(record["budgets"], record["unit"])
     found += [f"no interval, {name}: {reason}" for name, reason in withheld(record)]
     return found + [f"note: {note}" for note in record["notes"]]
 
@@ -233,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument(
         "--share", type=value(fraction), default=SHARE, help="share of the score of full that tokens needed asks for"
     )
-    add_json_flag(p, "title, main, unit, questions, clusters, drawn, full, rows, tokens_needed, notes")
+    add_json_flag(p, "title, main, unit, questions, clusters, drawn, full, rows, tokens_needed, budgets, notes")
     args = p.parse_args(arguments)
     result = read_result(results_folder(args.full))
     settings, profile = result["settings"], args.profile or result["facts"].get("profile")
