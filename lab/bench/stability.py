@@ -141,7 +141,8 @@ The questions are asked in float32 in one batch. That answer is compared with ot
 
 * **tokens**: the budget, for each method the first of the command's that it can reach.
 * **on padding**: the percentage of the kept tokens that lie on patches without any pixel of the picture. All steps of a
-  method count. {rounded(100 * padding)} % of all tokens are such patches, so a method that does not look keeps about as many.
+  method count. {rounded(100 * padding)} % of all tokens are such patches; a method that does not look keeps about as
+  many.
 * **{", ".join(CONDITIONS.values())}**: the percentage of the kept tokens that are lost if the questions are asked in
   this way, and in brackets the number of answers that change, of {pictures}. Other tokens may be as good as those that
   are lost, so only changed answers show a difference. The noise, {NOISE:g} of the size of each number, is put on what
