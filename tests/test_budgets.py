@@ -159,7 +159,7 @@ def test_stats_prints_audit_line_and_oracle(tmp_path, capsys):
             budget,
             wrong,
             settings=found,
-            accounting=spending(tokens, planned, paid),
+            records=spending(tokens, planned, paid),
         )
 
     full = at("full-576", 576, {0}, [576] * count)
