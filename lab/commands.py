@@ -8,7 +8,7 @@ LAB: dict[str, dict[str, tuple[str, str] | tuple[str, str, tuple[str, ...]]]] = 
         "bench serving": ("lab.bench.serving", "vLLM under a method beside full and our decoder"),
         "bench growth": ("lab.bench.growth", "how time and memory grow with visual tokens"),
         "bench peers": ("lab.bench.peers", "this repository and another code in turns, and ratios"),
-        "bench precision": ("lab.bench.precision", "tokens kept in half precision compared with float32"),
+        "bench stability": ("lab.bench.stability", "tokens on padding; choices under batch, precision and noise"),
         "bench selfcheck": ("lab.bench.selfcheck", "compare a device with the CPU before it is timed"),
         "bench claims": ("lab.bench.claims", "published claims of speed compared with ours"),
         "tables embedded": (TABLE, "all methods on toys (docs/toy_results.md)", ("tables/embedded_main", "--page")),

@@ -8,6 +8,7 @@ from eval.efficiency.estimate import estimate
 from eval.results import cost
 from eval.results.report import tokens_text
 from llava.pipeline.accounting import TokenAccounting
+from llava.pipeline.generate import generate
 from llava.places import ASSETS
 from llava.reduction import registry
 from llava.reduction.budget import bounds
@@ -55,3 +56,13 @@ def test_a_dry_run_has_room_for_the_most_and_names_no_mean(monkeypatch):
     monkeypatch.setattr(PruMerge, "bounds", lambda self, spec: (1, 99.5))
     bounded = estimate(RunConfig("prumerge", 64, options={"official": "true"}, **about))
     assert bounded.kv_bytes < full.kv_bytes and "at most 100 of 576" in "\n".join(bounded.lines())
+
+
+def test_layers_that_run_before_the_prefill_are_paid_for(tiny):
+    """A probe of two layers counts as two layers with all tokens; a question without an image pays nothing."""
+    probing = registry.build("consensusdrop", 8, {"probe": "contextual", "probe_layer": "2"})
+    found = [one.accounting for one in generate(tiny, samples(3, text_only=(1,)), probing, 1).answers]
+    ahead = 2 * tiny.visual_tokens / tiny.spec.layers
+    assert [one.paid for one in found] == pytest.approx([8 + ahead, 0, 8 + ahead])
+    plain = generate(tiny, samples(1), registry.build("consensusdrop", 8), 1).answers[0].accounting
+    assert plain.paid == plain.mean == 8

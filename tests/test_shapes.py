@@ -8,7 +8,7 @@ import torch
 
 from eval.efficiency.counts import Computed
 from eval.efficiency.shapes import SHAPES, narrow, noise_batches, random_llava
-from lab.bench import claims, growth, precision
+from lab.bench import claims, growth, stability
 from lab.bench.claims import PAGE, Check, Claim, answer, ledger, read
 from lab.bench.growth import exponent, grid, main, model_of
 from llava.errors import UserError
@@ -17,6 +17,7 @@ from llava.model.multimodal_encoder.clip_encoder import encode
 from llava.pipeline.generate import generate, prefill
 from llava.reduction import registry
 from llava.reduction.ranking import distinct
+from llava.reduction.token_layout import Canvas, single
 from tests.conftest import drawn_image, samples
 
 
@@ -159,20 +160,48 @@ def test_rounding_decides_the_near_duplicates_that_vispruner_removes():
     assert min(shares) > 0.1, shares
 
 
+def answered(text, *kept, layout=None, canvas=None):
+    """An answer with one step for each list of kept places."""
+    steps = [SimpleNamespace(reduction=SimpleNamespace(kept=torch.tensor([one]), inputs=16)) for one in kept]
+    return SimpleNamespace(text=text, trace=steps, runs=(layout,), canvases=(canvas,))
+
+
+def test_kept_tokens_are_compared_after_every_step():
+    """V2Drop ends with one token. It alone was compared: bfloat16 kept "0 %" on an H100, and "100 %" on a CPU.
+
+    After two stages the indices of the second are places among those that the first one left.
+    """
+    one = answered("", [1, 4, 6, 9], [0, 3])
+    assert stability.survivors(one) == {(0, 1), (0, 4), (0, 6), (0, 9), (1, 1), (1, 9)}
+    assert stability.kept_share([one], [answered("", [1, 4, 6, 9], [2, 3])]) == pytest.approx(5 / 6)
+    assert stability.kept_share([answered("")], [answered("")]) == 1, "without a step nothing is lost"
+
+
+def test_tokens_on_padding_are_counted_beside_all_padding():
+    """4 x 4 patches of a picture that is half as high as wide: the rows 0 and 3 are padding."""
+    about = {"layout": single(4, 4), "canvas": Canvas((32, 32), (0, 8, 32, 24))}
+    assert stability.padding_shares([answered("", [1, 5, 6, 9], **about)]) == (0.25, 0.5)
+    assert stability.padding_shares([answered("", [1, 5, 6, 9], [0, 1], **about)]) == (2 / 6, 0.5)
+    assert stability.padding_shares([answered("", **about)]) == (0.5, 0.5), "a method without a step keeps them all"
+
+
 @pytest.mark.lab
-def test_precision_counts_the_tokens_of_the_image_that_are_kept_no_more(capsys, monkeypatch):
-    """After two stages the indices of the second are places among those that the first one left."""
-
-    def answered(text, *kept):
-        steps = [SimpleNamespace(reduction=SimpleNamespace(kept=torch.tensor([places]))) for places in kept]
-        return SimpleNamespace(text=text, trace=steps)
-
-    assert precision.survivors(answered("", [1, 4, 6, 9], [0, 3])) == {1, 9}
-    found = {
-        "float32": {"two": [answered("a", [1, 4, 6, 9], [0, 3]), answered("b", [0, 1])]},
-        "float16": {"two": [answered("a", [0, 1, 6, 9], [1, 3]), answered("b", [0, 1])]},
-        "bfloat16": {"two": [answered("a", [2, 4, 6, 8], [0, 3]), answered("c", [0, 2])]},
+def test_the_table_of_stability_says_what_changes(capsys):
+    """Batch, noise and precision change nothing where nothing is chosen; noise and bfloat16 move DivPrune's tokens."""
+    words = ["--methods", "full,divprune,fastv", "--budget", "32,128", "--questions", "3", "--device", "cpu"]
+    assert stability.main(words) == 0
+    printed = capsys.readouterr().out
+    rows = {
+        cells[1].strip(): [cell.strip() for cell in cells[2:-1]]
+        for cells in (line.split("|") for line in printed.splitlines())
+        if len(cells) > 8
     }
-    assert precision.row_of("two", found) == ["two", "0.0", "0 of 2", "75.0", "1 of 2"]
-    assert precision.main(["--methods", "uniform,full", "--questions", "1", "--device", "cpu"]) == 0
-    assert "| uniform | 0.0 | " in capsys.readouterr().out
+    assert rows["full"][0] == "576" and rows["full"][2:] == ["0.0 (0)"] * 4 + [""]
+    assert (rows["divprune"][0], rows["fastv"][0]) == ("32", "128"), "FastV cannot reach 32 on 8 layers"
+    assert rows["divprune"][2] == "0.0 (0)" and float(rows["divprune"][5].split()[0]) > 1
+    assert rows["divprune"][6] == "dtype"
+    assert stability.main([*words[:2], "--budget", "32"]) == 2
+    assert "Add a larger budget to --budget, or leave fastv out of --methods." in capsys.readouterr().err
+    exact = torch.full((1, 4, 8), 3.0)
+    noisy = stability.with_noise(None, None, exact)
+    assert 1e-7 < (noisy - exact).abs().mean() < 1e-5 and torch.equal(noisy, stability.with_noise(None, None, exact))

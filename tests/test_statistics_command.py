@@ -27,12 +27,13 @@ def data(tmp_path):
     return write_gqa(tmp_path / "data", COUNT)
 
 
-def write_run(folder, data, method, budget, wrong=(), limit=None, images=(), texts=None, **changes):
+def write_run(folder, data, method, budget, wrong=(), limit=None, images=(), texts=None, records=(), **changes):
     """A finished run that answers every question right but those at the places in `wrong`.
 
     Args:
         images: name of an image -> its hash.
         texts: question id -> answer, in place of `wrong`.
+        records: accounting of each question; none by default.
     """
     images = dict(images)
     found = benchmarks.get("gqa").load(data, "testdev")
@@ -48,7 +49,8 @@ def write_run(folder, data, method, budget, wrong=(), limit=None, images=(), tex
             "prompt": q.message,
             "text": texts[q.id] if texts else "wrong" if place in wrong else f"{q.answer.upper()}.",
             "answer_id": answer_id(settings_hash(settings), q.id),
-            "metadata": {"images": images.get(q.image, f"hash-of-{q.image}")},
+            "metadata": {"images": images.get(q.image, f"hash-of-{q.image}")}
+            | ({"accounting": records[place]} if records else {}),
         }
         for place, q in enumerate(asked)
     ]

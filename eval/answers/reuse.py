@@ -117,6 +117,12 @@ def images_of(line: Mapping[str, Any]) -> str | None:
     return metadata.get("images") if isinstance(metadata, dict) else None
 
 
+def accounting_of(line: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The visual tokens recorded in a line of an answer file (eval.results.cost.accounting_record); {} if none are."""
+    metadata = line.get("metadata")
+    return (metadata.get("accounting") or {}) if isinstance(metadata, dict) else {}
+
+
 def images_digest(lines: Iterable[Mapping[str, Any]]) -> str:
     """One hash over the images of several lines of answers.jsonl."""
     images = sorted((line["question_id"], images_of(line)) for line in lines)
@@ -134,6 +140,7 @@ class Stored:
         result: content of result.json.
         texts: question id -> answer, for the questions that were answered.
         images: question id -> hash of its images.
+        accounting: question id -> its visual tokens, see `accounting_of`.
     """
 
     folder: Path
@@ -141,6 +148,7 @@ class Stored:
     result: Mapping[str, Any]
     texts: dict[str, str]
     images: dict[str, str | None]
+    accounting: dict[str, Mapping[str, Any]]
 
     def judged(self, facts: Mapping[str, Any]) -> "Stored":
         """A copy with facts about the judge that scores it now, which may differ from when the result was written.
@@ -203,8 +211,10 @@ def read_stored(
     if foreign:
         names = first_names(foreign, 3)
         raise UserError(f"{answers} holds {len(foreign):,} answers of another run (questions {names}).")
-    texts = {name: lines[name]["text"] for name in asked if name in lines}
-    return Stored(folder, answers, result, texts, {name: images_of(lines[name]) for name in texts})
+    answered = {name: lines[name] for name in asked if name in lines}
+    texts = {name: line["text"] for name, line in answered.items()}
+    images = {name: images_of(line) for name, line in answered.items()}
+    return Stored(folder, answers, result, texts, images, {n: accounting_of(line) for n, line in answered.items()})
 
 
 def joint(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,7 @@ def accounting_record(accounting: TokenAccounting) -> dict[str, Any]:
     return {
         "entering": list(accounting.tokens_per_layer),
         "mean": accounting.mean,
+        "paid": accounting.paid,
         "planned": accounting.planned,
         "asked": accounting.asked,
         "visual_tokens": accounting.visual_tokens,

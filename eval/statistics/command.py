@@ -31,6 +31,7 @@ from eval.metrics import Score, SufficientStatistics
 from eval.results.report import circumstances
 from eval.results.statistics import Interval, interval, p_text, rounded, terms_of
 from eval.statistics.answers import accuracy_on, hard_questions, loyalty, plain, sample_scores
+from eval.statistics.budgets import budgets_lines, budgets_record, spent
 from eval.statistics.gain import Floor, answerable_blind, blind_record, floor_of, gain_lines, gains
 from eval.statistics.relative import LEVEL, SHARE, tokens_needed
 from eval.tables import markdown, score_text
@@ -139,6 +140,13 @@ def statistics_of(full: Run, runs: list[Run], data: Dataset, share: float, floor
             row = row_of(budgets[budget], full, controls.get(budget), data)
             gain = plain_interval(kept[label][budget]) if kept else None
             rows.append({"method": label, "budget": budget, **row, "gain": gain, "test": dataclasses.asdict(test)})
+    labels = data.labels(full.stored.images)
+    known = [
+        spent(label, budget, run.terms, run.sample_scores, run.stored.accounting)
+        for label, budgets in ({FULL: {full.budget: full}} | methods).items()
+        for budget, run in budgets.items()
+        if label != BLIND
+    ]
     return {
         "title": data.title,
         "main": full.score.main,
@@ -150,6 +158,7 @@ def statistics_of(full: Run, runs: list[Run], data: Dataset, share: float, floor
         "rows": rows,
         "tokens_needed": needed,
         "blind": None if blind is None else blind_record(needed, terms, full.terms, blind.terms, share, floor),
+        "budgets": budgets_record(known[0], [run for run in known[1:] if run], labels),
         "notes": answerable_blind(data.benchmark)
         + circumstances({str(run.folder): run.stored.result for run in (full, *runs)}),
     }
@@ -205,6 +214,7 @@ def lines(record: Mapping[str, Any]) -> list[str]:
             f"{100 * LEVEL:g} %, largest budget first; p by budget: {tests})."
         )
     found += gain_lines(record["blind"]) if record["blind"] else []
+    found += budgets_lines(record["budgets"], record["unit"])
     found += [f"no interval, {name}: {reason}" for name, reason in withheld(record)]
     return found + [f"note: {note}" for note in record["notes"]]
 
@@ -255,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=SHARE,
         help="share of the score of full, and of the visual gain, that tokens needed asks for",
     )
-    add_json_flag(p, "title, main, unit, questions, clusters, drawn, full, rows, tokens_needed, blind, notes")
+    add_json_flag(p, "title, main, unit, questions, clusters, drawn, full, rows, tokens_needed, blind, budgets, notes")
     args = p.parse_args(arguments)
     result = read_result(results_folder(args.full))
     settings, profile = result["settings"], args.profile or result["facts"].get("profile")

@@ -21,7 +21,7 @@ from eval.efficiency.oracle import reducers_of
 from eval.efficiency.shapes import noise_batches
 from eval.results.report import hardware
 from eval.tables import markdown
-from lab.bench.precision import DTYPES, answers_of, kept_share
+from lab.bench.stability import DTYPES, answers_of, kept_share
 from llava.model.builder import device_of, load
 from llava.places import ASSETS
 from llava.reduction import ranking

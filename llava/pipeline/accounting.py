@@ -5,6 +5,7 @@ the host, only when they are read.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -116,6 +117,8 @@ class TokenAccounting:
         asked: visual tokens per image that the budget asks for, but not more than the images have.
         on_padding: like `mean`, but counts only tokens at patches without any pixel of the image. A merged token counts
             at the place of the token that it replaces. None if it is not known which patches show the image.
+        ahead: visual tokens on which a method computed in decoder layers that it ran before the prefill, as a mean over
+            all layers and per image.
     """
 
     tokens_per_layer: tuple[int, ...]
@@ -126,11 +129,17 @@ class TokenAccounting:
     planned: float | None
     asked: float
     on_padding: float | None = None
+    ahead: float = 0.0
 
     @property
     def mean(self) -> float:
         """Mean visual tokens per layer and image; this is the number that is compared with the budget."""
         return mean_visual_tokens(self.tokens_per_layer) / max(1, self.images)
+
+    @property
+    def paid(self) -> float:
+        """Like `mean`, but over all passes through decoder layers, those before the prefill included."""
+        return self.mean + self.ahead
 
 
 @dataclass(frozen=True)
@@ -178,11 +187,13 @@ class Record:
         images: for each sample, its images in order.
         reductions: for each sample, its reductions in order.
         operations: floating point operations of the batch.
+        ahead: sample -> visual tokens on which the method computed before the prefill, summed over decoder layers.
     """
 
     images: list[list[SeenImage]]
     reductions: list[list[Applied]]
     operations: Operations = field(default_factory=Operations)
+    ahead: Counter[int] = field(default_factory=Counter)
 
     @cached_property
     def steps(self) -> list[Trace]:
@@ -225,6 +236,7 @@ class Record:
                     planned=sum(map(sum, plans)) / layers / count if len(plans) == len(images) else None,
                     asked=sum(image.asked for image in images) / count,
                     on_padding=None if any(image.canvas is None for image in images) else empty / layers / count,
+                    ahead=self.ahead[sample] / layers / count,
                 )
             )
         return accounts

@@ -272,7 +272,8 @@ class Stages:
             """[B, L, D] after the first `count` decoder layers, computed once for all images of the batch."""
             if count not in after_layers:
                 after_layers[count] = self.run_layers(model.llm, sequence, count)
-                for length in sequence.lengths:
+                for sample, (length, spans) in enumerate(zip(sequence.lengths, sequence.visual, strict=True)):
+                    self.record.ahead[sample] += count * sum(stop - start for start, stop in spans)
                     for layer in model.llm.layers[:count]:
                         self.record.operations.add("selection", layer_flops, layer, length, length)
             return after_layers[count]

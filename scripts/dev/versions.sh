@@ -22,7 +22,7 @@ for shape in '' '--shape llava-1.5-7b --layers 1 --distinct 1 --lengths 0' '--sh
   bash scripts/bench/latency.sh consensusdrop 64 --repeats 1 $shape
 done
 bash scripts/eval/gqa.sh consensusdrop 64 --limit 40 --output "$folder/gqa"
-"$folder/bin/python" -m eval.cli bench precision --methods consensusdrop --budget 64
+"$folder/bin/python" -m eval.cli bench stability --methods consensusdrop --budget 64
 "$folder/bin/python" -m pytest tests/test_versions.py tests/test_fused.py tests/test_stock_families.py tests/test_family_pipeline.py tests/test_contract.py \
   tests/test_golden.py tests/test_wrap.py tests/test_wrap_refusals.py tests/test_families.py tests/test_checkpoint.py tests/test_shipped_processors.py \
   tests/test_parallel_model.py tests/test_pretended.py tests/parity
