@@ -29,7 +29,7 @@ from eval.answers.store import AnswerStore, settings_hash
 from eval.ask import Job, first_token_times, measured_under
 from eval.benchmarks.base import Dataset, Question
 from eval.command import Parser, add_data_flags, add_json_flag, exit_on_user_error, make_parser, print_record, value
-from eval.config import FULL, build_reducer, changed_options, count, is_toy, options_by_method, path_name
+from eval.config import FULL, build_reducer, changed_options, count, device_name, is_toy, options_by_method, path_name
 from eval.config import TOY_BANNER as BANNER
 from eval.feature_cache import CACHE_BYTES
 from eval.metrics import Array
@@ -204,8 +204,8 @@ def costs_of(jobs: Sequence[Job], pictures: Pictures) -> tuple[list[float], str]
     On an accelerator it is the measured time, once for all; elsewhere the operations, which other work on the machine
     does not change.
     """
-    if jobs[0].model.device.type != "cpu" and (times := measured(jobs, pictures)) is not None:
-        device = hardware(str(jobs[0].model.device))
+    if not device_name(jobs[0].model).startswith("cpu") and (times := measured(jobs, pictures)) is not None:
+        device = hardware(device_name(jobs[0].model))
         return times, f"time to the first token of a batch of {jobs[0].config.batch_size} on {device}"
     found = []
     samples = [jobs[0].data.sample(question) for question in pictures.questions[:COUNTED]]

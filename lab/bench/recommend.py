@@ -1,7 +1,7 @@
 """How often `vtr recommend` finds what a full sweep finds, what it asks, and how often it errs: docs/statistics.md.
 
-python -m lab.bench.recommend sweep FULL FOLDER... [--draws 500]   pictures drawn anew from the answers of finished runs
-python -m lab.bench.recommend tables [--draws 1000]                simulated tables (scripts/bench/recommend.sh runs both)
+python -m lab.bench.recommend sweep FULL FOLDER... [--draws 500]   draws pictures anew from answers of finished runs
+python -m lab.bench.recommend tables [--draws 1000]   simulates tables (scripts/bench/recommend.sh runs both)
 """
 
 import argparse
