@@ -34,10 +34,10 @@ from eval.config import TOY_BANNER as BANNER
 from eval.feature_cache import CACHE_BYTES
 from eval.metrics import Array
 from eval.parallel.ranks import Rank
-from eval.recommend.halving import LOOKS, Choice, Look, Planned, halve, plan, upper_bound
+from eval.recommend.halving import LOOKS, Choice, Look, Planned, halve, plan
 from eval.recommend.page import page, sentences
 from eval.results.report import hardware
-from eval.results.statistics import FEWEST_CLUSTERS
+from eval.results.statistics import FEWEST_CLUSTERS, accuracy_terms, compare
 from eval.run import answer_questions, load_model, prepare, process_of, read_questions, texts
 from eval.sweep import UnansweredQuestions
 from llava.budget import RETENTION_RATIO, budget_text
@@ -186,8 +186,10 @@ def check_floor(job: Job, pictures: Pictures, scores: Array, level: float) -> No
     common = Counter([*said.values(), *(question.answer for question in pictures.questions)]).most_common(CONSTANTS)
     constants = {text: np.array(job.sample_scores(pictures.questions, [text] * len(scores))) for text, _ in common}
     best = max(constants, key=lambda text: constants[text].sum())
-    lost = pictures.sums(constants[best] - scores, len(pictures.asked))
-    if upper_bound(lost, pictures.asked, level) >= 0:
+    clusters = {one.id: str(picture) for one, picture in zip(pictures.questions, pictures.about, strict=True)}
+    own, same = (dict(zip(clusters, map(float, values), strict=True)) for values in (scores, constants[best]))
+    above = compare(accuracy_terms(own, clusters), accuracy_terms(same, clusters))
+    if above.difference <= 0 or above.p > 1 - level:
         raise UserError(
             f"Full scores {100 * scores.mean():.1f} % on these {len(scores):,} questions, and the answer {best!r} to "
             f"all of them {100 * constants[best].mean():.1f} %; full is not shown to be above that, so a small loss "

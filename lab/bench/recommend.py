@@ -29,6 +29,7 @@ SETTINGS = [
     (60, 8, 0.96, 0.2, 0.1),
     (100, 8, 0.96, 0.0, 0.0),
     (100, 8, 0.6, 0.2, 0.2),
+    (50, 20, 0.9, 0.0, 0.2),
     (300, 1, 0.9, 0.05, 0.0),
     (300, 8, 0.9, 0.05, 0.2),
     (1000, 1, 0.7, 0.1, 0.0),
@@ -65,7 +66,7 @@ def read(folders: Sequence[Path]) -> tuple[list[Run], Array, Array]:
     settings = read_result(folders[0])["settings"]
     data = open_dataset(settings["benchmark"], str(DEFAULT_DATA), settings["split"], None, "auto")
     runs = [read_run(folder, data) for folder in folders]
-    ids = list(runs[0].texts)
+    ids = [name for name in runs[0].texts if all(name in run.texts for run in runs)]
     labels = data.labels(runs[0].stored.images)
     _, about = np.unique([labels[name] for name in ids], return_inverse=True)
     scores = np.array([np.bincount(about, [(run.sample_scores or {})[name] for name in ids]) for run in runs])
