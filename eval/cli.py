@@ -46,6 +46,7 @@ GROUPS = {
         "score": Command("eval.score", "score a file of answers, without a model"),
         "compare": Command("eval.score", "paired test between two runs", function="compare_command"),
         "stats": Command("eval.statistics.command", "tokens needed, loyalty and hard questions of finished runs"),
+        "recommend": Command("eval.recommend.command", "the cheapest method and budget for your own questions"),
         "report": Command("eval.pages.report", "write a page with all results: plots and a sortable table"),
         "leaderboard": Command(
             "eval.pages.leaderboard", "write a leaderboard of checked runs: ranks with ties, and CSV"

@@ -352,8 +352,8 @@ def default_output(config: RunConfig, split: str, model: Any, reducer: "Reducer"
     changed: dict[str, Any] = {key: value for key, value in here.items() if usual.get(key) != value}
     text = json.dumps(changed | changed_fields(config), sort_keys=True)
     tail = "-" + hashlib.sha256(text.encode()).hexdigest()[:8] if text != "{}" else ""
-    name = folder_name(model.name)
-    return Path("results") / f"{config.benchmark}-{split}" / name / f"{reducer.name}-{reducer.budget}{tail}"
+    asked, name = f"{folder_name(config.benchmark)}-{split}", folder_name(model.name)
+    return Path("results") / asked / name / f"{reducer.name}-{reducer.budget}{tail}"
 
 
 @cache

@@ -13,6 +13,7 @@ from eval.answers.jsonl import is_file
 from eval.benchmarks.base import Benchmark, catalogue
 from llava.errors import UserError, unknown
 
+OWN = ".jsonl"  # ends the name of a file with questions of the user's own
 SETS = Path(__file__).parent / "sets"  # a file of plain.py for each of its benchmarks
 
 
@@ -40,11 +41,16 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Benchmark:
-    """The benchmark called `name`. Only its own module is imported: the one in catalogue.yaml, or one of its name.
+    """The benchmark called `name`, or the questions in the file of the user's own that it names (own.py).
+
+    Only its own module is imported: the one in catalogue.yaml, or one of its name.
 
     Raises:
         UserError: there is none, or a file of SETS has the name of another benchmark.
     """
+    if name.endswith(OWN):
+        own: Benchmark = import_module(f"{__name__}.own").benchmark(name)
+        return own
     module = catalogue().get(name, {}).get("module", name)
     if module in (entry.name for entry in iter_modules(__path__)) and not (SETS / f"{name}.yaml").exists():
         for benchmark in entries_of(module):
