@@ -12,6 +12,7 @@ from tqdm import tqdm
 from eval.command import exit_on_user_error, make_parser, open_dataset, value
 from eval.config import DEFAULT_DATA, count
 from eval.efficiency.oracle import reducers_of
+from eval.efficiency.turns import survivors
 from eval.tables import markdown, write_csv
 from llava.model.builder import load
 from llava.model.llava_arch import Llava
@@ -27,15 +28,6 @@ HEAD = [
     "method",
     *(f"{dtype}, {what}" for dtype in DTYPES[1:] for what in ("kept tokens dropped, %", "answers changed")),
 ]
-
-
-def survivors(answer: Answer) -> set[int]:
-    """The input tokens of the image at whose places tokens remain after all steps of a method."""
-    places: list[int] = []
-    for step in answer.trace:
-        kept = step.reduction.kept[0].tolist()
-        places = [places[place] for place in kept] if places else kept
-    return set(places)
 
 
 def answers_of(model: Llava, samples: Sequence[Sample], reducer: Reducer) -> list[Answer]:
