@@ -69,6 +69,7 @@ GROUPS = {
     "Papers: tables and costs": {
         "tables paper": Command(TABLE, "one table of a paper, or of a PATH.yaml: run, check, write"),
         "bench latency": Command("eval.efficiency.latency", "time, memory and operations of methods beside full"),
+        "bench turns": Command("eval.efficiency.turns", "several questions about an image: choose tokens once"),
     },
     "Add something: a method, a benchmark, a table or a model family": {
         "new": Command("eval.new", "write its files: vtr new method NAME, benchmark, table or family", ("new",)),

@@ -44,3 +44,13 @@ def eager_maps(model: Llava) -> Iterator[Maps]:
 def real(maps: Maps, layer: int, sample: int, length: int) -> Tensor:
     """[H, length, length], one sample's map without its padding, which is on the left."""
     return maps[layer][sample, :, -length:, -length:]
+
+
+@contextmanager
+def noted_logits(model: Llava) -> Iterator[list[Tensor]]:
+    """The logits [B, vocabulary] from which the pipeline has chosen each token, in order."""
+    seen: list[Tensor] = []
+    plain = type(model).logits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "logits", lambda hidden: seen.append(plain(model, hidden)) or seen[-1], raising=False)
+        yield seen

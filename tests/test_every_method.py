@@ -3,6 +3,7 @@
 import dataclasses
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.model.llava_arch import Llava
+from llava.pipeline.generate import generate
+from llava.pipeline.turns import answer_turns
 from llava.processing.prompt import Sample
 from llava.reduction import registry
 from llava.reduction.budget import require
 from llava.reduction.reducer import Reducer
 from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests import contract, observed
-from tests.attention_maps import eager_attention
+from tests.attention_maps import eager_attention, noted_logits
 from tests.conftest import QUESTIONS, drawn_image, samples
 from tests.contract import run
 from tests.tiny_checkpoints import make_tiny_llava, save_text_tower, save_transformers_layout
@@ -240,6 +243,20 @@ def test_every_option_books_its_operations(name, tiny):
                 logits, _, record = run(tiny, samples(1), reducer)
                 logits.argmax(-1)
             assert counter.get_total_flops() == record.operations.total, contract.label(reducer)
+
+
+def test_a_question_that_is_asked_again_is_answered_alike(name, tiny):
+    """With the tokens that the first question left in each layer, merged or not, a later one is what it was."""
+    reducer = reducing(name, tiny)
+    question = replace(samples(1)[0], id="first")
+    with noted_logits(tiny) as logits:
+        turns = answer_turns(tiny, [question, replace(question, id="again")], reducer, False, max_new_tokens=1)
+        (first,) = generate(tiny, [question], reducer, max_new_tokens=1).answers
+    assert torch.equal(logits[0], logits[2]) and turns[0].kv_bytes == first.accounting.kv_bytes
+    assert turns[1].kv_bytes == turns[0].kv_bytes and turns[1].flops < turns[0].flops
+    # Text before the cut saw the tokens that later text no longer sees in these layers.
+    if type(reducer).cut_caches is Reducer.cut_caches:
+        torch.testing.assert_close(logits[1], logits[0], atol=2e-5, rtol=0)
 
 
 def test_no_method_asks_for_attention_maps(name, tiny, monkeypatch):

@@ -242,11 +242,13 @@ def test_caches_that_cannot_hold_a_reduced_prompt(llava):
         with pytest.raises(UserError, match="StaticCache"):
             llava.generate(inputs, cache_implementation="static")
         held = llava.model(**inputs).past_key_values
-        for more in ({"input_ids": torch.tensor([[5, 6]])}, {**inputs}):
-            with pytest.raises(UserError, match="one token per prompt"):
-                llava.model(**more, past_key_values=held)
+        with pytest.raises(UserError, match="leave pixels out"):
+            llava.model(**inputs, past_key_values=held)
         with pytest.raises(UserError, match="1 reduced prompts, got input_ids for 2"):
             llava.model(input_ids=torch.tensor([[5], [6]]), past_key_values=held)
+        held.batch_repeat_interleave(2)
+        with pytest.raises(UserError, match="one token per prompt, got 2"):
+            llava.model(input_ids=torch.tensor([[5, 6]] * 2), past_key_values=held)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ from llava.hf.models import (
     state_of,
 )
 from llava.pipeline.accounting import Record, TokenAccounting
-from llava.pipeline.decoder import Prefilled, Segment, step
+from llava.pipeline.decoder import Prefilled, Segment, forget_last, step
 from llava.pipeline.generate import prefill
 from llava.reduction.merging import Trace
 from llava.reduction.reducer import Reducer
@@ -72,11 +72,18 @@ class ReducedCache(DynamicCache):
 
     Attributes:
         segments: for layers that share them, the mask of valid keys and the position of the next token.
+        ids: [B, L] the tokens that the cache stands for, with those that were dropped; None for families that run their
+            own forward. `generate` feeds what follows them.
         running: True while the model's own forward runs with the masks and positions of `segments`.
     """
 
     segments: list[Segment]
+    ids: Tensor | None = None
     running: bool = False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The number of tokens that the cache stands for, which `generate` leaves out of the ids that it feeds."""
+        return super().get_seq_length(layer_idx) if self.ids is None else self.ids.shape[1]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # a LongTensor is a Tensor of integers
@@ -91,12 +98,9 @@ class ReducedCache(DynamicCache):
         self._change(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def crop(self, tokens_to_remove: int) -> None:
-        super().crop(tokens_to_remove)
-        if tokens_to_remove:
-            for segment in self.segments:
-                segment.next_position = segment.next_position + tokens_to_remove
-                if segment.valid is not None:
-                    segment.valid = segment.valid[:, :tokens_to_remove]
+        forget_last(self.layers, self.segments, -tokens_to_remove)
+        if self.ids is not None:
+            self.ids = self.ids[:, : self.ids.shape[1] + tokens_to_remove]
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Refuse to serve a model's own forward, which calls this but does not know the masks of `segments`."""
@@ -108,7 +112,8 @@ class ReducedCache(DynamicCache):
         )
 
     def _change(self, rows: Callable[[Tensor], Tensor]) -> None:
-        """Reorder or repeat the rows of masks and positions."""
+        """Reorder or repeat the rows of masks, positions and ids."""
+        self.ids = None if self.ids is None else rows(self.ids)
         for segment in self.segments:
             segment.next_position = rows(segment.next_position)
             if segment.valid is not None:
@@ -125,10 +130,11 @@ class ReductionContext:
         model.forward: calls with pixels, and calls that continue them, run the pipeline's forward.
         model.model.forward: refuses pixels, because the logits and the cache of a reduced prompt come from `model`.
         model._expand_inputs_for_generation: repeats prompts for beams and samples after the prefill, not before.
-        model._prepare_position_ids_for_generation: makes none for prompts with pixels. Position ids that reach forward
-            are then the caller's own, and are refused.
+        model._prepare_position_ids_for_generation: makes none for prompts with pixels and for later turns. Position ids
+            that reach forward are then the caller's own, and are refused.
         model._get_candidate_generator: refuses assisted decoding of prompts with pixels.
-        model.generate: ends its streamer after an error, so that a loop over the streamer ends too.
+        model.generate: checks that a later turn continues the conversation of its cache. Ends its streamer after an
+            error, so that a loop over the streamer ends too.
 
     The block belongs to the thread or asyncio task that entered it. In other threads and tasks, calls with pixels are
     refused, because they may be meant for the plain model. To stream, start the thread with a copy of the context:
@@ -178,7 +184,7 @@ class ReductionContext:
         self._overrides = [
             Override(model, "forward", self._forward, self._signature.replace(parameters=shown)),
             Override(model, EXPAND, self._expand),
-            Override(model, PREPARE_POSITIONS, lambda own, ids, given: None if has_pixels(given) else own(ids, given)),
+            Override(model, PREPARE_POSITIONS, self._prepare_positions),
             Override(model, CANDIDATES, self._candidate_generator),
             Override(model, "generate", self._generate),
         ]
@@ -270,6 +276,9 @@ class ReductionContext:
         ids, rest = original(expand_size, is_encoder_decoder, input_ids, **kwargs)
         return ids, {**rest, **images, COPIES: expand_size}
 
+    def _prepare_positions(self, original: Callable[..., Any], ids: Tensor, given: dict[str, Any]) -> Tensor | None:
+        return None if has_pixels(given) or isinstance(given.get(CACHE), ReducedCache) else original(ids, given)
+
     def _candidate_generator(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = by_name(inspect.signature(original), args, kwargs)
         if has_pixels(given["model_kwargs"]):
@@ -285,6 +294,7 @@ class ReductionContext:
             if self._key in ENTERED.get():
                 self.accounting, self.traces, self.kv_bytes = [], [], 0
                 refuse_embeddings(given)
+                refuse_other_conversation(given)
             return original(*args, **kwargs)
         except Exception as error:
             streamer = given.get("streamer")
@@ -338,7 +348,7 @@ class ReductionContext:
             held: Any = state.cache if cache is None else cache
             held.__class__ = ReducedCache
             held.layers, held.layer_class_to_replicate = state.cache.layers, None
-            held.segments = state.segments
+            held.segments, held.ids = state.segments, ids.to(runtime.device)
             if copies > 1:
                 held.batch_repeat_interleave(copies)
             output = self._output(state.hidden.repeat_interleave(copies, 0), held)
@@ -363,33 +373,51 @@ class ReductionContext:
         refuse_training(*modules)
 
     def _continue(self, given: Mapping[str, Any], cache: ReducedCache) -> CausalLMOutputWithPast:
-        """Run one more token per prompt: its logits [B, 1, V], and the cache."""
+        """Run a token per prompt, or the next turn of one prompt: the last token's logits [B, 1, V], and the cache."""
         self._refuse_continuation(given, cache)
-        ids = given["input_ids"]
+        ids = given["input_ids"].to(self._runtime.device)
         llm = self._model.model.language_model
         with torch.inference_mode(), hooks_must_run(self._model, (self._model.model, llm)):
-            token = llm.embed_tokens(ids.to(self._runtime.device))
-            hidden = step(llm, Prefilled(token, cache, cache.segments, [], 0), token)
-        return self._output(hidden, cache)
+            tokens = llm.embed_tokens(ids)
+            hidden = step(llm, Prefilled(tokens, cache, cache.segments, [], 0), tokens)
+        assert cache.ids is not None  # of this forward
+        cache.ids = torch.cat([cache.ids, ids], 1)
+        return self._output(hidden[:, -1:], cache)
 
     def _refuse_continuation(self, given: Mapping[str, Any], cache: ReducedCache) -> None:
-        """Raise UserError for anything but one token per prompt of the cache."""
-        ids = given.get("input_ids")
-        if has_pixels(given) or ids is None or ids.shape[1] != 1:
+        """Raise UserError for anything but one token per prompt of the cache, or text for a cache of one prompt."""
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        again = f"give the whole conversation and all its images, without {CACHE}."
+        if has_pixels(given) or ids is None:
             raise UserError(
-                "After a reduced prompt, input_ids must be one token per prompt and without images; for another turn "
-                f"give the whole conversation and all its images, without {CACHE}."
+                "A reduced prompt is continued by input_ids alone, because its images are in the cache: leave pixels "
+                f"out; for another image {again}"
             )
-        rows = len(cache.segments[0].next_position)  # beams and samples among them
+        rows, count = len(cache.segments[0].next_position), ids.shape[1]  # beams and samples among them
         if len(ids) != rows:
             raise UserError(
-                f"The cache holds {rows} reduced prompts, got input_ids for {len(ids)}; give one token each."
+                f"The cache holds {rows} reduced prompts, got input_ids for {len(ids)}; give one token each. For "
+                f"several answers to a later turn {again}"
             )
+        if count == 1:
+            return
+        if cache.ids is None or rows > 1 or not count:
+            raise UserError(
+                f"After a reduced prompt, input_ids must be one token per prompt, got {count}. Another turn runs on "
+                f"the cache of one conversation with LLaVA, LLaVA-NeXT or Video-LLaVA; otherwise {again}"
+            )
+        config = self._model.config
+        slots = [getattr(config, name, None) for name in ("image_token_id", "video_token_id")]
+        if any(slot is not None and bool((ids == slot).any()) for slot in slots):
+            raise UserError(f"Another turn cannot show another image; {again}")
+        if isinstance(mask, Tensor) and not bool(mask[:, -count:].all()):
+            raise UserError("Another turn has no padding; give one conversation, and attention_mask without zeros.")
 
     def _output(self, hidden: Tensor, cache: ReducedCache) -> CausalLMOutputWithPast:
         llm, head = self._model.model.language_model, self._model.lm_head
         # Prompts as they entered layer 0, whose cache may have been cut since.
-        length = max(cache.get_seq_length(), *cache.segments[0].lengths)
+        first: Any = cache.layers[0]
+        length = max(first.get_seq_length(), *cache.segments[0].lengths)
         window = getattr(llm.config, "sliding_window", None)
         if window is not None and length > window:
             raise UserError(
@@ -402,6 +430,22 @@ class ReductionContext:
         logits = logits.to(self._runtime.device, copy=True)
         held: dict[str, Any] = {CACHE: cache}
         return CausalLMOutputWithPast(logits=logits, **held)
+
+
+def refuse_other_conversation(given: Mapping[str, Any]) -> None:
+    """Raise UserError if the ids of a call of `generate` do not continue the conversation that its cache holds."""
+    cache = given.get(CACHE)
+    if not isinstance(cache, ReducedCache) or cache.ids is None:
+        return
+    ids, held = given.get("inputs"), cache.ids
+    ids = given.get("input_ids") if ids is None else ids
+    length = held.shape[1]
+    if ids is None or ids.shape[1] <= length or not torch.equal(ids[:, :length].to(held.device), held):
+        raise UserError(
+            f"input_ids must begin with the {length} tokens that the cache stands for, image tokens included, and go "
+            "on after them: give the ids that the last call returned, followed by those of the new turn, or the whole "
+            f"conversation and its images without {CACHE}."
+        )
 
 
 def held_by(hidden: Tensor, cache: Any, segments: list[Segment]) -> Prefilled:

@@ -212,18 +212,48 @@ def run_layers(llm: Any, sequence: PromptBatch, count: int) -> Tensor:
     return run_segment(llm, sequence, range(count), rotary, None)[0]
 
 
-def step(llm: Any, state: Prefilled, token: Tensor) -> Tensor:
-    """Run all layers on one embedded token per sample, [B, 1, D] -> [B, 1, D]; every layer's cache grows by one."""
-    hidden = token
+def step(llm: Any, state: Prefilled, tokens: Tensor) -> Tensor:
+    """Run all layers on the next embedded tokens of every sample, [B, n, D] -> [B, n, D]; every cache grows by n.
+
+    One token continues an answer, several continue a conversation. No sample has padding among them.
+    """
+    hidden, count, attention = tokens, tokens.shape[1], getattr(llm.config, KERNEL)
     for segment in state.segments:
-        rotary, mask = rotary_angles(llm, token, segment.next_position), None
-        if segment.valid is not None:
-            segment.valid = valid = F.pad(segment.valid, (0, 1), value=True)
-            # The only query is the last token. It sees all valid keys, so its mask needs no causal part.
-            attention = getattr(llm.config, KERNEL)
-            mask = valid[:, None, None, :] if attention == "sdpa" else causal_mask(valid, 1, token.dtype, attention)
+        position, mask = segment.next_position, None
+        if count > 1:
+            ahead = torch.arange(count, device=position.device)
+            position = position + (ahead if position.dim() == 2 else ahead[:, None])
+        rotary = rotary_angles(llm, tokens, position)
+        valid = segment.valid
+        if valid is not None:
+            segment.valid = valid = F.pad(valid, (0, count), value=True)
+        elif count > 1 and "flash" not in attention:
+            # The kernel's own causal mask would let the first new token see only the first key.
+            held: Any = state.cache.layers[segment.layers[0]]
+            valid = torch.ones(1, held.get_seq_length() + count, dtype=torch.bool, device=tokens.device)
+        if valid is not None:
+            # A single query is the last token. It sees all valid keys, so its mask needs no causal part.
+            alone = count == 1 and attention == "sdpa"
+            mask = valid[:, None, None, :] if alone else causal_mask(valid, count, tokens.dtype, attention)
         for index in segment.layers:
             layer = llm.layers[index]
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, **{CACHE: state.cache})
-        segment.next_position = segment.next_position + 1
+        segment.next_position = segment.next_position + count
     return hidden
+
+
+def forget_last(layers: Sequence[Any], segments: Sequence[Segment], count: int) -> None:
+    """Remove the last `count` tokens of every sample from every layer, so that others may follow in their place.
+
+    Args:
+        layers: of the cache.
+        segments: the same layers.
+    """
+    if not count:
+        return
+    for held in layers:
+        held.crop(-count)
+    for segment in segments:
+        segment.next_position = segment.next_position - count
+        if segment.valid is not None:
+            segment.valid = segment.valid[:, :-count]

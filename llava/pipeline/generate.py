@@ -71,64 +71,23 @@ def generate(
     if model.answers is not None:
         return model.answers(samples, reducer, max_new_tokens, ignore_eos, timer)
     require(reducer, model.spec)
-    end_ids, stop = (frozenset(), None) if ignore_eos else (model.end_ids, model.stop)
     state, record = prefill(model, samples, reducer, timer)
-    written: list[list[int]] = [[] for _ in samples]
-
-    @cache
-    def may_end_stop(token: int) -> bool:
-        """Whether the stop string can end in this token. Only then is the answer decoded, to look for the string."""
-        last = (stop or "")[-1:]
-        return last.isspace() or last in model.decode([token], special=True)
-
-    # One token per sample and round, the first of them from the prefill, until all answers have ended. The samples stay
-    # together to the last round; tokens of answers that have ended are not written down.
-    running = set(range(len(samples)))
-    hidden, steps = state.hidden, 0
-    while True:
-        logits = model.logits(hidden)
-        token = logits.argmax(-1)
-        # A sum is finite only if all its terms are, so one kernel checks all logits of a sample.
-        checked = token.where(logits.sum(-1).isfinite(), NOT_FINITE)
-        if not steps:
-            timer.mark("prefill")
-        # The only transfer of a step: the host must see which answers end, and whether the logits are finite.
-        for sample, value in enumerate(checked.tolist()):
-            if sample not in running:
-                continue
-            if value == NOT_FINITE:
-                raise UserError(
-                    f"The logits for question {samples[sample].id} are not finite: the weights or the configuration of "
-                    f"{model.name} hold NaN or infinite values, or the dtype is too narrow for them; check the "
-                    "checkpoint, or use another --dtype."
-                )
-            if value in end_ids:
-                running.discard(sample)
-                continue
-            written[sample].append(value)
-            if stop and may_end_stop(value) and stop in model.decode(written[sample], special=True):
-                running.discard(sample)
-        if not running or steps + 1 == max_new_tokens:
-            break
-        hidden = decoder.step(model.llm, state, model.llm.embed_tokens(token[:, None]))
-        steps += 1
-    timer.mark("decode")
+    written, steps = decode(model, state, [sample.id for sample in samples], max_new_tokens, ignore_eos, timer)
 
     # The answers. Everything that was recorded on the way is counted and copied to the host only here.
-    texts = [model.decode(ids) for ids in written]
     accounts = record.accounting(state)
     answers = tuple(
         Answer(
             sample.id,
-            (text.split(stop, 1)[0] if stop else text).strip(),
+            text_of(model, ids, ignore_eos),
             tuple(ids),
             account,
             trace,
             tuple(image.layout for image in images),
             tuple(image.canvas for image in images),
         )
-        for sample, text, ids, account, trace, images in zip(
-            samples, texts, written, accounts, record.steps, record.images, strict=True
+        for sample, ids, account, trace, images in zip(
+            samples, written, accounts, record.steps, record.images, strict=True
         )
     )
     # Ranks that share the decoder have computed the same batch; they must have kept and written the same tokens.
@@ -146,6 +105,66 @@ def generate(
     room = sum(part.untyped_storage().nbytes() for layer in layers for part in (layer.keys, layer.values))
     room = room * model.llm.config.num_key_value_heads // layers[0].keys.shape[1]
     return Batch(answers, timing, state.kv_bytes_held, record.operations, steps, images=images, kv_bytes_allocated=room)
+
+
+def decode(
+    model: Llava, state: Prefilled, names: Sequence[str], max_new_tokens: int, ignore_eos: bool, timer: Timer
+) -> tuple[list[list[int]], int]:
+    """Decode greedily after a prefill: the token ids of each answer, without the end token, and the number of steps.
+
+    Args:
+        state: its cache then also holds the first `steps` tokens of every answer.
+        names: of the questions, for errors.
+        timer: gets the time of the first token as "prefill" and of the others as "decode".
+    """
+    end_ids, stop = (frozenset(), None) if ignore_eos else (model.end_ids, model.stop)
+    written: list[list[int]] = [[] for _ in names]
+
+    @cache
+    def may_end_stop(token: int) -> bool:
+        """Whether the stop string can end in this token. Only then is the answer decoded, to look for the string."""
+        last = (stop or "")[-1:]
+        return last.isspace() or last in model.decode([token], special=True)
+
+    # One token per sample and round, the first of them from the prefill, until all answers have ended. The samples stay
+    # together to the last round; tokens of answers that have ended are not written down.
+    running = set(range(len(names)))
+    hidden, steps = state.hidden, 0
+    while True:
+        logits = model.logits(hidden)
+        token = logits.argmax(-1)
+        # A sum is finite only if all its terms are, so one kernel checks all logits of a sample.
+        checked = token.where(logits.sum(-1).isfinite(), NOT_FINITE)
+        if not steps:
+            timer.mark("prefill")
+        # The only transfer of a step: the host must see which answers end, and whether the logits are finite.
+        for sample, value in enumerate(checked.tolist()):
+            if sample not in running:
+                continue
+            if value == NOT_FINITE:
+                raise UserError(
+                    f"The logits for question {names[sample]} are not finite: the weights or the configuration of "
+                    f"{model.name} hold NaN or infinite values, or the dtype is too narrow for them; check the "
+                    "checkpoint, or use another --dtype."
+                )
+            if value in end_ids:
+                running.discard(sample)
+                continue
+            written[sample].append(value)
+            if stop and may_end_stop(value) and stop in model.decode(written[sample], special=True):
+                running.discard(sample)
+        if not running or steps + 1 == max_new_tokens:
+            break
+        hidden = decoder.step(model.llm, state, model.llm.embed_tokens(token[:, None]))
+        steps += 1
+    timer.mark("decode")
+    return written, steps
+
+
+def text_of(model: Llava, ids: Sequence[int], ignore_eos: bool = False) -> str:
+    """The text of an answer, up to the stop string."""
+    text = model.decode(ids)
+    return (text.split(model.stop, 1)[0] if model.stop and not ignore_eos else text).strip()
 
 
 @torch.inference_mode()

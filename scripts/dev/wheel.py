@@ -58,6 +58,7 @@ CALLS = {
     "wandb report": [("me/project --dry-run", 2)],
     "tables paper": [("consensusdrop/ablation --limit 2 --wandb disabled", 0)],
     "bench latency": [("--method consensusdrop --budget 64 --repeats 1 --lengths 0 --no-oracle", 0)],
+    "bench turns": [("--method divprune --budget 64 --limit 20", 0)],
     "new": [("method something", 2)],
     "check": [("method consensusdrop", 2)],
 }
