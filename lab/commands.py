@@ -11,6 +11,7 @@ LAB: dict[str, dict[str, tuple[str, str] | tuple[str, str, tuple[str, ...]]]] = 
         "bench stability": ("lab.bench.stability", "tokens on padding; choices under batch, precision and noise"),
         "bench selfcheck": ("lab.bench.selfcheck", "compare a device with the CPU before it is timed"),
         "bench claims": ("lab.bench.claims", "published claims of speed compared with ours"),
+        "bench recommend": ("lab.bench.recommend", "how often vtr recommend finds a sweep's choice, and errs"),
         "tables embedded": (TABLE, "all methods on toys (docs/toy_results.md)", ("tables/embedded_main", "--page")),
         "tables consensusdrop": (TABLE, "claims (docs/consensusdrop.md)", ("consensusdrop/claims", "--page")),
         "tables benchmarks": ("lab.pages.benchmarks", "benchmarks, and the toy models' scores on them"),

@@ -49,7 +49,7 @@ def slow_choice(lost, asked, costs, full_cost, tolerated, level):
         not_worse = [one for one in running if -slow_bound(-known[one][0], known[one][1], 0.9) <= tolerated]
         best = sorted(not_worse, key=lambda one: (loss[one] > tolerated, costs[one]))
         safest = min(running, key=lambda one: (slow_bound(*known[one], 0.9), costs[one]))
-        running = sorted({safest, *best[: (len(running) + 1) // 2]})
+        running = sorted({safest, *best[: (len(best) + 1) // 2]})
     corrected = 1 - (1 - level) / len(lost)
     passed = [one for one in running if slow_bound(lost[one], asked, corrected) <= tolerated]
     return min(passed, key=lambda one: costs[one], default=None)

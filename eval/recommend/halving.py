@@ -79,7 +79,7 @@ def halve(ask: Ask, asked: Array, costs: Sequence[float], full_cost: float, tole
         ranked = sorted(set(running) - {*worse}, key=lambda one: (look.estimates[one] > tolerated, costs[one], one))
         # Without the safest, noise at the first look leaves cheap configurations alone, of which none passes.
         safest = min(running, key=lambda one: (look.highs[one], costs[one], one))
-        kept = {safest, *ranked[: math.ceil(len(running) / 2)]}
+        kept = {safest, *ranked[: math.ceil(len(ranked) / 2)]}
         running = [one for one in running if one in kept]
         looks.append(Look(count, look.estimates, look.lows, look.highs, worse, tuple(running)))
     last = bounds(ask(running, pictures), asked, running, 1 - (1 - level) / len(costs))

@@ -4,7 +4,6 @@ python -m lab.bench.recommend sweep FULL FOLDER... [--draws 500]   draws picture
 python -m lab.bench.recommend tables [--draws 1000]   simulates tables (scripts/bench/recommend.sh runs both)
 """
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -162,7 +161,6 @@ def choices(
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     p = make_parser("lab.bench.recommend", __doc__)
-    p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument("what", choices=("sweep", "tables"))
     p.add_argument("folders", nargs="*", type=Path, help="of finished runs of one benchmark, that of full first")
     p.add_argument("--draws", type=int, default=500, help="of pictures, or of tables")
