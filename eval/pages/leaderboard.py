@@ -331,7 +331,7 @@ def cost_ratio(entry: Entry, board: Board) -> tuple[float | None, str]:
         return None, ""
     own, full = operations_of(entry.result), operations_of(board.result)
     if own and full:
-        return own / full, ""
+        return own / full, "without the selection, which ran elsewhere" if entry.badge == "replayed" else ""
     own, full = (((one.get("timing") or {}).get("ttft") or {}).get("median_ms") for one in (entry.result, board.result))
     if own and full and entry.result.get("conditions") == board.result.get("conditions"):
         return own / full, "measured time to the first token"
