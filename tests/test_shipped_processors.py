@@ -51,6 +51,7 @@ def test_a_toy_checkpoint_runs_with_its_own_processor(name):
 STAGES = {
     "language": "tinyllava",
     "instruct": "tinyllava_instruct",
+    "boxes": "tinyllava_boxes",
     "next": "tinyllava_next",
     "video": "tinyllava_video",
 }

@@ -17,6 +17,7 @@ from lab.toy.data import vocabulary
 from lab.toy.data.corpus import Corpus, write_scenes
 from lab.toy.data.formats import INSTRUCT_WORDS
 from lab.toy.data.questions import FAMILIES, ask
+from lab.toy.data.regions import BOX_WORDS
 from lab.toy.data.scenes import SEEDS, centred, handwritten_digits, large_scene, scene
 from lab.toy.data.vocabulary import TOY_WORDS, VIDEO_WORDS
 from lab.toy.export import trained_weights
@@ -73,7 +74,7 @@ def test_the_prompt_of_training_is_the_prompt_of_the_pipeline():
     assert ids == [*TOY_WORDS.prefix, IMAGE_TOKEN_INDEX, *line.asked]
 
 
-@pytest.mark.parametrize("words", [TOY_WORDS, VIDEO_WORDS, INSTRUCT_WORDS])
+@pytest.mark.parametrize("words", [TOY_WORDS, VIDEO_WORDS, INSTRUCT_WORDS, BOX_WORDS])
 def test_vocabularies_grow_behind_the_old_words_and_end_with_the_end_token(words):
     """CLIP's text tower finds the end token by the largest id."""
     old, new = TOY_WORDS.words, words.words
@@ -224,7 +225,7 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path):
 
 
 def test_assets_keep_their_size_limits():
-    limits = {"eval": 15e6, "eval_next": 15e6, "eval_video": 15e6, "tinyllava_instruct": 9e6}
+    limits = {"eval": 15e6, "eval_next": 15e6, "eval_video": 15e6, "tinyllava_instruct": 9e6, "tinyllava_boxes": 9e6}
     limits |= dict.fromkeys(("tinyllava", "tinyllava_next", "tinyllava_video"), 20e6)
     assert not [name for name, limit in limits.items() if size(ROOT / "assets" / name) > limit]
 

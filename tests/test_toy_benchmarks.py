@@ -19,6 +19,7 @@ from lab.toy.benchmarks import (
     linked,
     objects,
     picture,
+    refcoco,
     words,
     write_card,
     write_table,
@@ -72,8 +73,9 @@ def test_every_split_and_profile_loads_complete(name):
 def test_writing_again_gives_the_same_bytes(tmp_path):
     words.write_mmvet(tmp_path)
     gqa_and_videos.write_zero_shot_sets(tmp_path, ROOT / "assets" / "eval_video" / "video_qa")
-    files = [file for file in tmp_path.rglob("*.json*") if file.is_file()]
-    assert len(files) == 10
+    refcoco.write(tmp_path)
+    files = [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix in (".json", ".jsonl", ".jpg")]
+    assert len(files) == 47
     for file in files:
         assert file.read_bytes() == (DATA / file.relative_to(tmp_path)).read_bytes(), file
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.config import DEFAULT_MODEL, ROOT
+from eval.config import ROOT
 from lab.toy.stages import RECIPES, Settings
 from lab.toy.train import STAGES, train
 from llava.model.builder import load
@@ -55,7 +55,7 @@ def trained(tmp_path_factory):
         folder, settings = root / ("tiny" if name in ("vision", "language") else name), RECORD[name]["settings"]
         folder.mkdir(exist_ok=True)
         torch.manual_seed(0)
-        stage = STAGES[name](folder, Settings(**RECIPES[name]["recipe"], **settings), DEFAULT_MODEL)
+        stage = STAGES[name](folder, Settings(**RECIPES[name]["recipe"], **settings), STAGES[name].start)
         before = {key: weight.detach().clone().float() for key, weight in stage.trainee.named_parameters()}
         losses, loss_of = [], stage.loss
 
@@ -94,6 +94,7 @@ SCRIPTS = {
     "tiny_next": ("tinyllava_next", ("next",)),
     "tiny_video": ("tinyllava_video", ("video",)),
     "tiny_instruct": ("tinyllava_instruct", ("instruct",)),
+    "tiny_boxes": ("tinyllava_boxes", ("boxes",)),
 }
 
 

@@ -27,11 +27,21 @@ from transformers import (
 )
 
 from eval.command import exit_on_user_error
-from eval.config import DEFAULT_MODEL
 from lab.toy.clip import MEAN, STD, load_clip
 from lab.toy.data.formats import INSTRUCT_WORDS
+from lab.toy.data.regions import BOX_WORDS
 from lab.toy.data.vocabulary import BOS, EOS, NEXT_WORDS, PAD, TOY_WORDS, VIDEO_WORDS, Vocabulary
-from lab.toy.llava import build_instruct, build_llava, build_next, build_video_llava, instruct_table, load_toy
+from lab.toy.llava import (
+    box_table,
+    build_boxes,
+    build_instruct,
+    build_llava,
+    build_next,
+    build_video_llava,
+    instruct_table,
+    load_toy,
+)
+from lab.toy.train import STAGES
 from llava.errors import UserError
 
 
@@ -94,15 +104,19 @@ def write_text_tower(folder: Path, model: Path, output: Path) -> None:
     write_tower_files(weights, clip.config.to_diff_dict() | {"patch_similarity": "plain"}, output)
 
 
-def grow_text_tower(folder: Path, model: Path, output: Path) -> None:
-    """The toy model's text tower with rows for the new words: a like word's, or the mean of all. Not trained."""
-    source = model / "text_tower"
-    weights = load_file(source / "model.safetensors")
-    table = "text_model.embeddings.token_embedding.weight"
-    weights[table] = instruct_table(weights[table].float(), 0.0).half()
-    config = json.loads((source / "config.json").read_text())
-    config["text_config"] |= {"vocab_size": len(INSTRUCT_WORDS), "eos_token_id": INSTRUCT_WORDS.ids[EOS]}
-    write_tower_files(weights, config, output)
+def grow_text_tower(words: Vocabulary, grow: Callable[[Tensor, float], Tensor]) -> Callable[[Path, Path, Path], None]:
+    """Writes the model's text tower with rows for the new words: a like word's, or the mean of all. Not trained."""
+
+    def write(folder: Path, model: Path, output: Path) -> None:
+        source = model / "text_tower"
+        weights = load_file(source / "model.safetensors")
+        table = "text_model.embeddings.token_embedding.weight"
+        weights[table] = grow(weights[table].float(), 0.0).half()
+        config = json.loads((source / "config.json").read_text())
+        config["text_config"] |= {"vocab_size": len(words), "eos_token_id": words.ids[EOS]}
+        write_tower_files(weights, config, output)
+
+    return write
 
 
 def write_tower_files(weights: dict[str, Tensor], config: dict, output: Path) -> None:
@@ -135,7 +149,10 @@ EXPORTS = {
     "language": Export(untrained_language, TOY_WORDS, write_text_tower),
     "next": Export(lambda folder, model: build_next(load_toy(model)), NEXT_WORDS, copy_text_tower),
     "video": Export(lambda folder, model: build_video_llava(load_toy(model)), VIDEO_WORDS, None),
-    "instruct": Export(lambda folder, model: build_instruct(model), INSTRUCT_WORDS, grow_text_tower),
+    "instruct": Export(
+        lambda folder, model: build_instruct(model), INSTRUCT_WORDS, grow_text_tower(INSTRUCT_WORDS, instruct_table)
+    ),
+    "boxes": Export(lambda folder, model: build_boxes(model), BOX_WORDS, grow_text_tower(BOX_WORDS, box_table)),
 }
 
 
@@ -165,10 +182,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=EXPORTS)
     parser.add_argument("--folder", type=Path, required=True, help="the training folder")
-    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="the toy model it was fine-tuned from")
+    parser.add_argument("--model", type=Path, help="the toy model it was fine-tuned from; default: as shipped")
     parser.add_argument("--output", type=Path, required=True, help="the checkpoint folder")
     args = parser.parse_args(arguments)
-    export(args.stage, args.folder, Path(args.model), args.output)
+    export(args.stage, args.folder, args.model or STAGES[args.stage].start, args.output)
     size = sum(f.stat().st_size for f in args.output.rglob("*") if f.is_file())
     print(f"Wrote {args.output}: {size / 1e6:.1f} MB.")
     return 0

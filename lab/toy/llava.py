@@ -6,7 +6,7 @@ their size and their distances.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from transformers import (
 from lab.toy.data.corpus import FRAME_PATCHES, FRAME_TOKENS, PINPOINTS
 from lab.toy.data.formats import INSTRUCT_WORDS, INSTRUCTIONS, LETTERS, UNANSWERABLE
 from lab.toy.data.questions import CHINESE_PARTICLES, CHINESE_WORDS
+from lab.toy.data.regions import BOX_ALIKE, BOX_WORDS, COORDINATES
 from lab.toy.data.scenes import GRID, PATCH, PATCHES
 from lab.toy.data.videos import SEEN, VIDEO_SIDE
 from lab.toy.data.vocabulary import (
@@ -44,6 +45,7 @@ from lab.toy.data.vocabulary import (
     VIDEO_WORDS,
     Vocabulary,
 )
+from llava.errors import UserError
 
 # Rotary base of the models with tiles or frames. With 10,000 a token 3,000 positions away is rotated further than any
 # that the toy model was trained on; this keeps the slowest rotations at those of 600 positions, and leaves the fast
@@ -129,8 +131,9 @@ def grown_table(
     alike: Mapping[str, str],
     answers: Mapping[str, Sequence[str]] | None = None,
     apart: float = 1.0,
+    smaller: Vocabulary = TOY_WORDS,
 ) -> Tensor:
-    """The embedding table of a larger vocabulary, from that of the toy model.
+    """The embedding table of a larger vocabulary, from that of the smaller one.
 
     Args:
         alike: new word -> the old word of like use whose row it starts from.
@@ -138,7 +141,7 @@ def grown_table(
         apart: distance between a new row and its start, in deviations of the table; a tenth of it for `alike`.
     """
     noise = torch.Generator().manual_seed(0)
-    old, rows, answers = TOY_WORDS.ids, [], answers or {}
+    old, rows, answers = smaller.ids, [], answers or {}
     for word in vocabulary.words:
         if word in old:
             rows.append(table[old[word]])
@@ -170,14 +173,29 @@ NEW_ANSWERS = dict.fromkeys((*LETTERS, UNANSWERABLE), ANSWERS)
 
 
 def build_instruct(folder: str | Path) -> LlavaForConditionalGeneration:
-    """The toy model of `folder` in float32, its embedding table grown to the new vocabulary."""
+    """The toy model of `folder` in float32 with the words of all formats."""
+    return build_grown(folder, TOY_WORDS, INSTRUCT_WORDS, instruct_table)
+
+
+def build_boxes(folder: str | Path) -> LlavaForConditionalGeneration:
+    """The toy model of all formats in `folder` in float32 with the words of boxes."""
+    return build_grown(folder, INSTRUCT_WORDS, BOX_WORDS, box_table)
+
+
+def build_grown(
+    folder: str | Path, smaller: Vocabulary, words: Vocabulary, table: Callable[[Tensor, float], Tensor]
+) -> LlavaForConditionalGeneration:
+    """The model of `folder` in float32, its embedding table grown by `table`(old one, distance of new rows)."""
     base = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    known = base.config.text_config.vocab_size
+    if known != len(smaller):
+        raise UserError(f"{folder} knows {known} words; this stage starts from a toy model of {len(smaller)} words.")
     config = LlavaConfig.from_dict(base.config.to_dict())
-    config.text_config.update({"vocab_size": len(INSTRUCT_WORDS), "eos_token_id": INSTRUCT_WORDS.ids[EOS]})
+    config.text_config.update({"vocab_size": len(words), "eos_token_id": words.ids[EOS]})
     model = LlavaForConditionalGeneration(config).float()
     weights = base.model.state_dict()
     name = "language_model.embed_tokens.weight"
-    weights[name] = instruct_table(weights[name], 1.0)
+    weights[name] = table(weights[name], 1.0)
     model.model.load_state_dict(weights, strict=True)
     model.tie_weights()
     return model.eval()
@@ -191,6 +209,18 @@ def text_config(config: LlavaConfig, **changed: int) -> LlamaConfig:
 def instruct_table(table: Tensor, apart: float) -> Tensor:
     """The toy model's embedding table with the new words."""
     return grown_table(table, INSTRUCT_WORDS, INSTRUCT_ALIKE, NEW_ANSWERS, apart)
+
+
+def box_table(table: Tensor, apart: float) -> Tensor:
+    """The embedding table of the model of all formats with the words of boxes.
+
+    Coordinates start near the digits' mean, on a curve on which near coordinates have like rows: sixteen cosines.
+    """
+    grown = grown_table(table, BOX_WORDS, BOX_ALIKE, dict.fromkeys(COORDINATES, DIGITS), 0.1 * apart, INSTRUCT_WORDS)
+    waves = torch.cos(torch.arange(1, 17) * math.pi * torch.linspace(0, 1, len(COORDINATES))[:, None])
+    curve = waves @ torch.randn(16, table.shape[1], generator=torch.Generator().manual_seed(0)) / math.sqrt(8)
+    grown[[BOX_WORDS.ids[word] for word in COORDINATES]] += 0.5 * apart * table.std() * curve
+    return grown
 
 
 def build_next(llava: nn.Module) -> LlavaNextForConditionalGeneration:

@@ -1,8 +1,9 @@
-"""The training stages: what a stage is, and the three on scenes of 192 x 192 pixels.
+"""The training stages: what a stage is, and the four on scenes of 192 x 192 pixels.
 
 "vision" trains the CLIP tower and its text tower on rendered scenes. "language" trains projector and decoder on
-questions about the tower's features. "instruct" fine-tunes them on the answer formats of all benchmarks; the tower
-stays as it is. The stages on large pictures and videos are in `toy.long_stages`.
+questions about the tower's features. "instruct" fine-tunes them on the answer formats of all benchmarks, and "boxes"
+goes on from there with the boxes of things; the tower stays as it is. The stages on large pictures and videos are in
+`toy.long_stages`.
 """
 
 from abc import ABC, abstractmethod
@@ -16,15 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eval.config import DEFAULT_MODEL
 from eval.yaml_files import read_yaml
 from lab.toy import clip
 from lab.toy.clip import COLUMN, PANEL, SHAPE
-from lab.toy.data.corpus import Corpus, write_scenes
+from lab.toy.data.corpus import Corpus, is_strip, write_boxed_scenes, write_scenes
 from lab.toy.data.formats import BLIND, FORMATS, INSTRUCT_WORDS, LETTERS, Pair, compose, lmms_wording
 from lab.toy.data.questions import FAMILIES, ask
+from lab.toy.data.regions import BOX_WORDS, COORDINATES, box_pair
 from lab.toy.data.scenes import PATCHES, SIDE, Thing
 from lab.toy.data.vocabulary import COLOR_NAMES, DIGITS, SHAPES, SIZES, TOY_WORDS, Vocabulary
-from lab.toy.llava import Trainee, build_instruct, build_llava, fold_feature_scale
+from lab.toy.llava import Trainee, build_boxes, build_instruct, build_llava, fold_feature_scale
 from lab.toy.packing import (
     Decoded,
     Line,
@@ -52,6 +55,7 @@ class Settings:
     adam_lr: float
     clip: float  # gradient norm
     decay: float  # share of the steps over which the learning rate falls to zero
+    warmup: int = 60  # steps over which the learning rate rises
     dtype: str = "bfloat16"  # of the weights while training; the master weights are float32
     evaluate_every: int = 100  # steps
     save_every: int = 100
@@ -75,11 +79,13 @@ class Stage(ABC):
 
     Attributes:
         name: of the stage and of its files.
+        start: the shipped toy model that fine-tuning starts from.
         at_once: validation rows.
         trainee: whose parameters are trained.
     """
 
     name: ClassVar[str]
+    start: ClassVar[Path] = Path(DEFAULT_MODEL)
     at_once: ClassVar[int]
     trainee: nn.Module
     corpus: Corpus
@@ -366,11 +372,12 @@ class Instruct(SceneStage):
     # Where a letter is due, the word it stands for is predicted from the decoder's states after this many layers.
     # Otherwise the model knows the word only in its last layers, too late to look up the letter beside it.
     early_at = 5
+    build, write = staticmethod(build_instruct), staticmethod(write_scenes)
 
     def __init__(self, folder: Path, settings: Settings, model: Path):
         super().__init__(folder, settings, model)
-        llava = build_instruct(model)
-        self.draw(folder, write_scenes, llava.model.vision_tower.bfloat16())
+        llava = self.build(model)
+        self.draw(folder, self.write, llava.model.vision_tower.bfloat16())
         self.trainee = Trainee(llava)
 
     def wanted(self, step: int, full: bool, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -379,7 +386,7 @@ class Instruct(SceneStage):
         return rng.choice(list(shares), (len(rows), self.settings.questions), p=chances)
 
     def lines(self, corpus: Corpus, row: int, kinds: Sequence[str], rng: np.random.Generator) -> list[Line]:
-        return format_lines(corpus.list_things(row), kinds, rng, 0.0 if corpus is self.val else LMMS)
+        return format_lines(corpus.list_things(row), kinds, rng, 0.0 if corpus is self.val else LMMS, self.words)
 
     def help(self, step: int, decoded: Decoded, lines: Lines, labels: Tensor) -> tuple[Tensor | float, Numbers]:
         meant = lines.meant[lines.meant != -100]
@@ -389,17 +396,93 @@ class Instruct(SceneStage):
 
 
 def format_lines(
-    things: tuple[Thing, ...], names: Sequence[str], rng: np.random.Generator, lmms: float = 0.0
+    things: tuple[Thing, ...],
+    names: Sequence[str],
+    rng: np.random.Generator,
+    lmms: float = 0.0,
+    words: Vocabulary = INSTRUCT_WORDS,
 ) -> list[Line]:
     """One pair of each format about a scene, where there is one; the share `lmms` in the words of lmms-eval."""
     drawn = [(name, compose(things, name, rng, tries=12)) for name in names]
     asked = [(name, pair) for name, pair in drawn if pair is not None]
-    return [format_line(name, lmms_wording(name, pair) if rng.random() < lmms else pair) for name, pair in asked]
+    return [format_line(name, lmms_wording(name, pair) if rng.random() < lmms else pair, words) for name, pair in asked]
 
 
-def format_line(name: str, pair: Pair) -> Line:
+def format_line(name: str, pair: Pair, words: Vocabulary = INSTRUCT_WORDS) -> Line:
     """A pair of the format `name` as ids."""
     meant = -100
     if pair.options and pair.answer in LETTERS:
-        (meant,) = INSTRUCT_WORDS.encode(pair.options[LETTERS.index(pair.answer)])
-    return as_line(INSTRUCT_WORDS, name, pair.message, pair.answer, meant, name in BLIND)
+        (meant,) = words.encode(pair.options[LETTERS.index(pair.answer)])
+    return as_line(words, name, pair.message, pair.answer, meant, name in BLIND)
+
+
+# Stage "boxes".
+
+# How often a kind of thing is asked for, and the share of boxes among all pairs: at first, and from then on. The other
+# pairs are of the formats above.
+BOX_SHARES = {"big": 4, "small": 3, "frame": 2, "panel": 1}
+FIRST_BOXES, BOXES, FIRST_STEPS = 0.8, 0.5, 0.6
+# Weight of the loss between a coordinate and those near it, and its deviation in hundredths of the picture's side.
+NEAR_LOSS, NEAR = 0.5, 1.5
+FIRST_COORDINATE = BOX_WORDS.ids[COORDINATES[0]]  # the others follow it
+
+
+class Boxes(Instruct):
+    """Fine-tune the model of all formats on the boxes of things; half of what it is asked stays as before."""
+
+    name = "boxes"
+    start = Path(DEFAULT_MODEL).with_name("tinyllava_instruct")
+    words, kinds = BOX_WORDS, (*FORMATS, *BOX_SHARES)
+    build, write = staticmethod(build_boxes), staticmethod(write_boxed_scenes)
+
+    def wanted(self, step: int, full: bool, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        boxes = FIRST_BOXES if step < FIRST_STEPS * self.settings.steps else BOXES
+        chances = [
+            share * value / sum(shares.values())
+            for shares, share in ((SHARES, 1 - boxes), (BOX_SHARES, boxes))
+            for value in shares.values()
+        ]
+        return rng.choice([*SHARES, *BOX_SHARES], (len(rows), self.settings.questions), p=chances)
+
+    def lines(self, corpus: Corpus, row: int, kinds: Sequence[str], rng: np.random.Generator) -> list[Line]:
+        things, boxes, lmms = corpus.list_things(row), corpus.boxes[row].tolist(), 0.0 if corpus is self.val else LMMS
+        drawn = [(kind, box_pair(things, boxes, kind, rng, lmms)) for kind in kinds if kind in BOX_SHARES]
+        lines = [format_line(kind, pair, self.words) for kind, pair in drawn if pair is not None]
+        if not is_strip(row):  # what other formats ask about may lie outside a strip
+            lines += super().lines(corpus, row, [kind for kind in kinds if kind not in BOX_SHARES], rng)
+        return lines
+
+    def help(self, step: int, decoded: Decoded, lines: Lines, labels: Tensor) -> tuple[Tensor | float, Numbers]:
+        read, numbers = super().help(step, decoded, lines, labels)
+        near, more = self.near(decoded, lines)
+        return read + NEAR_LOSS * near, numbers | more
+
+    def validate(self, rows: np.ndarray) -> Numbers:
+        lines = self.ask(self.val, rows, [list(self.kinds)] * len(rows), self.rng)
+        decoded, _, numbers = self.answer(self.all_tokens(self.val, rows), lines, early=False)
+        return numbers | self.near(decoded, lines)[1]
+
+    def near(self, decoded: Decoded, lines: Lines) -> tuple[Tensor, Numbers]:
+        """Cross-entropy with a bell curve around every coordinate, per pair; Acc@0.5 by kind.
+
+        Every coordinate follows the true ones before it, so these boxes are a little better than those of answers.
+        """
+        there = (lines.target >= FIRST_COORDINATE) & (lines.target < FIRST_COORDINATE + len(COORDINATES))
+        due = torch.where(there, lines.target, -100)
+        logits = predict(self.trainee, decoded.states, decoded.start, due)[:, FIRST_COORDINATE:][:, : len(COORDINATES)]
+        true = lines.target[there] - FIRST_COORDINATE
+        bell = torch.softmax(-0.5 * ((torch.arange(len(COORDINATES)) - true[:, None]) / NEAR) ** 2, -1)
+        loss = F.cross_entropy(logits, bell, reduction="sum") / sum(map(len, lines.kinds))
+        hit = (overlap(logits.argmax(-1).view(-1, 4), true.view(-1, 4)) >= 0.5).tolist()
+        kinds = [kind for row in lines.kinds for kind in row if kind in BOX_SHARES]
+        by_kind: dict[str, list[bool]] = {}
+        for kind, flag in zip(kinds, hit, strict=True):
+            by_kind.setdefault(f"{kind}/iou", []).append(flag)
+        return loss, {kind: float(np.mean(flags)) for kind, flags in by_kind.items()}
+
+
+def overlap(a: Tensor, b: Tensor) -> Tensor:
+    """[n] intersection over union of [n, 4] boxes; 0 for an inverted one."""
+    area = [(box[:, 2:] - box[:, :2]).clamp(min=0).prod(1) for box in (a, b)]
+    both = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0).prod(1)
+    return both / (area[0] + area[1] - both).clamp(min=1)

@@ -21,14 +21,13 @@ from torch import nn
 from tqdm import tqdm
 
 from eval.command import exit_on_user_error
-from eval.config import DEFAULT_MODEL
 from eval.tracking import Tracker, start
 from lab.toy.long_stages import Next, Video
-from lab.toy.stages import RECIPES, Instruct, Language, Settings, Stage, Vision
+from lab.toy.stages import RECIPES, Boxes, Instruct, Language, Settings, Stage, Vision
 from llava.errors import UserError
 
 LOG_EVERY = 25  # steps
-STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (Vision, Language, Next, Video, Instruct)}
+STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (Vision, Language, Next, Video, Instruct, Boxes)}
 
 
 class MasterOptimizer:
@@ -125,7 +124,7 @@ def train(stage: Stage, folder: Path, tracker: Tracker | None = None) -> MasterO
         torch.manual_seed(int(rng.integers(2**31)))
         loss, numbers = stage.loss(step, rng)
         loss.backward()
-        norm = optimizer.step(schedule(step, settings.steps, decay=settings.decay))
+        norm = optimizer.step(schedule(step, settings.steps, settings.warmup, settings.decay))
         for name, value in {"loss": loss.item(), "gradient_norm": norm, **numbers}.items():
             if value == value:
                 averages[name] = 0.95 * averages.get(name, value) + 0.05 * value
@@ -152,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--folder", type=Path, required=True, help="where corpora, checkpoints and logs go")
-    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="the toy model that fine-tuning starts from")
+    parser.add_argument("--model", type=Path, help="the toy model that fine-tuning starts from; default: as shipped")
     parser.add_argument("--quick", action="store_true", help="a few steps on a few scenes")
     args = parser.parse_args(arguments)
     name, folder = args.stage, args.folder
@@ -160,8 +159,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipe = RECIPES[name]
     settings = Settings(**recipe["recipe"], **recipe["quick" if args.quick else "full"])
     torch.manual_seed(0)
-    stage = STAGES[name](folder, settings, args.model)
-    config = {"benchmark": "toy", "split": name, "folder": str(folder), "model": str(args.model)}
+    model = args.model or STAGES[name].start
+    stage = STAGES[name](folder, settings, model)
+    config = {"benchmark": "toy", "split": name, "folder": str(folder), "model": str(model)}
     tracker = start("auto", folder, config | dataclasses.asdict(settings))
     optimizer = train(stage, folder, tracker)
     if tracker:

@@ -5,7 +5,7 @@ interrupted drawing goes on where it stopped. Where the tower stays frozen its f
 pixels; frames are read back from the encoded file, so that training sees what a reader of the file sees.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lab.toy.clip import patchify, vision_states
+from lab.toy.clip import MEAN, patchify, vision_states
 from lab.toy.data.scenes import (
     FIELDS,
     GRID,
@@ -33,6 +33,7 @@ from llava.processing.image import best_resolution, cut, fitted, on_canvas, unpa
 from llava.processing.video import frame_indices, read_video
 from llava.reduction.token_layout import TokenLayout, stitched
 
+PADDING_COLOUR = tuple(int(255 * value) for value in MEAN)
 MAX_THINGS, MAX_LARGE_THINGS = 20, 28
 # Of videos; a CLS stands before the patches of a frame, as in Video-LLaVA.
 FRAME_PATCHES = (VIDEO_SIDE // PATCH) ** 2
@@ -55,6 +56,8 @@ class Corpus:
         owners: int8, row of `things` or number of the actor that covers a patch, -1 for background: [n, 24, 24] of
             scenes, [n, 5, 576] of crops, [n, 8, 256] of frames.
         things: [n, 20 or 28, 9] float32, columns as in FIELDS; a large picture's centre is at (96, 96).
+        boxes: [n, 20, 4] float32, edges of the things of scenes, where they were asked for; zeros for a thing of which
+            a part is not in the picture.
         sizes: [n, 2] int64, width and height of large pictures.
     """
 
@@ -62,6 +65,7 @@ class Corpus:
     features: np.ndarray
     owners: np.ndarray
     things: np.ndarray
+    boxes: np.ndarray
     sizes: np.ndarray
 
     def __init__(self, folder: Path, split: str = ""):
@@ -125,6 +129,46 @@ def write_scenes(folder: Path, split: str, size: int, tower: nn.Module | None = 
         return {**seen, "owners": drawn.owner, "things": thing_table(drawn.things, MAX_THINGS)}
 
     write_rows(folder, size, draw, f"scenes {split}")
+
+
+def write_boxed_scenes(folder: Path, split: str, size: int, tower: nn.Module) -> None:
+    """As `write_scenes`, with boxes; of every fourth pair of scenes only a strip is shown, padded as LLaVA pads."""
+
+    def draw(row: int) -> Row:
+        drawn = scene(split, row, dense=row % 2 == 1)
+        shown = strip(row) if is_strip(row) else (0, 0, SIDE, SIDE)
+        image = padded(drawn.image, shown)
+        boxes = np.zeros((MAX_THINGS, 4), np.float32)
+        boxes[: len(drawn.boxes)] = [box if inside(box, shown) else (0, 0, 0, 0) for box in drawn.boxes]
+        table = thing_table(drawn.things, MAX_THINGS)
+        return {"features": features(tower, image[None])[0], "owners": drawn.owner, "things": table, "boxes": boxes}
+
+    write_rows(folder, size, draw, f"scenes {split}")
+
+
+def is_strip(row: int) -> bool:
+    """Whether `write_boxed_scenes` shows a strip of the scene; half of those are natural scenes."""
+    return row % 8 in (2, 3)
+
+
+def strip(row: int) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom edge of the middle strip of scene number `row`, lying or upright, 96 to 160 wide."""
+    rng = np.random.default_rng([row, 4])
+    margin = int(rng.integers(SIDE // 12, SIDE // 4 + 1))
+    return (0, margin, SIDE, SIDE - margin) if rng.random() < 0.5 else (margin, 0, SIDE - margin, SIDE)
+
+
+def padded(image: np.ndarray, shown: tuple[int, int, int, int]) -> np.ndarray:
+    """A scene of which only a rectangle is shown, as LLaVA pads the picture of that rectangle."""
+    left, top, right, bottom = shown
+    canvas = np.full_like(image, PADDING_COLOUR)
+    canvas[top:bottom, left:right] = image[top:bottom, left:right]
+    return canvas
+
+
+def inside(box: Sequence[float], shown: Sequence[float]) -> bool:
+    """Whether a box lies in a rectangle."""
+    return box[0] >= shown[0] and box[1] >= shown[1] and box[2] <= shown[2] and box[3] <= shown[3]
 
 
 def write_pictures(folder: Path, split: str, size: int, tower: nn.Module) -> None:

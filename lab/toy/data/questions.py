@@ -51,7 +51,7 @@ def ask(things: tuple[Thing, ...], family: str, rng: np.random.Generator, tries:
     return attempt(lambda: FAMILIES[family](things, rng), tries)
 
 
-def _shapes(things) -> list[Thing]:
+def shapes_of(things) -> list[Thing]:
     return [thing for thing in things if thing.kind == "shape"]
 
 
@@ -62,19 +62,19 @@ def pick(items: Sequence, rng: np.random.Generator):
     return items[int(rng.integers(len(items)))]
 
 
-def _require(claim: bool) -> None:
+def require(claim: bool) -> None:
     if not claim:
         raise Retry
 
 
-def _name(thing: Thing, size=False, color=False, shape=True) -> str:
+def name_of(thing: Thing, size=False, color=False, shape=True) -> str:
     parts = [SIZES[thing.big]] * size + [COLOR_NAMES[thing.color]] * color
     return " ".join([*parts, SHAPES[thing.shape] if shape else "object"])
 
 
-def _matches(things, like: Thing, size=False, color=False, shape=True) -> list[Thing]:
+def matches(things, like: Thing, size=False, color=False, shape=True) -> list[Thing]:
     compared = [field for field, wanted in (("big", size), ("color", color), ("shape", shape)) if wanted]
-    return [other for other in _shapes(things) if all(getattr(other, f) == getattr(like, f) for f in compared)]
+    return [other for other in shapes_of(things) if all(getattr(other, f) == getattr(like, f) for f in compared)]
 
 
 def phrasings(family: str, name: str) -> list[str]:
@@ -89,9 +89,9 @@ def _attribute(family: str, names: Sequence[str], **named_by: bool) -> "Family":
     """A question for the colour or the shape of a thing; `named_by`: the attributes that single it out."""
 
     def ask_for(things, rng) -> Question:
-        target, size = pick(_shapes(things), rng), rng.random() < 0.5
-        _require(len(_matches(things, target, size=size, **named_by)) == 1)
-        name = _name(target, size=size, **named_by)
+        target, size = pick(shapes_of(things), rng), rng.random() < 0.5
+        require(len(matches(things, target, size=size, **named_by)) == 1)
+        name = name_of(target, size=size, **named_by)
         text = pick(phrasings(family, name), rng)
         program = (("select", name), ("query", family))
         return Question(family, text, names[getattr(target, family)], "query", "attr", program)
@@ -110,18 +110,18 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 
 
 def _relate(things, rng) -> Question:
-    target, anchor = pick(_shapes(things), rng), pick(_shapes(things), rng)
-    _require(target is not anchor and target.shape != anchor.shape)
+    target, anchor = pick(shapes_of(things), rng), pick(shapes_of(things), rng)
+    require(target is not anchor and target.shape != anchor.shape)
     color = rng.random() < 0.5
-    _require(len(_matches(things, anchor, color=color)) == 1)
+    require(len(matches(things, anchor, color=color)) == 1)
     relation = pick(RELATIONS, rng)
-    _require(offset(target, anchor, relation) > MARGIN)
-    same = _matches(things, target)
+    require(offset(target, anchor, relation) > MARGIN)
+    same = matches(things, target)
     # Nothing of the same shape may be even nearly on that side.
-    _require([thing for thing in same if offset(thing, anchor, relation) > -MARGIN / 2] == [target])
-    _require(len(same) > 1 or rng.random() < 0.25)  # mostly questions in which the relation decides
-    _require(all(thing.color != target.color for thing in same if thing is not target))
-    name, other = SHAPES[target.shape], _name(anchor, color=color)
+    require([thing for thing in same if offset(thing, anchor, relation) > -MARGIN / 2] == [target])
+    require(len(same) > 1 or rng.random() < 0.25)  # mostly questions in which the relation decides
+    require(all(thing.color != target.color for thing in same if thing is not target))
+    name, other = SHAPES[target.shape], name_of(anchor, color=color)
     text = f"What color is the {name} {relation} the {other}?"
     program = (("select", other), ("relate", f"{name},{relation}"), ("query", "color"))
     return Question("relate", text, COLOR_NAMES[target.color], "query", "rel", program)
@@ -131,14 +131,14 @@ def _exist(things, rng) -> Question:
     wanted, answer = rng.random() < 0.5, "no"
     if rng.random() < 0.12:
         pattern = int(rng.integers(3))
-        _require(any(thing.pattern == pattern for thing in things) == wanted)
+        require(any(thing.pattern == pattern for thing in things) == wanted)
         name = f"{PATTERNS[pattern]} panel"
     else:
-        like, size = pick(_shapes(things), rng), rng.random() < 0.3
+        like, size = pick(shapes_of(things), rng), rng.random() < 0.3
         if not wanted:
             # 60 % of the absent things are made of attributes that the scene does hold.
             if rng.random() < 0.6:
-                shape = pick(_shapes(things), rng).shape
+                shape = pick(shapes_of(things), rng).shape
                 flip = size and rng.random() < 0.4
                 like = Thing(
                     "shape", 0, 0, 0, like.shape if flip else shape, like.color, 1 - like.big if flip else like.big
@@ -146,8 +146,8 @@ def _exist(things, rng) -> Question:
             else:
                 shape, color, big = int(rng.integers(len(SHAPES))), int(rng.integers(8)), int(rng.integers(2))
                 like = Thing("shape", 0, 0, 0, shape, color, big)
-        _require(bool(_matches(things, like, size=size, color=True)) == wanted)
-        name = _name(like, size=size, color=True)
+        require(bool(matches(things, like, size=size, color=True)) == wanted)
+        name = name_of(like, size=size, color=True)
     answer = "yes" if wanted else "no"
     text = pick([f"Is there a {name} in the image?", f"Is there a {name}?", f"Does the image contain a {name}?"], rng)
     return Question("exist", text, answer, "verify", "obj", (("select", name), ("exist", "?")))
@@ -156,8 +156,8 @@ def _exist(things, rng) -> Question:
 def _count(things, rng) -> Question:
     kind, wanted = int(rng.integers(3)), int(rng.choice([0, 1, 1, 2, 2, 3]))
     like = Thing("shape", 0, 0, 0, int(rng.integers(len(SHAPES))), int(rng.integers(8)), int(rng.integers(2)))
-    counted = _matches(things, like, size=kind == 2, color=kind == 1, shape=kind != 1)
-    _require(len(counted) == wanted or (wanted == 3 and len(counted) == 4))
+    counted = matches(things, like, size=kind == 2, color=kind == 1, shape=kind != 1)
+    require(len(counted) == wanted or (wanted == 3 and len(counted) == 4))
     plural = PLURALS[SHAPES[like.shape]]
     name = (plural, f"{COLOR_NAMES[like.color]} objects", f"{SIZES[like.big]} {plural}")[kind]
     text = pick([f"How many {name} are there?", f"How many {name} are in the image?"], rng)
@@ -173,10 +173,10 @@ def _digit(things, rng) -> Question:
 
 def _two_named(things, rng) -> tuple[Thing, Thing, str]:
     """Two things that shape and colour single out, and a relation that clearly holds between them."""
-    a, b = pick(_shapes(things), rng), pick(_shapes(things), rng)
-    _require(a is not b and len(_matches(things, a, color=True)) == 1 and len(_matches(things, b, color=True)) == 1)
+    a, b = pick(shapes_of(things), rng), pick(shapes_of(things), rng)
+    require(a is not b and len(matches(things, a, color=True)) == 1 and len(matches(things, b, color=True)) == 1)
     relation = pick(RELATIONS, rng)
-    _require(offset(a, b, relation) > MARGIN)
+    require(offset(a, b, relation) > MARGIN)
     return a, b, relation
 
 
@@ -184,27 +184,27 @@ def _verify(things, rng) -> Question:
     a, b, relation = _two_named(things, rng)
     yes = rng.random() < 0.5
     said = relation if yes else OPPOSITE[relation]
-    text = f"Is the {_name(a, color=True)} {said} the {_name(b, color=True)}?"
-    program = (("select", _name(b, color=True)), ("verify rel", f"{_name(a, color=True)},{said}"))
+    text = f"Is the {name_of(a, color=True)} {said} the {name_of(b, color=True)}?"
+    program = (("select", name_of(b, color=True)), ("verify rel", f"{name_of(a, color=True)},{said}"))
     return Question("verify", text, "yes" if yes else "no", "verify", "rel", program)
 
 
 def _choose(things, rng) -> Question:
     a, b, relation = _two_named(things, rng)
     pair = "left or right of" if relation in RELATIONS[:2] else "above or below"
-    text = f"Is the {_name(a, color=True)} {pair} the {_name(b, color=True)}?"
-    program = (("select", _name(b, color=True)), ("choose rel", f"{_name(a, color=True)},{pair}"))
+    text = f"Is the {name_of(a, color=True)} {pair} the {name_of(b, color=True)}?"
+    program = (("select", name_of(b, color=True)), ("choose rel", f"{name_of(a, color=True)},{pair}"))
     return Question("choose", text, relation.split()[0], "choose", "rel", program)
 
 
 def _side(things, rng) -> Question:
-    target = pick(_shapes(things), rng)
-    _require(len(_matches(things, target, color=True)) == 1)
+    target = pick(shapes_of(things), rng)
+    require(len(matches(things, target, color=True)) == 1)
     across = rng.random() < 0.5
     offset = (target.x if across else target.y) - SIDE / 2
-    _require(abs(offset) > MARGIN)
+    require(abs(offset) > MARGIN)
     first, second = ("left", "right") if across else ("top", "bottom")
-    name = _name(target, color=True)
+    name = name_of(target, color=True)
     text = f"Is the {name} on the {first} or {second} side?"
     program = (("select", name), ("choose position", f"{first}|{second}"))
     return Question("side", text, first if offset < 0 else second, "choose", "attr", program)

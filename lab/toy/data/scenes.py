@@ -53,6 +53,13 @@ class Painted:
     area: tuple[slice, slice]
     mask: np.ndarray
 
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """The smallest box around what is seen of it: left, top, right and bottom edge in pixels of the canvas."""
+        rows, columns = (np.flatnonzero((self.mask > 0.5).any(axis)) for axis in (1, 0))
+        top, left = self.area[0].start, self.area[1].start
+        return left + int(columns[0]), top + int(rows[0]), left + int(columns[-1]) + 1, top + int(rows[-1]) + 1
+
 
 def paint_things(
     rng, canvas: np.ndarray, kinds, shapes, colors, digits: tuple[np.ndarray, np.ndarray]
@@ -221,6 +228,7 @@ class Scene:
         jpeg: the file as the benchmark ships it.
         image: [height, width, 3] uint8, that file decoded, so that training sees what a reader of the file sees.
         things: with centres in pixels of the picture.
+        boxes: left, top, right and bottom edge of each thing in pixels of the picture.
         owner: int8, index of the thing that covers a patch of a scene, [24, 24], or a pixel of a large picture,
             [height, width]; -1 for background.
     """
@@ -228,6 +236,7 @@ class Scene:
     jpeg: bytes
     image: np.ndarray
     things: tuple[Thing, ...]
+    boxes: tuple[tuple[int, int, int, int], ...]
     owner: np.ndarray
 
 
@@ -235,7 +244,8 @@ def finished(canvas: np.ndarray, painted: list[Painted], owner: np.ndarray) -> S
     """The picture of a canvas [height, width, 3] float32, written as a file and read back."""
     file = io.BytesIO()
     Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return Scene(file.getvalue(), np.asarray(Image.open(file)), tuple(one.thing for one in painted), owner)
+    things, boxes = tuple(one.thing for one in painted), tuple(one.box for one in painted)
+    return Scene(file.getvalue(), np.asarray(Image.open(file)), things, boxes, owner)
 
 
 @cache

@@ -41,6 +41,7 @@ class Vocabulary:
         special: further special tokens.
         letters: words that are tokens only as words of their own, in their case: "A" is an option, "a" an article.
         longest: tokens of the longest prompt, visual tokens included.
+        glued: replacements in decoded text, which has a space between any two words.
     """
 
     def __init__(
@@ -52,11 +53,12 @@ class Vocabulary:
         special: Sequence[str] = (),
         letters: Sequence[str] = (),
         longest: int = 1024,
+        glued: Sequence[tuple[str, str]] = (),
     ):
         self.words = tuple(words)
         self.ids = {word: index for index, word in enumerate(self.words)}
         self.system, self.phrases, self.special, self.letters = system, tuple(phrases), list(special), letters
-        self.suffix, self.longest = suffix, longest
+        self.suffix, self.longest, self.glued = suffix, longest, glued
 
     def __len__(self) -> int:
         return len(self.words)
@@ -73,7 +75,7 @@ class Vocabulary:
     @cached_property
     def tokenizer(self):
         """The same vocabulary as a transformers tokenizer, which puts BOS before every text as Llama's does."""
-        from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
         from transformers import PreTrainedTokenizerFast
 
         backend = Tokenizer(models.WordLevel(self.ids, unk_token=UNKNOWN))
@@ -81,6 +83,10 @@ class Vocabulary:
         backend.pre_tokenizer = pre_tokenizers.Whitespace()
         start = [(BOS, self.ids[BOS])]
         backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=start)
+        if self.glued:
+            spaced = decoders.Replace(Regex("^"), " ")  # of every word
+            glue = [decoders.Replace(apart, together) for apart, together in self.glued]
+            backend.decoder = decoders.Sequence([spaced, decoders.Fuse(), *glue, decoders.Strip(" ", 1, 0)])
         sentences = (SYSTEM, USER, ASSISTANT, SHORT_ANSWER, *self.phrases)
         backend.add_tokens([AddedToken(sentence, normalized=False) for sentence in sentences])
         made = PreTrainedTokenizerFast(
