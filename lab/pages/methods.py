@@ -12,7 +12,7 @@ from pathlib import Path
 
 from eval.command import exit_on_user_error, make_parser
 from eval.tables import insert, left_aligned, markdown
-from llava.budget import WITHOUT_BUDGET
+from llava.budget import BLIND, WITHOUT_BUDGET
 from llava.errors import UserError
 from llava.hf.reduce import support
 from llava.places import WORK, check_checkout
@@ -61,7 +61,7 @@ def table() -> str:
     rows = []
     for name in registry.names():
         about = registry.method(name).metadata
-        positions = str(options_of(registry.method(name))["positions"].default)
+        positions = registry.build(name, None if name == BLIND else BUDGETS[0]).positions
         unusual = ([] if about.order == "raster" else [about.order]) + [positions] * (positions != "renumber")
         paper = f"[{about.paper}]({about.url})" if about.paper else "control"
         rest = "; ".join([about.rest, *unusual])
