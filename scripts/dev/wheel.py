@@ -43,6 +43,7 @@ CALLS = {
     "compare": [(RUNS, 0)],
     "stats": [(RUNS, 0)],
     "run-vlmeval": [("consensusdrop 64 -- run.py", 2)],
+    "recommend": [("gqa --limit 180 --loss 20 --method uniform --budget 192", 0)],
     "report": [("results", 0)],
     "recommend": [("gqa --method uniform --budget 64 --limit 200", 0)],
     "leaderboard": [("results", 0)],
