@@ -221,7 +221,7 @@ def budgets_record(full: Spent | None, runs: Sequence[Spent], labels: Mapping[st
         if run.paid is not None and found.paid != found.mean.mean:
             passes["all"] = run.paid
         for which, tokens in passes.items() if run.adaptive or len(passes) > 1 else ():
-            mean, rows = fmean(tokens.values()), []
+            mean, rows = fmean(tokens.values()), list[dict[str, Any]]()
             for label, others in by_label.items():
                 ends = around(mean, [one for one in others if not one.adaptive and one is not run])
                 if ends is not None:
