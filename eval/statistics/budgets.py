@@ -218,7 +218,7 @@ def budgets_record(full: Spent | None, runs: Sequence[Spent], labels: Mapping[st
         found = audit(run, labels)
         audits.append(about | {"adaptive": run.adaptive} | asdict(found))
         passes = {"answering": run.tokens}
-        if run.paid is not None and found.paid != found.mean.mean:
+        if run.paid is not None and run.paid != run.tokens:
             passes["all"] = run.paid
         for which, tokens in passes.items() if run.adaptive or len(passes) > 1 else ():
             mean, rows = fmean(tokens.values()), list[dict[str, Any]]()
