@@ -45,7 +45,6 @@ CALLS = {
     "run-vlmeval": [("consensusdrop 64 -- run.py", 2)],
     "recommend": [("gqa --limit 180 --loss 20 --method uniform --budget 192", 0)],
     "report": [("results", 0)],
-    "recommend": [("gqa --method uniform --budget 64 --limit 200", 0)],
     "leaderboard": [("results", 0)],
     "submit check": [("results/full --full results/full", 1)],  # an installation is no commit
     "submit replay": [("kept.jsonl --full results/full --output again", 2)],  # there is no such file
