@@ -25,7 +25,10 @@ from tests import eval_fakes
 def slow_bound(lost, asked, level):
     """The upper bound from its definition in docs/statistics.md, without arrays."""
     worst = max(range(len(lost)), key=lambda one: lost[one] / asked[one])
-    rows = [*zip(lost, asked, strict=True), (max(lost[worst], 0), asked[worst])]
+    from_mean = [row - sum(lost) / sum(asked) * questions for row, questions in zip(lost, asked, strict=True)]
+    square = sum(one**2 for one in from_mean)
+    double = 2 if asked[worst] > 8 and (not square or square**2 / sum(one**4 for one in from_mean) < 6) else 1
+    rows = [*zip(lost, asked, strict=True), (min(max(lost[worst], 0) * double, asked[worst]), asked[worst])]
     total = sum(questions for _, questions in rows)
     loss = sum(row for row, _ in rows) / total
     shares = [(row - loss * questions) / total for row, questions in rows]
@@ -77,10 +80,20 @@ def test_the_bound_is_the_slow_reference_and_exact_without_a_loss():
             assert upper_bound(lost, asked, level) == pytest.approx(slow_bound(lost, asked, level))
 
 
-@pytest.mark.parametrize("losses", [SPREAD, [2.1] * 16])
-def test_fewer_than_5_percent_of_recommendations_lose_too_much(losses):
-    """Also where every configuration loses a little more than is tolerated, the worst case."""
-    found = [one.chosen for one in choices(losses, (100, 8, 0.96, 0.0, 0.0), 150)]
+@pytest.mark.parametrize(
+    "losses, setting",
+    [
+        (SPREAD, (100, 8, 0.96, 0.0, 0.0)),
+        ([2.1] * 16, (100, 8, 0.96, 0.0, 0.0)),
+        ([2.1] * 16, (50, 20, 0.9, 0.0, 0.2)),
+    ],
+)
+def test_fewer_than_5_percent_of_recommendations_lose_too_much(losses, setting):
+    """Also where every configuration loses a little more than is tolerated, the worst case.
+
+    In the last setting few pictures lose anything, but much: 17 % went wrong when the worst was only counted twice.
+    """
+    found = [one.chosen for one in choices(losses, setting, 150)]
     assert sum(one is not None and losses[one] > 2 for one in found) <= 0.05 * 150
     assert losses is not SPREAD or sum(one is not None for one in found) > 30
 

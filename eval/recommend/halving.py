@@ -21,6 +21,9 @@ LOOKS = (1 / 8, 1 / 4, 1 / 2)
 # Of the one-sided bounds at a look. They decide what is asked next, not what is recommended.
 LOOK_LEVEL = 0.9
 POWER = 0.8  # of the loss that a number of questions can show
+# If fewer pictures than FEW decide the spread of a loss, and more than MANY questions are about the worst, one that is
+# still worse is likely (simulated in lab/bench/recommend.py).
+FEW, MANY = 2 * FEWEST_DECIDING, 8
 
 # (configurations, pictures) -> sums [configurations, pictures] of full's sample scores minus those of a configuration,
 # on the first pictures.
@@ -110,18 +113,21 @@ def upper_bound(lost: Array, asked: Array, level: float) -> float:
     """One-sided upper confidence bound of a loss, in points.
 
     Student's bound of a ratio over pictures. The picture that loses most is counted twice: few pictures lose anything,
-    so that a sample easily lacks the worst. Degrees of freedom are Satterthwaite's, as for intervals. If fewer than
-    FEWEST_DECIDING pictures decide the spread, the bound is Clopper and Pearson's for the share of pictures that lose
+    so that a sample easily lacks the worst. Its double loses twice as much, at most all, if it has more than MANY
+    questions and fewer than FEW pictures decide the spread. Degrees of freedom are Satterthwaite's, as for intervals.
+    If even fewer (FEWEST_DECIDING) decide it, the bound is Clopper and Pearson's for the share of pictures that lose
     something, which is exact for one question per picture and no gains.
 
     Args:
         lost: [pictures] sums of full's sample scores minus those of the method.
         asked: [pictures] numbers of questions.
     """
-    count = len(lost)
-    worst = int(np.argmax(lost / asked))
-    more, questions = np.append(lost, max(0.0, lost[worst])), np.append(asked, asked[worst])
-    loss, total = float(lost.sum() / asked.sum()), float(questions.sum())
+    count, loss = len(lost), float(lost.sum() / asked.sum())
+    few, worst = deciding(lost - loss * asked), int(np.argmax(lost / asked))
+    most = max(0.0, float(lost[worst]))
+    double = min(float(asked[worst]), 2 * most) if few < FEW and asked[worst] > MANY else most
+    more, questions = np.append(lost, double), np.append(asked, asked[worst])
+    total = float(questions.sum())
     shares = (more - more.sum() / total * questions) / total
     if (few := deciding(shares)) < FEWEST_DECIDING:
         losing = int((lost > 0).sum())
