@@ -43,6 +43,7 @@ from tests.tiny_checkpoints_families import save_qwen_transformers  # noqa: E402
 MODELS = {
     "tinyllava": ("eval", "gqa", "64,192"),
     "tinyllava_instruct": ("eval", "textvqa", "64,192"),
+    "tinyllava_boxes": ("eval", "refcoco", "64,192"),
     "tinyllava_next": ("eval_next", "gqa", "160,320"),
     "tinyllava_video": ("eval_video", "video_qa", "136,256"),
     "tinyqwen": ("eval", "gqa", "1/4,1/2"),

@@ -72,12 +72,13 @@ def link(path: Path, target: Path) -> None:
 
 OWNER = "lmms-lab-encoder"  # of most repositories on the hub
 # Column types of the tables, for arrow and for the library `datasets`.
-STRING, INTEGER, STRINGS, IMAGE = "string", "int64", "strings", "image"
+STRING, INTEGER, STRINGS, FLOATS, IMAGE = "string", "int64", "strings", "floats", "image"
 _TEXT: dict[str, str] = {"dtype": "string", "_type": "Value"}
 _TYPES = {
     STRING: (pa.string(), _TEXT),
     INTEGER: (pa.int64(), {"dtype": "int64", "_type": "Value"}),
     STRINGS: (pa.list_(pa.string()), {"feature": _TEXT, "_type": "List"}),
+    FLOATS: (pa.list_(pa.float64()), {"feature": {"dtype": "float64", "_type": "Value"}, "_type": "List"}),
     IMAGE: (pa.struct([("bytes", pa.binary()), ("path", pa.string())]), {"_type": "Image"}),
 }
 

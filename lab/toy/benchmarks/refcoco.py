@@ -2,17 +2,32 @@
 
 testA asks for big shapes and testB for small shapes and frames, in the pictures of GQA's testdev. val asks for these
 and for panels in the pictures of GQA's val and in strips of further scenes, which are not square: LLaVA pads them, so
-boxes relative to the picture and to the padded square differ there.
+boxes relative to the picture and to the padded square differ there. RefCOCO+ and RefCOCOg are links to the same files.
+The hub's split test, which the official files lack, holds boxes of testA.
 """
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from lab.toy.benchmarks import QUALITY, fresh, generator, images, link, write_file, write_jsonl
+from lab.toy.benchmarks import (
+    FLOATS,
+    IMAGE,
+    OWNER,
+    QUALITY,
+    STRING,
+    STRINGS,
+    fresh,
+    generator,
+    images,
+    link,
+    write_file,
+    write_jsonl,
+    write_splits,
+)
 from lab.toy.benchmarks.gqa_and_videos import SPLITS
 from lab.toy.data.corpus import inside, strip
 from lab.toy.data.regions import refer
@@ -20,6 +35,8 @@ from lab.toy.data.scenes import SIDE, Thing, scene
 
 GQA_IMAGES = Path("coco", "train2014")  # linked: the place of COCO's images in the official files
 STRIPS = Path("refcoco", "strips")
+ON_HUB = 20  # boxes in the hub's table
+COLUMNS = {"question_id": STRING, "image": IMAGE, "answer": STRINGS, "bbox": FLOATS}
 STRIP_SCENES = 25  # of each kind, after those of GQA's val
 # Split -> the kinds of things that a picture is asked for, in turns.
 ASKED: dict[str, Sequence[Sequence[str]]] = {
@@ -30,9 +47,9 @@ ASKED: dict[str, Sequence[Sequence[str]]] = {
 
 
 def write(root: Path) -> None:
-    """ROOT/refcoco, and ROOT/coco with the link to GQA's images."""
-    fresh(root / "refcoco")
-    fresh(root / "coco")
+    """ROOT/refcoco, the folders that link to it, the hub's table, and ROOT/coco with the link to GQA's images."""
+    for name in ("refcoco", "refcoco+", "refcocog", "coco"):
+        fresh(root / name)
     link(root / GQA_IMAGES, images(root))
     for name, turns in ASKED.items():
         shown = squares("val" if name == "val" else "testdev")
@@ -43,7 +60,25 @@ def write(root: Path) -> None:
             if asked:
                 write_file(root / file, jpeg(picture))
             rows += asked
-        write_jsonl(root / "refcoco" / f"refcoco_{name}.jsonl", rows)
+        file = root / "refcoco" / f"refcoco_{name}.jsonl"
+        write_jsonl(file, rows)
+        link(root / "refcoco+" / f"refcoco+_{name}.jsonl", file)
+        if name != "testB":
+            link(root / "refcocog" / f"refcocog_{'val' if name == 'val' else 'test'}.jsonl", file)
+        if name == "testA":
+            write_splits(fresh(root / "hub" / OWNER / "RefCOCO"), COLUMNS, {"test": [*mirrored(root, rows[:ON_HUB])]})
+
+
+def mirrored(root: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows of the hub's table from lines of an official file; every second box is described by two sentences."""
+    for number, row in enumerate(rows):
+        x1, y1, x2, y2 = row["bbox"]
+        yield {
+            "question_id": str(number),
+            "image": {"bytes": (root / row["image"]).read_bytes(), "path": Path(row["image"]).name},
+            "answer": [row["sent"], f"{row['sent']} of the picture"][: 1 + number % 2],
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+        }
 
 
 Boxes = Sequence[Sequence[int]]
@@ -90,4 +125,10 @@ def lines(
             continue
         seen.add(found[1])
         width, height = size
-        yield {"image": str(file), "sent": found[1], "bbox": list(boxes[found[0]]), "width": width, "height": height}
+        yield {
+            "image": str(file),
+            "sent": found[1],
+            "bbox": [*map(float, boxes[found[0]])],
+            "width": width,
+            "height": height,
+        }

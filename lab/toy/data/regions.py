@@ -6,17 +6,13 @@ A coordinate is one token, so a box is nine. The words are those of the model of
 
 from collections.abc import Sequence
 
+from eval.benchmarks.refcoco import ASK, FORMAT
 from lab.toy.data.formats import CAPTION, INSTRUCT_WORDS, LETTERS, Pair, Rng, Things
 from lab.toy.data.questions import MARGIN, RELATIONS, attempt, matches, name_of, offset, pick, require, shapes_of
 from lab.toy.data.scenes import SIDE, Thing
 from lab.toy.data.vocabulary import COLOR_NAMES, PATTERNS, SHAPES, Vocabulary, grown
 
-BOX = "Please provide the bounding box coordinate of the region this sentence describes:"
-# What lmms-eval puts before it.
-BOX_FORMAT = (
-    "Bounding box coordinates are specified in the format (top-left x, top-left y, bottom-right x, bottom-right y). "
-    "All values are floating point numbers bounded between 0 and 1."
-)
+BOX, BOX_FORMAT = ASK.strip(), FORMAT.strip()  # the second stands before the first in profile lmms
 COORDINATES = tuple(f"{hundredths / 100:.2f}" for hundredths in range(101))
 # New word -> the old one that its embedding starts from.
 BOX_ALIKE = {BOX: CAPTION, BOX_FORMAT: CAPTION, "[": "(", "]": ")"}
