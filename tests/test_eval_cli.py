@@ -113,6 +113,7 @@ def test_answers_are_in_llavas_fields(main, data, tmp_path):
             "accounting": {
                 "entering": [16, 16, 16],
                 "mean": 16,
+                "paid": 16,
                 "planned": 16,
                 "asked": 16,
                 "visual_tokens": 64,
