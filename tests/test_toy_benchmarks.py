@@ -75,7 +75,7 @@ def test_writing_again_gives_the_same_bytes(tmp_path):
     gqa_and_videos.write_zero_shot_sets(tmp_path, ROOT / "assets" / "eval_video" / "video_qa")
     refcoco.write(tmp_path)
     files = [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix in (".json", ".jsonl", ".jpg")]
-    assert len(files) == 47
+    assert len(files) == 52
     for file in files:
         assert file.read_bytes() == (DATA / file.relative_to(tmp_path)).read_bytes(), file
 

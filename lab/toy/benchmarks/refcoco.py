@@ -24,6 +24,7 @@ from lab.toy.benchmarks import (
     generator,
     images,
     link,
+    picture,
     write_file,
     write_jsonl,
     write_splits,
@@ -55,10 +56,10 @@ def write(root: Path) -> None:
         shown = squares("val" if name == "val" else "testdev")
         # A turn is a natural and a dense scene.
         rows = [row for place, one in enumerate(shown) for row in lines(*one, turns[place // 2 % len(turns)])]
-        for place, (file, picture, things, boxes) in enumerate(strips() if name == "val" else ()):
-            asked = list(lines(file, picture.size, things, boxes, turns[place // 2 % len(turns)]))
+        for place, (file, shot, things, boxes) in enumerate(strips() if name == "val" else ()):
+            asked = list(lines(file, shot.size, things, boxes, turns[place // 2 % len(turns)]))
             if asked:
-                write_file(root / file, jpeg(picture))
+                write_file(root / file, jpeg(shot))
             rows += asked
         file = root / "refcoco" / f"refcoco_{name}.jsonl"
         write_jsonl(file, rows)
@@ -66,16 +67,16 @@ def write(root: Path) -> None:
         if name != "testB":
             link(root / "refcocog" / f"refcocog_{'val' if name == 'val' else 'test'}.jsonl", file)
         if name == "testA":
-            write_splits(fresh(root / "hub" / OWNER / "RefCOCO"), COLUMNS, {"test": [*mirrored(root, rows[:ON_HUB])]})
+            write_splits(fresh(root / "hub" / OWNER / "RefCOCO"), COLUMNS, {"test": [*mirrored(rows[:ON_HUB])]})
 
 
-def mirrored(root: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def mirrored(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Rows of the hub's table from lines of an official file; every second box is described by two sentences."""
     for number, row in enumerate(rows):
-        x1, y1, x2, y2 = row["bbox"]
+        (x1, y1, x2, y2), name = row["bbox"], Path(row["image"]).stem
         yield {
             "question_id": str(number),
-            "image": {"bytes": (root / row["image"]).read_bytes(), "path": Path(row["image"]).name},
+            "image": picture(int(name[-6:-1]), name.endswith("d")).cell,
             "answer": [row["sent"], f"{row['sent']} of the picture"][: 1 + number % 2],
             "bbox": [x1, y1, x2 - x1, y2 - y1],
         }
