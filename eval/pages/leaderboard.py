@@ -526,6 +526,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for model in models:
         for ranking in model.rankings:
             cells = [[row.cells.get(name, "") for name in shown] for row in ranking.rows]
+            for row, own in zip(ranking.rows, cells, strict=True):
+                own[1] += f" {row.entry.options}" if row.entry and row.entry.options else ""
             print(f"{model.name}{' (toy model)' if model.is_toy else ''}, {ranking.title}\n")
             print(markdown(shown, cells), end="\n\n")
     print(f"Wrote {output} and {output.with_suffix('.csv')}.")
