@@ -291,7 +291,7 @@ def test_no_column_lies_outside_the_window(real, folder, tmp_path, width):
         assert page.evaluate(wide, ".scroll, .plot, figure") == 0 == overflow(page)
         heads = page.evaluate("[...document.querySelectorAll('#results th')].map(head => head.textContent)")
         visible = page.locator("#results th:visible").all_inner_texts()
-        assert len(heads) == 14 and {"Method", "Budget", "Score", "% of full"} <= set(visible)
+        assert len(heads) == 15 and {"Method", "Budget", "Score", "% of full"} <= set(visible)
         details = page.locator("tr.details")
         assert details.locator("dt").all_inner_texts() == heads[1:], "an opened row has every column"
         assert "full-64" in page.inner_text("tr.details")

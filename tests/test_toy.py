@@ -225,7 +225,7 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path):
 
 
 def test_assets_keep_their_size_limits():
-    limits = {"eval": 15e6, "eval_next": 15e6, "eval_video": 15e6, "tinyllava_instruct": 9e6, "tinyllava_boxes": 9e6}
+    limits = {"eval": 16e6, "eval_next": 15e6, "eval_video": 15e6, "tinyllava_instruct": 9e6, "tinyllava_boxes": 9e6}
     limits |= dict.fromkeys(("tinyllava", "tinyllava_next", "tinyllava_video"), 20e6)
     assert not [name for name, limit in limits.items() if size(ROOT / "assets" / name) > limit]
 

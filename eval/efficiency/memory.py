@@ -331,6 +331,8 @@ class Ones(TorchDispatchMode):
         given = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.device)]
         if function.overloadpacket is torch.ops.aten.to and given == [torch.device("cpu")] and args[0].is_meta:
             args = (torch.ones_like(args[0], device="cpu"), *args[1:])
+        if function.overloadpacket is torch.ops.aten.copy_ and args[1].is_meta and not args[0].is_meta:
+            args = (args[0], torch.ones_like(args[1], device="cpu"))
         return function(*args, **kwargs)
 
 
