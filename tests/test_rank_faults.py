@@ -221,7 +221,7 @@ def test_a_process_alone_is_killed_while_it_answers(run, undisturbed, tmp_path, 
 
 
 # Of the calls of a process alone, and of one of several. A process alone has 20 before it asks, and some 75 in all.
-ALONE, RANK = range(0, 80, 3), range(0, 110, 12)
+ALONE, RANK = range(0, 80, 4), range(0, 110, 16)
 # A process dies in each of these calls, or every other one fails with one error and the rest with the other.
 ERRORS = {None: slice(None), "EIO": slice(0, None, 2), "ENOSPC": slice(1, None, 2)}
 

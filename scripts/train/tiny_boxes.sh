@@ -11,4 +11,4 @@ setup runs/boxes "$@"
 train boxes
 [ -n "$quick" ] || python -m lab.toy.benchmarks --output "$assets/eval" --only refcoco
 python -m lab.toy.export boxes --folder "$folder" --output "$assets/tinyllava_boxes"
-measure tinyllava_boxes --benchmark gqa
+measure tinyllava_boxes --benchmark refcoco --split testA
