@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # How often vtr recommend finds what a full sweep finds, and how often it errs: the tables of docs/statistics.md.
-# The sweep asks 45,000 questions of the toy model, about ten minutes of a GPU or an hour of one core; the draws take ten minutes.
+# The sweep asks 45,000 questions of the toy model, a quarter of an hour on two busy cores; the draws take four minutes.
 # Usage: bash scripts/bench/recommend.sh [LIMIT]    LIMIT: questions of the sweep, for a shorter one
 set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,4p' "${BASH_SOURCE[0]}" | cut -c3-; exit 0 ;; esac
