@@ -110,12 +110,15 @@ def pair(method: SufficientStatistics, full: SufficientStatistics) -> Pairs:
 # -- the test of a share ----------------------------------------------------------------------------------------------
 
 
-def p_value(pairs: Pairs, share: float, resamples: int = RESAMPLES, seed: int = 0) -> float:
+def p_value(pairs: Pairs, share: float, resamples: int = RESAMPLES, seed: int = 0, whole: bool = False) -> float:
     """One-sided p-value of "the method scores at most `share` times what the full model scores".
 
     It is 1 if no weighting of the clusters gives exactly that share.
+
+    Args:
+        whole: see `with_worst_cluster`.
     """
-    supported = with_worst_cluster(pairs, share)
+    supported = with_worst_cluster(pairs, share, whole)
     weights = null_weights(supported, share)
     if weights is None:
         return 1.0
@@ -161,15 +164,18 @@ def difference(pairs: Pairs, counts: Array, share: float) -> Array:
     return method - share * full
 
 
-def with_worst_cluster(pairs: Pairs, share: float) -> Pairs:
+def with_worst_cluster(pairs: Pairs, share: float, whole: bool = False) -> Pairs:
     """Add a cluster that speaks against the method twice as much as any observed one.
 
     At a share near 99 % few clusters lose anything, so the worst possible one has rarely been observed. If no cluster
     speaks against the method, or fewer than FEWEST_DECIDING clusters decide the spread of the difference, then in the
     added cluster the full model has everything right and the method everything wrong. For n single questions without a
     loss this gives the exact test, p = 0.99^n.
+
+    Args:
+        whole: add that cluster in any case, for a comparison in which many clusters differ a little without a loss.
     """
-    few = deciding(influences(pairs, share), pairs.counts) < FEWEST_DECIDING
+    few = whole or deciding(influences(pairs, share), pairs.counts) < FEWEST_DECIDING
     if pairs.of_method.proportion and pairs.of_full.proportion:
         asked = float(pairs.counts @ pairs.full[:, 1]) / pairs.clusters
         most = float((pairs.full[:, 0] - pairs.method[:, 0]).max())
@@ -270,6 +276,7 @@ def tokens_needed(
     by_budget: Mapping[int, SufficientStatistics],
     share: float = SHARE,
     bounds: bool = True,
+    whole: bool = False,
 ) -> TokensNeeded:
     """The smallest budget at which, as at all larger ones, the score is shown to exceed `share` of the full model's.
 
@@ -278,6 +285,7 @@ def tokens_needed(
     Args:
         by_budget: visual tokens -> the method's score on the same questions.
         bounds: also compute the lower bounds, which takes ten times as long as the tests.
+        whole: see `with_worst_cluster`; of the tests alone.
 
     Raises:
         UserError: there is no budget, the questions differ, or the full model scores 0.
@@ -294,7 +302,7 @@ def tokens_needed(
         of_method, of_full = map(float, pairs.scores(pairs.counts))
         if of_full <= 0:
             raise UserError(f"The full model scores {of_full:g} on these questions; a share of that says nothing.")
-        p = p_value(pairs, share)
+        p = p_value(pairs, share, whole=whole)
         going_on = going_on and p <= LEVEL
         low = 100 * lower_bound(pairs, LEVEL, share if p <= LEVEL else None) if bounds else None
         tests[budget] = BudgetTest(100 * of_method / of_full, low, p, going_on)
