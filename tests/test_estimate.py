@@ -159,7 +159,7 @@ FAMILIES = {  # shape -> (budget, options, whether it is asked about videos)
 }
 # One method for each place in which tokens are dropped; LLaVA-NeXT is asked with all methods.
 KINDS = ("full", "tome", "fastervlm", "consensusdrop", "cdpruner", "divprune", "visiondrop", "sparsevlm")
-READS = ("hired", "globalcom2", "tome", "flowcut", "autoprune", "vlmpruner")
+READS = ("hired", "globalcom2", "tome", "flowcut", "autoprune", "prunesid", "vlmpruner")
 READ_NUMBERS = {("llava-next-7b", name) for name in READS}
 
 

@@ -324,13 +324,15 @@ def activations(
 
 
 class Ones(TorchDispatchMode):
-    """Copies of meta tensors to the host are filled with ones."""
+    """Copies of meta tensors to the host are filled with ones, and meta tensors that are compared are equal."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.device)]
         if function.overloadpacket is torch.ops.aten.to and given == [torch.device("cpu")] and args[0].is_meta:
             args = (torch.ones_like(args[0], device="cpu"), *args[1:])
+        if function.overloadpacket is torch.ops.aten.equal and args[0].is_meta:
+            return True
         if function.overloadpacket is torch.ops.aten.copy_ and args[1].is_meta and not args[0].is_meta:
             args = (args[0], torch.ones_like(args[1], device="cpu"))
         return function(*args, **kwargs)
