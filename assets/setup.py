@@ -11,8 +11,8 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-# Videos, which the toy model does not take, and three sets whose questions name hundreds of GQA's images again.
-LEFT_OUT = {"GPT_Zero_Shot_QA", "seed_bench", "vizwiz", "vqav2"}
+# Videos, which the toy model does not take, and sets whose questions name hundreds of GQA's images again.
+LEFT_OUT = {"GPT_Zero_Shot_QA", "seed_bench", "vizwiz", "vqav2", "refcoco", "refcoco+", "refcocog", "coco", "RefCOCO"}
 QUESTIONS = (".json", ".jsonl", ".tsv", ".txt")
 
 
