@@ -314,23 +314,26 @@ def test_faults_of_a_reported_entry(place, capsys):
     assert check(place, "runs/reported") == 1 and "reported.json" in capsys.readouterr().err
 
 
+# The fields of a kept-index header that do not say which tokens are kept.
+ANYONES = {
+    "method": "a",
+    "author": "b",
+    "licence": "c",
+    "link": "d",
+    "commit": "e",
+    "budget": 2,
+    "positions": "original",
+}
+ANYONES |= dict.fromkeys(("benchmark", "split", "profile", "source", "questions", "model_files", "dtype"), "x")
+
+
 def kept_file(path: Path, header: dict[str, Any], lines: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(one) + "\n" for one in [header, *lines]))
     return path
 
 
 def test_faults_of_a_kept_index_file(tmp_path):
-    own = {
-        "method": "a",
-        "author": "b",
-        "licence": "c",
-        "link": "d",
-        "commit": "e",
-        "budget": 2,
-        "positions": "original",
-    }
-    same = dict.fromkeys(("benchmark", "split", "profile", "source", "questions", "model_files", "dtype"), "x")
-    header = own | same | {"tokens": 8, "order": "raster", "weights": "none", "preprocessing": "y"}
+    header = ANYONES | {"tokens": 8, "order": "raster", "weights": "none", "preprocessing": "y"}
     kept = {
         "good": [1, 7],
         "high": [0, 8],
@@ -364,17 +367,7 @@ def test_faults_of_a_kept_index_file(tmp_path):
 
 def test_replaying_keeps_what_each_question_says(tmp_path):
     """The index of a line, not its place in the batch, decides; merged tokens are those of the file."""
-    own = {
-        "method": "a",
-        "author": "b",
-        "licence": "c",
-        "link": "d",
-        "commit": "e",
-        "budget": 2,
-        "positions": "original",
-    }
-    same = dict.fromkeys(("benchmark", "split", "profile", "source", "questions", "model_files", "dtype"), "x")
-    header = own | same | {"tokens": 4, "order": "given", "weights": "features", "preprocessing": "y"}
+    header = ANYONES | {"tokens": 4, "order": "given", "weights": "features", "preprocessing": "y"}
     lines = [
         {"question_id": "q1", "kept": [3, 0], "into": [1, 0, 0, 0], "weights": [1, 0.25, 0.25, 0.5]},
         {"question_id": "q2", "kept": [2], "into": [-1, 0, 0, 0], "weights": [0, 0.5, 0.5, 0]},
