@@ -36,10 +36,10 @@ from eval.statistics.gain import gain_kept
 from eval.statistics.ranks import RankInterval, rank_intervals
 from eval.statistics.relative import SHARE, relative_mean, tokens_needed
 from eval.tables import csv_numbers, csv_text, interval_text, markdown, write_csv
+from llava.budget import BLIND
 from llava.errors import UserError
 from llava.reduction import options_of, registry
 
-BLIND = "none"  # the control without visual tokens
 NUMBERS = ("score", "of full", "tokens entering", "cost ratio")  # the columns that sort by a number
 HEADS = (
     "rank", "method", "score", "of full", "tokens for 99 %", "visual gain kept", "tokens entering", "tokens paid",

@@ -185,11 +185,9 @@ def between(
     score: Score, first: Collection[str], second: Collection[str], clusters: Mapping[str, str]
 ) -> SufficientStatistics:
     """The sufficient statistics of the mean sample score of one group minus that of another, in points of percent."""
-    names = sorted({*first, *second})
-    rows = [
-        [part for group in (set(first), set(second)) for part in (score.correct[one] * (one in group), one in group)]
-        for one in names
-    ]
+    groups = (frozenset(first), frozenset(second))
+    names = sorted(groups[0] | groups[1])
+    rows = [[part for own in groups for part in (score.correct[one] * (one in own), one in own)] for one in names]
 
     def value(sums: Array) -> Array:
         means = divide(sums[..., 0::2], sums[..., 1::2])
