@@ -100,17 +100,22 @@ def test_the_fused_attention_uses_or_refuses_what_a_layer_gives_to_it():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.inference_mode()
 def test_half_precision_is_nearer_to_the_exact_numbers_than_the_chain(dtype):
-    llm = copy.deepcopy(stock_inputs.shared("llava").model.model.language_model)
-    for weight in llm.parameters():
-        weight.data = (weight + 0.1 * torch.rand_like(weight)).to(dtype).double()
-    exact = layers_on(llm, 9, 1, dtype=torch.float64)[0]
-    llm.to(dtype)
-    chain = layers_on(llm, 9, 1, dtype=dtype)[0]
-    fuse(llm, dtype, torch.device("cpu"))
-    assert torch.equal(layers_on(llm, 9, 1, dtype=dtype)[0], chain), "a CPU keeps the chain"
-    fuse(llm, dtype, CUDA)
-    fused = layers_on(llm, 9, 1, dtype=dtype)[0]
-    assert (fused - exact).norm() <= (chain - exact).norm()
+    errors = torch.zeros(2, dtype=torch.float64)  # of the chain and of the fused layers, over several draws of weights
+    for seed in range(8):
+        draw = torch.Generator().manual_seed(seed)
+        llm = copy.deepcopy(stock_inputs.shared("llava").model.model.language_model)
+        for weight in llm.parameters():
+            weight.data = (weight + 0.1 * torch.rand(weight.shape, generator=draw)).to(dtype).double()
+        exact = layers_on(llm, 9, 1, dtype=torch.float64)[0]
+        llm.to(dtype)
+        chain = layers_on(llm, 9, 1, dtype=dtype)[0]
+        fuse(llm, dtype, torch.device("cpu"))
+        assert torch.equal(layers_on(llm, 9, 1, dtype=dtype)[0], chain), "a CPU keeps the chain"
+        fuse(llm, dtype, CUDA)
+        fused = layers_on(llm, 9, 1, dtype=dtype)[0]
+        errors += torch.stack([(chain - exact).norm(), (fused - exact).norm()])
+    # A single draw may go the other way: 2 of 32 did.
+    assert errors[1] <= errors[0]
 
 
 def test_loaded_models_are_fused_and_those_of_the_user_are_not(tiny, tiny_path):
