@@ -12,7 +12,8 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 # Videos, which the toy model does not take, and sets whose questions name hundreds of GQA's images again.
-LEFT_OUT = {"GPT_Zero_Shot_QA", "seed_bench", "vizwiz", "vqav2", "refcoco", "refcoco+", "refcocog", "coco", "RefCOCO"}
+SETS = ("GPT_Zero_Shot_QA", "seed_bench", "vizwiz", "vqav2", "refcoco", "refcoco+", "refcocog", "coco")
+LEFT_OUT = (*(Path("eval", name) for name in SETS), Path("eval/hub/lmms-lab-encoder/RefCOCO"))
 QUESTIONS = (".json", ".jsonl", ".tsv", ".txt")
 
 
@@ -26,7 +27,7 @@ class ToyFiles(build_py):
 
 def wanted(path: Path) -> bool:
     """Whether a data file belongs into the wheel."""
-    if not path.is_file() or LEFT_OUT & set(path.parts):
+    if not path.is_file() or any(path.is_relative_to(folder) for folder in LEFT_OUT):
         return False
     shared = any(folder.is_symlink() for folder in path.parents)
     return not shared or path.stem in named(Path(*path.parts[:2]))

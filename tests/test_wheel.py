@@ -5,6 +5,7 @@ The commands of a case run one after the other in one interpreter, because start
 
 import json
 import os
+import runpy
 import shlex
 import subprocess
 import sys
@@ -144,6 +145,20 @@ def test_the_toy_wheel_holds_the_models_that_its_data_are_asked_of():
     asked = {benchmarks.get(name).model for name in benchmarks.names()}
     asked -= {"tinyllava_video", "tinyllava_boxes"}  # whose data are left out
     assert set(*toy.values()) == {"eval/**", *(f"{model}/**" for model in asked)}
+
+
+def test_the_toy_wheel_holds_a_set_whole_or_not_at_all(monkeypatch):
+    """POPE's questions, in pope/coco/, were left out as if they were the folder of RefCOCO's pictures."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.chdir(ROOT / "assets")
+    module = runpy.run_path("setup.py")
+    taken = {}
+    for file in (path for path in Path("eval").rglob("*") if path.is_file()):
+        if not any(folder.is_symlink() for folder in file.parents):  # of shared pictures there are some
+            folder = Path(*file.parts[: 4 if file.parts[1] == "hub" else 2])
+            taken.setdefault(folder, set()).add(module["wanted"](file))
+    assert all(len(answers) == 1 for answers in taken.values()), taken
+    assert {folder for folder, answers in taken.items() if answers == {False}} <= {*module["LEFT_OUT"]}
 
 
 def test_the_toy_wheel_is_found_and_results_go_below_the_current_folder(wheel, tmp_path):
