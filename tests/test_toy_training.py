@@ -26,11 +26,12 @@ pytestmark = pytest.mark.lab
 
 RECORD = json.loads((Path(__file__).parent / "data" / "toy_losses.json").read_text())["stages"]
 # Relative. Kernels of other processors round differently, and training enlarges it: with AVX2 in place of AVX512 and
-# its bfloat16 instructions losses differ by up to 0.4 %, the first one by 0.007 %, and the way of the weights by 0.5 %.
+# its bfloat16 instructions losses differ by up to 0.4 %, the first one by 0.15 %, and the way of the weights by 0.5 %.
 # A learning rate that is 10 % too high moves the weights 10 % further, but the losses by 0.4 %; without the patches'
 # term the first loss of the vision stage is 2 % lower.
-FIRST, LATER, MOVED = 1e-3, 0.02, 0.02
-ONE_ANSWER = 0.06  # of the 20 of a kind that validation asks at most
+FIRST, LATER, MOVED = 3e-3, 0.02, 0.02
+# The share of one answer, of those that validation asks of a kind: 20 at most, and 6 of the stage "boxes".
+ONE_ANSWER = {"boxes": 0.17}
 
 
 def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -86,7 +87,7 @@ def test_a_short_run_is_the_recorded_one(name, trained):
     assert losses[0] == pytest.approx(expected["losses"][0], rel=FIRST)
     assert losses == pytest.approx(expected["losses"], rel=LATER)
     assert way == pytest.approx(expected["moved"], rel=MOVED)
-    assert numbers == pytest.approx(expected["validation"], rel=LATER, abs=ONE_ANSWER)
+    assert numbers == pytest.approx(expected["validation"], rel=LATER, abs=ONE_ANSWER.get(name, 0.06))
 
 
 SCRIPTS = {
