@@ -9,8 +9,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 marked='process or table or java or training or browser or slow or lab'
 case "${1:-}" in
-  '') set -- -n 2 -m "not ($marked)" ;;
-  --all) shift; [ $# -gt 0 ] || set -- -n 2 ;;
+  '') set -- -n 2 --dist worksteal -m "not ($marked)" ;;
+  --all) shift; [ $# -gt 0 ] || set -- -n 2 --dist worksteal ;;
 esac
 TIMEFORMAT='%0R seconds on the clock; CPU: %0U seconds of the programs, %0S of the system.'
 time {
