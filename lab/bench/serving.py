@@ -24,8 +24,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPImageProcessorPil
@@ -119,7 +120,7 @@ class Switch:
     def switch(self, setting: Mapping[str, Any]) -> None:
         """Answer with another method from now on, and count its time from zero."""
         worker: Any = self
-        model, config = worker.model_runner.model, worker.model_runner.model_config.hf_config
+        model, config = worker.model_runner.get_model(), worker.model_runner.model_config.hf_config
         config.vtr = dict(setting)
         model.served = served_by(config)
         model.__dict__.pop("engine_tower", None)
@@ -158,7 +159,9 @@ class Watch:
         self.usage, self.running, self.preempted = 0.0, 0, 0
         self.prefix, self.pictures = [0, 0], [0, 0]  # hits, queries
 
-    def record(self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0) -> None:
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
         if scheduler_stats is not None:
             if scheduler_stats.kv_cache_usage > self.usage:
                 self.usage, self.running = scheduler_stats.kv_cache_usage, scheduler_stats.num_running_reqs
@@ -262,7 +265,8 @@ class Client:
         """The prompt's embeddings [L, H]."""
         future = asyncio.get_running_loop().create_future()
         self._waiting.put((sample, future))
-        return await future
+        made: Tensor = await future
+        return made
 
     @torch.inference_mode()
     def _work(self) -> None:
@@ -393,8 +397,13 @@ def measure(args: argparse.Namespace, directory: Path, kept: Measurements, vllm:
     end = time.monotonic() + args.deadline
     seeds, warm = itertools.count(), set[tuple[str, int]]()
 
+    pixels = np.asarray(noise(0))
+
     def samples(size: int) -> list[Sample]:
-        return [Sample(f"s{seed}", QUESTION, SUFFIX, noise(seed)) for seed in itertools.islice(seeds, size)]
+        """Questions about pictures that no turn before has asked about: noise, moved by some rows and columns."""
+        new = [(seed, divmod(seed, pixels.shape[1])) for seed in itertools.islice(seeds, size)]
+        pictures = [(seed, Image.fromarray(np.roll(pixels, places, (0, 1)))) for seed, places in new]
+        return [Sample(f"s{seed}", QUESTION, SUFFIX, picture) for seed, picture in pictures]
 
     async def all_turns() -> None:
         bench = Bench(args, directory, vllm)
@@ -429,7 +438,7 @@ def page(kept: Measurements, sizes: Sequence[int], repeats: int) -> str:
             ours = [kept.rows[number, row, size] for number in rounds]
 
             def of(key: str, ours: Sequence[Mapping[str, Any]] = ours) -> float:
-                return median(one[key] for one in ours)
+                return float(median(one[key] for one in ours))
 
             faster = over_rounds([one["seconds"] for one in full], [one["seconds"] for one in ours])
             line = [("in flight", str(size)), ("", row), ("route", way), ("requests/s", f"{1 / of('seconds'):.3g}")]
