@@ -6,7 +6,7 @@
 It runs in the environment of scripts/serve_setup.sh. A closed loop keeps the same number of requests in flight: when
 one is answered, the next is sent, always about a picture that was not seen before. One engine answers all rows of the
 route "pixels", and is told between turns which method to use, so that they share weights and cache. Another engine
-answers those of "embeds", whose client is a process of its own. Both are vLLM's asynchronous engines, in processes of
+answers those of "embeds", whose client is a thread here. Both are vLLM's asynchronous engines, in processes of
 their own as behind its server; only HTTP and the tokenizer are left out.
 
 Rows take turns, and ratios are taken within a round. Every turn is kept in a file, from which an interrupted benchmark
@@ -18,13 +18,14 @@ import asyncio
 import importlib
 import itertools
 import json
-import multiprocessing
+import queue
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,7 +65,7 @@ from llava.serving.client import EMBEDS, PIXELS, load_client_model
 from llava.serving.engine_method import EngineTower, served_by
 from llava.serving.engine_model import import_vllm
 
-BATCH = 16  # prompts that the client embeds at once
+BATCH = 8  # prompts that the client embeds at once
 # Row -> its route, method and options. VisionDrop itself reduces between decoder layers, where no engine can.
 ROWS: dict[str, tuple[str, str, dict[str, str]]] = {
     FULL: (PIXELS, FULL, {}),
@@ -191,7 +192,6 @@ def start_engine(vllm: Any, directory: Path, args: argparse.Namespace, route: st
         "seed": 0,
         "enable_prefix_caching": cached,
         "mm_processor_cache_gb": 1 if cached else 0,
-        "renderer_num_workers": args.workers,
         "enforce_eager": not cuda,  # on a CPU, compiling takes longer than it saves
         "load_format": "dummy" if args.shape else "safetensors",
         "worker_extension_cls": f"{Switch.__module__}.{Switch.__name__}",
@@ -244,80 +244,45 @@ async def answered(engine: Any, prompt: dict[str, Any], sampling: Any, number: i
 
 
 class Client:
-    """A process that makes embeddings, of all prompts that wait for it, at most BATCH at once.
+    """Makes embeddings in a thread of its own, of all prompts that wait there, at most BATCH at once.
 
     Attributes:
         selection: seconds spent in the choice of tokens.
     """
 
-    def __init__(self, directory: Path, args: argparse.Namespace):
-        self.selection = 0.0
-        self._task: asyncio.Task[None] | None = None
-        self._waiting: list[tuple[Sample, asyncio.Future[Tensor]]] = []
-        context, given = multiprocessing.get_context("spawn"), (directory, args.budget, args.dtype, args.device)
-        self._process = ProcessPoolExecutor(1, context, initializer=load_client, initargs=given)
-
-    def ids(self, sample: Sample) -> list[int]:
-        """The token ids of a prompt, with the image token in the place of the picture."""
-        return self._process.submit(prompt_ids, sample).result()
+    def __init__(self, model: Llava, reducer: Reducer):
+        self.model, self.reducer, self.selection = model, reducer, 0.0
+        self._waiting: queue.Queue[tuple[Sample, asyncio.Future[Tensor]]] = queue.Queue()
+        threading.Thread(target=self._work, daemon=True).start()
 
     async def embed(self, sample: Sample) -> Tensor:
         """The prompt's embeddings [L, H]."""
         future = asyncio.get_running_loop().create_future()
-        self._waiting.append((sample, future))
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._empty())
+        self._waiting.put((sample, future))
         made: Tensor = await future
         return made
 
-    async def _empty(self) -> None:
-        """Embed what waits, and what comes meanwhile."""
-        while batch := self._waiting[:BATCH]:
-            del self._waiting[:BATCH]
-            samples = [sample for sample, _ in batch]
+    @torch.inference_mode()
+    def _work(self) -> None:
+        while True:
+            batch = [self._waiting.get()]
+            with suppress(queue.Empty):
+                while len(batch) < BATCH:
+                    batch.append(self._waiting.get_nowait())
+            samples, futures = zip(*batch, strict=True)
+            loop = futures[0].get_loop()
             try:
-                rows, seconds = await asyncio.get_running_loop().run_in_executor(self._process, embed_all, samples)
+                timer = Timer(self.model.device)
+                sequence = until_decoder(self.model, samples, self.reducer, timer).start
+                rows = zip(sequence.hidden, sequence.lengths, strict=True)
+                made = [row[-length:].clone().cpu() for row, length in rows]
+                self.selection += timer.seconds.get("selection", 0.0)
             except Exception as error:
-                for _, future in batch:
-                    future.set_exception(error)
-                raise
-            self.selection += seconds
-            for (_, future), row in zip(batch, rows, strict=True):
-                future.set_result(row)
-
-    def shutdown(self) -> None:
-        self._process.shutdown()
-
-
-# In the client's process
-
-
-def load_client(directory: Path, budget: int, dtype: str, device: str) -> None:
-    """Load the model and the method of the row that goes by embeddings."""
-    global client
-    ((method, options),) = ((method, options) for way, method, options in ROWS.values() if way == EMBEDS)
-    reducer = build(method, budget, options)
-    model = load_client_model(directory, reducer, dtype, device)
-    require(reducer, model.spec)
-    client = model, reducer
-
-
-def prompt_ids(sample: Sample) -> list[int]:
-    model, _ = client
-    return [model.hf_model.config.image_token_id if token < 0 else token for token in model.prompt(sample).ids]
-
-
-@torch.inference_mode()
-def embed_all(samples: list[Sample]) -> tuple[list[Tensor], float]:
-    """The embeddings [L, H] of each prompt, and the seconds spent in the choice of their tokens."""
-    model, reducer = client
-    timer = Timer(model.device)
-    sequence = until_decoder(model, samples, reducer, timer).start
-    rows = zip(sequence.hidden, sequence.lengths, strict=True)
-    return [row[-length:].clone().cpu() for row, length in rows], timer.seconds.get("selection", 0.0)
-
-
-client: tuple[Llava, Reducer]
+                for future in futures:
+                    loop.call_soon_threadsafe(future.set_exception, error)
+                continue
+            for future, own in zip(futures, made, strict=True):
+                loop.call_soon_threadsafe(future.set_result, own)
 
 
 # One turn
@@ -365,8 +330,13 @@ class Bench:
         self.args, self.watches = args, {PIXELS: Watch(), EMBEDS: Watch()}
         served = without_weights(directory, args.layers) if args.shape else directory
         self.engines = {way: start_engine(vllm, served, args, way, watch) for way, watch in self.watches.items()}
-        self.client = Client(directory, args)
-        self.ids = self.client.ids(Sample("0", QUESTION, SUFFIX, noise(0)))
+        ((method, options),) = ((method, options) for way, method, options in ROWS.values() if way == EMBEDS)
+        reducer = build(method, args.budget, options)
+        model = load_client_model(directory, reducer, args.dtype, args.device)
+        require(reducer, model.spec)
+        self.client, slot = Client(model, reducer), model.hf_model.config.image_token_id
+        asked = model.prompt(Sample("0", QUESTION, SUFFIX, noise(0)))
+        self.ids = [slot if token < 0 else token for token in asked.ids]
         self.sampling = partial(
             vllm.SamplingParams,
             temperature=0,
@@ -400,7 +370,7 @@ class Bench:
         cache = engine.vllm_config.cache_config
         return found | {
             "selection": spent / (done[-1].last - min(one.sent for one in done)),
-            "blocks": watch.usage * cache.num_gpu_blocks / max(1, watch.running),
+            "blocks": watch.usage * (cache.num_gpu_blocks - 1) / max(1, watch.running),
             "block": cache.block_size,
             "cache": cache.num_gpu_blocks,
             "preempted": watch.preempted,
@@ -447,9 +417,9 @@ def measure(args: argparse.Namespace, directory: Path, kept: Measurements, vllm:
                 warm.add((row, size))
             found = await bench.turn(row, samples(size * args.per_slot), size, tokens)
             kept.add(number, named(row, tokens), size, found)
-        bench.client.shutdown()
         for engine in bench.engines.values():
             engine.shutdown()
+            engine.shutdown = lambda: None  # its destructor would call it at exit, where its modules are gone
 
     asyncio.run(all_turns())
 
@@ -503,7 +473,7 @@ def about(kept: Measurements) -> str:
     return (
         f"{known['model']}, budget {known['budget']}, {known['dtype']}, "
         f"{known['per_slot']} requests for each in flight, caches {known['caches']}, "
-        f"{known['workers']} {plural('thread', known['workers'])} for pictures, {known['device']} "
+        f"{known['device']} "
         f"({known['hardware']}), {known['threads']} {plural('thread', known['threads'])}, medians of at most {rounds} "
         f"rounds after a warm-up, ratios of the same round with their range; {rows[0]['cache']} blocks of "
         f"{rows[0]['block']} tokens in the engine; {words}, commit {', '.join(sorted(kept.commits))}. The most that "
@@ -527,7 +497,6 @@ def parser() -> argparse.ArgumentParser:
     add("--at-once", type=value(whole_numbers), default=(1, 8, 32, 64), help="requests in flight: 1,8,32,64")
     add("--per-slot", type=value(count), default=2, help="requests of a turn for each in flight; 8 on a GPU")
     add("--new-tokens", type=value(whole_numbers), default=(16,), help="tokens of an answer, or several: 16,256")
-    add("--workers", type=value(count), default=1, help="threads of an engine that prepare pictures; 1 with caches")
     add("--caches", choices=("off", "on"), default="off", help="prefix cache and cache of processed pictures")
     add("--repeats", type=value(count), default=3, help="rounds after a warm-up")
     add("--deadline", type=value(float), default=float("inf"), help="seconds after which no turn begins")
@@ -553,7 +522,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "device": device,
         "hardware": hardware(device),
         "versions": {"vLLM": vllm.__version__, "torch": torch.__version__},
-    } | {key: getattr(args, key) for key in ("budget", "dtype", "per_slot", "caches", "workers")}
+    } | {key: getattr(args, key) for key in ("budget", "dtype", "per_slot", "caches")}
     kept = Measurements(args.measurements, settings)
     with tempfile.TemporaryDirectory() as folder:
         directory = locate(args.model, "checkpoint") if not args.shape else Path(folder) / "model"
