@@ -233,7 +233,7 @@ def measured(seconds, **more):
 @pytest.mark.lab
 def test_the_benchmark_divides_times_of_the_same_round():
     settings = {"model": "m", "budget": 4, "dtype": "float32", "threads": 1, "device": "cpu", "hardware": "h"}
-    kept = Measurements(None, settings | {"per_slot": 2, "caches": "on", "versions": {}})
+    kept = Measurements(None, settings | {"per_slot": 2, "videos": 0.0, "caches": "on", "versions": {}})
     for number, slow in ((1, 1.0), (2, 3.0), (3, 5.0)):
         for row in list(serving.ROWS)[: None if number < 3 else 2]:  # the third round is not complete
             kept.add(number, serving.named(row, 16), 8, measured(slow * (4.0 if row == "full" else 2.0)))

@@ -2,12 +2,16 @@
 
     python -m lab.bench.serving --budget 64
     python -m lab.bench.serving --budget 64 --shape llava-1.5-7b --layers 4 --blocks 3 --dtype bfloat16
+    python -m lab.bench.serving --videos 0.5 --shape qwen2.5-vl-7b --layers 4 --blocks 3 --dtype bfloat16
 
 It runs in the environment of scripts/serve_setup.sh. A closed loop keeps the same number of requests in flight: when
 one is answered, the next is sent, always about a picture that was not seen before. One engine answers all rows of the
 route "pixels", and is told between turns which method to use, so that they share weights and cache. Another engine
 answers those of "embeds", whose client is a thread here. Both are vLLM's asynchronous engines, in processes of
 their own as behind its server; only HTTP and the tokenizer are left out.
+
+With --videos, Qwen2.5-VL is asked about videos instead, and compared with itself under EVS, vLLM's own reduction of
+videos, in an engine that drops this share of their tokens.
 
 Rows take turns, and ratios are taken within a round. Every turn is kept in a file, from which an interrupted benchmark
 continues.
@@ -36,9 +40,17 @@ import numpy as np
 import psutil
 import torch
 from PIL import Image
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import CLIPImageProcessorPil
+from transformers import (
+    CLIPImageProcessorPil,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
 
 from eval.command import exit_on_user_error, make_parser, value
 from eval.config import DEFAULT_MODEL, FULL, count
@@ -58,6 +70,7 @@ from llava.pipeline.accounting import Timer
 from llava.pipeline.generate import until_decoder
 from llava.processing.json_files import read_json
 from llava.processing.prompt import Sample
+from llava.processing.video import Video
 from llava.reduction.budget import require
 from llava.reduction.reducer import Reducer
 from llava.reduction.registry import build
@@ -74,7 +87,18 @@ ROWS: dict[str, tuple[str, str, dict[str, str]]] = {
     "visiondrop, encoder stage alone": (PIXELS, "visiondrop", {"encoder_only": "true"}),
     "consensusdrop": (EMBEDS, "consensusdrop", {}),
 }
-SHARES = {PIXELS: 0.56, EMBEDS: 0.34}  # of a GPU's memory; the client's tower needs the rest
+WHOLE, EVS = "no pruning", "video_pruning_rate"
+VIDEO_ROWS: dict[str, tuple[str, str, dict[str, str]]] = {FULL: (WHOLE, FULL, {}), "evs": (EVS, "evs", {})}
+SHARES = {PIXELS: 0.56, EMBEDS: 0.34, WHOLE: 0.45, EVS: 0.45}  # of a GPU's memory
+FRAMES = 8  # of a video
+METADATA: dict[str, Any] = {
+    "fps": 1.0,
+    "duration": FRAMES,
+    "total_num_frames": FRAMES,
+    "frames_indices": [*range(FRAMES)],
+}
+METADATA |= {"video_backend": "none", "do_sample_frames": False}
+QWEN_TOKENS = ("vision_start", "video_pad", "vision_end", "image_pad")
 Ask = Callable[[int, Sample], Coroutine[Any, Any, "Answered"]]
 
 # The model
@@ -98,6 +122,32 @@ def save_random(shape: Mapping[str, Any], folder: Path, dtype: str) -> None:
     side = vision["image_size"]
     sizes: dict[str, Any] = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     CLIPImageProcessorPil(**sizes).save_pretrained(folder)
+
+
+def save_qwen(folder: Path, layers: int, blocks: int) -> list[int]:
+    """Write a Qwen2.5-VL-7B of fewer layers without weights; returns a prompt with a video.
+
+    Args:
+        layers, blocks: of decoder and tower.
+    """
+    words = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.add_special_tokens([AddedToken(f"<|{name}|>", special=True, normalized=False) for name in QWEN_TOKENS])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<unk>")
+    start, video, end, image = (words.get_vocab()[f"<|{name}|>"] for name in QWEN_TOKENS)
+    sizes = SHAPES["qwen2.5-vl-7b"]
+    config = Qwen2_5_VLConfig(
+        text_config={**sizes["text"], "num_hidden_layers": layers},
+        vision_config={**sizes["vision"], "depth": blocks, "fullatt_block_indexes": [blocks - 1]},
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        architectures=["Qwen2_5_VLForConditionalGeneration"],
+    )
+    config.save_pretrained(folder)
+    Qwen2_5_VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor()).save_pretrained(folder)
+    return [start, video, end] + [0] * len(f"{QUESTION} {SUFFIX}".split())
 
 
 def without_weights(folder: Path, layers: int) -> Path:
@@ -128,6 +178,11 @@ class Switch:
                 setattr(owner, name, counted(getattr(owner, name)))
         Switch.spent = 0.0
 
+    def renumber(self) -> None:
+        """Number tokens anew after EVS, which the runner for CPUs leaves out."""
+        worker: Any = self
+        worker.model_runner.is_multimodal_pruning_enabled = True
+
     def selection_seconds(self) -> float:
         """Seconds of the engine's loop since `switch` in the scores and the choice of tokens."""
         return Switch.spent
@@ -149,7 +204,7 @@ def counted(function: Any) -> Any:
 
 
 class Watch:
-    """Collects an engine's own numbers of every step; vLLM makes one for itself by `Watch.of`."""
+    """Collects an engine's own numbers of every step; vLLM makes its logger by `factory`."""
 
     def __init__(self) -> None:
         self.start()
@@ -200,7 +255,9 @@ def start_engine(vllm: Any, directory: Path, args: argparse.Namespace, route: st
     if cuda:  # graphs for decoding, without minutes of compilation
         graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
         given |= {"gpu_memory_utilization": SHARES[route], "compilation_config": graphs}
-    if route == EMBEDS:
+    if route == EVS:
+        given[EVS] = args.videos
+    elif route == EMBEDS:
         given |= {"enable_prompt_embeds": True, "limit_mm_per_prompt": {"image": 0}}
     arguments = vllm.AsyncEngineArgs(**given)
     try:
@@ -222,8 +279,13 @@ class Answered:
 
 
 async def ask_pixels(engine: Any, ids: list[int], sampling: Any, number: int, sample: Sample) -> Answered:
-    """Send a question with its picture."""
-    prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": sample.images[0]}}
+    """Send a question with its picture or video."""
+    seen, shown = sample.image, dict[str, Any]()
+    if isinstance(seen, Video):
+        shown["video"] = np.stack([np.asarray(frame) for frame in seen.frames]), METADATA
+    else:
+        shown["image"] = seen
+    prompt = {"prompt_token_ids": ids, "multi_modal_data": shown}
     return await answered(engine, prompt, sampling, number, time.monotonic())
 
 
@@ -327,16 +389,25 @@ class Bench:
     """The engines, and a function that asks them for each row."""
 
     def __init__(self, args: argparse.Namespace, directory: Path, vllm: Any):
-        self.args, self.watches = args, {PIXELS: Watch(), EMBEDS: Watch()}
-        served = without_weights(directory, args.layers) if args.shape else directory
+        self.args, self.rows = args, VIDEO_ROWS if args.videos else ROWS
+        self.watches = {way: Watch() for way, _, _ in self.rows.values()}
+        served = directory
+        if args.videos:
+            self.ids = save_qwen(directory, args.layers, args.blocks)
+        elif args.shape:
+            vision = {**CLIP_L_336, "num_hidden_layers": args.blocks}
+            text = {**SHAPES[args.shape]["text"], "num_hidden_layers": 1}  # the client probes the first
+            save_random({"text": text, "vision": vision}, directory, args.dtype)
+            served = without_weights(directory, args.layers)
         self.engines = {way: start_engine(vllm, served, args, way, watch) for way, watch in self.watches.items()}
-        ((method, options),) = ((method, options) for way, method, options in ROWS.values() if way == EMBEDS)
-        reducer = build(method, args.budget, options)
-        model = load_client_model(directory, reducer, args.dtype, args.device)
-        require(reducer, model.spec)
-        self.client, slot = Client(model, reducer), model.hf_model.config.image_token_id
-        asked = model.prompt(Sample("0", QUESTION, SUFFIX, noise(0)))
-        self.ids = [slot if token < 0 else token for token in asked.ids]
+        for way, method, options in self.rows.values():
+            if way == EMBEDS:
+                reducer = build(method, args.budget, options)
+                model = load_client_model(directory, reducer, args.dtype, args.device)
+                require(reducer, model.spec)
+                self.client, slot = Client(model, reducer), model.hf_model.config.image_token_id
+                asked = model.prompt(Sample("0", QUESTION, SUFFIX, noise(0)))
+                self.ids = [slot if token < 0 else token for token in asked.ids]
         self.sampling = partial(
             vllm.SamplingParams,
             temperature=0,
@@ -351,25 +422,29 @@ class Bench:
         Args:
             tokens: length of the answers.
         """
-        way, method, options = ROWS[row]
+        way, method, options = self.rows[row]
         engine, watch, sampling = self.engines[way], self.watches[way], self.sampling(max_tokens=tokens)
-        if way == PIXELS:
+        ask, before = partial(ask_pixels, engine, self.ids, sampling), 0.0
+        if way == EMBEDS:
+            ask, before = partial(ask_embeds, engine, self.client, sampling), self.client.selection
+        elif way == EVS:
+            await engine.collective_rpc("renumber")
+        elif way == PIXELS:
             setting = {"method": method, "budget": None if method == FULL else self.args.budget, "options": options}
             engine.vllm_config.model_config.hf_config.vtr = setting
             await engine.collective_rpc("switch", args=(setting,))
-            ask: Ask = partial(ask_pixels, engine, self.ids, sampling)
-        else:
-            ask = partial(ask_embeds, engine, self.client, sampling)
         watch.start()
-        before, held = self.client.selection, []
+        held = list[int]()
         done = await closed_loop(ask, samples, at_once, lambda: held.append(resident()))
         found = summary(done, at_once, tokens)
-        spent = self.client.selection - before
-        if way == PIXELS:
+        spent = None
+        if way == EMBEDS:
+            spent = self.client.selection - before
+        elif way == PIXELS:
             (spent,) = await engine.collective_rpc("selection_seconds")
         cache = engine.vllm_config.cache_config
         return found | {
-            "selection": spent / (done[-1].last - min(one.sent for one in done)),
+            "selection": None if spent is None else spent / (done[-1].last - min(one.sent for one in done)),
             "blocks": watch.usage * (cache.num_gpu_blocks - 1) / max(1, watch.running),
             "block": cache.block_size,
             "cache": cache.num_gpu_blocks,
@@ -386,12 +461,13 @@ def measure(args: argparse.Namespace, directory: Path, kept: Measurements, vllm:
     Every second round goes the other way round, and the first turn of a row has a warm-up before it. What `kept`
     already holds is not measured again.
     """
+    rows = VIDEO_ROWS if args.videos else ROWS
     turns = [
         (number, row, tokens, size)
         for tokens in args.new_tokens
         for size in args.at_once
         for number in range(1, args.repeats + 1)
-        for row in (ROWS if number % 2 else reversed(ROWS))
+        for row in (rows if number % 2 else reversed(rows))
         if (number, named(row, tokens), size) not in kept.rows
     ]
     if not turns:
@@ -399,13 +475,16 @@ def measure(args: argparse.Namespace, directory: Path, kept: Measurements, vllm:
     end = time.monotonic() + args.deadline
     seeds, warm = itertools.count(), set[tuple[str, int]]()
 
-    pixels = np.asarray(noise(0))
+    pixels, frames = np.asarray(noise(0)), FRAMES if args.videos else 1
 
     def samples(size: int) -> list[Sample]:
-        """Questions about pictures that no turn before has asked about: noise, moved by some rows and columns."""
-        new = [(seed, divmod(seed, pixels.shape[1])) for seed in itertools.islice(seeds, size)]
-        pictures = [(seed, Image.fromarray(np.roll(pixels, places, (0, 1)))) for seed, places in new]
-        return [Sample(f"s{seed}", QUESTION, SUFFIX, picture) for seed, picture in pictures]
+        """Questions about pictures or videos that no turn before has asked about: noise, moved by rows and columns."""
+        found = list[Sample]()
+        for seed in itertools.islice(seeds, size):
+            rows, columns = divmod(seed, pixels.shape[1])
+            shown = [Image.fromarray(np.roll(pixels, (rows, columns + 9 * n), (0, 1))) for n in range(frames)]
+            found.append(Sample(f"s{seed}", QUESTION, SUFFIX, Video(tuple(shown)) if args.videos else shown[0]))
+        return found
 
     async def all_turns() -> None:
         bench = Bench(args, directory, vllm)
@@ -434,11 +513,11 @@ def named(row: str, tokens: int) -> str:
 
 def page(kept: Measurements, args: argparse.Namespace) -> str:
     """The conditions of the measurement, and a table with a line for each row at each number of requests in flight."""
-    lines = []
+    lines, rows = [], VIDEO_ROWS if args.videos else ROWS
     for tokens, size in itertools.product(args.new_tokens, args.at_once):
-        turns = [[kept.rows.get((n, named(row, tokens), size)) for row in ROWS] for n in range(1, args.repeats + 1)]
+        turns = [[kept.rows.get((n, named(row, tokens), size)) for row in rows] for n in range(1, args.repeats + 1)]
         whole = [turn for turn in turns if all(turn)]
-        for place, (row, (way, _, _)) in enumerate(ROWS.items() if whole else ()):
+        for place, (row, (way, _, _)) in enumerate(rows.items() if whole else ()):
             full, ours = ([turn[one] or {} for turn in whole] for one in (0, place))
 
             def of(key: str, ours: Sequence[Mapping[str, Any]] = ours) -> float:
@@ -455,7 +534,7 @@ def page(kept: Measurements, args: argparse.Namespace) -> str:
             line += [("times full", "" if row == FULL else str(faster))]
             line += [("TTFT ms, p50", ms(of("ttft"))), ("p99", ms(of("ttft_99"))), ("ms per token", ms(of("token")))]
             line += [("KV blocks", f"{of('blocks'):.2g}"), ("preempted", f"{of('preempted'):g}")]
-            line += [("selection", f"{100 * of('selection'):.1f} %")]
+            line.append(("selection", "" if ours[0]["selection"] is None else f"{100 * of('selection'):.1f} %"))
             for title, key in (("prefix hits", "prefix"), ("picture hits", "pictures")):
                 hits, asked = (sum(one[key][place] for one in ours) for place in (0, 1))
                 line.append((title, f"{100 * hits / asked:.0f} %" if asked else "off"))
@@ -470,8 +549,9 @@ def about(kept: Measurements) -> str:
     known, rows = kept.settings, [row for row in kept.rows.values() if row]
     words = ", ".join(f"{name} {number}" for name, number in known["versions"].items())
     rounds = max(number for number, _, _ in kept.rows)
+    kept_share = f"EVS drops {known['videos']:.0%}" if known["videos"] else f"budget {known['budget']}"
     return (
-        f"{known['model']}, budget {known['budget']}, {known['dtype']}, "
+        f"{known['model']}, {kept_share}, {known['dtype']}, "
         f"{known['per_slot']} requests for each in flight, caches {known['caches']}, "
         f"{known['device']} "
         f"({known['hardware']}), {known['threads']} {plural('thread', known['threads'])}, medians of at most {rounds} "
@@ -491,7 +571,9 @@ def parser() -> argparse.ArgumentParser:
     add = flags.add_argument
     add("--budget", type=value(count), default=64, help="visual tokens to keep per image")
     add("--model", type=Path, default=Path(DEFAULT_MODEL), help="folder of a LLaVA-1.5 in transformers' layout")
-    add("--shape", choices=[name for name in SHAPES if name.startswith("llava-1.5")], help="random weights instead")
+    known = [name for name in SHAPES if name.startswith(("llava-1.5", "qwen2.5"))]
+    add("--shape", choices=known, help="random weights instead")
+    add("--videos", type=value(float), default=0.0, help="with a shape of Qwen2.5-VL: the share that EVS drops")
     add("--layers", type=value(count), default=4, help="with --shape: decoder layers")
     add("--blocks", type=value(count), default=3, help="with --shape: blocks of the tower")
     add("--at-once", type=value(whole_numbers), default=(1, 8, 32, 64), help="requests in flight: 1,8,32,64")
@@ -512,6 +594,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = parser().parse_args(arguments)
+    if bool(args.videos) != str(args.shape).startswith("qwen"):
+        raise UserError("--videos belongs to --shape qwen2.5-vl-7b; the other models are asked about pictures.")
     vllm, device = import_vllm(), str(device_of(args.device))
     name = args.model.name
     if args.shape:
@@ -522,14 +606,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "device": device,
         "hardware": hardware(device),
         "versions": {"vLLM": vllm.__version__, "torch": torch.__version__},
-    } | {key: getattr(args, key) for key in ("budget", "dtype", "per_slot", "caches")}
+    } | {key: getattr(args, key) for key in ("budget", "videos", "dtype", "per_slot", "caches")}
     kept = Measurements(args.measurements, settings)
     with tempfile.TemporaryDirectory() as folder:
         directory = locate(args.model, "checkpoint") if not args.shape else Path(folder) / "model"
-        if args.shape:
-            vision = {**CLIP_L_336, "num_hidden_layers": args.blocks}
-            text = {**SHAPES[args.shape]["text"], "num_hidden_layers": 1}  # the client probes the first
-            save_random({"text": text, "vision": vision}, directory, args.dtype)
         measure(args, directory, kept, vllm)
     shown = page(kept, args)
     print(shown)
