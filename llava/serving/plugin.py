@@ -11,12 +11,17 @@ import importlib
 import re
 from collections.abc import Callable
 from functools import cached_property, partial
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from llava import transformers_names  # noqa: F401  # before vLLM, which misses names of transformers
+
+# isort: split
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import get_tp_group
 from vllm.model_executor.models.interns1 import InternS1ForConditionalGeneration
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
@@ -46,12 +51,17 @@ def prompt_updates(
     def shortened(update: Any, number: int) -> Any:
         written = update.replacement(number) if callable(update.replacement) else update.replacement
         details = written if isinstance(written, PromptUpdateDetails) else PromptUpdateDetails.from_seq(written)
-        visual = [True] * len(details.full) if details.is_embed is None else details.is_embed(details.full).tolist()
+        embed, ids = details.is_embed, details.full
+        if isinstance(ids, str):  # before vLLM 0.32, for some families
+            ids = info.get_tokenizer().encode(ids, add_special_tokens=False)
+        if embed is not None and len(signature(embed).parameters) == 2:  # before 0.32
+            embed = partial(embed, info.get_tokenizer())
+        visual = [True] * len(ids) if embed is None else embed(ids).tolist()
         layout = layout_of_item(served, sum(visual), mm_items, out_mm_kwargs, number)
         if layout.tokens != sum(visual):
             raise UserError(f"The engine makes {sum(visual)} tokens of an image, and its layout has {layout.tokens}.")
         room, full = served.kept(layout), []
-        for token, is_visual in zip(details.full, visual, strict=True):
+        for token, is_visual in zip(ids, visual, strict=True):
             if not is_visual or room > 0:
                 full.append(token)
             room -= is_visual
@@ -83,8 +93,14 @@ def with_short_prompts(model: Any) -> Any:
 
     def processor(info: Any, dummy_inputs: Any, **more: Any) -> Any:
         made = base.processor(info, dummy_inputs, **more)
-        served_by(info.get_hf_config())  # wrong settings stop the engine here, at its start
+        served = served_by(info.get_hf_config())  # wrong settings stop the engine here, at its start
         made._get_prompt_updates = partial(prompt_updates, made._get_prompt_updates, info)
+        apply = made._apply_hf_processor_main
+        if served is not None and "enable_hf_prompt_update" in signature(apply).parameters:
+            # Before 0.32 and without its cache of processed images, the engine has transformers write N tokens.
+            made._apply_hf_processor_main = lambda *args, **given: apply(
+                *args, **{**given, "enable_hf_prompt_update": False}
+            )
         return made
 
     return MULTIMODAL_REGISTRY.register_processor(processor, info=base.info, dummy_inputs=base.dummy_inputs)(model)
@@ -99,11 +115,6 @@ class ReducedModelMixin:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.served = served_by(vllm_config.model_config.hf_config)
-        if self.served is not None and get_tensor_model_parallel_world_size() > 1:
-            raise UserError(
-                "A rank of a tensor-parallel engine sees a part of the tower's heads only; serve reduced prompts with "
-                "--tensor-parallel-size 1, and --data-parallel-size for more accelerators."
-            )
 
     def attentions(self) -> list[Any]:
         """For each tower block, the module that projects queries and keys and passes them to its `attn`."""
@@ -114,7 +125,8 @@ class ReducedModelMixin:
         assert self.served is not None
         built = self.attentions()
         missing = self.served.spec.tower_blocks - len(built)  # blocks after the layer that is projected
-        return EngineTower(self, self.served, [*built, *[None] * missing])
+        group = get_tp_group()
+        return EngineTower(self, self.served, [*built, *[None] * missing], group if group.world_size > 1 else None)
 
 
 class ClipModel(ReducedModelMixin):
