@@ -62,7 +62,7 @@ ATTENTIONS = ("causal", "visual", "bidirectional")
 AVERAGES = ("all", "viewers")
 METRICS = ("rotated", "unrotated", "hidden")
 MERGES = {"mean": "mean", "target_plus_mean": "anchor_plus_mean", "none": "none"}
-FREE = ("budget", "official", "layers", "start", "ratio")  # options that the release has, too
+FREE = ("budget", "official", "layers", "start", "ratio", "encoder_only")  # options that leave a stage as released
 SLICE = 2**24  # attention weights held at a time: 64 MB in float32
 
 
@@ -272,9 +272,16 @@ class VisionDrop(Reducer):
     metric: str = option("rotated", "decoder: what is compared in merging, keys or hidden states", METRICS)
     merge: str = option("mean", "a merged token: mean, target plus mean of the others, or its target", tuple(MERGES))
     order: str = option("appended", "place of contextual tokens", ("appended", "raster"))
+    encoder_only: bool = option(
+        False, "the encoder stage alone, which keeps the whole budget, as for an engine; not the paper's method"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.encoder_only:
+            if self.layers or self.start != PUBLISHED_START:
+                raise UserError("visiondrop.encoder_only leaves no decoder stages; leave out layers and start.")
+            object.__setattr__(self, "acts_in", type(self).acts_in - {"decoder"})
         if any(b <= a for a, b in pairwise((0, *self.layers))):
             raise UserError(f"visiondrop.layers must ascend from 1, got {', '.join(map(str, self.layers))}.")
         changed = [f.name for f in fields(self) if f.name not in FREE and getattr(self, f.name) != f.default]
@@ -283,6 +290,8 @@ class VisionDrop(Reducer):
 
     def check(self, spec: ModelSpec) -> None:
         super().check(spec)
+        if self.encoder_only:
+            return
         first = self.decoder_layers(spec.layers)[0]
         if self.start * first >= spec.layers:
             raise UserError(
@@ -294,6 +303,8 @@ class VisionDrop(Reducer):
         return TowerScore(ENCODER_SCORES[self.encoder_score]), TowerScore("keys")
 
     def decoder_layers(self, layers: int) -> tuple[int, ...]:
+        if self.encoder_only:
+            return ()
         stages = self.layers or scaled_layers(STAGES, REFERENCE, layers)
         if stages[-1] >= layers:
             raise UserError(f"visiondrop.layers must be below {layers} (decoder layers), got {stages[-1]}.")
@@ -341,6 +352,8 @@ def stages_of(method: VisionDrop, spec: ModelSpec) -> dict[int, tuple[int, int]]
     layers = method.decoder_layers(spec.layers)
     if method.budget >= spec.visual_tokens:
         return dict.fromkeys((0, *layers), (spec.visual_tokens, 0))
+    if not layers:
+        return {0: dominant_and_contextual(method.budget, method.ratio)}
     widths = tuple(stop - start for start, stop in pairwise((0, *layers, spec.layers)))
     pairs = plan(method.budget, widths, spec.visual_tokens, method.start, method.ratio)
     return dict(zip((0, *layers), pairs, strict=True))

@@ -1,29 +1,41 @@
-"""Requests per second, time to first token and KV blocks of vLLM under a method, compared with `full` and our decoder.
+"""An engine under load: vLLM with methods and without one, at several numbers of requests in flight.
 
     python -m lab.bench.serving --budget 64
-    python -m lab.bench.serving --budget 64 --shape llava-1.5-7b --layers 2 --blocks 3 --dtype bfloat16
+    python -m lab.bench.serving --budget 64 --shape llava-1.5-7b --layers 4 --blocks 3 --dtype bfloat16
 
-It runs in the environment of scripts/serve_setup.sh. All engines live in this process and are asked in turns, always
-about new images, without prefix cache and without cache of processed images. The requests of a turn are handed over at
-once; the turn is timed from opened images to the last of LENGTH tokens of every request. Every measurement can be kept
-in a file, from which an interrupted benchmark continues.
+It runs in the environment of scripts/serve_setup.sh. A closed loop keeps the same number of requests in flight: when
+one is answered, the next is sent, always about a picture that was not seen before. One engine answers all rows of the
+route "pixels", and is told between turns which method to use, so that they share weights and cache; another engine
+answers those of "embeds", whose client runs here. Both are vLLM's asynchronous engines with a process of their own, as
+behind its server; only HTTP and the tokenizer are left out.
+
+Rows take turns, and ratios are taken within a round. Every turn is kept in a file, from which an interrupted benchmark
+continues.
 """
 
 import argparse
-import copy
+import asyncio
+import importlib
 import itertools
+import json
+import queue
 import shutil
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+import psutil
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPImageProcessorPil
 
@@ -35,29 +47,35 @@ from eval.efficiency.measure import Measurements, over_rounds
 from eval.efficiency.shapes import QUESTION, SHAPES, SUFFIX, hf_model, noise
 from eval.results.report import hardware
 from eval.results.statistics import plural
-from llava.errors import UserError
-from llava.model.builder import DTYPES, device_of, load
+from llava.errors import MethodError, UserError
+from llava.model.builder import DTYPES, device_of
 from llava.model.checkpoint.config import CLIP_L_336
 from llava.model.checkpoint.files import locate
 from llava.model.llava_arch import Llava
+from llava.model.multimodal_encoder.stock_tower import StockTower
 from llava.pipeline.accounting import Timer
-from llava.pipeline.generate import generate
+from llava.pipeline.generate import until_decoder
+from llava.processing.image import pad_to_square
 from llava.processing.json_files import read_json
 from llava.processing.prompt import Sample
 from llava.reduction.budget import require
 from llava.reduction.reducer import Reducer
 from llava.reduction.registry import build
-from llava.serving.client import EMBEDS, PIXELS
-from llava.serving.engine_model import Engine, import_vllm
+from llava.serving.client import EMBEDS, PIXELS, load_client_model
+from llava.serving.engine_method import EngineTower, served_by
+from llava.serving.engine_model import import_vllm
 
-LENGTH = 16  # tokens of an answer
-OWN = "own"
-# Ways to answer, each with the method that is compared with `full` on it.
-PAIRS = ((OWN, "divprune"), (PIXELS, "divprune"), (OWN, "consensusdrop"), (EMBEDS, "consensusdrop"))
-NAMES = {OWN: "own decoder", PIXELS: "vLLM, pixels", EMBEDS: "vLLM, embeds"}
-# Caches are off, so that no turn profits from the one before, and the engine records when each first token came.
-ENGINE = {"enable_prefix_caching": False, "mm_processor_cache_gb": 0, "disable_log_stats": False}
-Ask = Callable[[Sequence[Sample]], dict[str, Any]]
+BATCH = 8  # prompts that the client embeds at once
+# Row -> its route, method and options. VisionDrop itself reduces between decoder layers, where no engine can.
+ROWS: dict[str, tuple[str, str, dict[str, str]]] = {
+    FULL: (PIXELS, FULL, {}),
+    "uniform": (PIXELS, "uniform", {}),
+    "divprune": (PIXELS, "divprune", {}),
+    "visiondrop, encoder stage alone": (PIXELS, "visiondrop", {"encoder_only": "true"}),
+    "consensusdrop": (EMBEDS, "consensusdrop", {}),
+}
+SHARES = {PIXELS: 0.56, EMBEDS: 0.34}  # of a GPU's memory; the client's tower needs the rest
+Ask = Callable[[int, Sample], Coroutine[Any, Any, "Answered"]]
 
 # The model
 
@@ -82,147 +100,365 @@ def save_random(shape: Mapping[str, Any], folder: Path, dtype: str) -> None:
     CLIPImageProcessorPil(**sizes).save_pretrained(folder)
 
 
-# What is measured
+def without_weights(folder: Path, layers: int) -> Path:
+    """A copy of a checkpoint with another number of decoder layers, for an engine that makes up its weights."""
+    bare = folder.with_name(f"{folder.name}-{layers}-layers")
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("*.safetensors*"))
+    config = read_json(bare / "config.json")
+    config["text_config"]["num_hidden_layers"] = layers
+    (bare / "config.json").write_text(json.dumps(config))
+    return bare
 
 
-def askers(model: Llava, directory: Path, budget: int, dtype: str, largest: int) -> dict[str, Ask]:
-    """ "WAY METHOD" -> a function that asks a batch and returns its seconds, time to first token and KV blocks.
-
-    Args:
-        largest: the most requests at once.
-
-    Raises:
-        UserError: a method cannot run at this budget or on this model.
-    """
-    found: dict[str, Ask] = {}
-    for way, method in PAIRS:
-        reducers = {FULL: build(FULL, model.visual_tokens), method: build(method, budget)}
-        require(reducers[method], model.spec)
-        if way == OWN:
-            found |= {f"{way} {name}": partial(ask_own, model, one) for name, one in reducers.items()}
-            continue
-        engine = Engine(model, reducers[method], directory, dtype, largest)
-        if engine.route != way:
-            raise UserError(f"{method} goes by {engine.route} on {model.name}; give --model a LLaVA-1.5.")
-        # Three engines and our model share the memory of a GPU.
-        given = ENGINE if model.device.type == "cpu" else {**ENGINE, "gpu_memory_utilization": 0.2}
-        engine.arguments |= given
-        if way == PIXELS:
-            whole = Engine(model, reducers[FULL], directory, dtype, largest)
-            whole.arguments |= given
-        else:  # the engine receives reduced embeddings and knows no method, so one serves both
-            _ = engine.llm
-            whole = copy.copy(engine)
-            whole.reducer = reducers[FULL]
-        found[f"{way} {FULL}"] = partial(ask_engine, whole)
-        found[f"{way} {method}"] = partial(ask_engine, engine)
-    return found
+# The engine
 
 
-def ask_own(model: Llava, reducer: Reducer, samples: Sequence[Sample]) -> dict[str, Any]:
-    """One turn of our own decoder, where all requests of a batch have their first token at the same time."""
-    began = time.monotonic()
-    batch = generate(model, samples, reducer, LENGTH, ignore_eos=True)
-    return {"seconds": time.monotonic() - began, "ttft": batch.timing.preprocess + batch.timing.ttft}
+class Switch:
+    """What the bench asks of an engine's worker, by `collective_rpc`; vLLM makes it a base class of the worker."""
+
+    def switch(self, setting: Mapping[str, Any]) -> None:
+        """Answer with another method from now on, and count its time from zero."""
+        worker: Any = self
+        model, config = worker.model_runner.model, worker.model_runner.model_config.hf_config
+        config.vtr = dict(setting)
+        model.served = served_by(config)
+        model.__dict__.pop("engine_tower", None)
+        if not hasattr(Switch, "spent"):
+            for owner, name in ((EngineTower, "reduce"), (StockTower, "scores_of_tokens")):
+                setattr(owner, name, counted(getattr(owner, name)))
+        Switch.spent = 0.0
+
+    def selection_seconds(self) -> float:
+        """Seconds of the engine's loop since `switch` in the scores and the choice of tokens."""
+        return Switch.spent
+
+    spent: float
 
 
-@torch.inference_mode()
-def ask_engine(engine: Engine, samples: Sequence[Sample]) -> dict[str, Any]:
-    """One turn of an engine. The time to first token is the median over requests, from the start of the turn."""
-    with blocks_in_use(engine.llm) as used:
-        began = time.monotonic()
-        engine.answers(samples, engine.reducer, LENGTH, True, Timer(engine.model.device))
-        seconds = time.monotonic() - began
-    first = [output.metrics.first_token_ts - began for output in engine.outputs]
-    cache = engine.llm.llm_engine.vllm_config.cache_config
-    held = {"blocks": max(used) / len(samples), "block": cache.block_size, "cache": cache.num_gpu_blocks}
-    return {"seconds": seconds, "ttft": median(first), **held}
+def counted(function: Any) -> Any:
+    """The function, adding its seconds on the host to `Switch.spent`."""
+
+    def timed(*args: Any, **given: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return function(*args, **given)
+        finally:
+            Switch.spent += time.perf_counter() - began
+
+    return timed
 
 
-@contextmanager
-def blocks_in_use(llm: Any) -> Iterator[list[int]]:
-    """While active, collects after every step how many KV blocks the engine's scheduler has in use."""
-    engine, step = llm.llm_engine, llm.llm_engine.step
-    pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
-    free, used = pool.get_num_free_blocks(), [0]
+class Watch:
+    """Collects an engine's own numbers of every step; vLLM makes one for itself by `Watch.of`."""
 
-    def counted() -> Any:
-        outputs = step()
-        used.append(free - pool.get_num_free_blocks())
-        return outputs
+    def __init__(self) -> None:
+        self.start()
 
-    engine.step = counted
+    def start(self) -> None:
+        self.usage, self.running, self.preempted = 0.0, 0, 0
+        self.prefix, self.pictures = [0, 0], [0, 0]  # hits, queries
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0) -> None:
+        if scheduler_stats is not None:
+            if scheduler_stats.kv_cache_usage > self.usage:
+                self.usage, self.running = scheduler_stats.kv_cache_usage, scheduler_stats.num_running_reqs
+            add(self.prefix, scheduler_stats.prefix_cache_stats)
+        if iteration_stats is not None:
+            self.preempted += iteration_stats.num_preempted_reqs
+        if mm_cache_stats is not None:
+            add(self.pictures, mm_cache_stats)
+
+    def factory(self) -> Callable[..., Any]:
+        """What vLLM calls to make its logger: this object behind vLLM's interface."""
+        base: Any = importlib.import_module("vllm.v1.metrics.loggers").StatLoggerBase
+        own = {"__init__": lambda *_, **__: None, "record": lambda _, *args, **given: self.record(*args, **given)}
+        return type("Watching", (base,), own | {"log_engine_initialized": lambda _: None})
+
+
+def add(sums: list[int], stats: Any) -> None:
+    sums[0] += stats.hits
+    sums[1] += stats.queries
+
+
+def start_engine(vllm: Any, directory: Path, args: argparse.Namespace, route: str, watch: Watch) -> Any:
+    """An asynchronous engine for the rows of a route, which share it."""
+    cached, cuda = args.caches == "on", device_of(args.device).type == "cuda"
+    given: dict[str, Any] = {
+        "model": str(directory),
+        "dtype": args.dtype,
+        "max_num_seqs": max(args.at_once),
+        "seed": 0,
+        "enable_prefix_caching": cached,
+        "mm_processor_cache_gb": 1 if cached else 0,
+        "enforce_eager": not cuda,  # on a CPU, compiling takes longer than it saves
+        "load_format": "dummy" if args.shape else "safetensors",
+        "worker_extension_cls": f"{Switch.__module__}.{Switch.__name__}",
+        "disable_log_stats": False,
+    }
+    if cuda:  # graphs for decoding, without minutes of compilation
+        graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+        given |= {"gpu_memory_utilization": SHARES[route], "compilation_config": graphs}
+    if route == EMBEDS:
+        given |= {"enable_prompt_embeds": True, "limit_mm_per_prompt": {"image": 0}}
+    arguments = vllm.AsyncEngineArgs(**given)
     try:
-        yield used
-    finally:
-        del engine.step
+        return vllm.AsyncLLMEngine.from_engine_args(arguments, stat_loggers=[watch.factory()])
+    except Exception as error:
+        raise MethodError(f"vLLM does not start: {' '.join(str(error).split())[:600]}") from error
 
 
-def measure(args: argparse.Namespace, directory: Path, kept: Measurements) -> None:
-    """Measure every way and method in turns, for every number of requests at once.
+# One request
+
+
+@dataclass(frozen=True)
+class Answered:
+    """When a request was sent, had its first token and its last, in seconds of `time.monotonic`."""
+
+    sent: float
+    first: float
+    last: float
+
+
+async def ask_pixels(engine: Any, model: Llava, sampling: Any, number: int, sample: Sample) -> Answered:
+    """Send a question with its picture."""
+    sent = time.monotonic()
+    processor, slot = model.image_processor, model.hf_model.config.image_token_id
+    ids = [slot if token < 0 else token for token in model.prompt(sample).ids]
+    image: Any = sample.images[0]
+    square = pad_to_square(image, processor.padding_colour, processor.size)
+    prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": square}}
+    return await answered(engine, prompt, sampling, number, sent)
+
+
+async def ask_embeds(engine: Any, client: "Client", sampling: Any, number: int, sample: Sample) -> Answered:
+    """Send a question as embeddings, once the client has made them."""
+    sent = time.monotonic()
+    return await answered(engine, {"prompt_embeds": await client.embed(sample)}, sampling, number, sent)
+
+
+async def answered(engine: Any, prompt: dict[str, Any], sampling: Any, number: int, sent: float) -> Answered:
+    """Wait for the answer to a prompt. vLLM prepares it in a thread, as for its server."""
+    (rendered,) = await engine.renderer.render_cmpl_async([prompt])
+    first = None
+    async for _ in engine.generate(rendered, sampling, str(number)):
+        first = first or time.monotonic()
+    assert first is not None
+    return Answered(sent, first, time.monotonic())
+
+
+class Client:
+    """Makes embeddings in a thread of its own, of all prompts that wait there, at most BATCH at once.
+
+    Attributes:
+        selection: seconds spent in the choice of tokens.
+    """
+
+    def __init__(self, model: Llava, reducer: Reducer):
+        self.model, self.reducer, self.selection = model, reducer, 0.0
+        self._waiting: queue.Queue[tuple[Sample, asyncio.Future[Tensor]]] = queue.Queue()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    async def embed(self, sample: Sample) -> Tensor:
+        """The prompt's embeddings [L, H]."""
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.put((sample, future))
+        return await future
+
+    @torch.inference_mode()
+    def _work(self) -> None:
+        while True:
+            batch = [self._waiting.get()]
+            with suppress(queue.Empty):
+                while len(batch) < BATCH:
+                    batch.append(self._waiting.get_nowait())
+            samples, futures = zip(*batch, strict=True)
+            loop = futures[0].get_loop()
+            try:
+                timer = Timer(self.model.device)
+                sequence = until_decoder(self.model, samples, self.reducer, timer).start
+                rows = zip(sequence.hidden, sequence.lengths, strict=True)
+                made = [row[-length:].clone().cpu() for row, length in rows]
+                self.selection += timer.seconds.get("selection", 0.0)
+            except Exception as error:
+                loop.call_soon_threadsafe(futures[0].set_exception, error)
+                continue
+            for future, own in zip(futures, made, strict=True):
+                loop.call_soon_threadsafe(future.set_result, own)
+
+
+# One turn
+
+
+async def closed_loop(ask: Ask, samples: Sequence[Sample], at_once: int, halfway: Callable[[], None]) -> list[Answered]:
+    """Ask all questions with `at_once` of them in flight; `halfway` is called after a fifth of them."""
+    numbers, done = iter(enumerate(samples)), list[Answered]()
+
+    async def slot() -> None:
+        for number, sample in numbers:
+            done.append(await ask(number, sample))
+            if len(done) == max(1, len(samples) // 5):
+                halfway()
+
+    await asyncio.gather(*(slot() for _ in range(at_once)))
+    return sorted(done, key=lambda one: one.last)
+
+
+def summary(done: Sequence[Answered], at_once: int, tokens: int) -> dict[str, Any]:
+    """Requests per second and times of a turn. If there are more than 2 * at_once, the first and last do not count."""
+    settled = len(done) > 2 * at_once
+    counted = done[at_once : len(done) - at_once] if settled else done
+    began = done[at_once - 1].last if settled else min(one.sent for one in done)
+    waits = [one.first - one.sent for one in counted]
+    return {
+        "seconds": (counted[-1].last - began) / len(counted),
+        "ttft": median(waits),
+        "ttft_99": float(np.quantile(waits, 0.99)),
+        "token": median((one.last - one.first) / max(1, tokens - 1) for one in counted),
+        "requests": len(counted),
+    }
+
+
+def resident() -> int:
+    """Bytes that this process and its engines hold."""
+    own = psutil.Process()
+    return sum(one.memory_info().rss for one in (own, *own.children(recursive=True)))
+
+
+class Bench:
+    """The engines, and a function that asks them for each row."""
+
+    def __init__(self, args: argparse.Namespace, directory: Path, vllm: Any):
+        self.args, self.watches = args, {PIXELS: Watch(), EMBEDS: Watch()}
+        served = without_weights(directory, args.layers) if args.shape else directory
+        self.engines = {way: start_engine(vllm, served, args, way, watch) for way, watch in self.watches.items()}
+        (embedded,) = (name for name, (way, _, _) in ROWS.items() if way == EMBEDS)
+        _, method, options = ROWS[embedded]
+        reducer = build(method, args.budget, options)
+        self.model = load_client_model(directory, reducer, args.dtype, args.device)
+        require(reducer, self.model.spec)
+        self.client = Client(self.model, reducer)
+        self.sampling = vllm.SamplingParams(
+            temperature=0,
+            max_tokens=args.new_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=importlib.import_module("vllm.sampling_params").RequestOutputKind.DELTA,
+        )
+
+    async def turn(self, row: str, samples: Sequence[Sample], at_once: int) -> dict[str, Any]:
+        """Ask a row all questions; what was measured."""
+        way, method, options = ROWS[row]
+        engine, watch, args = self.engines[way], self.watches[way], self.args
+        if way == PIXELS:
+            setting = {"method": method, "budget": None if method == FULL else args.budget, "options": options}
+            engine.vllm_config.model_config.hf_config.vtr = setting
+            await engine.collective_rpc("switch", args=(setting,))
+            ask: Ask = partial(ask_pixels, engine, self.model, self.sampling)
+        else:
+            ask = partial(ask_embeds, engine, self.client, self.sampling)
+        watch.start()
+        before, held = self.client.selection, []
+        done = await closed_loop(ask, samples, at_once, lambda: held.append(resident()))
+        found = summary(done, at_once, args.new_tokens)
+        spent = self.client.selection - before
+        if way == PIXELS:
+            (spent,) = await engine.collective_rpc("selection_seconds")
+        cache = engine.vllm_config.cache_config
+        return found | {
+            "selection": spent / (done[-1].last - min(one.sent for one in done)),
+            "blocks": watch.usage * cache.num_gpu_blocks / max(1, watch.running),
+            "block": cache.block_size,
+            "cache": cache.num_gpu_blocks,
+            "preempted": watch.preempted,
+            "prefix": watch.prefix,
+            "pictures": watch.pictures,
+            "grown": resident() / held[0],
+        }
+
+
+def measure(args: argparse.Namespace, directory: Path, kept: Measurements, vllm: Any) -> None:
+    """Ask all rows in turns, at every number of requests in flight, until the deadline.
 
     The order is reversed in the warm-up and in every second round. What `kept` already holds is not measured again.
     """
-    names = dict.fromkeys(f"{way} {name}" for way, method in PAIRS for name in (FULL, method))
     turns = [
-        (number, name, size)
+        (number, row, size)
         for size in args.at_once
         for number in range(args.repeats + 1)
-        for name in (names if number % 2 else reversed(names))
-        if (number, name, size) not in kept.rows
+        for row in (ROWS if number % 2 else reversed(ROWS))
+        if (number, row, size) not in kept.rows
     ]
     if not turns:
         return
-    model = load(directory, args.dtype, args.device)
-    ask = askers(model, directory, args.budget, args.dtype, max(args.at_once))
+    end = time.monotonic() + args.deadline
     seeds, warm = itertools.count(), set[tuple[str, int]]()
 
     def samples(size: int) -> list[Sample]:
         return [Sample(f"s{seed}", QUESTION, SUFFIX, noise(seed)) for seed in itertools.islice(seeds, size)]
 
-    for number, name, size in tqdm(turns, unit="turn", disable=None):
-        if number and (name, size) not in warm:  # continues from a file: this process needs a warm-up of its own
-            ask[name](samples(size))
-        kept.add(number, name, size, ask[name](samples(size)))
-        warm.add((name, size))
+    async def all_turns() -> None:
+        bench = Bench(args, directory, vllm)
+        for number, row, size in tqdm(turns, unit="turn", disable=None):
+            if time.monotonic() > end:
+                break
+            if (row, size) not in warm:  # also where this process goes on from a file
+                await bench.turn(row, samples(size), size)
+            if number:
+                kept.add(number, row, size, await bench.turn(row, samples(size * args.per_slot), size))
+            else:
+                kept.add(number, row, size, {})
+            warm.add((row, size))
+        for engine in bench.engines.values():
+            engine.shutdown()
+
+    asyncio.run(all_turns())
 
 
 # How it is shown
 
 
 def page(kept: Measurements, sizes: Sequence[int], repeats: int) -> str:
-    """The conditions of the measurement, and a table with a row for each way and method at each number of requests."""
+    """The conditions of the measurement, and a table with a line for each row at each number of requests in flight."""
     lines = []
     for size in sizes:
-        for way, method in PAIRS:
-            ours, full, own = (
-                [kept.rows[number, name, size] for number in range(1, repeats + 1)]
-                for name in (f"{way} {method}", f"{way} {FULL}", f"{OWN} {method}")
-            )
-            line = [("at once", str(size)), ("answered by", NAMES[way]), ("method", method)]
-            for key, title in (("seconds", "requests/s"), ("ttft", "TTFT ms")):
-                few, many, theirs = ([row[key] for row in rows] for rows in (ours, full, own))
-                for of, seconds in ((title, median(few)), ("of full", median(many))):
-                    line.append((of, f"{size / seconds:.3g}" if key == "seconds" else ms(seconds)))
-                line.append(("faster than full", str(over_rounds(many, few))))
-                line.append(("than own", "" if way == OWN else str(over_rounds(theirs, few))))
-            if way != OWN:
-                line += [("KV blocks", f"{ours[-1]['blocks']:g}"), ("of full", f"{full[-1]['blocks']:g}")]
+        rounds = [n for n in range(1, repeats + 1) if all((n, row, size) in kept.rows for row in ROWS)]
+        if not rounds:
+            continue
+        full = [kept.rows[number, FULL, size] for number in rounds]
+        for row, (way, _, _) in ROWS.items():
+            ours = [kept.rows[number, row, size] for number in rounds]
+
+            def of(key: str, ours: Sequence[Mapping[str, Any]] = ours) -> float:
+                return median(one[key] for one in ours)
+
+            faster = over_rounds([one["seconds"] for one in full], [one["seconds"] for one in ours])
+            line = [("in flight", str(size)), ("", row), ("route", way), ("requests/s", f"{1 / of('seconds'):.3g}")]
+            line += [("times full", "" if row == FULL else str(faster))]
+            line += [("TTFT ms, p50", ms(of("ttft"))), ("p99", ms(of("ttft_99"))), ("ms per token", ms(of("token")))]
+            line += [("KV blocks", f"{of('blocks'):.2g}"), ("preempted", f"{of('preempted'):g}")]
+            line += [("selection", f"{100 * of('selection'):.1f} %")]
+            for title, key in (("prefix hits", "prefix"), ("picture hits", "pictures")):
+                hits, asked = (sum(one[key][place] for one in ours) for place in (0, 1))
+                line.append((title, f"{100 * hits / asked:.0f} %" if asked else "off"))
             lines.append(line)
-    return f"{about(kept, repeats)}\n\n{table(lines)}"
+    if not lines:
+        raise UserError("No round is complete yet; give more time, or the same command again.")
+    return f"{about(kept)}\n\n{table(lines)}"
 
 
-def about(kept: Measurements, repeats: int) -> str:
-    """The conditions of the measurement, in a sentence."""
-    known, rows = kept.settings, kept.rows.values()
-    block, cache = next((row["block"], row["cache"]) for row in rows if "block" in row)
+def about(kept: Measurements) -> str:
+    """The conditions of the measurement, in a few sentences."""
+    known, rows = kept.settings, [row for row in kept.rows.values() if row]
     words = ", ".join(f"{name} {number}" for name, number in known["versions"].items())
-    threads = f"{known['threads']} {plural('thread', known['threads'])}"
+    rounds = max(number for number, _, _ in kept.rows)
     return (
-        f"{known['model']}, budget {known['budget']}, {known['dtype']}, answers of {LENGTH} tokens, {known['device']} "
-        f"({known['hardware']}), {threads}, medians of {repeats} turns after a warm-up, ratios of the same round with "
-        f"their range; {cache} blocks of {block} tokens in an engine; {words}, commit "
-        f"{', '.join(sorted(kept.commits))}."
+        f"{known['model']}, budget {known['budget']}, {known['dtype']}, answers of {known['new_tokens']} tokens, "
+        f"{known['per_slot']} requests for each in flight, caches {known['caches']}, {known['device']} "
+        f"({known['hardware']}), {known['threads']} {plural('thread', known['threads'])}, medians of at most {rounds} "
+        f"rounds after a warm-up, ratios of the same round with their range; {rows[0]['cache']} blocks of "
+        f"{rows[0]['block']} tokens in the engine; {words}, commit {', '.join(sorted(kept.commits))}. The most that "
+        f"memory grew within a turn, from a fifth of its requests to its end: {max(row['grown'] for row in rows):.3f} "
+        "times."
     )
 
 
@@ -236,10 +472,14 @@ def parser() -> argparse.ArgumentParser:
     add("--budget", type=value(count), default=64, help="visual tokens to keep per image")
     add("--model", type=Path, default=Path(DEFAULT_MODEL), help="folder of a LLaVA-1.5 in transformers' layout")
     add("--shape", choices=[name for name in SHAPES if name.startswith("llava-1.5")], help="random weights instead")
-    add("--layers", type=value(count), default=2, help="with --shape: decoder layers")
+    add("--layers", type=value(count), default=4, help="with --shape: decoder layers")
     add("--blocks", type=value(count), default=3, help="with --shape: blocks of the tower")
-    add("--at-once", type=value(whole_numbers), default=(1, 8, 32), help="requests at once: 1,8,32")
-    add("--repeats", type=value(count), default=3, help="turns after one warm-up")
+    add("--at-once", type=value(whole_numbers), default=(1, 8, 32, 64), help="requests in flight: 1,8,32,64")
+    add("--per-slot", type=value(count), default=2, help="requests of a turn for each in flight; 8 on a GPU")
+    add("--new-tokens", type=value(count), default=16, help="tokens of an answer")
+    add("--caches", choices=("off", "on"), default="off", help="prefix cache and cache of processed pictures")
+    add("--repeats", type=value(count), default=3, help="rounds after a warm-up")
+    add("--deadline", type=value(float), default=float("inf"), help="seconds after which no turn begins")
     add("--dtype", default="float32", choices=tuple(DTYPES), help="of the weights")
     add("--device", default="auto", help="torch device")
     add("--measurements", type=Path, help="keep every turn here, and go on from it")
@@ -258,21 +498,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = f"{args.shape} shapes with {args.layers} decoder layers and {args.blocks} tower blocks, random weights"
     settings = {
         "model": name,
-        "budget": args.budget,
-        "dtype": args.dtype,
         "threads": torch.get_num_threads(),
         "device": device,
         "hardware": hardware(device),
         "versions": {"vLLM": vllm.__version__, "torch": torch.__version__},
-    }
+    } | {key: getattr(args, key) for key in ("budget", "dtype", "new_tokens", "per_slot", "caches")}
     kept = Measurements(args.measurements, settings)
     with tempfile.TemporaryDirectory() as folder:
-        directory = locate(args.model, "checkpoint") if not args.shape else Path(folder)
+        directory = locate(args.model, "checkpoint") if not args.shape else Path(folder) / "model"
         if args.shape:
             vision = {**CLIP_L_336, "num_hidden_layers": args.blocks}
-            text = {**SHAPES[args.shape]["text"], "num_hidden_layers": args.layers}
+            text = {**SHAPES[args.shape]["text"], "num_hidden_layers": 1}  # the client probes the first
             save_random({"text": text, "vision": vision}, directory, args.dtype)
-        measure(args, directory, kept)
+        measure(args, directory, kept, vllm)
     shown = page(kept, args.at_once, args.repeats)
     print(shown)
     rows = [{"round": number, "row": row, "at_once": size} | found for (number, row, size), found in kept.rows.items()]
