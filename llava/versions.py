@@ -8,7 +8,7 @@ import re
 import warnings
 
 # The lowest and the highest minor version.
-TESTED = {"python": ("3.11", "3.13"), "torch": ("2.11", "2.14"), "transformers": ("5.20", "5.24")}
+TESTED = {"python": ("3.11", "3.13"), "torch": ("2.11", "2.14"), "transformers": ("5.19", "5.24")}
 
 
 def note_untested(package: str, version: str) -> None:
