@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from eval.config import DEFAULT_MODEL
 from llava.errors import UserError
+from llava.model.multimodal_encoder.stock_tower import Call
 from llava.pipeline.accounting import Timer
 from llava.pipeline.generate import until_decoder
 from llava.reduction import registry
@@ -154,6 +155,21 @@ def test_queries_and_keys_are_cut_image_by_image(first: str) -> None:
     handed_over(attention, flat, query, key, key, max_seqlen=torch.tensor(10), sequence_lengths=None)
     with pytest.raises(UserError, match="sequence_lengths"):  # in place of cu_seqlens: two images were one
         handed_over(attention, flat, query, key, key, sequence_lengths=torch.tensor([4, 6]))
+
+
+def test_a_tower_divided_among_ranks_is_read_whole(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank scored by its own heads, and so kept other tokens."""
+    tower = engine_tower("visionzip", 6)
+    heads = tower.engine_model.config.vision_config.num_attention_heads
+    whole = torch.rand(3, 2, heads, 5, 8)
+    own, other = whole.split(heads // 2, 2)
+    tower.group = SimpleNamespace(all_gather=lambda part, dim: torch.cat([part, other], dim))
+    for part in (own, whole):  # InternVL's ranks have all heads
+        assert torch.equal(torch.stack(tower.all_heads(Call(*part, None, 1.0))[:3]), whole)
+    monkeypatch.setattr(plugin, "served_by", lambda config: tower.served)
+    settings = SimpleNamespace(hf_config=None, multimodal_config=SimpleNamespace(mm_encoder_tp_mode="data"))
+    with pytest.raises(UserError, match="gives each rank some of the images"):
+        plugin.QwenModel(vllm_config=SimpleNamespace(model_config=settings))
 
 
 def test_an_engine_refuses_gaps_between_positions_of_llava() -> None:

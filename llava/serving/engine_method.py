@@ -312,7 +312,7 @@ class EngineTower:
             if self.axes:
                 parts.append(sequence.position[row, own])
             out.append(torch.cat([part.to(parts[0].dtype) for part in parts], 1))
-            if self.group is not None:  # ranks that round differently would keep different tokens
+            if self.group is not None:  # ranks whose scores round differently would keep other tokens
                 self.group.broadcast(out[-1])
         return out
 
@@ -403,7 +403,7 @@ class EngineTower:
         heads = getattr(vision, "num_attention_heads", None) or vision.num_heads
         if self.group is None or call.query.shape[1] == heads:
             return call
-        query, key, projected = (self.group.all_gather(part.contiguous(), 1) for part in call[:3])
+        query, key, projected = self.group.all_gather(torch.stack(call[:3]), 2)
         return call._replace(query=query, key=key, projected=projected)
 
 

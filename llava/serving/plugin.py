@@ -174,10 +174,14 @@ class QwenModel(ReducedModelMixin):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         if served_by(vllm_config.model_config.hf_config) is not None:
+            settings = vllm_config.model_config.multimodal_config
+            if settings.mm_encoder_tp_mode == "data":
+                raise UserError(
+                    "--mm-encoder-tp-mode data gives each rank some of the images, and a method must see all of them; "
+                    "serve reduced prompts with --mm-encoder-tp-mode weights."
+                )
             # With this setting, the runner calls recompute_mrope_positions.
-            object.__setattr__(
-                vllm_config.model_config.multimodal_config, "is_multimodal_pruning_enabled", lambda: True
-            )
+            object.__setattr__(settings, "is_multimodal_pruning_enabled", lambda: True)
             if current_platform.is_cpu():
                 ask_for_positions()
         super().__init__(vllm_config=vllm_config, prefix=prefix)
