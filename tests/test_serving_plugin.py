@@ -117,8 +117,10 @@ def test_positions_of_kept_tokens_are_those_of_the_whole_prompt(plugin: Any) -> 
 
 
 def test_videos_are_refused(plugin: Any) -> None:
+    """The engine itself shows one when it measures memory, and ended, as it had no share to prune it to."""
     engine = plugin.QwenModel.__new__(plugin.QwenModel)
     engine.served = SimpleNamespace(merge=2)
+    assert engine._postprocess_video_embeds_evs("whole", None) == "whole"
     video = feature(1, 4, [2, 4, 4])
     video.modality = "video"
     with pytest.raises(UserError, match="Videos are not reduced here"):
@@ -135,6 +137,13 @@ def test_a_prompt_gets_as_many_image_tokens_as_the_method_keeps(plugin: Any, mon
     info = SimpleNamespace(get_hf_config=lambda: None)
     image, video = plugin.prompt_updates(stock, info, None, None, None)
     assert image.replacement(0).full == [1, *[7] * 5, 2] and video.replacement == [8]
+    # vLLM 0.26: text, and a tokenizer to compare it by; the plug-in called the comparison without one.
+    info.get_tokenizer = lambda: SimpleNamespace(encode=lambda words, add_special_tokens: [*map(int, words)])
+    text.full, text.is_embed = (
+        "1" + "7" * 16 + "2",
+        lambda tokenizer, ids: torch.tensor(ids) == tokenizer.encode("7", 0)[0],
+    )
+    assert image.replacement(0).full == [1, *[7] * 5, 2]
     text.full = [7] * 15
     with pytest.raises(UserError, match="15 tokens"):
         image.replacement(0)

@@ -93,14 +93,8 @@ def with_short_prompts(model: Any) -> Any:
 
     def processor(info: Any, dummy_inputs: Any, **more: Any) -> Any:
         made = base.processor(info, dummy_inputs, **more)
-        served = served_by(info.get_hf_config())  # wrong settings stop the engine here, at its start
+        served_by(info.get_hf_config())  # wrong settings stop the engine here, at its start
         made._get_prompt_updates = partial(prompt_updates, made._get_prompt_updates, info)
-        apply = made._apply_hf_processor_main
-        if served is not None and "enable_hf_prompt_update" in signature(apply).parameters:
-            # Before 0.32 and without its cache of processed images, the engine has transformers write N tokens.
-            made._apply_hf_processor_main = lambda *args, **given: apply(
-                *args, **{**given, "enable_hf_prompt_update": False}
-            )
         return made
 
     return MULTIMODAL_REGISTRY.register_processor(processor, info=base.info, dummy_inputs=base.dummy_inputs)(model)
@@ -205,6 +199,11 @@ class QwenModel(ReducedModelMixin):
         if self.served is None:
             return super()._postprocess_image_embeds_evs(image_embeds_split, image_input)  # type: ignore[misc]
         return image_embeds_split
+
+    def _postprocess_video_embeds_evs(self, video_embeds_split: Any, video_input: Any) -> Any:
+        if self.served is None:
+            return super()._postprocess_video_embeds_evs(video_embeds_split, video_input)  # type: ignore[misc]
+        return video_embeds_split  # only the engine shows a video, to measure memory: no prompt may have one
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> Any:
         """Positions [3, L]; recompute_mrope_positions sets those of image tokens once the tower has run."""
