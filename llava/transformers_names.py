@@ -52,8 +52,8 @@ CAPTURING = output_capturing.__name__
 
 
 # vLLM 0.26 imports its LLaVA with names that Pixtral lost in 5.17 and 5.19; only a tower of Pixtral would call them.
-for name in ("PixtralRotaryEmbedding", "position_ids_in_meshgrid"):
-    vars(modeling_pixtral).setdefault(name, None)
+PIXTRAL = ("PixtralRotaryEmbedding", "position_ids_in_meshgrid")
+vars(modeling_pixtral).update({name: None for name in PIXTRAL if not hasattr(modeling_pixtral, name)})
 
 
 def cache_of(given: Any) -> Any:

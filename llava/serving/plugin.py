@@ -3,8 +3,8 @@
 The processor writes as many image tokens into a prompt as the method keeps, so scheduler, KV blocks and prefix cache
 see K tokens. The model reduces the N tokens of its tower and projector to K. Without a method both are vLLM's own.
 
-Official code read: vLLM 0.32.0, model_executor/models (llava, llava_next, qwen2_5_vl, qwen3_vl, interns1, interfaces),
-v1/worker/gpu_model_runner.py, multimodal/processing and registry
+Official code read: vLLM 0.26.0 and 0.32.0, model_executor/models (llava, llava_next, qwen2_5_vl, qwen3_vl, interns1,
+interfaces), v1/worker/gpu_model_runner.py, multimodal/processing and registry
 """
 
 import importlib
