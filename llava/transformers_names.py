@@ -29,6 +29,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, local_torch_dtype
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.models.pixtral import modeling_pixtral
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.utils import output_capturing
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
@@ -48,6 +49,11 @@ HOOK = "_hf_hook"  # of a module: accelerate's
 RANKS = "_tp_size"  # of a model: over how many ranks transformers has split it (tp_plan); None for no split
 # The module whose hooks stay on a model after a call with output_hidden_states; they do nothing in other calls.
 CAPTURING = output_capturing.__name__
+
+
+# vLLM 0.26 imports its LLaVA with names that Pixtral lost in 5.17 and 5.19; only a tower of Pixtral would call them.
+PIXTRAL = ("PixtralRotaryEmbedding", "position_ids_in_meshgrid")
+vars(modeling_pixtral).update({name: None for name in PIXTRAL if not hasattr(modeling_pixtral, name)})
 
 
 def cache_of(given: Any) -> Any:

@@ -1,14 +1,20 @@
 """Versions of Python and of libraries that the project was tried with: the one place where they stand.
 
-`scripts/dev/versions.sh` and the note below read them; pyproject.toml, the README and docs/cluster.md say the same, see
-tests/test_versions.py. This module imports nothing that has to be installed.
+`scripts/dev/versions.sh`, `scripts/serve_setup.sh` and the note below read them; pyproject.toml, the README,
+docs/cluster.md and docs/models/serving.md say the same, see tests/test_versions.py. This module imports nothing that
+has to be installed.
 """
 
 import re
 import warnings
 
 # The lowest and the highest minor version.
-TESTED = {"python": ("3.11", "3.13"), "torch": ("2.11", "2.14"), "transformers": ("5.20", "5.24")}
+TESTED = {
+    "python": ("3.11", "3.13"),
+    "torch": ("2.11", "2.14"),
+    "transformers": ("5.19", "5.24"),
+    "vllm": ("0.26", "0.32"),
+}
 
 
 def note_untested(package: str, version: str) -> None:

@@ -29,7 +29,7 @@ found=$(python -m eval.serving "${method[@]}") || exit $?
 mapfile -t arguments <<< "$found"
 route=${arguments[0]} url=http://${HOST:-127.0.0.1}:${PORT:-8000}
 source scripts/serve_setup.sh
-[ "$VLLM" = vllm ] || set -- --enforce-eager "$@" # compiling for a CPU takes longer than it saves
+[ "$build" = vllm ] || set -- --enforce-eager "$@" # compiling for a CPU takes longer than it saves
 if [ -z "${KEY:-}" ]; then KEY=$(python -c 'import secrets; print(secrets.token_urlsafe(24))') && echo "KEY=$KEY" >&2; fi
 echo "$method is served by $route at $url; when the engine has started, ask it:" >&2
 if [ "$route" = embeds ]; then

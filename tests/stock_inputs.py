@@ -7,7 +7,6 @@ installed: their image processors are those of transformers, and the placeholder
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from inspect import signature
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from transformers import (
     LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -37,9 +35,6 @@ from tests.tiny_checkpoints_families import (
 )
 
 FAMILIES = ("llava", "next", "video", "qwen2.5", "qwen2")
-# What `reduce` takes: before transformers 5.20 the forward of Qwen-VL has no argument for visual tokens.
-NEW = "mm_encoder_outputs" in signature(Qwen2VLForConditionalGeneration.forward).parameters
-REDUCED = FAMILIES if NEW else FAMILIES[:3]
 Inputs = dict[str, Tensor]
 
 # Two images side by side, one in the middle, none, and one at the start; of different lengths and shapes.

@@ -147,7 +147,7 @@ def test_a_device_keeps_and_answers_as_the_cpu_and_never_waits_before_the_first_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", stock_inputs.REDUCED)
+@pytest.mark.parametrize("family", stock_inputs.FAMILIES)
 def test_reduce_on_a_device_answers_as_on_the_cpu(family):
     case = stock_inputs.stock(family)
     inputs, options = case.batch(), {"budget": 8} if family != "video" else {"budget": 12}

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from eval.config import DEFAULT_MODEL
 from llava.errors import UserError
+from llava.model.multimodal_encoder.stock_tower import Call
 from llava.pipeline.accounting import Timer
 from llava.pipeline.generate import until_decoder
 from llava.reduction import registry
@@ -116,8 +117,10 @@ def test_positions_of_kept_tokens_are_those_of_the_whole_prompt(plugin: Any) -> 
 
 
 def test_videos_are_refused(plugin: Any) -> None:
+    """The engine itself shows one when it measures memory, and ended, as it had no share to prune it to."""
     engine = plugin.QwenModel.__new__(plugin.QwenModel)
     engine.served = SimpleNamespace(merge=2)
+    assert engine._postprocess_video_embeds_evs("whole", None) == "whole"
     video = feature(1, 4, [2, 4, 4])
     video.modality = "video"
     with pytest.raises(UserError, match="Videos are not reduced here"):
@@ -134,6 +137,13 @@ def test_a_prompt_gets_as_many_image_tokens_as_the_method_keeps(plugin: Any, mon
     info = SimpleNamespace(get_hf_config=lambda: None)
     image, video = plugin.prompt_updates(stock, info, None, None, None)
     assert image.replacement(0).full == [1, *[7] * 5, 2] and video.replacement == [8]
+    # vLLM 0.26: text, and a tokenizer to compare it by; the plug-in called the comparison without one.
+    info.get_tokenizer = lambda: SimpleNamespace(encode=lambda words, add_special_tokens: [*map(int, words)])
+    text.full, text.is_embed = (
+        "1" + "7" * 16 + "2",
+        lambda tokenizer, ids: torch.tensor(ids) == tokenizer.encode("7", 0)[0],
+    )
+    assert image.replacement(0).full == [1, *[7] * 5, 2]
     text.full = [7] * 15
     with pytest.raises(UserError, match="15 tokens"):
         image.replacement(0)
@@ -154,6 +164,21 @@ def test_queries_and_keys_are_cut_image_by_image(first: str) -> None:
     handed_over(attention, flat, query, key, key, max_seqlen=torch.tensor(10), sequence_lengths=None)
     with pytest.raises(UserError, match="sequence_lengths"):  # in place of cu_seqlens: two images were one
         handed_over(attention, flat, query, key, key, sequence_lengths=torch.tensor([4, 6]))
+
+
+def test_a_tower_divided_among_ranks_is_read_whole(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank scored by its own heads, and so kept other tokens."""
+    tower = engine_tower("visionzip", 6)
+    heads = tower.engine_model.config.vision_config.num_attention_heads
+    whole = torch.rand(3, 2, heads, 5, 8)
+    own, other = whole.split(heads // 2, 2)
+    tower.group = SimpleNamespace(all_gather=lambda part, dim: torch.cat([part, other], dim))
+    for part in (own, whole):  # InternVL's ranks have all heads
+        assert torch.equal(torch.stack(tower.all_heads(Call(*part, None, 1.0))[:3]), whole)
+    monkeypatch.setattr(plugin, "served_by", lambda config: tower.served)
+    settings = SimpleNamespace(hf_config=None, multimodal_config=SimpleNamespace(mm_encoder_tp_mode="data"))
+    with pytest.raises(UserError, match="gives each rank some of the images"):
+        plugin.QwenModel(vllm_config=SimpleNamespace(model_config=settings))
 
 
 def test_an_engine_refuses_gaps_between_positions_of_llava() -> None:

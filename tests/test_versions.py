@@ -1,4 +1,4 @@
-"""Other versions of transformers: what is private there stands in one module, what was tested is said in one place.
+"""Other versions of libraries: what is private in transformers stands in one module, what was tested in one place.
 
 `scripts/dev/versions.sh` runs these tests with other versions, the weekly check of .github/workflows with the newest.
 """
@@ -28,7 +28,7 @@ from eval.config import ROOT
 from llava import reduce
 from llava import transformers_names as names
 from llava.errors import UserError
-from llava.versions import TESTED, note_untested
+from llava.versions import TESTED, minor, note_untested
 from tests.stock_inputs import shared
 from tests.test_structure import modules
 
@@ -93,6 +93,12 @@ def test_every_place_names_the_same_versions():
     ranges = "Python {} to {}, torch {} to {}, transformers {} to {}".format(*ends)
     for page in ("README.md", "docs/cluster.md"):
         assert ranges in " ".join((ROOT / page).read_text().split()), f"{page} should say: {ranges}"
+    (lowest, highest), extra = TESTED["vllm"], Requirement(*project["optional-dependencies"]["vllm"])
+    page = " ".join((ROOT / "docs" / "models" / "serving.md").read_text().split())
+    assert f"vLLM {lowest} to {highest}" in page and f"gets transformers {TESTED['transformers'][0]}," in page
+    assert f">={lowest}" in str(extra.specifier) and f"{highest}.99" in extra.specifier
+    assert f"{minor(highest)[0]}.{minor(highest)[1] + 1}.0" not in extra.specifier
+    assert "llava.versions" in (ROOT / "scripts" / "serve_setup.sh").read_text()
     script = (ROOT / "scripts" / "dev" / "versions.sh").read_text()
     assert "llava.versions" in script and not re.search(r"\{[2-4]:-[\w.]*\d", script)
 
@@ -100,8 +106,8 @@ def test_every_place_names_the_same_versions():
 @pytest.mark.parametrize(
     ("package", "version", "noted"),
     [
-        ("transformers", "5.19.1", True),
-        ("transformers", "5.20.0", False),
+        ("transformers", "5.18.1", True),
+        ("transformers", "5.19.0", False),
         ("transformers", "5.24.9.dev0", False),
         ("transformers", "5.100.0", True),
         ("torch", "2.13.0+cu130", False),
@@ -109,6 +115,8 @@ def test_every_place_names_the_same_versions():
         ("torch", "2.14a0+git1", False),  # a build from source, and a release candidate
         ("transformers", "6.0rc1", True),
         ("torch", "2.15.0", True),
+        ("vllm", "0.32.1+cpu", False),
+        ("vllm", "0.25.1", True),
     ],
 )
 def test_a_version_that_was_not_tested_is_noted(package, version, noted):

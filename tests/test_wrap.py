@@ -23,7 +23,7 @@ from llava.reduction import registry
 from tests import contract
 from tests.checkpoint_files import SAVERS
 from tests.conftest import QUESTIONS, drawn_image
-from tests.stock_inputs import REDUCED, SIZES, TEXTS, shared, stock, with_pad
+from tests.stock_inputs import FAMILIES, SIZES, TEXTS, shared, stock, with_pad
 from tests.tiny_checkpoints import make_tokenizer, save_text_tower
 from tests.tiny_checkpoints_families import (
     FRAMES,
@@ -33,7 +33,7 @@ from tests.tiny_checkpoints_families import (
 )
 
 
-@pytest.fixture(scope="module", params=REDUCED)
+@pytest.fixture(scope="module", params=FAMILIES)
 def case(request):
     return shared(request.param)
 

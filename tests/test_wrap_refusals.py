@@ -30,7 +30,7 @@ from llava.processing.prompt import IMAGE_TOKEN_INDEX
 from llava.processing.video import Video
 from llava.reduction.token_layout import single
 from tests.conftest import drawn_image
-from tests.stock_inputs import REDUCED, TEXTS, shared, stock
+from tests.stock_inputs import FAMILIES, TEXTS, shared, stock
 from tests.tiny_checkpoints import make_tokenizer
 
 A, B = 90, 91  # two tokens that stand for images
@@ -41,7 +41,7 @@ def ready(*counts: int) -> list[PreparedImage]:
     return [PreparedImage(torch.zeros(1, 3, 1, 1), single(1, count)) for count in counts]
 
 
-@pytest.fixture(params=REDUCED)
+@pytest.fixture(params=FAMILIES)
 def case(request):
     return shared(request.param)
 
@@ -297,7 +297,7 @@ def in_thread(function):
 # Copies
 
 
-@pytest.mark.parametrize("family", REDUCED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_cannot_be_copied_inside(family):
     """copy.deepcopy inside gave a model that ran the original's weights and stayed reduced for ever."""
     case = stock(family)  # of its own: transformers leaves hooks on a model that gave attentions, which nothing pickles
@@ -576,8 +576,6 @@ COMPILED = ("the model", "a call", "forward", "inside", "model.vision_tower", "m
 def test_compiled_models(name, method, budget, part):
     """Dynamo traced into the method: "Cannot access data pointer of Tensor", or endless recursion in a probed layer."""
     case = stock(name)
-    if name not in REDUCED:
-        pytest.skip("before transformers 5.20")
     if part in ("model.vision_tower", "model.visual") and not hasattr(case.model.model, part.partition(".")[2]):
         pytest.skip("another family's tower")
     inputs, called = case.batch(TEXTS[1:2]), case.model

@@ -2,6 +2,8 @@
 
 import importlib
 
+from llava.versions import note_untested
+
 # Architecture, as checkpoints name it -> its class in llava.serving.plugin, imported when an engine asks for it.
 MODELS = {
     "LlavaForConditionalGeneration": "ReducedLlava",
@@ -14,6 +16,7 @@ MODELS = {
 
 def register() -> None:
     """Replace vLLM's model classes by classes with reduction; without a method they behave like vLLM's."""
-    registry = importlib.import_module("vllm").ModelRegistry
+    vllm = importlib.import_module("vllm")
+    note_untested("vllm", vllm.__version__)
     for architecture, name in MODELS.items():
-        registry.register_model(architecture, f"llava.serving.plugin:{name}")
+        vllm.ModelRegistry.register_model(architecture, f"llava.serving.plugin:{name}")

@@ -266,11 +266,13 @@ class EngineTower:
         model: the engine's model.
         attentions: for each block of its tower, the module that projects queries and keys and passes them to its
             `attn`; None for a block that the engine does not build.
+        group: the engine's group of tensor-parallel ranks, each of which may have a part of the tower's heads; None for
+            one rank.
     """
 
-    def __init__(self, model: Any, served: EngineMethod, attentions: Sequence[Any]):
+    def __init__(self, model: Any, served: EngineMethod, attentions: Sequence[Any], group: Any = None):
         weight = next(model.parameters())
-        self.engine_model, self.device, self.served = model, weight.device, served
+        self.engine_model, self.device, self.served, self.group = model, weight.device, served, group
         family, layer = served.family, getattr(model.config, "vision_feature_layer", -1)
         last = family.block or (layer if isinstance(layer, int) and layer < 0 else -1)
         self.stock_tower = StockTower(attentions, model.config.vision_config, family.cls, family.runs, last)
@@ -310,6 +312,8 @@ class EngineTower:
             if self.axes:
                 parts.append(sequence.position[row, own])
             out.append(torch.cat([part.to(parts[0].dtype) for part in parts], 1))
+            if self.group is not None:  # ranks whose scores round differently would keep other tokens
+                self.group.broadcast(out[-1])
         return out
 
     def clip_images(self, pixels: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
@@ -383,7 +387,7 @@ class EngineTower:
                 projected[module] = output if name == "k_proj" else output.chunk(3, -1)[1]
 
             def note(inner: Any, args: tuple[Any, ...], given: dict[str, Any], module: Any = module) -> None:
-                calls[module] += handed_over(inner, projected[module], *args, **given)
+                calls[module] += map(self.all_heads, handed_over(inner, projected[module], *args, **given))
 
             hooks.append(parts[name].register_forward_hook(keep))
             hooks.append(parts["attn"].register_forward_pre_hook(note, with_kwargs=True))
@@ -392,6 +396,15 @@ class EngineTower:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def all_heads(self, call: Call) -> Call:
+        """A call with the heads of all ranks, in the order of ranks, where each rank has a part of them."""
+        vision = self.engine_model.config.vision_config
+        heads = getattr(vision, "num_attention_heads", None) or vision.num_heads
+        if self.group is None or call.query.shape[1] == heads:
+            return call
+        query, key, projected = self.group.all_gather(torch.stack(call[:3]), 2)
+        return call._replace(query=query, key=key, projected=projected)
 
 
 def handed_over(

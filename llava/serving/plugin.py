@@ -3,20 +3,25 @@
 The processor writes as many image tokens into a prompt as the method keeps, so scheduler, KV blocks and prefix cache
 see K tokens. The model reduces the N tokens of its tower and projector to K. Without a method both are vLLM's own.
 
-Official code read: vLLM 0.32.0, model_executor/models (llava, llava_next, qwen2_5_vl, qwen3_vl, interns1, interfaces),
-v1/worker/gpu_model_runner.py, multimodal/processing and registry
+Official code read: vLLM 0.26.0 and 0.32.0, model_executor/models (llava, llava_next, qwen2_5_vl, qwen3_vl, interns1,
+interfaces), v1/worker/gpu_model_runner.py, multimodal/processing and registry
 """
 
 import importlib
 import re
 from collections.abc import Callable
 from functools import cached_property, partial
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from llava import transformers_names  # noqa: F401  # before vLLM, which misses names of transformers
+
+# isort: split
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import get_tp_group
 from vllm.model_executor.models.interns1 import InternS1ForConditionalGeneration
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
@@ -46,12 +51,17 @@ def prompt_updates(
     def shortened(update: Any, number: int) -> Any:
         written = update.replacement(number) if callable(update.replacement) else update.replacement
         details = written if isinstance(written, PromptUpdateDetails) else PromptUpdateDetails.from_seq(written)
-        visual = [True] * len(details.full) if details.is_embed is None else details.is_embed(details.full).tolist()
+        embed, ids = details.is_embed, details.full
+        if isinstance(ids, str):  # before vLLM 0.32, for some families
+            ids = info.get_tokenizer().encode(ids, add_special_tokens=False)
+        if embed is not None and len(signature(embed).parameters) == 2:  # before 0.32
+            embed = partial(embed, info.get_tokenizer())
+        visual = [True] * len(ids) if embed is None else embed(ids).tolist()
         layout = layout_of_item(served, sum(visual), mm_items, out_mm_kwargs, number)
         if layout.tokens != sum(visual):
             raise UserError(f"The engine makes {sum(visual)} tokens of an image, and its layout has {layout.tokens}.")
         room, full = served.kept(layout), []
-        for token, is_visual in zip(details.full, visual, strict=True):
+        for token, is_visual in zip(ids, visual, strict=True):
             if not is_visual or room > 0:
                 full.append(token)
             room -= is_visual
@@ -99,11 +109,6 @@ class ReducedModelMixin:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.served = served_by(vllm_config.model_config.hf_config)
-        if self.served is not None and get_tensor_model_parallel_world_size() > 1:
-            raise UserError(
-                "A rank of a tensor-parallel engine sees a part of the tower's heads only; serve reduced prompts with "
-                "--tensor-parallel-size 1, and --data-parallel-size for more accelerators."
-            )
 
     def attentions(self) -> list[Any]:
         """For each tower block, the module that projects queries and keys and passes them to its `attn`."""
@@ -114,7 +119,8 @@ class ReducedModelMixin:
         assert self.served is not None
         built = self.attentions()
         missing = self.served.spec.tower_blocks - len(built)  # blocks after the layer that is projected
-        return EngineTower(self, self.served, [*built, *[None] * missing])
+        group = get_tp_group()
+        return EngineTower(self, self.served, [*built, *[None] * missing], group if group.world_size > 1 else None)
 
 
 class ClipModel(ReducedModelMixin):
@@ -162,10 +168,14 @@ class QwenModel(ReducedModelMixin):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         if served_by(vllm_config.model_config.hf_config) is not None:
+            settings = vllm_config.model_config.multimodal_config
+            if settings.mm_encoder_tp_mode == "data":
+                raise UserError(
+                    "--mm-encoder-tp-mode data gives each rank some of the images, and a method must see all of them; "
+                    "serve reduced prompts with --mm-encoder-tp-mode weights."
+                )
             # With this setting, the runner calls recompute_mrope_positions.
-            object.__setattr__(
-                vllm_config.model_config.multimodal_config, "is_multimodal_pruning_enabled", lambda: True
-            )
+            object.__setattr__(settings, "is_multimodal_pruning_enabled", lambda: True)
             if current_platform.is_cpu():
                 ask_for_positions()
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -189,6 +199,11 @@ class QwenModel(ReducedModelMixin):
         if self.served is None:
             return super()._postprocess_image_embeds_evs(image_embeds_split, image_input)  # type: ignore[misc]
         return image_embeds_split
+
+    def _postprocess_video_embeds_evs(self, video_embeds_split: Any, video_input: Any) -> Any:
+        if self.served is None:
+            return super()._postprocess_video_embeds_evs(video_embeds_split, video_input)  # type: ignore[misc]
+        return video_embeds_split  # only the engine shows a video, to measure memory: no prompt may have one
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> Any:
         """Positions [3, L]; recompute_mrope_positions sets those of image tokens once the tower has run."""
