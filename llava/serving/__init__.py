@@ -2,6 +2,8 @@
 
 import importlib
 
+from llava.serving.refusals import refuse_bad_requests
+
 # Architecture, as checkpoints name it -> its class in llava.serving.plugin, imported when an engine asks for it.
 MODELS = {
     "LlavaForConditionalGeneration": "ReducedLlava",
@@ -13,7 +15,11 @@ MODELS = {
 
 
 def register() -> None:
-    """Replace vLLM's model classes by classes with reduction; without a method they behave like vLLM's."""
+    """Replace vLLM's model classes by classes with reduction; without a method they behave like vLLM's.
+
+    With or without a method, requests that vLLM would answer with an internal error or with nonsense are refused.
+    """
+    refuse_bad_requests()
     registry = importlib.import_module("vllm").ModelRegistry
     for architecture, name in MODELS.items():
         registry.register_model(architecture, f"llava.serving.plugin:{name}")

@@ -88,6 +88,8 @@ def route(
         refuse_gaps(reducer)
         return EMBEDS, [*arguments, "--enable-prompt-embeds", "--limit-mm-per-prompt", '{"image": 0}']
     arguments += ["--hf-overrides", json.dumps({"vtr": config.vtr})]
+    if whole.family is CLIP:  # the plug-in converts images itself, as benchmarks do
+        arguments += ["--media-io-kwargs", json.dumps({"image": {"image_mode": None}})]
     stored = (read_json(directory / name) for name in TEMPLATE_FIELDS if (directory / name).is_file())
     if whole.family is CLIP and not (
         any((directory / name).is_file() for name in TEMPLATE_FILES) or any("chat_template" in file for file in stored)
