@@ -173,7 +173,7 @@ def test_pictures_of_any_shape_and_mode_and_bad_requests(tmp_path):
         unread = "Cannot fetch or read the image"
         for image, reason in (
             (in_message(claiming(20_000, 20_000)), f"{unread} data:image/png;base64 .*decompression bomb"),
-            (in_message(claiming(14_000, 14_000)), "exceed the maximum"),
+            (in_message(b"", "file:///etc/hostname"), f"{unread} file:///etc/hostname .*allowed-local-media-path"),
             (in_message(b"", "http://127.0.0.1:9/x.png"), f"{unread} http://127.0.0.1:9/x.png"),
             (in_message(b"", "http://no-such-host.invalid/x.png"), f"{unread} http://no-such-host.invalid/x.png"),
             (in_message(b"no image"), "Failed to load image"),

@@ -10,6 +10,7 @@ MODELS = {
     "LlavaNextForConditionalGeneration": "ReducedLlavaNext",
     "Qwen2_5_VLForConditionalGeneration": "ReducedQwen25",
     "Qwen3VLForConditionalGeneration": "ReducedQwen3",
+    "Qwen3_5ForConditionalGeneration": "ReducedQwen35",
     "InternVLForConditionalGeneration": "ReducedInternVL",
 }
 

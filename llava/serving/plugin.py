@@ -1,11 +1,11 @@
-"""vLLM's LLaVA, LLaVA-NeXT, Qwen2.5-VL, Qwen3-VL and InternVL3 with a method inside; only the engine imports this.
+"""vLLM's LLaVA, LLaVA-NeXT, Qwen2.5-VL, Qwen3-VL, Qwen3.5 and InternVL3 with a method inside; for the engine alone.
 
 The processor writes as many image tokens into a prompt as the method keeps, so scheduler, KV blocks and prefix cache
 see K tokens. The model reduces the N tokens of its tower and projector to K. LLaVA's pixels are those of the benchmarks
 (llava/processing/image.py). Without a method all this is vLLM's own.
 
-Official code read: vLLM 0.32.0, model_executor/models (llava, llava_next, qwen2_5_vl, qwen3_vl, interns1, interfaces),
-v1/worker/gpu_model_runner.py, multimodal/processing and registry
+Official code read: vLLM 0.32.0, model_executor/models (llava, llava_next, qwen2_5_vl, qwen3_vl, qwen3_5,
+interns1, interfaces), v1/worker/gpu_model_runner.py, multimodal/processing and registry
 """
 
 import importlib
@@ -25,6 +25,7 @@ from vllm.model_executor.models.interns1 import InternS1ForConditionalGeneration
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from vllm.model_executor.models.qwen3_5 import Qwen3_5ForConditionalGeneration
 from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -282,6 +283,11 @@ class ReducedQwen25(QwenModel, Qwen2_5_VLForConditionalGeneration):
 
 @with_short_prompts
 class ReducedQwen3(QwenModel, Qwen3VLForConditionalGeneration):
+    pass
+
+
+@with_short_prompts
+class ReducedQwen35(QwenModel, Qwen3_5ForConditionalGeneration):
     pass
 
 

@@ -1,7 +1,7 @@
 """Requests that an engine answers with an internal error, or with nonsense, are refused with a sentence and status 400.
 
-Official code read: vLLM 0.32.0, v1/engine/input_processor.py, multimodal/media (connector.py, image.py) and
-entrypoints/serve/exception_handling/error_response.py (a ValueError, such as UserError, becomes status 400)
+Official code read: vLLM 0.32.0, v1/engine (input_processor.py; async_llm.py, which hides errors of other classes than
+vLLM's own), multimodal/media (connector.py, image.py) and entrypoints/serve/exception_handling/error_response.py
 """
 
 import importlib
@@ -21,21 +21,23 @@ def refuse_bad_requests() -> None:
     Raises:
         UserError: this version of vLLM lacks a method by which requests are refused.
     """
-    unreachable = OSError, Image.DecompressionBombError, importlib.import_module("aiohttp").ClientError
+    refused = importlib.import_module("vllm.exceptions").VLLMValidationError
+    # RuntimeError: local files that are not allowed, and data in another encoding than base64.
+    unreadable = OSError, RuntimeError, Image.DecompressionBombError, importlib.import_module("aiohttp").ClientError
 
     def process_inputs(self: Any, stock: Any, request_id: str, prompt: Any, *args: Any, **more: Any) -> Any:
         embeddings = prompt.get("prompt_embeds") if isinstance(prompt, dict) else None
         if embeddings is not None and not embeddings.isfinite().all():
-            raise UserError("The prompt's embeddings should be finite, and hold NaN or infinity; check what made them.")
+            raise refused("The prompt's embeddings should be finite, and hold NaN or infinity; check what made them.")
         return stock(self, request_id, prompt, *args, **more)
 
     @contextmanager
     def readable(url: str) -> Iterator[None]:
         try:
             yield
-        except unreachable as error:
+        except unreadable as error:
             name, why = url.partition(",")[0][:200], " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"Cannot fetch or read the image {name} ({why}); check its address and size.") from error
+            raise refused(f"Cannot fetch or read the image {name} ({why}); check its address and size.") from error
 
     def load_from_url(self: Any, stock: Any, url: str, *args: Any, **more: Any) -> Any:
         with readable(url):
