@@ -40,7 +40,7 @@ if __name__ == "__main__":
 WIDE: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {"num_attention_heads": 2, "rope_parameters": AXES["rope_parameters"] | {"mrope_section": [8, 4, 4]}},
     "qwen3_vl": {"head_dim": 32} | turned(8, 4, 4),
-    "qwen3_5": {"head_dim": 32} | turned(8, 4, 4),
+    "qwen3_5": {"head_dim": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128} | turned(8, 4, 4),
     "internvl3": {"head_dim": 32, "hidden_size": 128},
 }
 
