@@ -1,10 +1,11 @@
 """Benchmarks through vLLM: a fake that answers by the pipeline's own parts, and once the real engine."""
 
+import asyncio
 import copy
+import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,11 +30,6 @@ from llava.reduction.registry import build
 from tests.conftest import samples
 
 
-class Steps(SimpleNamespace):
-    def step(self):
-        return []
-
-
 class FakeLLM:
     """Greedy answers, one prompt after the other; `method` stands for the plug-in."""
 
@@ -42,22 +38,14 @@ class FakeLLM:
         self.model = load(given["model"], device="cpu")
         settings = given.get("hf_overrides", {}).get("vtr")
         self.method = settings and build(settings["method"], settings["budget"], settings["options"])
-        cache, self.free = SimpleNamespace(block_size=16, num_gpu_blocks=100), 100
-        pool = SimpleNamespace(get_num_free_blocks=lambda: self.free)
-        core: object = SimpleNamespace(block_pool=pool)
-        for name in ("kv_cache_manager", "scheduler", "engine_core", "engine_core"):
-            core = SimpleNamespace(**{name: core})
-        self.llm_engine = Steps(vllm_config=SimpleNamespace(cache_config=cache), **vars(core))
+        cache = SimpleNamespace(block_size=16, num_gpu_blocks=100)
+        self.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache))
 
     def generate(self, prompts, sampling, use_tqdm):
         if self.stop_at == len(self.asked):
             raise KeyboardInterrupt
         self.asked.append(prompts)
-        made = [self.one(prompt, sampling) for prompt in prompts]
-        self.free -= sum(-(-(len(one.prompt_token_ids) + sampling.max_tokens) // 16) for one in made)
-        self.llm_engine.step()
-        self.free = 100
-        return made
+        return [self.one(prompt, sampling) for prompt in prompts]
 
     def one(self, prompt, sampling):
         if (hidden := prompt.get("prompt_embeds")) is None:
@@ -77,8 +65,7 @@ class FakeLLM:
                 break
             last = decoder.step(llm, state, llm.embed_tokens(torch.tensor([[ids[-1]]])))
         made = SimpleNamespace(token_ids=ids, cumulative_logprob=-1.0)
-        metrics = SimpleNamespace(first_token_ts=time.monotonic())
-        return SimpleNamespace(outputs=[made], prompt_token_ids=[0] * length, metrics=metrics)
+        return SimpleNamespace(outputs=[made], prompt_token_ids=[0] * length)
 
 
 @pytest.fixture
@@ -212,45 +199,80 @@ def test_faults_of_the_engine_end_the_run(vllm, tiny_path, monkeypatch):
 
 
 @pytest.mark.lab
-def test_the_benchmark_asks_every_engine_in_turns_about_new_images(vllm, tmp_path, capsys):
-    serving.save_random(narrow("llava-1.5-7b", 64, 2, 3, 56), tmp_path / "model", "float32")
-    kept = tmp_path / "kept.jsonl"
-    words = ["--model", str(tmp_path / "model"), "--budget", "4", "--at-once", "1,2", "--repeats", "1"]
-    words += ["--measurements", str(kept), "--device", "cpu"]
-    assert serving.main(words) == 0
-    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 2 | vLLM")]
-    assert [(row[2], row[-2], row[-1]) for row in table] == [
-        (name, "3", "4 |") for name in ("divprune", "consensusdrop")
-    ]
-    embeds, *pixels = sorted(vllm.engines, key=lambda one: "hf_overrides" in one.given)
-    assert [len(one.asked) for one in (embeds, *pixels)] == [8, 4, 4], "one engine takes embeddings of both methods"
-    assert all(serving.ENGINE.items() <= one.given.items() for one in vllm.engines)
-    asked = [one["multi_modal_data"]["image"][0] for engine in pixels for batch in engine.asked for one in batch]
-    assert len({image.tobytes() for image in asked}) == len(asked) == 12
-    lines = kept.read_text().splitlines(keepends=True)
-    kept.write_text("".join(lines[:-1]))
-    assert serving.main(words) == 0 and len(vllm.engines[-1].asked) == 2, "a warm-up, and what was missing"
-    assert serving.main(words) == 0 and len(vllm.engines) == 4, "nothing was missing"
-    capsys.readouterr()
-    wrong = {"--budget 99": "must be 1 to 16", "--model assets/tinyllava_next": "give --model a LLaVA-1.5"}
-    for number, (more, why) in enumerate(wrong.items()):
-        other = ["--measurements", str(tmp_path / str(number))]
-        assert serving.main([*words, *more.split(), *other]) == 2 and why in capsys.readouterr().err
+@pytest.mark.parametrize("at_once", [1, 3, 8])
+def test_a_closed_loop_keeps_as_many_requests_in_flight_and_asks_each_once(at_once):
+    flying, most, asked, held = 0, [], [], []
+
+    async def ask(number, sample):
+        nonlocal flying
+        flying += 1
+        most.append(flying)
+        asked.append(sample)
+        await asyncio.sleep(0.001 * (number % 3))
+        flying -= 1
+        return serving.Answered(0.0, 1.0, float(number))
+
+    done = asyncio.run(serving.closed_loop(ask, [*"abcdefghij"], at_once, lambda: held.append(len(asked))))
+    assert max(most) == at_once and asked == [*"abcdefghij"] and len(held) == 1
+    assert [one.last for one in done] == sorted(one.last for one in done) and len(done) == 10
 
 
 @pytest.mark.lab
-def test_the_benchmark_divides_times_of_the_same_round(monkeypatch):
+def test_the_requests_at_the_start_and_the_end_of_a_loop_do_not_count():
+    slow = [serving.Answered(0, 9, 10), *(serving.Answered(9 + n, 10 + n, 11 + n) for n in range(4))]
+    found = serving.summary([*slow, serving.Answered(13, 99, 100)], 1, 2)
+    assert found == {"seconds": 1, "ttft": 1, "ttft_99": 1, "token": 1, "requests": 4}
+    assert serving.summary([serving.Answered(0, 1, 4), serving.Answered(0, 3, 8)], 1, 5)["seconds"] == 4
+
+
+def measured(seconds, **more):
+    given = {"ttft": 0.25, "ttft_99": 0.5, "token": 0.01, "blocks": 2.0, "block": 16, "cache": 9, "preempted": 0}
+    return given | {"seconds": seconds, "selection": 0.5, "prefix": [1, 4], "pictures": [0, 0], "grown": 1.0} | more
+
+
+@pytest.mark.lab
+def test_the_benchmark_divides_times_of_the_same_round():
     settings = {"model": "m", "budget": 4, "dtype": "float32", "threads": 1, "device": "cpu", "hardware": "h"}
-    kept = Measurements(None, settings | {"versions": {}})
-    for number, slow in ((0, 100.0), (1, 1.0), (2, 3.0)):
-        for way, method in serving.PAIRS:
-            more = {} if way == "own" else {"blocks": 2.0, "block": 16, "cache": 9}
-            for name, seconds in (("full", 4.0), (method, 1.0 if way == "own" else 2.0)):
-                kept.add(number, f"{way} {name}", 8, {"seconds": slow * seconds, "ttft": seconds / 8, **more})
-    own, pixels = serving.page(kept, [8], 2).splitlines()[4:6]
-    assert own.split(" | ")[3:6] == ["4", "1", "4.00 (4.00 to 4.00)"], "the warm-up counts"
-    assert pixels.split(" | ")[3:7] == ["2", "1", "2.00 (2.00 to 2.00)", "0.50 (0.50 to 0.50)"]
-    assert pixels.split(" | ")[7:9] == ["250", "500"]
+    kept = Measurements(None, settings | {"per_slot": 2, "caches": "on", "versions": {}})
+    for number, slow in ((1, 1.0), (2, 3.0), (3, 5.0)):
+        for row in list(serving.ROWS)[: None if number < 3 else 2]:  # the third round is not complete
+            kept.add(number, serving.named(row, 16), 8, measured(slow * (4.0 if row == "full" else 2.0)))
+    args = serving.parser().parse_args(["--at-once", "8,64", "--repeats", "3"])
+    header, _, full, uniform, *_ = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in serving.page(kept, args).splitlines()
+        if line.startswith("|")
+    )
+    found = dict(zip(header, uniform, strict=True))
+    assert (found["times full"], found["requests/s"], full[5]) == ("2.00 (2.00 to 2.00)", "0.25", "")
+    assert (found["TTFT ms, p50"], found["p99"], found["prefix hits"], found["picture hits"]) == (
+        "250", "500", "25 %", "off"
+    )  # fmt: skip
+    with pytest.raises(UserError, match="No round is complete"):
+        serving.page(Measurements(None, settings), args)
+
+
+@pytest.mark.slow
+@pytest.mark.lab
+def test_the_benchmark_loads_real_engines_and_goes_on_from_its_file(tmp_path, vllm_python):
+    serving.save_random(narrow("llava-1.5-7b", 64, 2, 3, 56), tmp_path / "model", "float32")
+    words = ["--model", str(tmp_path / "model"), "--budget", "4", "--at-once", "2", "--repeats", "1"]
+    words += ["--measurements", str(kept := tmp_path / "kept.jsonl"), "--new-tokens", "3", "--caches", "on"]
+    given = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+
+    def bench() -> str:
+        run = [vllm_python, "-m", "lab.bench.serving", *words]
+        return subprocess.run(run, cwd=ROOT, env=given, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+    whole = bench()
+    lines = kept.read_text().splitlines(keepends=True)
+    rows = {row["method"]: row for row in map(json.loads, lines[1:])}
+    assert [*rows] == [serving.named(row, 3) for row in serving.ROWS]
+    assert [row["blocks"] for row in rows.values()] == pytest.approx([1.0] * 5)
+    assert all(row["selection"] > 0 for row in rows.values())
+    kept.write_text("".join(lines[:-1]))
+    assert "No round" not in bench() and kept.read_text().splitlines(keepends=True)[:-1] == lines[:-1]
+    assert whole.count("| pixels |") == 4
 
 
 @pytest.mark.slow

@@ -5,9 +5,9 @@
 
 It runs in the environment of scripts/serve_setup.sh. A closed loop keeps the same number of requests in flight: when
 one is answered, the next is sent, always about a picture that was not seen before. One engine answers all rows of the
-route "pixels", and is told between turns which method to use, so that they share weights and cache; another engine
-answers those of "embeds", whose client runs here. Both are vLLM's asynchronous engines with a process of their own, as
-behind its server; only HTTP and the tokenizer are left out.
+route "pixels", and is told between turns which method to use, so that they share weights and cache. Another engine
+answers those of "embeds", whose client is a thread here. Both are vLLM's asynchronous engines, in processes of
+their own as behind its server; only HTTP and the tokenizer are left out.
 
 Rows take turns, and ratios are taken within a round. Every turn is kept in a file, from which an interrupted benchmark
 continues.
@@ -24,8 +24,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPImageProcessorPil
@@ -55,7 +56,6 @@ from llava.model.llava_arch import Llava
 from llava.model.multimodal_encoder.stock_tower import StockTower
 from llava.pipeline.accounting import Timer
 from llava.pipeline.generate import until_decoder
-from llava.processing.image import pad_to_square
 from llava.processing.json_files import read_json
 from llava.processing.prompt import Sample
 from llava.reduction.budget import require
@@ -119,7 +119,7 @@ class Switch:
     def switch(self, setting: Mapping[str, Any]) -> None:
         """Answer with another method from now on, and count its time from zero."""
         worker: Any = self
-        model, config = worker.model_runner.model, worker.model_runner.model_config.hf_config
+        model, config = worker.model_runner.get_model(), worker.model_runner.model_config.hf_config
         config.vtr = dict(setting)
         model.served = served_by(config)
         model.__dict__.pop("engine_tower", None)
@@ -158,7 +158,9 @@ class Watch:
         self.usage, self.running, self.preempted = 0.0, 0, 0
         self.prefix, self.pictures = [0, 0], [0, 0]  # hits, queries
 
-    def record(self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0) -> None:
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
         if scheduler_stats is not None:
             if scheduler_stats.kv_cache_usage > self.usage:
                 self.usage, self.running = scheduler_stats.kv_cache_usage, scheduler_stats.num_running_reqs
@@ -219,15 +221,10 @@ class Answered:
     last: float
 
 
-async def ask_pixels(engine: Any, model: Llava, sampling: Any, number: int, sample: Sample) -> Answered:
+async def ask_pixels(engine: Any, ids: list[int], sampling: Any, number: int, sample: Sample) -> Answered:
     """Send a question with its picture."""
-    sent = time.monotonic()
-    processor, slot = model.image_processor, model.hf_model.config.image_token_id
-    ids = [slot if token < 0 else token for token in model.prompt(sample).ids]
-    image: Any = sample.images[0]
-    square = pad_to_square(image, processor.padding_colour, processor.size)
-    prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": square}}
-    return await answered(engine, prompt, sampling, number, sent)
+    prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": sample.images[0]}}
+    return await answered(engine, prompt, sampling, number, time.monotonic())
 
 
 async def ask_embeds(engine: Any, client: "Client", sampling: Any, number: int, sample: Sample) -> Answered:
@@ -262,7 +259,8 @@ class Client:
         """The prompt's embeddings [L, H]."""
         future = asyncio.get_running_loop().create_future()
         self._waiting.put((sample, future))
-        return await future
+        made: Tensor = await future
+        return made
 
     @torch.inference_mode()
     def _work(self) -> None:
@@ -280,7 +278,8 @@ class Client:
                 made = [row[-length:].clone().cpu() for row, length in rows]
                 self.selection += timer.seconds.get("selection", 0.0)
             except Exception as error:
-                loop.call_soon_threadsafe(futures[0].set_exception, error)
+                for future in futures:
+                    loop.call_soon_threadsafe(future.set_exception, error)
                 continue
             for future, own in zip(futures, made, strict=True):
                 loop.call_soon_threadsafe(future.set_result, own)
@@ -331,42 +330,47 @@ class Bench:
         self.args, self.watches = args, {PIXELS: Watch(), EMBEDS: Watch()}
         served = without_weights(directory, args.layers) if args.shape else directory
         self.engines = {way: start_engine(vllm, served, args, way, watch) for way, watch in self.watches.items()}
-        (embedded,) = (name for name, (way, _, _) in ROWS.items() if way == EMBEDS)
-        _, method, options = ROWS[embedded]
+        ((method, options),) = ((method, options) for way, method, options in ROWS.values() if way == EMBEDS)
         reducer = build(method, args.budget, options)
-        self.model = load_client_model(directory, reducer, args.dtype, args.device)
-        require(reducer, self.model.spec)
-        self.client = Client(self.model, reducer)
-        self.sampling = vllm.SamplingParams(
+        model = load_client_model(directory, reducer, args.dtype, args.device)
+        require(reducer, model.spec)
+        self.client, slot = Client(model, reducer), model.hf_model.config.image_token_id
+        asked = model.prompt(Sample("0", QUESTION, SUFFIX, noise(0)))
+        self.ids = [slot if token < 0 else token for token in asked.ids]
+        self.sampling = partial(
+            vllm.SamplingParams,
             temperature=0,
-            max_tokens=args.new_tokens,
             ignore_eos=True,
             detokenize=False,
             output_kind=importlib.import_module("vllm.sampling_params").RequestOutputKind.DELTA,
         )
 
-    async def turn(self, row: str, samples: Sequence[Sample], at_once: int) -> dict[str, Any]:
-        """Ask a row all questions; what was measured."""
+    async def turn(self, row: str, samples: Sequence[Sample], at_once: int, tokens: int) -> dict[str, Any]:
+        """Ask a row all questions; what was measured.
+
+        Args:
+            tokens: length of the answers.
+        """
         way, method, options = ROWS[row]
-        engine, watch, args = self.engines[way], self.watches[way], self.args
+        engine, watch, sampling = self.engines[way], self.watches[way], self.sampling(max_tokens=tokens)
         if way == PIXELS:
-            setting = {"method": method, "budget": None if method == FULL else args.budget, "options": options}
+            setting = {"method": method, "budget": None if method == FULL else self.args.budget, "options": options}
             engine.vllm_config.model_config.hf_config.vtr = setting
             await engine.collective_rpc("switch", args=(setting,))
-            ask: Ask = partial(ask_pixels, engine, self.model, self.sampling)
+            ask: Ask = partial(ask_pixels, engine, self.ids, sampling)
         else:
-            ask = partial(ask_embeds, engine, self.client, self.sampling)
+            ask = partial(ask_embeds, engine, self.client, sampling)
         watch.start()
         before, held = self.client.selection, []
         done = await closed_loop(ask, samples, at_once, lambda: held.append(resident()))
-        found = summary(done, at_once, args.new_tokens)
+        found = summary(done, at_once, tokens)
         spent = self.client.selection - before
         if way == PIXELS:
             (spent,) = await engine.collective_rpc("selection_seconds")
         cache = engine.vllm_config.cache_config
         return found | {
             "selection": spent / (done[-1].last - min(one.sent for one in done)),
-            "blocks": watch.usage * cache.num_gpu_blocks / max(1, watch.running),
+            "blocks": watch.usage * (cache.num_gpu_blocks - 1) / max(1, watch.running),
             "block": cache.block_size,
             "cache": cache.num_gpu_blocks,
             "preempted": watch.preempted,
@@ -379,60 +383,75 @@ class Bench:
 def measure(args: argparse.Namespace, directory: Path, kept: Measurements, vllm: Any) -> None:
     """Ask all rows in turns, at every number of requests in flight, until the deadline.
 
-    The order is reversed in the warm-up and in every second round. What `kept` already holds is not measured again.
+    Every second round goes the other way round, and the first turn of a row has a warm-up before it. What `kept`
+    already holds is not measured again.
     """
     turns = [
-        (number, row, size)
+        (number, row, tokens, size)
+        for tokens in args.new_tokens
         for size in args.at_once
-        for number in range(args.repeats + 1)
+        for number in range(1, args.repeats + 1)
         for row in (ROWS if number % 2 else reversed(ROWS))
-        if (number, row, size) not in kept.rows
+        if (number, named(row, tokens), size) not in kept.rows
     ]
     if not turns:
         return
     end = time.monotonic() + args.deadline
     seeds, warm = itertools.count(), set[tuple[str, int]]()
 
+    pixels = np.asarray(noise(0))
+
     def samples(size: int) -> list[Sample]:
-        return [Sample(f"s{seed}", QUESTION, SUFFIX, noise(seed)) for seed in itertools.islice(seeds, size)]
+        """Questions about pictures that no turn before has asked about: noise, moved by some rows and columns."""
+        new = [(seed, divmod(seed, pixels.shape[1])) for seed in itertools.islice(seeds, size)]
+        pictures = [(seed, Image.fromarray(np.roll(pixels, places, (0, 1)))) for seed, places in new]
+        return [Sample(f"s{seed}", QUESTION, SUFFIX, picture) for seed, picture in pictures]
 
     async def all_turns() -> None:
         bench = Bench(args, directory, vllm)
-        for number, row, size in tqdm(turns, unit="turn", disable=None):
+        for number, row, tokens, size in tqdm(turns, unit="turn", disable=None):
             if time.monotonic() > end:
                 break
-            if (row, size) not in warm:  # also where this process goes on from a file
-                await bench.turn(row, samples(size), size)
-            if number:
-                kept.add(number, row, size, await bench.turn(row, samples(size * args.per_slot), size))
-            else:
-                kept.add(number, row, size, {})
-            warm.add((row, size))
+            if (row, size) not in warm:
+                await bench.turn(row, samples(size), size, min(args.new_tokens))
+                warm.add((row, size))
+            found = await bench.turn(row, samples(size * args.per_slot), size, tokens)
+            kept.add(number, named(row, tokens), size, found)
         for engine in bench.engines.values():
             engine.shutdown()
+            engine.shutdown = lambda: None  # its destructor would call it at exit, where its modules are gone
 
     asyncio.run(all_turns())
+
+
+def named(row: str, tokens: int) -> str:
+    """The name of a row in the file, with the length of its answers."""
+    return f"{row}, {tokens} tokens"
 
 
 # How it is shown
 
 
-def page(kept: Measurements, sizes: Sequence[int], repeats: int) -> str:
+def page(kept: Measurements, args: argparse.Namespace) -> str:
     """The conditions of the measurement, and a table with a line for each row at each number of requests in flight."""
     lines = []
-    for size in sizes:
-        rounds = [n for n in range(1, repeats + 1) if all((n, row, size) in kept.rows for row in ROWS)]
-        if not rounds:
-            continue
-        full = [kept.rows[number, FULL, size] for number in rounds]
-        for row, (way, _, _) in ROWS.items():
-            ours = [kept.rows[number, row, size] for number in rounds]
+    for tokens, size in itertools.product(args.new_tokens, args.at_once):
+        turns = [[kept.rows.get((n, named(row, tokens), size)) for row in ROWS] for n in range(1, args.repeats + 1)]
+        whole = [turn for turn in turns if all(turn)]
+        for place, (row, (way, _, _)) in enumerate(ROWS.items() if whole else ()):
+            full, ours = ([turn[one] or {} for turn in whole] for one in (0, place))
 
             def of(key: str, ours: Sequence[Mapping[str, Any]] = ours) -> float:
-                return median(one[key] for one in ours)
+                return float(median(one[key] for one in ours))
 
             faster = over_rounds([one["seconds"] for one in full], [one["seconds"] for one in ours])
-            line = [("in flight", str(size)), ("", row), ("route", way), ("requests/s", f"{1 / of('seconds'):.3g}")]
+            line = [
+                ("tokens", str(tokens)),
+                ("in flight", str(size)),
+                ("", row),
+                ("route", way),
+                ("requests/s", f"{1 / of('seconds'):.3g}"),
+            ]
             line += [("times full", "" if row == FULL else str(faster))]
             line += [("TTFT ms, p50", ms(of("ttft"))), ("p99", ms(of("ttft_99"))), ("ms per token", ms(of("token")))]
             line += [("KV blocks", f"{of('blocks'):.2g}"), ("preempted", f"{of('preempted'):g}")]
@@ -452,8 +471,9 @@ def about(kept: Measurements) -> str:
     words = ", ".join(f"{name} {number}" for name, number in known["versions"].items())
     rounds = max(number for number, _, _ in kept.rows)
     return (
-        f"{known['model']}, budget {known['budget']}, {known['dtype']}, answers of {known['new_tokens']} tokens, "
-        f"{known['per_slot']} requests for each in flight, caches {known['caches']}, {known['device']} "
+        f"{known['model']}, budget {known['budget']}, {known['dtype']}, "
+        f"{known['per_slot']} requests for each in flight, caches {known['caches']}, "
+        f"{known['device']} "
         f"({known['hardware']}), {known['threads']} {plural('thread', known['threads'])}, medians of at most {rounds} "
         f"rounds after a warm-up, ratios of the same round with their range; {rows[0]['cache']} blocks of "
         f"{rows[0]['block']} tokens in the engine; {words}, commit {', '.join(sorted(kept.commits))}. The most that "
@@ -476,7 +496,7 @@ def parser() -> argparse.ArgumentParser:
     add("--blocks", type=value(count), default=3, help="with --shape: blocks of the tower")
     add("--at-once", type=value(whole_numbers), default=(1, 8, 32, 64), help="requests in flight: 1,8,32,64")
     add("--per-slot", type=value(count), default=2, help="requests of a turn for each in flight; 8 on a GPU")
-    add("--new-tokens", type=value(count), default=16, help="tokens of an answer")
+    add("--new-tokens", type=value(whole_numbers), default=(16,), help="tokens of an answer, or several: 16,256")
     add("--caches", choices=("off", "on"), default="off", help="prefix cache and cache of processed pictures")
     add("--repeats", type=value(count), default=3, help="rounds after a warm-up")
     add("--deadline", type=value(float), default=float("inf"), help="seconds after which no turn begins")
@@ -502,7 +522,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "device": device,
         "hardware": hardware(device),
         "versions": {"vLLM": vllm.__version__, "torch": torch.__version__},
-    } | {key: getattr(args, key) for key in ("budget", "dtype", "new_tokens", "per_slot", "caches")}
+    } | {key: getattr(args, key) for key in ("budget", "dtype", "per_slot", "caches")}
     kept = Measurements(args.measurements, settings)
     with tempfile.TemporaryDirectory() as folder:
         directory = locate(args.model, "checkpoint") if not args.shape else Path(folder) / "model"
@@ -511,9 +531,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = {**SHAPES[args.shape]["text"], "num_hidden_layers": 1}  # the client probes the first
             save_random({"text": text, "vision": vision}, directory, args.dtype)
         measure(args, directory, kept, vllm)
-    shown = page(kept, args.at_once, args.repeats)
+    shown = page(kept, args)
     print(shown)
-    rows = [{"round": number, "row": row, "at_once": size} | found for (number, row, size), found in kept.rows.items()]
+    rows = [
+        {"round": number, "row": row, "in_flight": size} | found for (number, row, size), found in kept.rows.items()
+    ]
     write(args, {**settings, "commits": sorted(kept.commits), "rows": rows}, shown)
     return 0
 
