@@ -25,7 +25,7 @@ from tests.engine_stand_in import engine_tower
 from tests.stock_families import make
 
 STOCK = {"LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration", "InternS1ForConditionalGeneration"}
-STOCK |= {"Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration"}
+STOCK |= {"Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration", "Qwen3_5ForConditionalGeneration"}
 
 
 class _Mapper:
@@ -68,7 +68,8 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Any:
             return {"WeightsMapper": lambda **given: _Mapper()}.get(name, _Update)
 
     folders = ("", ".config", ".distributed", ".model_executor", ".model_executor.models", ".multimodal", ".v1")
-    files = [f".model_executor.models.{name}" for name in ("interns1", "llava", "llava_next", "qwen2_5_vl", "qwen3_vl")]
+    models = ("interns1", "llava", "llava_next", "qwen2_5_vl", "qwen3_5", "qwen3_vl")
+    files = [f".model_executor.models.{name}" for name in models]
     files += [".model_executor.models.utils", ".multimodal.processing", ".platforms", ".v1.worker"]
     for name in (*folders, *files, ".v1.worker.gpu_model_runner"):
         monkeypatch.setitem(sys.modules, f"vllm{name}", Engine(f"vllm{name}"))

@@ -2,6 +2,7 @@
 
 import importlib
 
+from llava.serving.refusals import refuse_bad_requests
 from llava.versions import note_untested
 
 # Architecture, as checkpoints name it -> its class in llava.serving.plugin, imported when an engine asks for it.
@@ -10,12 +11,17 @@ MODELS = {
     "LlavaNextForConditionalGeneration": "ReducedLlavaNext",
     "Qwen2_5_VLForConditionalGeneration": "ReducedQwen25",
     "Qwen3VLForConditionalGeneration": "ReducedQwen3",
+    "Qwen3_5ForConditionalGeneration": "ReducedQwen35",
     "InternVLForConditionalGeneration": "ReducedInternVL",
 }
 
 
 def register() -> None:
-    """Replace vLLM's model classes by classes with reduction; without a method they behave like vLLM's."""
+    """Replace vLLM's model classes by classes with reduction; without a method they behave like vLLM's.
+
+    With or without a method, requests that vLLM would answer with an internal error or with nonsense are refused.
+    """
+    refuse_bad_requests()
     vllm = importlib.import_module("vllm")
     note_untested("vllm", vllm.__version__)
     for architecture, name in MODELS.items():

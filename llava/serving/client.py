@@ -84,10 +84,14 @@ def route(
     except UserError as inside:
         if whole.family is not CLIP:
             reason = str(inside).partition("; send ")[0].rstrip(".")
-            raise UserError(f"{reason}; prompt embeddings are made of LLaVA's prompts alone.") from None
+            why = "an engine numbers a prompt of embeddings 0, 1, 2, ..., and this family an image by rows and columns"
+            why = why if whole.family.axes else "prompt embeddings are made of LLaVA's prompts alone"
+            raise UserError(f"{reason}; {why}. Use scripts/eval for this method on {whole.family.title}.") from None
         refuse_gaps(reducer)
         return EMBEDS, [*arguments, "--enable-prompt-embeds", "--limit-mm-per-prompt", '{"image": 0}']
     arguments += ["--hf-overrides", json.dumps({"vtr": config.vtr})]
+    if whole.family is CLIP:  # the plug-in converts images itself, as benchmarks do
+        arguments += ["--media-io-kwargs", json.dumps({"image": {"image_mode": None}})]
     stored = (read_json(directory / name) for name in TEMPLATE_FIELDS if (directory / name).is_file())
     if whole.family is CLIP and not (
         any((directory / name).is_file() for name in TEMPLATE_FILES) or any("chat_template" in file for file in stored)
@@ -153,7 +157,10 @@ def load_client_model(
     checkpoint = load_checkpoint(source, DTYPES[dtype], place, text_tower, decoder_layers=layers)
     model = runtime(checkpoint, place, conventions)
     if model.axes:
-        raise UserError(f"Prompt embeddings are made of LLaVA's checkpoints; {model.name} is of another family.")
+        raise UserError(
+            "Prompt embeddings are made of LLaVA's checkpoints: an engine numbers them 0, 1, 2, ..., and "
+            f"{model.name} numbers an image by rows and columns."
+        )
     return model
 
 

@@ -1,21 +1,25 @@
-"""vLLM's LLaVA, LLaVA-NeXT, Qwen2.5-VL, Qwen3-VL and InternVL3 with a method inside; only the engine imports this.
+"""vLLM's LLaVA, LLaVA-NeXT, Qwen2.5-VL, Qwen3-VL, Qwen3.5 and InternVL3 with a method inside; for the engine alone.
 
 The processor writes as many image tokens into a prompt as the method keeps, so scheduler, KV blocks and prefix cache
-see K tokens. The model reduces the N tokens of its tower and projector to K. Without a method both are vLLM's own.
+see K tokens. The model reduces the N tokens of its tower and projector to K. LLaVA's pixels are those of the benchmarks
+(llava/processing/image.py). Without a method all this is vLLM's own.
 
-Official code read: vLLM 0.26.0 and 0.32.0, model_executor/models (llava, llava_next, qwen2_5_vl, qwen3_vl, interns1,
-interfaces), v1/worker/gpu_model_runner.py, multimodal/processing and registry
+Official code read: vLLM 0.26.0 and 0.32.0, model_executor/models (llava, llava_next, qwen2_5_vl, qwen3_vl, qwen3_5,
+interns1, interfaces), v1/worker/gpu_model_runner.py, multimodal/processing and registry
 """
 
 import importlib
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property, partial
 from inspect import signature
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
+from transformers import BatchFeature
 
 from llava import transformers_names  # noqa: F401  # before vLLM, which misses names of transformers
 
@@ -26,6 +30,7 @@ from vllm.model_executor.models.interns1 import InternS1ForConditionalGeneration
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from vllm.model_executor.models.qwen3_5 import Qwen3_5ForConditionalGeneration
 from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -34,8 +39,9 @@ from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from llava.errors import UserError
+from llava.processing.image import ImageProcessor, as_rgb
 from llava.reduction.token_layout import TokenLayout
-from llava.serving.engine_method import EngineMethod, EngineTower, served_by
+from llava.serving.engine_method import CLIP, EngineMethod, EngineTower, served_by
 
 # Prompts
 
@@ -87,14 +93,54 @@ def layout_of_item(served: EngineMethod, tokens: int, mm_items: Any, out: Any, n
     return served.layout(tokens, grid=(rows // served.merge, columns // served.merge))
 
 
+def take_images_as_benchmarks_do(made: Any, info: Any, served: EngineMethod) -> None:
+    """Have a processor of vLLM convert and prepare LLaVA's images by the code that prepares those of benchmarks.
+
+    The engine would put clear images on white, and make grey of 16 bits white. Transformers' processor would crop the
+    sides of an image of LLaVA-1.5, where benchmarks pad it to a square, and resizes tiles of LLaVA-NeXT by other code.
+    """
+    clip = ImageProcessor.from_config(info.get_hf_processor().image_processor.to_dict())
+    anyres = served.anyres and replace(served.anyres, clip=clip)
+    parser = info.data_parser
+    # With a cache of processed images, vLLM parses what is not in it again, and then converts it. Before vLLM 0.32,
+    # _apply_hf_processor_main processes text as well, and calls the other.
+    step = "_apply_hf_processor_mm_only" if hasattr(made, "_apply_hf_processor_mm_only") else "_apply_hf_processor_main"
+    parse, process = parser._parse_image_data, getattr(made, step)
+
+    def converted(data: Any) -> Any:
+        if isinstance(data, list):
+            return parse([as_rgb(one) if isinstance(one, Image.Image) else one for one in data])
+        return parse(as_rgb(data) if isinstance(data, Image.Image) else data)
+
+    def prepared(*, mm_items: Any, **given: Any) -> Any:
+        images = [image for items in mm_items.values() for image in items.get_processor_data().get("images", ())]
+        if not images:
+            return process(mm_items=mm_items, **given)
+        options = given["hf_kwargs" if "hf_kwargs" in given else "hf_processor_mm_kwargs"]
+        if changed := ", ".join(sorted(info.ctx.get_merged_mm_kwargs(options))):
+            raise UserError(f"Images are processed as in benchmarks; leave {changed} out of mm_processor_kwargs.")
+        if kinds := sorted({type(image).__name__ for image in images if not isinstance(image, Image.Image)}):
+            raise UserError(f"Give images as files or PIL images, got {', '.join(kinds)}.")
+        pixels = [clip(image)[None] if anyres is None else anyres(image)[0] for image in images]
+        pixels = [own.to(info.ctx.model_config.dtype) for own in pixels]
+        if anyres is None:
+            return BatchFeature({"pixel_values": torch.cat(pixels)})
+        return BatchFeature({"pixel_values": pixels, "image_sizes": torch.tensor([own.size[::-1] for own in images])})
+
+    parser._parse_image_data = converted
+    setattr(made, step, prepared)
+
+
 def with_short_prompts(model: Any) -> Any:
     """A class decorator that registers the model's processor with `prompt_updates` in place of its own updates."""
     base = model._processor_factory
 
     def processor(info: Any, dummy_inputs: Any, **more: Any) -> Any:
         made = base.processor(info, dummy_inputs, **more)
-        served_by(info.get_hf_config())  # wrong settings stop the engine here, at its start
+        served = served_by(info.get_hf_config())  # wrong settings stop the engine here, at its start
         made._get_prompt_updates = partial(prompt_updates, made._get_prompt_updates, info)
+        if served is not None and served.family is CLIP:
+            take_images_as_benchmarks_do(made, info, served)
         return made
 
     return MULTIMODAL_REGISTRY.register_processor(processor, info=base.info, dummy_inputs=base.dummy_inputs)(model)
@@ -252,6 +298,11 @@ class ReducedQwen25(QwenModel, Qwen2_5_VLForConditionalGeneration):
 
 @with_short_prompts
 class ReducedQwen3(QwenModel, Qwen3VLForConditionalGeneration):
+    pass
+
+
+@with_short_prompts
+class ReducedQwen35(QwenModel, Qwen3_5ForConditionalGeneration):
     pass
 
 
