@@ -79,6 +79,7 @@ from llava.serving.engine_method import EngineTower, served_by
 from llava.serving.engine_model import import_vllm
 
 BATCH = 8  # prompts that the client embeds at once
+WARM_UP = 8  # requests before the first turn of a row at a number in flight
 # Row -> its route, method and options. VisionDrop itself reduces between decoder layers, where no engine can.
 ROWS: dict[str, tuple[str, str, dict[str, str]]] = {
     FULL: (PIXELS, FULL, {}),
@@ -492,7 +493,7 @@ def measure(args: argparse.Namespace, directory: Path, kept: Measurements, vllm:
             if time.monotonic() > end:
                 break
             if (row, size) not in warm:
-                await bench.turn(row, samples(size), size, min(args.new_tokens))
+                await bench.turn(row, samples(min(size, WARM_UP)), size, min(args.new_tokens))
                 warm.add((row, size))
             found = await bench.turn(row, samples(size * args.per_slot), size, tokens)
             kept.add(number, named(row, tokens), size, found)
