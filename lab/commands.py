@@ -5,7 +5,7 @@ TABLE = "eval.papers.table"
 LAB: dict[str, dict[str, tuple[str, str] | tuple[str, str, tuple[str, ...]]]] = {
     "Lab: analyses, measurements and pages of this project, in a checkout": {
         "findings": ("lab.findings.command", "analyses of attnmix, visiondrop or consensusdrop on toy scenes"),
-        "bench serving": ("lab.bench.serving", "vLLM under a method beside full and our decoder"),
+        "bench serving": ("lab.bench.serving", "vLLM under load: methods beside full"),
         "bench growth": ("lab.bench.growth", "how time and memory grow with visual tokens"),
         "bench peers": ("lab.bench.peers", "this repository and another code in turns, and ratios"),
         "bench stability": ("lab.bench.stability", "tokens on padding; choices under batch, precision and noise"),
