@@ -17,11 +17,13 @@ MODELS = {
 
 
 def register() -> None:
-    """Replace vLLM's model classes by classes with reduction; without a method they behave like vLLM's.
-
-    With or without a method, requests that vLLM would answer with an internal error or with nonsense are refused.
-    """
+    """Have the engine of this process serve the models, and refuse bad requests instead of answering with nonsense."""
     refuse_bad_requests()
+    register_models()
+
+
+def register_models() -> None:
+    """Replace vLLM's model classes by classes with reduction; without a method they behave like vLLM's."""
     vllm = importlib.import_module("vllm")
     note_untested("vllm", vllm.__version__)
     for architecture, name in MODELS.items():

@@ -36,7 +36,7 @@ from llava.processing.prompt import Sample
 from llava.reduction.budget import plan_image
 from llava.reduction.reducer import Reducer
 from llava.reduction.token_layout import on_padding, single
-from llava.serving import register
+from llava.serving import register_models
 from llava.serving.client import EMBEDS, PIXELS
 from llava.serving.engine_method import refuse_gaps, served_by, why_not_anywhere
 
@@ -62,7 +62,7 @@ def import_vllm() -> Any:
         vllm = importlib.import_module("vllm")
     except ImportError as error:
         raise UserError(f"vLLM cannot be imported ({' '.join(str(error).split())}): {SETUP}.") from error
-    register()  # an old *.egg-info in the working folder would hide the entry point
+    register_models()  # an old *.egg-info in the working folder would hide the entry point
     return vllm
 
 

@@ -55,5 +55,5 @@ def refuse_bad_requests() -> None:
         if not hasattr(kind, name):
             version = importlib.import_module("vllm").__version__
             raise UserError(f"vLLM {version} has no {place}.{name}, which refuses bad requests; install 0.32.")
-        if not isinstance(vars(kind).get(name), partialmethod):  # plug-ins are loaded once, and again by import_vllm
+        if not isinstance(vars(kind).get(name), partialmethod):  # plug-ins may be loaded twice
             setattr(kind, name, partialmethod(change, getattr(kind, name)))
