@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -75,7 +75,7 @@ from llava.reduction.budget import require
 from llava.reduction.reducer import Reducer
 from llava.reduction.registry import build
 from llava.serving.client import EMBEDS, PIXELS, load_client_model
-from llava.serving.engine_method import EngineTower, served_by
+from llava.serving.engine_method import served_by
 from llava.serving.engine_model import import_vllm
 
 BATCH = 8  # prompts that the client embeds at once
@@ -174,9 +174,10 @@ class Switch:
         config.vtr = dict(setting)
         model.served = served_by(config)
         model.__dict__.pop("engine_tower", None)
-        if not hasattr(Switch, "spent"):
-            for owner, name in ((EngineTower, "reduce"), (StockTower, "scores_of_tokens")):
-                setattr(owner, name, counted(getattr(owner, name)))
+        kind = type(model.served.reducer)
+        for owner, name in ((StockTower, "scores_of_tokens"), (kind, "encoder"), (kind, "prompt")):
+            if not hasattr(stage := getattr(owner, name), "counted"):
+                setattr(owner, name, counted(stage))
         Switch.spent = 0.0
 
     def renumber(self) -> None:
@@ -194,6 +195,7 @@ class Switch:
 def counted(function: Any) -> Any:
     """The function, adding its seconds on the host to `Switch.spent`."""
 
+    @wraps(function)
     def timed(*args: Any, **given: Any) -> Any:
         began = time.perf_counter()
         try:
@@ -201,6 +203,7 @@ def counted(function: Any) -> Any:
         finally:
             Switch.spent += time.perf_counter() - began
 
+    timed.counted = True  # type: ignore[attr-defined]
     return timed
 
 
