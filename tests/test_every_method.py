@@ -365,6 +365,7 @@ REFUSED = [  # method, budget and options; decoder layers of a model of 576 toke
     ("visiondrop 64 layers=8,32", 32, "layers must be below 32"),
     ("visiondrop 64 start=4", 32, "start=4 spends the whole budget on the first 8 of 32 layers"),
     ("visiondrop 64", 3, "3 decoder layers"),
+    ("visiondrop 64 encoder_only=true start=2", 32, "encoder_only leaves no decoder stages; leave out layers"),
     ("visionzip 8 contextual=1", 32, "visionzip.contextual"),
 ]
 

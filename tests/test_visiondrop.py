@@ -189,6 +189,16 @@ def test_a_first_segment_as_long_as_the_image_keeps_every_patch_and_no_cls():
     assert VisionDrop(budget=13, keep_cls=False).encoder(encoder_state(cls=False)) is None
 
 
+def test_the_encoder_stage_alone_is_the_first_stage_with_the_whole_budget():
+    state, whole = encoder_state(), VisionDrop(budget=3, ratio=3)  # 5 tokens after the first stage
+    alone = VisionDrop(budget=5, ratio=3, encoder_only=True)
+    first, found = whole.encoder(state), alone.encoder(state)
+    assert torch.equal(found.kept, first.kept) and torch.equal(found.apply(state.features), first.apply(state.features))
+    assert alone.acts_in == alone.with_budget(8).acts_in == {"encoder"} and whole.acts_in == {"encoder", "decoder"}
+    assert set(alone.tokens_per_layer(TINY)) == {5}
+    alone.check(TINY)
+
+
 def test_raster_order_is_that_of_the_targets():
     state = encoder_state()
     raster = VisionDrop(budget=6, order="raster").encoder(state)
