@@ -22,6 +22,7 @@ import asyncio
 import importlib
 import itertools
 import json
+import os
 import queue
 import shutil
 import sys
@@ -263,11 +264,15 @@ def start_engine(vllm: Any, directory: Path, args: argparse.Namespace, route: st
         given[EVS] = args.videos
     elif route == EMBEDS:
         given |= {"enable_prompt_embeds": True, "limit_mm_per_prompt": {"image": 0}}
-    arguments = vllm.AsyncEngineArgs(**given)
+    arguments, space = vllm.AsyncEngineArgs(**given), int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "4"))
+    # GiB, read in the engine's process. By embeddings, prompts are never those of `full`.
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(-(-space // 4) if route == EMBEDS else space)
     try:
         return vllm.AsyncLLMEngine.from_engine_args(arguments, stat_loggers=[watch.factory()])
     except Exception as error:
         raise MethodError(f"vLLM does not start: {' '.join(str(error).split())[:600]}") from error
+    finally:
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(space)
 
 
 # One request
