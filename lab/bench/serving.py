@@ -249,7 +249,7 @@ def start_engine(vllm: Any, directory: Path, args: argparse.Namespace, route: st
         "model": str(directory),
         "dtype": args.dtype,
         "max_num_seqs": max(args.at_once),
-        "max_model_len": 4096,  # that of LLaVA-1.5; for that of Qwen2.5-VL, vLLM would measure memory for hours of video
+        "max_model_len": 4096,  # LLaVA-1.5's; for Qwen2.5-VL's, vLLM would measure the memory of hours of video
         "seed": 0,
         "enable_prefix_caching": cached,
         "mm_processor_cache_gb": 1 if cached else 0,
