@@ -249,7 +249,6 @@ def start_engine(vllm: Any, directory: Path, args: argparse.Namespace, route: st
         "model": str(directory),
         "dtype": args.dtype,
         "max_num_seqs": max(args.at_once),
-        "max_model_len": 4096,  # LLaVA-1.5's; for Qwen2.5-VL's, vLLM would measure the memory of hours of video
         "seed": 0,
         "enable_prefix_caching": cached,
         "mm_processor_cache_gb": 1 if cached else 0,
@@ -261,8 +260,8 @@ def start_engine(vllm: Any, directory: Path, args: argparse.Namespace, route: st
     if cuda:  # graphs for decoding, without minutes of compilation
         graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
         given |= {"gpu_memory_utilization": SHARES[route], "compilation_config": graphs}
-    if route == EVS:
-        given[EVS] = args.videos
+    if args.videos:  # for the model's own length, vLLM would measure the memory of hours of video
+        given |= {"max_model_len": 4096, EVS: args.videos if route == EVS else None}
     elif route == EMBEDS:
         given |= {"enable_prompt_embeds": True, "limit_mm_per_prompt": {"image": 0}}
     arguments, space = vllm.AsyncEngineArgs(**given), int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "4"))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # vLLM under load: requests per second, times to the first token, cache and memory with methods at a budget and with `full`, at 1, 8, 32
-# and 64 requests in flight; with caches, with long answers, and EVS on videos (docs/models/serving.md). The toy model, then 7B shapes:
+# and 64 requests in flight; with caches, and with long answers (docs/models/serving.md). The toy model, then 7B shapes:
 # four decoder layers on a CPU (hours of two idle cores, 20 GB of memory), the full depth where there is nvidia-smi.
 # Interrupted, it goes on where it was: every turn is kept in results/bench/serving-NAME-BUDGET.jsonl (delete it to start anew).
 # Usage: bash scripts/bench/serving.sh [BUDGET, default 64] [further arguments of python -m lab.bench.serving]
@@ -27,4 +27,3 @@ measure llava-1.5-7b --shape llava-1.5-7b "${size[@]}" --at-once 1,8 "$@"
 measure llava-1.5-7b-many --shape llava-1.5-7b "${size[@]}" --at-once 32,64 --repeats $many "$@" # float32 takes an hour for a round
 measure llava-1.5-7b-caches --shape llava-1.5-7b "${size[@]}" --at-once 8 --caches on "$@"
 measure llava-1.5-7b-answers --shape llava-1.5-7b "${size[@]}" "${long[@]}" "$@"
-measure qwen2.5-vl-7b --shape qwen2.5-vl-7b "${size[@]}" --videos 0.5 --at-once 1,8 "$@"
