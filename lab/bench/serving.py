@@ -139,7 +139,8 @@ def save_qwen(folder: Path, layers: int, blocks: int) -> list[int]:
     start, video, end, image = (words.get_vocab()[f"<|{name}|>"] for name in QWEN_TOKENS)
     sizes = SHAPES["qwen2.5-vl-7b"]
     config = Qwen2_5_VLConfig(
-        text_config={**sizes["text"], "num_hidden_layers": layers},
+        # The head of all 152,064 tokens would fill the memory of a CPU's two engines.
+        text_config={**sizes["text"], "num_hidden_layers": layers, "vocab_size": 32_000},
         vision_config={**sizes["vision"], "depth": blocks, "fullatt_block_indexes": [blocks - 1]},
         image_token_id=image,
         video_token_id=video,
