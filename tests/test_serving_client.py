@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from eval import serving
 from eval.config import DEFAULT_MODEL, ROOT
 from llava.errors import UserError
+from llava.hf.reduce import reduce
 from llava.model.builder import load
 from llava.pipeline.generate import prefill
 from llava.processing.prompt import Sample
@@ -26,6 +27,7 @@ from llava.reduction.registry import build, method, names
 from llava.serving import client
 from tests import contract
 from tests.conftest import drawn_image, samples
+from tests.family_checkpoints import save_family
 
 PIXELS = {
     "divprune",
@@ -125,6 +127,24 @@ def test_embeddings_are_what_enters_the_decoder(tiny, tiny_path, method, monkeyp
     whole = started["s"]
     for row, own in enumerate(client.prompt_embeddings(front, asked, reducer)):
         assert torch.equal(own, whole.hidden[row, whole.padding(row) :])
+
+
+def test_internvl_goes_by_embeddings_where_a_method_reads_the_question(tmp_path):
+    """A sentence said that prompts are made of LLaVA's alone."""
+    whole = save_family("internvl3", tmp_path)
+    assert client.route("consensusdrop", "9", tmp_path)[0] == client.EMBEDS
+    with pytest.raises(UserError, match="needs a CLIP vision tower"):
+        client.route("cdpruner", "9", tmp_path)
+    reducer = build("consensusdrop", 9)
+    front = client.load_client_model(tmp_path, reducer, device="cpu")
+    assert len(front.llm.layers) == 1 < len(whole.model.language_model.layers)
+    asked = [Sample(str(number), words, image=drawn_image(number)) for number, words in enumerate(("what", "where is"))]
+    entered = []
+    whole.model.language_model.layers[0].register_forward_pre_hook(lambda _, given: entered.append(given[0]))
+    with reduce(whole, "consensusdrop", 9, questions=["what", "where is"], tokenizer=front.processor):
+        whole(**front.inputs(asked))
+    for whole_row, own in zip(entered[-1], client.prompt_embeddings(front, asked, reducer), strict=True):
+        assert torch.equal(own, whole_row[-len(own) :]) and not whole_row[: -len(own)].any()
 
 
 @pytest.fixture

@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from eval.config import ROOT
 from llava.hf.checkpoint_model import read_processor
 from llava.hf.reduce import reduce
+from llava.processing.prompt import Sample
+from llava.reduction.registry import build
+from llava.serving.client import load_client_model, prompt_embeddings
 from llava.serving.engine_model import ENVIRONMENT
 from tests.family_checkpoints import SAVED, save_family
 from tests.stock_families import AXES, MODELS, turned
@@ -21,17 +25,21 @@ MEAN = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28], "resc
 ENGINE = """
 import json, sys
 from PIL import Image
+from safetensors.torch import load_file
 from vllm import LLM, SamplingParams
 from llava.serving import register
 if __name__ == "__main__":
     register()
     given = json.loads(sys.argv[1])
-    more = {"dtype": given["dtype"], "max_model_len": 512, "enforce_eager": True, "max_logprobs": 400, "block_size": 32}
-    engine = LLM(model=given["model"], hf_overrides={"vtr": given["vtr"]}, enable_prefix_caching=True, **more)
+    more = {"max_model_len": 512, "enforce_eager": True, "max_logprobs": 400, "block_size": 32}
+    more |= given["more"]
+    engine = LLM(model=given["model"], enable_prefix_caching=True, **more)
     sampling = SamplingParams(temperature=0, max_tokens=3, logprobs=-1, ignore_eos=True)
     for ids, paths in given["asked"]:  # one after the other: each finds the blocks of those before
         images = [Image.open(path).convert("RGB") for path in paths]
         asked = {"prompt_token_ids": ids, "multi_modal_data": {"image": images}}
+        if "embeds" in given:
+            asked = {"prompt_embeds": load_file(given["embeds"])[ids]}
         (answer,) = engine.generate([asked], sampling, use_tqdm=False)
         steps = [[step[token].logprob for token in range(len(step))] for step in answer.outputs[0].logprobs]
         print("FOUND", json.dumps([steps, answer.num_cached_tokens, answer.prompt_token_ids]))
@@ -43,6 +51,15 @@ WIDE: dict[str, dict[str, Any]] = {
     "qwen3_5": {"head_dim": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128} | turned(8, 4, 4),
     "internvl3": {"head_dim": 32, "hidden_size": 128},
 }
+
+
+def answers_of_engine(folder, python, **given):
+    """For each request, its log-probabilities [steps, V], how many tokens the engine found in its cache, and its ids."""
+    (folder / "ask.py").write_text(ENGINE)
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1", **ENVIRONMENT}
+    command = [python, folder / "ask.py", json.dumps({"model": str(folder / "model"), **given})]
+    out = subprocess.run(command, env=variables, cwd=folder, stdout=subprocess.PIPE, text=True)
+    return [json.loads(line.split(" ", 1)[1]) for line in out.stdout.splitlines() if line.startswith("FOUND")]
 
 
 @pytest.mark.slow
@@ -83,14 +100,33 @@ def test_the_real_engine_gives_log_probabilities_of_reduce(tmp_path, vllm_python
         asked.append(([token for token in short if token not in around], own))
     # On a CPU, the engine's linear attention takes bfloat16 alone; its blocks hold more tokens than these prompts have.
     dtype, atol, shared = ("bfloat16", 2e-2, 0) if name == "qwen3_5" else ("float32", 5e-5, 32)
-    given = {"model": str(tmp_path / "model"), "asked": asked, "dtype": dtype}
-    given["vtr"] = {"method": method, "budget": 9, "options": options}
-    (tmp_path / "ask.py").write_text(ENGINE)
-    variables = os.environ | {"PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1", **ENVIRONMENT}
-    command = [vllm_python, tmp_path / "ask.py", json.dumps(given)]
-    out = subprocess.run(command, env=variables, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    found = [json.loads(line.split(" ", 1)[1]) for line in out.stdout.splitlines() if line.startswith("FOUND")]
+    more = {"hf_overrides": {"vtr": {"method": method, "budget": 9, "options": options}}, "dtype": dtype}
+    found = answers_of_engine(tmp_path, vllm_python, more=more, asked=asked)
     for ours, (theirs, cached, ids) in zip(expected, found, strict=True):
         torch.testing.assert_close(torch.tensor(theirs), ours[:, : len(theirs[0])], rtol=0, atol=atol)
         assert not cached or ids[cached - 1] == ids[cached] == slot
     assert [cached for _, cached, _ in found] == [0, shared, shared, 0]
+
+
+@pytest.mark.slow
+def test_internvl_by_embeddings_gives_log_probabilities_of_reduce(tmp_path, vllm_python, monkeypatch):
+    """Three tiles in two images, reduced by the question."""
+    for key, value in WIDE["internvl3"].items():
+        monkeypatch.setitem(MODELS["internvl3"][1]["text_config"], key, value)
+    model, draw = save_family("internvl3", tmp_path / "model"), np.random.default_rng(0)
+    front = load_client_model(tmp_path / "model", reducer := build("consensusdrop", 9), device="cpu")
+    asked, expected = [], []
+    for number, (words, shape) in enumerate([("what color", (112, 112, 3)), ("where", (112, 224, 3))]):
+        image = Image.fromarray(draw.integers(0, 255, shape, np.uint8))
+        asked.append(sample := Sample(str(number), words, image=image))
+        with reduce(model, "consensusdrop", 9, questions=[words], tokenizer=front.processor):
+            more = {"eos_token_id": -1, "output_logits": True, "return_dict_in_generate": True}
+            steps = model.generate(**front.inputs([sample]), max_new_tokens=3, **more).logits
+        expected.append(torch.cat(steps).log_softmax(-1))
+    made = prompt_embeddings(front, asked, reducer)
+    save_file({str(number): own.clone() for number, own in enumerate(made)}, tmp_path / "made.safetensors")
+    more = {"enable_prompt_embeds": True, "limit_mm_per_prompt": {"image": 0}, "dtype": "float32"}
+    requests = [(str(number), []) for number in range(len(made))]
+    given = {"more": more, "asked": requests, "embeds": str(tmp_path / "made.safetensors")}
+    for ours, (theirs, *_) in zip(expected, answers_of_engine(tmp_path, vllm_python, **given), strict=True):
+        torch.testing.assert_close(torch.tensor(theirs), ours[:, : len(theirs[0])], rtol=0, atol=5e-5)

@@ -264,6 +264,10 @@ class FamilyReductionContext(ReductionContext):
             cache.reorder_cache(torch.arange(len(running.rows), device=self._runtime.device).repeat_interleave(copies))
         return CausalLMOutputWithPast(logits=output.logits.repeat_interleave(copies, 0), **{CACHE: cache})
 
+    def until_decoder(self, given: Mapping[str, Any]) -> PromptBatch:
+        """The prompts as they enter decoder layer 0; `given` are arguments of the model's forward."""
+        return self._begin(given, 1).sequence
+
     def _begin(self, given: Mapping[str, Any], copies: int) -> Running:
         """Encode images, find them in the prompts, and run the method's stages before the decoder."""
         runtime, reducer, family = self._runtime, self.reducer, self._runtime.family

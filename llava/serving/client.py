@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,10 @@ from transformers import AutoConfig
 from llava.budget import BLIND, FULL
 from llava.conversation import conversation
 from llava.errors import UserError, optional_imports
-from llava.model.builder import DTYPES, device_of, runtime
+from llava.hf.checkpoint_model import FamilyModel, load_family
+from llava.hf.families import FAMILIES, why_not
+from llava.hf.reduce import FamilyReductionContext
+from llava.model.builder import DTYPES, declared_class, device_of, runtime
 from llava.model.checkpoint.config import default_mode, identify
 from llava.model.checkpoint.files import folder_of, locate, name_of
 from llava.model.checkpoint.load import load_checkpoint
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 PIXELS, EMBEDS = "pixels", "embeds"
+NUMBERED = "an engine numbers a prompt of embeddings 0, 1, 2, ..., and this family an image by rows and columns"
 # Where a checkpoint may keep a chat template of its own.
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 TEMPLATE_FIELDS = ("tokenizer_config.json", "processor_config.json")
@@ -82,11 +86,11 @@ def route(
     try:
         served_by(config)
     except UserError as inside:
-        if whole.family is not CLIP:
+        if whole.family.axes:
             reason = str(inside).partition("; send ")[0].rstrip(".")
-            why = "an engine numbers a prompt of embeddings 0, 1, 2, ..., and this family an image by rows and columns"
-            why = why if whole.family.axes else "prompt embeddings are made of LLaVA's prompts alone"
-            raise UserError(f"{reason}; {why}. Use scripts/eval for this method on {whole.family.title}.") from None
+            raise UserError(f"{reason}; {NUMBERED}. Use scripts/eval for this method on {whole.family.title}.") from None
+        if whole.family is not CLIP and (why := why_not(whole.family, config, reducer)):
+            raise UserError(why) from None
         refuse_gaps(reducer)
         return EMBEDS, [*arguments, "--enable-prompt-embeds", "--limit-mm-per-prompt", '{"image": 0}']
     arguments += ["--hf-overrides", json.dumps({"vtr": config.vtr})]
@@ -154,25 +158,35 @@ def load_client_model(
     """
     probes = [getattr(reducer, option.name) for option in fields(reducer) if option.name.endswith("probe_layer")]
     place, layers = device_of(device), max(probes, default=0) + 1
+    if container := declared_class(source, text_tower, None, 1, None, conventions):
+        family = FAMILIES[container]
+        if container not in MODELS or family.axes:
+            why = NUMBERED if family.axes else f"vLLM serves reduced prompts of {', '.join(MODELS)}"
+            raise UserError(f"No prompt embeddings are made of {family.title}: {why}.")
+        whole = load_family(source, container, DTYPES[dtype], place)
+        del whole.llm.layers[layers:]
+        return cast(Llava, whole)
     checkpoint = load_checkpoint(source, DTYPES[dtype], place, text_tower, decoder_layers=layers)
     model = runtime(checkpoint, place, conventions)
     if model.axes:
-        raise UserError(
-            "Prompt embeddings are made of LLaVA's checkpoints: an engine numbers them 0, 1, 2, ..., and "
-            f"{model.name} numbers an image by rows and columns."
-        )
+        raise UserError(f"No prompt embeddings are made of {model.name}: {NUMBERED}.")
     return model
 
 
 @torch.inference_mode()
-def prompt_embeddings(model: Llava, samples: Sequence[Sample], reducer: Reducer) -> list[Tensor]:
+def prompt_embeddings(model: Llava | FamilyModel, samples: Sequence[Sample], reducer: Reducer) -> list[Tensor]:
     """For each sample, the embeddings [L, H] of its text and reduced images as they enter decoder layer 0.
 
     Args:
         samples: questions with or without images.
     """
     refuse_gaps(reducer)
-    sequence = until_decoder(model, samples, reducer, Timer(model.device)).start
+    if isinstance(model, FamilyModel):
+        questions, ids = [sample.question for sample in samples], [sample.id for sample in samples]
+        with FamilyReductionContext(model, reducer, questions, names=ids) as reduced:
+            sequence = reduced.until_decoder(model.inputs(samples))
+    else:
+        sequence = until_decoder(model, samples, reducer, Timer(model.device)).start
     return [row[-length:].cpu() for row, length in zip(sequence.hidden, sequence.lengths, strict=True)]
 
 
