@@ -54,7 +54,7 @@ WIDE: dict[str, dict[str, Any]] = {
 
 
 def answers_of_engine(folder, python, **given):
-    """For each request, its log-probabilities [steps, V], how many tokens the engine found in its cache, and its ids."""
+    """For each request, log-probabilities [steps, V], how many tokens the engine found in its cache, and its ids."""
     (folder / "ask.py").write_text(ENGINE)
     variables = os.environ | {"PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1", **ENVIRONMENT}
     command = [python, folder / "ask.py", json.dumps({"model": str(folder / "model"), **given})]

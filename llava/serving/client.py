@@ -87,8 +87,8 @@ def route(
         served_by(config)
     except UserError as inside:
         if whole.family.axes:
-            reason = str(inside).partition("; send ")[0].rstrip(".")
-            raise UserError(f"{reason}; {NUMBERED}. Use scripts/eval for this method on {whole.family.title}.") from None
+            reason, title = str(inside).partition("; send ")[0].rstrip("."), whole.family.title
+            raise UserError(f"{reason}; {NUMBERED}. Use scripts/eval for this method on {title}.") from None
         if whole.family is not CLIP and (why := why_not(whole.family, config, reducer)):
             raise UserError(why) from None
         refuse_gaps(reducer)

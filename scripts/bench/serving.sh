@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # vLLM under load: requests per second, times to the first token, cache and memory with methods at a budget and with `full`, at 1, 8, 32
-# and 64 requests in flight; with caches, and with long answers (docs/models/serving.md). The toy model, then 7B shapes:
+# and 64 requests in flight; with caches, long answers, and EVS on videos (docs/models/serving.md). The toy model, then 7B shapes:
 # four decoder layers on a CPU (hours of two idle cores, 20 GB of memory), the full depth where there is nvidia-smi.
 # Interrupted, it goes on where it was: every turn is kept in results/bench/serving-NAME-BUDGET.jsonl (delete it to start anew).
 # Usage: bash scripts/bench/serving.sh [BUDGET, default 64] [further arguments of python -m lab.bench.serving]
 set -euo pipefail
-case "${1:-}" in -h | --help) sed -n '2,7p' "${BASH_SOURCE[0]}" | cut -c3-; exit 0 ;; esac
+case "${1:-}" in -h | --help) sed -n '2,6p' "${BASH_SOURCE[0]}" | cut -c3-; exit 0 ;; esac
 export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-6} # GiB of each of two engines: 64 requests of `full` in four layers
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # of the client, and of the engine that shares processors with it
 source "$(dirname "${BASH_SOURCE[0]}")/../serve_setup.sh"
 budget=${1:-64}
 [ $# -gt 0 ] && shift
@@ -27,3 +28,4 @@ measure llava-1.5-7b --shape llava-1.5-7b "${size[@]}" --at-once 1,8 "$@"
 measure llava-1.5-7b-many --shape llava-1.5-7b "${size[@]}" --at-once 32,64 --repeats $many "$@" # float32 takes an hour for a round
 measure llava-1.5-7b-caches --shape llava-1.5-7b "${size[@]}" --at-once 8 --caches on "$@"
 measure llava-1.5-7b-answers --shape llava-1.5-7b "${size[@]}" "${long[@]}" "$@"
+measure qwen2.5-vl-7b-evs --shape qwen2.5-vl-7b --videos 0.5 "${size[@]}" --at-once 1,8 "$@"
