@@ -265,20 +265,15 @@ def start_engine(vllm: Any, directory: Path, args: argparse.Namespace, route: st
         given |= {"max_model_len": 4096, EVS: args.videos if route == EVS else None}
     elif route == EMBEDS:
         given |= {"enable_prompt_embeds": True, "limit_mm_per_prompt": {"image": 0}}
-    # Read in the engine's process. By embeddings, prompts are never those of `full`, and threads share processors with
-    # those of the client: OMP_WAIT_POLICY=PASSIVE has both sleep while they wait. Other engines are left as they are.
-    space = int(os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4"))
-    before = dict(os.environ)
-    if route == EMBEDS:
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(-(-space // 4))
-    else:
-        os.environ.pop("OMP_WAIT_POLICY", None)
+    arguments, space = vllm.AsyncEngineArgs(**given), int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "4"))
+    # GiB, read in the engine's process. By embeddings, prompts are never those of `full`.
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(-(-space // 4) if route == EMBEDS else space)
     try:
-        return vllm.AsyncLLMEngine.from_engine_args(vllm.AsyncEngineArgs(**given), stat_loggers=[watch.factory()])
+        return vllm.AsyncLLMEngine.from_engine_args(arguments, stat_loggers=[watch.factory()])
     except Exception as error:
         raise MethodError(f"vLLM does not start: {' '.join(str(error).split())[:600]}") from error
     finally:
-        os.environ.update(before)
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(space)
 
 
 # One request
@@ -611,6 +606,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     if bool(args.videos) != str(args.shape).startswith("qwen"):
         raise UserError("--videos belongs to --shape qwen2.5-vl-7b; the other models are asked about pictures.")
+    os.environ.pop("OMP_WAIT_POLICY", None)  # of the client, whose process has read it; engines are left as they are
     vllm, device = import_vllm(), str(device_of(args.device))
     name = args.model.name
     if args.shape:

@@ -7,7 +7,7 @@
 set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,6p' "${BASH_SOURCE[0]}" | cut -c3-; exit 0 ;; esac
 export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-6} # GiB of each of two engines: 64 requests of `full` in four layers
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # of the client, and of the engine that shares processors with it
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # the client's threads leave the processor to the engine while they wait
 source "$(dirname "${BASH_SOURCE[0]}")/../serve_setup.sh"
 budget=${1:-64}
 [ $# -gt 0 ] && shift
