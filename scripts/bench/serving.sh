@@ -28,4 +28,4 @@ measure llava-1.5-7b --shape llava-1.5-7b "${size[@]}" --at-once 1,8 "$@"
 measure llava-1.5-7b-many --shape llava-1.5-7b "${size[@]}" --at-once 32,64 --repeats $many "$@" # float32 takes an hour for a round
 measure llava-1.5-7b-caches --shape llava-1.5-7b "${size[@]}" --at-once 8 --caches on "$@"
 measure llava-1.5-7b-answers --shape llava-1.5-7b "${size[@]}" "${long[@]}" "$@"
-measure qwen2.5-vl-7b-evs --shape qwen2.5-vl-7b --videos 0.5 "${size[@]}" --at-once 1,8 "$@"
+VLLM_CPU_KVCACHE_SPACE=2 measure qwen2.5-vl-7b-evs --shape qwen2.5-vl-7b --videos 0.5 "${size[@]}" --at-once 1,8 "$@"
