@@ -4,11 +4,14 @@ import asyncio
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -254,24 +257,31 @@ def test_the_benchmark_divides_times_of_the_same_round():
 
 @pytest.mark.slow
 @pytest.mark.lab
-def test_the_benchmark_loads_real_engines_and_goes_on_from_its_file(tmp_path, vllm_python):
+def test_the_benchmark_loads_real_engines_and_goes_on_after_ctrl_c(tmp_path, vllm_python):
     serving.save_random(narrow("llava-1.5-7b", 64, 2, 3, 56), tmp_path / "model", "float32")
     words = ["--model", str(tmp_path / "model"), "--budget", "4", "--at-once", "2", "--repeats", "1"]
     words += ["--measurements", str(kept := tmp_path / "kept.jsonl"), "--new-tokens", "3", "--caches", "on"]
     given = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
 
-    def bench() -> str:
+    def bench() -> subprocess.Popen[str]:
         run = [vllm_python, "-m", "lab.bench.serving", *words]
-        return subprocess.run(run, cwd=ROOT, env=given, check=True, stdout=subprocess.PIPE, text=True).stdout
+        return subprocess.Popen(run, cwd=ROOT, env=given, stdout=subprocess.PIPE, text=True)
 
-    whole = bench()
-    lines = kept.read_text().splitlines(keepends=True)
-    rows = {row["method"]: row for row in map(json.loads, lines[1:])}
+    stopped = bench()
+    while not kept.exists() or len(kept.read_text().splitlines()) < 3:
+        assert stopped.poll() is None
+        time.sleep(0.05)
+    engines = psutil.Process(stopped.pid).children(recursive=True)
+    stopped.send_signal(signal.SIGINT)
+    assert stopped.wait(60) == 130 and len(engines) > 1
+    assert psutil.wait_procs(engines, timeout=5)[1] == []
+    before = kept.read_text()
+    whole = (again := bench()).communicate()[0]
+    assert again.returncode == 0 and kept.read_text().startswith(before)
+    rows = {row["method"]: row for row in map(json.loads, kept.read_text().splitlines()[1:])}
     assert [*rows] == [serving.named(row, 3) for row in serving.ROWS]
     assert [row["blocks"] for row in rows.values()] == pytest.approx([1.0] * 5)
     assert all(row["selection"] > 0 for row in rows.values())
-    kept.write_text("".join(lines[:-1]))
-    assert "No round" not in bench() and kept.read_text().splitlines(keepends=True)[:-1] == lines[:-1]
     assert whole.count("| pixels |") == 4
 
 

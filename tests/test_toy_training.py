@@ -56,7 +56,7 @@ def trained(tmp_path_factory):
         folder, settings = root / ("tiny" if name in ("vision", "language") else name), RECORD[name]["settings"]
         folder.mkdir(exist_ok=True)
         torch.manual_seed(0)
-        stage = STAGES[name](folder, Settings(**RECIPES[name]["recipe"], **settings), STAGES[name].start)
+        stage = STAGES[name](folder, Settings(**RECIPES[name]["recipe"] | settings), STAGES[name].start)
         before = {key: weight.detach().clone().float() for key, weight in stage.trainee.named_parameters()}
         losses, loss_of = [], stage.loss
 

@@ -498,17 +498,19 @@ def measure(args: argparse.Namespace, directory: Path, kept: Measurements, vllm:
 
     async def all_turns() -> None:
         bench = Bench(args, directory, vllm)
-        for number, row, tokens, size in tqdm(turns, unit="turn", disable=None):
-            if time.monotonic() > end:
-                break
-            if (row, size) not in warm:
-                await bench.turn(row, samples(min(size, WARM_UP)), size, min(args.new_tokens))
-                warm.add((row, size))
-            found = await bench.turn(row, samples(size * args.per_slot), size, tokens)
-            kept.add(number, named(row, tokens), size, found)
-        for engine in bench.engines.values():
-            engine.shutdown()
-            engine.shutdown = lambda: None  # its destructor would call it at exit, where its modules are gone
+        try:
+            for number, row, tokens, size in tqdm(turns, unit="turn", disable=None):
+                if time.monotonic() > end:
+                    break
+                if (row, size) not in warm:
+                    await bench.turn(row, samples(min(size, WARM_UP)), size, min(args.new_tokens))
+                    warm.add((row, size))
+                found = await bench.turn(row, samples(size * args.per_slot), size, tokens)
+                kept.add(number, named(row, tokens), size, found)
+        finally:
+            for engine in bench.engines.values():
+                engine.shutdown()
+                engine.shutdown = lambda: None  # its destructor would call it at exit, where its modules are gone
 
     asyncio.run(all_turns())
 

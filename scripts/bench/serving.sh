@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # vLLM under load: requests per second, times to the first token, cache and memory with methods at a budget and with `full`, at 1, 8, 32
 # and 64 requests in flight; with caches, long answers, and EVS on videos (docs/models/serving.md). The toy model, then 7B shapes:
-# four decoder layers on a CPU (hours of two idle cores, 24 GB of memory), the full depth where there is nvidia-smi.
+# four decoder layers on a CPU (hours of two idle cores, 26 GB of memory), the full depth where there is nvidia-smi.
 # Interrupted, it goes on where it was: every turn is kept in results/bench/serving-NAME-BUDGET.jsonl (delete it to start anew).
 # Usage: bash scripts/bench/serving.sh [BUDGET, default 64] [further arguments of python -m lab.bench.serving]
 set -euo pipefail
