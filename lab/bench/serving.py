@@ -25,12 +25,13 @@ import json
 import os
 import queue
 import shutil
+import signal
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
@@ -53,7 +54,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from eval.command import exit_on_user_error, make_parser, value
+from eval.command import STOPS, exit_on_user_error, make_parser, terminate, value
 from eval.config import DEFAULT_MODEL, FULL, count
 from eval.efficiency.latency import whole_numbers
 from eval.efficiency.latency_table import ms, table, write
@@ -243,8 +244,37 @@ def add(sums: list[int], stats: Any) -> None:
     sums[1] += stats.queries
 
 
-def start_engine(vllm: Any, directory: Path, args: argparse.Namespace, route: str, watch: Watch) -> Any:
-    """An asynchronous engine for the rows of a route, which share it."""
+class StoppedWhileStarting(BaseException):
+    """Raised in place of KeyboardInterrupt, which vLLM drops while it starts, and then waits for ten minutes."""
+
+
+@contextmanager
+def engine_may_be_stopped() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end what is inside although it drops KeyboardInterrupt, and raise that afterwards."""
+
+    def stop(number: int, frame: object) -> None:
+        try:
+            terminate(number, frame)
+        except KeyboardInterrupt as error:
+            raise StoppedWhileStarting from error
+
+    taken = [number for number in STOPS if signal.getsignal(number) is terminate]
+    for number in taken:
+        signal.signal(number, stop)
+    try:
+        yield
+    except StoppedWhileStarting as stopped:
+        raise stopped.__cause__ or stopped from None
+    finally:
+        for number in taken:
+            if signal.getsignal(number) is stop:
+                signal.signal(number, terminate)
+
+
+def start_engine(
+    vllm: Any, directory: Path, args: argparse.Namespace, route: str, watch: Watch, running: ExitStack
+) -> Any:
+    """An asynchronous engine for the rows of a route, which share it. `running` shuts it down."""
     cached, cuda = args.caches == "on", device_of(args.device).type == "cuda"
     given: dict[str, Any] = {
         "model": str(directory),
@@ -269,11 +299,15 @@ def start_engine(vllm: Any, directory: Path, args: argparse.Namespace, route: st
     # GiB, read in the engine's process. By embeddings, prompts are never those of `full`.
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(-(-space // 4) if route == EMBEDS else space)
     try:
-        return vllm.AsyncLLMEngine.from_engine_args(arguments, stat_loggers=[watch.factory()])
+        with engine_may_be_stopped():
+            engine = vllm.AsyncLLMEngine.from_engine_args(arguments, stat_loggers=[watch.factory()])
     except Exception as error:
         raise MethodError(f"vLLM does not start: {' '.join(str(error).split())[:600]}") from error
     finally:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(space)
+    running.callback(setattr, engine, "shutdown", lambda: None)  # its destructor would call it where modules are gone
+    running.callback(engine.shutdown)
+    return engine
 
 
 # One request
@@ -398,7 +432,7 @@ def resident() -> int:
 class Bench:
     """The engines, and a function that asks them for each row."""
 
-    def __init__(self, args: argparse.Namespace, directory: Path, vllm: Any):
+    def __init__(self, args: argparse.Namespace, directory: Path, vllm: Any, running: ExitStack):
         self.args, self.rows = args, VIDEO_ROWS if args.videos else ROWS
         self.watches = {way: Watch() for way, _, _ in self.rows.values()}
         served = directory
@@ -409,7 +443,9 @@ class Bench:
             text = {**SHAPES[args.shape]["text"], "num_hidden_layers": 1}  # the client probes the first
             save_random({"text": text, "vision": vision}, directory, args.dtype)
             served = without_weights(directory, args.layers)
-        self.engines = {way: start_engine(vllm, served, args, way, watch) for way, watch in self.watches.items()}
+        self.engines = {
+            way: start_engine(vllm, served, args, way, watch, running) for way, watch in self.watches.items()
+        }
         for way, method, options in self.rows.values():
             if way == EMBEDS:
                 reducer = build(method, args.budget, options)
@@ -497,8 +533,8 @@ def measure(args: argparse.Namespace, directory: Path, kept: Measurements, vllm:
         return found
 
     async def all_turns() -> None:
-        bench = Bench(args, directory, vllm)
-        try:
+        with ExitStack() as running:
+            bench = Bench(args, directory, vllm, running)
             for number, row, tokens, size in tqdm(turns, unit="turn", disable=None):
                 if time.monotonic() > end:
                     break
@@ -507,10 +543,6 @@ def measure(args: argparse.Namespace, directory: Path, kept: Measurements, vllm:
                     warm.add((row, size))
                 found = await bench.turn(row, samples(size * args.per_slot), size, tokens)
                 kept.add(number, named(row, tokens), size, found)
-        finally:
-            for engine in bench.engines.values():
-                engine.shutdown()
-                engine.shutdown = lambda: None  # its destructor would call it at exit, where its modules are gone
 
     asyncio.run(all_turns())
 
