@@ -192,8 +192,8 @@ class TwoLayers(Stage):
     def loss(self, step, rng):
         if step == self.stop_at:
             raise KeyboardInterrupt
-        x = torch.tensor(rng.normal(size=(4, 8)), dtype=torch.bfloat16)
-        noise = torch.randn(4, 8, dtype=torch.bfloat16)
+        dtype = self.trainee.last.weight.dtype
+        x, noise = torch.tensor(rng.normal(size=(4, 8)), dtype=dtype), torch.randn(4, 8, dtype=dtype)
         return (self.trainee.last(self.trainee.block.layers[0](x)) - x - 0.1 * noise).float().square().mean(), {}
 
     def validate(self, rows):

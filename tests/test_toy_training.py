@@ -26,12 +26,13 @@ pytestmark = pytest.mark.lab
 
 RECORD = json.loads((Path(__file__).parent / "data" / "toy_losses.json").read_text())["stages"]
 # Relative. Kernels of other processors round differently, and training enlarges it: with AVX2 in place of AVX512 and
-# its bfloat16 instructions losses differ by up to 0.4 %, the first one by 0.15 %, and the way of the weights by 0.5 %.
+# its bfloat16 instructions losses differ by up to 0.5 %, the first one by 0.15 %, and the way of the weights by 0.7 %.
 # A learning rate that is 10 % too high moves the weights 10 % further, but the losses by 0.4 %; without the patches'
 # term the first loss of the vision stage is 2 % lower.
 FIRST, LATER, MOVED = 3e-3, 0.02, 0.02
-# The share of one answer, of those that validation asks of a kind: 20 at most, and 6 of the stage "boxes".
-ONE_ANSWER = dict.fromkeys(STAGES, 0.06) | {"boxes": 0.17}
+# The share of one answer, of those that validation asks of a kind: 20 at most, and 6 of the stage "boxes". Of
+# "instruct", two: without bfloat16 instructions the trainer computes in float32, and one kind then differs by two.
+FEW_ANSWERS = dict.fromkeys(STAGES, 0.06) | {"instruct": 0.11, "boxes": 0.17}
 
 
 def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -56,7 +57,7 @@ def trained(tmp_path_factory):
         folder, settings = root / ("tiny" if name in ("vision", "language") else name), RECORD[name]["settings"]
         folder.mkdir(exist_ok=True)
         torch.manual_seed(0)
-        stage = STAGES[name](folder, Settings(**RECIPES[name]["recipe"] | settings), STAGES[name].start)
+        stage = STAGES[name](folder, Settings(**RECIPES[name]["recipe"], **settings), STAGES[name].start)
         before = {key: weight.detach().clone().float() for key, weight in stage.trainee.named_parameters()}
         losses, loss_of = [], stage.loss
 
@@ -87,7 +88,7 @@ def test_a_short_run_is_the_recorded_one(name, trained):
     assert losses[0] == pytest.approx(expected["losses"][0], rel=FIRST)
     assert losses == pytest.approx(expected["losses"], rel=LATER)
     assert way == pytest.approx(expected["moved"], rel=MOVED)
-    assert numbers == pytest.approx(expected["validation"], rel=LATER, abs=ONE_ANSWER[name])
+    assert numbers == pytest.approx(expected["validation"], rel=LATER, abs=FEW_ANSWERS[name])
 
 
 SCRIPTS = {

@@ -47,6 +47,12 @@ from lab.toy.packing import (
 RECIPES: dict[str, Any] = read_yaml(Path(__file__).with_name("recipes.yaml"))
 
 
+def fast_dtype(name: str) -> torch.dtype:
+    """The dtype of this name; float32 for bfloat16 on a CPU that emulates it, where products take 40 times as long."""
+    native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.float32 if name == "bfloat16" and not native else getattr(torch, name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Optimizer and sizes of a run. A stage does not use the sizes that are 0 in the full training."""
@@ -56,7 +62,7 @@ class Settings:
     clip: float  # gradient norm
     decay: float  # share of the steps over which the learning rate falls to zero
     warmup: int = 60  # steps over which the learning rate rises
-    dtype: str = "bfloat16"  # of the weights while training; the master weights are float32
+    dtype: str = "bfloat16"  # of the weights while training, see `fast_dtype`; the master weights are float32
     evaluate_every: int = 100  # steps
     save_every: int = 100
     steps: int
@@ -305,7 +311,7 @@ class Language(SceneStage):
 
     def __init__(self, folder: Path, settings: Settings, model: Path):
         super().__init__(folder, settings, model)
-        tower = clip.load_clip(folder).bfloat16().vision_model
+        tower = clip.load_clip(folder).to(fast_dtype("bfloat16")).vision_model
         self.draw(folder, write_scenes, tower)
         llava = build_llava(tower.config)
         fold_feature_scale(llava.model.multi_modal_projector, self.all_tokens(self.corpus, np.arange(8)).features)
@@ -377,7 +383,7 @@ class Instruct(SceneStage):
     def __init__(self, folder: Path, settings: Settings, model: Path):
         super().__init__(folder, settings, model)
         llava = self.build(model)
-        self.draw(folder, self.write, llava.model.vision_tower.bfloat16())
+        self.draw(folder, self.write, llava.model.vision_tower.to(fast_dtype("bfloat16")))
         self.trainee = Trainee(llava)
 
     def wanted(self, step: int, full: bool, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
