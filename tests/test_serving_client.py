@@ -198,6 +198,8 @@ def test_the_client_sends_several_budgets_and_export_writes_them(
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [one["budget"] for one in answers] == ["4"] * 3 + ["8"] * 3
     assert {int(one["text"]) - int(one["budget"]) for one in answers} == {int(answers[0]["text"]) - 4}
+    # vLLM answered an empty text, too, and refused it where the tokenizer adds no first token, as InternVL3's.
+    assert all(body["prompt"] is None and body["repetition_penalty"] == 1 for _, body, _ in server.seen)
     assert all(size < 1.4 * sent.nbytes + 4000 for sent, _, size in server.seen), "a whole batch was sent for a prompt"
     assert serving.export_command([str(tmp_path / "p.safetensors"), *given]) == 0
     written = load_file(tmp_path / "p.safetensors")

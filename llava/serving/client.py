@@ -232,8 +232,10 @@ class Server:
     def complete(self, name: str, embeddings: Tensor, tokens: int, end_ids: Sequence[int]) -> str:
         """The greedy answer to a prompt [L, H], of at most `tokens` tokens."""
         more: dict[str, Any] = {"prompt_embeds": encoded(embeddings), "stop_token_ids": list(end_ids)}
+        more["repetition_penalty"] = 1  # of generation_config.json, the pipeline uses the end tokens alone
         create = self._client.completions.create
-        answer = self._ask(lambda: create(model=name, prompt="", temperature=0, max_tokens=tokens, extra_body=more))
+        # An empty text instead of None would be a prompt of its own: a second answer, or an error if it has no token.
+        answer = self._ask(lambda: create(model=name, prompt=None, temperature=0, max_tokens=tokens, extra_body=more))
         return str(answer.choices[0].text).strip()
 
     def _ask(self, request: Any) -> Any:
