@@ -29,6 +29,11 @@ found=$(python -m eval.serving "${method[@]}") || exit $?
 mapfile -t arguments <<< "$found"
 route=${arguments[0]} url=http://${HOST:-127.0.0.1}:${PORT:-8000}
 source scripts/serve_setup.sh
+if [[ " ${arguments[*]} " = *" --media-io-kwargs "* ]]; then # vLLM 0.26 would refuse each image for it
+  "$serving" -c 'import importlib.metadata as m, sys; v = m.version(sys.argv[1])
+sys.exit(tuple(map(int, v.split(".")[:2])) < (0, 32) and f"vLLM {v} cannot leave the colours of LLaVA images to the plug-in; take 0.32, "
+  "without VLLM in the environment and with another VLLM_VENV.")' "$build" || exit 2
+fi
 [ "$build" = vllm ] || set -- --enforce-eager "$@" # compiling for a CPU takes longer than it saves
 if [ -z "${KEY:-}" ]; then KEY=$(python -c 'import secrets; print(secrets.token_urlsafe(24))') && echo "KEY=$KEY" >&2; fi
 echo "$method is served by $route at $url; when the engine has started, ask it:" >&2
